@@ -1,0 +1,121 @@
+"""What every grid does: fit parameters to values, turn values into codes and codes into values.
+
+A grid works on *blocks* ``[row groups, column groups, members]``: all members of a block share parameters. ``split``
+and ``join`` go between a weight ``[rows, columns]`` and its blocks. A ragged last block is completed by repeating its
+last value with importance zero, in this view only: stored codes are never padded.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rarefy.core.config import StrictModel
+from rarefy.core.errors import FormatError
+from rarefy.formats.layout import Layout
+
+Params = dict[str, Tensor]
+
+
+class Grid(StrictModel, ABC):
+    """A set of representable values with parameters per group of ``group_size`` input columns (None: the whole row)."""
+
+    family: ClassVar[str]  # the op family of kernels/ops.py that reads it
+    searchable: ClassVar[bool] = True  # whether shrinking the range is a meaningful search
+
+    type: str
+    group_size: int | None = Field(None, ge=1)
+
+    @property
+    @abstractmethod
+    def code_count(self) -> int:
+        """Number of codes."""
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of one code in a bit stream."""
+        return max(1, (self.code_count - 1).bit_length())
+
+    @abstractmethod
+    def propose(self, blocks: Tensor, importance: Tensor | None, shrink: float = 1.0) -> Params:
+        """Float32 parameters ``[row groups, column groups, ...]`` for ``blocks``, with the range shrunk by a factor."""
+
+    @abstractmethod
+    def round(self, params: Params) -> Params:
+        """Proposed parameters as they will be stored (bits not yet packed)."""
+
+    @abstractmethod
+    def encode_blocks(self, blocks: Tensor, params: Params) -> Tensor:
+        """The nearest codes, uint8, for rounded parameters."""
+
+    @abstractmethod
+    def decode_blocks(self, codes: Tensor, params: Params) -> Tensor:
+        """Values of codes, float32, for rounded parameters."""
+
+    @abstractmethod
+    def layout(self, rows: int, columns: int) -> Layout:
+        """Stored parameter tensors (after ``pack_params``) of a weight ``[rows, columns]``."""
+
+    def pack_params(self, params: Params) -> Params:
+        """Rounded parameters as stored tensors."""
+        return params
+
+    def error(self, blocks: Tensor, importance: Tensor | None, params: Params, norm: float = 2.0) -> Tensor:
+        """Sum of ``importance * |value - decoded| ** norm`` per block ``[row groups, column groups]``."""
+        difference = (blocks - self.decode_blocks(self.encode_blocks(blocks, params), params)).abs().pow_(norm)
+        return (difference if importance is None else difference * importance).sum(-1)
+
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
+        """Rounded parameters for ``weight [rows, columns]`` by the grid's own rule (min/max or its exact optimum).
+
+        ``importance`` (same shape, or None) says how much each squared error counts.
+        Raises FormatError when the weight is not finite.
+        """
+        blocks, importance = self.prepare(weight, importance)
+        return self.round(self.propose(blocks, importance))
+
+    def prepare(self, weight: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Blocks of a checked float32 weight and of its importance; a completed block marks its filling with zero."""
+        bad = int((~torch.isfinite(weight)).sum())
+        if bad:
+            raise FormatError(f"The weight holds {bad} NaN or infinite values; repair or ignore this layer.")
+        ragged = self._ragged(*weight.shape)
+        if importance is None and ragged:
+            importance = torch.ones_like(weight)
+        return self.split(weight.float()), None if importance is None else self.split(importance.float(), fill=False)
+
+    def encode(self, weight: Tensor, params: Params) -> Tensor:
+        """Codes uint8 ``[rows, columns]`` of ``weight`` for rounded parameters."""
+        return self.join(self.encode_blocks(self.split(weight.float()), params), *weight.shape)
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        """Values float32 ``[rows, columns]`` of ``codes`` for rounded parameters."""
+        return self.join(self.decode_blocks(self.split(codes), params), *codes.shape)
+
+    def groups(self, columns: int) -> int:
+        """Column groups of a row."""
+        return -(-columns // self.size(columns))
+
+    def size(self, columns: int) -> int:
+        """Columns of a full group."""
+        return self.group_size or max(columns, 1)
+
+    def split(self, weight: Tensor, fill: bool = True) -> Tensor:
+        """``[rows, columns] -> [rows, groups, size]``; a short last group repeats its last value (``fill``) or zero."""
+        rows, columns = weight.shape
+        missing = -columns % self.size(columns)
+        if missing:
+            tail = weight[:, -1:].expand(rows, missing) if fill else weight.new_zeros(rows, missing)
+            weight = torch.cat([weight, tail], dim=1)
+        return weight.reshape(rows, self.groups(columns), self.size(columns))
+
+    def join(self, blocks: Tensor, rows: int, columns: int) -> Tensor:
+        """Inverse of ``split`` for a weight of ``[rows, columns]``."""
+        return blocks.reshape(rows, -1)[:, :columns]
+
+    def _ragged(self, rows: int, columns: int) -> bool:
+        return bool(columns % self.size(columns))

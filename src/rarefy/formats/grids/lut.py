@@ -1,0 +1,158 @@
+"""Values from a look-up table: per tensor, row, group of rows, or block of columns; binary by region is such a table."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rarefy.formats.grids.base import Grid, Params
+from rarefy.formats.layout import FLOATS, FloatName, Layout, TensorLayout
+from rarefy.formats.scales import store_floats
+
+LLOYD_STEPS = 30
+
+
+class _Table(Grid):
+    """``value = lut[row // rows_per_lut, column // group_size, code]``; blocks are ``[row groups, column groups, members]``."""
+
+    family: ClassVar[str] = "lut"
+    searchable: ClassVar[bool] = False
+    rows_per_lut: int | None = Field(1, ge=1)  # None: one table for all rows
+    dtype: FloatName = "float16"
+
+    def split(self, weight: Tensor, fill: bool = True) -> Tensor:
+        blocks = super().split(weight, fill)
+        rows, groups, size = blocks.shape
+        height = self.height(rows)
+        missing = -rows % height
+        if missing:
+            tail = blocks[-1:].expand(missing, groups, size) if fill else blocks.new_zeros(missing, groups, size)
+            blocks = torch.cat([blocks, tail])
+        return blocks.unflatten(0, (-1, height)).transpose(1, 2).flatten(2)
+
+    def join(self, blocks: Tensor, rows: int, columns: int) -> Tensor:
+        size = self.size(columns)
+        wide = blocks.unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1)
+        return wide.reshape(wide.shape[0], -1)[:rows, :columns]
+
+    def height(self, rows: int) -> int:
+        """Rows that share a table."""
+        return self.rows_per_lut or max(rows, 1)
+
+    def round(self, params: Params) -> Params:
+        return {"lut": store_floats(params["lut"], FLOATS[self.dtype], "table entry")}
+
+    def encode_blocks(self, blocks: Tensor, params: Params) -> Tensor:
+        table, order = params["lut"].float().sort(-1)
+        middles = (table[..., 1:] + table[..., :-1]) / 2
+        nearest = torch.searchsorted(middles.contiguous(), blocks.contiguous())
+        return order.gather(-1, nearest).to(torch.uint8)
+
+    def decode_blocks(self, codes: Tensor, params: Params) -> Tensor:
+        return params["lut"].float().gather(-1, codes.to(torch.int64))
+
+    def layout(self, rows: int, columns: int) -> Layout:
+        shape = (-(-rows // self.height(rows)), self.groups(columns), self.code_count)
+        return {"lut": TensorLayout(FLOATS[self.dtype], shape, "tables")}
+
+    def _ragged(self, rows: int, columns: int) -> bool:
+        return super()._ragged(rows, columns) or bool(rows % self.height(rows))
+
+
+class LutGrid(_Table):
+    """``2 ** num_bits`` free values, fitted by weighted k-means in one dimension."""
+
+    type: Literal["lut"] = "lut"
+    num_bits: int = Field(4, ge=1, le=8)
+
+    @property
+    def code_count(self) -> int:
+        return 1 << self.num_bits
+
+    def propose(self, blocks: Tensor, importance: Tensor | None, shrink: float = 1.0) -> Params:
+        return {"lut": lloyd(blocks, importance, self.code_count)}
+
+
+class BinaryGrid(_Table):
+    """One bit of sign within each of 1 to 4 magnitude regions: ``mean_r + sign * scale_r`` per row and column block
+    (BiLLM, Huang et al. 2024; three regions are STBLLM's trisection). A code is ``2 * region + (sign > 0)``.
+    """
+
+    type: Literal["binary"] = "binary"
+    group_size: int | None = Field(128, ge=1)
+    regions: int = Field(1, ge=1, le=4)
+
+    @property
+    def code_count(self) -> int:
+        return 2 * self.regions
+
+    def propose(self, blocks: Tensor, importance: Tensor | None, shrink: float = 1.0) -> Params:
+        """Regions are magnitude quantiles of the block at first, then nearest points and least squares in turn."""
+        mass = torch.ones_like(blocks) if importance is None else importance
+        rank = blocks.abs().argsort(-1).argsort(-1)
+        region = rank * self.regions // blocks.shape[-1]
+        code = 2 * region + (blocks >= 0)
+        table = _region_means(blocks, mass, code, self.code_count)
+        for _ in range(LLOYD_STEPS):
+            table = _region_means(blocks, mass, self.encode_blocks(blocks, {"lut": table}), self.code_count, table)
+        return {"lut": table}
+
+
+def lloyd(blocks: Tensor, importance: Tensor | None, count: int, steps: int = LLOYD_STEPS) -> Tensor:
+    """Weighted one-dimensional k-means of each block, centroids float32 ``[..., count]``, ascending.
+
+    Values are sorted once and every step costs prefix sums at ``count`` boundaries. The start is the quantiles of
+    density^(1/3), the optimal point density of a scalar quantizer (Panter and Dite 1951), taken from sorted spacing.
+    Fewer distinct values than centroids leave duplicates, and an all-zero importance counts as equal importance.
+    """
+    values, order = blocks.sort(-1)
+    mass = torch.ones_like(values) if importance is None else importance.gather(-1, order)
+    mass = torch.where(mass.sum(-1, keepdim=True) > 0, mass, torch.ones_like(mass)).to(torch.float64)
+    zero = torch.zeros_like(mass[..., :1])
+    weight_sum = torch.cat([zero, mass.cumsum(-1)], -1)
+    value_sum = torch.cat([zero, (mass * values).cumsum(-1)], -1)
+    centers = _starting_points(values, count)
+    for _ in range(steps):
+        middles = (centers[..., 1:] + centers[..., :-1]) / 2
+        inner = torch.searchsorted(values, middles.contiguous())
+        edges = torch.cat([torch.zeros_like(inner[..., :1]), inner, torch.full_like(inner[..., :1], values.shape[-1])], -1)
+        weight = weight_sum.gather(-1, edges).diff(dim=-1)
+        total = value_sum.gather(-1, edges).diff(dim=-1)
+        moved = torch.where(weight > 0, total / weight.clamp(min=1e-300), centers.double()).float()
+        moved = moved.sort(-1).values
+        if torch.equal(moved, centers):
+            break
+        centers = moved
+    return centers
+
+
+def _starting_points(values: Tensor, count: int) -> Tensor:
+    """Quantiles of density^(1/3) of sorted ``values [..., n]``, from the spacing of 64 equal-count bins."""
+    size = values.shape[-1]
+    bins = min(64, size)
+    edge = torch.linspace(0, size - 1, bins + 1, device=values.device).round().long()
+    edges = values[..., edge]
+    # density ~ 1 / width within an equal-count bin, so density^(1/3) * width = width^(2/3).
+    share = edges.diff(dim=-1).clamp(min=0).pow(2 / 3).cumsum(-1)
+    share = torch.cat([torch.zeros_like(share[..., :1]), share], -1)
+    wanted = (torch.arange(count, device=values.device) + 0.5) / count * share[..., -1:]
+    right = torch.searchsorted(share, wanted.contiguous()).clamp(1, bins)
+    low, high = share.gather(-1, right - 1), share.gather(-1, right)
+    part = torch.where(high > low, (wanted - low) / (high - low), 0.0)
+    left = edges.gather(-1, right - 1)
+    return left + part * (edges.gather(-1, right) - left)
+
+
+def _region_means(
+    blocks: Tensor, mass: Tensor, codes: Tensor, count: int, previous: Tensor | None = None
+) -> Tensor:
+    """The weighted mean of the members of each code ``[..., count]``; an empty code keeps its ``previous`` value."""
+    index = codes.to(torch.int64)
+    shape = (*blocks.shape[:-1], count)
+    weight = blocks.new_zeros(shape).scatter_add_(-1, index, mass)
+    total = blocks.new_zeros(shape).scatter_add_(-1, index, mass * blocks)
+    mean = total / weight.clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(weight > 0, mean, torch.zeros_like(mean) if previous is None else previous)

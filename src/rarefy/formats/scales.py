@@ -1,0 +1,122 @@
+"""How a grid's scales and zeros are stored: plainly, or two-level with a few bits each.
+
+``store`` takes what a fit wants, float32 ``[..., rows, groups]``, and returns what will be stored; ``load`` returns
+the float32 numbers that a reader of the stored tensors sees. Codes must be chosen against ``load(store(...))``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rarefy.core.config import StrictModel
+from rarefy.core.errors import FormatError
+from rarefy.formats.layout import FLOATS, FloatName, Layout, TensorLayout
+from rarefy.kernels.reference.decode import group_scales
+
+Params = dict[str, Tensor]
+
+
+class SingleScale(StrictModel):
+    """One floating-point scale (and zero) per group."""
+
+    type: Literal["single"] = "single"
+    dtype: FloatName = "float16"
+
+    @property
+    def tile(self) -> list[int]:
+        return []
+
+    def layout(self, rows: int, groups: int, zero: bool) -> Layout:
+        dtype = FLOATS[self.dtype]
+        plain = TensorLayout(dtype, (rows, groups), "scales")
+        return {"scale": plain, "zero_point": plain} if zero else {"scale": plain}
+
+    def store(self, scale: Tensor, zero: Tensor | None) -> Params:
+        dtype = FLOATS[self.dtype]
+        params = {"scale": store_floats(scale, dtype, "scale")}
+        if zero is not None:
+            params["zero_point"] = store_floats(zero, dtype, "zero point")
+        return params
+
+    def load(self, params: Params) -> tuple[Tensor, Tensor | None]:
+        zero = params.get("zero_point")
+        return params["scale"].float(), None if zero is None else zero.float()
+
+
+class BilevelScale(StrictModel):
+    """Scales and zeros of ``rows x groups`` tiles, quantized with ``scale_bits`` and ``zero_bits`` by a step and a zero
+    of their own (SpQR, Dettmers et al. 2023, section 4; k-quants are the case of one row and several groups).
+
+    Stored: ``scale`` uint8 ``[rows, groups]`` = scale code + 16 * zero code when both fit 4 bits, otherwise
+    ``[rows, groups, 2]``; ``second_order`` ``[row tiles, group tiles, 2 or 4]`` = step and zero of the scales, then
+    of the zeros.
+    """
+
+    type: Literal["bilevel"] = "bilevel"
+    scale_bits: int = Field(3, ge=1, le=8)
+    zero_bits: int = Field(3, ge=1, le=8)
+    rows: int = Field(16, ge=1)
+    groups: int = Field(1, ge=1)
+    dtype: FloatName = "float16"
+
+    @property
+    def tile(self) -> list[int]:
+        return [self.rows, self.groups]
+
+    @property
+    def nibbles(self) -> bool:
+        return self.scale_bits <= 4 and self.zero_bits <= 4
+
+    def layout(self, rows: int, groups: int, zero: bool) -> Layout:
+        first = (rows, groups) if self.nibbles else (rows, groups, 2)
+        tiles = (-(-rows // self.rows), -(-groups // self.groups), 4 if zero else 2)
+        return {
+            "scale": TensorLayout(torch.uint8, first, "scales"),
+            "second_order": TensorLayout(FLOATS[self.dtype], tiles, "scales"),
+        }
+
+    def store(self, scale: Tensor, zero: Tensor | None) -> Params:
+        scale_code, scale_order = self._quantize(scale, self.scale_bits)
+        if zero is None:
+            zero_code, order = torch.zeros_like(scale_code), scale_order
+        else:
+            zero_code, zero_order = self._quantize(zero, self.zero_bits)
+            order = torch.cat([scale_order, zero_order], dim=-1)
+        first = scale_code | (zero_code << 4) if self.nibbles else torch.stack([scale_code, zero_code], dim=-1)
+        return {"scale": first, "second_order": order}
+
+    def load(self, params: Params) -> tuple[Tensor, Tensor | None]:
+        return group_scales(params["scale"], params["second_order"], self.tile)
+
+    def _quantize(self, numbers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """Codes uint8 ``[rows, groups]`` and second order ``[row tiles, group tiles, 2]`` by a min/max grid per tile."""
+        rows, groups = numbers.shape
+        pad = (0, -groups % self.groups, 0, -rows % self.rows)
+        tiled = torch.nn.functional.pad(numbers[None], pad, mode="replicate")[0] if any(pad) else numbers
+        tiled = tiled.unflatten(1, (-1, self.groups)).unflatten(0, (-1, self.rows))
+        low, high = tiled.amin((1, 3)), tiled.amax((1, 3))
+        # A tile of equal numbers c is stored as step |c| with code 1 or zero point 1: exact, and never a zero step.
+        constant = high == low
+        step = torch.where(constant, high.abs(), (high - low) / ((1 << bits) - 1))
+        step = store_floats(torch.where(step == 0, torch.ones_like(step), step), FLOATS[self.dtype], "second-order step")
+        zero = store_floats(torch.where(constant, (low < 0).float(), -low / step.float()), FLOATS[self.dtype], "second-order zero")
+        spread = torch.stack([step, zero], dim=-1)
+        step_of = step.float().repeat_interleave(self.rows, 0)[:rows].repeat_interleave(self.groups, 1)[:, :groups]
+        zero_of = zero.float().repeat_interleave(self.rows, 0)[:rows].repeat_interleave(self.groups, 1)[:, :groups]
+        codes = torch.round(numbers / step_of + zero_of).clamp_(0, (1 << bits) - 1)
+        return codes.to(torch.uint8), spread
+
+
+AnyScale = Annotated[SingleScale | BilevelScale, Field(discriminator="type")]
+
+
+def store_floats(numbers: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """``numbers`` in a stored dtype; raises FormatError, naming ``what``, when one does not fit."""
+    stored = numbers.to(dtype)
+    if not torch.isfinite(stored).all():
+        raise FormatError(f"A {what} overflows {str(dtype).removeprefix('torch.')}; store scales in bfloat16 or float32.")
+    return stored

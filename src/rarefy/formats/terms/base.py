@@ -1,0 +1,155 @@
+"""What every term is: stored tensors with a strict description, a dense meaning, and a product with an input."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.core.config import StrictModel
+from rarefy.core.errors import FormatError
+from rarefy.formats.bytes import ByteCount
+from rarefy.formats.inputs import AnyInput, RawInput
+from rarefy.formats.layout import Layout
+
+Shape = tuple[int, ...]
+
+
+class TermSpec(StrictModel, ABC):
+    """Everything about a term that is not a tensor: JSON in the checkpoint's manifest."""
+
+    type: str
+    input: AnyInput = RawInput()
+
+    @abstractmethod
+    def member_layout(self, rows: int, columns: int) -> Layout:
+        """Stored tensors of one ``[rows, columns]`` weight, without those of the input transform."""
+
+    def layout(self, shape: Shape) -> Layout:
+        """Stored tensors of a weight ``[*stack, rows, columns]``; stacked members (experts) lead every tensor's shape."""
+        *stack, rows, columns = shape
+        layout = {**self.member_layout(rows, columns), **self.input.layout(columns)}
+        return {
+            name: type(entry)(entry.dtype, (*stack, *entry.shape), entry.purpose) for name, entry in layout.items()
+        }
+
+    @abstractmethod
+    def build(self, shape: Shape, tensors: Mapping[str, Tensor]) -> Term:
+        """The term over ``tensors``, which are exactly those of ``layout(shape)``, not copied."""
+
+    def empty(self, shape: Shape, sizes: Mapping[str, int]) -> Term:
+        """The term with uninitialised tensors on the current default device, for a loader to fill."""
+        tensors = {
+            name: torch.empty([sizes[size] if isinstance(size, str) else size for size in entry.shape], dtype=entry.dtype)
+            for name, entry in self.layout(shape).items()
+        }
+        return self.build(shape, tensors)
+
+
+class Term(nn.Module, ABC):
+    """One summand of a compressed weight ``[rows, columns]``, or of a stack of them ``[*stack, rows, columns]``.
+
+    Its tensors are buffers named as in the layout table; moving the module moves them, no cast ever changes them.
+    """
+
+    spec: TermSpec
+    floating: ClassVar[tuple[str, ...]] = ("scale", "zero_point", "second_order", "multiplier", "lut", "values")
+
+    def __init__(self, spec: TermSpec, shape: Shape):
+        super().__init__()
+        self.spec = spec
+        self.shape = tuple(shape)
+        self.transforms_input = not isinstance(spec.input, RawInput)
+
+    @property
+    def rows(self) -> int:
+        return self.shape[-2]
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def stack(self) -> Shape:
+        return self.shape[:-2]
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """The term's own stored tensors by name (not those of its parts)."""
+        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x @ weight.T`` for ``x [..., columns]``, in the dtype of ``x``. Only for a term that is not stacked."""
+        if self.transforms_input:
+            x = self.spec.input.transform(x, self.own_tensors())
+        return self.product(x)
+
+    @abstractmethod
+    def product(self, x: Tensor) -> Tensor:
+        """``forward`` on the term's own input."""
+
+    def decode(self) -> Tensor:
+        """The dense weight, float32 of ``shape``."""
+        if self.stack:
+            return torch.stack([self.select(index).decode() for index in range(self.stack[0])])
+        weight = self.decode_member()
+        return self.spec.input.fold(weight, self.own_tensors()) if self.transforms_input else weight
+
+    @abstractmethod
+    def decode_member(self) -> Tensor:
+        """The dense weight on the term's own input, float32 ``[rows, columns]``; only for a term that is not stacked."""
+
+    def select(self, index: int) -> Term:
+        """Member ``index`` of the first stack dimension, sharing storage."""
+        tensors = {name: tensor[index] for name, tensor in self.named_buffers()}
+        return self.spec.build(self.shape[1:], tensors)
+
+    def byte_count(self) -> ByteCount:
+        """Bytes of the stored tensors by purpose."""
+        purposes = {name: entry.purpose for name, entry in self.spec.layout(self.shape).items()}
+        count = dict.fromkeys(("codes", "scales", "tables", "indices", "values", "transform"), 0)
+        for name, tensor in self.named_buffers():
+            size = tensor.numel() * tensor.element_size()
+            if purposes[name] == "entries":  # a 16-bit value and a 16-bit column in one word
+                count["values"] += size // 2
+                count["indices"] += size - size // 2
+            else:
+                count[purposes[name]] += size
+        return ByteCount(**count)
+
+    def check(self) -> None:
+        """Raise FormatError when stored numbers could mislead a kernel: NaN, or positions and codes out of bounds."""
+        if self.stack:
+            for index in range(self.stack[0]):
+                self.select(index).check()
+            return
+        for name in self.floating:
+            tensor = self._buffers.get(name)
+            if tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise FormatError(f"'{name}' holds NaN or infinity")
+        self.spec.input.check(self.own_tensors(), self.columns)
+        self.check_member()
+
+    def check_member(self) -> None:
+        """The checks of a particular kind of term, for a term that is not stacked."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Term:
+        def move_only(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move_only, recurse)
+
+    def extra_repr(self) -> str:
+        return f"shape={list(self.shape)}, {self.spec.model_dump(exclude_defaults=True, exclude={'type'})}"
+
+    def _register(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+
+def op_arguments(term: Term, names: tuple[str | None, ...], plain: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Buffers by name (None for those the term does not have), followed by plain numbers and strings."""
+    return (*(term._buffers.get(name) if name else None for name in names), *plain)

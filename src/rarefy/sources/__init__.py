@@ -1,0 +1,1 @@
+"""Where models and texts come from: folder, hub id, GGUF file, packaged demo; and tokens cut into windows."""

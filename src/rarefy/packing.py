@@ -46,7 +46,10 @@ def radix_words(count: int, radix: int) -> int:
 
 
 def pack_bits(codes: Tensor, num_bits: int) -> Tensor:
-    """Pack integer ``codes [..., n]`` with values in ``[0, 2**num_bits)`` into a bit stream, int32 ``[..., words, num_bits]``."""
+    """Pack integer ``codes [..., n]`` in ``[0, 2**num_bits)`` into a bit stream, int32 ``[..., words, num_bits]``.
+
+    Raises FormatError, as every ``pack_`` function does, when a code is out of range or not of an integer dtype.
+    """
     _check_bits(num_bits)
     _check_range(codes, 1 << num_bits)
     lead, size = codes.shape[:-1], words(codes.shape[-1])
@@ -102,7 +105,7 @@ def unpack_planes(planes: Tensor, num_bits: int, count: int) -> Tensor:
 
 def pack_bitmap(flags: Tensor) -> Tensor:
     """Pack ``flags [..., n]`` (bool or 0/1) into int32 ``[..., words]``; bit ``j`` of a word is its column ``j``."""
-    return pack_bits(flags.to(torch.uint8), 1).squeeze(-1)
+    return pack_bits(flags, 1).squeeze(-1)
 
 
 def unpack_bitmap(bitmap: Tensor, count: int) -> Tensor:
@@ -114,7 +117,8 @@ def pack_radix(codes: Tensor, radix: int) -> Tensor:
     """Pack ``codes [..., n]`` with values in ``[0, radix)`` into mixed-radix words ``[..., radix_words]``."""
     _check_range(codes, radix)
     per_word, dtype = RADIX[radix]
-    parts = _pad_last(codes, radix_words(codes.shape[-1], radix) * per_word).to(torch.int64).unflatten(-1, (-1, per_word))
+    size = radix_words(codes.shape[-1], radix)
+    parts = _pad_last(codes, size * per_word).to(torch.int64).unflatten(-1, (size, per_word))
     powers = torch.tensor([radix**index for index in range(per_word)], device=codes.device)
     return (parts * powers).sum(-1).to(dtype)
 
@@ -150,7 +154,9 @@ def unpack_uint16(octets: Tensor) -> Tensor:
 
 
 def pack_entries(values: Tensor, columns: Tensor) -> Tensor:
-    """One 32-bit word per sparse entry: the 16-bit float ``values [n]`` above the column number ``columns [n]`` below 65536."""
+    """One int32 word per sparse entry ``[n]``: the 16-bit float of ``values`` above the column number, below 65536."""
+    if values.dtype not in (torch.float16, torch.bfloat16):
+        raise FormatError(f"Sparse entries are {values.dtype}, but a word holds a 16-bit float; convert them first.")
     _check_range(columns, 1 << 16)
     return (values.contiguous().view(torch.int16).to(torch.int32) << 16) | columns.to(torch.int32)
 
@@ -172,7 +178,9 @@ def _check_bits(num_bits: int) -> None:
 
 
 def _check_range(codes: Tensor, limit: int) -> None:
-    if codes.numel() == 0:
+    if codes.is_floating_point():
+        raise FormatError(f"Codes are {codes.dtype}, but packed codes are whole numbers; round them to integers first.")
+    if codes.numel() == 0 or codes.dtype == torch.bool:
         return
     low, high = torch.aminmax(codes)
     if int(low) < 0 or int(high) >= limit:

@@ -57,10 +57,9 @@ class GgufFile(NamedTuple):
                 f"Tensor '{name}' of '{self.path.name}' has block type {info.type}, which the installed gguf package "
                 "cannot decode; upgrade gguf or use another quantization of this model."
             ) from None
-        tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32).reshape(info.shape))
-        if not torch.isfinite(tensor).all():
+        if not np.isfinite(values).all():
             raise SourceError(f"Tensor '{name}' of '{self.path.name}' holds NaN or infinity; get the file again.")
-        return tensor
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32).reshape(info.shape))
 
 
 def import_gguf(path: Path) -> ModuleType:

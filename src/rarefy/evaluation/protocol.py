@@ -1,0 +1,77 @@
+"""The protocol of a perplexity: everything that has to be equal before two numbers may be compared."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from rarefy.core.config import StrictModel
+from rarefy.core.errors import OptionError
+from rarefy.sources.windows import begin_token
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Protocol(StrictModel):
+    """What is measured on. Perplexity = exp(total negative log-likelihood / predicted tokens), where the predicted
+    tokens are positions 1 .. context-1 of windows that do not overlap.
+
+    As a request, ``windows=None`` means the whole text, ``bos=None`` means "as the model was trained", and
+    ``dtype=None`` means "as loaded". In a result all three say what was done. ``dtype`` is that of the forward pass;
+    log-probabilities are always float32 and their sums float64.
+    """
+
+    context: int = Field(default=512, ge=2)
+    windows: int | None = Field(default=12, ge=1)
+    bos: bool | None = None
+    dtype: str | None = None
+    text: str = ""
+    form: str = ""
+    executor: Literal["exact", "fast"] = "exact"
+
+    def describe(self) -> str:
+        """One line for tables, such as ``context 512, 12 windows, no BOS, float32, wiki.test.raw (hf-join)``."""
+        parts = [
+            f"context {self.context}",
+            "whole text" if self.windows is None else f"{self.windows} window" + ("s" if self.windows != 1 else ""),
+            {None: "BOS as trained", True: "BOS in front of every window", False: "no BOS"}[self.bos],
+            self.dtype or "dtype as loaded",
+        ]
+        if self.text:
+            parts.append(self.text + (f" ({self.form})" if self.form else ""))
+        if self.executor != "exact":
+            parts.append(f"{self.executor} execution")
+        return ", ".join(parts)
+
+
+def bos_token(tokenizer: Any, bos: bool | None) -> int | None:
+    """The token to put in front of every window, or None.
+
+    With ``bos=None`` the tokenizer decides: one that puts its BOS in front of a text belongs to a model that was
+    trained so. Raises OptionError when ``bos=True`` and the tokenizer has none.
+    """
+    if bos is None:
+        return begin_token(tokenizer)
+    if not bos:
+        return None
+    if tokenizer.bos_token_id is None:
+        raise OptionError("bos=True was asked for, but this model's tokenizer has no BOS token; leave it to 'auto'.")
+    return int(tokenizer.bos_token_id)
+
+
+def fast_dtype(device: str | torch.device) -> torch.dtype:
+    """The dtype in which forward passes are fastest on ``device``: bfloat16 where the hardware multiplies it.
+
+    CPUs without bfloat16 instructions emulate them several times slower than float32.
+    """
+    import torch
+
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if kind == "cpu":
+        probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        return torch.bfloat16 if probe is not None and probe() else torch.float32
+    return torch.float32

@@ -1,0 +1,74 @@
+"""Stacked expert weights as terms, in the place of the three-dimensional parameter that a model indexes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.core.errors import FormatError, UnsupportedError
+from rarefy.formats.bytes import ByteCount, total
+from rarefy.formats.terms import Term
+from rarefy.layers.view import CompressedWeight
+
+
+class CompressedStack(nn.Module):
+    """``stack[e]`` is expert ``e``'s weight ``[rows, columns]`` as a read-only view that ``F.linear`` multiplies compressed.
+
+    It stands where a parameter ``[experts, rows, columns]`` stood, so a model's own per-expert loop, with its own
+    activation, biases and routing, runs unchanged. Implementations that want one dense tensor are refused by name.
+    """
+
+    def __init__(self, terms: Sequence[Term], dtype: torch.dtype = torch.float32):
+        super().__init__()
+        if not terms or any(term.shape != terms[0].shape or len(term.shape) != 3 for term in terms):
+            raise FormatError("Expert terms need one common shape [experts, rows, columns].")
+        self.shape = torch.Size(terms[0].shape)
+        self.terms = nn.ModuleList(terms)
+        self.dtype = dtype
+        self._is_hf_initialized = True
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int | Tensor) -> Tensor:
+        expert = int(index)
+        if not 0 <= expert < len(self):
+            raise IndexError(f"expert {expert} of {len(self)}")
+        members: list[Term] = [term.select(expert) for term in self.terms]  # type: ignore[operator]
+
+        def product(x: Tensor) -> Tensor:
+            y = members[0](x)
+            for member in members[1:]:
+                y = y + member(x)
+            return y
+
+        def decode() -> Tensor:
+            return torch.stack([member.decode() for member in members]).sum(0)
+
+        return CompressedWeight(tuple(self.shape[1:]), self.dtype, self.device, product, decode)
+
+    def decode(self) -> Tensor:
+        """All dense weights, float32 ``[experts, rows, columns]``."""
+        return torch.stack([term.decode() for term in self.terms]).sum(0)  # type: ignore[operator]
+
+    def byte_count(self) -> ByteCount:
+        """Stored bytes of all experts."""
+        return total([term.byte_count() for term in self.terms])  # type: ignore[operator]
+
+    @property
+    def device(self) -> torch.device:
+        return next((buffer.device for buffer in self.buffers()), torch.device("cpu"))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise UnsupportedError(
+            f"Compressed experts cannot be used by '{getattr(func, '__name__', func)}'; "
+            "call model.set_experts_implementation('eager')."
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedStack:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        return super()._apply(fn, recurse)

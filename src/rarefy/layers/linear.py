@@ -1,0 +1,82 @@
+"""A linear layer whose weight is a sum of terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.core.errors import FormatError, UnsupportedError
+from rarefy.formats.bytes import ByteCount, total
+from rarefy.formats.terms import Term
+from rarefy.layers.view import CompressedWeight
+
+
+class CompressedLinear(nn.Linear):
+    """``y = sum of term(x) + bias`` for ``x [..., in_features]``; a drop-in for ``nn.Linear`` and for GPT-2's ``Conv1D``.
+
+    The terms' tensors are buffers ``terms.<i>.<name>`` that no cast changes; ``bias`` is an ordinary parameter.
+    ``weight`` is a read-only view of the dense weight in ``dtype``, the dtype that casts of the model move.
+    Gradients reach ``x`` and ``bias``. Raises FormatError when a term does not fit the layer's shape.
+    """
+
+    def __init__(self, terms: Sequence[Term], bias: Tensor | None = None, dtype: torch.dtype = torch.float32):
+        nn.Module.__init__(self)
+        if not terms:
+            raise FormatError("A compressed layer needs at least one term.")
+        self.out_features, self.in_features = terms[0].rows, terms[0].columns
+        for term in terms:
+            if term.shape != (self.out_features, self.in_features):
+                raise FormatError(f"A term of shape {list(term.shape)} in a layer of {list(terms[0].shape)}.")
+        self.terms = nn.ModuleList(terms)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=bias.is_floating_point())
+        self.dtype = dtype
+        self._is_hf_initialized = True  # keeps Transformers from drawing random numbers into the view
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y = self._product(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def decode(self) -> Tensor:
+        """The dense weight, float32 ``[out_features, in_features]``."""
+        weights = [term.decode() for term in self.terms]  # type: ignore[operator]
+        return torch.stack(weights).sum(0) if len(weights) > 1 else weights[0]
+
+    def byte_count(self) -> ByteCount:
+        """Stored bytes of the weight, without the bias."""
+        return total([term.byte_count() for term in self.terms])  # type: ignore[operator]
+
+    @property
+    def device(self) -> torch.device:
+        return next((buffer.device for buffer in self.buffers()), torch.device("cpu"))
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The dense weight, read-only; decoded when used in a computation."""
+        if torch.compiler.is_compiling():
+            return self.decode().to(self.dtype)
+        return CompressedWeight(
+            (self.out_features, self.in_features), self.dtype, self.device, self._product, self.decode
+        )
+
+    def reset_parameters(self) -> None:
+        """A compressed layer has nothing to initialise."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise UnsupportedError("The weight of a compressed layer cannot be assigned; compress the model anew.")
+        super().__setattr__(name, value)
+
+    def _product(self, x: Tensor) -> Tensor:
+        y = self.terms[0](x)
+        for term in self.terms[1:]:
+            y = y + term(x)
+        return y
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        return super()._apply(fn, recurse)

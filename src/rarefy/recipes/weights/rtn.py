@@ -1,0 +1,70 @@
+"""Round to nearest (no paper): the baseline that every other recipe is held against.
+
+Each group of ``group_size`` inputs of a row gets its own parameters from its own values; each weight takes the nearest
+value. Any grid can be used; ``clip`` searches the range with the least error (GPTQ's reference quantizer, norm 2.4).
+Needs no data, so it streams any checkpoint shard by shard.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from rarefy.contracts import Solution, WeightRecipe, weight_recipes
+from rarefy.formats.grids import BinaryGrid, FloatGrid, Grid, IntegerGrid, LevelGrid, LutGrid
+from rarefy.formats.layout import FloatName
+from rarefy.formats.scales import AnyScale, BilevelScale, SingleScale
+from rarefy.solvers.clip import ClipSearch
+from rarefy.solvers.rtn import round_to_nearest
+
+FloatFormat = Literal["fp3", "fp4", "nf3", "nf4", "fp6_e2m3", "fp8_e4m3", "fp8_e5m2"]
+
+
+@weight_recipes.register("rtn")
+class Rtn(WeightRecipe):
+    """Round to nearest on one grid.
+
+    ``format``: ``int`` (``num_bits``, ``symmetric``, and ``zero_point`` integer or float when not symmetric), a float
+    format, ``lut`` (k-means, ``rows_per_lut`` rows share a table), ``ternary``, ``five_level`` or ``binary`` (``regions``).
+    ``group_size`` None means one group per row. ``two_scales`` (float formats) scales each sign on its own.
+    ``scales``: a dtype, or ``bilevel`` for two-level 3-bit scales over 16 rows. ``clip``: ``none`` or ``mse``.
+    """
+
+    format: Literal["int", "lut", "ternary", "five_level", "binary"] | FloatFormat = "int"
+    num_bits: int = Field(4, ge=1, le=8)
+    group_size: int | None = Field(128, ge=1)
+    symmetric: bool = False
+    zero_point: Literal["integer", "float"] = "integer"
+    two_scales: bool = False
+    rows_per_lut: int | None = Field(1, ge=1)
+    regions: int = Field(1, ge=1, le=4)
+    scales: FloatName | Literal["bilevel"] = "float16"
+    clip: Literal["none", "mse"] = "none"
+
+    def model_post_init(self, context: object) -> None:
+        self.grid()  # refuses impossible combinations before any work
+
+    def grid(self) -> Grid:
+        """The grid that the options describe."""
+        scales: AnyScale = BilevelScale() if self.scales == "bilevel" else SingleScale(dtype=self.scales)
+        zero: Literal["none", "integer", "float"] = "none" if self.symmetric else self.zero_point
+        table_dtype: FloatName = "float16" if self.scales == "bilevel" else self.scales
+        match self.format:
+            case "int":
+                return IntegerGrid(num_bits=self.num_bits, group_size=self.group_size, zero=zero, scales=scales)
+            case "ternary":
+                return LevelGrid(levels=3, group_size=self.group_size, scales=scales)
+            case "five_level":
+                return LevelGrid(levels=5, group_size=self.group_size, zero=zero, scales=scales)
+            case "lut":
+                return LutGrid(num_bits=self.num_bits, rows_per_lut=self.rows_per_lut, dtype=table_dtype)
+            case "binary":
+                return BinaryGrid(regions=self.regions, group_size=self.group_size, dtype=table_dtype)
+            case name:
+                return FloatGrid(format=name, group_size=self.group_size, two_scales=self.two_scales, scales=scales)
+
+    def solve(self, name: str, weight: Tensor) -> Solution:
+        search = ClipSearch() if self.clip == "mse" else None
+        return Solution([round_to_nearest(weight, self.grid(), search=search)])

@@ -1,0 +1,1 @@
+"""How codes are found: tensors in, terms out."""

@@ -1,0 +1,54 @@
+"""Round to nearest: every weight takes the closest value of a grid fitted to its group."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rarefy.formats.grids import BinaryGrid, Grid, LutGrid
+from rarefy.formats.terms import Quantized, Term, stack
+from rarefy.solvers.clip import ClipSearch, fit
+
+# float16 scales keep 11 bits of precision in [2**-14, 2**15]; stay well inside for groups smaller than the largest.
+SMALLEST_STEP, LARGEST_VALUE = 2.0**-12, 2.0**14
+
+
+def round_to_nearest(
+    weight: Tensor, grid: Grid, importance: Tensor | None = None, search: ClipSearch | None = None
+) -> Term:
+    """Quantize ``weight [out, in]`` or ``[experts, out, in]`` on ``grid``. Raises FormatError when it is not finite."""
+    if weight.dim() == 3:
+        return stack([round_to_nearest(member, grid, None, search) for member in weight])
+    weight = weight.float()
+    multiplier = range_multiplier(weight, grid)
+    scaled = weight if multiplier is None else weight / multiplier
+    params = fit(grid, scaled, importance, search)
+    return Quantized.from_codes(grid.encode(scaled, params), params, grid, multiplier=multiplier)
+
+
+def range_multiplier(weight: Tensor, grid: Grid) -> float | None:
+    """A power of two that brings ``weight`` into the range of 16-bit scales, or None when it lies there already."""
+    if _float_dtype(grid) != "float16" or weight.numel() == 0:
+        return None
+    largest = float(weight.abs().max())
+    if largest == 0 or not math.isfinite(largest):
+        return None
+    if largest / grid.code_count >= SMALLEST_STEP and largest <= LARGEST_VALUE:
+        return None
+    return 2.0 ** math.floor(math.log2(largest))
+
+
+def relative_error(weight: Tensor, terms: list[Term]) -> float:
+    """``|weight - sum of terms| / |weight|`` in the Frobenius norm; 0 for an all-zero weight."""
+    dense = weight.float()
+    difference = dense - torch.stack([term.decode() for term in terms]).sum(0)
+    norm = float(dense.norm())
+    return float(difference.norm()) / norm if norm else 0.0
+
+
+def _float_dtype(grid: Grid) -> str:
+    if isinstance(grid, LutGrid | BinaryGrid):
+        return grid.dtype
+    return grid.scales.dtype  # type: ignore[attr-defined, no-any-return]

@@ -1,0 +1,34 @@
+"""rarefy: transformer models made smaller and faster by sparsity and quantization, with the cost stated.
+
+Importing registers rarefy with Transformers, at once if Transformers is loaded and otherwise the moment it loads, so
+``AutoModel*.from_pretrained(folder)`` then works for compressed folders. The verbs load what they need when called.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rarefy.core.imports import when_imported
+
+if TYPE_CHECKING:
+    from rarefy.api import compare, compress, evaluate, load, load_tokenizer, merge_adapter, save
+
+__version__ = "0.1.0"
+__all__ = ["compare", "compress", "evaluate", "load", "load_tokenizer", "merge_adapter", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'rarefy' has no attribute '{name}'")
+    from rarefy import api
+
+    return getattr(api, name)
+
+
+def _register() -> None:
+    from rarefy.integrations.transformers import register
+
+    register()
+
+
+when_imported("transformers.quantizers.auto", _register)

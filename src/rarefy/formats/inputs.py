@@ -1,7 +1,7 @@
 """What a term multiplies: the layer's input as it is, permuted, scaled or rotated.
 
-``transform`` maps ``x [..., columns]`` to the term's own input, ``fold`` maps a weight on that input back to a weight on
-``x``: ``transform(x) @ w.T == x @ fold(w).T``.
+``transform`` maps ``x [..., columns]`` to the term's own input, ``fold`` maps a weight on that input back to a weight
+on ``x``: ``transform(x) @ w.T == x @ fold(w).T``.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class ScaledInput(StrictModel):
             raise FormatError("'input_scale' holds NaN or infinity")
 
     def transform(self, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-        return x * tensors["input_scale"].to(x.dtype)
+        # Types promote first: a 32-bit factor may lie outside the range of 16-bit floats where the product does not.
+        return (x * tensors["input_scale"]).to(x.dtype)
 
     def fold(self, weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         return weight * tensors["input_scale"].to(weight.dtype)
@@ -105,14 +106,15 @@ AnyInput = Annotated[RawInput | PermutedInput | ScaledInput | RotatedInput, Fiel
 def hadamard(x: Tensor) -> Tensor:
     """Orthonormal Walsh-Hadamard transform of ``x [..., n]`` in blocks of the largest power of two dividing ``n``.
 
-    The transform is symmetric and its own inverse.
+    The transform is symmetric and its own inverse. Sums are taken in 32 bits or more, since those of ``n`` 16-bit
+    numbers can overflow before they are scaled down.
     """
     size = x.shape[-1] & -x.shape[-1]
-    blocks = x.unflatten(-1, (-1, size))
+    blocks = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, size))
     half = 1
     while half < size:
         pairs = blocks.unflatten(-1, (-1, 2, half))
         first, second = pairs[..., 0, :], pairs[..., 1, :]
         blocks = torch.stack([first + second, first - second], dim=-2).flatten(-3)
         half *= 2
-    return (blocks * size**-0.5).flatten(-2)
+    return (blocks * size**-0.5).flatten(-2).to(x.dtype)

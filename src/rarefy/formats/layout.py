@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
 from rarefy.core.errors import FormatError
 
@@ -18,6 +19,9 @@ DTYPES = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# Sizes in a description: kernels count in 32 bits, and a number beyond them is damage, never a real weight.
+Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 FloatName = Literal["float16", "bfloat16", "float32"]
 FLOATS: dict[str, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

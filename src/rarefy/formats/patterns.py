@@ -18,8 +18,11 @@ from torch import Tensor
 from rarefy import packing
 from rarefy.core.config import StrictModel
 from rarefy.core.errors import FormatError
-from rarefy.formats.layout import Layout, TensorLayout
+from rarefy.formats.layout import Layout, Size, TensorLayout
 from rarefy.kernels.reference import patterns as reference
+
+# Columns of an n_m group whose subsets can be numbered: each subset is the bits of one signed 64-bit integer.
+MAX_RANKED = 62
 
 
 class Pattern(StrictModel, ABC):
@@ -121,15 +124,15 @@ class NM(Pattern):
     """
 
     type: Literal["n_m"] = "n_m"
-    n: int = Field(2, ge=1)
-    m: int = Field(4, ge=1)
+    n: Size = 2
+    m: Size = 4
     index: Literal["bitmap", "rank"] = "bitmap"
 
     def model_post_init(self, context: object) -> None:
         if self.n > self.m:
             raise ValueError(f"n = {self.n} is larger than m = {self.m}")
-        if self.index == "rank" and math.comb(self.m, self.n) > 256:
-            raise ValueError(f"{self.n}:{self.m} has more than 256 subsets; use index 'bitmap'")
+        if self.index == "rank" and (self.m > MAX_RANKED or math.comb(self.m, self.n) > 256):
+            raise ValueError(f"{self.n}:{self.m} has more than 256 subsets or {MAX_RANKED} columns; use index 'bitmap'")
 
     @property
     def name(self) -> str:
@@ -190,7 +193,7 @@ class Groups(Pattern):
     """
 
     type: Literal["groups"] = "groups"
-    size: int = Field(16, ge=1)
+    size: Size = 16
     index: Literal["ids", "csr", "bitmap"] = "ids"
 
     @property
@@ -221,10 +224,10 @@ class Groups(Pattern):
 
     def store(self, mask: Tensor) -> dict[str, Tensor]:
         kept = self._group_mask(mask)
-        if kept.shape[1] > 1 << 16:
-            raise FormatError(f"{kept.shape[1]} groups a row exceed 65536; use larger groups.")
         if self.index == "bitmap":
             return {"bitmap": packing.pack_bitmap(kept)}
+        if kept.shape[1] > 1 << 16:
+            raise FormatError(f"{kept.shape[1]} groups a row exceed 65536; use larger groups or index 'bitmap'.")
         counts = kept.sum(1)
         ids = packing.pack_uint16(kept.nonzero()[:, 1])
         if self.index == "csr":

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rarefy.core.config import StrictModel
 from rarefy.core.errors import FormatError
-from rarefy.formats.layout import FLOATS, FloatName, Layout, TensorLayout
-from rarefy.kernels.reference.decode import group_scales
+from rarefy.formats.layout import FLOATS, FloatName, Layout, Size, TensorLayout
+from rarefy.kernels.reference.decode import group_scales, spread_tiles
 
 Params = dict[str, Tensor]
 
@@ -59,8 +59,8 @@ class BilevelScale(StrictModel):
     type: Literal["bilevel"] = "bilevel"
     scale_bits: int = Field(3, ge=1, le=8)
     zero_bits: int = Field(3, ge=1, le=8)
-    rows: int = Field(16, ge=1)
-    groups: int = Field(1, ge=1)
+    rows: Size = 16
+    groups: Size = 1
     dtype: FloatName = "float16"
 
     @property
@@ -93,22 +93,26 @@ class BilevelScale(StrictModel):
         return group_scales(params["scale"], params["second_order"], self.tile)
 
     def _quantize(self, numbers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-        """Codes uint8 ``[rows, groups]`` and second order ``[row tiles, group tiles, 2]`` by a min/max grid per tile."""
-        rows, groups = numbers.shape
-        pad = (0, -groups % self.groups, 0, -rows % self.rows)
+        """Codes uint8 ``[rows, groups]``, second order ``[row tiles, group tiles, 2]``: a min/max grid per tile."""
+        dtype, (rows, groups) = FLOATS[self.dtype], numbers.shape
+        height, width = min(self.rows, rows), min(self.groups, groups)
+        pad = (0, -groups % width, 0, -rows % height)
         tiled = torch.nn.functional.pad(numbers[None], pad, mode="replicate")[0] if any(pad) else numbers
-        tiled = tiled.unflatten(1, (-1, self.groups)).unflatten(0, (-1, self.rows))
+        tiled = tiled.unflatten(1, (-1, width)).unflatten(0, (-1, height))
         low, high = tiled.amin((1, 3)), tiled.amax((1, 3))
-        # A tile of equal numbers c is stored as step |c| with code 1 or zero point 1: exact, and never a zero step.
-        constant = high == low
-        step = torch.where(constant, high.abs(), (high - low) / ((1 << bits) - 1))
-        step = store_floats(torch.where(step == 0, torch.ones_like(step), step), FLOATS[self.dtype], "second-order step")
-        zero = store_floats(torch.where(constant, (low < 0).float(), -low / step.float()), FLOATS[self.dtype], "second-order zero")
-        spread = torch.stack([step, zero], dim=-1)
-        step_of = step.float().repeat_interleave(self.rows, 0)[:rows].repeat_interleave(self.groups, 1)[:, :groups]
-        zero_of = zero.float().repeat_interleave(self.rows, 0)[:rows].repeat_interleave(self.groups, 1)[:, :groups]
-        codes = torch.round(numbers / step_of + zero_of).clamp_(0, (1 << bits) - 1)
-        return codes.to(torch.uint8), spread
+        reach = torch.maximum(low.abs(), high.abs())
+        # The second-order zero is stored in 16 bits; a tile far from zero keeps a step that its zero can resolve.
+        step = store_floats(torch.maximum((high - low) / ((1 << bits) - 1), reach * 2**-14), dtype, "second-order step")
+        # A tile of equal numbers c, or of numbers too small for their step to be stored, has step |c| and code 1 or
+        # zero point 1: exact up to the step's own rounding, and never a zero step.
+        flat = (high == low) | (step == 0)
+        step = torch.where(flat, store_floats(reach, dtype, "second-order step"), step)
+        step = torch.where(step == 0, torch.ones_like(step), step)
+        zero = torch.where(flat, (high < 0).float(), -low / step.float())
+        order = torch.stack([step, store_floats(zero, dtype, "second-order zero")], dim=-1)
+        spread = spread_tiles(order, [height, width], rows, groups)
+        codes = torch.round(numbers / spread[..., 0] + spread[..., 1]).clamp_(0, (1 << bits) - 1)
+        return codes.to(torch.uint8), order
 
 
 AnyScale = Annotated[SingleScale | BilevelScale, Field(discriminator="type")]
@@ -116,7 +120,7 @@ AnyScale = Annotated[SingleScale | BilevelScale, Field(discriminator="type")]
 
 def store_floats(numbers: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     """``numbers`` in a stored dtype; raises FormatError, naming ``what``, when one does not fit."""
-    stored = numbers.to(dtype)
+    stored, name = numbers.to(dtype), str(dtype).removeprefix("torch.")
     if not torch.isfinite(stored).all():
-        raise FormatError(f"A {what} overflows {str(dtype).removeprefix('torch.')}; store scales in bfloat16 or float32.")
+        raise FormatError(f"A {what} overflows {name}; store scales in bfloat16 or float32.")
     return stored

@@ -60,7 +60,7 @@ def linear(family: str, x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
 
 
 def register_kernel(op: str, dispatch_key: str, kernel: Callable[..., Tensor], name: str) -> None:
-    """Serve ``rarefy::<op>`` on ``dispatch_key`` ("CPU", "CUDA") by ``kernel``; ``name`` is shown by ``rarefy info``."""
+    """Serve ``rarefy::<op>`` on ``dispatch_key`` ("CPU", "CUDA") by ``kernel``; ``name`` is what ``kernels`` shows."""
     _library.impl(op, kernel, dispatch_key)
     _kernels.setdefault(op, {})[dispatch_key] = name
 
@@ -107,9 +107,7 @@ def _declare(family: str, schema: str, decoder: Callable[..., Tensor]) -> None:
         _library.impl(op, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"rarefy::{op}", fake, lib=_library)
         _kernels[op] = {"any": "reference"}
-    torch.library.register_autograd(
-        f"rarefy::linear_{family}", backward, setup_context=keep_arguments, lib=_library
-    )
+    torch.library.register_autograd(f"rarefy::linear_{family}", backward, setup_context=keep_arguments, lib=_library)
 
 
 def _check_signature(decoder: Callable[..., Tensor], schema: str) -> None:

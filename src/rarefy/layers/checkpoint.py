@@ -85,22 +85,23 @@ class ShardWriter:
         self._filled += size
         self.total_bytes += size
 
-    def finish(self, manifest: Manifest) -> list[Path]:
-        """Write what is left, give all files their names and return them."""
+    def finish(self, manifest: Manifest) -> Manifest:
+        """Write what is left, give all files their names, and return the manifest with the name to open first."""
         if self._pending or not self._shards:
             self._flush()
         count = len(self._shards)
-        files, places = [], {}
+        places: dict[str, str] = {}
         for number, (part, names) in enumerate(self._shards, start=1):
             label = f"{self.stem}.safetensors" if count == 1 else f"{self.stem}-{number:05d}-of-{count:05d}.safetensors"
             _set_manifest_digest(part, manifest.digest())
             os.replace(part, self.folder / label)
-            files.append(self.folder / label)
             places.update(dict.fromkeys(names, label))
-        if count > 1:
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(places.items()))}
-            write_text(self.folder / f"{self.stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-        return files
+        if count == 1:
+            return manifest.model_copy(update={"weights": f"{self.stem}.safetensors"})
+        name = f"{self.stem}.safetensors.index.json"
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(places.items()))}
+        write_text(self.folder / name, json.dumps(index, indent=2) + "\n")
+        return manifest.model_copy(update={"weights": name})
 
     def _flush(self) -> None:
         from safetensors import SafetensorError

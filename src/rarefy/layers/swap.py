@@ -91,6 +91,23 @@ def swap_(model: nn.Module, site: Site, terms: Sequence[Term], dtype: torch.dtyp
     setattr(parent, label, replacement)
 
 
+def restore_(model: nn.Module, name: str, dtype: torch.dtype | None = None) -> None:
+    """Put a dense layer (or expert parameter) with the decoded weight back in place of the compressed module ``name``."""
+    parent_name, _, label = name.rpartition(".")
+    parent, module = model.get_submodule(parent_name), model.get_submodule(name)
+    if isinstance(module, CompressedStack):
+        delattr(parent, label)
+        setattr(parent, label, nn.Parameter(module.decode().to(dtype or module.dtype)))
+        return
+    if not isinstance(module, CompressedLinear):
+        raise FormatError(f"'{name}' is not a compressed module.")
+    with torch.device("meta"):
+        dense = nn.Linear(module.in_features, module.out_features, bias=False)
+    dense.weight = nn.Parameter(module.decode().to(dtype or module.dtype))
+    dense.bias = module.bias
+    setattr(parent, label, dense.train(module.training))
+
+
 def compressed(model: nn.Module) -> Iterator[tuple[str, CompressedLinear | CompressedStack]]:
     """All compressed modules by name."""
     for name, module in model.named_modules():

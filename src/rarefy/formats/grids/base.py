@@ -11,12 +11,11 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from rarefy.core.config import StrictModel
 from rarefy.core.errors import FormatError
-from rarefy.formats.layout import Layout
+from rarefy.formats.layout import Layout, Size
 
 Params = dict[str, Tensor]
 
@@ -28,7 +27,7 @@ class Grid(StrictModel, ABC):
     searchable: ClassVar[bool] = True  # whether shrinking the range is a meaningful search
 
     type: str
-    group_size: int | None = Field(None, ge=1)
+    group_size: Size | None = None
 
     @property
     @abstractmethod
@@ -72,25 +71,31 @@ class Grid(StrictModel, ABC):
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
         """Rounded parameters for ``weight [rows, columns]`` by the grid's own rule (min/max or its exact optimum).
 
-        ``importance`` (same shape, or None) says how much each squared error counts.
-        Raises FormatError when the weight is not finite.
+        ``importance`` (same shape, or None) says how much each squared error counts; members of a block where it is
+        all zero count equally. Raises FormatError when the weight or the importance is not finite or the importance
+        is negative.
         """
         blocks, importance = self.prepare(weight, importance)
         return self.round(self.propose(blocks, importance))
 
     def prepare(self, weight: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Blocks of a checked float32 weight and of its importance; a completed block marks its filling with zero."""
-        bad = int((~torch.isfinite(weight)).sum())
-        if bad:
-            raise FormatError(f"The weight holds {bad} NaN or infinite values; repair or ignore this layer.")
-        ragged = self._ragged(*weight.shape)
-        if importance is None and ragged:
-            importance = torch.ones_like(weight)
-        return self.split(weight.float()), None if importance is None else self.split(importance.float(), fill=False)
+        weight = _finite(weight)
+        if importance is None and not self._ragged(*weight.shape):
+            return self.split(weight), None
+        equal = torch.ones_like(weight)
+        mass = equal if importance is None else importance.detach().float()
+        if not bool((torch.isfinite(mass) & (mass >= 0)).all()):
+            raise FormatError("The importance of a weight is NaN, infinite or negative; repair the calibration data.")
+        parts = self.split(mass, fill=False)
+        if importance is not None:
+            dead = parts.sum(-1, keepdim=True) == 0
+            parts = torch.where(dead, self.split(equal, fill=False), parts) if bool(dead.any()) else parts
+        return self.split(weight), parts
 
     def encode(self, weight: Tensor, params: Params) -> Tensor:
-        """Codes uint8 ``[rows, columns]`` of ``weight`` for rounded parameters."""
-        return self.join(self.encode_blocks(self.split(weight.float()), params), *weight.shape)
+        """Codes uint8 ``[rows, columns]`` of ``weight`` for rounded parameters; FormatError when it is not finite."""
+        return self.join(self.encode_blocks(self.split(_finite(weight)), params), *weight.shape)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """Values float32 ``[rows, columns]`` of ``codes`` for rounded parameters."""
@@ -101,8 +106,8 @@ class Grid(StrictModel, ABC):
         return -(-columns // self.size(columns))
 
     def size(self, columns: int) -> int:
-        """Columns of a full group."""
-        return self.group_size or max(columns, 1)
+        """Columns of a full group; a group longer than the row is the row."""
+        return min(self.group_size or columns, columns) or 1
 
     def split(self, weight: Tensor, fill: bool = True) -> Tensor:
         """``[rows, columns] -> [rows, groups, size]``; a short last group repeats its last value (``fill``) or zero."""
@@ -119,3 +124,11 @@ class Grid(StrictModel, ABC):
 
     def _ragged(self, rows: int, columns: int) -> bool:
         return bool(columns % self.size(columns))
+
+
+def _finite(weight: Tensor) -> Tensor:
+    weight = weight.detach().float()
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise FormatError(f"The weight holds {bad} NaN or infinite values; repair or ignore this layer.")
+    return weight

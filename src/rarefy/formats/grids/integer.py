@@ -56,8 +56,8 @@ class _Affine(Grid):
 
     def encode_blocks(self, blocks: Tensor, params: Params) -> Tensor:
         scale, zero = self._numbers(params)
-        inverse = torch.where(scale == 0, 0.0, 1.0 / scale)
-        return (blocks * inverse + zero).round_().clamp_(0, self.code_count - 1).to(torch.uint8)
+        steps = torch.where(scale == 0, 0.0, blocks / scale)
+        return (steps + zero).round_().clamp_(0, self.code_count - 1).to(torch.uint8)
 
     def decode_blocks(self, codes: Tensor, params: Params) -> Tensor:
         scale, zero = self._numbers(params)

@@ -1,4 +1,4 @@
-"""Values from a look-up table: per tensor, row, group of rows, or block of columns; binary by region is such a table."""
+"""Values from a look-up table: per tensor, row, row group, or block of columns; binary by region is such a table."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from pydantic import Field
 from torch import Tensor
 
 from rarefy.formats.grids.base import Grid, Params
-from rarefy.formats.layout import FLOATS, FloatName, Layout, TensorLayout
+from rarefy.formats.layout import FLOATS, FloatName, Layout, Size, TensorLayout
 from rarefy.formats.scales import store_floats
 
 LLOYD_STEPS = 30
 
 
 class _Table(Grid):
-    """``value = lut[row // rows_per_lut, column // group_size, code]``; blocks are ``[row groups, column groups, members]``."""
+    """``value = lut[row // rows_per_lut, column // group_size, code]``.
+
+    Blocks are ``[row groups, column groups, members]``.
+    """
 
     family: ClassVar[str] = "lut"
     searchable: ClassVar[bool] = False
-    rows_per_lut: int | None = Field(1, ge=1)  # None: one table for all rows
+    rows_per_lut: Size | None = 1  # None: one table for all rows
     dtype: FloatName = "float16"
 
     def split(self, weight: Tensor, fill: bool = True) -> Tensor:
@@ -40,7 +43,7 @@ class _Table(Grid):
 
     def height(self, rows: int) -> int:
         """Rows that share a table."""
-        return self.rows_per_lut or max(rows, 1)
+        return min(self.rows_per_lut or rows, rows) or 1
 
     def round(self, params: Params) -> Params:
         return {"lut": store_floats(params["lut"], FLOATS[self.dtype], "table entry")}
@@ -82,7 +85,7 @@ class BinaryGrid(_Table):
     """
 
     type: Literal["binary"] = "binary"
-    group_size: int | None = Field(128, ge=1)
+    group_size: Size | None = 128
     regions: int = Field(1, ge=1, le=4)
 
     @property
@@ -92,9 +95,10 @@ class BinaryGrid(_Table):
     def propose(self, blocks: Tensor, importance: Tensor | None, shrink: float = 1.0) -> Params:
         """Regions are magnitude quantiles of the block at first, then nearest points and least squares in turn."""
         mass = torch.ones_like(blocks) if importance is None else importance
-        rank = blocks.abs().argsort(-1).argsort(-1)
-        region = rank * self.regions // blocks.shape[-1]
-        code = 2 * region + (blocks >= 0)
+        order = blocks.abs().argsort(-1)
+        below = _running_sum(mass.gather(-1, order))
+        share = (below[..., :-1] * self.regions / below[..., -1:]).long().clamp(max=self.regions - 1)
+        code = 2 * torch.empty_like(share).scatter_(-1, order, share) + (blocks >= 0)
         table = _region_means(blocks, mass, code, self.code_count)
         for _ in range(LLOYD_STEPS):
             table = _region_means(blocks, mass, self.encode_blocks(blocks, {"lut": table}), self.code_count, table)
@@ -105,20 +109,19 @@ def lloyd(blocks: Tensor, importance: Tensor | None, count: int, steps: int = LL
     """Weighted one-dimensional k-means of each block, centroids float32 ``[..., count]``, ascending.
 
     Values are sorted once and every step costs prefix sums at ``count`` boundaries. The start is the quantiles of
-    density^(1/3), the optimal point density of a scalar quantizer (Panter and Dite 1951), taken from sorted spacing.
-    Fewer distinct values than centroids leave duplicates, and an all-zero importance counts as equal importance.
+    (importance * density)^(1/3), the optimal point density of a scalar quantizer (Panter and Dite 1951), taken from
+    sorted spacing. Fewer distinct values than centroids leave duplicates, and an all-zero importance counts as equal
+    importance.
     """
     values, order = blocks.sort(-1)
     mass = torch.ones_like(values) if importance is None else importance.gather(-1, order)
-    mass = torch.where(mass.sum(-1, keepdim=True) > 0, mass, torch.ones_like(mass)).to(torch.float64)
-    zero = torch.zeros_like(mass[..., :1])
-    weight_sum = torch.cat([zero, mass.cumsum(-1)], -1)
-    value_sum = torch.cat([zero, (mass * values).cumsum(-1)], -1)
-    centers = _starting_points(values, count)
+    mass = torch.where(mass.sum(-1, keepdim=True) > 0, mass, torch.ones_like(mass))
+    weight_sum, value_sum = _running_sum(mass), _running_sum(mass.double() * values)
+    centers = _starting_points(values, weight_sum, count)
     for _ in range(steps):
         middles = (centers[..., 1:] + centers[..., :-1]) / 2
         inner = torch.searchsorted(values, middles.contiguous())
-        edges = torch.cat([torch.zeros_like(inner[..., :1]), inner, torch.full_like(inner[..., :1], values.shape[-1])], -1)
+        edges = torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=values.shape[-1])
         weight = weight_sum.gather(-1, edges).diff(dim=-1)
         total = value_sum.gather(-1, edges).diff(dim=-1)
         moved = torch.where(weight > 0, total / weight.clamp(min=1e-300), centers.double()).float()
@@ -129,15 +132,24 @@ def lloyd(blocks: Tensor, importance: Tensor | None, count: int, steps: int = LL
     return centers
 
 
-def _starting_points(values: Tensor, count: int) -> Tensor:
-    """Quantiles of density^(1/3) of sorted ``values [..., n]``, from the spacing of 64 equal-count bins."""
-    size = values.shape[-1]
-    bins = min(64, size)
-    edge = torch.linspace(0, size - 1, bins + 1, device=values.device).round().long()
-    edges = values[..., edge]
-    # density ~ 1 / width within an equal-count bin, so density^(1/3) * width = width^(2/3).
-    share = edges.diff(dim=-1).clamp(min=0).pow(2 / 3).cumsum(-1)
-    share = torch.cat([torch.zeros_like(share[..., :1]), share], -1)
+def _running_sum(numbers: Tensor) -> Tensor:
+    """Sums of the first 0, 1, ... n of ``numbers [..., n]``, float64 ``[..., n + 1]``."""
+    return torch.nn.functional.pad(numbers.double().cumsum(-1), (1, 0))
+
+
+def _starting_points(values: Tensor, weight_sum: Tensor, count: int) -> Tensor:
+    """Quantiles of (mass density)^(1/3) of sorted ``values [..., n]``, from the spacing of 64 bins of equal mass.
+
+    ``weight_sum [..., n + 1]`` is the running sum of mass; values without mass have no say.
+    """
+    bins = min(64, values.shape[-1])
+    wanted = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=values.device) * weight_sum[..., -1:]
+    # The first value with mass up to each wanted mass; the smallest such value stands for none.
+    edge = torch.searchsorted(weight_sum[..., 1:].contiguous(), wanted.contiguous())
+    first = torch.searchsorted(weight_sum[..., 1:].contiguous(), torch.zeros_like(wanted[..., :1]), right=True)
+    edges = values.gather(-1, torch.maximum(edge, first).clamp(max=values.shape[-1] - 1))
+    # density ~ 1 / width within a bin of equal mass, so density^(1/3) * width = width^(2/3).
+    share = torch.nn.functional.pad(edges.diff(dim=-1).clamp(min=0).pow(2 / 3).cumsum(-1), (1, 0))
     wanted = (torch.arange(count, device=values.device) + 0.5) / count * share[..., -1:]
     right = torch.searchsorted(share, wanted.contiguous()).clamp(1, bins)
     low, high = share.gather(-1, right - 1), share.gather(-1, right)
@@ -146,9 +158,7 @@ def _starting_points(values: Tensor, count: int) -> Tensor:
     return left + part * (edges.gather(-1, right) - left)
 
 
-def _region_means(
-    blocks: Tensor, mass: Tensor, codes: Tensor, count: int, previous: Tensor | None = None
-) -> Tensor:
+def _region_means(blocks: Tensor, mass: Tensor, codes: Tensor, count: int, previous: Tensor | None = None) -> Tensor:
     """The weighted mean of the members of each code ``[..., count]``; an empty code keeps its ``previous`` value."""
     index = codes.to(torch.int64)
     shape = (*blocks.shape[:-1], count)

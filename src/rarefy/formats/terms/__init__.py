@@ -36,6 +36,7 @@ input           permutation   int32                  [C]
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -55,11 +56,15 @@ def parse_spec(data: Any) -> TermSpec:
     """A term's description from JSON data. Raises FormatError naming the first key that is wrong."""
     check_depth(data)
     try:
-        return _adapter.validate_python(data)
+        # Through JSON, since only there does strict checking take a list for a tuple; "4" or 4.0 is no number of bits.
+        return _adapter.validate_json(json.dumps(data), strict=True)
     except ValidationError as failure:
         raise FormatError(f"term description: {explain(failure)}") from None
+    except (TypeError, ValueError) as failure:
+        raise FormatError(f"term description: it is not JSON data ({failure})") from None
 
 
 __all__ = [
-    "Dense", "Partition", "Product", "Quantized", "Residual", "Shape", "Shared", "Sparse", "Term", "TermSpec", "parse_spec", "stack",
+    "Dense", "Partition", "Product", "Quantized", "Residual", "Shape", "Shared", "Sparse", "Term", "TermSpec",
+    "parse_spec", "stack",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from rarefy.core.config import StrictModel
 from rarefy.core.errors import FormatError
 from rarefy.formats.bytes import ByteCount
 from rarefy.formats.inputs import AnyInput, RawInput
-from rarefy.formats.layout import Layout
+from rarefy.formats.layout import Layout, TensorLayout
 
 Shape = tuple[int, ...]
 
@@ -29,12 +29,10 @@ class TermSpec(StrictModel, ABC):
         """Stored tensors of one ``[rows, columns]`` weight, without those of the input transform."""
 
     def layout(self, shape: Shape) -> Layout:
-        """Stored tensors of a weight ``[*stack, rows, columns]``; stacked members (experts) lead every tensor's shape."""
+        """Stored tensors of a weight ``[*stack, rows, columns]``; stacked members (experts) lead every shape."""
         *stack, rows, columns = shape
         layout = {**self.member_layout(rows, columns), **self.input.layout(columns)}
-        return {
-            name: type(entry)(entry.dtype, (*stack, *entry.shape), entry.purpose) for name, entry in layout.items()
-        }
+        return {name: type(entry)(entry.dtype, (*stack, *entry.shape), entry.purpose) for name, entry in layout.items()}
 
     @abstractmethod
     def build(self, shape: Shape, tensors: Mapping[str, Tensor]) -> Term:
@@ -42,11 +40,12 @@ class TermSpec(StrictModel, ABC):
 
     def empty(self, shape: Shape, sizes: Mapping[str, int]) -> Term:
         """The term with uninitialised tensors on the current default device, for a loader to fill."""
-        tensors = {
-            name: torch.empty([sizes[size] if isinstance(size, str) else size for size in entry.shape], dtype=entry.dtype)
-            for name, entry in self.layout(shape).items()
-        }
-        return self.build(shape, tensors)
+
+        def extent(entry: TensorLayout) -> list[int]:
+            return [sizes[size] if isinstance(size, str) else size for size in entry.shape]
+
+        layout = self.layout(shape)
+        return self.build(shape, {name: torch.empty(extent(entry), dtype=entry.dtype) for name, entry in layout.items()})
 
 
 class Term(nn.Module, ABC):
@@ -99,7 +98,7 @@ class Term(nn.Module, ABC):
 
     @abstractmethod
     def decode_member(self) -> Tensor:
-        """The dense weight on the term's own input, float32 ``[rows, columns]``; only for a term that is not stacked."""
+        """The dense weight on the term's own input, float32 ``[rows, columns]``; not for a stacked term."""
 
     def select(self, index: int) -> Term:
         """Member ``index`` of the first stack dimension, sharing storage."""

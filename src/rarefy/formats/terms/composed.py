@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rarefy.core.config import StrictModel
 from rarefy.core.errors import FormatError
+from rarefy.formats.inputs import RawInput
 from rarefy.formats.layout import Layout, TensorLayout, prefixed
 from rarefy.formats.terms.base import Shape, Term, TermSpec
 from rarefy.formats.terms.plain import DenseSpec, ResidualSpec, SparseSpec
@@ -23,7 +24,7 @@ MAX_DEPTH = 8
 
 
 class ProductSpec(TermSpec):
-    """``left @ right`` with ``left [rows, rank]`` and ``right [rank, columns]``: low rank, or a dictionary and its codes.
+    """``left @ right`` with ``left [rows, rank]``, ``right [rank, columns]``: low rank, or a dictionary and its codes.
 
     On disk the factors are ``lowrank_b`` (left) and ``lowrank_a`` (right, applied first), as in LoRA.
     """
@@ -91,22 +92,29 @@ class PartitionSpec(TermSpec):
     parts: tuple[PartSpec, ...] = Field(min_length=1)
     ordered: bool = False
 
+    def model_post_init(self, context: object) -> None:
+        if self.axis == "experts" and not isinstance(self.input, RawInput):
+            raise ValueError("a partition by experts has no input of its own; give each part its input")
+
     def layout(self, shape: Shape) -> Layout:
         self._check_extent(shape)
+        return self._parts_layout(shape) if self.axis == "experts" else super().layout(shape)
+
+    def member_layout(self, rows: int, columns: int) -> Layout:
+        self._check_extent((rows, columns))
+        return self._parts_layout((rows, columns))
+
+    def _parts_layout(self, shape: Shape) -> Layout:
         layout: Layout = {}
         for index, part in enumerate(self.parts):
             layout.update(prefixed(f"parts.{index}", part.term.layout(self.part_shape(shape, part.size))))
         if self.ordered:
             layout["indices"] = TensorLayout(torch.int32, (self.extent,), "indices")
-        layout.update(self.input.layout(shape[-1]))
         return layout
-
-    def member_layout(self, rows: int, columns: int) -> Layout:
-        return self.layout((rows, columns))
 
     def build(self, shape: Shape, tensors: Mapping[str, Tensor]) -> Partition:
         self._check_extent(shape)
-        parts = [
+        parts: list[Term] = [
             part.term.build(self.part_shape(shape, part.size), _part(tensors, f"parts.{index}"))
             for index, part in enumerate(self.parts)
         ]
@@ -125,7 +133,7 @@ class PartitionSpec(TermSpec):
 
     def _check_extent(self, shape: Shape) -> None:
         position = {"rows": 2, "columns": 1, "experts": 3}[self.axis]
-        if len(shape) < position or (len(shape) > 2) != (self.axis == "experts"):
+        if len(shape) < position or (self.axis == "experts" and len(shape) > 3):
             raise FormatError(f"a weight of shape {list(shape)} cannot be partitioned by {self.axis}")
         if shape[-position] != self.extent:
             raise FormatError(f"the parts cover {self.extent} {self.axis} of {shape[-position]}")
@@ -157,11 +165,12 @@ class Partition(Term):
 
     def product(self, x: Tensor) -> Tensor:
         if self.axis == "rows":
-            y = torch.cat([part(x) for part in self.parts], dim=-1)
+            y = torch.cat([part(x) for part in self._terms()], dim=-1)
             return y.index_select(-1, self._places()) if self.ordered else y
         if self.ordered:
             x = x.index_select(-1, self.get_buffer("indices"))
-        return torch.stack([part(piece) for part, piece in zip(self.parts, x.split(self.sizes, -1), strict=True)]).sum(0)
+        pieces = zip(self._terms(), x.split(self.sizes, -1), strict=True)
+        return torch.stack([part(piece) for part, piece in pieces]).sum(0)
 
     def decode(self) -> Tensor:
         if self.axis != "experts":
@@ -170,26 +179,32 @@ class Partition(Term):
 
     def decode_member(self) -> Tensor:
         dim = 0 if self.axis == "rows" else 1
-        joined = torch.cat([part.decode() for part in self.parts], dim=dim)
+        joined = torch.cat([part.decode() for part in self._terms()], dim=dim)
         return joined.index_select(dim, self._places()) if self.ordered else joined
 
     def select(self, index: int) -> Term:
+        if self.axis != "experts":
+            return super().select(index)
         position = int((self.get_buffer("indices") == index).nonzero()) if self.ordered else index
-        for part, size in zip(self.parts, self.sizes, strict=True):
+        for part, size in zip(self._terms(), self.sizes, strict=True):
             if position < size:
-                assert isinstance(part, Term)
                 return part.select(position)
             position -= size
         raise IndexError(f"expert {index} of {self.shape[0]}")
 
     def check(self) -> None:
+        if self.axis == "experts":
+            self.check_member()
+        else:
+            super().check()
+
+    def check_member(self) -> None:
         for part in self._terms():
             part.check()
         if self.ordered:
             order = self.get_buffer("indices").to(torch.int64).sort().values
             if not torch.equal(order, torch.arange(len(order), device=order.device)):
                 raise FormatError("'indices' do not name every position once")
-        self.spec.input.check(self.own_tensors(), self.columns)
 
     def _terms(self) -> Iterator[Term]:
         for part in self.parts:
@@ -215,7 +230,7 @@ class SharedSpec(TermSpec):
 
 
 class Shared(Term):
-    """A use of another term's storage. ``resolve`` connects it once the whole model exists; bytes count at the owner."""
+    """A use of another term's storage, counted at its owner. ``resolve`` connects it once the whole model exists."""
 
     spec: SharedSpec
 
@@ -257,7 +272,10 @@ class Shared(Term):
         return self.target.decode()
 
     def select(self, index: int) -> Term:
-        return self.target.select(index)
+        member = Shared(self.spec, self.shape[1:], {name: tensor[index] for name, tensor in self.named_buffers()})
+        if self._target:  # not yet, when a loader checks a term before the whole model exists
+            member._target.append(self.target.select(index))
+        return member
 
 
 AnyTerm = Annotated[
@@ -283,6 +301,3 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if "." not in name}
-
-
-

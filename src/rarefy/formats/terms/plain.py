@@ -85,8 +85,9 @@ class Sparse(Term):
         cls, weight: Tensor, mask: Tensor, pattern: Pattern | None = None, dtype: FloatName = "float16"
     ) -> Sparse:
         """Store ``weight [rows, columns]`` where ``mask`` (bool, same shape) is set."""
-        spec = SparseSpec(pattern=pattern or Bitmap(), dtype=dtype)
-        tensors = {"values": _store(spec.pattern.gather(weight, mask), dtype), **spec.pattern.store(mask)}
+        spec = SparseSpec(pattern=pattern or Bitmap(), dtype=dtype)  # type: ignore[arg-type]
+        positions = spec.pattern.store(mask)  # first, since it refuses masks that cannot be gathered
+        tensors = {"values": _store(spec.pattern.gather(weight, mask), dtype), **positions}
         return cls(spec, tuple(weight.shape), tensors)
 
     def product(self, x: Tensor) -> Tensor:
@@ -97,9 +98,11 @@ class Sparse(Term):
 
     def check_member(self) -> None:
         kept = self.spec.pattern.check(self.own_tensors(), self.rows, self.columns)
-        slots = kept * (self.spec.pattern.group or 1)
-        if self.get_buffer("values").numel() < slots:
-            raise FormatError(f"'values' holds {self.get_buffer('values').numel()} numbers for {slots} kept weights")
+        group, values = self.spec.pattern.group or 1, self.get_buffer("values")
+        slots = kept * group
+        # A flat list may end in the filling of a stack, whole groups of it; numbers per row leave no room.
+        if values.numel() < slots or values.numel() % group or (values.dim() == 2 and values.numel() != slots):
+            raise FormatError(f"'values' holds {values.numel()} numbers for {slots} kept weights")
 
 
 class ResidualSpec(TermSpec):
@@ -173,9 +176,13 @@ class Residual(Term):
         values, column = packing.unpack_entries(entries, FLOATS[self.spec.dtype])
         if not bool(torch.isfinite(values).all()):
             raise FormatError("'entries' hold NaN or infinity")
-        panel = torch.repeat_interleave(torch.arange(pointer.shape[0], device=column.device), pointer.diff(dim=1).sum(1))
-        if bool((column[:used] + panel * PANEL >= self.columns).any()):
+        counts = pointer.diff(dim=1).flatten()
+        line = torch.repeat_interleave(torch.arange(counts.numel(), device=column.device), counts)
+        column = column[:used] + line // max(self.rows, 1) * PANEL
+        if bool((column >= self.columns).any()):
             raise FormatError(f"'entries' name a column beyond {self.columns}")
+        if bool(((line.diff() == 0) & (column.diff() <= 0)).any()):
+            raise FormatError("'entries' of a row are not in ascending order of columns")
 
 
 def _panels(columns: int) -> int:
@@ -183,7 +190,7 @@ def _panels(columns: int) -> int:
 
 
 def _store(weight: Tensor, dtype: FloatName) -> Tensor:
-    stored = weight.to(FLOATS[dtype])
+    stored = weight.detach().to(FLOATS[dtype])
     if not bool(torch.isfinite(stored).all()):
         raise FormatError(f"A value does not fit {dtype}; store this term in bfloat16 or float32.")
     return stored.contiguous()

@@ -111,22 +111,26 @@ class Quantized(Term):
         input: AnyInput | None = None,
         input_tensors: Mapping[str, Tensor] | None = None,
     ) -> Quantized:
-        """Pack dense ``codes [rows, columns]`` and rounded ``params`` of ``grid``; ``mask`` (bool) says what is kept."""
+        """Pack dense ``codes [rows, columns]`` and rounded ``params`` of ``grid``; ``mask`` (bool) says what is kept.
+
+        Raises FormatError when the mask breaks the pattern or a code is not one of the grid's.
+        """
         spec = QuantizedSpec(
-            grid=grid,
-            pattern=pattern or Full(),
+            grid=grid,  # type: ignore[arg-type]
+            pattern=pattern or Full(),  # type: ignore[arg-type]
             packing="radix" if isinstance(grid, LevelGrid) else "planes" if planes else "bitstream",
             multiplier=multiplier is not None,
             input=input or RawInput(),
         )
         kept = torch.ones_like(codes, dtype=torch.bool) if mask is None else mask
+        positions = spec.pattern.store(kept)  # first, since it refuses masks that cannot be gathered
         tensors = {"codes": spec_pack(spec, spec.pattern.gather(codes, kept))}
         per_group = {
             name: tensor if name in ("lut", "second_order") else spec.pattern.gather_params(tensor, kept)
             for name, tensor in params.items()
         }
         tensors.update(grid.pack_params(per_group))
-        tensors.update(spec.pattern.store(kept))
+        tensors.update(positions)
         if multiplier is not None:
             tensors["multiplier"] = torch.tensor(multiplier, dtype=torch.float32, device=codes.device)
         tensors.update(input_tensors or {})
@@ -134,7 +138,10 @@ class Quantized(Term):
 
     def product(self, x: Tensor) -> Tensor:
         y = ops.linear(self.family, x, op_arguments(self, self._names, self._plain))
-        return y * self.get_buffer("multiplier").to(y.dtype) if self.has_multiplier else y
+        if not self.has_multiplier:
+            return y
+        # In 32 bits: the factor itself may lie outside the range of 16-bit floats.
+        return (y.to(torch.promote_types(y.dtype, torch.float32)) * self.get_buffer("multiplier")).to(y.dtype)
 
     def decode_member(self) -> Tensor:
         weight = ops.decode_weight(self.family, op_arguments(self, self._names, self._plain))
@@ -155,8 +162,13 @@ class Quantized(Term):
         words = codes.shape[1] * self.rows if ids and self.rows else codes.shape[0]
         if words * per_word < slots:
             raise FormatError(f"'codes' hold {words * per_word} codes for {slots} kept weights")
-        if self.spec.pattern.group is not None and self.family != "lut" and self.get_buffer("scale").numel() < kept:
-            raise FormatError(f"'scale' holds {self.get_buffer('scale').numel()} numbers for {kept} kept groups")
+        if self.spec.pattern.group is not None and self.family != "lut" and (groups := self._group_count()) < kept:
+            raise FormatError(f"'scale' holds {groups} numbers for {kept} kept groups")
+
+    def _group_count(self) -> int:
+        """Groups that have a scale; a group's scale may be two bytes or two numbers."""
+        flat = self.spec.pattern.group is not None and getattr(self.spec.pattern, "index", None) != "ids"
+        return self.get_buffer("scale").shape[: 1 if flat else 2].numel()
 
     def _check_codes(self) -> None:
         codes, count = self.get_buffer("codes"), self.spec.grid.code_count
@@ -164,13 +176,14 @@ class Quantized(Term):
             per_word, _ = packing.RADIX[count]
             if bool(((codes < 0) | (codes.to(torch.int64) >= count**per_word)).any()):
                 raise FormatError(f"'codes' hold a word beyond {count} ** {per_word}")
-        elif count != 1 << self.spec.grid.code_bits:
-            whole = packing.unpack_bits(codes, self.spec.grid.code_bits, codes.shape[-2] * packing.WORD)
-            if bool((whole >= count).any()):
+        elif count != 1 << (bits := self.spec.grid.code_bits):
+            planes = self.spec.packing == "planes"
+            unpack, words = (packing.unpack_planes, -1) if planes else (packing.unpack_bits, -2)
+            if bool((unpack(codes, bits, codes.shape[words] * packing.WORD) >= count).any()):
                 raise FormatError(f"'codes' point beyond the {count} entries of their table")
         zero = self._buffers.get("zero_point")
         if zero is not None and zero.dtype == torch.int32:
-            needed = packing.words(self.get_buffer("scale").numel())
+            needed = packing.words(self._group_count())
             if zero.shape[0] < needed:
                 raise FormatError(f"'zero_point' has {zero.shape[0]} words, {needed} are needed")
 

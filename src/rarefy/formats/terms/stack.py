@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rarefy.core.errors import FormatError
 from rarefy.formats.terms.base import Term
-from rarefy.formats.terms.composed import Partition
+from rarefy.formats.terms.composed import Partition, Shared
 
 
 def stack(members: list[Term]) -> Term:
@@ -18,6 +18,8 @@ def stack(members: list[Term]) -> Term:
     """
     if any(member.shape != members[0].shape for member in members):
         raise FormatError("Only terms of one shape can be stacked.")
+    if any(isinstance(part, Shared) for member in members for part in member.modules()):
+        raise FormatError("Shared terms cannot be stacked; let every expert store its own.")
     kinds: dict[str, list[int]] = {}
     for index, member in enumerate(members):
         kinds.setdefault(member.spec.model_dump_json(), []).append(index)
@@ -45,8 +47,7 @@ def _filled(name: str, pieces: list[Tensor], flexible: list[bool]) -> list[Tenso
     if any(list(piece.shape) != largest for piece in pieces) and not flexible[0]:
         # Only a flat list can be filled at its end; equal numbers per row would stop being equal.
         raise FormatError(f"'{name}' differs in size between experts; use a bitmap or csr index for them.")
-    return [
-        torch.nn.functional.pad(piece, [end for size, top in zip(piece.shape[::-1], largest[::-1], strict=True)
-                                        for end in (0, top - size)])
-        for piece in pieces
-    ]  # fmt: skip
+    filled = [piece.new_zeros(largest) for piece in pieces]
+    for whole, piece in zip(filled, pieces, strict=True):
+        whole[tuple(slice(size) for size in piece.shape)] = piece
+    return filled

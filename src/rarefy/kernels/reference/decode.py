@@ -40,7 +40,7 @@ def decode_integer(
     dense_codes = scatter(unpack_codes(codes, packing_name, levels, *place[:3], rows, columns), *place)
     scales, zeros = group_scales(scatter_groups(scale, *place), second_order, tile)
     if zero_point is not None:
-        zeros = scatter_groups(_zeros(zero_point, scale, levels), *place).float()
+        zeros = scatter_groups(_zeros(zero_point, _lead(scale, pattern), levels), *place).float()
     groups = _Groups(group_size, columns)
     values = groups.split(dense_codes.to(torch.float32))
     values = values.sub_(levels // 2 if zeros is None else groups.spread(zeros)).mul_(groups.spread(scales))
@@ -92,7 +92,7 @@ def decode_lut(
     rows: int,
     columns: int,
 ) -> Tensor:
-    """``lut[row // rows_per_lut, column // group_size, code]``; ``lut`` is float ``[row groups, column groups, entries]``."""
+    """``lut[row // rows_per_lut, column // group_size, code]``, ``lut`` float ``[row groups, column groups, entries]``."""
     place = (pattern, block, positions, row_ptr, rows, columns)
     unpacked = unpack_codes(codes, packing_name, 1 << num_bits, *place[:3], rows, columns)
     dense_codes = scatter(unpacked, *place).to(torch.int64)
@@ -116,7 +116,7 @@ def decode_values(
 
 
 def decode_csr(entries: Tensor, row_ptr: Tensor, half: bool, rows: int, columns: int) -> Tensor:
-    """Compressed sparse rows of 32-bit entries, one panel per 65536 columns; ``row_ptr`` is int32 ``[panels, rows + 1]``.
+    """Compressed sparse rows of 32-bit entries, a panel per 65536 columns; ``row_ptr`` is int32 ``[panels, rows + 1]``.
 
     ``half`` says that values are float16, otherwise bfloat16.
     """
@@ -173,25 +173,35 @@ def group_scales(scale: Tensor, second_order: Tensor | None, tile: list[int]) ->
         scale_code, zero_code = scale[..., 0].float(), scale[..., 1].float()
     else:
         scale_code, zero_code = (scale & 15).float(), (scale >> 4).float()
-    rows, groups = scale.shape[:2]
-    spread = second_order.float().repeat_interleave(tile[0], 0)[:rows].repeat_interleave(tile[1], 1)[:, :groups]
+    spread = spread_tiles(second_order, tile, *scale.shape[:2])
     scales = spread[..., 0] * (scale_code - spread[..., 1])
     zeros = spread[..., 2] * (zero_code - spread[..., 3]) if spread.shape[-1] == 4 else None
     return scales, zeros
 
 
-def _zeros(zero_point: Tensor, scale: Tensor, levels: int) -> Tensor:
+def spread_tiles(second_order: Tensor, tile: list[int], rows: int, groups: int) -> Tensor:
+    """Numbers of tiles ``[row tiles, group tiles, ...]`` at every row and group, float32 ``[rows, groups, ...]``."""
+    row_tile = torch.arange(rows, device=second_order.device) // tile[0]
+    group_tile = torch.arange(groups, device=second_order.device) // tile[1]
+    return second_order.float()[row_tile[:, None], group_tile]
+
+
+def _lead(scale: Tensor, pattern: str) -> torch.Size:
+    """The shape of one number per stored group, without the bytes or signs that may end a scale's own shape."""
+    return scale.shape[: 1 if pattern in ("groups_csr", "groups_bitmap") else 2]
+
+
+def _zeros(zero_point: Tensor, lead: torch.Size, levels: int) -> Tensor:
     if zero_point.is_floating_point():
         return zero_point
-    count = scale.numel()
-    return packing.unpack_bits(zero_point, (levels - 1).bit_length(), count).reshape(scale.shape)
+    return packing.unpack_bits(zero_point, (levels - 1).bit_length(), lead.numel()).reshape(lead)
 
 
 class _Groups:
-    """Pairs ``[rows, columns]`` values with ``[rows, groups]`` parameters without copying either where groups are even."""
+    """Pairs ``[rows, columns]`` values with ``[rows, groups]`` parameters; copies neither where groups are even."""
 
     def __init__(self, group_size: int, columns: int):
-        self.size, self.columns = group_size or max(columns, 1), columns
+        self.size, self.columns = min(group_size or columns, columns) or 1, columns
         self.even = columns % self.size == 0 and columns > 0
 
     def split(self, values: Tensor) -> Tensor:
@@ -207,5 +217,3 @@ def _masked(dense: Tensor, place: tuple[str, list[int], Tensor | None, Tensor | 
     """Zero outside the pattern: a code of zero need not mean a value of zero."""
     pattern = place[0]
     return dense if pattern == "full" else torch.where(mask(*place), dense, 0.0)
-
-

@@ -50,7 +50,7 @@ def rank_bits(n: int, m: int) -> int:
 def subsets(n: int, m: int) -> Tensor:
     """All ways to keep ``n`` of ``m`` positions, bool ``[C(m, n), m]``, ordered by their bit pattern."""
     rows = sorted((sum(1 << index for index in chosen), chosen) for chosen in itertools.combinations(range(m), n))
-    table = torch.zeros(len(rows), m, dtype=torch.bool)
+    table = torch.zeros(len(rows), m, dtype=torch.bool, device="cpu")
     for row, (_, chosen) in enumerate(rows):
         table[row, list(chosen)] = True
     return table
@@ -62,7 +62,7 @@ def mask(
     """The kept positions, bool ``[rows, columns]``."""
     if pattern in GROUP_PATTERNS:
         kept = group_mask(pattern, block, positions, row_ptr, rows, columns)
-        return kept.repeat_interleave(block[0], dim=1)[:, :columns]
+        return kept.repeat_interleave(min(block[0], columns), dim=1)[:, :columns]
     assert positions is not None
     if pattern in ("bitmap", "n_m"):
         return packing.unpack_bitmap(positions, columns)
@@ -107,8 +107,9 @@ def scatter(
         return kept
     if pattern in GROUP_PATTERNS:
         chosen = group_mask(pattern, block, positions, row_ptr, rows, columns)
-        dense = kept.new_zeros(rows, chosen.shape[1], block[0])
-        dense[chosen] = kept.reshape(-1, block[0])[: int(chosen.sum())]
+        width = min(block[0], columns)
+        dense = kept.new_zeros(rows, chosen.shape[1], width)
+        dense[chosen] = kept.reshape(-1, block[0])[: int(chosen.sum()), :width]
         return dense.flatten(1)[:, :columns]
     chosen = mask(pattern, block, positions, row_ptr, rows, columns)
     return kept.new_zeros(rows, columns).masked_scatter_(chosen, kept)

@@ -17,7 +17,10 @@ _NF4 = (
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-_NF3 = (-1.0, -0.5350227355957031, -0.2469314038753510, 0.0, 0.1833375245332718, 0.3819939494132996, 0.6229856610298157, 1.0)
+_NF3 = (
+    -1.0, -0.5350227355957031, -0.2469314038753510, 0.0,
+    0.1833375245332718, 0.3819939494132996, 0.6229856610298157, 1.0,
+)  # fmt: skip
 
 # name -> number of bits
 FORMATS = {"fp3": 3, "fp4": 4, "nf3": 3, "nf4": 4, "fp6_e2m3": 6, "fp8_e4m3": 8, "fp8_e5m2": 8}
@@ -26,7 +29,9 @@ FORMATS = {"fp3": 3, "fp4": 4, "nf3": 3, "nf4": 4, "fp6_e2m3": 6, "fp8_e4m3": 8,
 @functools.lru_cache(maxsize=64)
 def table(name: str, device: torch.device | str = "cpu") -> Tensor:
     """The values of format ``name``, float32 ``[2**bits]``."""
-    return _build(name).to(device)
+    with torch.device("cpu"):  # not where a caller is building a model without storage: the table is kept
+        values = _build(name)
+    return values.to(device)
 
 
 def _build(name: str) -> Tensor:

@@ -1,0 +1,83 @@
+"""The finished folder: config with its manifest, everything that travels along, and the model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rarefy.core.files import write_text
+from rarefy.core.memory import human
+from rarefy.layers.manifest import Manifest
+
+# What a model needs besides weights and config.json. Code is never copied.
+COMPANIONS = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
+    "spiece*", "chat_template*", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "feature_extractor*", "modules.json", "config_sentence_transformers.json",
+    "sentence_*config.json", "1_Pooling", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Copy tokenizer, chat template, generation and preprocessor configs and licence files."""
+    for pattern in COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            if path.suffix in (".py", ".bin", ".pt", ".safetensors"):
+                continue
+            if path.is_dir():
+                shutil.copytree(path, out / path.name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py", "*.bin"))
+            else:
+                shutil.copyfile(path, out / path.name)
+
+
+def write_config(out: Path, config: dict[str, Any], manifest: Manifest) -> None:
+    """``config.json`` with the manifest as its quantization_config."""
+    whole = {**config, "quantization_config": manifest.model_dump(mode="json")}
+    write_text(out / "config.json", json.dumps(whole, indent=2) + "\n")
+
+
+def write_card(out: Path, base: str, manifest: Manifest, lines: Iterable[str], licence: str | None) -> None:
+    """README.md: the model card with what compression achieved and how to load the model."""
+    report = manifest.report
+    assert report is not None
+    head = ["---", "library_name: transformers", "tags: [rarefy, compressed]"]
+    head += [f"license: {licence}"] if licence else []
+    head += [f"base_model: {base}", "---"] if "/" in base and not Path(base).is_absolute() else ["---"]
+    parts = {name: bits for name, bits in report.bits_per_weight.items() if bits and name != "total"}
+    body = [
+        f"# {Path(base).name}, compressed with rarefy",
+        "",
+        f"Recipe `{manifest.recipe}`. Compressed weights take **{report.bits_per_weight['total']:.3f} bits each** "
+        f"({', '.join(f'{name} {bits:.3f}' for name, bits in parts.items())}); the whole model takes "
+        f"{human(report.stored_bytes)} instead of {human(report.dense_bytes)}.",
+        "",
+        "```python",
+        "import rarefy",
+        "from transformers import AutoModel  # or the class for your task, such as AutoModelForCausalLM",
+        "",
+        'model = AutoModel.from_pretrained("this folder")',
+        "```",
+        "",
+        *(f"- {line}" for line in (*lines, *report.notes)),
+    ]
+    write_text(out / "README.md", "\n".join(head + [""] + body).rstrip() + "\n")
+
+
+def licence_of(source: Path) -> str | None:
+    """The ``license:`` line of a model card's front matter, if the source folder has one."""
+    try:
+        lines = (source / "README.md").read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    if not lines or lines[0].strip() != "---":
+        return None
+    for line in lines[1:]:
+        if line.strip() == "---":
+            break
+        if line.startswith("license:"):
+            value = line.split(":", 1)[1].strip()
+            return value if value and all(char.isalnum() or char in ".-_" for char in value) else None
+    return None

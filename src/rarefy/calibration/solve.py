@@ -1,0 +1,109 @@
+"""One weight through its recipe: checked, solved, measured, and found again when the job was interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rarefy.calibration.report import LayerReport
+from rarefy.contracts import Rule, Solution
+from rarefy.core.errors import CheckpointError, FormatError, OptionError, RecipeError
+from rarefy.core.files import read_header
+from rarefy.formats.bytes import total
+from rarefy.formats.terms import Term, parse_spec
+from rarefy.layers.checkpoint import digest_of
+from rarefy.layers.swap import Site
+from rarefy.solvers.rtn import relative_error
+
+
+def solve_site(site: Site, rule: Rule, weight: Tensor, device: torch.device, work: WorkFolder | None) -> tuple[list[Term], LayerReport]:
+    """Terms for ``weight`` (any floating dtype, on the CPU) and the record of the work; terms come back on the CPU.
+
+    Raises RecipeError naming the layer when it cannot be represented.
+    """
+    start = time.monotonic()
+    key = "" if work is None else work.key(site, rule, weight)
+    solution = None if work is None else work.find(key, site)
+    dense = weight.to(device=device, dtype=torch.float32)
+    if solution is None:
+        try:
+            solution = rule.recipe().solve(site.name, dense)
+        except FormatError as failure:
+            raise RecipeError(f"Layer '{site.name}': {failure}") from None
+        if work is not None:
+            work.keep(key, solution)
+    error = relative_error(dense, solution.terms)
+    terms = [term.to("cpu") for term in solution.terms]
+    count = total([term.byte_count() for term in terms])
+    layer = LayerReport(
+        name=site.name, method=rule.method, shape=site.shape, bits_per_weight=count.total * 8 / max(1, site.count),
+        relative_error=error, seconds=time.monotonic() - start, notes=tuple(solution.notes),
+    )  # fmt: skip
+    return terms, layer
+
+
+class WorkFolder:
+    """Solved weights of an interrupted job, each under a key of its bytes, its rule and the formats' version.
+
+    One process at a time: a second one on the same folder is refused. Files are whole or absent.
+    """
+
+    def __init__(self, folder: Path):
+        from filelock import FileLock, Timeout
+
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(folder / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise OptionError(f"--work-dir '{folder}' is in use by another process; wait for it or name another.") from None
+
+    def close(self) -> None:
+        self._lock.release()
+
+    def key(self, site: Site, rule: Rule, weight: Tensor) -> str:
+        recipe = rule.recipe()
+        what = [site.name, list(site.shape), digest_of(weight), rule.method, recipe.recipe_version, recipe.model_dump(mode="json")]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+
+    def keep(self, key: str, solution: Solution) -> None:
+        from safetensors.torch import save_file
+
+        tensors = {
+            f"{index}.{name}": buffer.cpu().contiguous()
+            for index, term in enumerate(solution.terms)
+            for name, buffer in term.named_buffers()
+        }
+        about = {
+            "terms": json.dumps([[list(term.shape), term.spec.model_dump(mode="json")] for term in solution.terms]),
+            "notes": json.dumps(solution.notes),
+        }
+        part = self.folder / f".{key}.part"
+        save_file(tensors, part, metadata=about)
+        os.replace(part, self.folder / f"{key}.safetensors")
+
+    def find(self, key: str, site: Site) -> Solution | None:
+        from safetensors.torch import load_file
+
+        path = self.folder / f"{key}.safetensors"
+        if not path.is_file():
+            return None
+        try:
+            about = read_header(path).metadata
+            tensors = load_file(path)
+            terms = []
+            for index, (shape, data) in enumerate(json.loads(about["terms"])):
+                own = {name.removeprefix(f"{index}."): t for name, t in tensors.items() if name.startswith(f"{index}.")}
+                terms.append(parse_spec(data).build(tuple(shape), own))
+            return Solution(terms, json.loads(about["notes"]))
+        except (CheckpointError, FormatError, KeyError, ValueError) as failure:
+            raise OptionError(
+                f"'{path.name}' in --work-dir, the solution of '{site.name}', is damaged ({failure}); delete it."
+            ) from None

@@ -1,0 +1,1 @@
+"""Where other libraries meet rarefy; only this package changes when they do."""

@@ -1,0 +1,103 @@
+"""Loading and saving whole model folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from rarefy.calibration.data_free import tied_parameters
+from rarefy.calibration.output import copy_companions, licence_of, write_card, write_config
+from rarefy.calibration.skeleton import model_class, read_config
+from rarefy.core.errors import OptionError, SourceError
+from rarefy.core.files import staged_folder
+from rarefy.layers.checkpoint import ShardWriter
+from rarefy.layers.manifest import WEIGHTS_NAME, Manifest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_folder(folder: Path, **options: Any) -> PreTrainedModel:
+    """The model in ``folder``, dense or compressed, as the class its config names, in evaluation mode."""
+    config = read_config(folder)
+    return model_class(config).from_pretrained(folder, use_safetensors=True, **options).eval()  # type: ignore[no-any-return]
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether the folder holds a rarefy checkpoint."""
+    data = read_config(folder).get("quantization_config")
+    return isinstance(data, dict) and data.get("quant_method") == "rarefy"
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer. Raises SourceError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as failure:
+        reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
+        raise SourceError(f"'{folder}' has no usable tokenizer ({reason}); add its tokenizer files.") from None
+
+
+def save_model(
+    model: PreTrainedModel,
+    out: Path,
+    *,
+    source: Path | None,
+    base: str,
+    tokenizer: Any,
+    max_shard_bytes: int,
+    overwrite: bool,
+) -> None:
+    """Write a compressed model as a folder of its own: hashed weight files, config, tokenizer, model card.
+
+    ``source``: the folder it came from, whose tokenizer, configs and licence travel along.
+    """
+    with staged_folder(out, overwrite) as stage:
+        write_model(model, stage, source, base, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+
+
+def write_model(model: PreTrainedModel, stage: Path, source: Path | None, base: str, max_shard_bytes: int) -> None:
+    """``save_model`` into an existing empty folder."""
+    manifest = manifest_of(model)
+    writer = ShardWriter(stage, WEIGHTS_NAME, max_shard_bytes)
+    for name, tensor in stored_tensors(model):
+        writer.add(name, tensor)
+    manifest = writer.finish(manifest)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(stage)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(stage)
+    if source is not None:
+        copy_companions(source, stage)
+    config = json.loads((stage / "config.json").read_text("utf-8"))
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    write_config(stage, config, manifest)
+    write_card(stage, base, manifest, [], licence_of(source) if source else None)
+
+
+def manifest_of(model: Any) -> Manifest:
+    """The manifest of a compressed model. Raises OptionError when the model is dense."""
+    manifest = getattr(getattr(getattr(model, "config", None), "quantization_config", None), "manifest", None)
+    if not isinstance(manifest, Manifest):
+        raise OptionError(f"This {type(model).__name__} is not compressed by rarefy; call rarefy.compress first.")
+    return manifest
+
+
+def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that belongs on disk by its name in memory, tied ones once."""
+    tied = tied_parameters(model)
+    state = model.state_dict()
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    for name, tensor in state.items():
+        owner = tied.get(name)
+        shares = owner in state and state[owner].data_ptr() == tensor.data_ptr() and tensor.numel() > 0
+        if name not in ignored and not shares:
+            yield name, tensor

@@ -1,0 +1,174 @@
+"""What ``from_pretrained`` calls: check the files, put compressed modules on the meta device, check what was loaded.
+
+Compressed modules hold plain buffers named as in the files, so Transformers' own loader fills them; nothing here
+depends on how a particular 5.x converts weights.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+
+from rarefy.calibration.data_free import tied_parameters
+from rarefy.core.errors import CheckpointError, FormatError, OptionError, UnsupportedError
+from rarefy.integrations.transformers.config import RarefyConfig
+from rarefy.layers import swap
+from rarefy.layers.checkpoint import METADATA_KEY, check_digests, check_index, digest_of, expected_sizes, read_headers
+from rarefy.layers.manifest import Manifest, layer_layout
+
+PLAIN_NAME = "model.safetensors"  # what save_pretrained writes
+
+
+class RarefyQuantizer(HfQuantizer):
+    """Loads checkpoints that rarefy made; it does not compress (``rarefy.compress`` does)."""
+
+    requires_calibration = True
+
+    @property
+    def manifest(self) -> Manifest:
+        assert isinstance(self.quantization_config, RarefyConfig)
+        return self.quantization_config.manifest
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise OptionError("A rarefy model is compressed first, with rarefy.compress or 'rarefy compress'.")
+        if Path(self.manifest.weights).name != self.manifest.weights:
+            raise CheckpointError(f"quantization_config names weights {self.manifest.weights!r} outside its folder.")
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Transformers 5.16 and newer call this before they look for weight files."""
+        return self._name_weights(config)
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Transformers up to 5.15 call this before they look for weight files."""
+        return self._name_weights(config)
+
+    def _name_weights(self, config: Any) -> Any:
+        if self.manifest.weights.removesuffix(".index.json") != PLAIN_NAME:
+            config.transformers_weights = self.manifest.weights
+        return config
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
+        if not files:
+            raise CheckpointError("A rarefy checkpoint is loaded from files; pass the folder's name.")
+        if any(file.suffix != ".safetensors" for file in files):
+            raise CheckpointError(f"'{files[0].name}' is not a safetensors file; rarefy loads nothing else.")
+        check_index(files[0].parent, self.manifest.weights.removesuffix(".index.json"))
+        prepare_(model, self.manifest, files)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, module in swap.compressed(model):
+            for term in module.terms:
+                try:
+                    term.check()  # type: ignore[operator]
+                except FormatError as failure:
+                    raise CheckpointError(f"Layer '{name}': {failure}; the checkpoint is damaged.") from None
+        _connect(model)
+        keep_names_(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        """``save_pretrained`` writes the usual file names; the config says so, and hashes of the codes go along."""
+        manifest = self.manifest.model_copy(update={"weights": PLAIN_NAME})
+        self.quantization_config = RarefyConfig.of(manifest)
+        model.config.quantization_config = self.quantization_config
+        hashes = {
+            f"{name}.{label}": digest_of(buffer)
+            for name, module in swap.compressed(model)
+            for label, buffer in module.named_buffers()
+        }
+        return None, {METADATA_KEY: json.dumps({"manifest": manifest.digest(), "tensors": hashes}, sort_keys=True)}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # adapters train over the frozen codes
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        for name, _ in list(swap.compressed(model)):
+            swap.restore_(model, name, dtype)
+        return model
+
+
+def prepare_(model: nn.Module, manifest: Manifest, files: list[Path]) -> None:
+    """Check ``files`` against the manifest and ``model`` (on the meta device), then put empty compressed modules in.
+
+    Raises CheckpointError before any tensor is read into the model.
+    """
+    wanted = manifest.terms()
+    places = {site.name: site for site in swap.sites(model)}
+    for name in wanted:
+        if name not in places:
+            raise CheckpointError(f"quantization_config compresses '{name}', which this model does not have.")
+    try:
+        layouts = {name: layer_layout(terms, places[name].shape) for name, terms in wanted.items()}
+    except FormatError as failure:
+        raise CheckpointError(f"quantization_config: {failure}.") from None
+    replaced = {places[name].parameter for name in wanted}
+    dense = {
+        name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in replaced
+    }
+    headers = read_headers(files)
+    sizes = expected_sizes(headers, layouts, dense, set(tied_parameters(model)))
+    check_digests(headers, manifest, [f"{module}.{name}" for module, layout in layouts.items() for name in layout])
+    for name, terms in wanted.items():
+        with torch.device("meta"):
+            empty = [
+                term.empty(places[name].shape, _own_sizes(sizes[name], f"terms.{index}."))
+                for index, term in enumerate(terms)
+            ]
+        swap.swap_(model, places[name], empty)
+    if any(places[name].kind == "experts" for name in wanted):
+        use_expert_loop_(model)
+
+
+def use_expert_loop_(model: nn.Module) -> None:
+    """Have experts run one by one: compressed experts are indexed, never one dense tensor."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "eager"
+
+
+def keep_names_(model: nn.Module) -> None:
+    """Save under the names in memory: converting back to a family's older names would take compressed stacks apart."""
+    model._weight_conversions = []  # type: ignore[assignment]
+
+
+def attach_(model: nn.Module, manifest: Manifest) -> None:
+    """Make a model that was just compressed in memory look as if it had been loaded, so that it saves and trains."""
+    if not hasattr(model, "config"):
+        raise UnsupportedError(f"{type(model).__name__} is not a Transformers model; save its state_dict instead.")
+    config = RarefyConfig.of(manifest)
+    model.config.quantization_config = config
+    model.hf_quantizer = RarefyQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = config.quant_method  # type: ignore[assignment]
+    keep_names_(model)
+    _connect(model)
+    if any(isinstance(module, swap.CompressedStack) for module in model.modules()):
+        use_expert_loop_(model)
+
+
+def _own_sizes(sizes: dict[str, int], prefix: str) -> dict[str, int]:
+    return {name.removeprefix(prefix): size for name, size in sizes.items() if name.startswith(prefix)}
+
+
+def _connect(model: nn.Module) -> None:
+    try:
+        swap.resolve_shared(model)
+    except FormatError as failure:
+        raise CheckpointError(f"quantization_config: {failure}.") from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import os
 from dataclasses import dataclass
@@ -112,7 +114,7 @@ def _calibration() -> Text:
 
 
 def _wikipedia() -> tuple[str, str]:
-    """The first two thirds and the last third of the articles, without the lines that mark their bounds."""
+    """The first two thirds and the last third, cut between two articles, without the lines that mark their bounds."""
     path = packaged_file(CARRIER, f"{FOLDER}/wiki.utf8", SHA256["wiki.utf8"])
     articles: list[list[str]] = []
     for line in path.read_bytes().decode("utf-8").split("\n"):
@@ -120,6 +122,7 @@ def _wikipedia() -> tuple[str, str]:
             articles.append([])
         elif line != "</doc>" and articles:
             articles[-1].append(line)
-    cut = 2 * len(articles) // 3
     whole = ["\n".join(lines) for lines in articles]
+    ends = list(itertools.accumulate(map(len, whole)))
+    cut = bisect.bisect(ends, 2 * ends[-1] // 3)
     return "\n".join(whole[:cut]), "\n".join(whole[cut:])

@@ -44,8 +44,8 @@ class TermSpec(StrictModel, ABC):
         def extent(entry: TensorLayout) -> list[int]:
             return [sizes[size] if isinstance(size, str) else size for size in entry.shape]
 
-        layout = self.layout(shape)
-        return self.build(shape, {name: torch.empty(extent(entry), dtype=entry.dtype) for name, entry in layout.items()})
+        layout = self.layout(shape).items()
+        return self.build(shape, {name: torch.empty(extent(entry), dtype=entry.dtype) for name, entry in layout})
 
 
 class Term(nn.Module, ABC):

@@ -13,3 +13,7 @@ def register() -> None:
     # The decorators refuse a second registration, which a reloaded module would be.
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["rarefy"] = RarefyConfig
     auto.AUTO_QUANTIZER_MAPPING["rarefy"] = RarefyQuantizer
+
+
+# Loading it here calls ``register`` (see ``rarefy/__init__.py``) before any module of this package is half imported.
+import transformers.quantizers.auto  # noqa: E402, F401

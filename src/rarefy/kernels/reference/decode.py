@@ -92,7 +92,7 @@ def decode_lut(
     rows: int,
     columns: int,
 ) -> Tensor:
-    """``lut[row // rows_per_lut, column // group_size, code]``, ``lut`` float ``[row groups, column groups, entries]``."""
+    """``lut[row // rows_per_lut, column // group_size, code]``; ``lut`` is ``[row groups, column groups, entries]``."""
     place = (pattern, block, positions, row_ptr, rows, columns)
     unpacked = unpack_codes(codes, packing_name, 1 << num_bits, *place[:3], rows, columns)
     dense_codes = scatter(unpacked, *place).to(torch.int64)

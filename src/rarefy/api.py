@@ -1,0 +1,328 @@
+"""The verbs. Each takes a model by name or in memory; bytes are bytes, times are seconds, divergences are nats per token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from rarefy.calibration.data_free import can_stream, compress_folder, compress_model_, weight_files
+from rarefy.calibration.report import CompressionReport, Ledger
+from rarefy.contracts import Recipe
+from rarefy.core.errors import OptionError, UnsupportedError
+from rarefy.core.files import check_out, read_header, staged_folder
+from rarefy.core.logs import logger
+from rarefy.core.memory import peak_bytes
+from rarefy.evaluation.candidates import Candidate, dense_sizes
+from rarefy.evaluation.protocol import Protocol, bos_token, fast_dtype
+from rarefy.evaluation.results import Comparison, Evaluation, Sizes
+from rarefy.integrations.transformers import models as folders
+from rarefy.integrations.transformers.quantizer import attach_
+from rarefy.layers.checkpoint import parse_size
+from rarefy.layers.manifest import Manifest, read_manifest
+from rarefy.recipes import load_recipe
+from rarefy.sources.model_source import ModelSource
+from rarefy.sources.models import open_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logger(__name__)
+Device = Literal["auto", "cpu", "cuda"] | str
+
+
+def compress(
+    model: str | Path | PreTrainedModel,
+    recipe: str | Path | Recipe = "rtn",
+    *,
+    options: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    data: str | Path | None = None,
+    samples: int = 128,
+    seq_len: int = 2048,
+    work_dir: str | Path | None = None,
+    device: Device = "auto",
+    seed: int = 0,
+    max_shard_size: str | int = "2GB",
+    overwrite: bool = False,
+    revision: str | None = None,
+) -> CompressionReport:
+    """Compress ``model`` by ``recipe`` and say what it cost.
+
+    ``model``: a folder, hub id, ``.gguf`` file or ``"demo"``, written to the folder ``out`` (needed then); or a loaded
+    Transformers model, compressed in place and also written if ``out`` is given. ``options`` override the recipe's.
+    ``data``, ``samples`` and ``seq_len`` (tokens) serve recipes that calibrate; a data-free recipe says that it ignores
+    them. ``work_dir`` keeps solved layers, so that the same call goes on after an interruption.
+
+    Raises RecipeError, OptionError, SourceError, UnsupportedError, CheckpointError; nothing half-written stays behind.
+    """
+    start = time.monotonic()
+    chosen = load_recipe(recipe, options)
+    shard_bytes = parse_size(max_shard_size)
+    notes = _ignored_data(chosen, data)
+    place = _device(device)
+    work = None if work_dir is None else Path(work_dir)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if not isinstance(model, str | Path):
+            ledger, skipped, manifest = _compress_in_place(model, chosen, place if device != "auto" else None, work, notes)
+            name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+            if out is not None:
+                save(model, out, max_shard_size=shard_bytes, overwrite=overwrite)
+        else:
+            if out is None:
+                raise OptionError("Say where to write the compressed model: out=FOLDER (--out on the command line).")
+            check_out(Path(out), overwrite)
+            source = open_model(model, revision)
+            name = source.name
+            ledger, skipped, manifest = _compress_source(source, chosen, Path(out), shard_bytes, place, work, overwrite, notes)
+    report = manifest.report
+    assert report is not None
+    return CompressionReport(
+        model=name, recipe=chosen.name, out=None if out is None else str(out), bits_per_weight=report.bits_per_weight,
+        weights=report.weights, stored_bytes=report.stored_bytes, dense_bytes=report.dense_bytes,
+        seconds=time.monotonic() - start, peak_bytes=peak_bytes(), layers=tuple(ledger.layers), skipped=skipped,
+        fallbacks=ledger.fallbacks, notes=tuple(ledger.notes),
+    )  # fmt: skip
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device_map: Any = None,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """The model that ``source`` names, dense or compressed, in evaluation mode, as the class its config names.
+
+    ``dtype`` is that of dense tensors and activations; codes and scales keep theirs. Raises SourceError, CheckpointError.
+    """
+    return folders.load_folder(open_model(source, revision).folder, dtype=dtype, device_map=device_map)
+
+
+def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
+    """The tokenizer of the model that ``source`` names. Raises SourceError when it has none."""
+    return folders.load_tokenizer(open_model(source, revision).folder)
+
+
+def save(
+    model: PreTrainedModel,
+    out: str | Path,
+    *,
+    tokenizer: Any = None,
+    max_shard_size: str | int = "2GB",
+    overwrite: bool = False,
+) -> None:
+    """Write a compressed model to the folder ``out``, with its tokenizer, configs, licence and model card.
+
+    What travels along is copied from the folder the model was loaded from; ``tokenizer`` replaces that one's. Without
+    rarefy such a folder fails to load loudly (``save_pretrained`` writes names that only warn). Raises OptionError.
+    """
+    base = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    folder = Path(base)
+    folders.save_model(
+        model, Path(out), source=folder if folder.is_dir() else None, base=folder.name if folder.is_dir() else base,
+        tokenizer=tokenizer, max_shard_bytes=parse_size(max_shard_size), overwrite=overwrite,
+    )  # fmt: skip
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    *,
+    reference: str | Path | PreTrainedModel | None = None,
+    data: str | Path = "demo",
+    context: int = 512,
+    windows: int | None = 12,
+    executor: Literal["exact", "fast"] = "exact",
+    dtype: str | torch.dtype = "auto",
+    device: Device = "auto",
+    tokenizer: Any = None,
+) -> Evaluation:
+    """Perplexity of ``model`` on ``windows`` windows of ``context`` tokens of ``data`` and, against ``reference``, KL and
+    top-1 agreement. As ``compare`` with one model."""
+    return compare(
+        [model], reference=reference, data=data, context=context, windows=windows, executor=executor, dtype=dtype,
+        device=device, tokenizer=tokenizer,
+    ).candidates[0]  # fmt: skip
+
+
+def compare(
+    models: Sequence[str | Path | PreTrainedModel],
+    *,
+    reference: str | Path | PreTrainedModel | None = None,
+    data: str | Path = "demo",
+    context: int = 512,
+    windows: int | None = 12,
+    executor: Literal["exact", "fast"] = "exact",
+    dtype: str | torch.dtype = "auto",
+    device: Device = "auto",
+    tokenizer: Any = None,
+) -> Comparison:
+    """Evaluate several models on the same windows; the dense ``reference`` runs once for all of them.
+
+    ``data``: ``"demo"`` or a text file. ``windows`` None takes the whole text. ``tokenizer``: needed only for models in
+    memory whose folder is unknown. ``executor="fast"`` may quantize activations where a kernel does; where none does,
+    the result says ``exact``. Raises SourceError, OptionError, UnsupportedError, CheckpointError.
+    """
+    from rarefy.evaluation.runner import evaluate as run
+    from rarefy.sources.texts import open_text
+    from rarefy.sources.windows import tokenize
+    from rarefy.sources.windows import windows as cut
+
+    if executor == "fast":
+        log.warning("No kernel of this version quantizes activations; everything runs exact.")
+    everyone = [*models] if reference is None else [reference, *models]
+    if not everyone:
+        raise OptionError("Name at least one model to evaluate.")
+    protocol = Protocol(context=context, windows=windows)
+    text = open_text(data, "evaluation")
+    sources = [open_model(model) if isinstance(model, str | Path) else None for model in everyone]
+    tokenizer = tokenizer or _shared_tokenizer(everyone, sources)
+    bos = bos_token(tokenizer, None)
+    tokens = cut(tokenize(tokenizer, text.text), context, windows, bos)
+    protocol = protocol.model_copy(update={"bos": bos is not None, "text": text.name, "form": text.form})
+    place = _device(device)
+    dtype = _compute_dtype(dtype, sources[0], place)
+    candidates = [_candidate(*pair, dtype, place) for pair in zip(everyone, sources, strict=True)]
+    first = None if reference is None else candidates.pop(0)
+    return run(candidates, tokens, protocol, reference=first)
+
+
+def merge_adapter(model: Any, recipe: str | Path | Recipe | None = None) -> PreTrainedModel:
+    """Merge the active LoRA adapters of a PEFT model into its compressed base by compressing the sums anew.
+
+    ``recipe``: how to compress; None repeats each layer's own rule. Returns the base model without adapters, ready for
+    ``save``; the error that compressing anew adds is logged per layer. Raises OptionError when there is no adapter, and
+    UnsupportedError for adapters that are not additive.
+    """
+    from rarefy.integrations.peft import merge_adapter as merge
+
+    return merge(model, None if recipe is None else load_recipe(recipe))
+
+
+def _compress_in_place(
+    model: PreTrainedModel, recipe: Recipe, device: torch.device | None, work: Path | None, notes: list[str]
+) -> tuple[Ledger, dict[str, str], Manifest]:
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedError("This model is quantized already; load the dense model and compress that.")
+    dense_bytes = dense_sizes(model).stored_bytes or 0
+    ledger, skipped = compress_model_(model, recipe, device=device, work_dir=work)
+    ledger.notes[:0] = notes
+    stored = sum(tensor.numel() * tensor.element_size() for _, tensor in folders.stored_tensors(model))
+    manifest = ledger.manifest(stored, dense_bytes)
+    attach_(model, manifest)
+    return ledger, skipped, manifest
+
+
+def _compress_source(
+    source: ModelSource,
+    recipe: Recipe,
+    out: Path,
+    shard_bytes: int,
+    device: torch.device,
+    work: Path | None,
+    overwrite: bool,
+    notes: list[str],
+) -> tuple[Ledger, dict[str, str], Manifest]:
+    config = folders.read_config(source.folder)
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise UnsupportedError(f"'{source.name}' is compressed already (quant_method '{method}'); compress the dense model.")
+    notes = [source.note, *notes]
+    with staged_folder(out, overwrite) as stage:
+        if can_stream(source.folder):
+            ledger, manifest, skipped = compress_folder(
+                source.folder, source.name, recipe, stage, max_shard_bytes=shard_bytes, device=device, work_dir=work, notes=notes
+            )
+            return ledger, skipped, manifest
+        log.warning("The checkpoint's tensor names are not the model's own, so the whole model is loaded to compress it.")
+        model = folders.load_folder(source.folder, dtype="auto")
+        ledger, skipped, manifest = _compress_in_place(model, recipe, device, work, notes)
+        folders.write_model(model, stage, source.folder, source.name, shard_bytes)
+    return ledger, skipped, manifest
+
+
+def _ignored_data(recipe: Recipe, data: str | Path | None) -> list[str]:
+    if data is None or any(rule.recipe().needs for rule in recipe.rules):
+        return []
+    log.warning("Recipe '%s' is data-free; the calibration data is not used.", recipe.name)
+    return [f"recipe '{recipe.name}' is data-free: calibration data '{data}' was not used"]
+
+
+def _candidate(
+    model: str | Path | PreTrainedModel, source: ModelSource | None, dtype: str | torch.dtype, device: torch.device
+) -> Candidate:
+    if source is None:
+        assert not isinstance(model, str | Path)
+        name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+        quantization = getattr(getattr(model.config, "quantization_config", None), "manifest", None)
+        return Candidate(name, model=model, sizes=_sizes(quantization) if quantization else dense_sizes(model))
+    folder = source.folder
+    stored = sum(path.stat().st_size for path in weight_files_of(folder))
+
+    def open_it() -> Any:
+        return folders.load_folder(folder, dtype=dtype).to(device)
+
+    if folders.is_compressed(folder):
+        sizes = _sizes(read_manifest(folders.read_config(folder)["quantization_config"]))
+    else:
+        sizes = _dense_file_sizes(folder)
+    return Candidate(source.name, load=open_it, resident_bytes=stored, sizes=sizes)
+
+
+def _compute_dtype(dtype: str | torch.dtype, first: ModelSource | None, device: torch.device) -> str | torch.dtype:
+    """One dtype for all models: as the first is stored, but float32 where a CPU would emulate 16-bit arithmetic."""
+    if dtype != "auto" or first is None:
+        return dtype
+    stored = str(folders.read_config(first.folder).get("dtype") or "float32")
+    emulated = device.type == "cpu" and stored in ("float16", "bfloat16") and fast_dtype(device) == torch.float32
+    return "float32" if emulated else stored
+
+
+def weight_files_of(folder: Path) -> list[Path]:
+    """All safetensors files of a model folder, dense or compressed."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _sizes(manifest: Manifest) -> Sizes:
+    report = manifest.report
+    if report is None:
+        return Sizes()
+    return Sizes(
+        bits_per_weight=report.bits_per_weight, stored_bytes=report.stored_bytes, dense_bytes=report.dense_bytes
+    )
+
+
+def _dense_file_sizes(folder: Path) -> Sizes:
+    tensors = [info for path in weight_files(folder) for info in read_header(path).tensors.values()]
+    size, count = sum(info.nbytes for info in tensors), 0
+    for info in tensors:
+        weights = 1
+        for extent in info.shape:
+            weights *= extent
+        count += weights
+    bits = size * 8 / max(1, count)
+    return Sizes(bits_per_weight={"total": bits, "values": bits}, stored_bytes=size, dense_bytes=size)
+
+
+def _shared_tokenizer(models: Sequence[Any], sources: Sequence[ModelSource | None]) -> Any:
+    for model, source in zip(models, sources, strict=True):
+        folder = source.folder if source is not None else Path(str(getattr(model.config, "_name_or_path", "")))
+        if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
+            return folders.load_tokenizer(folder)
+    raise OptionError("None of the models has a tokenizer beside it; pass tokenizer=.")
+
+
+def _device(name: Device) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OptionError(f"device '{name}' is unknown; use auto, cpu or cuda.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError("device 'cuda' was asked for, but torch sees no GPU; use --device cpu.")
+    return device

@@ -63,7 +63,7 @@ def compress(
     chosen = load_recipe(recipe, options)
     shard_bytes = parse_size(max_shard_size)
     notes = _ignored_data(chosen, data)
-    place = _device(device)
+    place = device_of(device)
     work = None if work_dir is None else Path(work_dir)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -184,7 +184,7 @@ def compare(
     bos = bos_token(tokenizer, None)
     tokens = cut(tokenize(tokenizer, text.text), context, windows, bos)
     protocol = protocol.model_copy(update={"bos": bos is not None, "text": text.name, "form": text.form})
-    place = _device(device)
+    place = device_of(device)
     dtype = _compute_dtype(dtype, sources[0], place)
     candidates = [_candidate(*pair, dtype, place) for pair in zip(everyone, sources, strict=True)]
     first = None if reference is None else candidates.pop(0)
@@ -316,7 +316,8 @@ def _shared_tokenizer(models: Sequence[Any], sources: Sequence[ModelSource | Non
     raise OptionError("None of the models has a tokenizer beside it; pass tokenizer=.")
 
 
-def _device(name: Device) -> torch.device:
+def device_of(name: Device) -> torch.device:
+    """The device that ``auto``, ``cpu`` or ``cuda`` means here. Raises OptionError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

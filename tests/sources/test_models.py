@@ -105,6 +105,7 @@ def test_a_folder_with_one_gguf_file(tmp_path: Path, cache: Path) -> None:
         ("a/b/c", SourceError, "no such folder or file"),
         ("x" * 5000, SourceError, "no such folder or file"),
         ("nul\0character", SourceError, "no such folder or file"),
+        ("~no-such-user/model/x", SourceError, "no such folder or file"),
         ("demo:", OptionError, "bad option ''"),
         ("demo:sigma=1", OptionError, "bad option 'sigma=1': unknown"),
         ("demo:seed=-1", OptionError, "seed is a whole number"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,7 +42,8 @@ def cached_folder(
     process that wants the same folder waits for the first.
     """
     key = json.dumps({"cache_version": CACHE_VERSION, **identity}, sort_keys=True)
-    folder = cache_root() / "models" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    plain_name = re.sub(r"[^\w.-]+", "_", name)[:80]
+    folder = cache_root() / "models" / f"{plain_name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if _is_whole(folder):
         return folder
     advice = f"set RAREFY_CACHE to a folder with {human(needed_bytes)} free"

@@ -26,7 +26,10 @@ def check_folder(folder: Path, name: str) -> None:
                 f"'{name}' holds its weights as pickles only ('{pickles[0]}'), which can run code; convert it to "
                 "safetensors first."
             )
-        raise SourceError(f"'{name}' holds no .safetensors file at its top level; name a folder with the weights.")
+        raise SourceError(
+            f"'{name}' holds no .safetensors file, and weights in other forms are never loaded; use a release in "
+            "safetensors, or convert it first."
+        )
     quantization = config.get("quantization_config")
     ours = isinstance(quantization, dict) and quantization.get("quant_method") == "rarefy"
     if not ours:  # those are checked in full when they are loaded

@@ -11,6 +11,7 @@ from rarefy.sources.folder import check_folder
 from rarefy.sources.gguf import open_gguf
 from rarefy.sources.hub import HUB_ID, download
 from rarefy.sources.model_source import ModelSource
+from rarefy.sources.paths import typed_path
 
 __all__ = ["ModelSource", "open_model"]
 
@@ -30,7 +31,7 @@ def open_model(source: str | Path, revision: str | None = None) -> ModelSource:
     if isinstance(source, str) and is_demo(source):
         _no_revision(source, revision)
         return open_demo(source)
-    path = Path(text).expanduser()
+    path = typed_path(source)
     if text and _exists(path):
         _no_revision(text, revision)
         return _open_path(path)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from rarefy.core.errors import OptionError, SourceError
 from rarefy.sources.packaged import packaged_file
+from rarefy.sources.paths import typed_path
 
 Part = Literal["evaluation", "calibration"]
 PLAIN = (".txt", ".raw", ".md")
@@ -47,7 +47,7 @@ def open_text(source: str | Path, part: Part) -> Text:
         raise OptionError(f"A text is for 'evaluation' or 'calibration', not '{part}'; choose one of the two.")
     if isinstance(source, str) and source == "demo":
         return _evaluation() if part == "evaluation" else _calibration()
-    path = Path(os.fspath(source)).expanduser()
+    path = typed_path(source)
     content = _read(path)
     form = "as it is"
     if path.suffix == ".jsonl":

@@ -108,28 +108,79 @@ class BinaryGrid(_Table):
 def lloyd(blocks: Tensor, importance: Tensor | None, count: int, steps: int = LLOYD_STEPS) -> Tensor:
     """Weighted one-dimensional k-means of each block, centroids float32 ``[..., count]``, ascending.
 
-    Values are sorted once and every step costs prefix sums at ``count`` boundaries. The start is the quantiles of
+    Values are sorted once and every step costs running sums at ``count`` boundaries. The start is the quantiles of
     (importance * density)^(1/3), the optimal point density of a scalar quantizer (Panter and Dite 1951), taken from
-    sorted spacing. Fewer distinct values than centroids leave duplicates, and an all-zero importance counts as equal
-    importance.
+    sorted spacing. Every other step first moves a centroid from where it is missed least to where it helps most.
+    Fewer values than centroids are their own centroids, and an all-zero importance counts as equal importance.
     """
-    values, order = blocks.sort(-1)
+    values, order = blocks.contiguous().sort(-1)
+    if values.shape[-1] <= count:
+        return torch.nn.functional.pad(values, (0, count - values.shape[-1]), mode="replicate")
     mass = torch.ones_like(values) if importance is None else importance.gather(-1, order)
-    mass = torch.where(mass.sum(-1, keepdim=True) > 0, mass, torch.ones_like(mass))
-    weight_sum, value_sum = _running_sum(mass), _running_sum(mass.double() * values)
-    centers = _starting_points(values, weight_sum, count)
-    for _ in range(steps):
-        middles = (centers[..., 1:] + centers[..., :-1]) / 2
-        inner = torch.searchsorted(values, middles.contiguous())
-        edges = torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=values.shape[-1])
-        weight = weight_sum.gather(-1, edges).diff(dim=-1)
-        total = value_sum.gather(-1, edges).diff(dim=-1)
-        moved = torch.where(weight > 0, total / weight.clamp(min=1e-300), centers.double()).float()
-        moved = moved.sort(-1).values
+    mass = torch.where(mass.sum(-1, keepdim=True) > 0, mass, torch.ones_like(mass)).double()
+    sums = torch.stack([_running_sum(mass * values.double() ** power) for power in range(3)])
+    centers = _starting_points(values, sums[0], count)
+    edges = _edges(values, centers)
+    for step in range(steps):
+        moved = _means(sums, edges, centers)
+        if step % 2:
+            moved = _relocate(values, sums, edges, moved)
         if torch.equal(moved, centers):
             break
-        centers = moved
+        centers, edges = moved, _edges(values, moved)
     return centers
+
+
+def _edges(values: Tensor, centers: Tensor) -> Tensor:
+    """Where the members of each ascending centroid start and end among sorted values, int64 ``[..., count + 1]``."""
+    inner = torch.searchsorted(values, (centers[..., 1:] + centers[..., :-1]) / 2)
+    return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=values.shape[-1])
+
+
+def _sums_between(sums: Tensor, edges: Tensor) -> Tensor:
+    """Mass, first and second moment between neighbouring edges, float64 ``[3, ..., edges - 1]``."""
+    return sums.gather(-1, edges.expand(3, *edges.shape)).diff(dim=-1)
+
+
+def _means(sums: Tensor, edges: Tensor, previous: Tensor) -> Tensor:
+    """The mean between neighbouring edges, float32; where there is no mass, the ``previous`` one."""
+    mass, first, _ = _sums_between(sums, edges)
+    return torch.where(mass > 0, first / mass.clamp(min=1e-300), previous.double()).float().sort(-1).values
+
+
+def _cost(moments: Tensor) -> Tensor:
+    """The squared error of values of these moments around their mean."""
+    mass, first, second = moments
+    return (second - first.square() / mass.clamp(min=1e-300)).clamp(min=0)
+
+
+def _relocate(values: Tensor, sums: Tensor, edges: Tensor, centers: Tensor) -> Tensor:
+    """Merge two neighbours and split another centroid's members at their mean, wherever that lowers the error.
+
+    Lloyd's steps alone never move a centroid across another, nor one without members.
+    """
+    count = centers.shape[-1]
+    if count < 3:
+        return centers
+    moments = _sums_between(sums, edges)
+    costs = _cost(moments)
+    joined = moments[..., 1:] + moments[..., :-1]
+    loss, pair = (_cost(joined) - costs[..., 1:] - costs[..., :-1]).min(-1, keepdim=True)
+    middle = torch.searchsorted(values, centers).clamp(edges[..., :-1], edges[..., 1:])
+    lower = _sums_between(sums, torch.stack([edges[..., :-1], middle], -1).flatten(-2))[..., ::2]
+    upper = moments - lower
+    gains = costs - _cost(lower) - _cost(upper)
+    gain, split = gains.scatter(-1, torch.cat([pair, pair + 1], -1), -1.0).max(-1, keepdim=True)
+
+    def mean_at(sums_of: Tensor, index: Tensor) -> Tensor:
+        mass, first, _ = sums_of.gather(-1, index.expand(3, *index.shape))
+        return (first / mass.clamp(min=1e-300)).float()
+
+    one = torch.where(joined[0].gather(-1, pair) > 0, mean_at(joined, pair), centers.gather(-1, pair))
+    changed = centers.scatter(-1, pair, one).scatter(-1, split, mean_at(lower, split))
+    changed = changed.scatter(-1, pair + 1, mean_at(upper, split))
+    # A gain must stand out from the rounding of the second moments.
+    return torch.where(gain > loss + 1e-9 * costs.sum(-1, keepdim=True), changed, centers).sort(-1).values
 
 
 def _running_sum(numbers: Tensor) -> Tensor:

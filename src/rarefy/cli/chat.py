@@ -1,0 +1,77 @@
+"""``rarefy chat``: talk to a model, token by token."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+
+from rarefy.cli.common import Device, Json, Revision, command, print_json, say
+
+
+@command
+def chat(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf file, or 'demo'.")],
+    prompt: Annotated[str | None, typer.Option(help="Answer this and stop; without it, a conversation.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    device: Device = "auto",
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Chat with a model through its chat template; answers stream as they are made (greedy)."""
+    from rarefy import api
+    from rarefy.core.errors import OptionError, UnsupportedError
+
+    if as_json and prompt is None:
+        raise OptionError("--json needs --prompt: a conversation has no single result.")
+    tokenizer = api.load_tokenizer(model, revision=revision)
+    loaded: Any = api.load(model, revision=revision).to(api.device_of(device))
+    if not loaded.can_generate():
+        raise UnsupportedError(f"'{model}' is a {type(loaded).__name__}, which does not generate text.")
+    if not tokenizer.chat_template:
+        say("note: this model has no chat template; it continues your text.")
+    if prompt is not None:
+        reply, count, seconds = answer(loaded, tokenizer, [{"role": "user", "content": prompt}], max_new_tokens, as_json)
+        if as_json:
+            print_json({"prompt": prompt, "reply": reply, "tokens": count, "seconds": seconds})
+        else:
+            say(f"({count} tokens, {count / max(seconds, 1e-9):.1f} tokens/s)")
+        return
+    say("Type a message; an empty line or Ctrl-D ends.")
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not text.strip():
+            return
+        messages.append({"role": "user", "content": text})
+        reply, _, _ = answer(loaded, tokenizer, messages, max_new_tokens, False)
+        messages.append({"role": "assistant", "content": reply})
+
+
+def answer(
+    model: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_tokens: int, quiet: bool
+) -> tuple[str, int, float]:
+    """Generate one reply, streamed to stdout unless ``quiet``: its text, number of tokens, and seconds."""
+    import torch
+    from transformers import TextStreamer
+
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    else:
+        inputs = tokenizer("\n".join(message["content"] for message in messages), return_tensors="pt")
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if name in ("input_ids", "attention_mask")}
+    streamer = None if quiet else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    start = time.monotonic()
+    with torch.inference_mode():
+        out = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )  # fmt: skip
+    fresh = out[0, inputs["input_ids"].shape[1] :]
+    return tokenizer.decode(fresh, skip_special_tokens=True), len(fresh), time.monotonic() - start

@@ -1,0 +1,140 @@
+"""What all commands share: exit codes, messages on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+
+from rarefy.core.errors import OptionError, RarefyError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+P = ParamSpec("P")
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def command(function: Callable[P, None]) -> Callable[P, None]:
+    """Turn expected failures into one sentence and an exit code: 2 for bad input, 1 for a failing machine, 130 for Ctrl-C."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        _quiet_libraries()
+        try:
+            function(*args, **kwargs)
+            sys.stdout.flush()
+        except RarefyError as failure:
+            say(f"error: {failure}")
+            raise typer.Exit(BAD_INPUT) from None
+        except KeyboardInterrupt:
+            say(f"interrupted. {resume_hint()}".rstrip())
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # Whoever read us has gone; Python would complain again when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(FAILED) from None
+        except MemoryError:
+            say("error: Out of memory; close other programs, or use a smaller model, context or shard size.")
+            raise typer.Exit(FAILED) from None
+        except OSError as failure:
+            where = f" '{failure.filename}'" if failure.filename else ""
+            say(f"error: {failure.strerror or failure}{where}; nothing was left half-written.")
+            raise typer.Exit(FAILED) from None
+
+    return run
+
+
+def resume_hint() -> str:
+    """The same command again, if it keeps its work; otherwise nothing."""
+    if "--work-dir" not in " ".join(sys.argv):
+        return ""
+    import shlex
+
+    return f"Go on with: {shlex.join(['rarefy', *sys.argv[1:]])}"
+
+
+def say(text: str) -> None:
+    """A line for the person, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_json(result: Any) -> None:
+    """The result as JSON on stdout; numbers that JSON cannot hold become null."""
+    print(json.dumps(_finite(result), indent=2))
+
+
+def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]], title: str | None = None) -> None:
+    """A table on stdout; the first column is a name, the others are numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table: Table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False).print(table)
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """``key=value`` pairs as recipe options; values are YAML scalars, dots in keys make nested options."""
+    import yaml
+
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator or not key:
+            raise OptionError(f"--set '{pair}' is not of the form key=value; write it like --set num_bits=3.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        inner = options
+        *route, last = key.split(".")
+        for part in route:
+            inner = inner.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise OptionError(f"--set '{pair}' needs '{part}' to hold options, but it was set to a value.")
+        inner[last] = value
+    return options
+
+
+def bits_line(bits: dict[str, float]) -> str:
+    """``4.156 (codes 4.000, scales 0.156)``."""
+    parts = ", ".join(f"{name} {value:.3f}" for name, value in bits.items() if name != "total" and value)
+    return f"{bits['total']:.3f} ({parts})" if parts else f"{bits['total']:.3f}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
+
+
+def _quiet_libraries() -> None:
+    """Our own notices on stderr; Transformers' bars and advice stay out of the way."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    root = logging.getLogger("rarefy")
+    if not root.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        root.addHandler(handler)
+        root.propagate = False

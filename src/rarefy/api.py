@@ -1,4 +1,4 @@
-"""The verbs. Each takes a model by name or in memory; bytes are bytes, times are seconds, divergences are nats per token."""
+"""The verbs. Each takes a model by name or in memory; sizes are bytes, times seconds, divergences nats per token."""
 
 from __future__ import annotations
 
@@ -68,8 +68,9 @@ def compress(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if not isinstance(model, str | Path):
-            ledger, skipped, manifest = _compress_in_place(model, chosen, place if device != "auto" else None, work, notes)
-            name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+            solve_on = None if device == "auto" else place
+            ledger, skipped, manifest = _compress_in_place(model, chosen, solve_on, work, notes)
+            name = _name(model)
             if out is not None:
                 save(model, out, max_shard_size=shard_bytes, overwrite=overwrite)
         else:
@@ -78,7 +79,9 @@ def compress(
             check_out(Path(out), overwrite)
             source = open_model(model, revision)
             name = source.name
-            ledger, skipped, manifest = _compress_source(source, chosen, Path(out), shard_bytes, place, work, overwrite, notes)
+            ledger, skipped, manifest = _compress_source(
+                source, chosen, Path(out), shard_bytes, place, work, overwrite, notes
+            )
     report = manifest.report
     assert report is not None
     return CompressionReport(
@@ -98,7 +101,8 @@ def load(
 ) -> PreTrainedModel:
     """The model that ``source`` names, dense or compressed, in evaluation mode, as the class its config names.
 
-    ``dtype`` is that of dense tensors and activations; codes and scales keep theirs. Raises SourceError, CheckpointError.
+    ``dtype`` is that of dense tensors and activations; codes and scales keep theirs. Raises SourceError or
+    CheckpointError.
     """
     return folders.load_folder(open_model(source, revision).folder, dtype=dtype, device_map=device_map)
 
@@ -121,7 +125,7 @@ def save(
     What travels along is copied from the folder the model was loaded from; ``tokenizer`` replaces that one's. Without
     rarefy such a folder fails to load loudly (``save_pretrained`` writes names that only warn). Raises OptionError.
     """
-    base = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    base = _name(model)
     folder = Path(base)
     folders.save_model(
         model, Path(out), source=folder if folder.is_dir() else None, base=folder.name if folder.is_dir() else base,
@@ -141,8 +145,9 @@ def evaluate(
     device: Device = "auto",
     tokenizer: Any = None,
 ) -> Evaluation:
-    """Perplexity of ``model`` on ``windows`` windows of ``context`` tokens of ``data`` and, against ``reference``, KL and
-    top-1 agreement. As ``compare`` with one model."""
+    """Perplexity of ``model`` on ``windows`` windows of ``context`` tokens of ``data``, and its KL and top-1 agreement
+    against ``reference``. As ``compare`` with one model.
+    """
     return compare(
         [model], reference=reference, data=data, context=context, windows=windows, executor=executor, dtype=dtype,
         device=device, tokenizer=tokenizer,
@@ -186,9 +191,11 @@ def compare(
     protocol = protocol.model_copy(update={"bos": bos is not None, "text": text.name, "form": text.form})
     place = device_of(device)
     dtype = _compute_dtype(dtype, sources[0], place)
-    candidates = [_candidate(*pair, dtype, place) for pair in zip(everyone, sources, strict=True)]
+    names = _names(everyone, sources)
+    candidates = [_candidate(*given, dtype, place) for given in zip(names, everyone, sources, strict=True)]
     first = None if reference is None else candidates.pop(0)
-    return run(candidates, tokens, protocol, reference=first)
+    free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else None
+    return run(candidates, tokens, protocol, reference=first, free_bytes=free)
 
 
 def merge_adapter(model: Any, recipe: str | Path | Recipe | None = None) -> PreTrainedModel:
@@ -230,15 +237,26 @@ def _compress_source(
     config = folders.read_config(source.folder)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedError(f"'{source.name}' is compressed already (quant_method '{method}'); compress the dense model.")
+        raise UnsupportedError(
+            f"'{source.name}' is compressed already (quant_method '{method}'); compress the dense model."
+        )
     notes = [source.note, *notes]
     with staged_folder(out, overwrite) as stage:
         if can_stream(source.folder):
             ledger, manifest, skipped = compress_folder(
-                source.folder, source.name, recipe, stage, max_shard_bytes=shard_bytes, device=device, work_dir=work, notes=notes
+                source.folder,
+                source.name,
+                recipe,
+                stage,
+                max_shard_bytes=shard_bytes,
+                device=device,
+                work_dir=work,
+                notes=notes,
             )
             return ledger, skipped, manifest
-        log.warning("The checkpoint's tensor names are not the model's own, so the whole model is loaded to compress it.")
+        log.warning(
+            "The checkpoint's tensor names are not the model's own, so the whole model is loaded to compress it."
+        )
         model = folders.load_folder(source.folder, dtype="auto")
         ledger, skipped, manifest = _compress_in_place(model, recipe, device, work, notes)
         folders.write_model(model, stage, source.folder, source.name, shard_bytes)
@@ -252,25 +270,39 @@ def _ignored_data(recipe: Recipe, data: str | Path | None) -> list[str]:
     return [f"recipe '{recipe.name}' is data-free: calibration data '{data}' was not used"]
 
 
+def _names(models: Sequence[Any], sources: Sequence[ModelSource | None]) -> list[str]:
+    """Short names for tables; models whose short names are equal go by what the caller wrote."""
+    short = [_name(model) if source is None else source.name for model, source in zip(models, sources, strict=True)]
+    return [
+        str(model) if isinstance(model, str | Path) and short.count(name) > 1 else name
+        for model, name in zip(models, short, strict=True)
+    ]
+
+
+def _name(model: PreTrainedModel) -> str:
+    return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+
+
 def _candidate(
-    model: str | Path | PreTrainedModel, source: ModelSource | None, dtype: str | torch.dtype, device: torch.device
+    name: str, model: Any, source: ModelSource | None, dtype: str | torch.dtype, device: torch.device
 ) -> Candidate:
     if source is None:
-        assert not isinstance(model, str | Path)
-        name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-        quantization = getattr(getattr(model.config, "quantization_config", None), "manifest", None)
-        return Candidate(name, model=model, sizes=_sizes(quantization) if quantization else dense_sizes(model))
+        manifest = getattr(getattr(model.config, "quantization_config", None), "manifest", None)
+        return Candidate(name, model=model, sizes=_sizes(manifest) if manifest else dense_sizes(model))
     folder = source.folder
-    stored = sum(path.stat().st_size for path in weight_files_of(folder))
 
     def open_it() -> Any:
-        return folders.load_folder(folder, dtype=dtype).to(device)
+        model: Any = folders.load_folder(folder, dtype=dtype)
+        return model.to(device)
 
     if folders.is_compressed(folder):
         sizes = _sizes(read_manifest(folders.read_config(folder)["quantization_config"]))
+        resident = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     else:
-        sizes = _dense_file_sizes(folder)
-    return Candidate(source.name, load=open_it, resident_bytes=stored, sizes=sizes)
+        sizes, weights = _dense_file_sizes(folder)
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+        resident = weights * wanted.itemsize if isinstance(wanted, torch.dtype) else sizes.stored_bytes or 0
+    return Candidate(name, load=open_it, resident_bytes=resident, sizes=sizes)
 
 
 def _compute_dtype(dtype: str | torch.dtype, first: ModelSource | None, device: torch.device) -> str | torch.dtype:
@@ -282,11 +314,6 @@ def _compute_dtype(dtype: str | torch.dtype, first: ModelSource | None, device: 
     return "float32" if emulated else stored
 
 
-def weight_files_of(folder: Path) -> list[Path]:
-    """All safetensors files of a model folder, dense or compressed."""
-    return sorted(folder.glob("*.safetensors"))
-
-
 def _sizes(manifest: Manifest) -> Sizes:
     report = manifest.report
     if report is None:
@@ -296,7 +323,7 @@ def _sizes(manifest: Manifest) -> Sizes:
     )
 
 
-def _dense_file_sizes(folder: Path) -> Sizes:
+def _dense_file_sizes(folder: Path) -> tuple[Sizes, int]:
     tensors = [info for path in weight_files(folder) for info in read_header(path).tensors.values()]
     size, count = sum(info.nbytes for info in tensors), 0
     for info in tensors:
@@ -305,7 +332,7 @@ def _dense_file_sizes(folder: Path) -> Sizes:
             weights *= extent
         count += weights
     bits = size * 8 / max(1, count)
-    return Sizes(bits_per_weight={"total": bits, "values": bits}, stored_bytes=size, dense_bytes=size)
+    return Sizes(bits_per_weight={"total": bits, "values": bits}, stored_bytes=size, dense_bytes=size), count
 
 
 def _shared_tokenizer(models: Sequence[Any], sources: Sequence[ModelSource | None]) -> Any:

@@ -9,7 +9,7 @@ import scipy.special
 import torch
 from hypothesis import given
 
-from rarefy.evaluation.divergence import kl_, top1
+from rarefy.evaluation.divergence import first_max, kl_, top1
 from rarefy.evaluation.perplexity import perplexity, token_nll
 from rarefy.evaluation.scoring import Scorer
 
@@ -110,6 +110,12 @@ def test_views_and_gradients_are_accepted() -> None:
 def test_top1_counts_the_first_of_equals() -> None:
     assert top1(torch.tensor([[1.0, 2.0, 2.0]]), torch.tensor([[0.0, 3.0, 3.0]])).tolist() == [True]
     assert top1(torch.tensor([[1.0, 2.0, 2.0]]), torch.tensor([[0.0, 3.0, 4.0]])).tolist() == [False]
+
+
+@given(rows=st.integers(1, 4), vocab=st.integers(1, 1100), values=st.integers(1, 40), seed=st.integers(0, 999))
+def test_first_max_is_numpys_argmax_also_among_ties(rows: int, vocab: int, values: int, seed: int) -> None:
+    scores = np.random.default_rng(seed).integers(values, size=(rows, vocab)).astype(np.float32)
+    np.testing.assert_array_equal(first_max(torch.from_numpy(scores)).numpy(), scores.argmax(-1))
 
 
 def test_words_of_the_formulas() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rarefy import packing
-from rarefy.formats.grids import BinaryGrid, FloatGrid, Grid, IntegerGrid, LevelGrid, LutGrid
+from rarefy.formats.grids import BinaryGrid, FloatGrid, Grid, IntegerGrid, LevelGrid, LutGrid, Params
 from rarefy.formats.inputs import AnyInput, PermutedInput, RawInput, RotatedInput, ScaledInput
 from rarefy.formats.patterns import NM, Bitmap, Full, Groups, Pattern
 from rarefy.formats.scales import BilevelScale, SingleScale
@@ -116,12 +119,20 @@ def fits(grid: Grid, pattern: Pattern) -> bool:
     return grid.group_size is None if grid.family == "lut" else grid.group_size == pattern.group
 
 
-def quantized(grid: Grid, pattern: Pattern, rows: int, columns: int, seed: int = 0, **options: object) -> Quantized:
-    """A term of random codes fitted to random numbers."""
+@functools.lru_cache(maxsize=1024)
+def fitted(grid: Grid, rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Params]:
+    """Codes and rounded parameters of ``weight(rows, columns, seed)``."""
     dense = weight(rows, columns, seed)
     params = grid.fit(dense)
+    return grid.encode(dense, params), params
+
+
+def quantized(grid: Grid, pattern: Pattern, rows: int, columns: int, seed: int = 0, **options: Any) -> Quantized:
+    """``weight(rows, columns, seed)`` on a grid at the positions of a random mask."""
+    codes, params = fitted(grid, rows, columns, seed)
     mask = mask_for(pattern, rows, columns, seed)
-    return Quantized.from_codes(grid.encode(dense, params), params, grid, pattern=pattern, mask=mask, **options)  # type: ignore[arg-type]
+    term = Quantized.from_codes(codes, params, grid, pattern=pattern, mask=mask, **options)
+    return copy.deepcopy(term)  # since a test may change what it stores
 
 
 def inputs(columns: int) -> dict[str, tuple[AnyInput, dict[str, Tensor]]]:
@@ -133,7 +144,7 @@ def inputs(columns: int) -> dict[str, tuple[AnyInput, dict[str, Tensor]]]:
         "raw": (RawInput(), {}),
         "permuted": (PermutedInput(), {"permutation": order}),
         "scaled": (ScaledInput(), {"input_scale": torch.rand(columns, generator=generator) + 0.5}),
-        "scaled-half": (ScaledInput(dtype="float16"), {"input_scale": torch.full((columns,), 2.0, dtype=torch.float16)}),
+        "scaled-half": (ScaledInput(dtype="float16"), {"input_scale": torch.full((columns,), 2.0).half()}),
         "rotated": (RotatedInput(), {"signs": signs}),
     }
 

@@ -27,13 +27,16 @@ def chat(
     if as_json and prompt is None:
         raise OptionError("--json needs --prompt: a conversation has no single result.")
     tokenizer = api.load_tokenizer(model, revision=revision)
-    loaded: Any = api.load(model, revision=revision).to(api.device_of(device))
+    loaded: Any = api.load(model, revision=revision)
+    loaded = loaded.to(api.device_of(device))
     if not loaded.can_generate():
         raise UnsupportedError(f"'{model}' is a {type(loaded).__name__}, which does not generate text.")
     if not tokenizer.chat_template:
         say("note: this model has no chat template; it continues your text.")
     if prompt is not None:
-        reply, count, seconds = answer(loaded, tokenizer, [{"role": "user", "content": prompt}], max_new_tokens, as_json)
+        reply, count, seconds = answer(
+            loaded, tokenizer, [{"role": "user", "content": prompt}], max_new_tokens, as_json
+        )
         if as_json:
             print_json({"prompt": prompt, "reply": reply, "tokens": count, "seconds": seconds})
         else:
@@ -65,7 +68,9 @@ def answer(
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
     else:
         inputs = tokenizer("\n".join(message["content"] for message in messages), return_tensors="pt")
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if name in ("input_ids", "attention_mask")}
+    inputs = {
+        name: tensor.to(model.device) for name, tensor in inputs.items() if name in ("input_ids", "attention_mask")
+    }
     streamer = None if quiet else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.monotonic()
     with torch.inference_mode():

@@ -27,7 +27,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
-    """Turn expected failures into one sentence and an exit code: 2 for bad input, 1 for a failing machine, 130 for Ctrl-C."""
+    """Turn failures into one sentence and an exit code: 2 bad input, 1 a failing machine, 130 Ctrl-C."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:

@@ -11,7 +11,10 @@ import typer
 from rarefy.cli.common import Json, bits_line, command, print_json, say
 
 PROMPT = "Explain in two sentences why the sky is blue."
-PLANS: dict[str, dict[str, Any]] = {"int4": {"num_bits": 4, "group_size": 64}, "int3": {"num_bits": 3, "group_size": 64}}
+PLANS: dict[str, dict[str, Any]] = {
+    "int4": {"num_bits": 4, "group_size": 64},
+    "int3": {"num_bits": 3, "group_size": 64},
+}
 
 
 @command
@@ -52,12 +55,16 @@ def demo(
     if as_json:
         print_json(
             {
-                "model": source.name, "note": source.note, "reference": result.reference.model_dump() if result.reference else None,
-                "models": [evaluation.model_dump() for evaluation in result.candidates],
+                "model": source.name,
+                "note": source.note,
+                **result.model_dump(),
                 "compressions": {label: report.model_dump(exclude={"layers"}) for label, report in reports.items()},
-                "reloaded_logits_identical": same, "prompt": PROMPT, "reply": reply, "seconds": time.monotonic() - start,
+                "reloaded_logits_identical": same,
+                "prompt": PROMPT,
+                "reply": reply,
+                "seconds": time.monotonic() - start,
             }
-        )  # fmt: skip
+        )
     else:
         print_comparison(result)
         for label, report in reports.items():

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 @command
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Models: folders, hub ids, .gguf files or 'demo'.")],
-    reference: Annotated[str | None, typer.Option(help="Dense model to measure KL and top-1 agreement against.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Dense model to measure KL and top-1 agreement against.")
+    ] = None,
     data: Annotated[str, typer.Option(help="Text file, or 'demo'.")] = "demo",
     context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
     windows: Annotated[int, typer.Option(min=0, help="Number of windows; 0 takes the whole text.")] = 12,

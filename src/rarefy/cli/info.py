@@ -26,8 +26,14 @@ def info(as_json: Json = False) -> None:
         "rarefy": rarefy.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in ("torch", "transformers", "safetensors", "gguf", "peft", "accelerate")},
-        "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "isa": torch.backends.cpu.get_cpu_capability()},
+        "packages": {
+            name: _version(name) for name in ("torch", "transformers", "safetensors", "gguf", "peft", "accelerate")
+        },
+        "cpu": {
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "isa": torch.backends.cpu.get_cpu_capability(),
+        },
         "gpus": gpus,
         "free_memory_bytes": free,
         "cache": str(cache_root()),

@@ -38,7 +38,9 @@ def recipes(
         return
     print(inspect.getdoc(inspect.getmodule(recipe)) or "")
     print(f"\n{inspect.getdoc(recipe) or ''}\n")
-    print_table(("option", "type", "default"), ((key, entry["type"], str(entry["default"])) for key, entry in options.items()))
+    print_table(
+        ("option", "type", "default"), ((key, entry["type"], str(entry["default"])) for key, entry in options.items())
+    )
     needs = ", ".join(sorted(recipe.needs)) or "nothing: it is data-free"
     print(f"needs {needs}")
 

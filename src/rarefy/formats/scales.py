@@ -101,8 +101,9 @@ class BilevelScale(StrictModel):
         tiled = tiled.unflatten(1, (-1, width)).unflatten(0, (-1, height))
         low, high = tiled.amin((1, 3)), tiled.amax((1, 3))
         reach = torch.maximum(low.abs(), high.abs())
-        # The second-order zero is stored in 16 bits; a tile far from zero keeps a step that its zero can resolve.
-        step = store_floats(torch.maximum((high - low) / ((1 << bits) - 1), reach * 2**-14), dtype, "second-order step")
+        # A tile far from zero keeps a step that its zero can resolve.
+        finest = reach * finest_step(self.dtype)
+        step = store_floats(torch.maximum((high - low) / ((1 << bits) - 1), finest), dtype, "second-order step")
         # A tile of equal numbers c, or of numbers too small for their step to be stored, has step |c| and code 1 or
         # zero point 1: exact up to the step's own rounding, and never a zero step.
         flat = (high == low) | (step == 0)
@@ -113,6 +114,14 @@ class BilevelScale(StrictModel):
         spread = spread_tiles(order, [height, width], rows, groups)
         codes = torch.round(numbers / spread[..., 0] + spread[..., 1]).clamp_(0, (1 << bits) - 1)
         return codes.to(torch.uint8), order
+
+
+def finest_step(dtype: FloatName) -> float:
+    """The smallest step, as a share of the largest number, whose zero point a stored ``dtype`` can still place.
+
+    Below it the zero point would overflow, or lie coarser than the numbers themselves are.
+    """
+    return torch.finfo(FLOATS[dtype]).eps / 16
 
 
 AnyScale = Annotated[SingleScale | BilevelScale, Field(discriminator="type")]

@@ -19,10 +19,17 @@ class CompressedLinear(nn.Linear):
 
     The terms' tensors are buffers ``terms.<i>.<name>`` that no cast changes; ``bias`` is an ordinary parameter.
     ``weight`` is a read-only view of the dense weight in ``dtype``, the dtype that casts of the model move.
-    Gradients reach ``x`` and ``bias``. Raises FormatError when a term does not fit the layer's shape.
+    Gradients reach ``x`` and ``bias``; ``replaces`` is the class of the dense layer, to return to it. Raises FormatError
+    when a term does not fit the layer's shape.
     """
 
-    def __init__(self, terms: Sequence[Term], bias: Tensor | None = None, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        bias: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        replaces: Callable[..., nn.Module] = nn.Linear,
+    ):
         nn.Module.__init__(self)
         if not terms:
             raise FormatError("A compressed layer needs at least one term.")
@@ -31,8 +38,10 @@ class CompressedLinear(nn.Linear):
             if term.shape != (self.out_features, self.in_features):
                 raise FormatError(f"A term of shape {list(term.shape)} in a layer of {list(terms[0].shape)}.")
         self.terms = nn.ModuleList(terms)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=bias.is_floating_point())
+        own = None if bias is None else nn.Parameter(bias, requires_grad=bias.is_floating_point())
+        self.register_parameter("bias", own)
         self.dtype = dtype
+        self.replaces = replaces
         self._is_hf_initialized = True  # keeps Transformers from drawing random numbers into the view
 
     def forward(self, x: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class Manifest(StrictModel):
     requires: str = "rarefy>=0.1"
     recipe: str
     recipe_version: int = 1
-    weights: str = WEIGHTS_NAME
+    weights: str = Field(WEIGHTS_NAME, pattern=r"^\w[\w.-]*\.safetensors(\.index\.json)?$")
     rules: tuple[RuleEntry, ...]
     attention: dict[str, Any] | None = None
     kv: dict[str, Any] | None = None

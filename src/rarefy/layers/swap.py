@@ -62,8 +62,11 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether ``module`` holds stacked experts ``[experts, out, in]`` that its own forward can index one by one."""
-    known = hasattr(module, "num_experts") and not getattr(module, "is_transposed", False)
+    """Whether ``module`` holds stacked experts ``[experts, out, in]`` that its own forward can index one by one.
+
+    Transformers marks those with ``is_transposed = False``; classes without the mark (Llama 4) multiply the whole stack.
+    """
+    known = hasattr(module, "num_experts") and getattr(module, "is_transposed", True) is False
     return known and any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
 
 
@@ -74,7 +77,7 @@ def dense_weight(model: nn.Module, site: Site) -> Tensor:
 
 
 def swap_(model: nn.Module, site: Site, terms: Sequence[Term], dtype: torch.dtype | None = None) -> None:
-    """Replace the weight at ``site`` by ``terms``; the bias stays, shared with nothing, and ``dtype`` is the old weight's."""
+    """Replace the weight at ``site`` by ``terms``; the bias parameter stays, and ``dtype`` is the old weight's."""
     if any(term.shape != site.shape for term in terms):
         raise FormatError(f"The terms of '{site.name}' do not have its shape {list(site.shape)}.")
     parent_name, _, label = site.name.rpartition(".")
@@ -85,8 +88,8 @@ def swap_(model: nn.Module, site: Site, terms: Sequence[Term], dtype: torch.dtyp
         replacement: nn.Module = CompressedStack(terms, dtype)
     else:
         old = model.get_submodule(site.name)
-        bias = getattr(old, "bias", None)
-        replacement = CompressedLinear(terms, None if bias is None else bias.detach(), dtype)
+        replacement = CompressedLinear(terms, None, dtype, type(old) if site.kind == "conv1d" else nn.Linear)
+        replacement.bias = getattr(old, "bias", None)  # the parameter itself, which may be tied or in an optimizer
         replacement.train(old.training)
     setattr(parent, label, replacement)
 
@@ -101,9 +104,13 @@ def restore_(model: nn.Module, name: str, dtype: torch.dtype | None = None) -> N
         return
     if not isinstance(module, CompressedLinear):
         raise FormatError(f"'{name}' is not a compressed module.")
+    weight = module.decode().to(dtype or module.dtype)
     with torch.device("meta"):
-        dense = nn.Linear(module.in_features, module.out_features, bias=False)
-    dense.weight = nn.Parameter(module.decode().to(dtype or module.dtype))
+        if module.replaces is nn.Linear:
+            dense: nn.Module = nn.Linear(module.in_features, module.out_features, bias=False)
+        else:  # Conv1D(out, in), which keeps its weight as [in, out]
+            dense, weight = module.replaces(module.out_features, module.in_features), weight.T.contiguous()
+    dense.weight = nn.Parameter(weight)
     dense.bias = module.bias
     setattr(parent, label, dense.train(module.training))
 

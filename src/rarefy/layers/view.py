@@ -24,6 +24,7 @@ class CompressedWeight(Tensor):
 
     _product: Callable[[Tensor], Tensor]
     _decode: Callable[[], Tensor]
+    _is_hf_initialized: bool
 
     @staticmethod
     def __new__(
@@ -36,6 +37,7 @@ class CompressedWeight(Tensor):
     ) -> CompressedWeight:
         view: CompressedWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         view._product, view._decode = product, decode
+        view._is_hf_initialized = True  # a parent's _init_weights may reach for it; there is nothing to initialise
         return view
 
     def __init__(self, *_: Any):
@@ -53,10 +55,11 @@ class CompressedWeight(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.nn.functional.linear and isinstance(args[1], cls) and not isinstance(args[0], cls):
-            bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            y = args[1]._product(args[0])
-            return y if bias is None else y + bias
+        if func is torch.nn.functional.linear:
+            x, weight, bias = _linear_arguments(*args, **kwargs)
+            if isinstance(weight, cls) and not isinstance(x, cls):
+                y = weight._product(x)
+                return y if bias is None else y + bias
         if func in _SETTERS and isinstance(args[0], cls):
             _refuse()
         with torch._C.DisableTorchFunctionSubclass():  # results are ordinary tensors, not views
@@ -78,6 +81,10 @@ class CompressedWeight(Tensor):
             return value.dense() if isinstance(value, cls) else value
 
         return func(*tree_map(dense, args), **tree_map(dense, kwargs))
+
+
+def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return input, weight, bias
 
 
 def _refuse() -> None:

@@ -1,11 +1,13 @@
 """One file per published method: its source, its equation, its defaults, and the shared blocks it names.
 
-``load_recipe`` turns what a user names - a method, a preset or a YAML file - into one ``Recipe``.
+``load_recipe`` turns what a user names - a method, a preset, a YAML file, or a Python file that registers a method -
+into one ``Recipe``.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Mapping
 from importlib.metadata import entry_points
@@ -38,10 +40,10 @@ def presets() -> dict[str, Path]:
 
 
 def load_recipe(source: str | Path | Recipe, options: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe that ``source`` names: a method id ('rtn'), a preset, a YAML file, or a Recipe.
+    """The recipe that ``source`` names: a method id ('rtn'), a preset, a YAML or Python file, or a Recipe.
 
-    ``options`` (from ``--set key=value``) override those of every rule. Raises RecipeError when the source, a method, an
-    option or a pattern is wrong.
+    ``options`` (from ``--set key=value``) override those of every rule. Raises RecipeError when the source, a method,
+    an option or a pattern is wrong.
     """
     discover()
     recipe = source if isinstance(source, Recipe) else _named(str(source))
@@ -57,12 +59,30 @@ def _named(source: str) -> Recipe:
     if source in weight_recipes:
         return Recipe(name=source, rules=(Rule(method=source),))
     path = presets().get(source, Path(source))
+    if path.suffix == ".py":
+        return _from_python(path)
     if path.suffix not in (".yaml", ".yml"):
         known = weight_recipes.names() + list(presets())
         if path.suffix or "/" in source:
-            raise RecipeError(f"Recipe file '{source}' is not a .yaml file; name a YAML file or one of: {', '.join(known)}.")
+            raise RecipeError(f"Recipe file '{source}' is neither .yaml nor .py; known recipes: {', '.join(known)}.")
         weight_recipes.get(source)  # raises, suggesting the nearest name
     return _from_yaml(path)
+
+
+def _from_python(path: Path) -> Recipe:
+    """Run a file of the user's own that registers one method, and use that method."""
+    if not path.is_file():
+        raise RecipeError(f"Recipe file '{path}' does not exist; check the path.")
+    before = set(weight_recipes)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    new = sorted(set(weight_recipes) - before)
+    own = new or sorted(name for name in weight_recipes if weight_recipes.get(name).__module__ == path.stem)
+    if len(own) != 1:
+        raise RecipeError(f"Recipe file '{path}' registers {len(own)} recipes; register exactly one.")
+    return Recipe(name=own[0], rules=(Rule(method=own[0]),))
 
 
 def _from_yaml(path: Path) -> Recipe:

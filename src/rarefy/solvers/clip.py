@@ -36,7 +36,9 @@ def fit(grid: Grid, weight: Tensor, importance: Tensor | None = None, search: Cl
     blocks, importance = grid.prepare(weight, importance)
     step = max(1, CHUNK // max(1, blocks[:1].numel()))
     pieces = [
-        _search(grid, blocks[start : start + step], None if importance is None else importance[start : start + step], search)
+        _search(
+            grid, blocks[start : start + step], None if importance is None else importance[start : start + step], search
+        )
         for start in range(0, blocks.shape[0], step)
     ]
     return grid.round({name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]})

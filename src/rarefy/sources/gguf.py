@@ -37,9 +37,9 @@ def open_gguf(path: Path) -> ModelSource:
     """
     try:
         status = path.stat()
+        file = read_gguf(path)
     except OSError as failure:
         raise SourceError(f"'{path}' cannot be read ({failure.strerror}); check its permissions.") from None
-    file = read_gguf(path)
     identity: dict[str, str | int | float] = {
         "kind": "gguf", "path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns,
     }

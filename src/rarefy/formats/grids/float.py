@@ -67,7 +67,7 @@ class FloatGrid(Grid):
         # A float8 weight at the edge of its range may exceed the table by rounding of the scale: nearest is the edge.
         scaled = torch.where(scale == 0, 0.0, blocks / scale)
         boundaries, codes = _nearest(self.format)
-        return codes.to(blocks.device)[torch.bucketize(scaled, boundaries.to(blocks.device))]
+        return codes.to(blocks.device)[torch.bucketize(scaled.contiguous(), boundaries.to(blocks.device))]
 
     def decode_blocks(self, codes: Tensor, params: Params) -> Tensor:
         values = tables.table(self.format, codes.device)[codes.to(torch.int32)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from rarefy import packing
 from rarefy.formats.grids.base import Grid, Params
 from rarefy.formats.layout import Layout, TensorLayout
-from rarefy.formats.scales import AnyScale, SingleScale
+from rarefy.formats.scales import AnyScale, SingleScale, finest_step
 
 
 class _Affine(Grid):
@@ -38,8 +38,8 @@ class _Affine(Grid):
             low, high = low.clamp(max=0), high.clamp(min=0)
         low, high = low * shrink, high * shrink
         scale = (high - low) / (self.code_count - 1)
-        # The float zero is stored in 16 bits; a group far from zero keeps a step that its zero can resolve.
-        scale = torch.maximum(scale, torch.maximum(low.abs(), high.abs()) * 2**-14)
+        # A group far from zero keeps a step that its stored zero can resolve.
+        scale = torch.maximum(scale, torch.maximum(low.abs(), high.abs()) * finest_step(self.scales.dtype))
         safe = torch.where(scale == 0, torch.ones_like(scale), scale)
         zero = torch.where(scale == 0, torch.full_like(scale, middle), -low / safe)
         scale = torch.where(constant, torch.maximum(blocks.amin(-1).abs(), blocks.amax(-1).abs()), scale)

@@ -13,6 +13,8 @@ from rarefy.formats.layout import FLOATS, FloatName, Layout, Size, TensorLayout
 from rarefy.formats.scales import store_floats
 
 LLOYD_STEPS = 30
+# The best cuts between BINS bins are found for tables of up to CUT_COUNT values, for CHUNK blocks at once (100 MB).
+BINS, CUT_COUNT, CHUNK = 32, 16, 2048
 
 
 class _Table(Grid):
@@ -93,42 +95,46 @@ class BinaryGrid(_Table):
         return 2 * self.regions
 
     def propose(self, blocks: Tensor, importance: Tensor | None, shrink: float = 1.0) -> Params:
-        """Regions are magnitude quantiles of the block at first, then nearest points and least squares in turn."""
-        mass = torch.ones_like(blocks) if importance is None else importance
-        order = blocks.abs().argsort(-1)
-        below = _running_sum(mass.gather(-1, order))
-        share = (below[..., :-1] * self.regions / below[..., -1:]).long().clamp(max=self.regions - 1)
-        code = 2 * torch.empty_like(share).scatter_(-1, order, share) + (blocks >= 0)
-        table = _region_means(blocks, mass, code, self.code_count)
-        for _ in range(LLOYD_STEPS):
-            table = _region_means(blocks, mass, self.encode_blocks(blocks, {"lut": table}), self.code_count, table)
-        return {"lut": table}
+        """The best ``2 * regions`` values; a region is a pair of them, the innermost pair first."""
+        inner = self.regions - 1
+        order = [value for region in range(self.regions) for value in (inner - region, inner + 1 + region)]
+        return {"lut": lloyd(blocks, importance, self.code_count)[..., order]}
 
 
 def lloyd(blocks: Tensor, importance: Tensor | None, count: int, steps: int = LLOYD_STEPS) -> Tensor:
     """Weighted one-dimensional k-means of each block, centroids float32 ``[..., count]``, ascending.
 
-    Values are sorted once and every step costs running sums at ``count`` boundaries. The start is the quantiles of
-    (importance * density)^(1/3), the optimal point density of a scalar quantizer (Panter and Dite 1951), taken from
-    sorted spacing. Every other step first moves a centroid from where it is missed least to where it helps most.
-    Fewer values than centroids are their own centroids, and an all-zero importance counts as equal importance.
+    Values are sorted once and every step costs running sums at ``count`` boundaries. The start is the best of all ways
+    to cut the sorted values between bins (up to 16 centroids), or the quantiles of (importance * density)^(1/3), the
+    optimal point density of a scalar quantizer (Panter and Dite 1951). Fewer values than centroids are their own
+    centroids, and an all-zero importance counts as equal importance.
     """
-    values, order = blocks.contiguous().sort(-1)
-    if values.shape[-1] <= count:
-        return torch.nn.functional.pad(values, (0, count - values.shape[-1]), mode="replicate")
+    values, order = blocks.sort(-1)
+    values = values.contiguous()
     mass = torch.ones_like(values) if importance is None else importance.gather(-1, order)
     mass = torch.where(mass.sum(-1, keepdim=True) > 0, mass, torch.ones_like(mass)).double()
+    missing = count - values.shape[-1]
+    if missing >= 0:
+        first = values.gather(-1, (mass > 0).int().argmax(-1, keepdim=True))
+        own = torch.where(mass > 0, values, first)
+        return torch.cat([own, first.expand(*first.shape[:-1], missing)], -1).sort(-1).values
     sums = torch.stack([_running_sum(mass * values.double() ** power) for power in range(3)])
-    centers = _starting_points(values, sums[0], count)
-    edges = _edges(values, centers)
-    for step in range(steps):
-        moved = _means(sums, edges, centers)
-        if step % 2:
-            moved = _relocate(values, sums, edges, moved)
+    if count <= CUT_COUNT:
+        pieces = zip(values.reshape(-1, values.shape[-1]).split(CHUNK), sums.flatten(1, -2).split(CHUNK, 1), strict=True)
+        centers = torch.cat([_best_cuts(*piece, count) for piece in pieces]).reshape(*values.shape[:-1], count)
+    else:
+        centers = _spread_points(values, sums[0], count)
+    for _ in range(steps):
+        moved = _means(sums, _edges(values, centers), centers)
         if torch.equal(moved, centers):
             break
-        centers, edges = moved, _edges(values, moved)
+        centers = moved
     return centers
+
+
+def _running_sum(numbers: Tensor) -> Tensor:
+    """Sums of the first 0, 1, ... n of ``numbers [..., n]``, float64 ``[..., n + 1]``."""
+    return torch.nn.functional.pad(numbers.double().cumsum(-1), (1, 0))
 
 
 def _edges(values: Tensor, centers: Tensor) -> Tensor:
@@ -137,67 +143,49 @@ def _edges(values: Tensor, centers: Tensor) -> Tensor:
     return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=values.shape[-1])
 
 
-def _sums_between(sums: Tensor, edges: Tensor) -> Tensor:
-    """Mass, first and second moment between neighbouring edges, float64 ``[3, ..., edges - 1]``."""
-    return sums.gather(-1, edges.expand(3, *edges.shape)).diff(dim=-1)
-
-
 def _means(sums: Tensor, edges: Tensor, previous: Tensor) -> Tensor:
     """The mean between neighbouring edges, float32; where there is no mass, the ``previous`` one."""
-    mass, first, _ = _sums_between(sums, edges)
+    mass, first = sums[:2].gather(-1, edges.expand(2, *edges.shape)).diff(dim=-1)
     return torch.where(mass > 0, first / mass.clamp(min=1e-300), previous.double()).float().sort(-1).values
 
 
-def _cost(moments: Tensor) -> Tensor:
-    """The squared error of values of these moments around their mean."""
-    mass, first, second = moments
-    return (second - first.square() / mass.clamp(min=1e-300)).clamp(min=0)
+def _best_cuts(values: Tensor, sums: Tensor, count: int) -> Tensor:
+    """The means of the least squared error among all ways to cut sorted ``values [blocks, n]`` between bins.
 
-
-def _relocate(values: Tensor, sums: Tensor, edges: Tensor, centers: Tensor) -> Tensor:
-    """Merge two neighbours and split another centroid's members at their mean, wherever that lowers the error.
-
-    Lloyd's steps alone never move a centroid across another, nor one without members.
+    By dynamic programming over bins: every value if there are few, otherwise spread as centroids would be.
     """
-    count = centers.shape[-1]
-    if count < 3:
-        return centers
-    moments = _sums_between(sums, edges)
-    costs = _cost(moments)
-    joined = moments[..., 1:] + moments[..., :-1]
-    loss, pair = (_cost(joined) - costs[..., 1:] - costs[..., :-1]).min(-1, keepdim=True)
-    middle = torch.searchsorted(values, centers).clamp(edges[..., :-1], edges[..., 1:])
-    lower = _sums_between(sums, torch.stack([edges[..., :-1], middle], -1).flatten(-2))[..., ::2]
-    upper = moments - lower
-    gains = costs - _cost(lower) - _cost(upper)
-    gain, split = gains.scatter(-1, torch.cat([pair, pair + 1], -1), -1.0).max(-1, keepdim=True)
-
-    def mean_at(sums_of: Tensor, index: Tensor) -> Tensor:
-        mass, first, _ = sums_of.gather(-1, index.expand(3, *index.shape))
-        return (first / mass.clamp(min=1e-300)).float()
-
-    one = torch.where(joined[0].gather(-1, pair) > 0, mean_at(joined, pair), centers.gather(-1, pair))
-    changed = centers.scatter(-1, pair, one).scatter(-1, split, mean_at(lower, split))
-    changed = changed.scatter(-1, pair + 1, mean_at(upper, split))
-    # A gain must stand out from the rounding of the second moments.
-    return torch.where(gain > loss + 1e-9 * costs.sum(-1, keepdim=True), changed, centers).sort(-1).values
+    size = values.shape[-1]
+    if size <= BINS:
+        edges = torch.arange(size + 1, device=values.device).expand(values.shape[0], size + 1)
+    else:
+        edges = _edges(values, _spread_points(values, sums[0], BINS))
+    moments = sums.gather(-1, edges.expand(3, *edges.shape))
+    mass, first, second = moments.unsqueeze(-2) - moments.unsqueeze(-1)  # of bins from the row's to the column's edge
+    cost = (second - first.square() / mass.clamp(min=1e-300)).clamp_(min=0).float()
+    cost.masked_fill_(torch.ones(cost.shape[-2:], dtype=torch.bool, device=cost.device).tril(-1), torch.inf)
+    lowest, cuts = cost[:, 0], [torch.full_like(edges[:, :1], edges.shape[-1] - 1)]
+    origins = []
+    for _ in range(count - 1):
+        lowest, origin = (lowest.unsqueeze(-1) + cost).min(-2)
+        origins.append(origin)
+    for origin in reversed(origins):
+        cuts.append(origin.gather(-1, cuts[-1]))
+    cuts.append(torch.zeros_like(cuts[-1]))
+    overall = (sums[1, :, -1:] / sums[0, :, -1:]).expand(-1, count)
+    return _means(sums, edges.gather(-1, torch.cat(cuts[::-1], -1)), overall)
 
 
-def _running_sum(numbers: Tensor) -> Tensor:
-    """Sums of the first 0, 1, ... n of ``numbers [..., n]``, float64 ``[..., n + 1]``."""
-    return torch.nn.functional.pad(numbers.double().cumsum(-1), (1, 0))
-
-
-def _starting_points(values: Tensor, weight_sum: Tensor, count: int) -> Tensor:
+def _spread_points(values: Tensor, weight_sum: Tensor, count: int) -> Tensor:
     """Quantiles of (mass density)^(1/3) of sorted ``values [..., n]``, from the spacing of 64 bins of equal mass.
 
     ``weight_sum [..., n + 1]`` is the running sum of mass; values without mass have no say.
     """
     bins = min(64, values.shape[-1])
     wanted = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=values.device) * weight_sum[..., -1:]
-    # The first value with mass up to each wanted mass; the smallest such value stands for none.
-    edge = torch.searchsorted(weight_sum[..., 1:].contiguous(), wanted.contiguous())
-    first = torch.searchsorted(weight_sum[..., 1:].contiguous(), torch.zeros_like(wanted[..., :1]), right=True)
+    sums = weight_sum[..., 1:].contiguous()
+    # The first value up to which the mass is as wanted, and not before the first value that has any.
+    edge = torch.searchsorted(sums, wanted.contiguous())
+    first = torch.searchsorted(sums, torch.zeros_like(wanted[..., :1]), right=True)
     edges = values.gather(-1, torch.maximum(edge, first).clamp(max=values.shape[-1] - 1))
     # density ~ 1 / width within a bin of equal mass, so density^(1/3) * width = width^(2/3).
     share = torch.nn.functional.pad(edges.diff(dim=-1).clamp(min=0).pow(2 / 3).cumsum(-1), (1, 0))
@@ -207,13 +195,3 @@ def _starting_points(values: Tensor, weight_sum: Tensor, count: int) -> Tensor:
     part = torch.where(high > low, (wanted - low) / (high - low), 0.0)
     left = edges.gather(-1, right - 1)
     return left + part * (edges.gather(-1, right) - left)
-
-
-def _region_means(blocks: Tensor, mass: Tensor, codes: Tensor, count: int, previous: Tensor | None = None) -> Tensor:
-    """The weighted mean of the members of each code ``[..., count]``; an empty code keeps its ``previous`` value."""
-    index = codes.to(torch.int64)
-    shape = (*blocks.shape[:-1], count)
-    weight = blocks.new_zeros(shape).scatter_add_(-1, index, mass)
-    total = blocks.new_zeros(shape).scatter_add_(-1, index, mass * blocks)
-    mean = total / weight.clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.where(weight > 0, mean, torch.zeros_like(mean) if previous is None else previous)

@@ -27,7 +27,8 @@ class Rtn(WeightRecipe):
     """Round to nearest on one grid.
 
     ``format``: ``int`` (``num_bits``, ``symmetric``, and ``zero_point`` integer or float when not symmetric), a float
-    format, ``lut`` (k-means, ``rows_per_lut`` rows share a table), ``ternary``, ``five_level`` or ``binary`` (``regions``).
+    format, ``lut`` (k-means, ``rows_per_lut`` rows share a table), ``ternary``, ``five_level`` or ``binary`` with
+    ``regions``.
     ``group_size`` None means one group per row. ``two_scales`` (float formats) scales each sign on its own.
     ``scales``: a dtype, or ``bilevel`` for two-level 3-bit scales over 16 rows. ``clip``: ``none`` or ``mse``.
     """

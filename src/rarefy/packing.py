@@ -73,19 +73,21 @@ def unpack_bits(stream: Tensor, num_bits: int, count: int) -> Tensor:
         return stream.new_zeros(*stream.shape[:-2], count, dtype=torch.uint8)
     octets = stream.flatten(-2).contiguous().view(torch.uint8)
     if num_bits == 8:
-        codes = octets
-    elif num_bits in (1, 2, 4):
-        shifts = torch.arange(0, 8, num_bits, device=stream.device, dtype=torch.uint8)
-        codes = ((octets.unsqueeze(-1) >> shifts) & ((1 << num_bits) - 1)).flatten(-2)
+        return octets[..., :count]
+    mask = (1 << num_bits) - 1
+    if 8 % num_bits == 0:
+        digits = [(octets >> shift) & mask for shift in range(0, 8, num_bits)]
     else:
-        # 8 codes fill b bytes, and each code lies within two neighbouring ones: 16-bit arithmetic is enough.
-        parts = torch.nn.functional.pad(octets.unflatten(-1, (-1, num_bits)), (0, 1)).to(torch.int16)
-        pairs = parts[..., :-1] | (parts[..., 1:] << 8)
-        starts = [index * num_bits for index in range(8)]
-        byte = torch.tensor([start // 8 for start in starts], device=stream.device)
-        shift = torch.tensor([start % 8 for start in starts], device=stream.device, dtype=torch.int16)
-        codes = ((pairs.index_select(-1, byte) >> shift) & ((1 << num_bits) - 1)).to(torch.uint8).flatten(-2)
-    return codes[..., :count]
+        # 8 codes fill num_bits bytes, and each lies within two neighbouring ones; bits beyond a byte fall away.
+        parts = octets.unflatten(-1, (-1, num_bits)).unbind(-1)
+        digits = []
+        for index in range(8):
+            byte, shift = divmod(index * num_bits, 8)
+            code = parts[byte] >> shift
+            if shift + num_bits > 8:
+                code = code | (parts[byte + 1] << (8 - shift))
+            digits.append(code & mask)
+    return torch.stack(digits, -1).flatten(-2)[..., :count]
 
 
 def pack_planes(codes: Tensor, num_bits: int) -> Tensor:

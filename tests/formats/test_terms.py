@@ -44,6 +44,7 @@ from tests.formats.samples import (
     SHAPES,
     TERMS,
     fits,
+    fitted,
     inputs,
     mask_for,
     quantized,
@@ -101,9 +102,7 @@ def rebuilt(term: Term) -> Term:
 @pytest.mark.parametrize(("grid", "pattern"), PAIRS, ids=lambda name: name)
 def test_stored_codes_mean_what_the_grid_said(grid: str, pattern: str) -> None:
     for seed, (rows, columns) in enumerate(SHAPES):
-        dense = weight(rows, columns, seed)
-        params = GRIDS[grid].fit(dense)
-        codes = GRIDS[grid].encode(dense, params)
+        codes, params = fitted(GRIDS[grid], rows, columns, seed)
         mask = mask_for(PATTERNS[pattern], rows, columns, seed)
         term = Quantized.from_codes(codes, params, GRIDS[grid], pattern=PATTERNS[pattern], mask=mask)
         check_meaning(term, torch.where(mask, GRIDS[grid].decode(codes, params), 0.0))
@@ -348,8 +347,7 @@ def test_no_cast_touches_what_is_stored(name: str) -> None:
         after = tensors_of(cast(nn.ModuleDict({"layer": nn.Sequential(term)})))
         for key, tensor in before.items():
             moved = after[f"layer.0.{key}"]
-            assert moved.dtype == tensor.dtype
-            assert torch.equal(moved.view(torch.uint8) if moved.numel() else moved, tensor.view(torch.uint8) if tensor.numel() else tensor) or tensor.dim() == 0
+            assert moved.dtype == tensor.dtype and torch.equal(moved, tensor)
 
 
 @every(STACKED)
@@ -665,7 +663,7 @@ def test_bilevel_bits_per_weight(scales: BilevelScale, expected: float) -> None:
 def test_layouts_name_what_does_not_match() -> None:
     term = TERMS["five"]()
     layout, found = term.spec.layout(term.shape), described(term)
-    assert bind(layout, found, "layer") == {"words": 4 if found["codes"][1][0] == 4 else found["codes"][1][0]}
+    assert bind(layout, found, "layer") == {"words": found["codes"][1][0]}
     for change, message in (
         ({"bitmap": None}, "'layer.bitmap' is missing"),
         ({"codes": (torch.int32, found["codes"][1])}, "'layer.codes' is torch.int32, expected torch.int64"),
@@ -681,11 +679,6 @@ def test_layouts_name_what_does_not_match() -> None:
     rows = shapes["scale"][1][0]
     with pytest.raises(FormatError, match="'layer"):
         bind(pair.spec.layout(pair.shape), {**shapes, "scale": (torch.float16, (rows + 1,))}, "layer")
-
-
-@pytest.mark.parametrize("kind", sorted({term().spec.type for term in terms().values()}))
-def test_every_kind_of_term_is_sampled(kind: str) -> None:
-    assert kind in {"quantized", "sparse", "residual", "dense", "product", "partition", "shared"}
 
 
 def test_a_description_says_only_what_differs() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from rarefy.layers.manifest import Manifest
 # What a model needs besides weights and config.json. Code is never copied.
 COMPANIONS = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
-    "spiece*", "chat_template*", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", "feature_extractor*", "modules.json", "config_sentence_transformers.json",
+    "spiece*", "chat_template*", "additional_chat_templates", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json", "feature_extractor*", "modules.json", "config_sentence_transformers.json",
     "sentence_*config.json", "1_Pooling", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 
@@ -36,11 +35,13 @@ def copy_companions(source: Path, out: Path) -> None:
 def write_config(out: Path, config: dict[str, Any], manifest: Manifest) -> None:
     """``config.json`` with the manifest as its quantization_config."""
     whole = {**config, "quantization_config": manifest.model_dump(mode="json")}
+    # With this key Transformers would find the weights without rarefy, and fill what it does not know at random.
+    whole.pop("transformers_weights", None)
     write_text(out / "config.json", json.dumps(whole, indent=2) + "\n")
 
 
-def write_card(out: Path, base: str, manifest: Manifest, lines: Iterable[str], licence: str | None) -> None:
-    """README.md: the model card with what compression achieved and how to load the model."""
+def write_card(out: Path, base: str, architecture: str, manifest: Manifest, licence: str | None) -> None:
+    """README.md: the model card with what compression achieved and how to load the model, a ``architecture``."""
     report = manifest.report
     assert report is not None
     head = ["---", "library_name: transformers", "tags: [rarefy, compressed]"]
@@ -56,12 +57,12 @@ def write_card(out: Path, base: str, manifest: Manifest, lines: Iterable[str], l
         "",
         "```python",
         "import rarefy",
-        "from transformers import AutoModel  # or the class for your task, such as AutoModelForCausalLM",
+        f"from transformers import {architecture}",
         "",
-        'model = AutoModel.from_pretrained("this folder")',
+        f'model = {architecture}.from_pretrained("this folder")',
         "```",
         "",
-        *(f"- {line}" for line in (*lines, *report.notes)),
+        *(f"- {note}" for note in report.notes),
     ]
     write_text(out / "README.md", "\n".join(head + [""] + body).rstrip() + "\n")
 

@@ -47,14 +47,21 @@ def model_class(config: dict[str, Any]) -> type[PreTrainedModel]:
     )
 
 
-def skeleton(folder: Path) -> PreTrainedModel:
-    """The model of a folder on the meta device: names and shapes, no memory. Raises as ``model_class``."""
-    import transformers
+def skeleton(folder: Path, raw: dict[str, Any] | None = None) -> PreTrainedModel:
+    """The model of a folder on the meta device: names and shapes, no memory. ``raw`` stands in for its config.json.
 
-    raw = read_config(folder)
+    Raises as ``model_class``, and SourceError when the class cannot be built from the configuration.
+    """
+    raw = read_config(folder) if raw is None else raw
     cls = model_class(raw)
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        return cls(config)  # type: ignore[call-arg, no-any-return]
+    try:
+        config = cls.config_class.from_dict(raw)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            return cls(config)
+    except Exception as failure:  # Transformers' own checks raise anything
+        reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0].rstrip(".")
+        raise SourceError(
+            f"The config.json of '{folder.name}' does not describe a {cls.__name__} ({reason}); copy the model again."
+        ) from failure

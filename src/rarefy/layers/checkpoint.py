@@ -146,10 +146,28 @@ def read_headers(files: Iterable[Path]) -> dict[Path, Header]:
     return headers
 
 
+def check_places(files: Iterable[Path], source: str) -> None:
+    """Raise CheckpointError when weight files that an index named lie outside the model folder ``source``.
+
+    A ``source`` that is no folder (a hub id) is not checked here; its index is (see ``check_index``).
+    """
+    if not os.path.isdir(source):
+        return
+    root = os.path.abspath(source)
+    for path in files:
+        if not os.path.abspath(path).startswith(os.path.join(root, "")):
+            raise CheckpointError(f"An index names '{path.name}' outside its folder; do not trust this folder.")
+
+
 def check_index(folder: Path, weights_name: str) -> None:
-    """Raise CheckpointError when an index names files outside its folder or holds something other than names."""
-    path = folder / f"{weights_name}.index.json"
+    """Check the index of the weights ``weights_name`` (a file, or the index itself, which must then exist).
+
+    Raises CheckpointError when it names files outside its folder or holds something other than names.
+    """
+    path = folder / f"{weights_name.removesuffix('.index.json')}.index.json"
     if not path.is_file():
+        if path.name == weights_name:
+            raise CheckpointError(f"'{weights_name}' does not lie beside the files it names; do not trust this folder.")
         return
     try:
         places = json.loads(path.read_text("utf-8"))["weight_map"]

@@ -80,7 +80,7 @@ def write_model(model: PreTrainedModel, stage: Path, source: Path | None, base: 
     config = json.loads((stage / "config.json").read_text("utf-8"))
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     write_config(stage, config, manifest)
-    write_card(stage, base, manifest, [], licence_of(source) if source else None)
+    write_card(stage, base, type(model).__name__, manifest, licence_of(source) if source else None)
 
 
 def manifest_of(model: Any) -> Manifest:

@@ -18,7 +18,15 @@ from rarefy.calibration.data_free import tied_parameters
 from rarefy.core.errors import CheckpointError, FormatError, OptionError, UnsupportedError
 from rarefy.integrations.transformers.config import RarefyConfig
 from rarefy.layers import swap
-from rarefy.layers.checkpoint import METADATA_KEY, check_digests, check_index, digest_of, expected_sizes, read_headers
+from rarefy.layers.checkpoint import (
+    METADATA_KEY,
+    check_digests,
+    check_index,
+    check_places,
+    digest_of,
+    expected_sizes,
+    read_headers,
+)
 from rarefy.layers.manifest import Manifest, layer_layout
 
 PLAIN_NAME = "model.safetensors"  # what save_pretrained writes
@@ -37,16 +45,18 @@ class RarefyQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
             raise OptionError("A rarefy model is compressed first, with rarefy.compress or 'rarefy compress'.")
-        if Path(self.manifest.weights).name != self.manifest.weights:
-            raise CheckpointError(f"quantization_config names weights {self.manifest.weights!r} outside its folder.")
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Transformers 5.16 and newer call this before they look for weight files."""
+        """Newer Transformers call this before they look for weight files."""
         return self._name_weights(config)
 
     def update_tp_plan(self, config: Any) -> Any:
-        """Transformers up to 5.15 call this before they look for weight files."""
+        """Older Transformers call this before they look for weight files; releases around 5.19 call both."""
         return self._name_weights(config)
+
+    def update_weight_conversions(self, weight_conversions: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        """No renaming of a family's older names: those in the files were checked to be the model's own."""
+        return []
 
     def _name_weights(self, config: Any) -> Any:
         if self.manifest.weights.removesuffix(".index.json") != PLAIN_NAME:
@@ -59,7 +69,8 @@ class RarefyQuantizer(HfQuantizer):
             raise CheckpointError("A rarefy checkpoint is loaded from files; pass the folder's name.")
         if any(file.suffix != ".safetensors" for file in files):
             raise CheckpointError(f"'{files[0].name}' is not a safetensors file; rarefy loads nothing else.")
-        check_index(files[0].parent, self.manifest.weights.removesuffix(".index.json"))
+        check_places(files, str(getattr(model.config, "_name_or_path", "") or ""))
+        check_index(files[0].parent, self.manifest.weights)
         prepare_(model, self.manifest, files)
         return model
 
@@ -75,14 +86,15 @@ class RarefyQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        """``save_pretrained`` writes the usual file names; the config says so, and hashes of the codes go along."""
+        """``save_pretrained`` writes the usual file names; the config says so, and hashes of the tensors go along."""
         manifest = self.manifest.model_copy(update={"weights": PLAIN_NAME})
         self.quantization_config = RarefyConfig.of(manifest)
         model.config.quantization_config = self.quantization_config
+        # What is offloaded or spread over processes cannot be hashed here; codes and scales never are.
         hashes = {
-            f"{name}.{label}": digest_of(buffer)
-            for name, module in swap.compressed(model)
-            for label, buffer in module.named_buffers()
+            name: digest_of(tensor)
+            for name, tensor in model.state_dict().items()
+            if type(tensor) is torch.Tensor and tensor.device.type != "meta"
         }
         return None, {METADATA_KEY: json.dumps({"manifest": manifest.digest(), "tensors": hashes}, sort_keys=True)}
 

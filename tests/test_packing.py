@@ -74,7 +74,6 @@ def test_bitmaps_mark_columns(lead: tuple[int, ...], count: int, seed: int) -> N
     assert bitmap.dtype == torch.int32 and bitmap.shape == (*lead, -(-count // 32))
     assert packing.unpack_bitmap(bitmap, count).dtype == torch.bool
     assert torch.equal(packing.unpack_bitmap(bitmap, count), flags)
-    assert torch.equal(packing.popcount(bitmap).sum(-1), flags.sum(-1))
     if flags.numel():
         row, words = flags.reshape(-1, count)[-1], bitmap.reshape(-1, bitmap.shape[-1])[-1]
         assert run_of(words) == sum(1 << index for index in range(count) if row[index])

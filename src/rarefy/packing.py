@@ -169,11 +169,6 @@ def unpack_entries(entries: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return values, (entries & 0xFFFF).to(torch.int64)
 
 
-def popcount(bitmap: Tensor) -> Tensor:
-    """Number of set bits of each int32 word, int64, same shape."""
-    return unpack_bits(bitmap.unsqueeze(-1).unsqueeze(-1), 1, WORD).sum(-1, dtype=torch.int64)
-
-
 def _check_bits(num_bits: int) -> None:
     if not 1 <= num_bits <= 8:
         raise FormatError(f"num_bits is {num_bits}; bit streams hold 1 to 8 bits.")

@@ -16,10 +16,10 @@ from rarefy import packing
 from rarefy.core.errors import FormatError
 from rarefy.formats.grids import BinaryGrid, IntegerGrid
 from rarefy.formats.layout import bind
-from rarefy.formats.patterns import NM, Bitmap, Groups
+from rarefy.formats.patterns import NM, Bitmap, Groups, Pattern
 from rarefy.formats.scales import SingleScale
 from rarefy.formats.terms import Dense, Quantized, Residual, Sparse, Term, TermSpec, parse_spec, stack
-from tests.formats.samples import GRIDS, PATTERNS, TERMS, inputs, quantized, residual, weight
+from tests.formats.samples import GRIDS, PATTERNS, TERMS, inputs, mask_for, quantized, residual, weight
 
 STORED = [name for name in TERMS if name != "shared"]
 
@@ -31,6 +31,11 @@ def changed(term: Term, name: str, index: Any, value: Any) -> Term:
     return damaged
 
 
+def word(bit: int) -> int:
+    """The int32 number whose only set bit is ``bit``."""
+    return 1 << bit if bit < 31 else -(1 << 31)
+
+
 def replaced(term: Term, **tensors: Tensor) -> Term:
     """A copy of ``term`` with whole tensors replaced, as far as its layout lets their sizes vary."""
     stored = {**dict(term.named_buffers()), **tensors}
@@ -38,7 +43,12 @@ def replaced(term: Term, **tensors: Tensor) -> Term:
     return term.spec.build(term.shape, stored)
 
 
+def sparse(pattern: Pattern, columns: int) -> Sparse:
+    return Sparse.from_weight(weight(3, columns), mask_for(pattern, 3, columns), pattern)
+
+
 def refused(term: Term, message: str) -> None:
+    """``check`` refuses the term, and a stack that holds it."""
     with pytest.raises(FormatError, match=message):
         term.check()
     with pytest.raises(FormatError, match=message):
@@ -72,25 +82,20 @@ def test_outliers_that_are_not_finite_are_refused(dtype: str) -> None:
 @pytest.mark.parametrize("columns", [33, 40, 63])
 def test_bits_beyond_the_last_column_are_refused(columns: int) -> None:
     for pattern in (Bitmap(), NM()):
-        term = Sparse.from_weight(*sparse(pattern, columns))
+        term = sparse(pattern, columns)
         for bit in range(columns % 32, 32):
-            refused(changed(term, "bitmap", (2, 1), 1 << bit if bit < 31 else -(1 << 31)), f"beyond {columns}")
-    term = Sparse.from_weight(*sparse(Groups(size=16, index="bitmap"), columns))
+            refused(changed(term, "bitmap", (2, 1), word(bit)), f"beyond {columns}")
+    term = sparse(Groups(size=16, index="bitmap"), columns)
     refused(changed(term, "bitmap", (2, 0), 1 << -(-columns // 16)), f"beyond {-(-columns // 16)}")
     spec, tensors = inputs(columns)["rotated"]
     rotated = quantized(GRIDS["int4-row"], PATTERNS["full"], 3, columns, input=spec, input_tensors=tensors)
-    refused(changed(rotated, "signs", 1, 1 << (columns % 32)), f"beyond {columns}")
-
-
-def sparse(pattern: Any, columns: int) -> tuple[Tensor, Tensor, Any]:
-    from tests.formats.samples import mask_for
-
-    return weight(3, columns), mask_for(pattern, 3, columns), pattern
+    refused(changed(rotated, "signs", 1, word(columns % 32)), f"beyond {columns}")
 
 
 def test_a_bitmap_with_more_bits_than_stored_weights_is_refused() -> None:
+    full = packing.pack_bitmap(torch.ones(6, 40) > 0)
     for term in (TERMS["five"](), TERMS["sparse"]()):
-        refused(replaced(term, bitmap=torch.full((6, 2), -1, dtype=torch.int32) & packing.pack_bitmap(torch.ones(6, 40) > 0)), "for 240 kept weights")
+        refused(replaced(term, bitmap=full), "for 240 kept weights")
 
 
 def test_a_group_bitmap_with_more_bits_than_stored_groups_is_refused() -> None:
@@ -109,10 +114,8 @@ def test_a_group_that_keeps_another_number_is_refused() -> None:
 
 @pytest.mark.parametrize(("n", "m", "columns"), [(2, 4, 40), (4, 8, 40), (2, 4, 42), (2, 8, 41), (1, 4, 43)])
 def test_a_number_that_names_no_subset_is_refused(n: int, m: int, columns: int) -> None:
-    from tests.formats.samples import mask_for
-
     pattern = NM(n=n, m=m, index="rank")
-    term = Sparse.from_weight(weight(3, columns), mask_for(pattern, 3, columns), pattern)
+    term = sparse(pattern, columns)
     groups, tail = -(-columns // m), columns % m
     bits = term.get_buffer("indices").shape[-1]
     ranks = packing.unpack_bits(term.get_buffer("indices"), bits, groups)
@@ -184,14 +187,12 @@ def test_values_that_do_not_fill_their_slots_are_refused(name: str) -> None:
 
 
 def test_codes_beyond_their_table_are_refused() -> None:
+    grid = BinaryGrid(regions=3, group_size=16)
+    params = grid.fit(weight(3, 40))
+    codes = torch.zeros(3, 40, dtype=torch.uint8)
+    codes[2, 39] = 6
     for planes in (False, True):
-        for regions in (3,):
-            grid = BinaryGrid(regions=regions, group_size=16)
-            params = grid.fit(weight(3, 40))
-            codes = torch.zeros(3, 40, dtype=torch.uint8)
-            codes[2, 39] = 2 * regions
-            term = Quantized.from_codes(codes, params, grid, planes=planes)
-            refused(term, "beyond the 6 entries")
+        refused(Quantized.from_codes(codes, params, grid, planes=planes), "beyond the 6 entries")
 
 
 @pytest.mark.parametrize(("name", "limit"), [("ternary", 3**5), ("five", 5**27)])
@@ -353,7 +354,7 @@ def test_descriptions_that_make_no_sense_are_refused(data: Any, message: str) ->
         parse_spec(data)
 
 
-@pytest.mark.parametrize("depth", [40, 1000, 200_000])
+@pytest.mark.parametrize("depth", [40, 1000, 20_000])
 @pytest.mark.parametrize("kind", ["product", "partition", "list", "unknown"])
 def test_descriptions_nested_without_end_are_refused(depth: int, kind: str) -> None:
     data: Any = DENSE
@@ -368,7 +369,8 @@ def test_descriptions_nested_without_end_are_refused(depth: int, kind: str) -> N
     with pytest.raises(FormatError, match="nested deeper"):
         parse_spec(data)
     while data is not DENSE:  # freeing it all at once would recurse too
-        data = next((value for value in (data.values() if isinstance(data, dict) else data) if isinstance(value, dict | list)))
+        inner = data.values() if isinstance(data, dict) else data
+        data = next(value for value in inner if isinstance(value, dict | list))
 
 
 @pytest.mark.parametrize("name", list(TERMS))
@@ -407,7 +409,6 @@ def test_random_bytes_are_refused_or_decode(name: str) -> None:
     dice = random.Random(name)
     original = TERMS[name]()
     x = torch.randn(2, 40)
-    survived = 0
     for _ in range(40):
         term = copy.deepcopy(original)
         tensors = [tensor for tensor in term.buffers() if tensor.numel()]
@@ -419,10 +420,8 @@ def test_random_bytes_are_refused_or_decode(name: str) -> None:
             term.check()
         except FormatError:
             continue
-        survived += 1
         assert term.decode().shape == (6, 40) and term(x).shape == (2, 6)
         assert stack([term, original]).decode().shape == (2, 6, 40)
-    assert survived < 40 or name in ("integer", "planes", "multiplier", "lut", "bilevel", "binary", "scaled", "scaled-half")
 
 
 @pytest.mark.parametrize("name", FRAGILE)
@@ -433,10 +432,9 @@ def test_random_sizes_are_refused_or_decode(name: str) -> None:
     layout = original.spec.layout(original.shape)
     free = sorted({size for entry in layout.values() for size in entry.shape if isinstance(size, str)})
     sizes = bind(layout, {key: (t.dtype, tuple(t.shape)) for key, t in original.named_buffers()}, "term")
+    near = [max(0, value + step) for value in sizes.values() for step in (-1, 1)]
     for _ in range(30 if free else 0):
-        chosen = {**sizes, dice.choice(free): dice.choice((0, 1, 2, 3, 17, *(value + step for value in sizes.values() for step in (-1, 1))))}
-        if min(chosen.values()) < 0:
-            continue
+        chosen = {**sizes, dice.choice(free): dice.choice([0, 1, 2, 3, 17, *near])}
         term = original.spec.empty(original.shape, chosen)
         stored = dict(original.named_buffers())
         for key, tensor in term.named_buffers():

@@ -49,11 +49,12 @@ from tests.formats.samples import (
     mask_for,
     quantized,
     residual,
-    terms,
     weight,
 )
 
-PAIRS = [(grid, pattern) for grid, pattern in itertools.product(GRIDS, PATTERNS) if fits(GRIDS[grid], PATTERNS[pattern])]
+PAIRS = [
+    (grid, pattern) for grid, pattern in itertools.product(GRIDS, PATTERNS) if fits(GRIDS[grid], PATTERNS[pattern])
+]
 STACKED = [name for name in TERMS if name != "shared"]
 
 
@@ -78,7 +79,9 @@ def check_meaning(term: Term, expected: Tensor) -> None:
     torch.testing.assert_close(term(x), x @ decoded.double().T, rtol=1e-5, atol=1e-5 * float(decoded.abs().max() + 1))
     again = rebuilt(term)
     assert torch.equal(again.decode(), decoded)
-    assert term.byte_count().total == sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(term).values())
+    assert term.byte_count().total == sum(
+        tensor.numel() * tensor.element_size() for tensor in tensors_of(term).values()
+    )
 
 
 def rebuilt(term: Term) -> Term:
@@ -116,7 +119,9 @@ def test_bit_planes_mean_the_same_as_bit_streams(name: str) -> None:
     check_meaning(planes, stream.decode())
 
 
-@pytest.mark.parametrize("grid", [LutGrid(num_bits=3), LutGrid(num_bits=3, rows_per_lut=None), BinaryGrid(group_size=None)])
+@pytest.mark.parametrize(
+    "grid", [LutGrid(num_bits=3), LutGrid(num_bits=3, rows_per_lut=None), BinaryGrid(group_size=None)]
+)
 @pytest.mark.parametrize("index", ["ids", "csr", "bitmap"])
 def test_tables_without_column_groups_take_group_patterns(grid: Grid, index: str) -> None:
     for size in (1, 5, 16, 100):
@@ -178,7 +183,9 @@ def test_a_multiplier_reaches_beyond_16_bits() -> None:
         check_meaning(term, expected)
         x = (torch.randn(3, 40) * 0.01).half()
         if factor < 1:
-            assert torch.equal(quantized(grid, Full(), 4, 40, multiplier=2.0**-3)(x), (x @ (expected / factor / 8).half().T))
+            assert torch.equal(
+                quantized(grid, Full(), 4, 40, multiplier=2.0**-3)(x), (x @ (expected / factor / 8).half().T)
+            )
 
 
 def test_codes_of_another_grid_are_refused() -> None:
@@ -271,7 +278,9 @@ def test_residuals_at_any_width(dtype: str, shape: tuple[int, int]) -> None:
     assert term.get_buffer("row_ptr").shape == (-(-columns // 65536), rows + 1)
     check_meaning(term, torch.where(mask, values, 0.0))
     count = term.byte_count()
-    assert count.values == 2 * int(mask.sum()) and count.indices == 2 * int(mask.sum()) + 4 * (rows + 1) * -(-columns // 65536)
+    assert count.values == 2 * int(mask.sum()) and count.indices == 2 * int(mask.sum()) + 4 * (rows + 1) * -(
+        -columns // 65536
+    )
 
 
 def test_a_quantized_weight_and_its_residual_are_exact_where_the_residual_is() -> None:
@@ -479,7 +488,9 @@ def test_a_partition_by_experts_gives_each_its_own_term(ordered: bool) -> None:
     assert torch.equal(rebuilt(term).decode(), expected)
     for index in range(5):
         assert torch.equal(term.select(index).decode(), expected[index])
-    assert term.byte_count().total == total([member.byte_count() for member in members]).total + (20 if ordered else 0) + (
+    assert term.byte_count().total == total([member.byte_count() for member in members]).total + (
+        20 if ordered else 0
+    ) + (
         term.parts[1].byte_count().total - total([member.byte_count() for member in groups[1]]).total  # type: ignore[operator]
     )
 
@@ -606,10 +617,15 @@ def test_a_row_that_lists_its_groups_cannot_be_filled() -> None:
 
 def test_experts_of_different_descriptions_become_a_partition() -> None:
     members: list[Term] = [
-        quantized(IntegerGrid(num_bits=bits, group_size=16), Full(), 6, 40, seed) for seed, bits in enumerate((4, 2, 4, 3, 2))
+        quantized(IntegerGrid(num_bits=bits, group_size=16), Full(), 6, 40, seed)
+        for seed, bits in enumerate((4, 2, 4, 3, 2))
     ]
     whole = stack(members)
-    assert isinstance(whole, Partition) and whole.axis == "experts" and [part.shape[0] for part in whole._terms()] == [2, 2, 1]
+    assert (
+        isinstance(whole, Partition)
+        and whole.axis == "experts"
+        and [part.shape[0] for part in whole._terms()] == [2, 2, 1]
+    )
     assert torch.equal(whole.decode(), torch.stack([member.decode() for member in members]))
     assert torch.equal(rebuilt(whole).decode(), whole.decode())
 
@@ -622,7 +638,10 @@ def test_what_cannot_be_stacked_is_refused() -> None:
 
 
 def test_a_stack_of_stacks_decodes() -> None:
-    inner = [stack([quantized(GRIDS["int4-float"], Full(), 3, 20, 2 * group + seed) for seed in range(2)]) for group in range(2)]
+    inner = [
+        stack([quantized(GRIDS["int4-float"], Full(), 3, 20, 2 * group + seed) for seed in range(2)])
+        for group in range(2)
+    ]
     tensors = {name: torch.stack([tensors_of(term)[name] for term in inner]) for name in tensors_of(inner[0])}
     whole = inner[0].spec.build((2, 2, 3, 20), tensors)
     whole.check()
@@ -683,7 +702,10 @@ def test_layouts_name_what_does_not_match() -> None:
 
 def test_a_description_says_only_what_differs() -> None:
     spec = QuantizedSpec(grid=IntegerGrid(group_size=16))
-    assert isinstance(spec, TermSpec) and parse_spec({"type": "quantized", "grid": {"type": "integer", "group_size": 16}}) == spec
+    assert (
+        isinstance(spec, TermSpec)
+        and parse_spec({"type": "quantized", "grid": {"type": "integer", "group_size": 16}}) == spec
+    )
 
 
 def test_rotation_signs_are_a_bitmap() -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rarefy.calibration.output import copy_companions, licence_of, write_card, write_config
 from rarefy.calibration.report import Ledger
-from rarefy.calibration.selection import Selection, select
+from rarefy.calibration.selection import Selection, may_be_absent, select, select_sites, tied_parameters
 from rarefy.calibration.skeleton import read_config, skeleton
 from rarefy.calibration.solve import WorkFolder, solve_site
 from rarefy.contracts import Recipe, Rule
@@ -19,11 +21,14 @@ from rarefy.core.errors import CheckpointError, RecipeError, SourceError, Unsupp
 from rarefy.core.files import read_header
 from rarefy.core.logs import logger
 from rarefy.core.progress import progress
+from rarefy.formats.terms import Term
 from rarefy.layers.checkpoint import ShardWriter
 from rarefy.layers.manifest import WEIGHTS_NAME, Manifest
 from rarefy.layers.swap import Site, dense_weight, swap_
 
 log = logger(__name__)
+
+UNTIED = "the tied output head was compressed apart from its embedding"
 
 
 def refuse_data(recipe: Recipe) -> None:
@@ -32,14 +37,33 @@ def refuse_data(recipe: Recipe) -> None:
         needs = rule.recipe().needs
         if needs:
             raise RecipeError(
-                f"Recipe '{rule.method}' needs {', '.join(sorted(needs))} from calibration data, which this version does not "
-                "collect; choose a data-free recipe such as 'rtn'."
+                f"Recipe '{rule.method}' needs {', '.join(sorted(needs))} from calibration data, which this version "
+                "does not collect; choose a data-free recipe such as 'rtn'."
             )
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a dense model folder, in name order. Raises SourceError when there are none."""
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    """The safetensors files of a dense model folder that Transformers would load, in name order.
+
+    Others may lie beside them: another precision, another framework's names, shards of an older save. Raises
+    SourceError when there are none, or when an index is damaged or names a file that is not there.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise SourceError(f"'{index.name}' of '{folder}' is damaged; copy it again.") from None
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+                raise SourceError(
+                    f"'{index.name}' of '{folder}' names '{name}', which is not a file beside it; copy it again."
+                )
+        if names:
+            return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SourceError(f"'{folder}' holds no .safetensors weights; convert them first.")
     return files
@@ -68,8 +92,9 @@ def compress_folder(
     work_dir: Path | None,
     notes: list[str],
 ) -> tuple[Ledger, Manifest, dict[str, str]]:
-    """Compress the dense checkpoint in ``source`` into the empty folder ``stage``; returns ledger, manifest and skipped sites.
+    """Compress the dense checkpoint in ``source`` into the empty folder ``stage``.
 
+    Returns the ledger, the manifest, and the skipped sites with reasons.
     Peak memory is one weight with its working copies plus one output shard. Weights on disk may have any floating
     dtype; what is not compressed is copied bit for bit. Raises RecipeError, SourceError or CheckpointError.
     """
@@ -77,7 +102,10 @@ def compress_folder(
     config = read_config(source)
     selection, untie = _select_in(source, config, recipe)
     by_parameter = {site.parameter: (site, rule) for site, rule in selection.chosen}
-    _check_parameters(source, by_parameter, untie)
+    copies: dict[str, list[str]] = {}
+    for target, owner in (untie or {}).items():
+        copies.setdefault(owner, []).append(target)
+    _check_parameters(source, by_parameter, untie or {})
     ledger = Ledger(recipe, notes=list(notes))
     writer = ShardWriter(stage, WEIGHTS_NAME, max_shard_bytes)
     dense_bytes = 0
@@ -86,10 +114,11 @@ def compress_folder(
         advance = stack.enter_context(progress(f"{recipe.name}", len(by_parameter)))
         for key, tensor in _read(weight_files(source)):
             dense_bytes += tensor.numel() * tensor.element_size()
-            chosen = by_parameter.get(key)
-            if chosen is None or key in untie.values():
-                writer.add(key, tensor)
-            for site, rule in [chosen] if chosen else [by_parameter[t] for t, owner in untie.items() if owner == key]:
+            for parameter in (key, *copies.get(key, ())):
+                if parameter not in by_parameter:
+                    writer.add(parameter, tensor if parameter == key else tensor.clone())
+                    continue
+                site, rule = by_parameter[parameter]
                 oriented = tensor.T.contiguous() if site.kind == "conv1d" else tensor
                 terms, layer = solve_site(site, rule, oriented, device, work)
                 ledger.add(layer, rule, terms)
@@ -97,101 +126,122 @@ def compress_folder(
                     for label, buffer in term.named_buffers():
                         writer.add(f"{site.name}.terms.{index}.{label}", buffer)
                 advance(note=f"{site.name} error {layer.relative_error:.4f}")
-    if untie:
+    if untie is not None:
         config = untied(config)
-        ledger.notes.append("the tied output head was compressed apart from its embedding")
+        ledger.notes.append(UNTIED)
     manifest = writer.finish(ledger.manifest(writer.total_bytes, dense_bytes))
     copy_companions(source, stage)
     write_config(stage, config, manifest)
-    write_card(stage, name, manifest, [], licence_of(source))
+    architecture = next(iter(config.get("architectures") or ()), "AutoModel")
+    write_card(stage, name, str(architecture), manifest, licence_of(source))
     return ledger, manifest, selection.skipped
 
 
 def compress_model_(
     model: nn.Module, recipe: Recipe, *, device: torch.device | None = None, work_dir: Path | None = None
 ) -> tuple[Ledger, dict[str, str]]:
-    """Compress a loaded model in place, layer by layer; returns the ledger and the skipped sites with reasons."""
+    """Compress a loaded model in place; returns the ledger and the skipped sites with reasons.
+
+    All weights are solved before the first is replaced: a layer that cannot be compressed leaves the model as it was.
+    """
     refuse_data(recipe)
     selection = select(model, recipe)
-    tied = {target for target, _ in tied_parameters(model).items()}
+    tied = tied_parameters(model).keys() & {site.parameter for site, _ in selection.chosen}
+    if tied:
+        _refuse_untying(getattr(model, "config", None))
     ledger = Ledger(recipe)
+    solved: list[tuple[Site, list[Term]]] = []
     with ExitStack() as stack:
         work = _work(stack, work_dir)
         advance = stack.enter_context(progress(recipe.name, len(selection.chosen)))
         for site, rule in selection.chosen:
             weight = dense_weight(model, site)
             if weight.device.type == "meta":
-                raise UnsupportedError(f"Layer '{site.name}' has no weights in memory; load the model without offloading.")
-            home = weight.device
-            terms, layer = solve_site(site, rule, weight, device or home, work)
-            if site.parameter in tied:
-                untie_(model)
-                ledger.notes.append("the tied output head was compressed apart from its embedding")
-            swap_(model, site, [term.to(home) for term in terms])
+                raise UnsupportedError(
+                    f"Layer '{site.name}' has no weights in memory; load the model without offloading."
+                )
+            terms, layer = solve_site(site, rule, weight, device or weight.device, work)
+            solved.append((site, [term.to(weight.device) for term in terms]))
             ledger.add(layer, rule, terms)
             advance(note=f"{site.name} error {layer.relative_error:.4f}")
+    if tied:
+        untie_(model, tied)
+        ledger.notes.append(UNTIED)
+    for site, terms in solved:
+        swap_(model, site, terms)
     return ledger, selection.skipped
 
 
-def tied_parameters(model: nn.Module) -> dict[str, str]:
-    """Tied parameter name -> name of the parameter it shares its storage with."""
-    owners: dict[int, str] = {}
-    tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        first = owners.setdefault(id(parameter), name)
-        if first != name and first not in tied:
-            tied.setdefault(name, first)
-    return tied
+def untie_(model: Any, chosen: Collection[str] = ()) -> None:
+    """Stop a model from tying its output head to its embedding, now and when it is loaded again.
 
-
-def untie_(model: nn.Module) -> None:
-    """Stop a model from tying its output head to its embedding, now and when it is loaded again."""
+    Whatever else was tied gets storage of its own, but for the ``chosen`` parameters, which are about to be replaced.
+    """
     config = getattr(model, "config", None)
     for part in (config, getattr(config, "text_config", None)):
         if part is not None and getattr(part, "tie_word_embeddings", False):
             part.tie_word_embeddings = False
+    for name in tied_parameters(model).keys() - set(chosen):
+        owner, _, label = name.rpartition(".")
+        old = model.get_parameter(name)
+        setattr(model.get_submodule(owner), label, nn.Parameter(old.detach().clone(), old.requires_grad))
     if hasattr(model, "all_tied_weights_keys"):
         model.all_tied_weights_keys = {}
 
 
-def untied(config: dict[str, object]) -> dict[str, object]:
+def untied(config: dict[str, Any]) -> dict[str, Any]:
     """A copy of a raw configuration that ties no embeddings."""
     text = config.get("text_config")
     inner = {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, dict) else {}
     return {**config, **inner, "tie_word_embeddings": False}
 
 
-def _select_in(source: Path, config: dict[str, object], recipe: Recipe) -> tuple[Selection, dict[str, str]]:
-    """The selection, and chosen parameters that are only tied views of one on disk (their owner by name)."""
+def _select_in(source: Path, config: dict[str, Any], recipe: Recipe) -> tuple[Selection, dict[str, str] | None]:
+    """The selection and, if a chosen parameter must be untied, what untying takes out of its owner (name -> owner)."""
     try:
         model = skeleton(source)
     except UnsupportedError as failure:
         log.warning("%s Layers are chosen by the shapes and names of their tensors.", failure)
-        return _select_by_shape(source, recipe), {}
+        return _select_by_shape(source, recipe), None
     selection = select(model, recipe)
-    tied = tied_parameters(model)
-    on_disk = _tensors(source)
-    chosen = {site.parameter for site, _ in selection.chosen}
-    return selection, {target: owner for target, owner in tied.items() if target in chosen and target not in on_disk}
+    tied, on_disk = tied_parameters(model), _tensors(source)
+    _check_complete(source, set(model.state_dict()) - on_disk - may_be_absent(model))
+    chosen = tied.keys() & {site.parameter for site, _ in selection.chosen}
+    if not chosen:
+        return selection, None
+    _refuse_untying(model.config)
+    still = tied_parameters(skeleton(source, untied(config)))
+    if chosen & still.keys():
+        raise RecipeError(
+            f"'{min(chosen & still.keys())}' cannot be untied in a {type(model).__name__}; leave it dense."
+        )
+    return selection, {target: owner for target, owner in tied.items() if target not in still.keys() | on_disk}
+
+
+def _refuse_untying(config: Any) -> None:
+    """Raise RecipeError where a class computes something else when nothing is tied, as T5 and its kin do."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise RecipeError(
+            "The output head of this encoder-decoder model is tied to its embeddings, and untying them would change "
+            "what its class computes; leave the head dense."
+        )
 
 
 def _select_by_shape(source: Path, recipe: Recipe) -> Selection:
     """Without a model class: two-dimensional ``*.weight`` tensors that are not embeddings, norms or heads."""
-    shell = nn.Module()
+    found = []
     for path in weight_files(source):
         for name, info in read_header(path).tensors.items():
             owner, _, label = name.rpartition(".")
-            if label != "weight" or len(info.shape) != 2 or "embed" in owner or "norm" in owner:
-                continue
-            parent = shell
-            *route, last = owner.split(".")
-            for part in route:
-                if not hasattr(parent, part):
-                    parent.add_module(part, nn.Module())
-                parent = parent.get_submodule(part)
-            with torch.device("meta"):
-                parent.add_module(last, nn.Linear(info.shape[1], info.shape[0], bias=False))
-    return select(shell, recipe)
+            if owner and label == "weight" and len(info.shape) == 2 and "embed" not in owner and "norm" not in owner:
+                found.append(Site(owner, "linear", info.shape, name))
+    return select_sites(found, recipe)
+
+
+def _check_complete(source: Path, missing: set[str]) -> None:
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"'{source.name}' lacks the tensor '{min(missing)}'{more}; copy the whole model.")
 
 
 def _check_parameters(source: Path, wanted: dict[str, tuple[Site, Rule]], untie: dict[str, str]) -> None:
@@ -202,7 +252,9 @@ def _check_parameters(source: Path, wanted: dict[str, tuple[Site, Rule]], untie:
         expected = site.shape[::-1] if site.kind == "conv1d" else site.shape
         if shape != expected:
             found = "is missing" if shape is None else f"has shape {list(shape)}, expected {list(expected)}"
-            raise CheckpointError(f"Tensor '{parameter}' of '{source.name}' {found}; the checkpoint does not fit its config.")
+            raise CheckpointError(
+                f"Tensor '{parameter}' of '{source.name}' {found}; the checkpoint does not fit its config."
+            )
 
 
 def _tensors(folder: Path) -> set[str]:

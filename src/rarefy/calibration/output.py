@@ -15,8 +15,9 @@ from rarefy.layers.manifest import Manifest
 COMPANIONS = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
     "spiece*", "chat_template*", "additional_chat_templates", "generation_config.json", "preprocessor_config.json",
-    "processor_config.json", "video_preprocessor_config.json", "feature_extractor*", "modules.json", "config_sentence_transformers.json",
-    "sentence_*config.json", "1_Pooling", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+    "processor_config.json", "video_preprocessor_config.json", "feature_extractor*", "modules.json",
+    "config_sentence_transformers.json", "sentence_*config.json", "1_Pooling",
+    "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 
 
@@ -27,7 +28,9 @@ def copy_companions(source: Path, out: Path) -> None:
             if path.suffix in (".py", ".bin", ".pt", ".safetensors"):
                 continue
             if path.is_dir():
-                shutil.copytree(path, out / path.name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py", "*.bin"))
+                shutil.copytree(
+                    path, out / path.name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py", "*.bin")
+                )
             else:
                 shutil.copyfile(path, out / path.name)
 
@@ -64,7 +67,7 @@ def write_card(out: Path, base: str, architecture: str, manifest: Manifest, lice
         "",
         *(f"- {note}" for note in report.notes),
     ]
-    write_text(out / "README.md", "\n".join(head + [""] + body).rstrip() + "\n")
+    write_text(out / "README.md", "\n".join([*head, "", *body]).rstrip() + "\n")
 
 
 def licence_of(source: Path) -> str | None:

@@ -50,7 +50,7 @@ class Ledger:
 
     recipe: Recipe
     layers: list[LayerReport] = field(default_factory=list)
-    count: ByteCount = ByteCount()
+    count: ByteCount = field(default_factory=ByteCount)
     weights: int = 0
     notes: list[str] = field(default_factory=list)
     _entries: dict[str, tuple[Rule, list[str], list[dict[str, Any]]]] = field(default_factory=dict)

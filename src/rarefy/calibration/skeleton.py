@@ -29,7 +29,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def model_class(config: dict[str, Any]) -> type[PreTrainedModel]:
-    """The Transformers class that ``architectures`` names. Raises UnsupportedError when Transformers has none by that name.
+    """The Transformers class that ``architectures`` names. Raises UnsupportedError when Transformers has none of them.
 
     Only classes of the installed library are considered; code that comes with a checkpoint is never imported.
     """
@@ -42,8 +42,8 @@ def model_class(config: dict[str, Any]) -> type[PreTrainedModel]:
             return found
     described = ", ".join(map(str, names)) or "no architecture"
     raise UnsupportedError(
-        f"The config names {described}, which Transformers {transformers.__version__} does not have; upgrade it or check "
-        "'architectures' in config.json."
+        f"The config names {described}, which Transformers {transformers.__version__} does not have; upgrade it or "
+        "check 'architectures' in config.json."
     )
 
 
@@ -55,7 +55,7 @@ def skeleton(folder: Path, raw: dict[str, Any] | None = None) -> PreTrainedModel
     raw = read_config(folder) if raw is None else raw
     cls = model_class(raw)
     try:
-        config = cls.config_class.from_dict(raw)
+        config: Any = cls.config_class.from_dict(raw)  # type: ignore[union-attr]
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rarefy import __version__
 from rarefy.calibration.report import LayerReport
 from rarefy.contracts import Rule, Solution
 from rarefy.core.errors import CheckpointError, FormatError, OptionError, RecipeError
@@ -18,18 +19,21 @@ from rarefy.core.files import read_header
 from rarefy.formats.bytes import total
 from rarefy.formats.terms import Term, parse_spec
 from rarefy.layers.checkpoint import digest_of
+from rarefy.layers.manifest import FORMAT_VERSION
 from rarefy.layers.swap import Site
 from rarefy.solvers.rtn import relative_error
 
 
-def solve_site(site: Site, rule: Rule, weight: Tensor, device: torch.device, work: WorkFolder | None) -> tuple[list[Term], LayerReport]:
-    """Terms for ``weight`` (any floating dtype, on the CPU) and the record of the work; terms come back on the CPU.
+def solve_site(
+    site: Site, rule: Rule, weight: Tensor, device: torch.device, work: WorkFolder | None
+) -> tuple[list[Term], LayerReport]:
+    """Terms for ``weight`` (any floating dtype), solved on ``device``, on the CPU, and the record of the work.
 
     Raises RecipeError naming the layer when it cannot be represented.
     """
     start = time.monotonic()
-    key = "" if work is None else work.key(site, rule, weight)
-    solution = None if work is None else work.find(key, site)
+    key = "" if work is None else work.key(site, rule, weight, device)
+    solution = None if work is None else work.find(key, site, device)
     dense = weight.to(device=device, dtype=torch.float32)
     if solution is None:
         try:
@@ -49,7 +53,7 @@ def solve_site(site: Site, rule: Rule, weight: Tensor, device: torch.device, wor
 
 
 class WorkFolder:
-    """Solved weights of an interrupted job, each under a key of its bytes, its rule and the formats' version.
+    """Solved weights of an interrupted job, each under a key of its bytes, its rule, and what solved it.
 
     One process at a time: a second one on the same folder is refused. Files are whole or absent.
     """
@@ -58,19 +62,25 @@ class WorkFolder:
         from filelock import FileLock, Timeout
 
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / ".lock")
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise OptionError(f"--work-dir '{folder}' is in use by another process; wait for it or name another.") from None
+            raise OptionError(
+                f"--work-dir '{folder}' is in use by another process; wait for it or name another."
+            ) from None
+        except OSError as failure:
+            raise OptionError(f"--work-dir '{folder}' cannot be written ({failure.strerror}); name another.") from None
 
     def close(self) -> None:
         self._lock.release()
 
-    def key(self, site: Site, rule: Rule, weight: Tensor) -> str:
+    def key(self, site: Site, rule: Rule, weight: Tensor, device: torch.device) -> str:
         recipe = rule.recipe()
-        what = [site.name, list(site.shape), digest_of(weight), rule.method, recipe.recipe_version, recipe.model_dump(mode="json")]
+        makers = [__version__, FORMAT_VERSION, torch.__version__, device.type]  # any of them may round differently
+        method = [rule.method, recipe.recipe_version, recipe.model_dump(mode="json")]
+        what = [makers, method, site.name, list(site.shape), digest_of(weight)]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
     def keep(self, key: str, solution: Solution) -> None:
@@ -84,12 +94,13 @@ class WorkFolder:
         about = {
             "terms": json.dumps([[list(term.shape), term.spec.model_dump(mode="json")] for term in solution.terms]),
             "notes": json.dumps(solution.notes),
+            "hashes": json.dumps({name: digest_of(tensor) for name, tensor in tensors.items()}),
         }
         part = self.folder / f".{key}.part"
         save_file(tensors, part, metadata=about)
         os.replace(part, self.folder / f"{key}.safetensors")
 
-    def find(self, key: str, site: Site) -> Solution | None:
+    def find(self, key: str, site: Site, device: torch.device) -> Solution | None:
         from safetensors.torch import load_file
 
         path = self.folder / f"{key}.safetensors"
@@ -98,10 +109,12 @@ class WorkFolder:
         try:
             about = read_header(path).metadata
             tensors = load_file(path)
+            if {name: digest_of(tensor) for name, tensor in tensors.items()} != json.loads(about["hashes"]):
+                raise CheckpointError("its bytes changed")
             terms = []
             for index, (shape, data) in enumerate(json.loads(about["terms"])):
                 own = {name.removeprefix(f"{index}."): t for name, t in tensors.items() if name.startswith(f"{index}.")}
-                terms.append(parse_spec(data).build(tuple(shape), own))
+                terms.append(parse_spec(data).build(tuple(shape), own).to(device))
             return Solution(terms, json.loads(about["notes"]))
         except (CheckpointError, FormatError, KeyError, ValueError) as failure:
             raise OptionError(

@@ -51,18 +51,21 @@ def digest_of(tensor: Tensor) -> str:
     """``tensor_digest`` of a tensor in memory."""
     flat = tensor.detach().cpu().contiguous()
     dtype = DTYPE_NAMES.get(flat.dtype, str(flat.dtype))
-    data = flat.reshape(-1).view(torch.uint8).numpy() if flat.numel() else b""
-    return tensor_digest(dtype, flat.shape, memoryview(data))
+    data = memoryview(flat.reshape(-1).view(torch.uint8).numpy() if flat.numel() else b"")  # type: ignore[arg-type]
+    return tensor_digest(dtype, flat.shape, data)
 
 
 def metadata(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Safetensors metadata for files that hold ``tensors``: their hashes and that of the manifest."""
     hashes = {name: digest_of(tensor) for name, tensor in tensors.items()}
-    return {"format": "pt", METADATA_KEY: json.dumps({"manifest": manifest.digest(), "tensors": hashes}, sort_keys=True)}
+    return {
+        "format": "pt",
+        METADATA_KEY: json.dumps({"manifest": manifest.digest(), "tensors": hashes}, sort_keys=True),
+    }
 
 
 class ShardWriter:
-    """Writes tensors to ``folder/<stem>*.safetensors`` in the order they come, at most ``max_bytes`` in memory and a file.
+    """Writes tensors to ``folder/<stem>*.safetensors`` in the order they come, at most ``max_bytes`` to a file.
 
     Files get their final names, and an index if there are several, in ``finish``; a crash before leaves no file that
     a loader would take.
@@ -176,16 +179,21 @@ def check_index(folder: Path, weights_name: str) -> None:
         raise CheckpointError(f"'{path.name}' is damaged; copy the folder again.") from None
     for file in files:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"'{path.name}' names {file!r}, which is not a file beside it; do not trust this folder.")
+            raise CheckpointError(
+                f"'{path.name}' names {file!r}, which is not a file beside it; do not trust this folder."
+            )
 
 
 def expected_sizes(
-    headers: Mapping[Path, Header], layouts: Mapping[str, Layout], dense: Mapping[str, tuple[int, ...]], optional: set[str]
+    headers: Mapping[Path, Header],
+    layouts: Mapping[str, Layout],
+    dense: Mapping[str, tuple[int, ...]],
+    optional: set[str],
 ) -> dict[str, dict[str, int]]:
     """Hold the files' tensors against what the model expects; return each compressed module's data-dependent sizes.
 
-    ``layouts``: compressed module -> its tensors; ``dense``: name -> shape of everything else; ``optional``: dense names
-    that may be absent (tied weights). Raises CheckpointError naming the first three differences.
+    ``layouts``: compressed module -> its tensors; ``dense``: name -> shape of everything else; ``optional``: dense
+    names that may be absent (tied weights). Raises CheckpointError naming the first three differences.
     """
     found = {name: info for header in headers.values() for name, info in header.tensors.items()}
     wrong: list[str] = []
@@ -225,7 +233,8 @@ def check_digests(headers: Mapping[Path, Header], manifest: Manifest, must: Iter
             raise CheckpointError(f"'{path.name}' lacks rarefy's metadata; copy the folder again.") from None
         if belongs != manifest.digest():
             raise CheckpointError(
-                f"'{path.name}' does not belong to this config.json: its quantization_config was changed; copy both again."
+                f"'{path.name}' does not belong to this config.json, whose quantization_config was changed; "
+                "copy both again."
             )
         unproven = sorted(name for name in needed & set(header.tensors) if name not in hashes)
         if unproven:

@@ -14,8 +14,18 @@ from rarefy.formats.terms import Term
 from rarefy.layers.view import CompressedWeight
 
 
+class NotDenseError(UnsupportedError, AttributeError):
+    """Something asked compressed experts for what only one dense tensor has."""
+
+    def __init__(self, what: str):
+        super().__init__(
+            f"Compressed experts cannot be used by '{what}', which wants one dense tensor; "
+            "call model.set_experts_implementation('eager')."
+        )
+
+
 class CompressedStack(nn.Module):
-    """``stack[e]`` is expert ``e``'s weight ``[rows, columns]`` as a read-only view that ``F.linear`` multiplies compressed.
+    """``stack[e]`` is expert ``e``'s weight ``[rows, columns]``, a read-only view that ``F.linear`` multiplies.
 
     It stands where a parameter ``[experts, rows, columns]`` stood, so a model's own per-expert loop, with its own
     activation, biases and routing, runs unchanged. Implementations that want one dense tensor are refused by name.
@@ -34,7 +44,10 @@ class CompressedStack(nn.Module):
         return self.shape[0]
 
     def __getitem__(self, index: int | Tensor) -> Tensor:
-        expert = int(index)
+        try:
+            expert = int(index)
+        except (TypeError, ValueError, RuntimeError):  # several experts at once, or a part of one
+            raise NotDenseError("indexing") from None
         if not 0 <= expert < len(self):
             raise IndexError(f"expert {expert} of {len(self)}")
         members: list[Term] = [term.select(expert) for term in self.terms]  # type: ignore[operator]
@@ -64,10 +77,15 @@ class CompressedStack(nn.Module):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise UnsupportedError(
-            f"Compressed experts cannot be used by '{getattr(func, '__name__', func)}'; "
-            "call model.set_experts_implementation('eager')."
-        )
+        raise NotDenseError(str(getattr(func, "__name__", func)))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if hasattr(Tensor, name):
+                raise NotDenseError(name) from None
+            raise
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedStack:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype

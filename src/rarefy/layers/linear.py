@@ -15,12 +15,12 @@ from rarefy.layers.view import CompressedWeight
 
 
 class CompressedLinear(nn.Linear):
-    """``y = sum of term(x) + bias`` for ``x [..., in_features]``; a drop-in for ``nn.Linear`` and for GPT-2's ``Conv1D``.
+    """``y = sum of term(x) + bias`` for ``x [..., in_features]``; a drop-in for ``nn.Linear`` and GPT-2's ``Conv1D``.
 
     The terms' tensors are buffers ``terms.<i>.<name>`` that no cast changes; ``bias`` is an ordinary parameter.
     ``weight`` is a read-only view of the dense weight in ``dtype``, the dtype that casts of the model move.
-    Gradients reach ``x`` and ``bias``; ``replaces`` is the class of the dense layer, to return to it. Raises FormatError
-    when a term does not fit the layer's shape.
+    Gradients reach ``x`` and ``bias``. ``replaces`` is the class of the dense layer, to return to it. Raises
+    FormatError when a term does not fit the layer's shape.
     """
 
     def __init__(

@@ -65,7 +65,9 @@ class Manifest(StrictModel):
         for rule in self.rules:
             for module in rule.modules:
                 if module in table:
-                    raise CheckpointError(f"quantization_config lists module '{module}' twice; compress the model anew.")
+                    raise CheckpointError(
+                        f"quantization_config lists module '{module}' twice; compress the model anew."
+                    )
                 table[module] = rule.terms
         return table
 

@@ -64,7 +64,7 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_experts(module: nn.Module) -> bool:
     """Whether ``module`` holds stacked experts ``[experts, out, in]`` that its own forward can index one by one.
 
-    Transformers marks those with ``is_transposed = False``; classes without the mark (Llama 4) multiply the whole stack.
+    Transformers marks those with ``is_transposed = False``; classes without that (Llama 4) multiply the whole stack.
     """
     known = hasattr(module, "num_experts") and getattr(module, "is_transposed", True) is False
     return known and any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
@@ -89,13 +89,15 @@ def swap_(model: nn.Module, site: Site, terms: Sequence[Term], dtype: torch.dtyp
     else:
         old = model.get_submodule(site.name)
         replacement = CompressedLinear(terms, None, dtype, type(old) if site.kind == "conv1d" else nn.Linear)
-        replacement.bias = getattr(old, "bias", None)  # the parameter itself, which may be tied or in an optimizer
+        replacement.register_parameter(
+            "bias", getattr(old, "bias", None)
+        )  # the parameter itself, which may be tied or in an optimizer
         replacement.train(old.training)
     setattr(parent, label, replacement)
 
 
 def restore_(model: nn.Module, name: str, dtype: torch.dtype | None = None) -> None:
-    """Put a dense layer (or expert parameter) with the decoded weight back in place of the compressed module ``name``."""
+    """Put a dense layer (or expert parameter) with the decoded weight in place of the compressed module ``name``."""
     parent_name, _, label = name.rpartition(".")
     parent, module = model.get_submodule(parent_name), model.get_submodule(name)
     if isinstance(module, CompressedStack):

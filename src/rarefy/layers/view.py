@@ -1,7 +1,7 @@
 """A compressed weight seen as a read-only dense tensor, decoded only when somebody computes with it.
 
-Models and libraries read ``layer.weight``: its dtype and device (T5, PEFT), its values (DoRA, norms), or they pass it to
-``F.linear`` (experts). The view answers the first without work, decodes for the second, and runs the compressed
+Models and libraries read ``layer.weight``: its dtype and device (T5, PEFT), its values (DoRA, norms), or they pass it
+to ``F.linear`` (experts). The view answers the first without work, decodes for the second, and runs the compressed
 product for the third. Writing is refused: an adapter merged into it would be lost.
 """
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from rarefy.core.errors import UnsupportedError
 
-_SETTERS = {Tensor.data.__set__, Tensor.grad.__set__, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
+_SETTERS = {Tensor.__setitem__, *(getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad"))}
 
 
 class CompressedWeight(Tensor):
@@ -47,7 +47,7 @@ class CompressedWeight(Tensor):
         """The decoded weight as an ordinary tensor of this view's dtype."""
         return self._decode().to(self.dtype)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"CompressedWeight(shape={list(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
     @classmethod
@@ -70,7 +70,8 @@ class CompressedWeight(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for argument, given in zip(func._schema.arguments, args, strict=False):
+        for position, argument in enumerate(func._schema.arguments):
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(given, cls):
                 _refuse()
         if func is torch.ops.aten.detach.default:
@@ -83,7 +84,9 @@ class CompressedWeight(Tensor):
         return func(*tree_map(dense, args), **tree_map(dense, kwargs))
 
 
-def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _linear_arguments(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     return input, weight, bias
 
 

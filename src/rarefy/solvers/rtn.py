@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from rarefy.formats.grids import BinaryGrid, Grid, LutGrid
+from rarefy.formats.grids import BinaryGrid, FloatGrid, Grid, LutGrid
 from rarefy.formats.terms import Quantized, Term, stack
+from rarefy.kernels.reference import tables
 from rarefy.solvers.clip import ClipSearch, fit
 
 # float16 scales keep 11 bits of precision in [2**-14, 2**15]; stay well inside for groups smaller than the largest.
@@ -35,9 +36,11 @@ def range_multiplier(weight: Tensor, grid: Grid) -> float | None:
     largest = float(weight.abs().max())
     if largest == 0 or not math.isfinite(largest):
         return None
-    if largest / grid.code_count >= SMALLEST_STEP and largest <= LARGEST_VALUE:
+    # A float format divides by its largest value (57344 for E5M2), an even grid by its number of steps.
+    steps = float(tables.table(grid.format).max()) if isinstance(grid, FloatGrid) else grid.code_count
+    if largest / steps >= SMALLEST_STEP and largest <= LARGEST_VALUE:
         return None
-    return 2.0 ** math.floor(math.log2(largest))
+    return 2.0 ** math.floor(math.log2(largest / steps) + 8)  # scales of the widest group are then near 2**-8
 
 
 def relative_error(weight: Tensor, terms: list[Term]) -> float:

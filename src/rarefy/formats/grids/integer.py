@@ -20,7 +20,8 @@ class _Affine(Grid):
     ``zero``: ``none`` puts it at the middle code (symmetric), ``integer`` at a stored code (0 stays exactly
     representable), ``float`` anywhere (the range follows the group's minimum and maximum).
 
-    A group of equal values is exact up to the scale's own rounding; a group of zeros has scale 0.
+    A group of equal values is exact up to the scale's own rounding; a group of zeros has scale 0. Two-level zeros are
+    kept among the codes: one far outside would coarsen those of all groups that share its tile.
     """
 
     family: ClassVar[str] = "integer"
@@ -34,7 +35,8 @@ class _Affine(Grid):
         if self.zero == "none":
             scale = torch.maximum(low.abs(), high.abs()) * (2 * shrink / (self.code_count - 1))
             return {"scale": torch.where(constant, high.abs(), scale)}
-        if self.zero == "integer":
+        shared = not isinstance(self.scales, SingleScale)
+        if self.zero == "integer" or shared:
             low, high = low.clamp(max=0), high.clamp(min=0)
         low, high = low * shrink, high * shrink
         scale = (high - low) / (self.code_count - 1)
@@ -42,8 +44,9 @@ class _Affine(Grid):
         scale = torch.maximum(scale, torch.maximum(low.abs(), high.abs()) * finest_step(self.scales.dtype))
         safe = torch.where(scale == 0, torch.ones_like(scale), scale)
         zero = torch.where(scale == 0, torch.full_like(scale, middle), -low / safe)
-        scale = torch.where(constant, torch.maximum(blocks.amin(-1).abs(), blocks.amax(-1).abs()), scale)
-        zero = torch.where(constant, (blocks.amax(-1) < 0).float(), zero)
+        if not shared:
+            scale = torch.where(constant, torch.maximum(blocks.amin(-1).abs(), blocks.amax(-1).abs()), scale)
+            zero = torch.where(constant, (blocks.amax(-1) < 0).float(), zero)
         if self.zero == "integer":
             zero = zero.round().clamp_(0, self.code_count - 1)
         return {"scale": scale, "zero_point": zero}

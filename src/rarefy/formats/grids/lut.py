@@ -13,8 +13,10 @@ from rarefy.formats.layout import FLOATS, FloatName, Layout, Size, TensorLayout
 from rarefy.formats.scales import store_floats
 
 LLOYD_STEPS = 30
-# The best cuts between BINS bins are found for tables of up to CUT_COUNT values, for CHUNK blocks at once (100 MB).
-BINS, CUT_COUNT, CHUNK = 32, 16, 2048
+# Tables of up to CUT_COUNT values start from the best cuts between BINS bins.
+BINS, CUT_COUNT = 32, 16
+# Blocks and values handled at once, which bounds memory to a few hundred megabytes.
+CHUNK_BLOCKS, CHUNK_VALUES = 2048, 1 << 22
 
 
 class _Table(Grid):
@@ -109,8 +111,19 @@ def lloyd(blocks: Tensor, importance: Tensor | None, count: int, steps: int = LL
     optimal point density of a scalar quantizer (Panter and Dite 1951). Fewer values than centroids are their own
     centroids, and an all-zero importance counts as equal importance.
     """
-    values, order = blocks.sort(-1)
-    values = values.contiguous()
+    flat = blocks.reshape(-1, blocks.shape[-1])
+    at_once = max(1, min(CHUNK_BLOCKS, CHUNK_VALUES // blocks.shape[-1]))
+    masses = None if importance is None else importance.reshape(flat.shape).split(at_once)
+    pieces = [
+        _lloyd(piece, None if masses is None else masses[index], count, steps)
+        for index, piece in enumerate(flat.split(at_once))
+    ]
+    return torch.cat(pieces).reshape(*blocks.shape[:-1], count)
+
+
+def _lloyd(blocks: Tensor, importance: Tensor | None, count: int, steps: int) -> Tensor:
+    """``lloyd`` of ``blocks [blocks, n]``."""
+    values, order = blocks.contiguous().sort(-1)
     mass = torch.ones_like(values) if importance is None else importance.gather(-1, order)
     mass = torch.where(mass.sum(-1, keepdim=True) > 0, mass, torch.ones_like(mass)).double()
     missing = count - values.shape[-1]
@@ -119,11 +132,7 @@ def lloyd(blocks: Tensor, importance: Tensor | None, count: int, steps: int = LL
         own = torch.where(mass > 0, values, first)
         return torch.cat([own, first.expand(*first.shape[:-1], missing)], -1).sort(-1).values
     sums = torch.stack([_running_sum(mass * values.double() ** power) for power in range(3)])
-    if count <= CUT_COUNT:
-        pieces = zip(values.reshape(-1, values.shape[-1]).split(CHUNK), sums.flatten(1, -2).split(CHUNK, 1), strict=True)
-        centers = torch.cat([_best_cuts(*piece, count) for piece in pieces]).reshape(*values.shape[:-1], count)
-    else:
-        centers = _spread_points(values, sums[0], count)
+    centers = _best_cuts(values, sums, count) if count <= CUT_COUNT else _spread_points(values, sums[0], count)
     for _ in range(steps):
         moved = _means(sums, _edges(values, centers), centers)
         if torch.equal(moved, centers):

@@ -80,7 +80,13 @@ class Term(nn.Module, ABC):
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x @ weight.T`` for ``x [..., columns]``, in the dtype of ``x``. Only for a term that is not stacked."""
+        """``x @ weight.T`` for ``x [..., columns]``, in the dtype of ``x``. Only for a term that is not stacked.
+
+        Raises FormatError when ``x`` has another number of channels.
+        """
+        # A compiler that treats sizes as symbols learns here that this one is a number.
+        if x.shape[-1] != self.columns:
+            raise FormatError(f"The input has {x.shape[-1]} channels, but the weight has {self.columns} columns.")
         if self.transforms_input:
             x = self.spec.input.transform(x, self.own_tensors())
         return self.product(x)

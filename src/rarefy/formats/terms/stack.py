@@ -28,7 +28,8 @@ def stack(members: list[Term]) -> Term:
     if len(parts) == 1:
         return parts[0]
     order = [index for group in groups for index in group]
-    return Partition.of("experts", parts, None if order == sorted(order) else torch.tensor(order))
+    indices = torch.tensor(order, device=next(parts[0].buffers()).device)
+    return Partition.of("experts", parts, None if order == sorted(order) else indices)
 
 
 def _stack_alike(members: list[Term]) -> Term:
@@ -47,7 +48,8 @@ def _filled(name: str, pieces: list[Tensor], flexible: list[bool]) -> list[Tenso
     if any(list(piece.shape) != largest for piece in pieces) and not flexible[0]:
         # Only a flat list can be filled at its end; equal numbers per row would stop being equal.
         raise FormatError(f"'{name}' differs in size between experts; use a bitmap or csr index for them.")
-    filled = [piece.new_zeros(largest) for piece in pieces]
-    for whole, piece in zip(filled, pieces, strict=True):
-        whole[tuple(slice(size) for size in piece.shape)] = piece
-    return filled
+    return [
+        torch.nn.functional.pad(piece, [end for size, top in zip(piece.shape[::-1], largest[::-1], strict=True)
+                                        for end in (0, top - size)])
+        for piece in pieces
+    ]  # fmt: skip

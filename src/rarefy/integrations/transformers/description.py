@@ -23,7 +23,11 @@ def describe(folder: Path) -> dict[str, Any]:
     compressed = isinstance(quantization, dict) and quantization.get("quant_method") == "rarefy"
     manifest = read_manifest(quantization) if compressed else None
     terms = manifest.terms() if manifest else {}
-    sizes = {name: info.nbytes for path in sorted(folder.glob("*.safetensors")) for name, info in read_header(path).tensors.items()}
+    sizes = {
+        name: info.nbytes
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, info in read_header(path).tensors.items()
+    }
     layers = []
     for site in sites(skeleton(folder)):
         prefix = f"{site.name}.terms."

@@ -9,22 +9,37 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rarefy.calibration.data_free import tied_parameters
 from rarefy.calibration.output import copy_companions, licence_of, write_card, write_config
+from rarefy.calibration.selection import tied_parameters
 from rarefy.calibration.skeleton import model_class, read_config
 from rarefy.core.errors import OptionError, SourceError
 from rarefy.core.files import staged_folder
 from rarefy.layers.checkpoint import ShardWriter
 from rarefy.layers.manifest import WEIGHTS_NAME, Manifest
+from rarefy.layers.swap import compressed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def load_folder(folder: Path, **options: Any) -> PreTrainedModel:
-    """The model in ``folder``, dense or compressed, as the class its config names, in evaluation mode."""
-    config = read_config(folder)
-    return model_class(config).from_pretrained(folder, use_safetensors=True, **options).eval()  # type: ignore[no-any-return]
+    """The model in ``folder``, dense or compressed, as the class its config names, in evaluation mode.
+
+    Raises SourceError when the folder cannot be loaded or lacks a tensor: nothing is ever drawn at random.
+    """
+    from safetensors import SafetensorError
+
+    cls: Any = model_class(read_config(folder))
+    try:
+        model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    except (OSError, ValueError, SafetensorError) as failure:
+        reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0].rstrip(".")
+        raise SourceError(f"'{folder}' cannot be loaded as a {cls.__name__} ({reason}); copy it again.") from failure
+    if info["missing_keys"]:
+        first, *others = sorted(info["missing_keys"])
+        more = f" and {len(others)} more" if others else ""
+        raise SourceError(f"'{folder}' lacks the tensor '{first}'{more} of a {cls.__name__}; copy the whole model.")
+    return model.eval()
 
 
 def is_compressed(folder: Path) -> bool:
@@ -67,6 +82,12 @@ def save_model(
 def write_model(model: PreTrainedModel, stage: Path, source: Path | None, base: str, max_shard_bytes: int) -> None:
     """``save_model`` into an existing empty folder."""
     manifest = manifest_of(model)
+    here, there = {name for name, _ in compressed(model)}, set(manifest.terms())
+    if here != there:
+        raise OptionError(
+            f"Layer '{min(here ^ there)}' was added, renamed or replaced since the model was compressed; "
+            "remove adapters with model.unload() or add them with rarefy.merge_adapter(model) before saving."
+        )
     writer = ShardWriter(stage, WEIGHTS_NAME, max_shard_bytes)
     for name, tensor in stored_tensors(model):
         writer.add(name, tensor)

@@ -6,7 +6,7 @@ depends on how a particular 5.x converts weights.
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,16 @@ import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from rarefy.calibration.data_free import tied_parameters
+from rarefy.calibration.selection import may_be_absent
 from rarefy.core.errors import CheckpointError, FormatError, OptionError, UnsupportedError
 from rarefy.integrations.transformers.config import RarefyConfig
 from rarefy.layers import swap
 from rarefy.layers.checkpoint import (
-    METADATA_KEY,
     check_digests,
     check_index,
     check_places,
-    digest_of,
     expected_sizes,
+    metadata,
     read_headers,
 )
 from rarefy.layers.manifest import Manifest, layer_layout
@@ -72,9 +71,11 @@ class RarefyQuantizer(HfQuantizer):
         check_places(files, str(getattr(model.config, "_name_or_path", "") or ""))
         check_index(files[0].parent, self.manifest.weights)
         prepare_(model, self.manifest, files)
+        self._files = files
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        reread_(model, self._files)
         for name, module in swap.compressed(model):
             for term in module.terms:
                 try:
@@ -85,18 +86,20 @@ class RarefyQuantizer(HfQuantizer):
         keep_names_(model)
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """``save_pretrained`` writes the usual file names; the config says so, and hashes of the tensors go along."""
+        if getattr(model, "_hf_peft_config_loaded", False):  # then only an adapter is saved
+            return None, {}
         manifest = self.manifest.model_copy(update={"weights": PLAIN_NAME})
         self.quantization_config = RarefyConfig.of(manifest)
         model.config.quantization_config = self.quantization_config
         # What is offloaded or spread over processes cannot be hashed here; codes and scales never are.
-        hashes = {
-            name: digest_of(tensor)
+        here = {
+            name: tensor
             for name, tensor in model.state_dict().items()
             if type(tensor) is torch.Tensor and tensor.device.type != "meta"
         }
-        return None, {METADATA_KEY: json.dumps({"manifest": manifest.digest(), "tensors": hashes}, sort_keys=True)}
+        return None, metadata(manifest, here)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -130,21 +133,47 @@ def prepare_(model: nn.Module, manifest: Manifest, files: list[Path]) -> None:
     except FormatError as failure:
         raise CheckpointError(f"quantization_config: {failure}.") from None
     replaced = {places[name].parameter for name in wanted}
-    dense = {
-        name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in replaced
-    }
+    dense = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in replaced}
     headers = read_headers(files)
-    sizes = expected_sizes(headers, layouts, dense, set(tied_parameters(model)))
+    sizes = expected_sizes(headers, layouts, dense, may_be_absent(model))
     check_digests(headers, manifest, [f"{module}.{name}" for module, layout in layouts.items() for name in layout])
+    in_float32 = _kept_in_float32(model)
     for name, terms in wanted.items():
         with torch.device("meta"):
             empty = [
                 term.empty(places[name].shape, _own_sizes(sizes[name], f"terms.{index}."))
                 for index, term in enumerate(terms)
             ]
-        swap.swap_(model, places[name], empty)
+        keep = in_float32 is not None and in_float32.search(places[name].parameter)
+        swap.swap_(model, places[name], empty, torch.float32 if keep else None)
     if any(places[name].kind == "experts" for name in wanted):
         use_expert_loop_(model)
+
+
+def reread_(model: nn.Module, files: list[Path]) -> None:
+    """Read again what a loader cast: a family's list of modules to keep in float32 (T5's ``wo``) takes codes along."""
+    from safetensors import safe_open
+
+    cast = {
+        f"{name}.terms.{index}.{label}": (term, label)
+        for name, module in swap.compressed(model)
+        for index, term in enumerate(module.terms)
+        for label, entry in term.spec.layout(term.shape).items()  # type: ignore[operator, union-attr, arg-type]
+        if term.get_buffer(label).dtype != entry.dtype  # type: ignore[operator]
+    }
+    for file in files if cast else ():
+        with safe_open(file, framework="pt") as opened:
+            for name in cast.keys() & set(opened.keys()):
+                term, label = cast[name]
+                owner, _, last = label.rpartition(".")
+                device = term.get_buffer(label).device
+                term.get_submodule(owner)._buffers[last] = opened.get_tensor(name).to(device)
+
+
+def _kept_in_float32(model: Any) -> re.Pattern[str] | None:
+    """What the parameters of ``model`` are called that its class keeps in float32 whatever dtype is asked for."""
+    plan = model._get_dtype_plan(model.dtype) if hasattr(model, "_get_dtype_plan") else model.dtype_plan
+    return re.compile("|".join(pattern.replace("*", ".*") for pattern in plan)) if plan else None
 
 
 def use_expert_loop_(model: nn.Module) -> None:
@@ -155,20 +184,20 @@ def use_expert_loop_(model: nn.Module) -> None:
             config._experts_implementation = "eager"
 
 
-def keep_names_(model: nn.Module) -> None:
+def keep_names_(model: Any) -> None:
     """Save under the names in memory: converting back to a family's older names would take compressed stacks apart."""
-    model._weight_conversions = []  # type: ignore[assignment]
+    model._weight_conversions = []
 
 
-def attach_(model: nn.Module, manifest: Manifest) -> None:
+def attach_(model: Any, manifest: Manifest) -> None:
     """Make a model that was just compressed in memory look as if it had been loaded, so that it saves and trains."""
     if not hasattr(model, "config"):
         raise UnsupportedError(f"{type(model).__name__} is not a Transformers model; save its state_dict instead.")
     config = RarefyConfig.of(manifest)
     model.config.quantization_config = config
-    model.hf_quantizer = RarefyQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
-    model.is_quantized = True  # type: ignore[assignment]
-    model.quantization_method = config.quant_method  # type: ignore[assignment]
+    model.hf_quantizer = RarefyQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
     keep_names_(model)
     _connect(model)
     if any(isinstance(module, swap.CompressedStack) for module in model.modules()):

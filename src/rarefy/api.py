@@ -19,6 +19,7 @@ from rarefy.core.memory import peak_bytes
 from rarefy.evaluation.candidates import Candidate, dense_sizes
 from rarefy.evaluation.protocol import Protocol, bos_token, fast_dtype
 from rarefy.evaluation.results import Comparison, Evaluation, Sizes
+from rarefy.formats.bytes import ByteCount
 from rarefy.integrations.transformers import models as folders
 from rarefy.integrations.transformers.quantizer import attach_
 from rarefy.layers.checkpoint import parse_size
@@ -79,6 +80,8 @@ def compress(
             check_out(Path(out), overwrite)
             source = open_model(model, revision)
             name = source.name
+            if Path(out).resolve() in (source.folder.resolve(), *source.folder.resolve().parents):
+                raise OptionError(f"--out '{out}' holds the model itself; name another folder.")
             ledger, skipped, manifest = _compress_source(
                 source, chosen, Path(out), shard_bytes, place, work, overwrite, notes
             )
@@ -331,8 +334,8 @@ def _dense_file_sizes(folder: Path) -> tuple[Sizes, int]:
         for extent in info.shape:
             weights *= extent
         count += weights
-    bits = size * 8 / max(1, count)
-    return Sizes(bits_per_weight={"total": bits, "values": bits}, stored_bytes=size, dense_bytes=size), count
+    bits = ByteCount(values=size).bits_per_weight(count)
+    return Sizes(bits_per_weight=bits, stored_bytes=size, dense_bytes=size), count
 
 
 def _shared_tokenizer(models: Sequence[Any], sources: Sequence[ModelSource | None]) -> Any:
@@ -351,6 +354,8 @@ def device_of(name: Device) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise OptionError(f"device '{name}' is unknown; use auto, cpu or cuda.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(f"device '{name}' is not supported; use auto, cpu or cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError("device 'cuda' was asked for, but torch sees no GPU; use --device cpu.")
     return device

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rarefy.contracts import Solution, WeightRecipe, weight_recipes
-from rarefy.formats.grids import BinaryGrid, Grid, IntegerGrid, LevelGrid, LutGrid
+from rarefy.formats.grids import BinaryGrid, FloatGrid, Grid, IntegerGrid, LevelGrid, LutGrid
 from rarefy.formats.inputs import PermutedInput
 from rarefy.formats.patterns import NM, Bitmap, Groups, Pattern
 from rarefy.formats.scales import BilevelScale
@@ -26,7 +26,7 @@ class Mixed(WeightRecipe):
 
     def _q_proj(self, weight: Tensor) -> list[Term]:
         outliers = weight.abs() > weight.abs().flatten().kthvalue(weight.numel() - 12).values
-        dense = round_to_nearest(weight.masked_fill(outliers, 0.0), INT4)
+        dense = round_to_nearest(weight.masked_fill(outliers, 0.0), FloatGrid(format="nf4", group_size=8))
         return [dense, Residual.from_weight(weight - dense.decode(), outliers)]
 
     def _k_proj(self, weight: Tensor) -> list[Term]:
@@ -49,7 +49,9 @@ class Mixed(WeightRecipe):
         keep = left.abs().unflatten(1, (-1, 8)).sum(-1)
         groups = (keep >= keep.median()).repeat_interleave(8, dim=1)
         columns = torch.arange(24).flip(0).to(torch.int32)
-        codes = round_to_nearest(right, IntegerGrid(num_bits=3, group_size=8, zero="float", scales=BilevelScale(rows=4)))
+        codes = round_to_nearest(
+            right, IntegerGrid(num_bits=3, group_size=8, zero="float", scales=BilevelScale(rows=4))
+        )
         spec = codes.spec.model_copy(update={"input": PermutedInput()})
         flipped = Quantized(spec, codes.shape, {**dict(codes.named_buffers()), "permutation": columns})
         return [

@@ -54,9 +54,7 @@ def output(model: Any, family: str = "llama") -> Tensor:
 
 
 # PEFT itself refuses DoRA on a router.
-@pytest.mark.parametrize(
-    ("family", "dora"), [("llama", False), ("llama", True), ("gpt2", True), ("qwen3_moe", False)]
-)
+@pytest.mark.parametrize(("family", "dora"), [("llama", False), ("llama", True), ("gpt2", True), ("qwen3_moe", False)])
 def test_adapters_train(family: str, dora: bool, folders: Compressed) -> None:
     base = FAMILIES[family].model_class.from_pretrained(folders(family, num_bits=4, group_size=16))
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}

@@ -26,6 +26,8 @@ def chat(
 
     if as_json and prompt is None:
         raise OptionError("--json needs --prompt: a conversation has no single result.")
+    if prompt is not None and not prompt.strip():
+        raise OptionError("--prompt is empty; write what to answer.")
     tokenizer = api.load_tokenizer(model, revision=revision)
     loaded: Any = api.load(model, revision=revision)
     loaded = loaded.to(api.device_of(device))
@@ -71,6 +73,8 @@ def answer(
     inputs = {
         name: tensor.to(model.device) for name, tensor in inputs.items() if name in ("input_ids", "attention_mask")
     }
+    length = inputs["input_ids"].shape[1]
+    max_new_tokens = min(max_new_tokens, _room(model, length))
     streamer = None if quiet else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.monotonic()
     with torch.inference_mode():
@@ -78,5 +82,17 @@ def answer(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )  # fmt: skip
-    fresh = out[0, inputs["input_ids"].shape[1] :]
+    fresh = out[0] if model.config.is_encoder_decoder else out[0, length:]
     return tokenizer.decode(fresh, skip_special_tokens=True), len(fresh), time.monotonic() - start
+
+
+def _room(model: Any, length: int) -> int:
+    """How many tokens may follow ``length`` ones. Raises OptionError when the model has no position left for any."""
+    from rarefy.core.errors import OptionError
+
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or model.config.is_encoder_decoder:
+        return sys.maxsize
+    if length >= limit:
+        raise OptionError(f"The conversation has {length} tokens, and the model {limit} positions; start a new one.")
+    return int(limit) - length

@@ -6,6 +6,8 @@ import functools
 import json
 import logging
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+NO_MEMORY = "error: Out of memory; close other programs, or use a smaller model, context or shard size."
+# Torch reports a failed allocation as a RuntimeError of these words, on a GPU and on a CPU.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
@@ -46,7 +51,12 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(FAILED) from None
         except MemoryError:
-            say("error: Out of memory; close other programs, or use a smaller model, context or shard size.")
+            say(NO_MEMORY)
+            raise typer.Exit(FAILED) from None
+        except RuntimeError as failure:
+            if not any(sign in str(failure).lower() for sign in OUT_OF_MEMORY):
+                raise
+            say(NO_MEMORY)
             raise typer.Exit(FAILED) from None
         except OSError as failure:
             where = f" '{failure.filename}'" if failure.filename else ""
@@ -60,9 +70,22 @@ def resume_hint() -> str:
     """The same command again, if it keeps its work; otherwise nothing."""
     if "--work-dir" not in " ".join(sys.argv):
         return ""
-    import shlex
+    return f"Go on with: {shell_line(*sys.argv[1:])}"
 
-    return f"Go on with: {shlex.join(['rarefy', *sys.argv[1:]])}"
+
+def shell_line(*arguments: str) -> str:
+    """A command line of this program that can be pasted where it was called, also when it is not on the PATH."""
+    if os.path.basename(sys.argv[0]) == "__main__.py":
+        return shlex.join([_as_typed(sys.executable), "-m", "rarefy", *arguments])
+    return shlex.join([_as_typed(sys.argv[0]), *arguments])
+
+
+def _as_typed(path: str) -> str:
+    found = shutil.which(os.path.basename(path))
+    if found is not None and os.path.exists(path) and os.path.samefile(found, path):
+        return os.path.basename(path)
+    relative = os.path.relpath(path)
+    return path if relative.startswith(os.pardir) else relative
 
 
 def say(text: str) -> None:
@@ -75,14 +98,14 @@ def print_json(result: Any) -> None:
     print(json.dumps(_finite(result), indent=2))
 
 
-def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]], title: str | None = None) -> None:
-    """A table on stdout; the first column is a name, the others are numbers."""
+def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]], text: bool = False) -> None:
+    """A table on stdout; the first column is a name, the others are numbers unless ``text``."""
     from rich.console import Console
     from rich.table import Table
 
-    table: Table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table: Table = Table(box=None, pad_edge=False)
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(heading, justify="left" if text or index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False).print(table)
@@ -99,7 +122,7 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
             raise OptionError(f"--set '{pair}' is not of the form key=value; write it like --set num_bits=3.")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: what looks like a date and is none
             value = text
         inner = options
         *route, last = key.split(".")

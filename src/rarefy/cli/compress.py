@@ -22,7 +22,7 @@ def compress(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
     work_dir: Annotated[Path | None, typer.Option(help="Keep solved layers here, to go on after a break.")] = None,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of recipes that draw numbers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of recipes that draw numbers.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 500MB.")] = "2GB",
     revision: Revision = None,
     as_json: Json = False,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rarefy.cli.common import Json, bits_line, command, print_json, say
+from rarefy.cli.common import Json, bits_line, command, print_json, say, shell_line
 
 PROMPT = "Explain in two sentences why the sky is blue."
 PLANS: dict[str, dict[str, Any]] = {
@@ -73,7 +73,7 @@ def demo(
         print(f"stored, loaded and in-memory int4 models give {'identical' if same else 'DIFFERENT'} logits")
         print(f"\n> {PROMPT}\n{reply} ...")
         print(f"\n({count} tokens in {seconds:.1f} s; the whole demo took {time.monotonic() - start:.0f} s)")
-        print(f"Try: rarefy chat {out / 'int4'}")
+        print(f"Try: {shell_line('chat', str(out / 'int4'))}")
     if not same:
         raise typer.Exit(1)
 

@@ -30,8 +30,8 @@ def inspect(
             layer["name"],
             "x".join(map(str, layer["shape"])),
             layer["stored_as"],
-            f"{layer['bits_per_weight']:.3f}",
-            f"{layer['bytes'] / 1e6:.3f}",
+            f"{layer['bits_per_weight']:.3f}" if layer["bytes"] else "-",
+            f"{layer['bytes'] / 1e6:.3f}" if layer["bytes"] else "-",
         )
         for layer in summary["layers"]
     ]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from typing import Annotated, Any
+import json
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
@@ -17,20 +20,31 @@ def recipes(
 ) -> None:
     """List the recipes, or show one with its options and defaults."""
     from rarefy.contracts import weight_recipes
-    from rarefy.recipes import discover, presets
+    from rarefy.recipes import discover, load_recipe, presets
 
     discover()
     if name is None:
         table = {label: _title(weight_recipes.get(label)) for label in weight_recipes}
-        table.update({label: f"preset ({path.name})" for label, path in presets().items()})
+        table.update({label: f"preset: {_first_comment(path)}" for label, path in presets().items()})
         if as_json:
             print_json(table)
         else:
-            print_table(("recipe", "what it does"), table.items())
+            print_table(("recipe", "what it does"), table.items(), text=True)
+        return
+    if name not in weight_recipes:
+        preset = load_recipe(name)  # suggests the nearest name when there is none
+        path = presets().get(name, Path(name))
+        if as_json:
+            print_json({"preset": preset.model_dump(mode="json")})
+        else:
+            print(path.read_text("utf-8").rstrip() if path.suffix != ".py" else preset.model_dump_json(indent=2))
         return
     recipe = weight_recipes.get(name)
     options = {
-        label: {"type": _type_name(field.annotation), "default": field.default}
+        label: {
+            "type": _type_name(field.annotation),
+            "default": "required" if field.is_required() else field.get_default(call_default_factory=True),
+        }
         for label, field in recipe.model_fields.items()
     }
     if as_json:
@@ -39,7 +53,9 @@ def recipes(
     print(inspect.getdoc(inspect.getmodule(recipe)) or "")
     print(f"\n{inspect.getdoc(recipe) or ''}\n")
     print_table(
-        ("option", "type", "default"), ((key, entry["type"], str(entry["default"])) for key, entry in options.items())
+        ("option", "default", "type"),
+        ((label, _as_yaml(entry["default"]), entry["type"]) for label, entry in options.items()),
+        text=True,
     )
     needs = ", ".join(sorted(recipe.needs)) or "nothing: it is data-free"
     print(f"needs {needs}")
@@ -50,6 +66,22 @@ def _title(recipe: type[Any]) -> str:
     return about.splitlines()[0] if about else ""
 
 
+def _first_comment(path: Path) -> str:
+    first = path.read_text("utf-8").partition("\n")[0]
+    return first.lstrip("# ") if first.startswith("#") else path.name
+
+
 def _type_name(annotation: Any) -> str:
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    return text.replace("typing.", "").replace("Literal", "one of ")
+    """A type as somebody types its values: ``int | null``, ``none | mse``."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(_type_name, get_args(annotation)))
+    if annotation is type(None):
+        return "null"
+    return annotation.__name__ if isinstance(annotation, type) and origin is None else str(annotation)
+
+
+def _as_yaml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -6,18 +6,22 @@ into one ``Recipe``.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from rarefy.contracts import Recipe, Rule, weight_recipes
+from rarefy.contracts import Recipe, Rule, matches, weight_recipes
 from rarefy.core.config import parse
-from rarefy.core.errors import RecipeError
+from rarefy.core.errors import RarefyError, RecipeError
+from rarefy.core.logs import logger
 
+log = logger(__name__)
 ENTRY_POINTS = "rarefy.recipes"
 
 
@@ -30,7 +34,10 @@ def discover() -> None:
         for module in pkgutil.iter_modules(package.__path__, family.name + "."):
             importlib.import_module(module.name)
     for entry in entry_points(group=ENTRY_POINTS):
-        entry.load()
+        try:
+            entry.load()
+        except Exception as failure:  # whatever a foreign module raises; the recipes of others must stay usable
+            log.warning("Recipes of '%s' cannot be used (%s: %s).", entry.value, type(failure).__name__, failure)
 
 
 def presets() -> dict[str, Path]:
@@ -52,6 +59,8 @@ def load_recipe(source: str | Path | Recipe, options: Mapping[str, Any] | None =
         recipe = recipe.model_copy(update={"rules": rules})
     for rule in recipe.rules:
         rule.recipe()
+        for pattern in (*rule.targets, *rule.ignore):
+            matches((pattern,), "")
     return recipe
 
 
@@ -65,7 +74,9 @@ def _named(source: str) -> Recipe:
         known = weight_recipes.names() + list(presets())
         if path.suffix or "/" in source:
             raise RecipeError(f"Recipe file '{source}' is neither .yaml nor .py; known recipes: {', '.join(known)}.")
-        weight_recipes.get(source)  # raises, suggesting the nearest name
+        near = difflib.get_close_matches(source, known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}."
+        raise RecipeError(f"Unknown recipe '{source}'; {hint}")
     return _from_yaml(path)
 
 
@@ -74,12 +85,19 @@ def _from_python(path: Path) -> Recipe:
     if not path.is_file():
         raise RecipeError(f"Recipe file '{path}' does not exist; check the path.")
     before = set(weight_recipes)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    label = f"{__name__}.outside.{path.stem}"
+    spec = importlib.util.spec_from_file_location(label, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[label] = module  # where pydantic looks up the names in the types of its options
+    try:
+        spec.loader.exec_module(module)
+    except RarefyError:
+        raise
+    except Exception as failure:  # the file may raise anything
+        raise RecipeError(f"Recipe file '{path}' cannot be run ({type(failure).__name__}: {failure}).") from failure
     new = sorted(set(weight_recipes) - before)
-    own = new or sorted(name for name in weight_recipes if weight_recipes.get(name).__module__ == path.stem)
+    own = new or sorted(name for name in weight_recipes if weight_recipes.get(name).__module__ == label)
     if len(own) != 1:
         raise RecipeError(f"Recipe file '{path}' registers {len(own)} recipes; register exactly one.")
     return Recipe(name=own[0], rules=(Rule(method=own[0]),))
@@ -94,7 +112,7 @@ def _from_yaml(path: Path) -> Recipe:
         raise RecipeError(f"Recipe file '{path}' does not exist; check the path.") from None
     except (OSError, UnicodeDecodeError) as failure:
         raise RecipeError(f"Recipe file '{path}' cannot be read ({failure}).") from None
-    except yaml.YAMLError as failure:
+    except (yaml.YAMLError, ValueError, RecursionError) as failure:
         where = getattr(failure, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
         raise RecipeError(f"Recipe file '{path}' is not valid YAML{line}; correct it.") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rarefy.calibration.selection import tied_parameters
 from rarefy.calibration.skeleton import read_config, skeleton
 from rarefy.core.errors import CheckpointError
 from rarefy.core.files import read_header
@@ -29,12 +30,19 @@ def describe(folder: Path) -> dict[str, Any]:
         for name, info in read_header(path).tensors.items()
     }
     layers = []
-    for site in sites(skeleton(folder)):
+    model = skeleton(folder)
+    tied = tied_parameters(model)
+    for site in sites(model):
         prefix = f"{site.name}.terms."
         own = sum(size for name, size in sizes.items() if name.startswith(prefix)) or sizes.get(site.parameter, 0)
         if site.name in terms and not any(name.startswith(prefix) for name in sizes):
             raise CheckpointError(f"Layer '{site.name}' is compressed but has no tensors; copy the folder again.")
-        stored_as = " + ".join(map(short, terms[site.name])) if site.name in terms else "dense"
+        if site.name in terms:
+            stored_as = " + ".join(map(short, terms[site.name]))
+        elif own:
+            stored_as = "dense"
+        else:
+            stored_as = f"tied to {tied[site.parameter]}" if site.parameter in tied else "dense, under another name"
         layers.append(
             {
                 "name": site.name,

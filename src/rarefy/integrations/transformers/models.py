@@ -32,7 +32,7 @@ def load_folder(folder: Path, **options: Any) -> PreTrainedModel:
     cls: Any = model_class(read_config(folder))
     try:
         model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
-    except (OSError, ValueError, SafetensorError) as failure:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as failure:
         reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0].rstrip(".")
         raise SourceError(f"'{folder}' cannot be loaded as a {cls.__name__} ({reason}); copy it again.") from failure
     if info["missing_keys"]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from rarefy.contracts import Solution, WeightRecipe, weight_recipes
+from rarefy.core.errors import RecipeError
 from rarefy.formats.grids import BinaryGrid, FloatGrid, Grid, IntegerGrid, LevelGrid, LutGrid
 from rarefy.formats.layout import FloatName
 from rarefy.formats.scales import AnyScale, BilevelScale, SingleScale
@@ -20,6 +21,15 @@ from rarefy.solvers.clip import ClipSearch
 from rarefy.solvers.rtn import round_to_nearest
 
 FloatFormat = Literal["fp3", "fp4", "nf3", "nf4", "fp6_e2m3", "fp8_e4m3", "fp8_e5m2"]
+# Which options mean something for a format, besides ``scales``; one that means nothing is refused, not ignored.
+FLOAT_OPTIONS = {"group_size", "two_scales", "clip"}
+OPTIONS_OF = {
+    "int": {"num_bits", "group_size", "symmetric", "zero_point", "clip"},
+    "lut": {"num_bits", "rows_per_lut"},
+    "ternary": {"group_size", "clip"},
+    "five_level": {"group_size", "symmetric", "zero_point", "clip"},
+    "binary": {"group_size", "regions"},
+}
 
 
 @weight_recipes.register("rtn")
@@ -29,11 +39,11 @@ class Rtn(WeightRecipe):
     ``format``: ``int`` (``num_bits``, ``symmetric``, and ``zero_point`` integer or float when not symmetric), a float
     format, ``lut`` (k-means, ``rows_per_lut`` rows share a table), ``ternary``, ``five_level`` or ``binary`` with
     ``regions``.
-    ``group_size`` None means one group per row. ``two_scales`` (float formats) scales each sign on its own.
+    ``group_size`` null means one group per row. ``two_scales`` (float formats) scales each sign on its own.
     ``scales``: a dtype, or ``bilevel`` for two-level 3-bit scales over 16 rows. ``clip``: ``none`` or ``mse``.
     """
 
-    format: Literal["int", "lut", "ternary", "five_level", "binary"] | FloatFormat = "int"
+    format: Literal["int", "lut", "ternary", "five_level", "binary", FloatFormat] = "int"
     num_bits: int = Field(4, ge=1, le=8)
     group_size: int | None = Field(128, ge=1)
     symmetric: bool = False
@@ -41,11 +51,22 @@ class Rtn(WeightRecipe):
     two_scales: bool = False
     rows_per_lut: int | None = Field(1, ge=1)
     regions: int = Field(1, ge=1, le=4)
-    scales: FloatName | Literal["bilevel"] = "float16"
+    scales: Literal[FloatName, "bilevel"] = "float16"
     clip: Literal["none", "mse"] = "none"
 
     def model_post_init(self, context: object) -> None:
-        self.grid()  # refuses impossible combinations before any work
+        useless = self.model_fields_set - {"format", "scales"} - OPTIONS_OF.get(self.format, FLOAT_OPTIONS)
+        if self.scales == "bilevel" and self.format in ("lut", "binary"):
+            useless.add("scales")
+        if useless:
+            raise RecipeError(f"Recipe 'rtn': '{min(useless)}' has no effect on format '{self.format}'; leave it out.")
+        if self.symmetric and "zero_point" in self.model_fields_set:
+            raise RecipeError("Recipe 'rtn': a symmetric grid has no zero point; set one of the two.")
+        try:
+            self.grid()
+        except ValidationError as failure:
+            reason = failure.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+            raise RecipeError(f"Recipe 'rtn' cannot combine these options: {reason}.") from None
 
     def grid(self) -> Grid:
         """The grid that the options describe."""

@@ -9,16 +9,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rarefy.core.imports import when_imported
+from rarefy.core.version import __version__
 
 if TYPE_CHECKING:
     from rarefy.api import compare, compress, evaluate, load, load_tokenizer, merge_adapter, save
 
-__version__ = "0.1.0"
-__all__ = ["compare", "compress", "evaluate", "load", "load_tokenizer", "merge_adapter", "save"]
+_VERBS = ("compare", "compress", "evaluate", "load", "load_tokenizer", "merge_adapter", "save")
+__all__ = ["__version__", *_VERBS]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _VERBS:
         raise AttributeError(f"module 'rarefy' has no attribute '{name}'")
     from rarefy import api
 

@@ -69,6 +69,8 @@ def compress(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if not isinstance(model, str | Path):
+            if out is not None:
+                check_out(Path(out), overwrite)
             solve_on = None if device == "auto" else place
             ledger, skipped, manifest = _compress_in_place(model, chosen, solve_on, work, notes)
             name = _name(model)

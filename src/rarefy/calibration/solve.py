@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rarefy import __version__
 from rarefy.calibration.report import LayerReport
 from rarefy.contracts import Rule, Solution
 from rarefy.core.errors import CheckpointError, FormatError, OptionError, RecipeError
 from rarefy.core.files import read_header
+from rarefy.core.version import __version__
 from rarefy.formats.bytes import total
 from rarefy.formats.terms import Term, parse_spec
 from rarefy.layers.checkpoint import digest_of
@@ -34,7 +34,7 @@ def solve_site(
     start = time.monotonic()
     key = "" if work is None else work.key(site, rule, weight, device)
     solution = None if work is None else work.find(key, site, device)
-    dense = weight.to(device=device, dtype=torch.float32)
+    dense = weight.to(device=device, dtype=torch.float32).contiguous()
     if solution is None:
         try:
             solution = rule.recipe().solve(site.name, dense)

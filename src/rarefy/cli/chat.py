@@ -74,7 +74,10 @@ def answer(
         name: tensor.to(model.device) for name, tensor in inputs.items() if name in ("input_ids", "attention_mask")
     }
     length = inputs["input_ids"].shape[1]
-    max_new_tokens = min(max_new_tokens, _room(model, length))
+    room = _room(model, length)
+    if room < max_new_tokens:
+        say(f"note: the answer ends after {room} tokens, where the model's positions do.")
+        max_new_tokens = room
     streamer = None if quiet else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.monotonic()
     with torch.inference_mode():
@@ -82,7 +85,7 @@ def answer(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )  # fmt: skip
-    fresh = out[0] if model.config.is_encoder_decoder else out[0, length:]
+    fresh = out[0, 1 if model.config.is_encoder_decoder else length :]
     return tokenizer.decode(fresh, skip_special_tokens=True), len(fresh), time.monotonic() - start
 
 

@@ -62,6 +62,12 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             where = f" '{failure.filename}'" if failure.filename else ""
             say(f"error: {failure.strerror or failure}{where}; nothing was left half-written.")
             raise typer.Exit(FAILED) from None
+        except Exception as failure:
+            # What safetensors raises when a disk is full; known by its name, since importing it costs start-up time.
+            if type(failure).__name__ != "SafetensorError":
+                raise
+            say(f"error: A weight file could not be read or written ({failure}); check the disk.")
+            raise typer.Exit(FAILED) from None
 
     return run
 

@@ -96,7 +96,7 @@ class ShardWriter:
         places: dict[str, str] = {}
         for number, (part, names) in enumerate(self._shards, start=1):
             label = f"{self.stem}.safetensors" if count == 1 else f"{self.stem}-{number:05d}-of-{count:05d}.safetensors"
-            _set_manifest_digest(part, manifest.digest())
+            _complete_header(part, manifest.digest())
             os.replace(part, self.folder / label)
             places.update(dict.fromkeys(names, label))
         if count == 1:
@@ -122,16 +122,24 @@ class ShardWriter:
         self._pending, self._filled = {}, 0
 
 
-def _set_manifest_digest(path: Path, digest: str) -> None:
-    """The manifest is known only when all tensors are: replace its 16 reserved digits in the file's metadata."""
+def _complete_header(path: Path, digest: str) -> None:
+    """The manifest is known only when all tensors are: replace its 16 reserved digits in the file's metadata.
+
+    The library writes metadata in an order that changes from run to run; equal jobs must end in equal bytes.
+    """
     placeholder = b'\\"manifest\\": \\"' + b"0" * 16
+    start, form = b'{"__metadata__":{', b'"format":"pt"'
     with path.open("r+b") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = stream.read(length)
-        if header.count(placeholder) != 1:
+        if header.count(placeholder) != 1 or not header.startswith(start):
             raise CheckpointError(f"'{path.name}' could not be completed; compress the model again.")
+        header = header.replace(placeholder, placeholder[:-16] + digest.encode())
+        if not header.startswith(start + form):  # quotes within the other entry are escaped, so this finds the key
+            header = (start + form + b"," + header.removeprefix(start)).replace(b"," + form + b"}", b"}", 1)
+        assert len(header) == length
         stream.seek(8)
-        stream.write(header.replace(placeholder, placeholder[:-16] + digest.encode()))
+        stream.write(header)
 
 
 def read_headers(files: Iterable[Path]) -> dict[Path, Header]:

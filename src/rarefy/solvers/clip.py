@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rarefy.core.config import StrictModel
 from rarefy.formats.grids import Grid, Params
+from rarefy.formats.scales import BilevelScale
 
 CHUNK = 1 << 22  # values handled at once, to stay in cache and bound memory
 
@@ -34,7 +35,8 @@ def fit(grid: Grid, weight: Tensor, importance: Tensor | None = None, search: Cl
     if search is None or not grid.searchable:
         return grid.fit(weight, importance)
     blocks, importance = grid.prepare(weight, importance)
-    step = max(1, CHUNK // max(1, blocks[:1].numel()))
+    height = _tile(grid)[0]
+    step = max(1, CHUNK // max(1, blocks[:1].numel()) // height) * height
     pieces = [
         _search(
             grid, blocks[start : start + step], None if importance is None else importance[start : start + step], search
@@ -49,7 +51,7 @@ def _search(grid: Grid, blocks: Tensor, importance: Tensor | None, search: ClipS
     lowest = torch.empty(0)
     for factor in search.factors():
         proposed = grid.propose(blocks, importance, factor)
-        error = grid.error(blocks, importance, grid.round(proposed), search.norm)
+        error = _by_tile(grid.error(blocks, importance, grid.round(proposed), search.norm), _tile(grid))
         if best is None:
             best, lowest = proposed, error
             continue
@@ -58,3 +60,20 @@ def _search(grid: Grid, blocks: Tensor, importance: Tensor | None, search: ClipS
         lowest = torch.where(better, error, lowest)
     assert best is not None
     return best
+
+
+def _tile(grid: Grid) -> tuple[int, int]:
+    """Rows and groups whose parameters are rounded together, so that they have to choose together."""
+    scales = getattr(grid, "scales", None)
+    return (scales.rows, scales.groups) if isinstance(scales, BilevelScale) else (1, 1)
+
+
+def _by_tile(error: Tensor, tile: tuple[int, int]) -> Tensor:
+    """Errors ``[rows, groups, ...]`` summed over each tile, at every place of it."""
+    for dim, size in enumerate(tile):
+        if size > 1:
+            index = torch.arange(error.shape[dim], device=error.device) // size
+            shape = [*error.shape]
+            shape[dim] = int(index[-1]) + 1 if index.numel() else 0
+            error = error.new_zeros(shape).index_add_(dim, index, error).index_select(dim, index)
+    return error

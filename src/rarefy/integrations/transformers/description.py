@@ -29,7 +29,7 @@ def describe(folder: Path) -> dict[str, Any]:
         for path in sorted(folder.glob("*.safetensors"))
         for name, info in read_header(path).tensors.items()
     }
-    layers = []
+    layers: list[dict[str, Any]] = []
     model = skeleton(folder)
     tied = tied_parameters(model)
     for site in sites(model):

@@ -1,4 +1,4 @@
-"""What the pages show works: the example recipe from file to loaded model, and the snippets of README and CONTRIBUTING."""
+"""What the pages show works: the example recipe from file to loaded model, and the snippets of the pages."""
 
 from __future__ import annotations
 

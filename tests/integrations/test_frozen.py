@@ -1,7 +1,7 @@
 """Checkpoints made by earlier versions keep loading, to the bit: one folder under tests/data for each format version.
 
-A folder is made once, before its version is released, by ``python -m tests.integrations.test_frozen tests/data/frozen_vN``
-with the oldest supported Transformers, and never again.
+A folder is made once, before its version is released, with the oldest supported Transformers, and never again:
+``python -m tests.integrations.test_frozen tests/data/frozen_vN``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def test_an_older_checkpoint_loads_to_the_bit(folder: Path, tmp_path: Path) -> N
     stored = tensors(tmp_path / "again")
     with safe_open(folder / "rarefy.safetensors", framework="pt") as opened:
         assert same_bytes(stored, {name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
-    assert torch.equal(rarefy.load(tmp_path / "again")(torch.arange(9)[None]).logits, model(torch.arange(9)[None]).logits)
+    assert torch.equal(
+        rarefy.load(tmp_path / "again")(torch.arange(9)[None]).logits, model(torch.arange(9)[None]).logits
+    )
 
 
 def test_every_format_version_has_one() -> None:

@@ -70,6 +70,7 @@ def test_options_describe_a_grid(options: dict[str, Any], grid: Grid, weight: to
         ({"format": "nf4", "num_bits": 4}, "'num_bits' has no effect on format 'nf4'"),
         ({"format": "lut", "group_size": 32}, "'group_size' has no effect"),
         ({"format": "lut", "clip": "mse"}, "'clip' has no effect"),
+        ({"format": "ternary", "clip": "mse"}, "'clip' has no effect"),
         ({"format": "ternary", "symmetric": True}, "'symmetric' has no effect"),
         ({"format": "binary", "scales": "bilevel"}, "'scales' has no effect"),
         ({"format": "nf4", "two_scales": True, "scales": "bilevel"}, "single"),
@@ -106,7 +107,7 @@ def test_a_zero_point_helps_skewed_weights(weight: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_bits": 3}, {"num_bits": 4, "symmetric": True}, {"format": "nf4"}, {"format": "ternary"}],
+    [{"num_bits": 3}, {"num_bits": 4, "symmetric": True}, {"format": "nf4"}, {"format": "five_level"}],
     ids=str,
 )
 def test_clipping_never_raises_what_it_searches(options: dict[str, Any], weight: torch.Tensor) -> None:

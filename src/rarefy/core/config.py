@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from typing import Any, TypeVar
 
 import pydantic
@@ -18,9 +19,14 @@ class StrictModel(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-def parse(schema: type[T], data: Any, what: str, error: type[RarefyError]) -> T:
-    """Validate ``data`` against ``schema``; on failure raise ``error`` with a sentence that names the first bad key."""
+def parse(schema: type[T], data: Any, what: str, error: type[RarefyError], *, stored: bool = False) -> T:
+    """Validate ``data`` against ``schema``; on failure raise ``error`` with a sentence that names the first bad key.
+
+    ``stored`` data comes from a file of our own: "4" or 4.0 is then no whole number.
+    """
     try:
+        if stored:  # through JSON, since only there does strict checking take a list for a tuple
+            return schema.model_validate_json(json.dumps(data), strict=True)
         return schema.model_validate(data)
     except pydantic.ValidationError as failure:
         sentence = f"{what}: {explain(failure, schema)}"

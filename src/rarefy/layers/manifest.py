@@ -91,7 +91,7 @@ def read_manifest(data: Any) -> Manifest:
         check_depth(data)
     except FormatError as failure:
         raise CheckpointError(f"quantization_config: {failure}.") from None
-    return parse(Manifest, data, "quantization_config", CheckpointError)
+    return parse(Manifest, data, "quantization_config", CheckpointError, stored=True)
 
 
 def layer_layout(terms: Iterable[TermSpec], shape: Shape) -> Layout:

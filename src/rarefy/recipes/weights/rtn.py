@@ -26,7 +26,7 @@ FLOAT_OPTIONS = {"group_size", "two_scales", "clip"}
 OPTIONS_OF = {
     "int": {"num_bits", "group_size", "symmetric", "zero_point", "clip"},
     "lut": {"num_bits", "rows_per_lut"},
-    "ternary": {"group_size", "clip"},
+    "ternary": {"group_size"},
     "five_level": {"group_size", "symmetric", "zero_point", "clip"},
     "binary": {"group_size", "regions"},
 }

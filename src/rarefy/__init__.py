@@ -14,12 +14,11 @@ from rarefy.core.version import __version__
 if TYPE_CHECKING:
     from rarefy.api import compare, compress, evaluate, load, load_tokenizer, merge_adapter, save
 
-_VERBS = ("compare", "compress", "evaluate", "load", "load_tokenizer", "merge_adapter", "save")
-__all__ = ["__version__", *_VERBS]  # noqa: PLE0604
+__all__ = ["__version__", "compare", "compress", "evaluate", "load", "load_tokenizer", "merge_adapter", "save"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _VERBS:
+    if name not in __all__:
         raise AttributeError(f"module 'rarefy' has no attribute '{name}'")
     from rarefy import api
 

@@ -47,7 +47,7 @@ class CompressedWeight(Tensor):
         """The decoded weight as an ordinary tensor of this view's dtype."""
         return self._decode().to(self.dtype)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"CompressedWeight(shape={list(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
     @classmethod
@@ -66,7 +66,7 @@ class CompressedWeight(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}

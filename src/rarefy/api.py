@@ -12,6 +12,7 @@ import torch
 from rarefy.calibration.data_free import can_stream, compress_folder, compress_model_, weight_files
 from rarefy.calibration.report import CompressionReport, Ledger
 from rarefy.contracts import Recipe
+from rarefy.core.config import parse
 from rarefy.core.errors import OptionError, UnsupportedError
 from rarefy.core.files import check_out, read_header, staged_folder
 from rarefy.core.logs import logger
@@ -187,7 +188,7 @@ def compare(
     everyone = [*models] if reference is None else [reference, *models]
     if not everyone:
         raise OptionError("Name at least one model to evaluate.")
-    protocol = Protocol(context=context, windows=windows)
+    protocol = parse(Protocol, {"context": context, "windows": windows}, "Evaluation", OptionError)
     text = open_text(data, "evaluation")
     sources = [open_model(model) if isinstance(model, str | Path) else None for model in everyone]
     tokenizer = tokenizer or _shared_tokenizer(everyone, sources)
@@ -241,7 +242,8 @@ def _compress_source(
 ) -> tuple[Ledger, dict[str, str], Manifest]:
     config = folders.read_config(source.folder)
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+        quantization = config["quantization_config"]
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise UnsupportedError(
             f"'{source.name}' is compressed already (quant_method '{method}'); compress the dense model."
         )

@@ -74,13 +74,13 @@ class Ledger:
     def fallbacks(self) -> tuple[str, ...]:
         return tuple(f"{layer.name}: {note}" for layer in self.layers for note in layer.notes)
 
-    def manifest(self, stored_bytes: int, dense_bytes: int) -> Manifest:
+    def manifest(self, stored_bytes: int, dense_bytes: int, recipe_version: int | None = None) -> Manifest:
         """The manifest of the finished model; byte totals are of all its tensors."""
         rules = tuple(
             RuleEntry(method=rule.method, options=rule.options, modules=tuple(modules), terms=tuple(specs))  # type: ignore[arg-type]
             for rule, modules, specs in self._entries.values()
         )
-        version = max(rule.recipe().recipe_version for rule in self.recipe.rules)
+        version = recipe_version or max(rule.recipe().recipe_version for rule in self.recipe.rules)
         report = Report(
             bits_per_weight={name: round(bits, 6) for name, bits in self.bits_per_weight.items()},
             weights=self.weights,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from rarefy.calibration.report import LayerReport
 from rarefy.contracts import Rule, Solution
 from rarefy.core.errors import CheckpointError, FormatError, OptionError, RecipeError
-from rarefy.core.files import read_header
+from rarefy.core.files import read_header, write_tensors
 from rarefy.core.version import __version__
 from rarefy.formats.bytes import total
 from rarefy.formats.terms import Term, parse_spec
@@ -84,8 +83,6 @@ class WorkFolder:
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
     def keep(self, key: str, solution: Solution) -> None:
-        from safetensors.torch import save_file
-
         tensors = {
             f"{index}.{name}": buffer.cpu().contiguous()
             for index, term in enumerate(solution.terms)
@@ -96,9 +93,7 @@ class WorkFolder:
             "notes": json.dumps(solution.notes),
             "hashes": json.dumps({name: digest_of(tensor) for name, tensor in tensors.items()}),
         }
-        part = self.folder / f".{key}.part"
-        save_file(tensors, part, metadata=about)
-        os.replace(part, self.folder / f"{key}.safetensors")
+        write_tensors(self.folder / f"{key}.safetensors", tensors, about)
 
     def find(self, key: str, site: Site, device: torch.device) -> Solution | None:
         from safetensors.torch import load_file

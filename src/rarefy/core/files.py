@@ -11,9 +11,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 from rarefy.core.errors import CheckpointError, OptionError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A header larger than this is an attack or garbage: 100,000 tensors need about 15 MB.
 MAX_HEADER_BYTES = 64 * 1024 * 1024
@@ -60,6 +63,24 @@ def write_text(path: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file that is whole or absent. Raises OSError, also where the library has its own error."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    draft = _beside(path)
+    try:
+        save_file(tensors, draft, metadata=metadata)
+        os.chmod(draft, 0o644)  # the library writes for this user only
+        os.replace(draft, path)
+    except SafetensorError as failure:
+        draft.unlink(missing_ok=True)
+        raise OSError(f"writing {path.name}: {failure}") from failure
     except BaseException:
         draft.unlink(missing_ok=True)
         raise

@@ -20,6 +20,7 @@ from rarefy.layers import swap
 from rarefy.layers.linear import CompressedLinear
 from rarefy.layers.manifest import Manifest
 from rarefy.layers.swap import Site
+from rarefy.recipes import discover
 from rarefy.solvers.rtn import relative_error
 
 log = logger(__name__)
@@ -46,6 +47,7 @@ def merge_adapter(model: Any, recipe: Recipe | None) -> Any:
     }
     if not adapted:
         raise OptionError("No LoRA adapter sits on a compressed layer; call the model's own merge_and_unload().")
+    discover()
     rules = {name: _rule(manifest, name, recipe) for name in adapted}
     # All are solved before the first is replaced: one that cannot be leaves the model as it was.
     solved = {name: _solve(name, layer, rules[name]) for name, layer in adapted.items()}
@@ -117,4 +119,5 @@ def _rebuilt(model: Any, manifest: Manifest, rules: dict[str, Rule], recipe: Rec
         )  # fmt: skip
         ledger.add(layer, rule, terms)  # type: ignore[arg-type]
     stored = sum(tensor.numel() * tensor.element_size() for _, tensor in stored_tensors(model))
-    return ledger.manifest(stored, manifest.report.dense_bytes if manifest.report else stored)
+    version = max(manifest.recipe_version, *(rule.recipe().recipe_version for rule in rules.values()))
+    return ledger.manifest(stored, manifest.report.dense_bytes if manifest.report else stored, version)

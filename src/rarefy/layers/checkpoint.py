@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import CheckpointError, FormatError, OptionError
-from rarefy.core.files import Header, TensorInfo, read_header, write_text
+from rarefy.core.files import Header, TensorInfo, read_header, write_tensors, write_text
 from rarefy.formats.layout import DTYPE_NAMES, DTYPES, Layout, bind
 from rarefy.layers.manifest import Manifest
 
@@ -107,17 +107,10 @@ class ShardWriter:
         return manifest.model_copy(update={"weights": name})
 
     def _flush(self) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         part = self.folder / f".{self.stem}-{len(self._shards) + 1:05d}.part"
         hashes = {name: digest_of(tensor) for name, tensor in self._pending.items()}
         notes = {"format": "pt", METADATA_KEY: json.dumps({"manifest": "0" * 16, "tensors": hashes}, sort_keys=True)}
-        try:
-            save_file(self._pending, part, metadata=notes)
-        except SafetensorError as failure:
-            raise OSError(f"writing {part.name}: {failure}") from failure
-        os.chmod(part, 0o644)
+        write_tensors(part, self._pending, notes)
         self._shards.append((part, list(self._pending)))
         self._pending, self._filled = {}, 0
 

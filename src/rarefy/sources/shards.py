@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rarefy.core.files import write_text
+from rarefy.core.files import write_tensors, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -27,18 +26,11 @@ def write_shards(
     ``load(name)`` is called once for each name and must return a contiguous tensor of that many bytes. A tensor
     larger than ``max_shard_bytes`` gets a shard of its own. Raises OSError when the disk is full.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     shards = plan_shards(sizes, max_shard_bytes)
     places: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        try:
-            save_file({name: load(name) for name in names}, folder / file, metadata={"format": "pt"})
-            os.chmod(folder / file, 0o644)  # it is written for this user only
-        except SafetensorError as failure:
-            raise OSError(f"writing {file}: {failure}") from failure
+        write_tensors(folder / file, {name: load(name) for name in names}, {"format": "pt"})
         places.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,10 +95,11 @@ def write_model(model: PreTrainedModel, stage: Path, source: Path | None, base: 
     manifest = writer.finish(manifest)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(stage)
-    if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(stage)
     if source is not None:
         copy_companions(source, stage)
+    if model.can_generate() and model.generation_config is not None:
+        with suppress(ValueError):  # one that came with the model stays as it is, though Transformers may refuse it
+            model.generation_config.save_pretrained(stage)
     config = json.loads((stage / "config.json").read_text("utf-8"))
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     write_config(stage, config, manifest)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rarefy.core.imports import when_imported
-from rarefy.core.version import __version__
+from rarefy.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from rarefy.api import compare, compress, evaluate, load, load_tokenizer, merge_adapter, save
 
-__all__ = ["__version__", "compare", "compress", "evaluate", "load", "load_tokenizer", "merge_adapter", "save"]
+__all__ = ["compare", "compress", "evaluate", "load", "load_tokenizer", "merge_adapter", "save"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,31 +16,24 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
+from transformers import initialization
 
 import rarefy
 from rarefy.core.errors import CheckpointError, SourceError, UnsupportedError
 from rarefy.integrations.transformers.config import RarefyConfig
 from rarefy.layers import CompressedLinear, CompressedWeight
 from rarefy.layers.swap import compressed
-from tests.integrations.conftest import EIGHT_BITS, Compressed
+from tests.integrations.conftest import EIGHT_BITS, Compressed, environment, python
 from tests.zoo import FAMILIES, dense_folder, logits, same_bytes, tensors, tiny_tokenizer
 
 pytestmark = pytest.mark.compat
 
 AutoModel = transformers.AutoModelForCausalLM
-SOURCE = str(Path(rarefy.__file__).parents[1])
 INT4 = {"num_bits": 4, "group_size": 16}
 
 
 def stored(model: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if ".terms." in name}
-
-
-def python(code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
-    paths = [SOURCE, *(path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
 
 
 # Without the package
@@ -254,7 +247,7 @@ def test_views_answer_without_decoding_and_refuse_writing(folders: Compressed, m
     ):  # fmt: skip
         with pytest.raises(UnsupportedError, match="compress"), torch.no_grad():
             write()
-    transformers.initialization.normal_(view)  # a parent's _init_weights: nothing to draw
+    initialization.normal_(view)  # a parent's _init_weights: nothing to draw
 
 
 def test_autocast_gives_the_low_precision_dtype(folders: Compressed) -> None:
@@ -338,13 +331,11 @@ def work(rank, folder, store):
 rank, folder, store = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 work(rank, folder, store)
 """
-    paths = [SOURCE, *(path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     arguments = [str(folders("gpt2")), str(tmp_path / "store")]
     running = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(rank), *arguments],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in (0, 1)
     ]  # fmt: skip

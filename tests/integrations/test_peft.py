@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,12 +11,13 @@ import transformers
 from torch import Tensor
 
 import rarefy
-from rarefy.contracts import Recipe, Rule
+from rarefy.contracts import Recipe, Rule, Solution, WeightRecipe, weight_recipes
 from rarefy.core.errors import OptionError, RarefyError, UnsupportedError
 from rarefy.integrations.transformers.models import manifest_of
 from rarefy.layers import CompressedLinear
 from rarefy.layers.swap import compressed
-from tests.integrations.conftest import Compressed
+from rarefy.recipes.weights.rtn import Rtn
+from tests.integrations.conftest import EIGHT_BITS, Compressed, python
 from tests.zoo import FAMILIES, logits, same_bytes, tensors
 
 peft = pytest.importorskip("peft")
@@ -234,3 +235,46 @@ def test_saving_with_adapters_on_is_refused(folders: Compressed, tmp_path: Path)
     rarefy.save(base, tmp_path / "out")
     assert same_bytes(tensors(tmp_path / "out"), tensors(folders("llama")))
     assert isinstance(rarefy.load(tmp_path / "out").model.layers[0].mlp.up_proj, CompressedLinear)
+
+
+def test_merging_is_the_first_thing_a_process_does(folders: Compressed, tmp_path: Path) -> None:
+    """Recipes are found although nothing was compressed before."""
+    code = """
+import sys, rarefy, peft
+model = peft.get_peft_model(rarefy.load(sys.argv[1]), peft.LoraConfig(target_modules=["q_proj"]))
+rarefy.save(rarefy.merge_adapter(model), sys.argv[2])
+"""
+    done = python(code, folders("llama"), tmp_path / "merged")
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(output(rarefy.load(tmp_path / "merged")), output(rarefy.load(folders("llama"))))
+
+
+def test_layers_of_a_recipe_that_is_not_installed_stay(tmp_path: Path) -> None:
+    """Only layers with an adapter are compressed anew, so only their recipes are needed."""
+    model = FAMILIES["llama"].build()
+    rules = (
+        Rule(method="visiting", targets=("re:.*mlp",)),
+        Rule(method="rtn", options=EIGHT_BITS),
+    )
+    weight_recipes.register("visiting")(Visiting)
+    try:
+        rarefy.compress(model, Recipe(name="two", rules=rules))
+    finally:
+        del weight_recipes._entries["visiting"]
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, adapter).eval()
+    wanted = output(wrapped)
+    merged = rarefy.merge_adapter(wrapped)
+    assert float((output(merged) - wanted).norm() / wanted.norm()) < 0.02
+    rarefy.save(merged, tmp_path / "merged")
+    assert torch.equal(output(rarefy.load(tmp_path / "merged")), output(merged))
+    again = FAMILIES["llama"].model_class.from_pretrained(tmp_path / "merged")
+    with pytest.raises(RarefyError, match="visiting"):
+        rarefy.merge_adapter(peft.get_peft_model(again, peft.LoraConfig(target_modules=["up_proj"])))
+
+
+class Visiting(WeightRecipe):
+    recipe_version: ClassVar[int] = 3
+
+    def solve(self, name: str, weight: Tensor) -> Solution:
+        return Rtn(num_bits=6, group_size=16).solve(name, weight)

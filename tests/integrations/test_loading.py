@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -390,3 +389,16 @@ def test_dense_models_are_never_filled_at_random(tmp_path: Path) -> None:
     (tmp_path / "dense" / "model.safetensors").write_bytes(b"\x10" + b"\0" * 30)
     with pytest.raises((SourceError, CheckpointError)):
         rarefy.load(tmp_path / "dense")
+
+
+def test_a_library_that_reads_the_weight_itself(folders: Compressed) -> None:
+    """``nn.MultiheadAttention`` passes ``out_proj.weight`` on instead of calling the layer."""
+    layer = AutoModel.from_pretrained(folders("gpt2", **INT4)).transformer.h[0].attn.c_proj
+    attention = nn.MultiheadAttention(48, 4, batch_first=True).eval()
+    twin = copy.deepcopy(attention)
+    attention.out_proj = layer
+    twin.out_proj.weight, twin.out_proj.bias = nn.Parameter(layer.decode()), layer.bias
+    x = torch.randn(2, 5, 48)
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            assert torch.allclose(attention(x, x, x)[0], twin(x, x, x)[0], atol=1e-6)

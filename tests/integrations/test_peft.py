@@ -246,7 +246,8 @@ rarefy.save(rarefy.merge_adapter(model), sys.argv[2])
 """
     done = python(code, folders("llama"), tmp_path / "merged")
     assert done.returncode == 0, done.stderr
-    assert torch.equal(output(rarefy.load(tmp_path / "merged")), output(rarefy.load(folders("llama"))))
+    wanted = output(rarefy.load(folders("llama")))
+    assert float((output(rarefy.load(tmp_path / "merged")) - wanted).norm() / wanted.norm()) < 0.02
 
 
 def test_layers_of_a_recipe_that_is_not_installed_stay(tmp_path: Path) -> None:

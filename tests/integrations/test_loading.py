@@ -386,6 +386,10 @@ def test_dense_models_are_never_filled_at_random(tmp_path: Path) -> None:
         rarefy.load(tmp_path / "dense")
     with pytest.raises(CheckpointError, match=r"lacks the tensor 'model\.layers\.1\.input_layernorm\.weight'"):
         rarefy.compress(tmp_path / "dense", "rtn", out=tmp_path / "small", device="cpu")
+    whole["model.layers.1.input_layernorm.weight"] = torch.ones(47)
+    save_file(whole, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=r"'model\.layers\.1\.input_layernorm\.weight'.* another shape"):
+        rarefy.load(tmp_path / "dense")
     (tmp_path / "dense" / "model.safetensors").write_bytes(b"\x10" + b"\0" * 30)
     with pytest.raises((SourceError, CheckpointError)):
         rarefy.load(tmp_path / "dense")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rarefy.calibration.report import Ledger
 from rarefy.calibration.selection import Selection, may_be_absent, select, select_sites, tied_parameters
 from rarefy.calibration.skeleton import read_config, skeleton
 from rarefy.calibration.solve import WorkFolder, solve_site
-from rarefy.contracts import Recipe, Rule
+from rarefy.contracts import Recipe
 from rarefy.core.errors import CheckpointError, RecipeError, SourceError, UnsupportedError
 from rarefy.core.files import read_header
 from rarefy.core.logs import logger
@@ -78,7 +78,7 @@ def can_stream(folder: Path) -> bool:
         model = skeleton(folder)
     except UnsupportedError:
         return True
-    return _tensors(folder) <= set(model.state_dict())
+    return _shapes(folder).keys() <= model.state_dict().keys()
 
 
 def compress_folder(
@@ -105,7 +105,6 @@ def compress_folder(
     copies: dict[str, list[str]] = {}
     for target, owner in (untie or {}).items():
         copies.setdefault(owner, []).append(target)
-    _check_parameters(source, by_parameter, untie or {})
     ledger = Ledger(recipe, notes=list(notes))
     writer = ShardWriter(stage, WEIGHTS_NAME, max_shard_bytes)
     dense_bytes = 0
@@ -204,9 +203,10 @@ def _select_in(source: Path, config: dict[str, Any], recipe: Recipe) -> tuple[Se
         log.warning("%s Layers are chosen by the shapes and names of their tensors.", failure)
         return _select_by_shape(source, recipe), None
     selection = select(model, recipe)
-    tied, on_disk = tied_parameters(model), _tensors(source)
-    _check_complete(source, set(model.state_dict()) - on_disk - may_be_absent(model))
-    chosen = tied.keys() & {site.parameter for site, _ in selection.chosen}
+    tied, on_disk = tied_parameters(model), _shapes(source)
+    parameters = {site.parameter for site, _ in selection.chosen}
+    _check_whole(source, model, on_disk, parameters - tied.keys())
+    chosen = tied.keys() & parameters
     if not chosen:
         return selection, None
     _refuse_untying(model.config)
@@ -215,7 +215,7 @@ def _select_in(source: Path, config: dict[str, Any], recipe: Recipe) -> tuple[Se
         raise RecipeError(
             f"'{min(chosen & still.keys())}' cannot be untied in a {type(model).__name__}; leave it dense."
         )
-    return selection, {target: owner for target, owner in tied.items() if target not in still.keys() | on_disk}
+    return selection, {target: owner for target, owner in tied.items() if target not in still.keys() | on_disk.keys()}
 
 
 def _refuse_untying(config: Any) -> None:
@@ -238,27 +238,24 @@ def _select_by_shape(source: Path, recipe: Recipe) -> Selection:
     return select_sites(found, recipe)
 
 
-def _check_complete(source: Path, missing: set[str]) -> None:
-    if missing:
+def _check_whole(
+    source: Path, model: nn.Module, on_disk: Mapping[str, tuple[int, ...]], needed: Collection[str]
+) -> None:
+    """Raise CheckpointError when a tensor of the model, or one that is ``needed``, is absent or has another shape."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if missing := (wanted.keys() - may_be_absent(model) | set(needed)) - on_disk.keys():
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"'{source.name}' lacks the tensor '{min(missing)}'{more}; copy the whole model.")
-
-
-def _check_parameters(source: Path, wanted: dict[str, tuple[Site, Rule]], untie: dict[str, str]) -> None:
-    """Raise CheckpointError when a chosen weight is not in the files or has another shape than the model says."""
-    shapes = {name: info.shape for path in weight_files(source) for name, info in read_header(path).tensors.items()}
-    for parameter, (site, _) in wanted.items():
-        shape = shapes.get(untie.get(parameter, parameter))
-        expected = site.shape[::-1] if site.kind == "conv1d" else site.shape
-        if shape != expected:
-            found = "is missing" if shape is None else f"has shape {list(shape)}, expected {list(expected)}"
+    for name, shape in wanted.items():
+        if on_disk.get(name, shape) != shape:
             raise CheckpointError(
-                f"Tensor '{parameter}' of '{source.name}' {found}; the checkpoint does not fit its config."
+                f"Tensor '{name}' of '{source.name}' has shape {list(on_disk[name])}, expected {list(shape)}; "
+                "the checkpoint does not fit its config."
             )
 
 
-def _tensors(folder: Path) -> set[str]:
-    return {name for path in weight_files(folder) for name in read_header(path).tensors}
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for path in weight_files(folder) for name, info in read_header(path).tensors.items()}
 
 
 def _read(files: list[Path]) -> Iterator[tuple[str, Tensor]]:

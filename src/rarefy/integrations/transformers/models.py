@@ -26,13 +26,16 @@ if TYPE_CHECKING:
 def load_folder(folder: Path, **options: Any) -> PreTrainedModel:
     """The model in ``folder``, dense or compressed, as the class its config names, in evaluation mode.
 
-    Raises SourceError when the folder cannot be loaded or lacks a tensor: nothing is ever drawn at random.
+    Raises SourceError when the folder cannot be loaded, or a tensor is absent or of another shape than the config says:
+    nothing is ever drawn at random.
     """
     from safetensors import SafetensorError
 
     cls: Any = model_class(read_config(folder))
+    # Other shapes are let through here and refused below, where the sentence can name the tensor.
+    options = {**options, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+        model, info = cls.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as failure:
         reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0].rstrip(".")
         raise SourceError(f"'{folder}' cannot be loaded as a {cls.__name__} ({reason}); copy it again.") from failure
@@ -40,6 +43,11 @@ def load_folder(folder: Path, **options: Any) -> PreTrainedModel:
         first, *others = sorted(info["missing_keys"])
         more = f" and {len(others)} more" if others else ""
         raise SourceError(f"'{folder}' lacks the tensor '{first}'{more} of a {cls.__name__}; copy the whole model.")
+    if info["mismatched_keys"]:
+        first = min(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
+        raise SourceError(
+            f"Tensor '{first}' of '{folder}' has another shape than its config says; copy the whole model."
+        )
     return model.eval()
 
 

@@ -50,19 +50,29 @@ def result(pattern: str) -> dict[str, Any]:
     return json.loads(found[0].read_text("utf-8"))  # type: ignore[no-any-return]
 
 
+def provenance(rows: list[dict[str, Any]]) -> str:
+    """Which commits the rows were measured at; a row that does not know its commit is counted as such."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["commit"]] = counts.get(row["commit"], 0) + 1
+    named = [f"{count} at {commit}" for commit, count in counts.items() if commit != "unknown"]
+    unnamed = [f"{counts['unknown']} from a work tree that no commit names"] if "unknown" in counts else []
+    return f"Of {len(rows)} measurements, {' and '.join(named + unnamed)}."
+
+
 def accuracy_table(only: tuple[str, ...] | None = None) -> str:
     data = result("*/weight_accuracy.json")
     rows = [row for row in data["rows"] if only is None or row["job"] in only]
     facts = (
         f"{data['model']}, {rows[0]['protocol']}, {rows[0]['tokens']} predicted tokens, seeds of the jitter from 0 on; "
-        f"measured on {data['device']}, torch {data['versions']['torch']}."
+        f"measured on {data['device']}, torch {data['versions']['torch']}. {provenance(rows)}"
     )
     return "\n".join([*weight_accuracy(rows), "", facts])
 
 
 def protocol_table() -> str:
     data = result("*/weight_accuracy_24x512.json")
-    facts = f"{data['rows'][0]['protocol']}; measured on {data['device']}."
+    facts = f"{data['rows'][0]['protocol']}; measured on {data['device']}. {provenance(data['rows'])}"
     return "\n".join([*weight_accuracy(data["rows"]), "", facts])
 
 

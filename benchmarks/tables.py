@@ -47,7 +47,10 @@ def result(pattern: str) -> dict[str, Any]:
     found = sorted((ROOT / "docs" / "results").glob(pattern))
     if len(found) != 1:
         raise SystemExit(f"docs/results/{pattern} matches {len(found)} files; keep exactly one.")
-    return json.loads(found[0].read_text("utf-8"))  # type: ignore[no-any-return]
+    data: dict[str, Any] = json.loads(found[0].read_text("utf-8"))
+    # A merged file names the commit of each row, a file of one run names it once.
+    data["rows"] = [{"commit": data["commit"], **row} for row in data["rows"]]
+    return data
 
 
 def provenance(rows: list[dict[str, Any]]) -> str:

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from rarefy.contracts import Solution, WeightRecipe, weight_recipes
+from rarefy.contracts import Layer, Solution, WeightRecipe, weight_recipes
 from rarefy.formats.grids import IntegerGrid
 from rarefy.formats.terms import Residual
 from rarefy.solvers.rtn import round_to_nearest
@@ -31,7 +30,8 @@ class OutlierRtn(WeightRecipe):
     group_size: int | None = Field(128, ge=1)
     outliers: float = Field(0.005, ge=0, le=0.1)
 
-    def solve(self, name: str, weight: Tensor) -> Solution:
+    def solve(self, layer: Layer) -> Solution:
+        weight = layer.weight
         grid = IntegerGrid(num_bits=self.num_bits, group_size=self.group_size, zero="integer")
         if weight.dim() == 3:
             return Solution([round_to_nearest(weight, grid)], ["experts are rounded without outliers"])

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import rarefy
-from rarefy.contracts import Recipe
+from rarefy.contracts import Layer, Recipe
 from rarefy.core.config import parse
 from rarefy.core.errors import RecipeError
 from rarefy.recipes import load_recipe
@@ -49,8 +49,8 @@ def test_the_example_corrects_outliers(generator: torch.Generator) -> None:
     weight = torch.randn(48, 256, generator=generator) * 0.02
     spikes = torch.randperm(weight.numel(), generator=generator)[: weight.numel() // 200]
     weight.view(-1)[spikes] *= 20
-    own = load_recipe(EXAMPLE, {"num_bits": 3}).rules[0].recipe().solve("layer", weight)
-    plain = Rtn(num_bits=3).solve("layer", weight)
+    own = load_recipe(EXAMPLE, {"num_bits": 3}).rules[0].recipe().solve(Layer("layer", weight))
+    plain = Rtn(num_bits=3).solve(Layer("layer", weight))
     assert relative_error(weight, own.terms) < relative_error(weight, plain.terms) / 2
     assert len(own.terms) == 2 and own.notes == []
     largest = weight.abs().flatten().topk(round(0.005 * weight.numel())).indices

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -17,6 +17,16 @@ from rarefy.core.registry import Registry
 from rarefy.formats.terms import Term
 from rarefy.layers.manifest import Execution
 from rarefy.layers.swap import Site
+from rarefy.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight as a recipe sees it: float32 ``[out, in]`` or ``[experts, out, in]``, with what calibration knows."""
+
+    name: str
+    weight: Tensor
+    statistics: Statistics = field(default_factory=Statistics)
 
 
 @dataclass(frozen=True)
@@ -27,19 +37,47 @@ class Solution:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How the driver feeds a recipe. ``inputs``: statistics of inputs that ``compressed`` or ``dense`` blocks before
+    produced; ``true_sequential``: within a block, layers see what the compressed ones before them produce."""
+
+    inputs: Literal["compressed", "dense"] = "compressed"
+    true_sequential: bool = False
+
+
 class WeightRecipe(StrictModel, ABC):
     """A method that turns weights into terms; its fields are the options a user can set.
 
-    ``needs`` names the statistics it wants; a recipe that needs none is data-free and can stream any checkpoint.
-    ``recipe_version`` goes into the manifest and rises when the same options give other codes.
+    ``needs`` names the statistics it wants (fields of ``Statistics``); a recipe that needs none is data-free and can
+    stream any checkpoint. ``recipe_version`` goes into the manifest and rises when the same options give other codes.
+    A recipe overrides the narrowest of its methods that suffices: the wider ones default to it.
     """
 
     recipe_version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
+    sample_layers: ClassVar[int] = 0
+
+    def schedule(self) -> Schedule:
+        """How the driver should feed it."""
+        return Schedule()
+
+    def prepare(self, samples: Sequence[Layer]) -> WeightRecipe:
+        """The recipe with all options decided; ``samples`` are ``sample_layers`` layers spread over the dense model."""
+        return self
+
+    def input_scale(self, layers: Sequence[Layer]) -> Tensor | None:
+        """A factor per input column, float32 ``[in]``, by which the weights of ``layers`` (all that read one input) are
+        multiplied and the input divided before any of their block is solved; the function stays the same."""
+        return None
+
+    def solve_group(self, layers: Sequence[Layer]) -> list[Solution]:
+        """Solutions of ``layers`` that read one input, in their order."""
+        return [self.solve(layer) for layer in layers]
 
     @abstractmethod
-    def solve(self, name: str, weight: Tensor) -> Solution:
-        """Terms for ``weight``, float32 ``[out, in]`` or ``[experts, out, in]``; ``name`` is for messages."""
+    def solve(self, layer: Layer) -> Solution:
+        """Terms whose sum stands for the layer's weight."""
 
 
 weight_recipes: Registry[WeightRecipe] = Registry("recipe", RecipeError)

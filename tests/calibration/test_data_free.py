@@ -22,7 +22,7 @@ from torch import Tensor
 import rarefy
 from rarefy.calibration.data_free import can_stream, weight_files
 from rarefy.calibration.solve import WorkFolder
-from rarefy.contracts import Recipe, Rule, Solution, WeightRecipe, weight_recipes
+from rarefy.contracts import Layer, Recipe, Rule, Solution, WeightRecipe, weight_recipes
 from rarefy.core.errors import CheckpointError, OptionError, RecipeError, SourceError, UnsupportedError
 from rarefy.core.files import read_header
 from rarefy.layers.manifest import read_manifest
@@ -232,8 +232,8 @@ def test_errors_are_those_of_the_stored_weights(dense: Path, tmp_path: Path) -> 
 class Slow(WeightRecipe):
     """Round to nearest, slowly: registered under the same name by the process that gets killed."""
 
-    def solve(self, name: str, weight: Tensor) -> Solution:
-        return Rtn(**INT4).solve(name, weight)
+    def solve(self, layer: Layer) -> Solution:
+        return Rtn(**INT4).solve(layer)
 
 
 SLOW = """
@@ -245,9 +245,9 @@ from rarefy.recipes.weights.rtn import Rtn
 torch.set_num_threads(int(sys.argv[4]))
 @weight_recipes.register("slow_for_tests")
 class Slow(WeightRecipe):
-    def solve(self, name, weight):
+    def solve(self, layer):
         time.sleep(0.4)
-        return Rtn(num_bits=4, group_size=16).solve(name, weight)
+        return Rtn(num_bits=4, group_size=16).solve(layer)
 rarefy.compress(sys.argv[1], "slow_for_tests", out=sys.argv[2], work_dir=sys.argv[3], device="cpu")
 """
 
@@ -448,7 +448,7 @@ def test_a_weight_of_another_shape_than_the_config_says(dense: Path, tmp_path: P
 class Hungry(WeightRecipe):
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
-    def solve(self, name: str, weight: Tensor) -> Solution:
+    def solve(self, layer: Layer) -> Solution:
         raise AssertionError("never called")
 
 

@@ -81,8 +81,8 @@ def test_every_fallback_is_told(run: Run, models: Path, tmp_path: Path) -> None:
         "from rarefy.contracts import Solution, WeightRecipe, weight_recipes\n"
         "from rarefy.formats.grids import IntegerGrid\nfrom rarefy.solvers.rtn import round_to_nearest\n"
         "@weight_recipes.register('test_falling')\nclass Falling(WeightRecipe):\n"
-        "    def solve(self, name, weight):\n"
-        "        return Solution([round_to_nearest(weight, IntegerGrid(num_bits=4))], ['took the long way'])\n"
+        "    def solve(self, layer):\n"
+        "        return Solution([round_to_nearest(layer.weight, IntegerGrid(num_bits=4))], ['took the long way'])\n"
     )
     result = run("compress", models / "llama", "--recipe", file, "--out", tmp_path / "a", "--device", "cpu", "--json")
     report = one_json(result)
@@ -195,7 +195,7 @@ def test_recipes_shows_a_preset_and_a_required_option(run: Run, tmp_path: Path) 
     file.write_text(
         "from rarefy.contracts import Solution, WeightRecipe, weight_recipes\n"
         "@weight_recipes.register('test_strict')\nclass Strict(WeightRecipe):\n    amount: int\n"
-        "    def solve(self, name, weight):\n        return Solution([])\n"
+        "    def solve(self, layer):\n        return Solution([])\n"
     )
     assert "amount" in one_sentence(run("compress", tmp_path, "--recipe", file, "--out", tmp_path / "o"))
     assert one_json(run("recipes", "test_strict", "--json"))["options"]["amount"]["default"] == "required"
@@ -439,10 +439,10 @@ from rarefy.solvers.rtn import round_to_nearest
 class Slow(WeightRecipe):
     seconds: float = 0.0
 
-    def solve(self, name, weight):
+    def solve(self, layer):
         print("solving", flush=True)
         time.sleep(self.seconds)
-        return Solution([round_to_nearest(weight, IntegerGrid(num_bits=4, group_size=16, zero="integer"))])
+        return Solution([round_to_nearest(layer.weight, IntegerGrid(num_bits=4, group_size=16, zero="integer"))])
 """
 
 

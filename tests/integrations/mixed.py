@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rarefy.contracts import Solution, WeightRecipe, weight_recipes
+from rarefy.contracts import Layer, Solution, WeightRecipe, weight_recipes
 from rarefy.formats.grids import BinaryGrid, FloatGrid, Grid, IntegerGrid, LevelGrid, LutGrid
 from rarefy.formats.inputs import PermutedInput
 from rarefy.formats.patterns import NM, Bitmap, Groups, Pattern
@@ -20,7 +20,8 @@ INT4 = IntegerGrid(num_bits=4, group_size=8, zero="integer")
 class Mixed(WeightRecipe):
     """By the layer's last name; see ``solve``."""
 
-    def solve(self, name: str, weight: Tensor) -> Solution:
+    def solve(self, layer: Layer) -> Solution:
+        name, weight = layer.name, layer.weight
         kind = name.rpartition(".")[2]
         return Solution(getattr(self, f"_{kind}", self._other)(weight))
 

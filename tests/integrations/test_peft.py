@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 import rarefy
-from rarefy.contracts import Recipe, Rule, Solution, WeightRecipe, weight_recipes
+from rarefy.contracts import Layer, Recipe, Rule, Solution, WeightRecipe, weight_recipes
 from rarefy.core.errors import OptionError, RarefyError, UnsupportedError
 from rarefy.integrations.transformers.models import manifest_of
 from rarefy.layers import CompressedLinear
@@ -277,5 +277,5 @@ def test_layers_of_a_recipe_that_is_not_installed_stay(tmp_path: Path) -> None:
 class Visiting(WeightRecipe):
     recipe_version: ClassVar[int] = 3
 
-    def solve(self, name: str, weight: Tensor) -> Solution:
-        return Rtn(num_bits=6, group_size=16).solve(name, weight)
+    def solve(self, layer: Layer) -> Solution:
+        return Rtn(num_bits=6, group_size=16).solve(layer)

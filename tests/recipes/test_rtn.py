@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rarefy.contracts import Recipe, Rule
+from rarefy.contracts import Layer, Recipe, Rule
 from rarefy.core.errors import RecipeError
 from rarefy.formats.grids import BinaryGrid, FloatGrid, Grid, IntegerGrid, LevelGrid, LutGrid
 from rarefy.formats.scales import BilevelScale, SingleScale
@@ -51,7 +51,7 @@ def weight(generator: torch.Generator) -> torch.Tensor:
 def test_options_describe_a_grid(options: dict[str, Any], grid: Grid, weight: torch.Tensor) -> None:
     recipe = load_recipe("rtn", options).rules[0].recipe()
     assert isinstance(recipe, Rtn) and recipe.grid() == grid
-    solution = recipe.solve("layer", weight)
+    solution = recipe.solve(Layer("layer", weight))
     assert len(solution.terms) == 1 and solution.notes == []
     assert torch.equal(solution.terms[0].decode(), round_to_nearest(weight, grid).decode())
 
@@ -86,7 +86,7 @@ def test_what_cannot_be_is_refused_by_one_sentence(options: dict[str, Any], word
 
 
 def error(weight: torch.Tensor, **options: Any) -> float:
-    return relative_error(weight, Rtn(**options).solve("layer", weight).terms)
+    return relative_error(weight, Rtn(**options).solve(Layer("layer", weight)).terms)
 
 
 def test_more_bits_mean_less_error(weight: torch.Tensor) -> None:
@@ -114,7 +114,7 @@ def test_clipping_never_raises_what_it_searches(options: dict[str, Any], weight:
     weight = weight.clone()
     weight[::5, 7] *= 8
     plain, clipped = (
-        (weight - Rtn(**options, group_size=32, clip=clip).solve("layer", weight).terms[0].decode()).abs()
+        (weight - Rtn(**options, group_size=32, clip=clip).solve(Layer("layer", weight)).terms[0].decode()).abs()
         for clip in ("none", "mse")
     )
     groups = [difference.reshape(24, 3, 32).double().pow(ClipSearch().norm).sum(-1) for difference in (plain, clipped)]
@@ -124,8 +124,8 @@ def test_clipping_never_raises_what_it_searches(options: dict[str, Any], weight:
 def test_experts_are_solved_one_by_one(generator: torch.Generator) -> None:
     stacked = torch.randn(3, 8, 32, generator=generator)
     recipe = Rtn(num_bits=4, group_size=16, clip="mse")
-    together = recipe.solve("experts", stacked).terms[0].decode()
-    assert torch.equal(together, torch.stack([recipe.solve("one", one).terms[0].decode() for one in stacked]))
+    together = recipe.solve(Layer("experts", stacked)).terms[0].decode()
+    assert torch.equal(together, torch.stack([recipe.solve(Layer("one", one)).terms[0].decode() for one in stacked]))
 
 
 @pytest.mark.parametrize("name", sorted(presets()))
@@ -213,7 +213,7 @@ def test_a_file_may_use_any_type_for_its_options(tmp_path: Path) -> None:
         "from __future__ import annotations\nfrom typing import Literal\n" + HEAD
         + "@weight_recipes.register('test_typed')\nclass Typed(WeightRecipe):\n"
         "    mode: Literal['a', 'b'] = 'a'\n"
-        "    def solve(self, name, weight):\n        return Solution([])\n"
+        "    def solve(self, layer):\n        return Solution([])\n"
     )  # fmt: skip
     for _ in range(2):  # a second time, as in a session that compresses twice
         recipe = load_recipe(tmp_path / "typed.py", {"mode": "b"})

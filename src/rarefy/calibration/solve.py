@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rarefy.calibration.report import LayerReport
-from rarefy.contracts import Rule, Solution
+from rarefy.contracts import Layer, Rule, Solution
 from rarefy.core.errors import CheckpointError, FormatError, OptionError, RecipeError
 from rarefy.core.files import read_header, write_tensors
 from rarefy.core.version import __version__
@@ -36,7 +36,7 @@ def solve_site(
     dense = weight.to(device=device, dtype=torch.float32).contiguous()
     if solution is None:
         try:
-            solution = rule.recipe().solve(site.name, dense)
+            solution = rule.recipe().solve(Layer(site.name, dense))
         except FormatError as failure:
             raise RecipeError(f"Layer '{site.name}': {failure}") from None
         if work is not None:

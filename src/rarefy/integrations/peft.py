@@ -9,7 +9,7 @@ import torch
 
 from rarefy.calibration.data_free import refuse_data
 from rarefy.calibration.report import LayerReport, Ledger
-from rarefy.contracts import Recipe, Rule
+from rarefy.contracts import Layer, Recipe, Rule
 from rarefy.core.errors import FormatError, OptionError, RecipeError, UnsupportedError
 from rarefy.core.logs import logger
 from rarefy.formats.bytes import total
@@ -64,7 +64,7 @@ def merge_adapter(model: Any, recipe: Recipe | None) -> Any:
 def _solve(name: str, layer: Any, rule: Rule) -> list[Term]:
     weight = _sum(name, layer)
     try:
-        terms = rule.recipe().solve(name, weight).terms
+        terms = rule.recipe().solve(Layer(name, weight)).terms
     except FormatError as failure:
         raise RecipeError(f"Layer '{name}': {failure}") from None
     log.info("%s: compressed anew, relative error %.4f", name, relative_error(weight, terms))

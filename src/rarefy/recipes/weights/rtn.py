@@ -10,9 +10,8 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field, ValidationError
-from torch import Tensor
 
-from rarefy.contracts import Solution, WeightRecipe, weight_recipes
+from rarefy.contracts import Layer, Solution, WeightRecipe, weight_recipes
 from rarefy.core.errors import RecipeError
 from rarefy.formats.grids import BinaryGrid, FloatGrid, Grid, IntegerGrid, LevelGrid, LutGrid
 from rarefy.formats.layout import FloatName
@@ -87,6 +86,6 @@ class Rtn(WeightRecipe):
             case name:
                 return FloatGrid(format=name, group_size=self.group_size, two_scales=self.two_scales, scales=scales)
 
-    def solve(self, name: str, weight: Tensor) -> Solution:
+    def solve(self, layer: Layer) -> Solution:
         search = ClipSearch() if self.clip == "mse" else None
-        return Solution([round_to_nearest(weight, self.grid(), search=search)])
+        return Solution([round_to_nearest(layer.weight, self.grid(), search=search)])

@@ -1,0 +1,1 @@
+"""What matters: statistics in, scores of a weight's shape out, and masks chosen by them."""

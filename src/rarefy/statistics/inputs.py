@@ -1,0 +1,97 @@
+"""Moments of a layer's inputs. Stacked experts have leading members, each with the tokens that were routed to it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from rarefy.core.errors import FormatError
+from rarefy.statistics.base import Statistic
+
+# Tokens multiplied at once: bounds the 32-bit copy of 16-bit inputs, and with it the error of each partial sum.
+CHUNK_TOKENS = 1 << 14
+
+
+class InputStatistic(Statistic):
+    """Sums over the tokens ``x [tokens, columns]`` that reach a layer; ``members`` is its number of stacked experts."""
+
+    def __init__(self, columns: int, members: int | None = None, device: torch.device | str = "cpu"):
+        self.columns, self.members, self.device = columns, members, torch.device(device)
+        self.tokens = self._zeros((), torch.int64)
+
+    def update(self, x: Tensor, member: int | None = None) -> None:
+        """Add ``x [tokens, columns]``, in any floating dtype, for expert ``member``."""
+        self._at(self.tokens, member).add_(x.shape[0])
+        for piece in x.detach().split(CHUNK_TOKENS):
+            self._add(piece, member)
+
+    @abstractmethod
+    def _add(self, x: Tensor, member: int | None) -> None: ...
+
+    def check(self) -> None:
+        """Raise FormatError when an input was NaN or infinite."""
+        for tensor in self.sums().values():
+            if not bool(torch.isfinite(tensor).all()):
+                raise FormatError(
+                    "its inputs are NaN or infinite on the calibration data; repair the model or calibrate in float32"
+                )
+
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        lead = () if self.members is None else (self.members,)
+        return torch.zeros(*lead, *shape, dtype=dtype, device=self.device)
+
+    @staticmethod
+    def _at(tensor: Tensor, member: int | None) -> Tensor:
+        return tensor if member is None else tensor[member]
+
+
+class Gram(InputStatistic):
+    """``sum of x xT`` over tokens, float32 ``[columns, columns]``: the Hessian of a layer's squared output error up to
+    a factor (GPTQ, Frantar et al. 2022, section 3)."""
+
+    def __init__(self, columns: int, members: int | None = None, device: torch.device | str = "cpu"):
+        super().__init__(columns, members, device)
+        self.sum = self._zeros((columns, columns), torch.float32)
+
+    def _add(self, x: Tensor, member: int | None) -> None:
+        target = self._at(self.sum, member)
+        if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+            # Products of 16-bit numbers are exact in 32 bits, and tensor cores sum them there.
+            target += torch.mm(x.T, x, out_dtype=torch.float32)
+        else:
+            wide = x.to(torch.float32)
+            target.addmm_(wide.T, wide)
+
+    def sums(self) -> dict[str, Tensor]:
+        return {"gram": self.sum, "tokens": self.tokens}
+
+    def mean(self) -> Tensor:
+        """``sum / tokens``, zero where no token came."""
+        return self.sum / self.tokens.clamp(min=1)[..., None, None]
+
+
+class ColumnMoments(InputStatistic):
+    """Sums of ``|x|`` and ``x ** 2`` per column, float64 ``[columns]``."""
+
+    def __init__(self, columns: int, members: int | None = None, device: torch.device | str = "cpu"):
+        super().__init__(columns, members, device)
+        self.absolute = self._zeros((columns,), torch.float64)
+        self.square = self._zeros((columns,), torch.float64)
+
+    def _add(self, x: Tensor, member: int | None) -> None:
+        wide = x.to(torch.float32)
+        self._at(self.absolute, member).add_(wide.abs().sum(0, dtype=torch.float64))
+        self._at(self.square, member).add_(wide.square().sum(0, dtype=torch.float64))
+
+    def sums(self) -> dict[str, Tensor]:
+        return {"absolute": self.absolute, "square": self.square, "tokens": self.tokens}
+
+    def mean_absolute(self) -> Tensor:
+        """Mean ``|x|``, float32 ``[columns]``."""
+        return (self.absolute / self.tokens.clamp(min=1).unsqueeze(-1)).float()
+
+    def norm(self) -> Tensor:
+        """Root mean square of ``x``, float32 ``[columns]``: its L2 norm up to a common factor."""
+        return (self.square / self.tokens.clamp(min=1).unsqueeze(-1)).sqrt().float()

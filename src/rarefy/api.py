@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,16 +10,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from rarefy.calibration.data_free import can_stream, compress_folder, compress_model_, weight_files
+from rarefy.calibration.calibrated import Calibration, needed
+from rarefy.calibration.data_free import assist_folder, can_stream, compress_folder, compress_model_, weight_files
+from rarefy.calibration.parallel import Ranks, ranks_of
 from rarefy.calibration.report import CompressionReport, Ledger
+from rarefy.calibration.samples import Samples, as_samples, sample_windows
 from rarefy.contracts import Recipe
 from rarefy.core.config import parse
+from rarefy.core.devices import fast_dtype
 from rarefy.core.errors import OptionError, UnsupportedError
 from rarefy.core.files import check_out, read_header, staged_folder
 from rarefy.core.logs import logger
 from rarefy.core.memory import peak_bytes
 from rarefy.evaluation.candidates import Candidate, dense_sizes
-from rarefy.evaluation.protocol import Protocol, bos_token, fast_dtype
+from rarefy.evaluation.protocol import Protocol, bos_token
 from rarefy.evaluation.results import Comparison, Evaluation, Sizes
 from rarefy.formats.bytes import ByteCount
 from rarefy.integrations.transformers import models as folders
@@ -42,9 +47,10 @@ def compress(
     *,
     options: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
-    data: str | Path | None = None,
+    data: Any = None,
     samples: int = 128,
     seq_len: int = 2048,
+    tokenizer: Any = None,
     work_dir: str | Path | None = None,
     device: Device = "auto",
     seed: int = 0,
@@ -56,24 +62,37 @@ def compress(
 
     ``model``: a folder, hub id, ``.gguf`` file or ``"demo"``, written to the folder ``out`` (needed then); or a loaded
     Transformers model, compressed in place and also written if ``out`` is given. ``options`` override the recipe's.
-    ``data``, ``samples`` and ``seq_len`` (tokens) serve recipes that calibrate; a data-free recipe says that it ignores
-    them. ``work_dir`` keeps solved layers, so that the same call goes on after an interruption.
+    ``data`` serves recipes that calibrate: a text file or ``"demo"`` (also taken when None), of which ``samples``
+    windows of ``seq_len`` tokens are drawn; or token ids ``[samples, tokens]``; or a list of batches of model inputs.
+    A data-free recipe says that it ignores it. ``tokenizer``: for a model in memory whose folder is unknown.
+    ``work_dir`` keeps solved layers, so that the same call goes on after an interruption. Under ``torchrun`` every
+    process calls this; the first one writes.
 
     Raises RecipeError, OptionError, SourceError, UnsupportedError, CheckpointError; nothing half-written stays behind.
     """
     start = time.monotonic()
     chosen = load_recipe(recipe, options)
     shard_bytes = parse_size(max_shard_size)
-    notes = _ignored_data(chosen, data)
     place = device_of(device)
     work = None if work_dir is None else Path(work_dir)
+    notes = _ignored_data(chosen, data)
+    ranks, place = ranks_of(place) if needed(chosen) else (Ranks(), place)
+
+    def calibration(tokenizer: Any, config: Any) -> Calibration | None:
+        if not needed(chosen):
+            return None
+        data_ = _samples("demo" if data is None else data, tokenizer, config, samples, seq_len, seed)
+        return Calibration(data_, ranks, seed, work)
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if not isinstance(model, str | Path):
             if out is not None:
                 check_out(Path(out), overwrite)
             solve_on = None if device == "auto" else place
-            ledger, skipped, manifest = _compress_in_place(model, chosen, solve_on, work, notes)
+            known = tokenizer or (lambda: _shared_tokenizer([model], [None]))
+            given = calibration(known, model.config)
+            ledger, skipped, manifest = _compress_in_place(model, chosen, solve_on, work, notes, given)
             name = _name(model)
             if out is not None:
                 save(model, out, max_shard_size=shard_bytes, overwrite=overwrite)
@@ -85,17 +104,24 @@ def compress(
             name = source.name
             if Path(out).resolve() in (source.folder.resolve(), *source.folder.resolve().parents):
                 raise OptionError(f"--out '{out}' holds the model itself; name another folder.")
+            known = tokenizer or (lambda: folders.load_tokenizer(source.folder))
+            given = calibration(known, folders.read_config(source.folder))
+            if not ranks.leads and given is not None:
+                return _assist(source, chosen, place, given)
             ledger, skipped, manifest = _compress_source(
-                source, chosen, Path(out), shard_bytes, place, work, overwrite, notes
+                source, chosen, Path(out), shard_bytes, place, work, overwrite, notes, given
             )
     report = manifest.report
     assert report is not None
-    return CompressionReport(
+    result = CompressionReport(
         model=name, recipe=chosen.name, out=None if out is None else str(out), bits_per_weight=report.bits_per_weight,
         weights=report.weights, stored_bytes=report.stored_bytes, dense_bytes=report.dense_bytes,
         seconds=time.monotonic() - start, peak_bytes=peak_bytes(), layers=tuple(ledger.layers), skipped=skipped,
         fallbacks=ledger.fallbacks, notes=tuple(ledger.notes),
     )  # fmt: skip
+    if not isinstance(model, str | Path):
+        return result
+    return CompressionReport.model_validate_json(ranks.spread({}, result.model_dump_json(), 0)[1])
 
 
 def load(
@@ -217,12 +243,19 @@ def merge_adapter(model: Any, recipe: str | Path | Recipe | None = None) -> PreT
 
 
 def _compress_in_place(
-    model: PreTrainedModel, recipe: Recipe, device: torch.device | None, work: Path | None, notes: list[str]
+    model: PreTrainedModel,
+    recipe: Recipe,
+    device: torch.device | None,
+    work: Path | None,
+    notes: list[str],
+    calibration: Calibration | None,
 ) -> tuple[Ledger, dict[str, str], Manifest]:
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedError("This model is quantized already; load the dense model and compress that.")
     dense_bytes = dense_sizes(model).stored_bytes or 0
-    ledger, skipped = compress_model_(model, recipe, device=device, work_dir=work)
+    ledger, skipped = compress_model_(
+        model, recipe, device=device, work_dir=work, calibration=calibration
+    )
     ledger.notes[:0] = notes
     stored = sum(tensor.numel() * tensor.element_size() for _, tensor in folders.stored_tensors(model))
     manifest = ledger.manifest(stored, dense_bytes)
@@ -239,6 +272,7 @@ def _compress_source(
     work: Path | None,
     overwrite: bool,
     notes: list[str],
+    calibration: Calibration | None,
 ) -> tuple[Ledger, dict[str, str], Manifest]:
     config = folders.read_config(source.folder)
     if config.get("quantization_config"):
@@ -259,19 +293,60 @@ def _compress_source(
                 device=device,
                 work_dir=work,
                 notes=notes,
+                calibration=calibration,
             )
             return ledger, skipped, manifest
         log.warning(
             "The checkpoint's tensor names are not the model's own, so the whole model is loaded to compress it."
         )
         model = folders.load_folder(source.folder, dtype="auto")
-        ledger, skipped, manifest = _compress_in_place(model, recipe, device, work, notes)
+        ledger, skipped, manifest = _compress_in_place(model, recipe, device, work, notes, calibration)
         folders.write_model(model, stage, source.folder, source.name, shard_bytes)
     return ledger, skipped, manifest
 
 
-def _ignored_data(recipe: Recipe, data: str | Path | None) -> list[str]:
-    if data is None or any(rule.recipe().needs for rule in recipe.rules):
+def _assist(source: ModelSource, recipe: Recipe, device: torch.device, calibration: Calibration) -> CompressionReport:
+    """What a rank does that writes nothing; it returns the first one's report."""
+    if can_stream(source.folder):
+        assist_folder(source.folder, recipe, calibration, device)
+    else:
+        compress_model_(
+            folders.load_folder(source.folder, dtype="auto"), recipe, device=device, calibration=calibration
+        )
+    return CompressionReport.model_validate_json(calibration.ranks.spread({}, "", 0)[1])
+
+
+def _samples(data: Any, tokenizer: Any, config: Any, samples: int, seq_len: int, seed: int) -> Samples:
+    """Calibration samples of a text, or as the caller gives them; ``tokenizer`` may be a function that finds it."""
+    from rarefy.sources.texts import open_text
+    from rarefy.sources.windows import begin_token, tokenize
+
+    if not isinstance(data, str | Path):
+        return as_samples(data)
+    text = open_text(data, "calibration")
+    tokenizer = tokenizer() if inspect.isfunction(tokenizer) else tokenizer
+    longest = _longest(config)
+    notes: tuple[str, ...] = ()
+    if longest is not None and seq_len > longest:
+        notes = (f"sequences have {longest} tokens, the model's longest, not {seq_len}",)
+        seq_len = longest
+    drawn = sample_windows(
+        tokenize(tokenizer, text.text), samples, seq_len, begin_token(tokenizer), seed, text.note or text.name
+    )
+    for note in (*notes, *drawn.notes):
+        log.warning("Calibration: %s.", note)
+    return Samples(drawn.batches, drawn.name, (*notes, *drawn.notes))
+
+
+def _longest(config: Any) -> int | None:
+    """The most tokens that a model takes, if its configuration (object or JSON) says so."""
+    values = config if isinstance(config, dict) else config.to_dict()
+    values = values.get("text_config") or values
+    return next((int(values[name]) for name in ("max_position_embeddings", "n_positions") if values.get(name)), None)
+
+
+def _ignored_data(recipe: Recipe, data: Any) -> list[str]:
+    if data is None or needed(recipe):
         return []
     log.warning("Recipe '%s' is data-free; the calibration data is not used.", recipe.name)
     return [f"recipe '{recipe.name}' is data-free: calibration data '{data}' was not used"]

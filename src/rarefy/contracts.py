@@ -45,6 +45,10 @@ class Schedule:
     inputs: Literal["compressed", "dense"] = "compressed"
     true_sequential: bool = False
 
+    def __post_init__(self) -> None:
+        if self.true_sequential and self.inputs == "dense":
+            raise RecipeError("true_sequential shows layers what compressed ones produce; set inputs to 'compressed'.")
+
 
 class WeightRecipe(StrictModel, ABC):
     """A method that turns weights into terms; its fields are the options a user can set.

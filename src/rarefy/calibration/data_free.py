@@ -1,22 +1,27 @@
-"""Compression without data: shard in, shard out, one weight in memory at a time; or a loaded model in place."""
+"""From a dense checkpoint to a compressed one, shard in, shard out; or a loaded model in place."""
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rarefy.calibration.calibrated import Calibration, calibrated
+from rarefy.calibration.journal import Journal
 from rarefy.calibration.output import copy_companions, licence_of, write_card, write_config
-from rarefy.calibration.report import Ledger
+from rarefy.calibration.report import LayerReport, Ledger
 from rarefy.calibration.selection import Selection, may_be_absent, select, select_sites, tied_parameters
-from rarefy.calibration.skeleton import read_config, skeleton
+from rarefy.calibration.skeleton import read_config, runnable_skeleton, skeleton, skeleton_of
 from rarefy.calibration.solve import WorkFolder, solve_site
-from rarefy.contracts import Recipe
+from rarefy.calibration.weights import FolderWeights, ModelWeights
+from rarefy.contracts import Recipe, Rule
 from rarefy.core.errors import CheckpointError, RecipeError, SourceError, UnsupportedError
 from rarefy.core.files import read_header
 from rarefy.core.logs import logger
@@ -28,7 +33,11 @@ from rarefy.layers.swap import Site, dense_weight, swap_
 
 log = logger(__name__)
 
+WORK = ".work"  # solved blocks, below the output until it is whole
 UNTIED = "the tied output head was compressed apart from its embedding"
+
+
+Solve = Callable[[Site, Rule, Tensor], tuple[list[Term], LayerReport]]
 
 
 def refuse_data(recipe: Recipe) -> None:
@@ -37,8 +46,8 @@ def refuse_data(recipe: Recipe) -> None:
         needs = rule.recipe().needs
         if needs:
             raise RecipeError(
-                f"Recipe '{rule.method}' needs {', '.join(sorted(needs))} from calibration data, which this version "
-                "does not collect; choose a data-free recipe such as 'rtn'."
+                f"Recipe '{rule.method}' needs {', '.join(sorted(needs))} from calibration data, which cannot be had "
+                "here; choose a data-free recipe such as 'rtn'."
             )
 
 
@@ -91,17 +100,17 @@ def compress_folder(
     device: torch.device,
     work_dir: Path | None,
     notes: list[str],
+    calibration: Calibration | None = None,
 ) -> tuple[Ledger, Manifest, dict[str, str]]:
     """Compress the dense checkpoint in ``source`` into the empty folder ``stage``.
 
-    Returns the ledger, the manifest, and the skipped sites with reasons.
-    Peak memory is one weight with its working copies plus one output shard. Weights on disk may have any floating
-    dtype; what is not compressed is copied bit for bit. Raises RecipeError, SourceError or CheckpointError.
+    Returns the ledger, the manifest, and the skipped sites with reasons. Peak memory is one weight with its working
+    copies plus one output shard, and with ``calibration`` (which recipes that need data must get) one block and its
+    activations. Weights on disk may have any floating dtype; what is not compressed is copied bit for bit.
+    Raises RecipeError, SourceError or CheckpointError.
     """
-    refuse_data(recipe)
     config = read_config(source)
     selection, untie = _select_in(source, config, recipe)
-    by_parameter = {site.parameter: (site, rule) for site, rule in selection.chosen}
     copies: dict[str, list[str]] = {}
     for target, owner in (untie or {}).items():
         copies.setdefault(owner, []).append(target)
@@ -109,17 +118,27 @@ def compress_folder(
     writer = ShardWriter(stage, WEIGHTS_NAME, max_shard_bytes)
     dense_bytes = 0
     with ExitStack() as stack:
-        work = _work(stack, work_dir)
-        advance = stack.enter_context(progress(f"{recipe.name}", len(by_parameter)))
+        if calibration is None:
+            refuse_data(recipe)
+            work = _work(stack, work_dir)
+            solve: Solve = functools.partial(solve_site, device=device, work=work)
+            changed: dict[str, Tensor] = {}
+        else:
+            context = _calibrated_folder(source, selection, recipe, calibration, device, stage / WORK)
+            journal, said = stack.enter_context(context)
+            ledger.notes += said
+            solve, changed = (lambda site, *_: journal.take(site.name)), journal.dense()
+        by_parameter = {site.parameter: (site, rule) for site, rule in selection.chosen}
+        advance = stack.enter_context(progress("writing" if calibration else recipe.name, len(by_parameter)))
         for key, tensor in _read(weight_files(source)):
             dense_bytes += tensor.numel() * tensor.element_size()
             for parameter in (key, *copies.get(key, ())):
                 if parameter not in by_parameter:
+                    tensor = changed.get(parameter, tensor)
                     writer.add(parameter, tensor if parameter == key else tensor.clone())
                     continue
                 site, rule = by_parameter[parameter]
-                oriented = tensor.T.contiguous() if site.kind == "conv1d" else tensor
-                terms, layer = solve_site(site, rule, oriented, device, work)
+                terms, layer = solve(site, rule, tensor.T.contiguous() if site.kind == "conv1d" else tensor)
                 ledger.add(layer, rule, terms)
                 for index, term in enumerate(terms):
                     for label, buffer in term.named_buffers():
@@ -129,6 +148,7 @@ def compress_folder(
         config = untied(config)
         ledger.notes.append(UNTIED)
     manifest = writer.finish(ledger.manifest(writer.total_bytes, dense_bytes))
+    shutil.rmtree(stage / WORK, ignore_errors=True)
     copy_companions(source, stage)
     write_config(stage, config, manifest)
     architecture = next(iter(config.get("architectures") or ()), "AutoModel")
@@ -136,38 +156,77 @@ def compress_folder(
     return ledger, manifest, selection.skipped
 
 
+def assist_folder(source: Path, recipe: Recipe, calibration: Calibration, device: torch.device) -> None:
+    """The part of ``compress_folder`` of a rank that writes nothing."""
+    selection, _ = _select_in(source, read_config(source), recipe)
+    with _calibrated_folder(source, selection, recipe, calibration, device, None):
+        pass
+
+
+def _calibrated_folder(
+    source: Path,
+    selection: Selection,
+    recipe: Recipe,
+    calibration: Calibration,
+    device: torch.device,
+    work: Path | None,
+) -> AbstractContextManager[tuple[Journal, list[str]]]:
+    model = runnable_skeleton(source)
+    weights = FolderWeights(weight_files(source), tied_parameters(model))
+    return calibrated(model, weights, selection, recipe, calibration, device, work, everywhere=False)
+
+
 def compress_model_(
-    model: nn.Module, recipe: Recipe, *, device: torch.device | None = None, work_dir: Path | None = None
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    device: torch.device | None = None,
+    work_dir: Path | None = None,
+    calibration: Calibration | None = None,
 ) -> tuple[Ledger, dict[str, str]]:
     """Compress a loaded model in place; returns the ledger and the skipped sites with reasons.
 
     All weights are solved before the first is replaced: a layer that cannot be compressed leaves the model as it was.
     """
-    refuse_data(recipe)
     selection = select(model, recipe)
     tied = tied_parameters(model).keys() & {site.parameter for site, _ in selection.chosen}
     if tied:
         _refuse_untying(getattr(model, "config", None))
     ledger = Ledger(recipe)
     solved: list[tuple[Site, list[Term]]] = []
+    changed: dict[str, Tensor] = {}
+    for site, _ in selection.chosen:
+        if dense_weight(model, site).device.type == "meta":
+            raise UnsupportedError(f"Layer '{site.name}' has no weights in memory; load the model without offloading.")
     with ExitStack() as stack:
-        work = _work(stack, work_dir)
-        advance = stack.enter_context(progress(recipe.name, len(selection.chosen)))
+        if calibration is None:
+            refuse_data(recipe)
+            work = _work(stack, work_dir)
+            advance = stack.enter_context(progress(recipe.name, len(selection.chosen)))
+        else:
+            place = device or next(model.parameters()).device
+            twin, weights = skeleton_of(model), ModelWeights(model)
+            context = calibrated(twin, weights, selection, recipe, calibration, place, None, everywhere=True)
+            journal, said = stack.enter_context(context)
+            ledger.notes += said
+            changed = journal.dense()
         for site, rule in selection.chosen:
             weight = dense_weight(model, site)
-            if weight.device.type == "meta":
-                raise UnsupportedError(
-                    f"Layer '{site.name}' has no weights in memory; load the model without offloading."
-                )
-            terms, layer = solve_site(site, rule, weight, device or weight.device, work)
+            if calibration is None:
+                terms, layer = solve_site(site, rule, weight, device or weight.device, work)
+                advance(note=f"{site.name} error {layer.relative_error:.4f}")
+            else:
+                terms, layer = journal.take(site.name)
             solved.append((site, [term.to(weight.device) for term in terms]))
             ledger.add(layer, rule, terms)
-            advance(note=f"{site.name} error {layer.relative_error:.4f}")
     if tied:
         untie_(model, tied)
         ledger.notes.append(UNTIED)
     for site, terms in solved:
         swap_(model, site, terms)
+    with torch.no_grad():
+        for name, tensor in changed.items():
+            model.get_parameter(name).copy_(tensor)
     return ledger, selection.skipped
 
 

@@ -15,13 +15,15 @@ from rarefy.layers.manifest import Manifest, Report, RuleEntry
 
 
 class LayerReport(StrictModel):
-    """One compressed weight. ``relative_error`` is |W - stored| / |W| in the Frobenius norm."""
+    """One compressed weight. ``relative_error`` is |W - stored| / |W| in the Frobenius norm; ``output_error`` is
+    that of the layer's outputs on the calibration data, None where nothing was observed."""
 
     name: str
     method: str
     shape: tuple[int, ...]
     bits_per_weight: float
     relative_error: float
+    output_error: float | None = None
     seconds: float
     notes: tuple[str, ...] = ()
 

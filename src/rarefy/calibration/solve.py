@@ -6,21 +6,26 @@ import hashlib
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rarefy.calibration.report import LayerReport
+from rarefy.calibration.stored import build_terms, describe_terms, term_tensors
 from rarefy.contracts import Layer, Rule, Solution
 from rarefy.core.errors import CheckpointError, FormatError, OptionError, RecipeError
 from rarefy.core.files import read_header, write_tensors
 from rarefy.core.version import __version__
 from rarefy.formats.bytes import total
-from rarefy.formats.terms import Term, parse_spec
+from rarefy.formats.terms import Term
 from rarefy.layers.checkpoint import digest_of
 from rarefy.layers.manifest import FORMAT_VERSION
 from rarefy.layers.swap import Site
 from rarefy.solvers.rtn import relative_error
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 
 def solve_site(
@@ -58,19 +63,8 @@ class WorkFolder:
     """
 
     def __init__(self, folder: Path):
-        from filelock import FileLock, Timeout
-
         self.folder = folder
-        self._lock = FileLock(folder / ".lock")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise OptionError(
-                f"--work-dir '{folder}' is in use by another process; wait for it or name another."
-            ) from None
-        except OSError as failure:
-            raise OptionError(f"--work-dir '{folder}' cannot be written ({failure.strerror}); name another.") from None
+        self._lock = lock_folder(folder)
 
     def close(self) -> None:
         self._lock.release()
@@ -83,13 +77,9 @@ class WorkFolder:
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
     def keep(self, key: str, solution: Solution) -> None:
-        tensors = {
-            f"{index}.{name}": buffer.cpu().contiguous()
-            for index, term in enumerate(solution.terms)
-            for name, buffer in term.named_buffers()
-        }
+        tensors = term_tensors(solution.terms)
         about = {
-            "terms": json.dumps([[list(term.shape), term.spec.model_dump(mode="json")] for term in solution.terms]),
+            "terms": describe_terms(solution.terms),
             "notes": json.dumps(solution.notes),
             "hashes": json.dumps({name: digest_of(tensor) for name, tensor in tensors.items()}),
         }
@@ -106,12 +96,24 @@ class WorkFolder:
             tensors = load_file(path)
             if {name: digest_of(tensor) for name, tensor in tensors.items()} != json.loads(about["hashes"]):
                 raise CheckpointError("its bytes changed")
-            terms = []
-            for index, (shape, data) in enumerate(json.loads(about["terms"])):
-                own = {name.removeprefix(f"{index}."): t for name, t in tensors.items() if name.startswith(f"{index}.")}
-                terms.append(parse_spec(data).build(tuple(shape), own).to(device))
+            terms = [term.to(device) for term in build_terms(about["terms"], tensors)]
             return Solution(terms, json.loads(about["notes"]))
         except (CheckpointError, FormatError, KeyError, ValueError) as failure:
             raise OptionError(
                 f"'{path.name}' in --work-dir, the solution of '{site.name}', is damaged ({failure}); delete it."
             ) from None
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Make ``folder`` and lock it for this process. Raises OptionError when another one has it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OptionError(f"--work-dir '{folder}' is in use by another process; wait for it or name another.") from None
+    except OSError as failure:
+        raise OptionError(f"--work-dir '{folder}' cannot be written ({failure.strerror}); name another.") from None
+    return lock

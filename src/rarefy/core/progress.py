@@ -34,6 +34,11 @@ def progress(label: str, total: float | None) -> Iterator[Advance]:
         yield _plain_lines(label, total)
 
 
+def announce(line: str) -> None:
+    """A line for the person on stderr, such as the plan of a long job."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
     """Iterate over ``items`` under a progress bar."""
     if total is None and hasattr(items, "__len__"):

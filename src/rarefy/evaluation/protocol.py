@@ -11,7 +11,7 @@ from rarefy.core.errors import OptionError
 from rarefy.sources.windows import begin_token
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 class Protocol(StrictModel):
@@ -59,19 +59,3 @@ def bos_token(tokenizer: Any, bos: bool | None) -> int | None:
     if tokenizer.bos_token_id is None:
         raise OptionError("bos=True was asked for, but this model's tokenizer has no BOS token; leave it to 'auto'.")
     return int(tokenizer.bos_token_id)
-
-
-def fast_dtype(device: str | torch.device) -> torch.dtype:
-    """The dtype in which forward passes are fastest on ``device``: bfloat16 where the hardware multiplies it.
-
-    CPUs without bfloat16 instructions emulate them several times slower than float32.
-    """
-    import torch
-
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if kind == "cpu":
-        probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-        return torch.bfloat16 if probe is not None and probe() else torch.float32
-    return torch.float32

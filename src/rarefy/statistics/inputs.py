@@ -40,7 +40,7 @@ class InputStatistic(Statistic):
 
     def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         lead = () if self.members is None else (self.members,)
-        return torch.zeros(*lead, *shape, dtype=dtype, device=self.device)
+        return torch.zeros((*lead, *shape), dtype=dtype, device=self.device)
 
     @staticmethod
     def _at(tensor: Tensor, member: int | None) -> Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from rarefy.calibration.selection import may_be_absent
+from rarefy.calibration.skeleton import use_expert_loop_
 from rarefy.core.errors import CheckpointError, FormatError, OptionError, UnsupportedError
 from rarefy.integrations.transformers.config import RarefyConfig
 from rarefy.layers import swap
@@ -174,14 +175,6 @@ def _kept_in_float32(model: Any) -> re.Pattern[str] | None:
     """What the parameters of ``model`` are called that its class keeps in float32 whatever dtype is asked for."""
     plan = model._get_dtype_plan(model.dtype) if hasattr(model, "_get_dtype_plan") else model.dtype_plan
     return re.compile("|".join(pattern.replace("*", ".*") for pattern in plan)) if plan else None
-
-
-def use_expert_loop_(model: nn.Module) -> None:
-    """Have experts run one by one: compressed experts are indexed, never one dense tensor."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_experts_implementation"):
-            config._experts_implementation = "eager"
 
 
 def keep_names_(model: Any) -> None:

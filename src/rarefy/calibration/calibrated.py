@@ -1,0 +1,98 @@
+"""Compression with data: sets a job up, runs it, and gives back where its solutions lie."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import nn
+
+from rarefy.calibration.blocks import find_blocks
+from rarefy.calibration.driver import BATCH_TOKENS, Driver, Job
+from rarefy.calibration.journal import Journal, fingerprint
+from rarefy.calibration.parallel import Ranks
+from rarefy.calibration.plan import check_plan, fits_memory, plan
+from rarefy.calibration.samples import Samples
+from rarefy.calibration.selection import Selection
+from rarefy.calibration.weights import Weights
+from rarefy.contracts import Recipe
+from rarefy.core.devices import compute_dtype
+from rarefy.core.errors import OptionError
+from rarefy.core.logs import logger
+from rarefy.core.progress import announce
+
+log = logger(__name__)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The data of a job, the ranks that share its work, and the folder that keeps it across interruptions."""
+
+    samples: Samples
+    ranks: Ranks
+    seed: int = 0
+    work_dir: Path | None = None
+
+
+def needed(recipe: Recipe) -> frozenset[str]:
+    """The statistics that the methods of ``recipe`` want; none for a data-free recipe."""
+    return frozenset(name for rule in recipe.rules for name in rule.recipe().needs)
+
+
+@contextmanager
+def calibrated(
+    model: nn.Module,
+    weights: Weights,
+    selection: Selection,
+    recipe: Recipe,
+    calibration: Calibration,
+    device: torch.device,
+    work: Path | None,
+    *,
+    everywhere: bool,
+) -> Iterator[tuple[Journal, list[str]]]:
+    """Solve every chosen site; yields the journal that holds the solutions, and notes for the report.
+
+    ``model`` is a runnable skeleton of ``weights``. Solutions lie in the job's work folder, else in ``work``, else in
+    memory; of several ranks the first has them, and the others only if they are wanted ``everywhere``.
+    Raises RecipeError, UnsupportedError, OptionError and SourceError; what was finished before stays.
+    """
+    ranks, samples = calibration.ranks, calibration.samples
+    notes = [f"calibrated on {samples.describe()}", *samples.notes]
+    if samples.count < ranks.size:
+        raise OptionError(f"{samples.count} calibration samples cannot be shared by {ranks.size} processes; use more.")
+    sites = [site for site, _ in selection.chosen]
+    blocks = find_blocks(model, sites)
+    dtype = compute_dtype(weights.read(sites[0].parameter).dtype, device)
+    whole = samples.rebatch(BATCH_TOKENS[device.type], ranks.size)
+    own = whole.part(ranks.rank, ranks.size)
+    streams = len({rule.recipe().schedule().inputs for _, rule in selection.chosen})
+    marks = fingerprint(weights.identity(), whole.identity(), recipe.model_dump(mode="json"), device, dtype, ranks.size)
+    marks["seed"] = calibration.seed
+    with ExitStack() as stack:
+        folder = (calibration.work_dir or work) if ranks.leads else None
+        journal = Journal(folder, marks, keeps=ranks.leads or everywhere)
+        stack.callback(journal.close)
+        wanted = plan(model, blocks, sites, own, dtype, streams, calibration.work_dir is not None)
+        scratch = None
+        if calibration.work_dir is not None:
+            scratch = calibration.work_dir / f"rank-{ranks.rank}"
+        elif not fits_memory(wanted, device):
+            place = stack.enter_context(TemporaryDirectory(prefix="rarefy-", dir=None if work is None else work.parent))
+            scratch = Path(place)
+        if ranks.leads:
+            announce(wanted.describe(device, scratch is not None))
+        if warning := check_plan(wanted, device, scratch, scratch is not None):
+            log.warning("%s", warning)
+        job = Job(
+            model, weights, selection, recipe, own, device, dtype, journal, ranks, calibration.seed, scratch
+        )  # fmt: skip
+        Driver(job).run()
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        yield journal, [*notes, *(note for entries in journal.notes.values() for note in entries)]

@@ -1,0 +1,158 @@
+"""From a group of layers and what is known of them to terms and a record of the work, on one rank or several."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from rarefy.calibration.capture import Group
+from rarefy.calibration.fold import InputScales, scaled_statistics, scaled_terms
+from rarefy.calibration.gradients import GradientFiles
+from rarefy.calibration.journal import Solved
+from rarefy.calibration.parallel import Ranks
+from rarefy.calibration.report import LayerReport
+from rarefy.calibration.stored import build_terms, describe_terms, term_tensors
+from rarefy.calibration.weights import Overlay
+from rarefy.contracts import Layer, Rule, Schedule, Solution, WeightRecipe
+from rarefy.core.errors import FormatError, RecipeError
+from rarefy.core.progress import Advance
+from rarefy.formats.bytes import total
+from rarefy.formats.terms import Term
+from rarefy.layers.swap import Site
+from rarefy.solvers.rtn import relative_error
+
+Install = Callable[[Site, Sequence[Term]], None]
+
+
+class Solver:
+    """Hands layers to their recipes. ``weights`` holds what earlier steps changed, ``scales`` what they divided by."""
+
+    def __init__(self, rules: Mapping[str, Rule], weights: Overlay, device: torch.device, ranks: Ranks, seed: int):
+        self.rules, self.weights, self.device, self.ranks, self.seed = rules, weights, device, ranks, seed
+        self.recipes: dict[int, WeightRecipe] = {id(rule): rule.recipe() for rule in rules.values()}
+        self.scales = InputScales()
+        self.gradients: GradientFiles | None = None
+
+    def recipe(self, site: Site) -> WeightRecipe:
+        return self.recipes[id(self.rules[site.name])]
+
+    def schedule(self, site: Site) -> Schedule:
+        return self.recipe(site).schedule()
+
+    def layer(self, site: Site, group: Group) -> Layer:
+        """The layer's weight in float32 on the device, with what is known of it, both as scaled so far."""
+        weight = self.weights.read(site.parameter).to(device=self.device, dtype=torch.float32)
+        weight = weight.T.contiguous() if site.kind == "conv1d" else weight
+        factor = self.scales.factors.get(site.name)
+        statistics = group.statistics()
+        if factor is not None:
+            weight, statistics = weight * factor, scaled_statistics(statistics, factor)
+        if self.gradients is not None:
+            statistics = self.gradients.add_to(statistics, site, self.device)
+        return Layer(site.name, weight, statistics)
+
+    def solve(
+        self, groups: Sequence[Group], missing: frozenset[str], advance: Advance, install: Install | None
+    ) -> dict[str, Solved]:
+        """Solve each group on one rank and bring all solutions to all ranks, and by ``install`` into the model.
+
+        ``missing``: names of layers whose recipe wanted inputs and that none reached. Statistics are freed as they
+        are used up: they are the largest part of a job's memory.
+        """
+        owners = self.ranks.share([_cost(group) for group in groups])
+        mine: dict[str, Solved] = {}
+        for group, owner in zip(groups, owners, strict=True):
+            if owner == self.ranks.rank:
+                mine.update(self._group(group, missing))
+                for site in group.sites:
+                    advance(note=_note(mine[site.name][1]))
+            group.inputs = {}
+        solved: dict[str, Solved] = {}
+        for group, owner in zip(groups, owners, strict=True):
+            for site in group.sites:
+                solved[site.name] = self._exchange(mine.get(site.name), owner)
+                if owner != self.ranks.rank:
+                    advance(note=_note(solved[site.name][1]))
+                if install is not None:
+                    install(site, solved[site.name][0])
+        return solved
+
+    def _group(self, group: Group, missing: frozenset[str]) -> dict[str, Solved]:
+        solved: dict[str, Solved] = {}
+        for recipe in {id(self.recipe(site)): self.recipe(site) for site in group.sites}.values():
+            sites = [site for site in group.sites if self.recipe(site) is recipe]
+            start = time.monotonic()
+            layers = [self.layer(site, group) for site in sites]
+            # A seed of its own: whether blocks before it were solved in this process must not matter.
+            torch.manual_seed(self.seed ^ zlib.crc32(sites[0].name.encode()))
+            solutions = _ask(recipe, layers)
+            for site, layer, solution in zip(sites, layers, solutions, strict=True):
+                notes = list(solution.notes)
+                if site.name in missing:
+                    notes.append("no calibration input reached it; solved without data")
+                seconds = (time.monotonic() - start) / len(sites)
+                solved[site.name] = self._record(site, layer, solution.terms, notes, seconds)
+        return solved
+
+    def _record(self, site: Site, layer: Layer, terms: list[Term], notes: list[str], seconds: float) -> Solved:
+        stored = torch.stack([term.decode() for term in terms]).sum(0)
+        lost = output_error(layer, stored)
+        relative = relative_error(layer.weight, terms)
+        terms = [term.to("cpu") for term in terms]
+        if (factor := self.scales.explicit.get(site.name)) is not None:
+            terms = scaled_terms(terms, factor.cpu())
+        count = total([term.byte_count() for term in terms])
+        report = LayerReport(
+            name=site.name, method=self.rules[site.name].method, shape=site.shape,
+            bits_per_weight=count.total * 8 / max(1, site.count), relative_error=relative, output_error=lost,
+            seconds=seconds, notes=tuple(notes),
+        )  # fmt: skip
+        return terms, report
+
+    def _exchange(self, own: Solved | None, owner: int) -> Solved:
+        if self.ranks.size == 1:
+            assert own is not None
+            return own
+        data: dict[str, Tensor] = {} if own is None else term_tensors(own[0])
+        about = "" if own is None else f"{describe_terms(own[0])}\n{own[1].model_dump_json()}"
+        data, about = self.ranks.spread(data, about, owner)
+        description, _, report = about.partition("\n")
+        return build_terms(description, data), LayerReport.model_validate_json(report)
+
+
+def output_error(layer: Layer, stored: Tensor) -> float | None:
+    """``|(W - stored) X| / |W X|`` over the calibration data, from the Gram matrix; None without one."""
+    if layer.statistics.gram is None:
+        return None
+    gram = layer.statistics.gram.mean()
+    difference = layer.weight - stored
+    lost = ((difference @ gram) * difference).sum(dtype=torch.float64)
+    whole = ((layer.weight @ gram) * layer.weight).sum(dtype=torch.float64)
+    return float((lost / whole).clamp(min=0).sqrt()) if float(whole) > 0 else 0.0
+
+
+def _ask(recipe: WeightRecipe, layers: list[Layer]) -> list[Solution]:
+    for layer in layers:
+        if not bool(torch.isfinite(layer.weight).all()):
+            raise RecipeError(f"Layer '{layer.name}': The weight holds NaN or infinite values; repair or ignore it.")
+    try:
+        return recipe.solve_group(layers)
+    except FormatError as failure:
+        raise RecipeError(f"Layer '{layers[0].name}': {failure}") from None
+
+
+def _cost(group: Group) -> float:
+    """Work of solving a group: one factorization of its inputs, and a pass over all columns for all rows."""
+    members = group.sites[0].shape[0] if len(group.sites[0].shape) == 3 else 1
+    columns, rows = group.sites[0].shape[-1], sum(site.shape[-2] for site in group.sites)
+    return float(members * (columns**3 + rows * columns**2))
+
+
+def _note(report: LayerReport) -> str:
+    if report.output_error is None:
+        return f"{report.name} error {report.relative_error:.4f}"
+    return f"{report.name} output error {report.output_error:.4f}"

@@ -1,0 +1,32 @@
+"""What a device computes well."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def fast_dtype(device: str | torch.device) -> torch.dtype:
+    """The dtype in which forward passes are fastest on ``device``: bfloat16 where the hardware multiplies it.
+
+    CPUs without bfloat16 instructions emulate them several times slower than float32.
+    """
+    import torch
+
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if kind == "cpu":
+        probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        return torch.bfloat16 if probe is not None and probe() else torch.float32
+    return torch.float32
+
+
+def compute_dtype(stored: torch.dtype, device: str | torch.device) -> torch.dtype:
+    """The dtype to run a model in that is stored in ``stored``: that one, or float32 where it would be emulated."""
+    import torch
+
+    native = (torch.float32, fast_dtype(device))
+    return stored if torch.device(device).type == "cuda" or stored in native else torch.float32

@@ -79,7 +79,7 @@ class GradientFiles:
 
 
 def reverse_sweep(sweep: Sweep, folder: Path | None) -> GradientFiles:
-    """Gradient statistics of all sites; blocks whose file is there already are not done again.
+    """Gradient statistics of all sites, in ``folder`` (each rank's own); not done again when it holds all blocks'.
 
     Raises RecipeError when no sequence gave a finite gradient.
     """
@@ -102,9 +102,7 @@ def reverse_sweep(sweep: Sweep, folder: Path | None) -> GradientFiles:
                         f"Layer '{name.rpartition('.')[0]}' has no finite gradient on the data; repair it."
                     )
                 tensors.update({f"{name}.{label}": t.cpu().contiguous() for label, t in statistic.sums().items()})
-            if sweep.ranks.leads or folder is None:
-                write_tensors(files.path(block), tensors, {})
-            sweep.ranks.wait()
+            write_tensors(files.path(block), tensors, {})
             advance(note=block)
     return files
 

@@ -121,7 +121,7 @@ def dense_folder(family: str, folder: Path, **changes: Any) -> Any:
 @torch.no_grad()
 def logits(model: Any, family: str) -> Tensor:
     """The model's output for the family's inputs."""
-    return model(**FAMILIES[family].inputs()).logits
+    return model(**family_of(family).inputs()).logits
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

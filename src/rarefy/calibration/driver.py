@@ -151,8 +151,8 @@ class Driver:
         return FileShelf(self.job.scratch / f"{name}.bin", self.shapes, self.job.dtype)
 
     def _sweep(self) -> None:
-        """Gradients of the dense model's weights, for recipes of layers inside the blocks that need them."""
-        if any(self.solver.recipe(site).needs & KINDS.keys() for site in self.inside):
+        """Gradients of the dense model's weights, for recipes that need them."""
+        if any(self.solver.recipe(site).needs & KINDS.keys() for site in self.inside + self.outside):
             sweep = Sweep(
                 self.replay, self.resident, self.batches, self.calls, self.output, self.sites,
                 lambda site: self.solver.recipe(site).needs, self.ranks, self.job.seed, self._shelf,

@@ -66,20 +66,17 @@ class GradientFiles:
         assert self._folder is not None
         return self._folder / f"gradients-{block}.safetensors"
 
-    def add_to(self, statistics: Statistics, site: Site, device: torch.device) -> Statistics:
-        """``statistics`` with those of the site's gradients; unchanged for a site outside the blocks."""
+    def add_to(self, statistics: Statistics, site: Site, needs: frozenset[str], device: torch.device) -> Statistics:
+        """``statistics`` with those of the site's gradients that ``needs`` names; outside the blocks none are known."""
         block = next((name for name in self._blocks if site.name.startswith(f"{name}.")), None)
-        if block is None:
-            return statistics
         found: dict[str, Any] = {}
-        for kind, cls in KINDS.items():
+        for kind in sorted(needs & KINDS.keys()):
+            statistic = found[kind] = KINDS[kind](site.shape, device)
             lead = f"{site.name}.{kind}."
-            tensors = Kept(self.path(block)).read(lambda name, lead=lead: name.startswith(lead))  # type: ignore[misc]
-            if not tensors:
-                continue
-            statistic = found[kind] = cls(site.shape, device)
-            for label in statistic.sums():
-                setattr(statistic, label, tensors[lead + label].to(device))
+            if block is not None:
+                tensors = Kept(self.path(block)).read(lambda name, lead=lead: name.startswith(lead))  # type: ignore[misc]
+                for label in statistic.sums():
+                    setattr(statistic, label, tensors[lead + label].to(device))
             statistic.assume_uniform_()
         return replace(statistics, **found)
 

@@ -50,7 +50,7 @@ class Solver:
         weight = weight if factor is None else weight * factor
         statistics = group.statistics()
         if self.gradients is not None:
-            statistics = self.gradients.add_to(statistics, site, self.device)
+            statistics = self.gradients.add_to(statistics, site, self.recipe(site).needs, self.device)
         return Layer(site.name, weight, statistics)
 
     def solve(

@@ -19,11 +19,12 @@ from tests.calibration.recipes import FACTORS, SAMPLED, SEEN
 from tests.zoo import dense_folder, family_of, logits, tensors
 
 transformers.logging.set_verbosity_error()
-# Layers of a block whose input no parameter before it can divide: heads that share values, nonlinear functions.
+# Layers of a block whose input no parameter before it can divide. They end in: heads that share values (o_proj), a
+# function that is not linear (the second layer of an MLP), and what reads the same norm as a residual (BERT).
 EXPLICIT = {
-    "llama": {"self_attn.o_proj"}, "qwen2": {"self_attn.o_proj"}, "gemma3": {"self_attn.o_proj"}, "gpt2": {"mlp.c_proj"},
-    "opt": set(), "bert_lm": {"query", "intermediate.dense", "output.dense"}, "vit": {"fc2"},
-    "qwen3_moe": {"self_attn.o_proj"},
+    "llama": ["o_proj"], "qwen2": ["o_proj"], "gemma3": ["o_proj"], "qwen3_moe": ["o_proj"], "opt": [],
+    "gpt2": ["c_proj"], "vit": ["fc2|output.dense"],
+    "bert_lm": ["query", "key", "value", "intermediate.dense", "output.dense"],
 }  # fmt: skip
 
 
@@ -74,7 +75,9 @@ def test_the_function_stays(family: str, sequential: bool) -> None:
             assert close(SEEN[name].statistics.columns.absolute, absolute) < 1e-3, name
     assert "power = 0.25 was chosen on 2 layers" in report.notes
     block = next(iter(SEEN)).split("0.")[0] + "0."
-    assert explicit(model, block) == {block + name for name in EXPLICIT[family]}
+    found = explicit(model, block)
+    assert len(found) == len(EXPLICIT[family])
+    assert all(any(name.endswith(tuple(ends.split("|"))) for name in found) for ends in EXPLICIT[family])
     changed = {name for name, old in names.items() if not torch.equal(model.get_parameter(name), old)}
     assert any("norm" in name.lower() or "ln_" in name for name in changed) == (family != "bert_lm")
 

@@ -122,7 +122,7 @@ class Driver:
     def _enter(self, finished: int) -> None:
         """Run what comes before the blocks: their first inputs, and how each of them is called."""
         kinds = {self.solver.schedule(site).inputs for site in self.inside + self.outside if self._observed(site)}
-        _check_vocabulary(self.job.model, self.batches)
+        _check_data(self.job.model, self.batches)
         with self.resident.outside(self.blocks), self.resident.block(self.blocks[0]) as block:
             self.shapes = [self.replay.first_call(self._on_device(batch))[0].shape for batch in self.batches]
             for kind in sorted(kinds):
@@ -389,7 +389,14 @@ def _token_mask(model: nn.Module, block: str, batch: Batch) -> Tensor | None:
     return mask if mask is not None and mask.dim() == 2 else None
 
 
-def _check_vocabulary(model: nn.Module, batches: Sequence[Batch]) -> None:
+def _check_data(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Raise OptionError for what would fail deep inside the model, or on a GPU without a reason."""
+    main = getattr(model, "main_input_name", None)
+    if main is not None and not any(name in batch for batch in batches for name in (main, "inputs_embeds")):
+        raise OptionError(
+            f"{type(model).__name__} reads '{main}', but the calibration data has {', '.join(batches[0])}; give batches "
+            "of the inputs that it reads."
+        )
     config = getattr(model, "config", None)
     size = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
     for batch in batches if size is not None else ():

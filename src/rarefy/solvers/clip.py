@@ -8,7 +8,6 @@ from torch import Tensor
 
 from rarefy.core.config import StrictModel
 from rarefy.formats.grids import Grid, Params
-from rarefy.formats.scales import BilevelScale
 
 CHUNK = 1 << 22  # values handled at once, to stay in cache and bound memory
 
@@ -35,7 +34,7 @@ def fit(grid: Grid, weight: Tensor, importance: Tensor | None = None, search: Cl
     if search is None or not grid.searchable:
         return grid.fit(weight, importance)
     blocks, importance = grid.prepare(weight, importance)
-    height = _tile(grid)[0]
+    height = grid.height(blocks.shape[0])
     step = max(1, CHUNK // max(1, blocks[:1].numel()) // height) * height
     pieces = [
         _search(
@@ -51,7 +50,8 @@ def _search(grid: Grid, blocks: Tensor, importance: Tensor | None, search: ClipS
     lowest = torch.empty(0)
     for factor in search.factors():
         proposed = grid.propose(blocks, importance, factor)
-        error = _by_tile(grid.error(blocks, importance, grid.round(proposed), search.norm), _tile(grid))
+        error = grid.error(blocks, importance, grid.round(proposed), search.norm)
+        error = _by_tile(error, (grid.height(blocks.shape[0]), grid.span))
         if best is None:
             best, lowest = proposed, error
             continue
@@ -62,14 +62,9 @@ def _search(grid: Grid, blocks: Tensor, importance: Tensor | None, search: ClipS
     return best
 
 
-def _tile(grid: Grid) -> tuple[int, int]:
-    """Rows and groups whose parameters are rounded together, so that they have to choose together."""
-    scales = getattr(grid, "scales", None)
-    return (scales.rows, scales.groups) if isinstance(scales, BilevelScale) else (1, 1)
-
-
 def _by_tile(error: Tensor, tile: tuple[int, int]) -> Tensor:
-    """Errors ``[rows, groups, ...]`` summed over each tile, at every place of it."""
+    """Errors ``[rows, groups, ...]`` summed over each tile of parameters that are rounded together and so have to
+    choose together, at every place of it."""
     for dim, size in enumerate(tile):
         if size > 1:
             index = torch.arange(error.shape[dim], device=error.device) // size

@@ -11,6 +11,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from rarefy.calibration.calibrated import needed
+from rarefy.recipes import load_recipe
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -19,6 +22,11 @@ class Plan:
     job: str
     recipe: str
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the recipe needs data. Raises RecipeError when it does not know an option."""
+        return bool(needed(load_recipe(self.recipe, self.options)))
 
 
 def integers(recipe: str, bits: int, group: int, zero: str = "Z", note: str = "", **options: Any) -> Plan:
@@ -44,7 +52,8 @@ RECIPES = [
     integers("rtn", 3, 16),
     integers("gptq", 3, 16),
     integers("gptq", 3, 16, "F", "bilevel", scales="bilevel"),
-    integers("gptq", 3, 128, note="act-order", act_order=True, static_groups=True),
+    integers("gptq", 3, 128, note="file order", act_order=False),
+    integers("gptq", 3, 128, note="true-sequential", true_sequential=True),
     *(pruned(recipe, pattern, bits) for bits in (None, 4) for pattern in ("50%", "2:4")
       for recipe in ("sparsegpt", "wanda")),
     *(integers(recipe, bits, group) for group in (64, 32) for bits in (3, 4) for recipe in ("rtn", "gptq", "awq")),

@@ -26,7 +26,6 @@ from plans import GRIDS, QUICK, RECIPES, Plan, chosen
 from subjects import about, calibration_samples, evaluation_windows, open_subject, refuse_leak
 
 import rarefy
-from rarefy.calibration.calibrated import needed
 from rarefy.calibration.report import CompressionReport
 from rarefy.calibration.samples import Samples
 from rarefy.core.errors import RarefyError
@@ -34,7 +33,6 @@ from rarefy.evaluation.candidates import Candidate
 from rarefy.evaluation.protocol import Protocol
 from rarefy.evaluation.results import Evaluation
 from rarefy.evaluation.runner import evaluate
-from rarefy.recipes import load_recipe
 
 KEY = ("model", "job", "seed", "protocol", "calibration")
 
@@ -98,7 +96,7 @@ def _done(path: Path | None) -> set[tuple[object, ...]]:
 
 def _data(plan: Plan, samples: Samples) -> str | None:
     """What a plan calibrates on, in words."""
-    return samples.describe() if _needs_data(plan) else None
+    return samples.describe() if plan.calibrates else None
 
 
 def _usable(plans: list[Plan]) -> tuple[list[Plan], list[str]]:
@@ -106,7 +104,7 @@ def _usable(plans: list[Plan]) -> tuple[list[Plan], list[str]]:
     good, bad = [], []
     for plan in plans:
         try:
-            load_recipe(plan.recipe, plan.options)
+            _ = plan.calibrates
         except RarefyError as failure:
             bad.append(f"{plan.job} ({failure})")
         else:
@@ -114,13 +112,9 @@ def _usable(plans: list[Plan]) -> tuple[list[Plan], list[str]]:
     return good, bad
 
 
-def _needs_data(plan: Plan) -> bool:
-    return bool(needed(load_recipe(plan.recipe, plan.options)))
-
-
 def _compressed(folder: Path, plan: Plan, samples: Samples, seed: int, work: Path) -> tuple[Path, CompressionReport]:
     """The model compressed by ``plan``, made now unless ``work`` has it from the same commit, data and options."""
-    data = samples if _needs_data(plan) else None
+    data = samples if plan.calibrates else None
     identity = [commit(), folder.name, plan.recipe, plan.options, data.identity() if data else None]
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     out, record = work / name, work / f"{name}.json"

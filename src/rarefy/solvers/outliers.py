@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rarefy.formats.grids import Grid
 from rarefy.formats.terms import Residual, Term
+from rarefy.solvers.clip import ClipSearch
 from rarefy.solvers.feedback import Batch, by_batch, compensate
 from rarefy.solvers.gptq import RoundColumns, fit_members, quantized
 from rarefy.solvers.hessian import InverseHessian
@@ -24,8 +25,8 @@ class RoundOrKeep(RoundColumns):
     ``residual`` float32 and ``outliers`` bool ``[columns, members * rows]`` say what each outlier's code lacks.
     """
 
-    def __init__(self, grid: Grid, batch: Batch, threshold: Tensor):
-        super().__init__(grid, batch)
+    def __init__(self, grid: Grid, batch: Batch, threshold: Tensor, search: ClipSearch | None = None):
+        super().__init__(grid, batch, search)
         self.threshold = threshold
         self.residual = torch.zeros(self.codes.shape, device=self.codes.device)
         self.outliers = torch.zeros_like(self.residual, dtype=torch.bool)
@@ -37,7 +38,8 @@ class RoundOrKeep(RoundColumns):
         others = (~spoils).sum(-1, keepdim=True).clamp(min=1)
         mean = torch.where(spoils, 0.0, weight).sum(-1, keepdim=True) / others
         filled = torch.where(spoils, mean, weight)
-        self._install(fit_members(self.grid, filled, self.mass[:, start : start + columns.shape[1]], None), start)
+        mass = self.mass[:, start : start + columns.shape[1]]
+        self._install(fit_members(self.grid, filled, mass, self.search), start)
 
     def column(self, values: Tensor, position: int, scale: Tensor) -> Tensor:
         rounded = super().column(values, position, scale)
@@ -75,7 +77,11 @@ def _cost(weight: Tensor, scale: Tensor, low: Tensor, high: Tensor, levels: int)
 
 
 def gptq_with_outliers(
-    weights: Sequence[Tensor], inverse: InverseHessian, grid: Grid, threshold: float
+    weights: Sequence[Tensor],
+    inverse: InverseHessian,
+    grid: Grid,
+    threshold: float,
+    search: ClipSearch | None = None,
 ) -> tuple[list[list[Term]], list[str]]:
     """Quantize ``weights`` (as for ``gptq``) on ``grid``, with outliers as residuals; terms of each, and notes.
 
@@ -87,7 +93,7 @@ def gptq_with_outliers(
     def solve(batch: Batch) -> list[list[Term]]:
         factor = threshold
         while True:
-            rule = RoundOrKeep(grid, batch, factor * _column_costs(batch))
+            rule = RoundOrKeep(grid, batch, factor * _column_costs(batch), search)
             compensate(batch.weight, batch.inverse, rule)
             if float(rule.outliers.float().mean()) <= LIMIT:
                 break

@@ -14,6 +14,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from rarefy.contracts import Layer, Schedule, Solution, WeightRecipe, weight_recipes
+from rarefy.core.errors import RecipeError
 from rarefy.formats.bytes import total
 from rarefy.formats.grids import IntegerGrid
 from rarefy.formats.scales import BilevelScale
@@ -23,7 +24,7 @@ from rarefy.solvers.rtn import round_to_nearest
 from rarefy.solvers.search import bisect_falling
 
 # Layers on which a threshold is found for wanted bits, and between which thresholds.
-SAMPLED, THRESHOLDS = 8, (1e-3, 10.0)
+SAMPLED, THRESHOLDS, TOLERANCE = 8, (1e-3, 10.0), 0.005
 
 
 @weight_recipes.register("spqr")
@@ -67,12 +68,17 @@ class Spqr(WeightRecipe):
             return self
         weights = sum(layer.weight.numel() for layer in samples)
 
-        def bits(threshold: float) -> float:
+        def bits(threshold: float | None) -> float:
             tried = self.model_copy(update={"outlier_threshold": threshold})
             terms = [term for layer in samples for term in tried.solve(layer).terms]
             return total([term.byte_count() for term in terms]).total * 8 / weights
 
-        threshold = bisect_falling(bits, self.target_bits, *THRESHOLDS, tolerance=0.005)
+        if (least := bits(None)) > self.target_bits + TOLERANCE:
+            raise RecipeError(
+                f"target_bits {self.target_bits:g} cannot be met: without any outlier a weight takes {least:.3f} bits; "
+                "raise it, or lower num_bits or enlarge group_size."
+            )
+        threshold = bisect_falling(bits, self.target_bits, *THRESHOLDS, tolerance=TOLERANCE)
         return self.model_copy(update={"outlier_threshold": threshold, "target_bits": None})
 
     def solve_group(self, layers: Sequence[Layer]) -> list[Solution]:

@@ -52,6 +52,7 @@ RECIPES = [
     integers("rtn", 3, 16),
     integers("gptq", 3, 16),
     integers("gptq", 3, 16, "F", "bilevel", scales="bilevel"),
+    Plan("spqr int3 no outliers", "spqr", {"num_bits": 3, "outlier_threshold": None}),
     integers("gptq", 3, 128, note="file order", act_order=False),
     integers("gptq", 3, 128, note="true-sequential", true_sequential=True),
     *(pruned(recipe, pattern, bits) for bits in (None, 4) for pattern in ("50%", "2:4")

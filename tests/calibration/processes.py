@@ -69,7 +69,7 @@ def fresh_process(function: Callable[..., None], *arguments: Any) -> int:
     return code
 
 
-def side_by_side(size: int, function: Callable[..., None], *arguments: Any, seconds: float = 120) -> list[int | None]:
+def side_by_side(size: int, function: Callable[..., None], *arguments: Any, seconds: float = 300) -> list[int | None]:
     """Exit codes of ``size`` processes that make up one job, as torchrun would start them; None for one that hung."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

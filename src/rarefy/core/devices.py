@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,3 +32,16 @@ def compute_dtype(stored: torch.dtype, device: str | torch.device) -> torch.dtyp
 
     native = (torch.float32, fast_dtype(device))
     return stored if torch.device(device).type == "cuda" or stored in native else torch.float32
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Compute on the CPU with ``count`` threads, for work so small that handing it out costs more than doing it."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine it ran on, and the file it writes."""
+"""What every benchmark shares: the machine it ran on, and the file it keeps its rows in."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parent.parent
+Row = dict[str, Any]
 
 
 def arguments(about: str) -> ArgumentParser:
     """The options that every benchmark has."""
     parser = ArgumentParser(description=about)
     parser.add_argument("--quick", action="store_true", help="a few minutes instead of everything")
-    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--json", type=Path, help="keep the results here; rows already there stay unless measured anew")
     return parser
 
 
@@ -33,19 +39,59 @@ def device_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def write(options: Namespace, rows: list[dict[str, Any]], **facts: Any) -> None:
-    """Print the rows as JSON, and keep them with device, versions and commit if a file was named."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    known = commit.stdout.strip() or os.environ.get("COMMIT", "unknown")  # a copy without history names it itself
+def commit() -> str:
+    """The commit this runs at, marked where the work tree differs from it; ``$COMMIT`` in a copy without history."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    known = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return known.stdout.strip() or os.environ.get("COMMIT", "unknown")
+
+
+def key_of(row: Row, key: Sequence[str]) -> tuple[Any, ...]:
+    """What tells a row from others: its values under ``key``, None where it has none."""
+    return tuple(row.get(name) for name in key)
+
+
+def read(path: Path | None) -> dict[str, Any]:
+    """The results kept in ``path``; without rows if there is no such file."""
+    if path is None or not path.is_file():
+        return {"rows": []}
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    found["rows"] = [{**row, "commit": row.get("commit", found["commit"])} for row in found["rows"]]
+    return found
+
+
+def merge(path: Path, result: dict[str, Any], key: Sequence[str]) -> None:
+    """Put the rows of ``result`` into the results in ``path``, in the place of rows with an equal ``key``.
+
+    Processes may do this at the same time. Ends the program when the file is of another device or other versions,
+    because rows of one file have to be comparable.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        known = read(path)
+        for name in ("device", "versions"):
+            if known["rows"] and known[name] != result[name]:
+                raise SystemExit(f"'{path}' has rows of another {name} ({known[name]}); name another file.")
+        rows = {key_of(row, key): row for row in known["rows"]}
+        rows.update({key_of(row, key): row for row in result["rows"]})
+        whole = {**result, "rows": list(rows.values())}
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
+        part.replace(path)
+
+
+def write(options: Namespace, rows: list[Row], key: Sequence[str], **facts: Any) -> None:
+    """Keep the rows, with device, versions and commit, in the file that was named, or else print them."""
+    here = commit()
     result = {
         "device": device_name(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
-        "commit": known,
+        "commit": here,
         **facts,
-        "rows": rows,
+        "rows": [{**row, "commit": here} for row in rows],
     }
-    text = json.dumps(result, indent=1)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n", "utf-8")
-    print(text)
+    if options.json is None:
+        print(json.dumps(result, indent=1))
+        return
+    merge(options.json, result, key)
+    print(f"{len(rows)} rows written to {options.json}", file=sys.stderr)

@@ -18,27 +18,58 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-SHOWN = ("dense", "int8 g128 Z", "int4 g128 Z", "int4 g128 Z clip", "nf4 g64", "int3 g128 Z clip", "int3 g16 F bilevel")
+SHOWN = "int8 g128 Z$|int4 g128 Z( clip)?$|nf4 g64$|int3 g128 Z clip$|int3 g16 F bilevel$"
+DEMO = "SmolLM2-135M-Instruct (demo, jitter 0.10)"
+Rows = list[dict[str, Any]]
 
 
-def weight_accuracy(rows: list[dict[str, Any]]) -> list[str]:
-    """One line per recipe; with several seeds of the jitter the means, and the range of perplexities."""
-    lines = [
-        "| weights | bits/weight | error | perplexity | KL (nats) | top-1 | seeds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for job in dict.fromkeys(row["job"] for row in rows):
-        own = [row for row in rows if row["job"] == job]
+def mean(rows: Rows, key: str) -> float:
+    return statistics.fmean(row[key] for row in rows)
 
-        def mean(key: str, rows: list[dict[str, Any]] = own) -> float:
-            return statistics.fmean(row[key] for row in rows)
 
-        values = [row["perplexity"] for row in own]
-        spread = f" ({min(values):.2f}-{max(values):.2f})" if max(values) - min(values) > 0.005 else ""
-        shown = f"{mean('perplexity'):.2f}{spread}" if max(values) < 1e4 else "over 10,000"
-        distance = f"{mean('kl'):.4f} | {mean('top1_agreement'):.1%}" if own[0]["kl"] is not None else "- | -"
-        cost = f"{mean('bits_per_weight'):.3f} | {mean('relative_error'):.4f}"
-        lines.append(f"| {job} | {cost} | {shown} | {distance} | {len(own)} |")
+def perplexity(rows: Rows) -> str:
+    """The mean, and the range over seeds where it shows."""
+    values = [row["perplexity"] for row in rows]
+    spread = f" ({min(values):.2f}-{max(values):.2f})" if max(values) - min(values) > 0.005 else ""
+    return f"{mean(rows, 'perplexity'):.2f}{spread}" if max(values) < 1e4 else "over 10,000"
+
+
+def by_job(rows: Rows) -> dict[str, Rows]:
+    """Rows that differ in their seed only; the calibration is part of the name where a job had several."""
+    groups: dict[tuple[str, str | None], Rows] = {}
+    for row in rows:
+        groups.setdefault((row["job"], row["calibration"]), []).append(row)
+    jobs = [job for job, _ in groups]
+    return {job if jobs.count(job) == 1 else f"{job} ({data})": own for (job, data), own in groups.items()}
+
+
+def weight_accuracy(rows: Rows) -> list[str]:
+    """One line per recipe; with several seeds the means, and the range of perplexities."""
+    observed = any(row.get("output_error") is not None for row in rows)
+    columns = ["weights", "bits/weight", "error", *(["output error"] if observed else [])]
+    columns += ["perplexity", "KL (nats)", "top-1", "seeds"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for job, own in by_job(rows).items():
+        distance = f"{mean(own, 'kl'):.4f} | {mean(own, 'top1_agreement'):.1%}" if own[0]["kl"] is not None else "- | -"
+        cost = f"{mean(own, 'bits_per_weight'):.3f} | {mean(own, 'relative_error'):.4f}"
+        if observed:
+            cost += " | -" if own[0].get("output_error") is None else f" | {mean(own, 'output_error'):.4f}"
+        lines.append(f"| {job} | {cost} | {perplexity(own)} | {distance} | {len(own)} |")
+    return lines
+
+
+def side_by_side(rows: Rows) -> list[str]:
+    """One line per grid, one column per recipe: perplexity and KL at the bits that the grid costs."""
+    jobs = by_job(rows)
+    found = [match for job in jobs if (match := re.fullmatch(r"(\w+) (int\d g\d+ [ZF])", job))]
+    recipes = list(dict.fromkeys(match[1] for match in found))
+    grids = sorted({match[2] for match in found}, key=lambda grid: (grid[:4], -int(re.findall(r"\d+", grid)[1])))
+    lines = [f"| weights | bits/weight | {' | '.join(recipes)} |", f"|---|---|{'---|' * len(recipes)}"]
+    for grid in grids:
+        cells = [jobs.get(f"{recipe} {grid}") for recipe in recipes]
+        bits = mean(next(own for own in cells if own), "bits_per_weight")
+        shown = [f"{perplexity(own)}, KL {mean(own, 'kl'):.3f}" if own else "-" for own in cells]
+        lines.append(f"| {grid} | {bits:.3f} | {' | '.join(shown)} |")
     return lines
 
 
@@ -53,6 +84,10 @@ def result(pattern: str) -> dict[str, Any]:
     return data
 
 
+def measured_on(data: dict[str, Any]) -> str:
+    return f"measured on {data['device']}, torch {data['versions']['torch']}. {provenance(data['rows'])}"
+
+
 def provenance(rows: list[dict[str, Any]]) -> str:
     """Which commits the rows were measured at; a row that does not know its commit is counted as such."""
     counts: dict[str, int] = {}
@@ -63,20 +98,22 @@ def provenance(rows: list[dict[str, Any]]) -> str:
     return f"Of {len(rows)} measurements, {' and '.join(named + unnamed)}."
 
 
-def accuracy_table(only: tuple[str, ...] | None = None) -> str:
-    data = result("*/weight_accuracy.json")
-    rows = [row for row in data["rows"] if only is None or row["job"] in only]
-    facts = (
-        f"{data['model']}, {rows[0]['protocol']}, {rows[0]['tokens']} predicted tokens, seeds of the jitter from 0 on; "
-        f"measured on {data['device']}, torch {data['versions']['torch']}. {provenance(rows)}"
-    )
-    return "\n".join([*weight_accuracy(rows), "", facts])
-
-
-def protocol_table() -> str:
-    data = result("*/weight_accuracy_24x512.json")
-    facts = f"{data['rows'][0]['protocol']}; measured on {data['device']}. {provenance(data['rows'])}"
-    return "\n".join([*weight_accuracy(data["rows"]), "", facts])
+def accuracy_table(
+    only: str = "", model: str = DEMO, context: int = 2048, layout: Callable[[Rows], list[str]] = weight_accuracy
+) -> str:
+    """The rows of ``model`` whose job matches the regular expression ``only``, the dense model first."""
+    data = result("nvidia-*/weight_accuracy.json")
+    own = [row for row in data["rows"] if row["model"] == model and row["protocol"].startswith(f"context {context},")]
+    shown = [row for row in own if re.search(only, row["job"])]
+    if not shown:
+        raise SystemExit(f"No committed row of '{model}' matches '{only}' at context {context}.")
+    dense = [row for row in own if row["job"] == "dense"]
+    rows = dense + [row for row in shown if row["job"] != "dense"]
+    data["rows"] = rows
+    samples = dict.fromkeys(row["calibration"] for row in rows if row["calibration"])
+    calibrated = f" calibrated on {' and on '.join(samples)};" if samples else ""
+    facts = f"{model}, {rows[0]['protocol']}, {rows[0]['tokens']} predicted tokens, seeds from 0 on;{calibrated}"
+    return "\n".join([*layout(rows), "", f"{facts} {measured_on(data)}"])
 
 
 def term_table() -> str:
@@ -87,9 +124,9 @@ def term_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "weight-accuracy-short": lambda: accuracy_table(SHOWN),
-    "weight-accuracy": accuracy_table,
-    "weight-accuracy-protocol": protocol_table,
+    "weight-accuracy-short": lambda: accuracy_table(f"^rtn .*({SHOWN})"),
+    "weight-accuracy-rtn": lambda: accuracy_table("^rtn "),
+    "weight-accuracy-rtn-512": lambda: accuracy_table("^rtn ", context=512),
     "terms": term_table,
 }
 

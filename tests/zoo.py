@@ -93,11 +93,25 @@ FAMILIES = {
         eats="pairs",
     ),
 }  # fmt: skip
+# Families that differ from those above where they are calibrated: biases of q, k and v, norms around both halves of a
+# block, another order of masks, decoders that take positions beside the hidden state.
+RELATIVES = {
+    "qwen2": Family("Qwen2ForCausalLM", "Qwen2Config", {k: v for k, v in _GROUPED.items() if k != "head_dim"}),
+    "mistral": Family("MistralForCausalLM", "MistralConfig", {**_GROUPED, "sliding_window": 8}),
+    "gemma2": Family("Gemma2ForCausalLM", "Gemma2Config", {**_GROUPED, "sliding_window": 8}),
+    "neox": Family("GPTNeoXForCausalLM", "GPTNeoXConfig", _TEXT),
+    "phi": Family("PhiForCausalLM", "PhiConfig", _TEXT),
+    "bert_features": Family("BertModel", "BertConfig", _BERT),
+}
+
+
+def family_of(name: str) -> Family:
+    return FAMILIES[name] if name in FAMILIES else RELATIVES[name]
 
 
 def dense_folder(family: str, folder: Path, **changes: Any) -> Any:
     """Build a model, save it to ``folder`` as anybody would, and return it."""
-    model = FAMILIES[family].build(**changes)
+    model = family_of(family).build(**changes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(folder)
@@ -107,7 +121,7 @@ def dense_folder(family: str, folder: Path, **changes: Any) -> Any:
 @torch.no_grad()
 def logits(model: Any, family: str) -> Tensor:
     """The model's output for the family's inputs."""
-    return model(**FAMILIES[family].inputs()).logits
+    return model(**family_of(family).inputs()).logits
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

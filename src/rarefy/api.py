@@ -21,7 +21,7 @@ from rarefy.core.devices import Device, device_of
 from rarefy.core.errors import OptionError, UnsupportedError
 from rarefy.core.files import check_out, staged_folder
 from rarefy.core.logs import logger
-from rarefy.core.memory import peak_bytes
+from rarefy.core.memory import peak_bytes, reset_peak
 from rarefy.evaluation.candidates import dense_sizes
 from rarefy.evaluation.protocol import Protocol, bos_token
 from rarefy.evaluation.results import Comparison, Evaluation
@@ -68,62 +68,60 @@ def compress(
     windows of ``seq_len`` tokens are drawn; or token ids ``[samples, tokens]``; or a list of batches of model inputs.
     A data-free recipe says that it ignores it. ``tokenizer``: for a model in memory whose folder is unknown.
     ``work_dir`` keeps solved layers, so that the same call goes on after an interruption. Under ``torchrun`` every
-    process calls this; the first one writes.
+    process calls this: they share the work of recipes that calibrate, the first one writes, and all return its report.
 
     Raises RecipeError, OptionError, SourceError, UnsupportedError, CheckpointError; nothing half-written stays behind.
     """
     start = time.monotonic()
-    chosen = load_recipe(recipe, options)
-    shard_bytes = parse_size(max_shard_size)
-    place = device_of(device)
-    work = None if work_dir is None else Path(work_dir)
-    notes = _ignored_data(chosen, data)
-    ranks, place = ranks_of(place) if needed(chosen) else (Ranks(), place)
-
-    def calibration(tokenizer: Any, config: Any) -> Calibration | None:
-        if not needed(chosen):
-            return None
-        data_ = _samples("demo" if data is None else data, tokenizer, config, samples, seq_len, seed)
-        return Calibration(data_, ranks, seed, work)
-
-    with torch.random.fork_rng():
+    reset_peak()
+    chosen, place = load_recipe(recipe, options), device_of(device)
+    # A model in memory is each process's own, and without data there is nothing to share.
+    ranks, place = ranks_of(place) if needed(chosen) or isinstance(model, str | Path) else (Ranks(), place)
+    with ranks.together(), torch.random.fork_rng():
         torch.manual_seed(seed)
+        shard_bytes = parse_size(max_shard_size)
+        work = None if work_dir is None else Path(work_dir)
+        notes = _ignored_data(chosen, data)
+
+        def calibration(known: Any, config: Any) -> Calibration | None:
+            if not needed(chosen):
+                return None
+            data_ = _samples("demo" if data is None else data, tokenizer or known, config, samples, seq_len, seed)
+            return Calibration(data_, ranks, seed, work)
+
         if not isinstance(model, str | Path):
             if out is not None:
                 check_out(Path(out), overwrite)
+            given = calibration(lambda: shared_tokenizer([model], [None]), model.config)
             solve_on = None if device == "auto" else place
-            known = tokenizer or (lambda: shared_tokenizer([model], [None]))
-            given = calibration(known, model.config)
             ledger, skipped, manifest = _compress_in_place(model, chosen, solve_on, work, notes, given)
             name = name_of(model)
-            if out is not None:
+            if out is not None and ranks.leads:
                 save(model, out, max_shard_size=shard_bytes, overwrite=overwrite)
         else:
             if out is None:
                 raise OptionError("Say where to write the compressed model: out=FOLDER (--out on the command line).")
-            check_out(Path(out), overwrite)
+            if ranks.leads:  # the others may come when it is being written
+                check_out(Path(out), overwrite)
             source = open_model(model, revision)
             name = source.name
             if Path(out).resolve() in (source.folder.resolve(), *source.folder.resolve().parents):
                 raise OptionError(f"--out '{out}' holds the model itself; name another folder.")
-            known = tokenizer or (lambda: folders.load_tokenizer(source.folder))
-            given = calibration(known, folders.read_config(source.folder))
-            if not ranks.leads and given is not None:
-                return _assist(source, chosen, place, given)
+            given = calibration(lambda: folders.load_tokenizer(source.folder), folders.read_config(source.folder))
+            if not ranks.leads:
+                return _assist(source, chosen, place, given, ranks)
             ledger, skipped, manifest = _compress_source(
                 source, chosen, Path(out), shard_bytes, place, work, overwrite, notes, given
             )
-    report = manifest.report
-    assert report is not None
-    result = CompressionReport(
-        model=name, recipe=chosen.name, out=None if out is None else str(out), bits_per_weight=report.bits_per_weight,
-        weights=report.weights, stored_bytes=report.stored_bytes, dense_bytes=report.dense_bytes,
-        seconds=time.monotonic() - start, peak_bytes=peak_bytes(), layers=tuple(ledger.layers), skipped=skipped,
-        fallbacks=ledger.fallbacks, notes=tuple(ledger.notes),
-    )  # fmt: skip
-    if not isinstance(model, str | Path):
-        return result
-    return CompressionReport.model_validate_json(ranks.spread({}, result.model_dump_json(), 0)[1])
+        report = manifest.report
+        assert report is not None
+        result = CompressionReport(
+            model=name, recipe=chosen.name, out=None if out is None else str(out),
+            bits_per_weight=report.bits_per_weight, weights=report.weights, stored_bytes=report.stored_bytes,
+            dense_bytes=report.dense_bytes, seconds=time.monotonic() - start, peak_bytes=peak_bytes(),
+            layers=tuple(ledger.layers), skipped=skipped, fallbacks=ledger.fallbacks, notes=tuple(ledger.notes),
+        )  # fmt: skip
+        return CompressionReport.model_validate_json(ranks.tell(result.model_dump_json()))
 
 
 def load(
@@ -341,15 +339,16 @@ def _compress_source(
     return ledger, skipped, manifest
 
 
-def _assist(source: ModelSource, recipe: Recipe, device: torch.device, calibration: Calibration) -> CompressionReport:
+def _assist(
+    source: ModelSource, recipe: Recipe, device: torch.device, calibration: Calibration | None, ranks: Ranks
+) -> CompressionReport:
     """What a rank does that writes nothing; it returns the first one's report."""
-    if can_stream(source.folder):
+    if calibration is not None and can_stream(source.folder):
         assist_folder(source.folder, recipe, calibration, device)
-    else:
-        compress_model_(
-            folders.load_folder(source.folder, dtype="auto"), recipe, device=device, calibration=calibration
-        )
-    return CompressionReport.model_validate_json(calibration.ranks.spread({}, "", 0)[1])
+    elif calibration is not None:
+        model = folders.load_folder(source.folder, dtype="auto")
+        compress_model_(model, recipe, device=device, calibration=calibration)
+    return CompressionReport.model_validate_json(ranks.tell(""))
 
 
 def _samples(data: Any, tokenizer: Any, config: Any, samples: int, seq_len: int, seed: int) -> Samples:

@@ -60,7 +60,11 @@ class WeightRecipe(StrictModel, ABC):
 
     recipe_version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
-    sample_layers: ClassVar[int] = 0
+
+    @property
+    def sample_layers(self) -> int:
+        """How many layers ``prepare`` wants to see."""
+        return 0
 
     def schedule(self) -> Schedule:
         """How the driver should feed it."""

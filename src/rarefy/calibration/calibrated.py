@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from rarefy.calibration.blocks import find_blocks
+from rarefy.calibration.capture import INPUTS
 from rarefy.calibration.driver import BATCH_TOKENS, Driver, Job
+from rarefy.calibration.gradients import KINDS
 from rarefy.calibration.journal import Journal, fingerprint
 from rarefy.calibration.parallel import Ranks
 from rarefy.calibration.plan import check_plan, fits_memory, plan
@@ -68,31 +70,37 @@ def calibrated(
         raise OptionError(f"{samples.count} calibration samples cannot be shared by {ranks.size} processes; use more.")
     sites = [site for site, _ in selection.chosen]
     blocks = find_blocks(model, sites)
+    methods = [rule.recipe() for rule in recipe.rules]
+    needs = needed(recipe)
     dtype = compute_dtype(weights.read(sites[0].parameter).dtype, device)
-    whole = samples.rebatch(BATCH_TOKENS[device.type], ranks.size)
-    own = whole.part(ranks.rank, ranks.size)
-    streams = len({rule.recipe().schedule().inputs for _, rule in selection.chosen})
-    marks = fingerprint(weights.identity(), whole.identity(), recipe.model_dump(mode="json"), device, dtype, ranks.size)
+    if dtype == torch.float16 and needs & KINDS.keys():
+        dtype = torch.float32  # gradients of one sequence lie below what float16 holds
+    own = samples.rebatch(BATCH_TOKENS[device.type], ranks.size).part(ranks.rank, ranks.size)
+    streams = len({method.schedule().inputs for method in methods if method.needs & INPUTS.keys()})
+    about = [recipe.model_dump(mode="json"), [[m.recipe_version, m.model_dump(mode="json")] for m in methods]]
+    marks = fingerprint(weights.identity(), samples.identity(), about, device, dtype, ranks.size)
     marks["seed"] = calibration.seed
     with ExitStack() as stack:
         folder = (calibration.work_dir or work) if ranks.leads else None
         journal = Journal(folder, marks, keeps=ranks.leads or everywhere)
         stack.callback(journal.close)
-        wanted = plan(model, blocks, sites, own, dtype, streams, calibration.work_dir is not None)
+        wanted = plan(model, blocks, sites, own, dtype, streams, bool(needs & KINDS.keys()))
         scratch = None
         if calibration.work_dir is not None:
             scratch = calibration.work_dir / f"rank-{ranks.rank}"
-        elif not fits_memory(wanted, device):
+        elif not fits_memory(wanted, device, ranks.size):
             place = stack.enter_context(TemporaryDirectory(prefix="rarefy-", dir=None if work is None else work.parent))
             scratch = Path(place)
         if ranks.leads:
             announce(wanted.describe(device, scratch is not None))
-        if warning := check_plan(wanted, device, scratch, scratch is not None):
+        if journal.finished < len(blocks) and (warning := check_plan(wanted, device, scratch, ranks.size)):
             log.warning("%s", warning)
-        job = Job(
-            model, weights, selection, recipe, own, device, dtype, journal, ranks, calibration.seed, scratch
-        )  # fmt: skip
-        Driver(job).run()
+        Driver(
+            Job(
+                model, weights, selection, recipe, own, device, dtype, journal, ranks, everywhere, calibration.seed,
+                scratch,
+            )
+        ).run()  # fmt: skip
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
-        yield journal, [*notes, *(note for entries in journal.notes.values() for note in entries)]
+        yield journal, [*notes, *(note for entries in journal.progress.notes.values() for note in entries)]

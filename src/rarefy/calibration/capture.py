@@ -6,6 +6,7 @@ expert is observed where the model's own loop multiplies its weight.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from rarefy.core.errors import FormatError, RecipeError, UnsupportedError
 from rarefy.layers.swap import Site
@@ -33,16 +35,31 @@ class Group:
     sites: list[Site]
     inputs: dict[str, InputStatistic]
 
+    @classmethod
+    def of(cls, site: Site, needs: frozenset[str], device: torch.device) -> Group:
+        """One site that nothing is known of yet."""
+        members = site.shape[0] if site.kind == "experts" else None
+        wanted = sorted(needs & INPUTS.keys())
+        return cls([site], {name: INPUTS[name](site.shape[-1], members, device) for name in wanted})
+
     def statistics(self) -> Statistics:
         return Statistics(**self.inputs)  # type: ignore[arg-type]
 
-    def check(self) -> None:
-        """Raise RecipeError, naming the layer, when its inputs were not finite."""
+    def finish(self) -> None:
+        """No more data comes. Raises RecipeError, naming the layer, when its inputs were not finite."""
         for statistic in self.inputs.values():
             try:
                 statistic.check()
             except FormatError as failure:
                 raise RecipeError(f"Layer '{self.sites[0].name}': {failure}.") from None
+            statistic.assume_uniform_()
+
+
+def unseen_inputs(site: Site, needs: frozenset[str], device: torch.device) -> dict[str, InputStatistic]:
+    """What is known of the inputs of a site that no data reached."""
+    group = Group.of(site, needs, device)
+    group.finish()
+    return group.inputs
 
 
 @dataclass
@@ -61,16 +78,20 @@ class Capture:
         self._leaders: set[str] = set()
         self._seen: dict[tuple[Any, ...], tuple[Group, Tensor]] = {}  # keeps inputs alive while a batch runs
         self._mask: Tensor | None = None
-        self._batches, self._last, self._early = 0, "", False
+        self._batches, self._early = 0, False
+        self._order: list[str] = []  # sites as the first batch reached them
+        self._last: str | None = None
 
     @contextmanager
     def watching(self, early: bool = False) -> Iterator[None]:
         """Observe every layer while the context lasts; call ``batch`` before each run.
 
-        With ``early`` the runs after the first end with EndOfBlock as soon as the last layer's input is known.
+        With ``early`` the runs after the first end with EndOfBlock as soon as the last layer's input is known, if the
+        first one reached every layer once: otherwise which one is the last may change with the data.
         """
-        self._early = early and all(site.kind != "experts" for site in self.sites)
+        self._early = early
         with ExitStack() as stack:
+            stack.callback(self._seen.clear)
             for site in self.sites:
                 if site.kind == "experts":
                     stack.enter_context(self._experts(site))
@@ -78,14 +99,17 @@ class Capture:
                     module = self.root.get_submodule(self._local(site.name))
                     handle = module.register_forward_pre_hook(self._hook(site), with_kwargs=True)
                     stack.callback(handle.remove)
+            for parent in {site.name.rpartition(".")[0] for site in self.sites if site.kind == "experts"}:
+                stack.enter_context(self._without_padding(self.root.get_submodule(self._local(parent))))
             yield
-        self._seen.clear()
 
     def batch(self, mask: Tensor | None) -> None:
         """A new batch begins; ``mask [samples, tokens]`` is zero where a token is padding."""
         self._seen.clear()
+        if self._batches == 1 and self._early and Counter(self._order) == Counter(site.name for site in self.sites):
+            self._last = self._order[-1]
         self._batches += 1
-        self._mask = None if mask is None or bool(mask.all()) else mask.bool()
+        self._mask = None if mask is None or bool(mask.all()) else mask.bool().to(self.device)
 
     def structure(self) -> list[list[str]]:
         """Names of the sites that read one input, by group."""
@@ -107,9 +131,9 @@ class Capture:
         self._group_of = {}
         for members in ordered.values():
             known = next((old[name] for name in members if name in old), None)
-            group = self._new_group(names[members[0]], self._wanted(names[members[0]]))
+            group = self._new_group(names[members[0]]) if known is None else known
             if known is not None:
-                group.inputs = known.inputs
+                self.groups.append(known)
             group.sites = [names[name] for name in members]
             self._group_of.update(dict.fromkeys(members, group))
 
@@ -122,8 +146,8 @@ class Capture:
             x = args[0] if args else next(iter(kwargs.values()))
             self._observe(site, x)
             if self._batches == 1:
-                self._last = site.name
-            elif self._early and site.name == self._last:
+                self._order.append(site.name)
+            elif site.name == self._last:
                 raise EndOfBlock
 
         return observe
@@ -134,7 +158,7 @@ class Capture:
         known = self._group_of.get(site.name)
         met = self._seen.get(key)
         if known is None:
-            group = met[0] if met else self._new_group(site, needs)
+            group = met[0] if met else self._new_group(site)
             if met:
                 group.sites.append(site)
             else:
@@ -151,15 +175,48 @@ class Capture:
                 statistic.update(self._flat(x))
 
     def _flat(self, x: Tensor) -> Tensor:
-        if self._mask is not None and x.shape[:-1] == self._mask.shape:
-            return x[self._mask.to(x.device)]
-        return x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1])
+        # A mask of other positions (those of an image, a pooled token) says nothing of these.
+        if self._mask is not None and x.shape[:-1] in (self._mask.shape, (self._mask.numel(),)):
+            return flat[self._mask.flatten()]
+        return flat
 
-    def _new_group(self, site: Site, needs: frozenset[str]) -> Group:
-        members = site.shape[0] if site.kind == "experts" else None
-        group = Group([site], {name: INPUTS[name](site.shape[-1], members, self.device) for name in sorted(needs)})
+    def _new_group(self, site: Site) -> Group:
+        group = Group.of(site, self._wanted(site), self.device)
         self.groups.append(group)
         return group
+
+    @contextmanager
+    def _without_padding(self, experts: nn.Module) -> Iterator[None]:
+        """Let ``experts`` see no padding: which rows each one takes is known only inside its forward."""
+
+        def drop(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if self._mask is None:
+                return None
+            keep = self._mask.flatten()
+            first = args[0] if args else next(iter(kwargs.values()))
+            if first.shape[:-1] != keep.shape:
+                raise UnsupportedError(
+                    f"Experts of '{self.prefix}' take {list(first.shape)} for a padding mask of {list(keep.shape)}, so "
+                    "padding cannot be told apart; give sequences of one length."
+                )
+            return tree_map(lambda part: part[keep] if _has_rows(part, keep) else part, (args, kwargs))
+
+        def fill(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+            if self._mask is None:
+                return None
+            keep = self._mask.flatten()
+            return output.new_zeros(keep.numel(), *output.shape[1:]).index_put((keep,), output)
+
+        handles = [
+            experts.register_forward_pre_hook(drop, with_kwargs=True),
+            experts.register_forward_hook(fill, with_kwargs=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def _experts(self, site: Site) -> Iterator[None]:
@@ -170,7 +227,7 @@ class Capture:
 
         def observe(x: Tensor, expert: int) -> None:
             if site.name not in self._group_of:
-                self._group_of[site.name] = self._new_group(site, self._wanted(site))
+                self._group_of[site.name] = self._new_group(site)
             for statistic in self._group_of[site.name].inputs.values():
                 statistic.update(x.reshape(-1, x.shape[-1]), expert)
 
@@ -186,6 +243,10 @@ class Capture:
 
     def _local(self, name: str) -> str:
         return name[len(self.prefix) :].removeprefix(".") if self.prefix else name
+
+
+def _has_rows(part: Any, keep: Tensor) -> bool:
+    return isinstance(part, Tensor) and part.dim() > 0 and part.shape[0] == keep.numel()
 
 
 class _Watched:

@@ -134,8 +134,7 @@ def compress_folder(
             dense_bytes += tensor.numel() * tensor.element_size()
             for parameter in (key, *copies.get(key, ())):
                 if parameter not in by_parameter:
-                    tensor = changed.get(parameter, tensor)
-                    writer.add(parameter, tensor if parameter == key else tensor.clone())
+                    writer.add(parameter, changed.get(parameter, tensor if parameter == key else tensor.clone()))
                     continue
                 site, rule = by_parameter[parameter]
                 terms, layer = solve(site, rule, tensor.T.contiguous() if site.kind == "conv1d" else tensor)

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rarefy.calibration.activations import FileStream, MemoryStream, Stream
+from rarefy.calibration.activations import FileShelf, FileStream, MemoryShelf, MemoryStream, Shelf, Stream
 from rarefy.calibration.blocks import Resident, find_blocks
 from rarefy.calibration.capture import INPUTS, Capture, EndOfBlock, Group
+from rarefy.calibration.fold import Producer
 from rarefy.calibration.gradients import KINDS, Sweep, reverse_sweep
-from rarefy.calibration.journal import Journal, Solved
+from rarefy.calibration.journal import Journal, Progress, Solved
 from rarefy.calibration.parallel import Ranks
 from rarefy.calibration.replay import Call, Replay, hidden_of
-from rarefy.calibration.samples import Samples
+from rarefy.calibration.samples import Batch, Samples, on_device
 from rarefy.calibration.selection import Selection
-from rarefy.calibration.solving import Solver
+from rarefy.calibration.solving import Solver, decoded
 from rarefy.calibration.weights import Overlay, Weights
 from rarefy.contracts import Layer, Recipe
-from rarefy.core.errors import UnsupportedError
+from rarefy.core.errors import OptionError, RecipeError, UnsupportedError
 from rarefy.core.progress import Advance, progress
 from rarefy.formats.terms import Term
 from rarefy.layers.swap import Site
@@ -48,6 +50,7 @@ class Job:
     dtype: torch.dtype
     journal: Journal
     ranks: Ranks
+    everywhere: bool = False  # whether all ranks, or only the first, end up with the solutions
     seed: int = 0
     scratch: Path | None = None  # where activations are mapped; None keeps them in memory
 
@@ -60,7 +63,8 @@ class Driver:
         chosen = [site for site, _ in job.selection.chosen]
         self.blocks = find_blocks(job.model, chosen)
         self.sites = {name: [site for site in chosen if site.name.startswith(f"{name}.")] for name in self.blocks}
-        inside = {site.name for sites in self.sites.values() for site in sites}
+        self.inside = [site for name in self.blocks for site in self.sites[name]]
+        inside = {site.name for site in self.inside}
         self.outside = [site for site in chosen if site.name not in inside]
         self.weights = Overlay(job.weights)
         rules = {site.name: rule for site, rule in job.selection.chosen}
@@ -68,86 +72,110 @@ class Driver:
         self.resident = Resident(job.model, self.weights, job.device, job.dtype)
         self.replay = Replay(job.model, self.blocks)
         self.batches = job.samples.batches
+        self.masks = [_token_mask(job.model, self.blocks[0], batch) for batch in self.batches]
+        self.shapes: list[torch.Size] = []  # of the hidden states, by batch
         self.streams: dict[str, Stream] = {}
         self.calls: list[list[Call]] = []
-        self.output: object = None
+        self.output: object = None  # what a block returns, for its form
+        self.prepared: dict[str, dict[str, Any]] = {}
+        self.notes: dict[str, list[str]] = {}
 
     @torch.no_grad()
     def run(self) -> None:
         """Solve what the journal does not hold yet."""
-        state = json.dumps([self.journal.finished, self.journal.prepared])
-        self.journal.finished, self.journal.prepared = json.loads(self.ranks.spread({}, state, 0)[1])
-        if self.journal.finished >= len(self.blocks) + bool(self.outside):
+        finished = self._recall()
+        if finished >= len(self.blocks) + bool(self.outside):
             return
-        self._enter()
-        if self.journal.finished == 0:
-            self._prepare()
-        else:
-            self._recall()
+        self._enter(finished)
         self._sweep()
-        with progress(self.job.recipe.name, len(self._all()) + len(self.outside)) as advance:
-            for name in self.blocks[: self.journal.finished]:
+        if not finished:
+            self._prepare()
+        with self._progress(self.job.recipe.name, len(self.inside) + len(self.outside)) as advance:
+            for name in self.blocks[:finished]:
                 advance(len(self.sites[name]))
-            for index in range(self.journal.finished, len(self.blocks)):
+            for index in range(finished, len(self.blocks)):
                 self._block(index, advance)
             if self.outside:
                 self._outside(advance)
 
+    def _recall(self) -> int:
+        """Take over what an interrupted job decided and, where all ranks want it, solved; the number of its units."""
+        progress = Progress.model_validate_json(self.ranks.tell(self.journal.progress.model_dump_json()))
+        self.journal.progress = progress
+        self.prepared, self.notes = dict(progress.prepared), dict(progress.notes)
+        for position, key in enumerate(list(self.solver.recipes)):
+            if decided := self.prepared.get(str(position)):
+                self.solver.recipes[key] = type(self.solver.recipes[key]).model_validate(decided)
+        for name, place in progress.producers.items():
+            self.solver.scales.producers[name] = None if place is None else Producer(*place)
+        for unit in progress.units if self.job.everywhere and self.ranks.size > 1 else ():
+            solved, dense = self.journal.unit(unit) if self.ranks.leads else ({}, {})
+            names = json.loads(self.ranks.tell(json.dumps(list(solved))))
+            everyones = {name: self.solver.exchange(solved.get(name), 0) for name in names}
+            dense, _ = self.ranks.spread(dense, "", 0)
+            if not self.ranks.leads:
+                self.journal.keep(unit, everyones, dense)
+        return len(progress.units)
+
     # The model around the blocks
 
-    def _enter(self) -> None:
+    def _enter(self, finished: int) -> None:
         """Run what comes before the blocks: their first inputs, and how each of them is called."""
-        kinds = {self.solver.schedule(site).inputs for site in self._all() + self.outside if self._observed(site)}
-        if not kinds and not self._gradients():
-            return
-        batches = [self._on_device(batch) for batch in self.batches]
-        with self.resident.outside(self.blocks):
-            shapes = [self.replay.first_call(batch)[0].shape for batch in batches]
+        kinds = {self.solver.schedule(site).inputs for site in self.inside + self.outside if self._observed(site)}
+        _check_data(self.job.model, self.batches)
+        with self.resident.outside(self.blocks), self.resident.block(self.blocks[0]) as block:
+            self.shapes = [self.replay.first_call(self._on_device(batch))[0].shape for batch in self.batches]
             for kind in sorted(kinds):
-                self.streams[kind] = self._stream(kind, shapes)
-            for number, batch in enumerate(batches):
+                self.streams[kind] = self._stream(kind, finished)
+            for number, batch in enumerate(map(self._on_device, self.batches)):
                 hidden, call = self.replay.first_call(batch)
-                if self.journal.finished == 0:
-                    for stream in self.streams.values():
-                        stream.write(number, hidden)
+                for stream in self.streams.values() if not finished else ():
+                    stream.write(number, hidden)
+                # What a block returns beside the hidden state may go to the blocks after it, and differ by batch.
                 if self.output is None or isinstance(self.output, tuple):
-                    with self.resident.block(self.blocks[0]) as block:
-                        self.output = call.run(block, hidden)
+                    self.output = call.run(block, hidden)
                 self.calls.append(self.replay.calls(batch, self.output))
-        if self.journal.finished == 0:
-            for stream in self.streams.values():
-                stream.commit()
+        for stream in self.streams.values() if not finished else ():
+            stream.commit()
 
-    def _stream(self, kind: str, shapes: Sequence[Sequence[int]]) -> Stream:
+    def _stream(self, kind: str, finished: int) -> Stream:
         if self.job.scratch is None:
-            return MemoryStream(len(self.batches))
+            return MemoryStream(len(self.batches), self.job.dtype)
         # The first block's inputs are generation 1; what has been committed beyond the journal is done again.
-        generation = self.journal.finished + 1 if self.journal.finished else 0
-        return FileStream(self.job.scratch, f"inputs-{kind}", shapes, self.job.dtype, generation)
+        generation = finished + 1 if finished else 0
+        return FileStream(self.job.scratch, f"inputs-{kind}", self.shapes, self.job.dtype, generation)
+
+    def _shelf(self, name: str) -> Shelf:
+        if self.job.scratch is None:
+            return MemoryShelf(len(self.batches), self.job.dtype)
+        return FileShelf(self.job.scratch / f"{name}.bin", self.shapes, self.job.dtype)
 
     def _sweep(self) -> None:
-        needs = self._gradients()
-        if needs:
-            causal = bool(getattr(self.job.model, "can_generate", lambda: False)())
+        """Gradients of the dense model's weights, for recipes that need them."""
+        if any(self.solver.recipe(site).needs & KINDS.keys() for site in self.inside + self.outside):
             sweep = Sweep(
-                self.replay, self.resident, self.batches, self.calls, self.output, self.sites, needs, self.ranks,
-                self.job.seed, causal,
+                self.replay, self.resident, self.batches, self.calls, self.output, self.sites,
+                lambda site: self.solver.recipe(site).needs, self.ranks, self.job.seed, self._shelf,
             )  # fmt: skip
-            self.solver.gradients = reverse_sweep(sweep, self.job.scratch)
+            with self._progress("gradients", 2 * len(self.blocks)) as advance:
+                self.solver.gradients = reverse_sweep(sweep, self.job.scratch, advance)
 
     def _outside(self, advance: Advance) -> None:
-        """Layers before and after the blocks, such as a pooler, on what the compressed blocks give."""
+        """Layers before and after the blocks, such as a pooler, on what the blocks give."""
+        solved: dict[str, Solved] = {}
         with self.resident.outside(self.blocks):
-            capture = self._watch(self.job.model, self.outside, "")
-            if any(map(self._observed, self.outside)):
-                stream = self._main_stream()
-                with capture.watching():
-                    for number, batch in enumerate(self.batches):
-                        capture.batch(batch.get("attention_mask"))
-                        hidden = stream.read(number).to(self.job.device)
-                        self.replay.tail(self._on_device(batch), hidden, self.output)
-                self._merge(capture)
-            solved = self._solve(capture, advance, None)
+            for kind in ("compressed", "dense"):
+                sites = [site for site in self.outside if self.solver.schedule(site).inputs == kind]
+                capture = self._watch(self.job.model, sites, "")
+                if any(map(self._observed, sites)):
+                    with capture.watching(early=True):
+                        for number, batch in enumerate(map(self._on_device, self.batches)):
+                            capture.batch(self.masks[number])
+                            hidden = self.streams[kind].read(number).to(self.job.device, copy=True)
+                            with suppress(EndOfBlock):
+                                self.replay.tail(batch, hidden, self.output)
+                    self._merge(capture)
+                solved.update(self.solver.solve(_groups(capture), advance, None))
         self._keep(OUTSIDE, solved)
 
     # One block
@@ -165,7 +193,7 @@ class Driver:
             for kind, capture in captures.items():
                 self._fold(index, block, capture, kind)
             for kind, capture in captures.items():
-                solved.update(self._solve(capture, advance, (index, block, kind)))
+                solved.update(self._solve(capture, advance, index, block, kind))
             if "compressed" in self.streams and (index + 1 < len(self.blocks) or self.outside):
                 self._forward(index, block, "compressed", None, write=True)
         self._keep(name, solved)
@@ -175,7 +203,8 @@ class Driver:
         observed = any(map(self._observed, sites))
         if observed or write:
             self._forward(index, block, kind, capture if observed else None, write)
-        self._merge(capture)
+        if observed:
+            self._merge(capture)
         return capture
 
     def _watch(self, root: nn.Module, sites: Sequence[Site], prefix: str) -> Capture:
@@ -188,7 +217,7 @@ class Driver:
         for group in capture.groups:
             for statistic in group.inputs.values():
                 self.ranks.add_(statistic.sums().values())
-            group.check()
+            group.finish()
 
     def _forward(self, index: int, block: nn.Module, kind: str, capture: Capture | None, write: bool) -> None:
         """All batches of one stream through a block; ``write`` makes the outputs the next block's inputs."""
@@ -196,10 +225,10 @@ class Driver:
         with ExitStack() as stack:
             if capture is not None:
                 stack.enter_context(capture.watching(early=not write))
-            for number, batch in enumerate(self.batches):
-                hidden = stream.read(number).to(self.job.device)
+            for number, mask in enumerate(self.masks):
+                hidden = stream.read(number).to(self.job.device, copy=True)
                 if capture is not None:
-                    capture.batch(batch.get("attention_mask"))
+                    capture.batch(mask)
                 try:
                     output = hidden_of(self.calls[number][index].run(block, hidden))
                 except EndOfBlock:
@@ -216,39 +245,46 @@ class Driver:
         """Let recipes move difficulty from inputs into weights, before any layer of the block is solved."""
 
         def probe() -> Tensor:
-            return hidden_of(self.calls[0][index].run(block, self.streams[kind].read(0).to(self.job.device)))
+            hidden = self.streams[kind].read(0).to(self.job.device, copy=True)
+            return hidden_of(self.calls[0][index].run(block, hidden))
 
         for group in capture.groups:
             recipe = self.solver.recipe(group.sites[0])
             factor = recipe.input_scale([self.solver.layer(site, group) for site in group.sites])
-            if factor is not None:
-                self.solver.scales.fold(block, self.blocks[index], group, factor, self.weights, probe)
+            if factor is None:
+                continue
+            if any(self.solver.recipe(site).needs & KINDS.keys() for site in self.sites[self.blocks[index]]):
+                raise RecipeError(
+                    f"Layer '{group.sites[0].name}': its recipe scales inputs, but gradients of this block were taken "
+                    "before; use input statistics only."
+                )
+            self.solver.scales.fold(block, self.blocks[index], group, factor, self.weights, probe)
 
-    def _solve(self, capture: Capture, advance: Advance, place: tuple[int, nn.Module, str] | None) -> dict[str, Solved]:
-        """Solve what was captured; ``place`` is the block that takes the solutions, and the stream it reads."""
-        unseen = capture.unseen()
-        groups = capture.groups + [Group([site], {}) for site in unseen]
-        missing = frozenset(site.name for site in unseen if self._observed(site))
-        if place is None:
-            return self.solver.solve(groups, missing, advance, None)
-        index, block, kind = place
+    def _solve(
+        self, capture: Capture, advance: Advance, index: int, block: nn.Module, kind: str
+    ) -> dict[str, Solved]:
+        """Solve what was captured in a block, and put the solutions into it."""
+        groups = _groups(capture)
 
         def install(site: Site, terms: Sequence[Term]) -> None:
             self._install(block, self.blocks[index], site, terms)
 
         if not any(self.solver.schedule(site).true_sequential for site in capture.sites):
-            return self.solver.solve(groups, missing, advance, install)
+            return self.solver.solve(groups, advance, install)
         solved: dict[str, Solved] = {}
-        for position, group in enumerate(groups):
-            if position and group.inputs:
-                seen = self._observe(index, block, group.sites, kind).groups
-                group.inputs = seen[0].inputs if seen else {}
-            solved.update(self.solver.solve([group], missing, advance, install))
+        again = [bool(group.inputs) for group in groups[1:]]
+        for group in groups[1:]:
+            group.inputs = {}
+        solved.update(self.solver.solve(groups[:1], advance, install))
+        for group, observe in zip(groups[1:], again, strict=True):
+            # Layers see what the compressed ones before them make of the inputs.
+            fresh = _groups(self._observe(index, block, group.sites, kind)) if observe else [group]
+            solved.update(self.solver.solve(list(map(self.solver.scales.observed, fresh)), advance, install))
         return solved
 
     def _install(self, block: nn.Module, prefix: str, site: Site, terms: Sequence[Term]) -> None:
         """Put the compressed weight's values where the dense ones were, for the layers that come after."""
-        weight = torch.stack([term.to(self.job.device).decode() for term in terms]).sum(0)
+        weight = decoded([term.to(self.job.device) for term in terms])
         for term in terms:
             term.to("cpu")
         weight = weight.T if site.kind == "conv1d" else weight
@@ -259,12 +295,16 @@ class Driver:
 
     def _keep(self, unit: str, solved: dict[str, Solved]) -> None:
         parameters = {site.parameter for site, _ in self.job.selection.chosen}
-        dense = {name: tensor for name, tensor in self.weights.changed.items() if name not in parameters}
+        dense = {
+            name: tensor.to(self.weights.base.read(name).dtype)
+            for name, tensor in self.weights.changed.items()
+            if name not in parameters
+        }
         self.journal.keep(unit, solved, dense)
         for stream in self.streams.values():
             stream.commit()
         self.ranks.wait()
-        self.journal.advance()
+        self.journal.advance(unit, prepared=self.prepared, notes=self.notes, producers=self.solver.scales.producers)
         self.weights.changed.clear()
         self.solver.scales.clear()
 
@@ -272,18 +312,17 @@ class Driver:
 
     def _prepare(self) -> None:
         """Show each recipe that asks for it a few layers of the dense model, and note what it decided."""
-        for key, recipe in list(self.solver.recipes.items()):
+        for position, (key, recipe) in enumerate(list(self.solver.recipes.items())):
             wanted = recipe.sample_layers
             if not wanted:
                 continue
-            sites = [site for site in self._all() if self.solver.recipe(site) is recipe and site.kind != "experts"]
+            sites = [site for site in self.inside if self.solver.recipe(site) is recipe and site.kind != "experts"]
             picked = [sites[int((number + 0.5) * len(sites) / wanted)] for number in range(wanted)] if sites else []
             decided = recipe.prepare(self._sample(picked))
             self.solver.recipes[key] = decided
             before, after = recipe.model_dump(mode="json"), decided.model_dump(mode="json")
-            position = str(list(self.solver.recipes).index(key))
-            self.journal.prepared[position] = after
-            self.journal.notes[f"recipe {position}"] = [
+            self.prepared[str(position)] = after
+            self.notes[f"recipe {position}"] = [
                 f"{name} = {value:.6g} was chosen on {len(picked)} layers"
                 if isinstance(value, float)
                 else f"{name} = {value} was chosen"
@@ -291,30 +330,24 @@ class Driver:
                 if value != before[name]
             ]
 
-    def _recall(self) -> None:
-        """The options that recipes decided before the job was interrupted."""
-        for position, key in enumerate(list(self.solver.recipes)):
-            if decided := self.journal.prepared.get(str(position)):
-                self.solver.recipes[key] = type(self.solver.recipes[key]).model_validate(decided)
-
     def _sample(self, picked: Sequence[Site]) -> list[Layer]:
+        """``picked`` layers with what a few sequences tell of them."""
         layers: list[Layer] = []
         names = {site.name for site in picked}
-        count = max(1, -(-SAMPLE_SEQUENCES // self.ranks.size))
-        hidden: list[tuple[int, Tensor]] = []
-        source = self._main_stream()
-        for number in range(len(self.batches)):
-            if sum(len(part) for _, part in hidden) < count:
-                hidden.append((number, source.read(number).clone()))
+        wanted, hidden = -(-SAMPLE_SEQUENCES // self.ranks.size), list[Tensor]()
+        with self.resident.outside(self.blocks):
+            for batch in self.batches:
+                if sum(map(len, hidden)) < wanted:
+                    hidden.append(self.replay.first_call(self._on_device(batch))[0].to("cpu"))
         for index, name in enumerate(self.blocks):
             own = [site for site in self.sites[name] if site.name in names]
             with self.resident.block(name) as block:
                 capture = self._watch(block, own, name)
                 with capture.watching():
-                    for position, (number, part) in enumerate(hidden):
-                        capture.batch(self.batches[number].get("attention_mask"))
-                        output = hidden_of(self.calls[number][index].run(block, part.to(self.job.device)))
-                        hidden[position] = (number, output.to("cpu"))
+                    for number, part in enumerate(hidden):
+                        capture.batch(self.masks[number])
+                        output = self.calls[number][index].run(block, part.to(self.job.device, copy=True))
+                        hidden[number] = hidden_of(output).to("cpu")
                 self._merge(capture)
                 layers += [self.solver.layer(site, group) for group in capture.groups for site in group.sites]
             names -= {site.name for site in own}
@@ -327,18 +360,49 @@ class Driver:
     def _observed(self, site: Site) -> bool:
         return bool(self.solver.recipe(site).needs & INPUTS.keys())
 
-    def _gradients(self) -> frozenset[str]:
-        """Gradient statistics that a recipe of a layer inside the blocks needs."""
-        return frozenset(name for site in self._all() for name in self.solver.recipe(site).needs & KINDS.keys())
+    def _on_device(self, batch: Batch) -> Batch:
+        return on_device(batch, self.job.device, self.job.dtype)
 
-    def _all(self) -> list[Site]:
-        return [site for name in self.blocks for site in self.sites[name]]
+    def _progress(self, label: str, steps: int) -> AbstractContextManager[Advance]:
+        return progress(label, steps) if self.ranks.leads else nullcontext(_silent)
 
-    def _main_stream(self) -> Stream:
-        return self.streams.get("compressed") or self.streams["dense"]
 
-    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            name: tensor.to(self.job.device, self.job.dtype if tensor.is_floating_point() else tensor.dtype)
-            for name, tensor in batch.items()
-        }
+def _silent(steps: float = 1, note: str = "") -> None:
+    """Ranks that do not lead say nothing."""
+
+
+def _groups(capture: Capture) -> list[Group]:
+    """What was captured, and what no input reached."""
+    return capture.groups + [Group([site], {}) for site in capture.unseen()]
+
+
+def _token_mask(model: nn.Module, block: str, batch: Batch) -> Tensor | None:
+    """The padding mask ``[samples, tokens]`` of what the blocks read, if there is one."""
+    mask = batch.get("attention_mask")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder" in block.split("."):
+        if mask is not None and not bool(mask.all()):
+            raise UnsupportedError(
+                "Padding of an encoder's tokens cannot be told apart where its decoder reads them; calibrate a decoder "
+                "on sequences without padding."
+            )
+        mask = batch.get("decoder_attention_mask")
+    return mask if mask is not None and mask.dim() == 2 else None
+
+
+def _check_data(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Raise OptionError for what would fail deep inside the model, or on a GPU without a reason."""
+    main = getattr(model, "main_input_name", None)
+    if main is not None and not any(name in batch for batch in batches for name in (main, "inputs_embeds")):
+        raise OptionError(
+            f"{type(model).__name__} reads '{main}', but the calibration data has {', '.join(batches[0])}; give batches "
+            "of the inputs that it reads."
+        )
+    config = getattr(model, "config", None)
+    size = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
+    for batch in batches if size is not None else ():
+        largest = int(batch["input_ids"].max()) if "input_ids" in batch and batch["input_ids"].numel() else 0
+        if largest >= size:  # type: ignore[operator]
+            raise OptionError(
+                f"The calibration data has token {largest}, but the vocabulary of the model has {size}; use its own "
+                "tokenizer."
+            )

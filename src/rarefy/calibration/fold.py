@@ -6,25 +6,29 @@ input follows and the block's output stays. A factor without such a producer is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rarefy.calibration.capture import Group
 from rarefy.calibration.weights import Overlay
+from rarefy.core.errors import RecipeError
 from rarefy.formats.inputs import RawInput, ScaledInput
 from rarefy.formats.terms import Term
 from rarefy.layers.swap import Site, is_conv1d
-from rarefy.statistics import ColumnMoments, Gram, Statistics
+from rarefy.statistics import ColumnMoments, Gram, InputStatistic
 
-# Relative error up to which a probe counts as equal; wrong candidates are off by tens of percent.
-TOLERANCE = 0.03
+# Relative error up to which a trial counts as equal. Trial factors are powers of two, which round nowhere but in norms
+# that multiply by ``1 + weight``; a wrong candidate is off by tens of percent.
+TOLERANCE = 0.01
+TRIAL_EXPONENTS = 5
 
 
-@dataclass(frozen=True)
-class Producer:
+class Producer(NamedTuple):
     """``parameter[start : start + n]`` (rows of a linear layer, channels of a norm) makes the input's channels.
 
     ``offset``: 1 for norms that multiply by ``1 + weight``.
@@ -36,17 +40,26 @@ class Producer:
 
 
 class InputScales:
-    """Folds factors into producers, block by block; the same place is tried first in the next block."""
+    """Folds factors into producers, block by block; the same place is tried first in the next block.
 
-    def __init__(self) -> None:
+    ``producers``: the places found so far, by the layer's name within a block; None where there is none. ``agree``
+    makes one rank's answer everybody's.
+    """
+
+    def __init__(self, agree: Callable[[str], str] = str) -> None:
         self.factors: dict[str, Tensor] = {}  # site -> the factor its weight is multiplied by
-        self.explicit: dict[str, Tensor] = {}  # site -> the factor its stored input scale divides by
-        self._known: dict[str, Producer | None] = {}
+        self.producers: dict[str, Producer | None] = {}
+        self._explicit: set[str] = set()  # sites whose stored input scale divides by the factor
+        self._agree = agree
 
     def clear(self) -> None:
         """Forget one block's factors."""
         self.factors.clear()
-        self.explicit.clear()
+        self._explicit.clear()
+
+    def explicit(self, site: Site) -> Tensor | None:
+        """The factor by which the site's stored input scale has to divide, if nothing before it does."""
+        return self.factors[site.name] if site.name in self._explicit else None
 
     def fold(
         self,
@@ -56,63 +69,68 @@ class InputScales:
         factor: Tensor,
         weights: Overlay,
         probe: Callable[[], Tensor],
-        may_probe: bool = True,
     ) -> None:
-        """Multiply the weights of ``group`` by ``factor [in]`` and divide their input by it.
+        """Multiply the weights of ``group`` by ``factor [in]`` and divide their input, and what is known of it, by it.
 
         ``probe`` runs the block on some data and returns its output. ``weights`` gets the producer's new tensors.
+        Raises RecipeError when ``factor`` is not one positive number per input column.
         """
         names = [site.name for site in group.sites]
+        width = group.sites[0].shape[-1]
+        if factor.shape != (width,) or not bool((factor > 0).all() and torch.isfinite(factor).all()):
+            raise RecipeError(f"Layer '{names[0]}': its recipe's input_scale is not {width} positive finite numbers.")
         self.factors.update(dict.fromkeys(names, factor))
-        _scale_consumers(block, prefix, group.sites, factor)
-        local = group.sites[0].name[len(prefix) + 1 :]
-        producer = self._find(block, local, group, prefix, factor, probe) if may_probe else None
+        producer = self._find(block, prefix, group, width, probe)
         if producer is None:
-            self.explicit.update(dict.fromkeys(names, factor))
-            _scale_consumers(block, prefix, group.sites, 1 / factor)
-            return
-        _apply(block, producer, 1 / factor, prefix, weights)
+            self._explicit.update(names)
+        else:
+            _scale_consumers(block, prefix, group.sites, factor)
+            _apply(block, producer, 1 / factor, prefix, weights)
+        group.inputs = scaled_inputs(group.inputs, factor)
+
+    def observed(self, group: Group) -> Group:
+        """``group``, observed after ``fold``, with what is known of it on the scale of its factor."""
+        factor = self.explicit(group.sites[0])
+        return group if factor is None else Group(group.sites, scaled_inputs(group.inputs, factor))
 
     def _find(
-        self, block: nn.Module, local: str, group: Group, prefix: str, factor: Tensor, probe: Callable[[], Tensor]
+        self, block: nn.Module, prefix: str, group: Group, width: int, probe: Callable[[], Tensor]
     ) -> Producer | None:
-        if local in self._known and self._known[local] is None:
+        local = group.sites[0].name[len(prefix) + 1 :]
+        known = self.producers.get(local)
+        if group.sites[0].kind == "experts" or (local in self.producers and known is None):
             return None
+        module = block.get_submodule(local)
+        expected = _observe(module, probe)
         # A strong factor tells candidates apart; its consumers are scaled to match while the trial lasts.
-        generator = torch.Generator().manual_seed(0)
-        strong = (0.5 + 1.5 * torch.rand(factor.numel(), generator=generator)).to(factor)
-        _scale_consumers(block, prefix, group.sites, 1 / factor)
-        module = block.get_submodule(local) if group.sites[0].kind != "experts" else None
-        found = None
-        if module is not None:
-            expected_input, expected = _observe(module, probe)
-            _scale_consumers(block, prefix, group.sites, strong)
-            known = self._known.get(local)
-            for producer in [known] if known else list(_candidates(block, prefix, group.sites, factor.numel())):
+        exponents = torch.randint(0, TRIAL_EXPONENTS, (width,), generator=torch.Generator().manual_seed(0))
+        strong = (0.5**exponents).to(expected[0].device)
+        best, smallest = None, TOLERANCE
+        _scale_consumers(block, prefix, group.sites, strong)
+        for candidates in ([known] if known else [], _candidates(block, prefix, group.sites, width)):
+            for producer in candidates if best is None else ():
                 undo = _apply(block, producer, 1 / strong, prefix, None)
                 seen_input, seen = _observe(module, probe)
                 undo()
-                if _close(seen_input * strong.to(seen_input.dtype), expected_input) and _close(seen, expected):
-                    found = producer
-                    break
-            _scale_consumers(block, prefix, group.sites, 1 / strong)
-        _scale_consumers(block, prefix, group.sites, factor)
-        self._known[local] = found
-        return found
+                error = max(_distance(seen_input * strong, expected[0]), _distance(seen, expected[1]))
+                if error < smallest:
+                    best, smallest = producer, error
+        _scale_consumers(block, prefix, group.sites, 1 / strong)
+        chosen = json.loads(self._agree(json.dumps(best)))
+        self.producers[local] = None if chosen is None else Producer(*chosen)
+        return self.producers[local]
 
 
-def scaled_statistics(statistics: Statistics, factor: Tensor) -> Statistics:
-    """Statistics of ``x / factor`` from those of ``x``."""
-    gram, columns = statistics.gram, statistics.columns
-    if gram is not None:
-        old, gram = gram, Gram.__new__(Gram)
-        gram.__dict__.update(old.__dict__)
-        gram.sum = old.sum / (factor[:, None] * factor)
-    if columns is not None:
-        before, columns = columns, ColumnMoments.__new__(ColumnMoments)
-        columns.__dict__.update(before.__dict__)
-        columns.absolute, columns.square = before.absolute / factor, before.square / factor.square()
-    return Statistics(gram, columns, statistics.fisher, statistics.gradient)
+def scaled_inputs(inputs: Mapping[str, InputStatistic], factor: Tensor) -> dict[str, InputStatistic]:
+    """Statistics of ``x / factor`` from those of ``x``; these stay as they are."""
+    scaled: dict[str, InputStatistic] = {}
+    for name, statistic in inputs.items():
+        other = scaled[name] = copy.copy(statistic)
+        if isinstance(other, Gram):
+            other.sum = other.sum / (factor[:, None] * factor)
+        elif isinstance(other, ColumnMoments):
+            other.absolute, other.square = other.absolute / factor, other.square / factor.double().square()
+    return scaled
 
 
 def scaled_terms(terms: Sequence[Term], factor: Tensor) -> list[Term]:
@@ -196,7 +214,11 @@ def _scale_consumers(block: nn.Module, prefix: str, sites: Sequence[Site], facto
 def _observe(module: nn.Module, probe: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """The module's input and the probe's output."""
     seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args[0] if args else next(iter(kwargs.values()))).detach().clone())
+
+    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         output = probe()
     finally:
@@ -204,6 +226,7 @@ def _observe(module: nn.Module, probe: Callable[[], Tensor]) -> tuple[Tensor, Te
     return seen[0], output
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    difference = (found.float() - expected.float()).norm()
-    return bool(difference <= TOLERANCE * expected.float().norm())
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """Relative, in the Frobenius norm; infinite where a value is not finite."""
+    distance = float((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))
+    return distance if distance == distance else float("inf")

@@ -7,7 +7,9 @@ those of its weights and of its input. One sequence at a time, since statistics 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,19 +17,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from rarefy.calibration.activations import Shelf
 from rarefy.calibration.blocks import Resident
+from rarefy.calibration.kept import Kept, keep_tensors
 from rarefy.calibration.parallel import Ranks
 from rarefy.calibration.replay import Call, Replay, hidden_of
-from rarefy.calibration.samples import Batch
+from rarefy.calibration.samples import Batch, on_device
 from rarefy.core.errors import RecipeError
-from rarefy.core.files import write_tensors
-from rarefy.core.progress import progress
+from rarefy.core.progress import Advance
 from rarefy.layers.swap import Site
 from rarefy.statistics import Fisher, Gradient, Statistics
 from rarefy.statistics.gradients import GradientStatistic
 
 KINDS: dict[str, type[GradientStatistic]] = {"fisher": Fisher, "gradient": Gradient}
+IGNORED = -100  # a target that the cross-entropy leaves out
 
 
 @dataclass
@@ -40,10 +45,13 @@ class Sweep:
     calls: Sequence[Sequence[Call]]  # [batch][block]
     output: Any  # what a block returns, for its form
     sites: Mapping[str, Sequence[Site]]  # block -> sites
-    needs: frozenset[str]
+    needs: Callable[[Site], frozenset[str]]
     ranks: Ranks
     seed: int
-    causal: bool  # whether logits predict the next token
+    shelf: Callable[[str], Shelf]  # where hidden states of all batches can be kept
+
+    def kinds(self, site: Site) -> list[str]:
+        return sorted(self.needs(site) & KINDS.keys())
 
 
 class GradientFiles:
@@ -58,159 +66,175 @@ class GradientFiles:
         assert self._folder is not None
         return self._folder / f"gradients-{block}.safetensors"
 
-    def add_to(self, statistics: Statistics, site: Site, device: torch.device) -> Statistics:
-        """``statistics`` with those of the site's gradients; unchanged for a site outside the blocks."""
-        from safetensors import safe_open
-
+    def add_to(self, statistics: Statistics, site: Site, needs: frozenset[str], device: torch.device) -> Statistics:
+        """``statistics`` with those of the site's gradients that ``needs`` names; outside the blocks none are known."""
         block = next((name for name in self._blocks if site.name.startswith(f"{name}.")), None)
-        if block is None:
-            return statistics
         found: dict[str, Any] = {}
-        with safe_open(self.path(block), framework="pt") as opened:
-            names = set(opened.keys())
-            for kind, cls in KINDS.items():
-                if f"{site.name}.{kind}.sum" not in names:
-                    continue
-                statistic = cls(site.shape, device)
+        for kind in sorted(needs & KINDS.keys()):
+            statistic = found[kind] = KINDS[kind](site.shape, device)
+            lead = f"{site.name}.{kind}."
+            if block is not None:
+                tensors = Kept(self.path(block)).read(lambda name, lead=lead: name.startswith(lead))  # type: ignore[misc]
                 for label in statistic.sums():
-                    setattr(statistic, label, opened.get_tensor(f"{site.name}.{kind}.{label}").to(device))
-                found[kind] = statistic
+                    setattr(statistic, label, tensors[lead + label].to(device))
+            statistic.assume_uniform_()
         return replace(statistics, **found)
 
 
-def reverse_sweep(sweep: Sweep, folder: Path | None) -> GradientFiles:
+def reverse_sweep(sweep: Sweep, folder: Path | None, advance: Advance) -> GradientFiles:
     """Gradient statistics of all sites, in ``folder`` (each rank's own); not done again when it holds all blocks'.
 
-    Raises RecipeError when no sequence gave a finite gradient.
+    ``advance`` counts two steps for each block. Raises RecipeError when no sequence gave a finite gradient.
     """
     blocks = sweep.replay.blocks
     files = GradientFiles(folder, blocks)
-    if all(files.path(block).is_file() for block in blocks):
+    if sweep.ranks.all(all(files.path(block).is_file() for block in blocks)):
         return files
-    inputs = _forward(sweep, blocks)
-    upstream = _tail_gradients(sweep, inputs.pop())
-    with progress("gradients", len(blocks)) as advance:
-        for index in range(len(blocks) - 1, -1, -1):
-            block = blocks[index]
-            with sweep.resident.block(block) as module:
-                statistics, upstream = _through(sweep, index, module, inputs.pop(), upstream)
-            tensors = {}
-            for name, statistic in statistics.items():
-                sweep.ranks.add_(statistic.sums().values())
-                if not int(statistic.sequences):
-                    raise RecipeError(
-                        f"Layer '{name.rpartition('.')[0]}' has no finite gradient on the data; repair it."
-                    )
-                tensors.update({f"{name}.{label}": t.cpu().contiguous() for label, t in statistic.sums().items()})
-            write_tensors(files.path(block), tensors, {})
-            advance(note=block)
+    inputs = _forward(sweep, blocks, advance)
+    upstream = inputs.pop()
+    _tail_gradients(sweep, upstream)
+    for index in range(len(blocks) - 1, -1, -1):
+        block = blocks[index]
+        with sweep.resident.block(block) as module:
+            statistics = _through(sweep, index, module, inputs[index], upstream)
+        inputs.pop().discard()
+        tensors = {}
+        for name, statistic in statistics.items():
+            sweep.ranks.add_(statistic.sums().values())
+            if not int(statistic.sequences):
+                raise RecipeError(
+                    f"Layer '{name.rpartition('.')[0]}' has no finite gradient on the data; repair the model."
+                )
+            tensors.update({f"{name}.{label}": tensor for label, tensor in statistic.sums().items()})
+        keep_tensors(files.path(block), tensors, {})
+        advance(note=block)
+    upstream.discard()
     return files
 
 
-def _forward(sweep: Sweep, blocks: Sequence[str]) -> list[list[Tensor]]:
+def _forward(sweep: Sweep, blocks: Sequence[str], advance: Advance) -> list[Shelf]:
     """The inputs of every block and, last, the output of the last one, by batch, on the host."""
     device = sweep.resident.device
+    shelves = [sweep.shelf("states-0")]
     with sweep.resident.outside(blocks):
-        kept = [[sweep.replay.first_call(_moved(batch, device))[0].cpu() for batch in sweep.batches]]
+        for number, batch in enumerate(sweep.batches):
+            own = on_device(batch, device, sweep.resident.dtype)
+            shelves[0].write(number, sweep.replay.first_call(own)[0])
     for index, block in enumerate(blocks):
+        shelves.append(sweep.shelf(f"states-{index + 1}"))
         with sweep.resident.block(block) as module:
-            outputs = [
-                hidden_of(sweep.calls[number][index].run(module, hidden.to(device))).cpu()
-                for number, hidden in enumerate(kept[-1])
-            ]
-        kept.append(outputs)
-    return kept
+            for number in range(len(sweep.batches)):
+                hidden = shelves[index].read(number).to(device, copy=True)
+                shelves[-1].write(number, hidden_of(sweep.calls[number][index].run(module, hidden)))
+        advance(note=block)
+    return shelves
 
 
-def _tail_gradients(sweep: Sweep, hidden: list[Tensor]) -> list[Tensor]:
-    """Gradient of each sequence's loss by its last hidden state."""
-    device = sweep.resident.device
-    generator = torch.Generator().manual_seed(sweep.seed)
-    gradients = []
+def _tail_gradients(sweep: Sweep, hidden: Shelf) -> None:
+    """Replace each sequence's last hidden state by the gradient of its loss by it."""
+    device, model = sweep.resident.device, sweep.replay.model
     with sweep.resident.outside(sweep.replay.blocks), torch.enable_grad():
-        for batch, states in zip(sweep.batches, hidden, strict=True):
+        for number, batch in enumerate(sweep.batches):
+            states = hidden.read(number)
             gradient = torch.empty_like(states)
             for row in range(len(states)):
-                leaf = states[row : row + 1].to(device).requires_grad_()
-                one = _moved({name: tensor[row : row + 1] for name, tensor in batch.items()}, device)
-                loss = loss_of(sweep.replay.tail(one, leaf, _row(sweep.output, row)), one, generator, sweep.causal)
+                leaf = states[row : row + 1].to(device, copy=True).requires_grad_()
+                one = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+                own = on_device(one, device, sweep.resident.dtype)
+                # Drawn for the sample itself: neither its neighbours nor the number of processes matter.
+                generator = torch.Generator().manual_seed(sweep.seed ^ _crc(one))
+                loss = loss_of(model, sweep.replay.tail(own, leaf, sweep.output), own, generator)
                 gradient[row] = torch.autograd.grad(loss, leaf)[0][0].to("cpu")
-            gradients.append(gradient)
-    return gradients
+            hidden.write(number, gradient)
 
 
 def _through(
-    sweep: Sweep, index: int, module: nn.Module, inputs: list[Tensor], upstream: list[Tensor]
-) -> tuple[dict[str, GradientStatistic], list[Tensor]]:
+    sweep: Sweep, index: int, module: nn.Module, inputs: Shelf, upstream: Shelf
+) -> dict[str, GradientStatistic]:
+    """Gradients of a block's weights; ``upstream``, the gradients of its output, become those of its input."""
     device, block = sweep.resident.device, sweep.replay.blocks[index]
-    parameters = {}
-    for site in sweep.sites[block]:
-        parameter = module.get_parameter(site.parameter[len(block) + 1 :])
-        parameter.requires_grad_()
-        parameters[site.name] = (site, parameter)
-    statistics: dict[str, GradientStatistic] = {
-        f"{name}.{kind}": KINDS[kind](site.shape, device)
-        for name, (site, _) in parameters.items()
-        for kind in sorted(sweep.needs)
+    sites = [site for site in sweep.sites[block] if sweep.kinds(site)]
+    parameters = [module.get_parameter(site.parameter[len(block) + 1 :]) for site in sites]
+    statistics = {
+        f"{site.name}.{kind}": KINDS[kind](site.shape, device) for site in sites for kind in sweep.kinds(site)
     }
-    passed = []
-    with torch.enable_grad():
-        for number, (states, above) in enumerate(zip(inputs, upstream, strict=True)):
+    with torch.enable_grad(), _requiring_gradients(parameters):
+        for number in range(len(sweep.batches)):
+            states, above = inputs.read(number), upstream.read(number)
             below = torch.empty_like(states)
             for row in range(len(states)):
-                leaf = states[row : row + 1].to(device).requires_grad_()
+                leaf = states[row : row + 1].to(device, copy=True).requires_grad_()
                 output = hidden_of(_call_row(sweep.calls[number][index], row, len(states)).run(module, leaf))
-                wanted = [leaf, *(parameter for _, parameter in parameters.values())]
-                found = torch.autograd.grad(output, wanted, above[row : row + 1].to(device), allow_unused=True)
+                seed = above[row : row + 1].to(device, copy=True)
+                found = torch.autograd.grad(output, [leaf, *parameters], seed, allow_unused=True)
+                assert found[0] is not None
                 below[row] = found[0][0].to("cpu")
-                for (name, (site, parameter)), own in zip(parameters.items(), found[1:], strict=True):
+                for site, parameter, own in zip(sites, parameters, found[1:], strict=True):
                     gradient = torch.zeros_like(parameter).detach() if own is None else own
                     gradient = gradient.T if site.kind == "conv1d" else gradient
-                    for kind in sweep.needs:
-                        statistics[f"{name}.{kind}"].update(gradient)
-            passed.append(below)
-    return statistics, passed
+                    for kind in sweep.kinds(site):
+                        statistics[f"{site.name}.{kind}"].update(gradient)
+            upstream.write(number, below)
+    return statistics
 
 
-def loss_of(output: Any, batch: Batch, generator: torch.Generator, causal: bool) -> Tensor:
-    """A scalar whose gradients say what the model's output depends on.
+@contextmanager
+def _requiring_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    for parameter in parameters:
+        parameter.requires_grad_()
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
 
-    Next-token cross-entropy where the output is logits by position and the model reads left to right (masked-token
-    models: of the tokens themselves), cross-entropy with a label drawn from the model's own prediction for one set of
-    logits, and otherwise a random projection of the features, whose squared gradients estimate the diagonal of JᵀJ.
+
+def loss_of(model: Any, output: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+    """A scalar whose gradients say what the model's output for one sample depends on.
+
+    The model's own loss where the batch has labels. Else, of logits over its vocabulary, the cross-entropy with the
+    next token, or with the token itself where the model does not generate; of other logits, that with labels drawn from
+    its own prediction; and of features a random projection, whose squared gradients estimate the diagonal of JᵀJ.
+    Padding counts for nothing.
     """
+    if getattr(output, "loss", None) is not None:
+        loss: Tensor = output.loss
+        return loss
+    side = "decoder_" if "decoder_input_ids" in batch else ""
+    tokens, mask = batch.get(f"{side}input_ids"), batch.get(f"{side}attention_mask")
     logits = getattr(output, "logits", None)
     if logits is None:
         features = output[0] if isinstance(output, tuple) else next(iter(output.values()))
         direction = torch.randn(features.shape, generator=generator).to(features)
+        if mask is not None and features.shape[:-1] == mask.shape:
+            direction = direction * mask.unsqueeze(-1)
         return (features * direction).sum()
-    if logits.dim() == 3 and "input_ids" in batch:
-        tokens = batch["input_ids"]
-        if causal:
-            logits, tokens = logits[:, :-1], tokens[:, 1:]
-        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
-    flat = logits.reshape(-1, logits.shape[-1]).float()
-    drawn = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator).flatten()
-    return nn.functional.cross_entropy(flat, drawn.to(flat.device))
+    if tokens is not None and logits.shape[:-1] == tokens.shape and model.get_output_embeddings() is not None:
+        targets = tokens if mask is None else tokens.masked_fill(mask == 0, IGNORED)
+        if model.can_generate():
+            logits, targets = logits[:, :-1], targets[:, 1:]
+    else:
+        flat = logits.detach().flatten(0, -2).float()
+        targets = torch.multinomial(flat.softmax(-1).cpu(), 1, generator=generator).to(logits.device)
+        targets = targets.reshape(logits.shape[:-1])
+        if mask is not None and targets.shape == mask.shape:
+            targets = targets.masked_fill(mask == 0, IGNORED)
+    return nn.functional.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED)
 
 
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+def _crc(sample: Batch) -> int:
+    value = 0
+    for _, tensor in sorted(sample.items()):
+        value = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), value)  # type: ignore[arg-type]
+    return value
 
 
 def _call_row(call: Call, row: int, rows: int) -> Call:
     """The call for one sample of a batch: tensors that have the samples in front are cut."""
-    from torch.utils._pytree import tree_map
 
-    args, kwargs = tree_map(lambda part: _row_of(part, row, rows), (call.args, call.kwargs))
+    def cut(part: Any) -> Any:
+        has_samples = isinstance(part, Tensor) and part.dim() > 1 and 1 < part.shape[0] == rows
+        return part[row : row + 1] if has_samples else part
+
+    args, kwargs = tree_map(cut, (call.args, call.kwargs))
     return Call(args, kwargs, call.hidden_name)
-
-
-def _row(output: Any, row: int) -> Any:
-    return tuple(_row_of(part, row, None) for part in output) if isinstance(output, tuple) else output
-
-
-def _row_of(part: Any, row: int, rows: int | None) -> Any:
-    if isinstance(part, Tensor) and part.dim() > 1 and part.shape[0] > 1 and (rows is None or part.shape[0] == rows):
-        return part[row : row + 1]
-    return part

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 from torch import Tensor
 
+from rarefy.calibration.kept import Kept, keep_tensors
 from rarefy.calibration.report import LayerReport
 from rarefy.calibration.solve import lock_folder
 from rarefy.calibration.stored import build_terms, describe_terms, term_tensors
-from rarefy.core.errors import CheckpointError, FormatError, OptionError
-from rarefy.core.files import read_header, write_tensors, write_text
+from rarefy.core.config import StrictModel
+from rarefy.core.errors import OptionError
+from rarefy.core.files import write_text
 from rarefy.core.version import __version__
 from rarefy.formats.terms import Term
-from rarefy.layers.checkpoint import digest_of
 from rarefy.layers.manifest import FORMAT_VERSION
 
 STATE = "job.json"
@@ -36,6 +38,19 @@ def fingerprint(
     }  # fmt: skip
 
 
+class Progress(StrictModel):
+    """How far a job came, and what it decided on the way that later blocks depend on.
+
+    ``units``: finished blocks; ``prepared``: options by position of the recipe; ``producers``: where input scales went;
+    ``notes``: for the report.
+    """
+
+    units: tuple[str, ...] = ()
+    prepared: dict[str, dict[str, Any]] = {}
+    producers: dict[str, tuple[str, int, float] | None] = {}
+    notes: dict[str, list[str]] = {}
+
+
 class Journal:
     """Solutions by block, in memory or, with a ``folder``, in files that are whole or absent.
 
@@ -45,39 +60,47 @@ class Journal:
 
     def __init__(self, folder: Path | None, marks: Mapping[str, Any], keeps: bool = True):
         self.folder, self.keeps = (folder if keeps else None), keeps
-        folder = self.folder
         self._held: dict[str, tuple[dict[str, Solved], dict[str, Tensor]]] = {}
-        self._where: dict[str, str] = {}
-        self._lock = None if folder is None else lock_folder(folder)
-        self.finished = 0
-        self.notes: dict[str, list[str]] = {}
-        self.prepared: dict[str, dict[str, Any]] = {}
-        if folder is not None:
-            self._resume(folder, json.loads(json.dumps(marks)))
+        self._files: dict[str, Kept] = {}
+        self._unit_of: dict[str, str] = {}
+        self._marks = json.loads(json.dumps(marks))
+        self.progress = Progress()
+        self._lock = None if self.folder is None else lock_folder(self.folder)
+        try:
+            if self.folder is not None:
+                self._resume(self.folder)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         if self._lock is not None:
             self._lock.release()
 
-    def _resume(self, folder: Path, marks: dict[str, Any]) -> None:
-        self._marks = marks
-        path = folder / STATE
+    @property
+    def finished(self) -> int:
+        """Number of finished units."""
+        return len(self.progress.units)
+
+    def _resume(self, folder: Path) -> None:
         try:
-            state = json.loads(path.read_text("utf-8"))
-            known, self.finished, self.notes = state["marks"], int(state["finished"]), state["notes"]
-            self.prepared = dict(state["prepared"])
+            text = (folder / STATE).read_text("utf-8")
         except FileNotFoundError:
+            # Files of this job may come before its first block is finished: it takes the folder now.
+            self._save(folder)
             return
-        except (ValueError, KeyError, TypeError):
+        try:
+            state = json.loads(text)
+            known, self.progress = dict(state["marks"]), Progress.model_validate(state["progress"])
+        except (ValueError, KeyError, TypeError, pydantic.ValidationError):
             raise OptionError(f"'{STATE}' in --work-dir '{folder}' is damaged; delete the folder.") from None
-        changed = [name for name in marks if known.get(name) != marks[name]]
+        changed = [name for name in self._marks if known.get(name) != self._marks[name]]
         if changed:
             raise OptionError(
                 f"--work-dir '{folder}' holds a job with another {changed[0]}; name another folder, or delete this one."
             )
-        for unit in state["units"]:
-            for name in json.loads(self._header(unit)["layers"]):
-                self._where[name] = unit
+        for unit in self.progress.units:
+            self._unit_of.update(dict.fromkeys(self._file(unit).about, unit))
 
     def keep(self, unit: str, solved: Mapping[str, Solved], dense: Mapping[str, Tensor]) -> None:
         """Make the solutions of one block durable, with the dense tensors that changed with them."""
@@ -86,68 +109,55 @@ class Journal:
         if self.folder is None:
             self._held[unit] = dict(solved), dict(dense)
         else:
-            tensors = {f"dense.{name}": tensor.cpu().contiguous() for name, tensor in dense.items()}
-            layers = {}
+            tensors = {f"dense.{name}": tensor for name, tensor in dense.items()}
+            about = {}
             for name, (terms, report) in solved.items():
                 tensors.update(term_tensors(terms, f"{name}.terms."))
-                layers[name] = [describe_terms(terms), report.model_dump(mode="json")]
-            hashes = {name: digest_of(tensor) for name, tensor in tensors.items()}
-            about = {"layers": json.dumps(layers), "hashes": json.dumps(hashes)}
-            write_tensors(self._path(unit), tensors, about)
-        self._where.update(dict.fromkeys(solved, unit))
+                about[name] = [describe_terms(terms), report.model_dump(mode="json")]
+            keep_tensors(self._path(unit), tensors, about)
+        self._unit_of.update(dict.fromkeys(solved, unit))
 
-    def advance(self) -> None:
-        """One more unit is finished; from now on it will not be done again."""
-        self.finished += 1
+    def advance(self, unit: str, **decided: Any) -> None:
+        """``unit`` is finished; from now on it will not be done again. ``decided``: other fields of ``progress``."""
+        self.progress = self.progress.model_copy(update={"units": (*self.progress.units, unit), **decided})
         if self.folder is not None:
-            units = sorted(set(self._where.values()))
-            state = {"marks": self._marks, "finished": self.finished, "units": units}
-            state.update(notes=self.notes, prepared=self.prepared)
-            write_text(self.folder / STATE, json.dumps(state, indent=1) + "\n")
+            self._save(self.folder)
 
     def take(self, site: str) -> Solved:
         """The terms of a solved site, on the CPU, and the record of the work."""
-        unit = self._where[site]
+        unit = self._unit_of[site]
         if self.folder is None:
             return self._held[unit][0][site]
-        description, report = json.loads(self._header(unit)["layers"])[site]
-        tensors = self._read(unit, f"{site}.terms.")
-        return build_terms(description, tensors, f"{site}.terms."), LayerReport.model_validate(report)
+        file, lead = self._file(unit), f"{site}.terms."
+        description, report = file.about[site]
+        tensors = file.read(lambda name: name.startswith(lead))
+        return build_terms(description, tensors, lead), LayerReport.model_validate(report)
 
     def dense(self) -> dict[str, Tensor]:
         """Dense tensors that took another value, by name."""
-        found: dict[str, Tensor] = {}
-        for unit in sorted(set(self._where.values())):
-            if self.folder is None:
-                found.update(self._held[unit][1])
-            else:
-                found.update({name.removeprefix("dense."): t for name, t in self._read(unit, "dense.").items()})
-        return found
+        units = self.progress.units if self.keeps else ()
+        return {name: tensor for unit in units for name, tensor in self._dense(unit).items()}
 
-    def sites(self, unit: str) -> Sequence[str]:
-        """The sites that a finished unit solved."""
-        return [name for name, where in self._where.items() if where == unit]
+    def unit(self, unit: str) -> tuple[dict[str, Solved], dict[str, Tensor]]:
+        """All that ``keep`` was given for a finished unit."""
+        sites = [name for name, where in self._unit_of.items() if where == unit]
+        return {name: self.take(name) for name in sites}, self._dense(unit)
+
+    def _dense(self, unit: str) -> dict[str, Tensor]:
+        if self.folder is None:
+            return self._held[unit][1]
+        changed = self._file(unit).read(lambda name: name.startswith("dense."))
+        return {name.removeprefix("dense."): tensor for name, tensor in changed.items()}
+
+    def _save(self, folder: Path) -> None:
+        state = {"marks": self._marks, "progress": self.progress.model_dump(mode="json")}
+        write_text(folder / STATE, json.dumps(state, indent=1) + "\n")
 
     def _path(self, unit: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{unit}.safetensors"
 
-    def _header(self, unit: str) -> dict[str, str]:
-        try:
-            return read_header(self._path(unit)).metadata
-        except CheckpointError as failure:
-            raise OptionError(f"A block in --work-dir is damaged ({failure}); delete the folder.") from None
-
-    def _read(self, unit: str, prefix: str) -> dict[str, Tensor]:
-        from safetensors import SafetensorError, safe_open
-
-        hashes = json.loads(self._header(unit)["hashes"])
-        try:
-            with safe_open(self._path(unit), framework="pt") as opened:
-                tensors = {name: opened.get_tensor(name) for name in opened.keys() if name.startswith(prefix)}  # noqa: SIM118
-        except (SafetensorError, OSError, FormatError) as failure:
-            raise OptionError(f"'{unit}' in --work-dir cannot be read ({failure}); delete the folder.") from None
-        for name, tensor in tensors.items():
-            if digest_of(tensor) != hashes[name]:
-                raise OptionError(f"'{name}' in --work-dir is damaged; delete the folder.")
-        return tensors
+    def _file(self, unit: str) -> Kept:
+        if unit not in self._files:
+            self._files[unit] = Kept(self._path(unit))
+        return self._files[unit]

@@ -3,34 +3,63 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from torch import Tensor
 
-from rarefy.core.errors import OptionError
+from rarefy.core.errors import OptionError, RarefyError, UnsupportedError
+
+
+class PeerError(RarefyError):
+    """Another process of the job failed; the sentence is the one it ended with."""
 
 
 class Ranks:
-    """This process among ``size`` of them. With one, nothing is sent anywhere."""
+    """This process among ``size`` of them. With one, nothing is sent anywhere.
 
-    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None):
+    Every exchange starts with a word from each process whether it is well. One that failed says so (see ``together``)
+    where the others expect an exchange, and all of them end with its error instead of waiting for ever.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, carrier: torch.device | None = None):
         self.rank, self.size = rank, size
         # NCCL moves tensors between GPUs, gloo between CPUs.
-        self.device = device if device is not None and device.type == "cuda" else torch.device("cpu")
+        self.device = carrier or torch.device("cpu")
 
     @property
     def leads(self) -> bool:
         """Whether this process writes files and speaks to the person."""
         return self.rank == 0
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Tell all processes of an error that ends the work in this one. They raise PeerError."""
+        try:
+            yield
+        except PeerError:
+            raise
+        except Exception as failure:
+            if self.size > 1:
+                self._meet(str(failure) or type(failure).__name__)
+            raise
+
     def add_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its sum over all ranks."""
         if self.size > 1:
+            self._meet()
             for tensor in tensors:
                 moved = tensor.to(self.device)
                 torch.distributed.all_reduce(moved)
                 tensor.copy_(moved)
+
+    def all(self, answer: bool) -> bool:
+        """Whether every rank says yes."""
+        no = torch.tensor([0 if answer else 1])
+        self.add_([no])
+        return not int(no)
 
     def share(self, costs: Sequence[float]) -> list[int]:
         """The rank for each job: the dearest first, always to the rank that has least to do."""
@@ -48,17 +77,15 @@ class Ranks:
 
         payload = torch.empty(0, dtype=torch.uint8)
         if self.rank == owner:
-            raw = save({**data, "about": torch.frombuffer(bytearray(about.encode()), dtype=torch.uint8)})
+            raw = save({**data, "about": _as_tensor(about)})
             payload = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-        length = torch.tensor([payload.numel()], device=self.device)
-        torch.distributed.broadcast(length, owner)
-        buffer = torch.empty(int(length), dtype=torch.uint8, device=self.device)
-        if self.rank == owner:
-            buffer.copy_(payload)
-        torch.distributed.broadcast(buffer, owner)
-        found = load(buffer.cpu().numpy().tobytes())
-        text = found.pop("about").numpy().tobytes().decode()
-        return found, text
+        self._meet()
+        found = load(self._broadcast(payload, owner).numpy().tobytes())
+        return found, _as_text(found.pop("about"))
+
+    def tell(self, text: str) -> str:
+        """What the leading rank says, at every rank."""
+        return self.spread({}, text, 0)[1]
 
     def everyones(self, text: str) -> list[str]:
         """What each rank says, at every rank."""
@@ -67,7 +94,31 @@ class Ranks:
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.size > 1:
-            self.add_([torch.zeros(1)])
+            self._meet()
+
+    def _meet(self, failure: str | None = None) -> None:
+        """The word at the start of an exchange. Raises PeerError when another rank brings a ``failure``."""
+        try:
+            failed = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+            failed[self.rank] = failure is not None
+            torch.distributed.all_reduce(failed)
+            first = next((rank for rank, flag in enumerate(failed.tolist()) if flag), None)
+            if first is None:
+                return
+            sentence = _as_text(self._broadcast(_as_tensor(failure or ""), first))
+        except RuntimeError as broken:
+            if failure is not None:
+                return  # the others are gone too; this rank's own error is the one to see
+            raise PeerError(f"A process of this job died ({_first_line(broken)}); see what it said, and start again.")  # noqa: B904
+        if failure is None:
+            raise PeerError(f"Process {first} of {self.size} stopped: {sentence}")
+
+    def _broadcast(self, payload: Tensor, owner: int) -> Tensor:
+        length = torch.tensor([payload.numel()], device=self.device)
+        torch.distributed.broadcast(length, owner)
+        buffer = payload.to(self.device) if self.rank == owner else payload.new_empty(int(length), device=self.device)
+        torch.distributed.broadcast(buffer, owner)
+        return buffer.cpu()
 
 
 def ranks_of(device: torch.device) -> tuple[Ranks, torch.device]:
@@ -78,6 +129,8 @@ def ranks_of(device: torch.device) -> tuple[Ranks, torch.device]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return Ranks(), device
+    if not torch.distributed.is_available():
+        raise UnsupportedError("This build of torch has no torch.distributed; start one process without torchrun.")
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
@@ -85,5 +138,21 @@ def ranks_of(device: torch.device) -> tuple[Ranks, torch.device]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device), device
+        # One rank may solve for long while the others wait; a rank that fails says so.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=7))
+    # A process group that was here before may carry tensors of the other kind.
+    carrier = torch.device("cuda", local) if "nccl" in torch.distributed.get_backend() else torch.device("cpu")
+    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), carrier), device
+
+
+def _as_tensor(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def _as_text(tensor: Tensor) -> str:
+    return tensor.numpy().tobytes().decode()
+
+
+def _first_line(failure: Exception) -> str:
+    return (str(failure).strip().splitlines() or [type(failure).__name__])[0].rstrip(".")

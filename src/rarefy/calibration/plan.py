@@ -23,25 +23,38 @@ SPARE = 0.8  # of what is free: the rest is for the interpreter, the model libra
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by purpose. ``activations`` lie on the host, ``block`` and ``solver`` on the device."""
+    """Bytes by purpose. ``activations`` lie on the host or on disk (there twice: a block's inputs and its outputs),
+    ``states`` with them while gradients are taken, ``block``, ``statistics`` and ``solver`` on the device; ``results``
+    on disk."""
 
     activations: int
+    states: int
     block: int
     statistics: int
     solver: int
-    disk: int
+    results: int
 
     @property
     def device(self) -> int:
         """Bytes on the device that computes."""
         return self.block + self.statistics + self.solver
 
+    @property
+    def memory(self) -> int:
+        """Bytes of hidden states that are kept in memory."""
+        return self.activations + self.states
+
+    @property
+    def mapped(self) -> int:
+        """Bytes of hidden states that are kept on disk."""
+        return 2 * self.activations + self.states
+
     def describe(self, device: torch.device, mapped: bool) -> str:
         """One line for the person."""
-        where = "on disk" if mapped else "in memory"
+        hidden = f"activations {human(self.mapped if mapped else self.memory)} {'on disk' if mapped else 'in memory'}"
         return (
             f"plan: one block {human(self.block)}, statistics {human(self.statistics)}, solver {human(self.solver)} "
-            f"on {device.type}; activations {human(self.activations)} {where}; disk {human(self.disk)}"
+            f"on {device.type}; {hidden}; solutions up to {human(self.results)} on disk"
         )
 
 
@@ -52,41 +65,49 @@ def plan(
     samples: Samples,
     dtype: torch.dtype,
     streams: int,
-    mapped: bool,
+    gradients: bool,
 ) -> Plan:
-    """Estimates from shapes alone; layers of one parent and width are taken to read one input, as q, k and v do."""
-    width = _hidden_width(model, sites)
-    tokens = samples.positions
-    activations = streams * tokens * width * dtype.itemsize * (2 if mapped else 1)
+    """Estimates from shapes alone; layers of one parent and width are taken to read one input, as q, k and v do.
+
+    ``streams``: kinds of hidden states that are kept; with ``gradients`` those of all blocks are.
+    """
+    states = samples.positions * _hidden_width(model, sites) * dtype.itemsize
     sizes = [_block_bytes(model.get_submodule(name), dtype) for name in blocks]
     by_block = [[site for site in sites if site.name.startswith(f"{name}.")] for name in blocks]
     statistics = max((_gram_bytes(own) for own in by_block), default=0)
     solver = max(
-        (SOLVER_COPIES * _members(s) * s.shape[-1] ** 2 * 4 + WEIGHT_COPIES * s.count * 4 for s in sites), default=0
+        (SOLVER_COPIES * 4 * _members(s) * s.shape[-1] ** 2 + WEIGHT_COPIES * 4 * s.count for s in sites), default=0
     )
-    stored = sum(site.count for site in sites)  # at most a byte a weight, as a rule half of that
-    return Plan(activations, max(sizes), statistics, solver, stored + (activations if mapped else 0))
+    results = sum(site.count for site in sites)  # at most a byte a weight, as a rule half of that
+    return Plan(streams * states, (len(blocks) + 2) * states * gradients, max(sizes), statistics, solver, results)
 
 
-def check_plan(wanted: Plan, device: torch.device, folder: Path | None, mapped: bool) -> str | None:
-    """What is likely to go wrong, as a note. Raises OptionError when the disk certainly is too small."""
-    if folder is not None and mapped and wanted.activations > free_disk_bytes(folder):
-        raise OptionError(
-            f"The job keeps {human(wanted.activations)} of activations on disk, but only "
-            f"{human(free_disk_bytes(folder))} are free at '{folder}'; use fewer --samples or another --work-dir."
-        )
-    free = available_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    needed = wanted.device + (0 if mapped or device.type != "cpu" else wanted.activations)
+def check_plan(wanted: Plan, device: torch.device, scratch: Path | None, processes: int) -> str | None:
+    """What is likely to go wrong, as a note. ``processes`` like this one share the machine.
+
+    Raises OptionError when the disk certainly is too small for what ``scratch`` will hold.
+    """
+    if scratch is not None:
+        held = sum(path.stat().st_size for path in scratch.glob("*.bin"))  # what an interrupted job has taken
+        if (missing := (wanted.mapped - held) * processes) > free_disk_bytes(scratch):
+            raise OptionError(
+                f"The job keeps {human(missing)} of activations on disk, but only {human(free_disk_bytes(scratch))} "
+                f"are free at '{scratch}'; use fewer --samples or another --work-dir."
+            )
+    on_host = device.type == "cpu"
+    free = available_bytes() if on_host else torch.cuda.mem_get_info(device)[0]
+    needed = wanted.device + (wanted.memory if on_host and scratch is None else 0)
+    needed *= processes if on_host else 1
     if free is not None and needed > free:
         return f"the job needs about {human(needed)} on {device.type}, and {human(free)} are free"
     return None
 
 
-def fits_memory(wanted: Plan, device: torch.device) -> bool:
-    """Whether activations can stay in host memory."""
+def fits_memory(wanted: Plan, device: torch.device, processes: int) -> bool:
+    """Whether activations of ``processes`` like this one can stay in host memory."""
     free = available_bytes()
-    needed = wanted.activations + (wanted.device if device.type == "cpu" else 0)
-    return free is None or needed <= SPARE * free
+    needed = wanted.memory + (wanted.device if device.type == "cpu" else 0)
+    return free is None or needed * processes <= SPARE * free
 
 
 def _hidden_width(model: nn.Module, sites: Sequence[Site]) -> int:

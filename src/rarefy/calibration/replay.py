@@ -8,6 +8,8 @@ cannot be found so; a block that changes its input's shape is refused.
 
 from __future__ import annotations
 
+import functools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from rarefy.calibration.samples import Batch
-from rarefy.core.errors import UnsupportedError
+from rarefy.core.errors import OptionError, UnsupportedError
 
 
 class _Stop(Exception):
@@ -69,6 +71,9 @@ class _StandIn(nn.Module):
         return self._enter(hidden, call)
 
 
+Enter = Callable[[int, Tensor, Call], Any]
+
+
 class Replay:
     """Runs the parts of ``model`` around its ``blocks`` (names, in order)."""
 
@@ -77,31 +82,37 @@ class Replay:
         self._pool = _Pool()
 
     def first_call(self, batch: Batch) -> tuple[Tensor, Call]:
-        """The first block's hidden state and call."""
+        """The first block's hidden state and call. Raises OptionError when the model cannot run on ``batch``."""
         found: list[tuple[Tensor, Call]] = []
 
-        def enter(hidden: Tensor, call: Call) -> Any:
+        def enter(index: int, hidden: Tensor, call: Call) -> Any:
             found.append((hidden, call))
             raise _Stop
 
-        with self._stand_ins([enter] * len(self.blocks)):
+        with self._stand_ins(enter):
             self._run(batch)
         if not found:
             raise UnsupportedError(f"{type(self.model).__name__} ran without entering '{self.blocks[0]}'.")
         return found[0]
 
     def calls(self, batch: Batch, output: Any) -> list[Call]:
-        """The calls of all blocks for ``batch``; ``output`` is what the first block returns for it."""
+        """The calls of all blocks for ``batch``; ``output`` is what the first block returns for it.
+
+        Raises UnsupportedError when the model does not run each block once, in order.
+        """
         found: list[Call] = []
 
-        def enter(hidden: Tensor, call: Call) -> Any:
+        def enter(index: int, hidden: Tensor, call: Call) -> Any:
+            if index != len(found):
+                raise UnsupportedError(
+                    f"{type(self.model).__name__} runs '{self.blocks[index]}' out of order or more than once; use a "
+                    "data-free recipe."
+                )
             args, kwargs = self._pool.keep((call.args, call.kwargs))
             found.append(Call(args, kwargs, call.hidden_name))
-            if len(found) == len(self.blocks):
-                raise _Stop
             return with_hidden(output, hidden)
 
-        with self._stand_ins([enter] * len(self.blocks)):
+        with self._stand_ins(enter), _stop_when(lambda: len(found) == len(self.blocks)):
             self._run(batch)
         if len(found) != len(self.blocks):
             raise UnsupportedError(
@@ -109,37 +120,55 @@ class Replay:
             )
         return found
 
-    def tail(self, batch: Batch, hidden: Tensor, output: Any, **options: Any) -> Any:
+    def tail(self, batch: Batch, hidden: Tensor, output: Any) -> Any:
         """The model's output for ``batch`` when its last block gives ``hidden``."""
 
-        def through(incoming: Tensor, call: Call) -> Any:
-            return with_hidden(output, incoming)
+        def enter(index: int, incoming: Tensor, call: Call) -> Any:
+            return with_hidden(output, hidden if index == len(self.blocks) - 1 else incoming)
 
-        def last(incoming: Tensor, call: Call) -> Any:
-            return with_hidden(output, hidden)
+        with self._stand_ins(enter):
+            return self._run(batch)
 
-        with self._stand_ins([*[through] * (len(self.blocks) - 1), last]):
-            return self._run(batch, **options)
-
-    def _run(self, batch: Batch, **options: Any) -> Any:
-        if getattr(getattr(self.model, "config", None), "use_cache", None) is not None:
-            options = {"use_cache": False, **options}
+    def _run(self, batch: Batch) -> Any:
+        takes_cache = getattr(getattr(self.model, "config", None), "use_cache", None) is not None
         try:
-            return self.model(**batch, **options)
+            return self.model(**batch, **({"use_cache": False} if takes_cache else {}))
         except _Stop:
             return None
+        except (TypeError, ValueError, IndexError) as failure:  # how models say that inputs are missing or unknown
+            reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0].rstrip(".")
+            raise OptionError(
+                f"{type(self.model).__name__} cannot run on the calibration data with {', '.join(batch)} ({reason}); "
+                "give batches of the inputs that it reads."
+            ) from failure
 
     @contextmanager
-    def _stand_ins(self, entrances: Sequence[Callable[[Tensor, Call], Any]]) -> Iterator[None]:
+    def _stand_ins(self, enter: Enter) -> Iterator[None]:
         places = [name.rpartition(".") for name in self.blocks]
         real = [self.model.get_submodule(name) for name in self.blocks]
         try:
-            for (parent, _, label), block, enter in zip(places, real, entrances, strict=True):
-                self.model.get_submodule(parent)._modules[label] = _StandIn(block, enter)
+            for index, ((parent, _, label), block) in enumerate(zip(places, real, strict=True)):
+                stand_in = _StandIn(block, functools.partial(enter, index))
+                self.model.get_submodule(parent)._modules[label] = stand_in
             yield
         finally:
             for (parent, _, label), block in zip(places, real, strict=True):
                 self.model.get_submodule(parent)._modules[label] = block
+
+
+@contextmanager
+def _stop_when(done: Callable[[], bool]) -> Iterator[None]:
+    """End the model's forward at the first module that it calls, other than a stand-in, once ``done``."""
+
+    def before(module: nn.Module, args: Any) -> None:
+        if done() and not isinstance(module, _StandIn):
+            raise _Stop
+
+    handle = nn.modules.module.register_module_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -161,16 +190,16 @@ class _Pool:
     RECENT = 16
 
     def __init__(self) -> None:
-        self._kept: list[Tensor] = []
+        self._kept: deque[Tensor] = deque(maxlen=self.RECENT)
 
     def keep(self, tree: Any) -> Any:
         return tree_map(lambda part: self._one(part) if isinstance(part, Tensor) else part, tree)
 
     def _one(self, tensor: Tensor) -> Tensor:
-        for known in self._kept[-self.RECENT :]:
-            if known is tensor or (
-                known.shape == tensor.shape and known.dtype == tensor.dtype and torch.equal(known, tensor)
-            ):
+        if any(known is tensor for known in self._kept):
+            return tensor
+        for known in self._kept:
+            if known.shape == tensor.shape and known.dtype == tensor.dtype and torch.equal(known, tensor):
                 return known
         self._kept.append(tensor)
         return tensor

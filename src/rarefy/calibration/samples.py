@@ -68,7 +68,7 @@ class Samples:
         are as many samples. Samples of other lengths stay apart."""
         pieces: list[Batch] = []
         for batch in self.batches:
-            step = max(1, min(tokens // max(1, _length(batch)), -(-_size(batch) // parts)))
+            step = max(1, min(tokens // max(1, _length(batch)), _size(batch) // parts))
             for start in range(0, _size(batch), step):
                 pieces.append({name: tensor[start : start + step] for name, tensor in batch.items()})
         return Samples(tuple(pieces), self.name, self.notes)
@@ -83,7 +83,7 @@ def sample_windows(tokens: Tensor, samples: int, seq_len: int, bos: int | None, 
     notes = []
     lead = 0 if bos is None else 1
     body = seq_len - lead
-    if tokens.numel() + lead < 2:
+    if tokens.numel() < 2:
         raise OptionError(f"The calibration text '{name}' has {tokens.numel()} tokens; give a longer one (--data).")
     if body < 1 or seq_len < 2:
         raise OptionError(f"--seq-len {seq_len} leaves nothing to learn from; use 2 or more.")
@@ -117,6 +117,13 @@ def as_samples(data: Any, name: str = "samples given by the caller") -> Samples:
         "Calibration data is a text file's name, token ids [samples, tokens], or a list of batches of model inputs "
         "whose tensors have the samples in front."
     )
+
+
+def on_device(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
+    """``batch`` on ``device``, its floating tensors in ``dtype``."""
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype) for name, tensor in batch.items()
+    }
 
 
 def _size(batch: Batch) -> int:

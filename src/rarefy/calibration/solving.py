@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rarefy.calibration.capture import Group
-from rarefy.calibration.fold import InputScales, scaled_statistics, scaled_terms
-from rarefy.calibration.gradients import GradientFiles
+from rarefy.calibration.capture import Group, unseen_inputs
+from rarefy.calibration.fold import InputScales, scaled_terms
+from rarefy.calibration.gradients import KINDS, GradientFiles
 from rarefy.calibration.journal import Solved
 from rarefy.calibration.parallel import Ranks
 from rarefy.calibration.report import LayerReport
@@ -23,7 +23,6 @@ from rarefy.core.progress import Advance
 from rarefy.formats.bytes import total
 from rarefy.formats.terms import Term
 from rarefy.layers.swap import Site
-from rarefy.solvers.rtn import relative_error
 
 Install = Callable[[Site, Sequence[Term]], None]
 
@@ -34,7 +33,7 @@ class Solver:
     def __init__(self, rules: Mapping[str, Rule], weights: Overlay, device: torch.device, ranks: Ranks, seed: int):
         self.rules, self.weights, self.device, self.ranks, self.seed = rules, weights, device, ranks, seed
         self.recipes: dict[int, WeightRecipe] = {id(rule): rule.recipe() for rule in rules.values()}
-        self.scales = InputScales()
+        self.scales = InputScales(ranks.tell)
         self.gradients: GradientFiles | None = None
 
     def recipe(self, site: Site) -> WeightRecipe:
@@ -44,45 +43,46 @@ class Solver:
         return self.recipe(site).schedule()
 
     def layer(self, site: Site, group: Group) -> Layer:
-        """The layer's weight in float32 on the device, with what is known of it, both as scaled so far."""
+        """The layer's weight in float32 on the device, as scaled so far, with what is known of it."""
         weight = self.weights.read(site.parameter).to(device=self.device, dtype=torch.float32)
         weight = weight.T.contiguous() if site.kind == "conv1d" else weight
         factor = self.scales.factors.get(site.name)
+        weight = weight if factor is None else weight * factor
         statistics = group.statistics()
-        if factor is not None:
-            weight, statistics = weight * factor, scaled_statistics(statistics, factor)
         if self.gradients is not None:
-            statistics = self.gradients.add_to(statistics, site, self.device)
+            statistics = self.gradients.add_to(statistics, site, self.recipe(site).needs, self.device)
         return Layer(site.name, weight, statistics)
 
     def solve(
-        self, groups: Sequence[Group], missing: frozenset[str], advance: Advance, install: Install | None
+        self, groups: Sequence[Group], advance: Advance, install: Install | None
     ) -> dict[str, Solved]:
         """Solve each group on one rank and bring all solutions to all ranks, and by ``install`` into the model.
 
-        ``missing``: names of layers whose recipe wanted inputs and that none reached. Statistics are freed as they
-        are used up: they are the largest part of a job's memory.
+        Statistics are freed as they are used up: they are the largest part of a job's memory.
         """
         owners = self.ranks.share([_cost(group) for group in groups])
         mine: dict[str, Solved] = {}
         for group, owner in zip(groups, owners, strict=True):
             if owner == self.ranks.rank:
-                mine.update(self._group(group, missing))
+                mine.update(self._group(group))
                 for site in group.sites:
                     advance(note=_note(mine[site.name][1]))
             group.inputs = {}
         solved: dict[str, Solved] = {}
         for group, owner in zip(groups, owners, strict=True):
             for site in group.sites:
-                solved[site.name] = self._exchange(mine.get(site.name), owner)
+                solved[site.name] = self.exchange(mine.get(site.name), owner)
                 if owner != self.ranks.rank:
                     advance(note=_note(solved[site.name][1]))
                 if install is not None:
                     install(site, solved[site.name][0])
         return solved
 
-    def _group(self, group: Group, missing: frozenset[str]) -> dict[str, Solved]:
+    def _group(self, group: Group) -> dict[str, Solved]:
         solved: dict[str, Solved] = {}
+        for site in group.sites if not group.inputs else ():
+            # Inputs were wanted, but none came: made here and not before, since of many experts few may be seen.
+            group.inputs.update(unseen_inputs(site, self.recipe(site).needs, self.device))
         for recipe in {id(self.recipe(site)): self.recipe(site) for site in group.sites}.values():
             sites = [site for site in group.sites if self.recipe(site) is recipe]
             start = time.monotonic()
@@ -91,19 +91,17 @@ class Solver:
             torch.manual_seed(self.seed ^ zlib.crc32(sites[0].name.encode()))
             solutions = _ask(recipe, layers)
             for site, layer, solution in zip(sites, layers, solutions, strict=True):
-                notes = list(solution.notes)
-                if site.name in missing:
-                    notes.append("no calibration input reached it; solved without data")
+                notes = [*_data_notes(layer), *solution.notes]
                 seconds = (time.monotonic() - start) / len(sites)
                 solved[site.name] = self._record(site, layer, solution.terms, notes, seconds)
         return solved
 
     def _record(self, site: Site, layer: Layer, terms: list[Term], notes: list[str], seconds: float) -> Solved:
-        stored = torch.stack([term.decode() for term in terms]).sum(0)
-        lost = output_error(layer, stored)
-        relative = relative_error(layer.weight, terms)
+        difference = layer.weight - decoded(terms)
+        lost, norm = output_error(layer, difference), float(layer.weight.norm())
+        relative = float(difference.norm()) / norm if norm else 0.0
         terms = [term.to("cpu") for term in terms]
-        if (factor := self.scales.explicit.get(site.name)) is not None:
+        if (factor := self.scales.explicit(site)) is not None:
             terms = scaled_terms(terms, factor.cpu())
         count = total([term.byte_count() for term in terms])
         report = LayerReport(
@@ -113,7 +111,8 @@ class Solver:
         )  # fmt: skip
         return terms, report
 
-    def _exchange(self, own: Solved | None, owner: int) -> Solved:
+    def exchange(self, own: Solved | None, owner: int) -> Solved:
+        """A solution that ``owner`` has, at every rank."""
         if self.ranks.size == 1:
             assert own is not None
             return own
@@ -124,15 +123,40 @@ class Solver:
         return build_terms(description, data), LayerReport.model_validate_json(report)
 
 
-def output_error(layer: Layer, stored: Tensor) -> float | None:
-    """``|(W - stored) X| / |W X|`` over the calibration data, from the Gram matrix; None without one."""
-    if layer.statistics.gram is None:
+def decoded(terms: Sequence[Term]) -> Tensor:
+    """The dense weight that ``terms`` stand for, float32."""
+    dense = terms[0].decode()
+    for term in terms[1:]:
+        dense = dense + term.decode()
+    return dense
+
+
+def output_error(layer: Layer, difference: Tensor) -> float | None:
+    """``|difference X| / |W X|`` over the calibration data, from the Gram matrix; None without one."""
+    gram = layer.statistics.gram
+    if gram is None or bool(gram.unseen().all()):
         return None
-    gram = layer.statistics.gram.mean()
-    difference = layer.weight - stored
-    lost = ((difference @ gram) * difference).sum(dtype=torch.float64)
-    whole = ((layer.weight @ gram) * layer.weight).sum(dtype=torch.float64)
+    moments = gram.sum if gram.members is None else gram.sum * ~gram.unseen()[:, None, None]
+    lost, whole = (((w @ moments) * w).sum(dtype=torch.float64) for w in (difference, layer.weight))
     return float((lost / whole).clamp(min=0).sqrt()) if float(whole) > 0 else 0.0
+
+
+def _data_notes(layer: Layer) -> list[str]:
+    """What the calibration data lacked for this layer."""
+    notes = []
+    unseen = layer.statistics.unseen()
+    if unseen is not None and unseen.dim():
+        experts = unseen.nonzero().flatten().tolist()
+        listed = ", ".join(map(str, experts))
+        notes += [f"no calibration data reached expert {listed}; solved without"] if experts else []
+    elif unseen is not None and bool(unseen):
+        notes.append("no calibration data reached it; solved without")
+    for kind in KINDS:
+        statistic = getattr(layer.statistics, kind)
+        if statistic is not None and int(statistic.skipped):
+            total = int(statistic.skipped + statistic.sequences)
+            notes.append(f"{int(statistic.skipped)} of {total} sequences had no finite gradient and were left out")
+    return list(dict.fromkeys(notes))
 
 
 def _ask(recipe: WeightRecipe, layers: list[Layer]) -> list[Solution]:

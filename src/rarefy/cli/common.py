@@ -8,8 +8,11 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
@@ -38,7 +41,8 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         _quiet_libraries()
         try:
-            function(*args, **kwargs)
+            with _second_interrupt_leaves():
+                function(*args, **kwargs)
             sys.stdout.flush()
         except RarefyError as failure:
             say(f"error: {failure}")
@@ -70,6 +74,30 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(FAILED) from None
 
     return run
+
+
+@contextmanager
+def _second_interrupt_leaves() -> Iterator[None]:
+    """Let the first Ctrl-C raise KeyboardInterrupt, and one that comes while things are being put away end at once."""
+
+    def first(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is first:
+            signal.signal(signal.SIGINT, before)
+
+
+def leads() -> bool:
+    """Whether this process, of several that torchrun started, is the one that speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def resume_hint() -> str:
@@ -177,3 +205,5 @@ def _quiet_libraries() -> None:
         handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
         root.addHandler(handler)
         root.propagate = False
+    if not leads():
+        root.setLevel(logging.ERROR)

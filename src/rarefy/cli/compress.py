@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rarefy.cli.common import Device, Json, Revision, bits_line, command, parse_options, print_json, say
+from rarefy.cli.common import Device, Json, Revision, bits_line, command, leads, parse_options, print_json, say
 
 
 @command
@@ -37,6 +37,8 @@ def compress(
         model, recipe, options=options, out=out, data=data, samples=samples, seq_len=seq_len, work_dir=work_dir,
         device=device, seed=seed, max_shard_size=max_shard_size, overwrite=overwrite, revision=revision,
     )  # fmt: skip
+    if not leads():
+        return
     for note in report.fallbacks:
         say(f"fallback: {note}")
     if as_json:

@@ -77,6 +77,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     try:
         save_file(tensors, draft, metadata=metadata)
         os.chmod(draft, 0o644)  # the library writes for this user only
+        with draft.open("rb+") as stream:
+            os.fsync(stream.fileno())
         os.replace(draft, path)
     except SafetensorError as failure:
         draft.unlink(missing_ok=True)

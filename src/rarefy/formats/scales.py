@@ -6,7 +6,7 @@ the float32 numbers that a reader of the stored tensors sees. Codes must be chos
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -23,6 +23,8 @@ Params = dict[str, Tensor]
 class SingleScale(StrictModel):
     """One floating-point scale (and zero) per group."""
 
+    rows: ClassVar[int] = 1
+    groups: ClassVar[int] = 1
     type: Literal["single"] = "single"
     dtype: FloatName = "float16"
 

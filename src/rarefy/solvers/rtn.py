@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rarefy.formats.grids import BinaryGrid, FloatGrid, Grid, LutGrid
+from rarefy.formats.patterns import Pattern
 from rarefy.formats.terms import Quantized, Term, stack
 from rarefy.kernels.reference import tables
 from rarefy.solvers.clip import ClipSearch, fit
@@ -17,16 +20,38 @@ SMALLEST_STEP, LARGEST_VALUE = 2.0**-12, 2.0**14
 
 
 def round_to_nearest(
-    weight: Tensor, grid: Grid, importance: Tensor | None = None, search: ClipSearch | None = None
+    weight: Tensor,
+    grid: Grid,
+    importance: Tensor | None = None,
+    search: ClipSearch | None = None,
+    *,
+    gram: Tensor | None = None,
+    pattern: Pattern | None = None,
+    mask: Tensor | None = None,
 ) -> Term:
-    """Quantize ``weight [out, in]`` or ``[experts, out, in]`` on ``grid``. Raises FormatError when it is not finite."""
+    """Quantize ``weight [out, in]`` or ``[experts, out, in]`` on ``grid``. Raises FormatError when it is not finite.
+
+    ``importance`` (of the weight's shape) and ``gram`` (``[in, in]`` or ``[experts, in, in]``) are those of
+    ``clip.fit``; ``mask`` (bool, of the weight's shape) says which weights are kept, in a form that ``pattern`` stores.
+    """
     if weight.dim() == 3:
-        return stack([round_to_nearest(member, grid, None, search) for member in weight])
-    weight = weight.float()
+        members = zip(*(_members(part, weight) for part in (weight, importance, gram, mask)), strict=True)
+        return stack(
+            [
+                round_to_nearest(member, grid, own, search, gram=moment, pattern=pattern, mask=kept)
+                for member, own, moment, kept in members
+            ]
+        )
+    weight = weight.float() if mask is None else weight.float().masked_fill(~mask, 0.0)
     multiplier = range_multiplier(weight, grid)
     scaled = weight if multiplier is None else weight / multiplier
-    params = fit(grid, scaled, importance, search)
-    return Quantized.from_codes(grid.encode(scaled, params), params, grid, multiplier=multiplier)
+    params = fit(grid, scaled, importance if mask is None else mask.float(), search, gram)
+    codes = grid.encode(scaled, params)
+    return Quantized.from_codes(codes, params, grid, multiplier=multiplier, pattern=pattern, mask=mask)
+
+
+def _members(part: Tensor | None, weight: Tensor) -> Sequence[Any]:
+    return [None] * len(weight) if part is None else list(part)
 
 
 def range_multiplier(weight: Tensor, grid: Grid) -> float | None:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -19,6 +20,15 @@ class Statistic(ABC):
     @abstractmethod
     def sums(self) -> dict[str, Tensor]:
         """The tensors themselves, not copies: a collective may add to them in place."""
+
+    @abstractmethod
+    def unseen(self) -> Tensor:
+        """Whether no data came: bool ``[]``, or ``[experts]``."""
+
+    @abstractmethod
+    def assume_uniform_(self) -> None:
+        """Where no data came, what says nothing of any weight: every importance 1, no correlation. ``unseen`` and the
+        counts stay; nothing may be added or merged afterwards."""
 
     def merge(self, other: Statistic) -> None:
         """Add what ``other`` saw of the same layer."""
@@ -46,3 +56,9 @@ class Statistics:
         """Calibration tokens that reached the layer: int64 ``[]`` or ``[experts]``; None without input statistics."""
         statistic = self.gram or self.columns
         return None if statistic is None else statistic.tokens
+
+    def unseen(self) -> Tensor | None:
+        """Whether data that a recipe asked for did not come: bool ``[]`` or ``[experts]``; None when nothing was asked
+        for."""
+        known = [own.unseen() for own in (self.gram, self.columns, self.fisher, self.gradient) if own is not None]
+        return torch.stack(known).any(0) if known else None

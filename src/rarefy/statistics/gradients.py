@@ -19,6 +19,7 @@ class GradientStatistic(Statistic):
         self.sum = torch.zeros(shape, dtype=torch.float32, device=device)
         self.sequences = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._unseen: Tensor | None = None
 
     def update(self, gradient: Tensor) -> None:
         """Add the gradient of one sequence, in any floating dtype."""
@@ -30,6 +31,14 @@ class GradientStatistic(Statistic):
 
     def _term(self, gradient: Tensor) -> Tensor:
         return gradient
+
+    def unseen(self) -> Tensor:
+        """Where all gradients are zero: no sequence reached that expert, or the loss does not depend on it."""
+        return (self.sum == 0).flatten(-2).all(-1) if self._unseen is None else self._unseen
+
+    def assume_uniform_(self) -> None:
+        self._unseen = self.unseen()
+        self.sum[self._unseen] = self.sequences.clamp(min=1).to(self.sum)
 
     def sums(self) -> dict[str, Tensor]:
         return {"sum": self.sum, "sequences": self.sequences, "skipped": self.skipped}

@@ -27,6 +27,9 @@ class InputStatistic(Statistic):
         for piece in x.detach().split(CHUNK_TOKENS):
             self._add(piece, member)
 
+    def unseen(self) -> Tensor:
+        return self.tokens == 0
+
     @abstractmethod
     def _add(self, x: Tensor, member: int | None) -> None: ...
 
@@ -67,8 +70,11 @@ class Gram(InputStatistic):
     def sums(self) -> dict[str, Tensor]:
         return {"gram": self.sum, "tokens": self.tokens}
 
+    def assume_uniform_(self) -> None:
+        self.sum[self.unseen()] = torch.eye(self.columns, device=self.device)
+
     def mean(self) -> Tensor:
-        """``sum / tokens``, zero where no token came."""
+        """``sum / tokens``; where no token came, ``sum``."""
         return self.sum / self.tokens.clamp(min=1)[..., None, None]
 
 
@@ -87,6 +93,10 @@ class ColumnMoments(InputStatistic):
 
     def sums(self) -> dict[str, Tensor]:
         return {"absolute": self.absolute, "square": self.square, "tokens": self.tokens}
+
+    def assume_uniform_(self) -> None:
+        for tensor in (self.absolute, self.square):
+            tensor[self.unseen()] = 1
 
     def mean_absolute(self) -> Tensor:
         """Mean ``|x|``, float32 ``[columns]``."""

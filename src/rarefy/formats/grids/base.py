@@ -8,6 +8,7 @@ last value with importance zero, in this view only: stored codes are never padde
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,10 @@ from rarefy.core.errors import FormatError
 from rarefy.formats.layout import Layout, Size
 
 Params = dict[str, Tensor]
+# Parameters as numbers to compute with, each ``[row groups, column groups, ...]``.
+Numbers = dict[str, Tensor]
+# Values of one column, float32 ``[rows]``, and its column group -> codes uint8 and the values they stand for.
+Rounding = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 class Grid(StrictModel, ABC):
@@ -48,12 +53,46 @@ class Grid(StrictModel, ABC):
         """Proposed parameters as they will be stored (bits not yet packed)."""
 
     @abstractmethod
-    def encode_blocks(self, blocks: Tensor, params: Params) -> Tensor:
-        """The nearest codes, uint8, for rounded parameters."""
+    def load(self, params: Params) -> Numbers:
+        """Rounded parameters as the numbers that encoding and decoding read."""
 
     @abstractmethod
+    def encode_loaded(self, blocks: Tensor, numbers: Numbers) -> Tensor:
+        """The nearest codes, uint8."""
+
+    @abstractmethod
+    def decode_loaded(self, codes: Tensor, numbers: Numbers) -> Tensor:
+        """Values of codes, float32."""
+
+    def encode_blocks(self, blocks: Tensor, params: Params) -> Tensor:
+        """The nearest codes, uint8, for rounded parameters."""
+        return self.encode_loaded(blocks, self.load(params))
+
     def decode_blocks(self, codes: Tensor, params: Params) -> Tensor:
         """Values of codes, float32, for rounded parameters."""
+        return self.decode_loaded(codes, self.load(params))
+
+    def height(self, rows: int) -> int:
+        """Rows of a weight with ``rows`` whose parameters belong together and must be fitted at once."""
+        return 1
+
+    @property
+    def span(self) -> int:
+        """Column groups whose parameters belong together and must be fitted at once."""
+        return 1
+
+    def rounding(self, params: Params) -> Rounding:
+        """What rounds single columns of a weight with these rounded parameters, which are read once."""
+        numbers = self.load(params)
+        narrow = self.model_copy(update={"group_size": 1})
+
+        def round_column(column: Tensor, group: int) -> tuple[Tensor, Tensor]:
+            own = {name: tensor[:, group : group + 1] for name, tensor in numbers.items()}
+            codes = self.encode_loaded(narrow.split(column[:, None]), own)
+            values = narrow.join(self.decode_loaded(codes, own), column.numel(), 1)
+            return narrow.join(codes, column.numel(), 1)[:, 0], values[:, 0]
+
+        return round_column
 
     @abstractmethod
     def layout(self, rows: int, columns: int) -> Layout:
@@ -65,7 +104,8 @@ class Grid(StrictModel, ABC):
 
     def error(self, blocks: Tensor, importance: Tensor | None, params: Params, norm: float = 2.0) -> Tensor:
         """Sum of ``importance * |value - decoded| ** norm`` per block ``[row groups, column groups]``."""
-        difference = (blocks - self.decode_blocks(self.encode_blocks(blocks, params), params)).abs().pow_(norm)
+        numbers = self.load(params)
+        difference = (blocks - self.decode_loaded(self.encode_loaded(blocks, numbers), numbers)).abs().pow_(norm)
         return (difference if importance is None else difference * importance).sum(-1)
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rarefy.formats.grids.base import Grid, Params
+from rarefy.formats.grids.base import Grid, Numbers, Params
 from rarefy.formats.layout import FLOATS, Layout, TensorLayout
 from rarefy.formats.scales import AnyScale, SingleScale, store_floats
 from rarefy.kernels.reference import tables
@@ -50,7 +50,8 @@ class FloatGrid(Grid):
     def error(self, blocks: Tensor, importance: Tensor | None, params: Params, norm: float = 2.0) -> Tensor:
         if not self.two_scales:
             return super().error(blocks, importance, params, norm)
-        difference = (blocks - self.decode_blocks(self.encode_blocks(blocks, params), params)).abs().pow_(norm)
+        numbers = self.load(params)
+        difference = (blocks - self.decode_loaded(self.encode_loaded(blocks, numbers), numbers)).abs().pow_(norm)
         difference = difference if importance is None else difference * importance
         # The two sides do not touch each other: each side's best scale is found on its own.
         below = (blocks < 0).float()
@@ -62,16 +63,29 @@ class FloatGrid(Grid):
         assert isinstance(self.scales, SingleScale)
         return {"scale": store_floats(params["scale"], FLOATS[self.scales.dtype], "scale")}
 
-    def encode_blocks(self, blocks: Tensor, params: Params) -> Tensor:
-        scale = self._scale_of(blocks, params)
+    def height(self, rows: int) -> int:
+        return min(self.scales.rows, rows) or 1
+
+    @property
+    def span(self) -> int:
+        return self.scales.groups
+
+    def load(self, params: Params) -> Numbers:
+        if not self.two_scales:
+            return {"scale": self.scales.load(params)[0].unsqueeze(-1)}
+        positive, negative = params["scale"].float().unsqueeze(-2).unbind(-1)
+        return {"scale": positive, "negative": negative}
+
+    def encode_loaded(self, blocks: Tensor, numbers: Numbers) -> Tensor:
+        scale = _scale_of(blocks, numbers)
         # A float8 weight at the edge of its range may exceed the table by rounding of the scale: nearest is the edge.
         scaled = torch.where(scale == 0, 0.0, blocks / scale)
-        boundaries, codes = _nearest(self.format)
-        return codes.to(blocks.device)[torch.bucketize(scaled.contiguous(), boundaries.to(blocks.device))]
+        boundaries, codes = _nearest(self.format, blocks.device)
+        return codes[torch.bucketize(scaled.contiguous(), boundaries)]
 
-    def decode_blocks(self, codes: Tensor, params: Params) -> Tensor:
+    def decode_loaded(self, codes: Tensor, numbers: Numbers) -> Tensor:
         values = tables.table(self.format, codes.device)[codes.to(torch.int32)]
-        return values * self._scale_of(values, params)
+        return values * _scale_of(values, numbers)
 
     def layout(self, rows: int, columns: int) -> Layout:
         groups = self.groups(columns)
@@ -80,18 +94,17 @@ class FloatGrid(Grid):
         assert isinstance(self.scales, SingleScale)
         return {"scale": TensorLayout(FLOATS[self.scales.dtype], (rows, groups, 2), "scales")}
 
-    def _scale_of(self, values: Tensor, params: Params) -> Tensor:
-        if not self.two_scales:
-            return self.scales.load(params)[0].unsqueeze(-1)
-        positive, negative = params["scale"].float().unsqueeze(-2).unbind(-1)
-        return torch.where(values < 0, negative, positive)
+
+def _scale_of(values: Tensor, numbers: Numbers) -> Tensor:
+    negative = numbers.get("negative")
+    return numbers["scale"] if negative is None else torch.where(values < 0, negative, numbers["scale"])
 
 
 @functools.lru_cache(maxsize=16)
-def _nearest(name: str) -> tuple[Tensor, Tensor]:
+def _nearest(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Midpoints between the distinct values of a format, and the code of each value (+0 for zero)."""
     values, codes = torch.sort(tables.table(name), stable=True)
     keep = torch.ones_like(values, dtype=torch.bool)
     keep[1:] = values[1:] != values[:-1]
     values, codes = values[keep], codes[keep]
-    return (values[1:] + values[:-1]) / 2, codes.to(torch.uint8)
+    return ((values[1:] + values[:-1]) / 2).to(device), codes.to(device, torch.uint8)

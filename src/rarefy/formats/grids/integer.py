@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rarefy import packing
-from rarefy.formats.grids.base import Grid, Params
+from rarefy.formats.grids.base import Grid, Numbers, Params
 from rarefy.formats.layout import Layout, TensorLayout
 from rarefy.formats.scales import AnyScale, SingleScale, finest_step
 
@@ -57,14 +57,28 @@ class _Affine(Grid):
         stored = self.scales.store(params["scale"], None)
         return {**stored, "zero_point": params["zero_point"].to(torch.uint8)}
 
-    def encode_blocks(self, blocks: Tensor, params: Params) -> Tensor:
-        scale, zero = self._numbers(params)
-        steps = torch.where(scale == 0, 0.0, blocks / scale)
-        return (steps + zero).round_().clamp_(0, self.code_count - 1).to(torch.uint8)
+    def height(self, rows: int) -> int:
+        return min(self.scales.rows, rows) or 1
 
-    def decode_blocks(self, codes: Tensor, params: Params) -> Tensor:
-        scale, zero = self._numbers(params)
-        return (codes.to(torch.float32) - zero) * scale
+    @property
+    def span(self) -> int:
+        return self.scales.groups
+
+    def load(self, params: Params) -> Numbers:
+        scale, zero = self.scales.load(params)
+        if self.zero == "integer":
+            zero = params["zero_point"].float()
+        elif zero is None:
+            zero = torch.full_like(scale, self.code_count // 2)
+        return {"scale": scale.unsqueeze(-1), "zero": zero.unsqueeze(-1)}
+
+    def encode_loaded(self, blocks: Tensor, numbers: Numbers) -> Tensor:
+        scale = numbers["scale"]
+        steps = torch.where(scale == 0, 0.0, blocks / scale)
+        return (steps + numbers["zero"]).round_().clamp_(0, self.code_count - 1).to(torch.uint8)
+
+    def decode_loaded(self, codes: Tensor, numbers: Numbers) -> Tensor:
+        return (codes.to(torch.float32) - numbers["zero"]) * numbers["scale"]
 
     def layout(self, rows: int, columns: int) -> Layout:
         groups = self.groups(columns)
@@ -78,14 +92,6 @@ class _Affine(Grid):
         if self.zero != "integer":
             return params
         return {**params, "zero_point": packing.pack_bits(params["zero_point"].flatten(), self.code_bits)}
-
-    def _numbers(self, params: Params) -> tuple[Tensor, Tensor]:
-        scale, zero = self.scales.load(params)
-        if self.zero == "integer":
-            zero = params["zero_point"].float()
-        elif zero is None:
-            zero = torch.full_like(scale, self.code_count // 2)
-        return scale.unsqueeze(-1), zero.unsqueeze(-1)
 
 
 class IntegerGrid(_Affine):

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rarefy.formats.grids.base import Grid, Params
+from rarefy.formats.grids.base import Grid, Numbers, Params
 from rarefy.formats.layout import FLOATS, FloatName, Layout, Size, TensorLayout
 from rarefy.formats.scales import store_floats
 
@@ -46,20 +46,22 @@ class _Table(Grid):
         return wide.reshape(wide.shape[0], -1)[:rows, :columns]
 
     def height(self, rows: int) -> int:
-        """Rows that share a table."""
         return min(self.rows_per_lut or rows, rows) or 1
 
     def round(self, params: Params) -> Params:
         return {"lut": store_floats(params["lut"], FLOATS[self.dtype], "table entry")}
 
-    def encode_blocks(self, blocks: Tensor, params: Params) -> Tensor:
-        table, order = params["lut"].float().sort(-1)
-        middles = (table[..., 1:] + table[..., :-1]) / 2
-        nearest = torch.searchsorted(middles.contiguous(), blocks.contiguous())
-        return order.gather(-1, nearest).to(torch.uint8)
+    def load(self, params: Params) -> Numbers:
+        values = params["lut"].float()
+        table, order = values.sort(-1)
+        return {"values": values, "middles": (table[..., 1:] + table[..., :-1]) / 2, "order": order}
 
-    def decode_blocks(self, codes: Tensor, params: Params) -> Tensor:
-        return params["lut"].float().gather(-1, codes.to(torch.int64))
+    def encode_loaded(self, blocks: Tensor, numbers: Numbers) -> Tensor:
+        nearest = torch.searchsorted(numbers["middles"].contiguous(), blocks.contiguous())
+        return numbers["order"].gather(-1, nearest).to(torch.uint8)
+
+    def decode_loaded(self, codes: Tensor, numbers: Numbers) -> Tensor:
+        return numbers["values"].gather(-1, codes.to(torch.int64))
 
     def layout(self, rows: int, columns: int) -> Layout:
         shape = (-(-rows // self.height(rows)), self.groups(columns), self.code_count)

@@ -1,0 +1,90 @@
+"""What the accuracy benchmarks measure: a name for tables, a recipe, and its options.
+
+Names say the recipe and where its numbers lie: ``int4 g128 Z`` is 4-bit integers in groups of 128 with an integer
+zero point, ``F`` a float zero point (the range runs from minimum to maximum), ``50%`` a share of zeros, ``2:4`` two
+zeros among any four. Plans stand in the order in which they are worth having when time runs out.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from rarefy.calibration.calibrated import needed
+from rarefy.recipes import load_recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``job``: the row's name; ``recipe`` and ``options`` as ``rarefy.compress`` takes them."""
+
+    job: str
+    recipe: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the recipe needs data. Raises RecipeError when it does not know an option."""
+        return bool(needed(load_recipe(self.recipe, self.options)))
+
+
+def integers(recipe: str, bits: int, group: int, zero: str = "Z", note: str = "", **options: Any) -> Plan:
+    """``recipe`` on evenly spaced integers."""
+    point = {"Z": {}, "F": {"zero_point": "float"}}[zero]
+    job = f"{recipe} int{bits} g{group} {zero}{note and ' '}{note}"
+    return Plan(job, recipe, {"num_bits": bits, "group_size": group, **point, **options})
+
+
+def pruned(recipe: str, pattern: str, bits: int | None = None) -> Plan:
+    """``recipe`` to half of the weights, alone or with the other half in integers."""
+    shape: dict[str, Any] = {"sparsity": 0.5} if pattern == "50%" else {"n": 2, "m": 4}
+    job = f"{recipe} {pattern}" + (f" int{bits} g128 Z" if bits else "")
+    return Plan(job, recipe, {**shape, **({"num_bits": bits, "group_size": 128} if bits else {})})
+
+
+# The table of calibrated recipes: equal grids side by side, the ladder from rounding to outliers, sparsity.
+RECIPES = [
+    *(integers(recipe, bits, 128) for bits in (3, 4) for recipe in ("rtn", "gptq", "awq")),
+    Plan("spqr int3", "spqr", {"num_bits": 3}),
+    Plan("spqr int3 3.95 bits", "spqr", {"num_bits": 3, "target_bits": 3.95}),
+    Plan("spqr int4", "spqr", {"num_bits": 4}),
+    integers("rtn", 3, 16),
+    integers("gptq", 3, 16),
+    integers("gptq", 3, 16, "F", "bilevel", scales="bilevel"),
+    integers("gptq", 3, 128, note="file order", act_order=False),
+    integers("gptq", 3, 128, note="true-sequential", true_sequential=True),
+    *(pruned(recipe, pattern, bits) for bits in (None, 4) for pattern in ("50%", "2:4")
+      for recipe in ("sparsegpt", "wanda")),
+    *(integers(recipe, bits, group) for group in (64, 32) for bits in (3, 4) for recipe in ("rtn", "gptq", "awq")),
+]  # fmt: skip
+
+# Grids under plain rounding.
+GRIDS = [
+    integers("rtn", 8, 128),
+    integers("rtn", 6, 128),
+    integers("rtn", 5, 128),
+    integers("rtn", 4, 32, "F"),
+    integers("rtn", 4, 128, note="clip", clip="mse"),
+    Plan("rtn int4 g128 symmetric", "rtn", {"num_bits": 4, "symmetric": True}),
+    Plan("rtn nf4 g64", "rtn", {"format": "nf4", "group_size": 64}),
+    Plan("rtn nf4 g64 two scales", "rtn", {"format": "nf4", "group_size": 64, "two_scales": True}),
+    Plan("rtn fp4 g64", "rtn", {"format": "fp4", "group_size": 64}),
+    Plan("rtn lut4 per row", "rtn", {"format": "lut", "num_bits": 4}),
+    integers("rtn", 3, 128, note="clip", clip="mse"),
+    integers("rtn", 3, 16, "F", "bilevel", scales="bilevel"),
+    Plan("rtn nf3 g64", "rtn", {"format": "nf3", "group_size": 64}),
+    Plan("rtn lut3 per row", "rtn", {"format": "lut", "num_bits": 3}),
+    integers("rtn", 2, 64, note="clip", clip="mse"),
+    Plan("rtn ternary g64", "rtn", {"format": "ternary", "group_size": 64}),
+]
+
+QUICK = [integers(recipe, bits, 128) for bits in (4, 3) for recipe in ("rtn", "gptq")]
+
+
+def chosen(plans: list[Plan], only: str | None) -> list[Plan]:
+    """The plans whose job the regular expression ``only`` finds; all without one."""
+    found = [plan for plan in plans if only is None or re.search(only, plan.job)]
+    if not found:
+        raise SystemExit(f"No plan matches '{only}'; known: {', '.join(plan.job for plan in plans)}.")
+    return found

@@ -1,0 +1,53 @@
+"""Tensors that a job keeps for its next start: whole or absent, with a hash of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rarefy.core.errors import CheckpointError, FormatError, OptionError
+from rarefy.core.files import read_header, write_tensors
+from rarefy.layers.checkpoint import digest_of
+
+
+def keep_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write ``tensors`` and, as JSON, ``about`` to a safetensors file. Raises OSError."""
+    here = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    hashes = {name: digest_of(tensor) for name, tensor in here.items()}
+    write_tensors(path, here, {"about": json.dumps(about), "hashes": json.dumps(hashes)})
+
+
+class Kept:
+    """A file of ``keep_tensors``. Everything raises OptionError, naming the file, when it is damaged."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            header = read_header(path)
+            self.about: dict[str, Any] = json.loads(header.metadata["about"])
+            self._hashes: dict[str, str] = json.loads(header.metadata["hashes"])
+        except (CheckpointError, KeyError, ValueError) as failure:
+            raise self._damaged(failure) from None
+        if self._hashes.keys() != header.tensors.keys():
+            raise self._damaged("its names changed")
+
+    def read(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        """Tensors whose names are ``wanted``, on the CPU."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path, framework="pt") as opened:
+                found = {name: opened.get_tensor(name) for name in self._hashes if wanted(name)}
+        except (SafetensorError, OSError, FormatError) as failure:
+            raise self._damaged(failure) from None
+        for name, tensor in found.items():
+            if digest_of(tensor) != self._hashes[name]:
+                raise self._damaged(f"the bytes of '{name}' changed")
+        return found
+
+    def _damaged(self, reason: object) -> OptionError:
+        return OptionError(f"'{self.path.name}' in --work-dir is damaged ({reason}); delete the folder.")

@@ -1,0 +1,147 @@
+"""Column by column with error feedback: what one column loses, the columns after it make up for.
+
+The loop that GPTQ, SparseGPT and their kin share (Frantar and Alistarh 2022, Optimal Brain Compression; Frantar et
+al. 2022, GPTQ, algorithm 1). What happens to a column is a ``ColumnRule``'s to say.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from rarefy.core.devices import cpu_threads
+from rarefy.formats.grids import Grid
+from rarefy.formats.terms import Term, stack
+from rarefy.solvers.hessian import InverseHessian
+from rarefy.solvers.rtn import range_multiplier
+
+# Columns whose later columns are updated at once, by a matrix product.
+BLOCK = 128
+# Rows from which on the work on a single column is worth more than one thread.
+LARGE = 1 << 15
+
+
+class ColumnRule(ABC):
+    """Decides what each column becomes. ``segments``: sizes of stretches of columns that it looks at before their first
+    is treated, such as groups that share a scale or the m of n:m."""
+
+    segments: tuple[int, ...] = ()
+
+    @abstractmethod
+    def begin(self, size: int, columns: Tensor, start: int, scale: Tensor) -> None:
+        """See a segment of ``size`` (the last may be shorter) as it is now: ``columns`` float32 ``[members, columns,
+        rows]``, the first of them at position ``start``; ``scale [members, columns]`` is the diagonal of ``U``."""
+
+    @abstractmethod
+    def column(self, values: Tensor, position: int, scale: Tensor) -> Tensor:
+        """What ``values [members, rows]`` become. ``scale [members, 1]``: the diagonal of ``U`` at ``position``; an
+        error's cost is ``(error / scale) ** 2 / 2``."""
+
+
+def compensate(weight: Tensor, inverse: InverseHessian, rule: ColumnRule) -> Tensor:
+    """Run ``rule`` over all columns of ``weight [members, rows, columns]`` in the order of ``inverse``.
+
+    Returns what became of them, float32 ``[members, rows, columns]`` in that order. No step waits for the device.
+    """
+    order = inverse.order[:, :, None].expand(-1, -1, weight.shape[1])
+    work = weight.transpose(1, 2).gather(1, order)  # a column's rows lie together
+    upper, columns = inverse.upper, inverse.columns
+    scales = upper.diagonal(dim1=1, dim2=2)
+    members, _, rows = work.shape
+    edges = _block_edges(columns, rule.segments)
+    for start, end in zip(edges, [*edges[1:], columns], strict=True):
+        errors = work.new_empty(members, end - start, rows)
+        # One column is too little work to share between threads.
+        with cpu_threads(1) if rows * members < LARGE else nullcontext():
+            for position in range(start, end):
+                for size in rule.segments:
+                    if position % size == 0:
+                        stop = min(position + size, columns)
+                        rule.begin(size, work[:, position:stop], position, scales[:, position:stop])
+                scale, values = scales[:, position : position + 1], work[:, position]
+                kept = rule.column(values, position, scale)
+                error = (values - kept) / scale
+                errors[:, position - start] = error
+                values.copy_(kept)
+                if position + 1 < end:
+                    later = work[:, position + 1 : end]
+                    later.addcmul_(upper[:, position, position + 1 : end, None], error[:, None], value=-1)
+        if end < columns:
+            work[:, end:].baddbmm_(upper[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
+    return work.transpose(1, 2)
+
+
+def _block_edges(columns: int, segments: Sequence[int]) -> list[int]:
+    """Starts of blocks of about ``BLOCK`` columns, such that every segment begins when all its columns are up to date:
+    inside one block, or at the start of a block."""
+    unit, longest = math.lcm(*segments), max(segments, default=1)
+    inner = math.lcm(*(size for size in segments if size != longest))
+    if unit <= BLOCK:
+        step = outer = BLOCK // unit * unit
+    elif longest % inner == 0 and inner <= BLOCK:
+        step, outer = BLOCK // inner * inner, longest
+    else:
+        step = outer = unit
+    return [start for first in range(0, columns, outer) for start in range(first, min(first + outer, columns), step)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Weights that are solved at once: float32 ``[members, rows, columns]`` with one inverse for each member.
+
+    ``parts``: for each weight or expert, its rows among ``members * rows``. ``multipliers``: for each part the power of
+    two that it has been divided by, to bring its scales into 16-bit range, or None.
+    """
+
+    weight: Tensor
+    inverse: InverseHessian
+    parts: tuple[slice, ...]
+    multipliers: tuple[float | None, ...]
+
+    @property
+    def flat_shape(self) -> tuple[int, int]:
+        """``(members * rows, columns)``."""
+        return self.weight.shape[0] * self.weight.shape[1], self.weight.shape[2]
+
+    def order_of(self, part: int) -> Tensor:
+        """The order in which the columns of a part are treated, int64 ``[columns]``."""
+        return self.inverse.order[part if len(self.inverse.order) > 1 else 0]
+
+
+def by_batch(
+    weights: Sequence[Tensor],
+    inverse: InverseHessian,
+    grid: Grid | None,
+    solve: Callable[[Batch], list[list[Term]]],
+    *,
+    together: bool = True,
+) -> list[list[Term]]:
+    """Terms of each of ``weights`` that read one input, or of one weight of stacked experts.
+
+    ``solve`` gets as many as can go through the columns ``together`` and returns terms for each of its parts. Weights
+    whose rows cannot share parameters of ``grid`` with each other go one at a time.
+    """
+    experts = weights[0].dim() == 3
+    members = list(weights[0]) if experts else list(weights)
+    multipliers = tuple(None if grid is None else range_multiplier(member, grid) for member in members)
+    members = [m if factor is None else m / factor for m, factor in zip(members, multipliers, strict=True)]
+    rows = [len(member) for member in members]
+    height = 1 if grid is None else grid.height(sum(rows))
+    if together and all(count % height == 0 for count in rows):
+        whole = torch.stack(members) if experts else torch.cat(members)[None]
+        ends = [0, *accumulate(rows)]
+        solved = solve(Batch(whole, inverse, tuple(map(slice, ends, ends[1:])), multipliers))
+    else:
+        own = [inverse.member(index) if experts else inverse for index in range(len(members))]
+        solved = [
+            solve(Batch(member[None], inverse, (slice(0, len(member)),), (factor,)))[0]
+            for member, inverse, factor in zip(members, own, multipliers, strict=True)
+        ]
+    return [[stack(list(terms)) for terms in zip(*solved, strict=True)]] if experts else solved

@@ -1,0 +1,114 @@
+"""Rounding to a grid with error feedback (GPTQ, Frantar et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rarefy.formats.grids import Grid, Params
+from rarefy.formats.grids.base import Rounding
+from rarefy.formats.inputs import PermutedInput
+from rarefy.formats.terms import Quantized, Term
+from rarefy.solvers.clip import ClipSearch, fit
+from rarefy.solvers.feedback import Batch, ColumnRule, by_batch, compensate
+from rarefy.solvers.hessian import InverseHessian
+
+
+class RoundColumns(ColumnRule):
+    """Rounds each column to ``grid``, whose parameters are fitted to each group when its turn comes, or are ``fixed``
+    for all groups beforehand. ``codes`` and ``params`` are those of the flattened batch, columns in processing order.
+    """
+
+    def __init__(self, grid: Grid, batch: Batch, search: ClipSearch | None = None, fixed: Params | None = None):
+        rows, columns = batch.flat_shape
+        self.grid, self.search, self.mass = grid, search, batch.inverse.diagonal
+        self.codes = torch.empty(columns, rows, dtype=torch.uint8, device=batch.weight.device)
+        self._size = grid.size(columns)
+        self._fitted: list[Params] = []
+        self._group_of = [position // self._size for position in range(columns)]
+        self._first = 0
+        if fixed is None:
+            self.segments = (self._size * grid.span,)
+        else:
+            self._install(fixed, 0)
+            self._group_of = (batch.inverse.order[0] // self._size).tolist()
+
+    def begin(self, size: int, columns: Tensor, start: int, scale: Tensor) -> None:
+        mass = self.mass[:, start : start + columns.shape[1]]
+        self._install(fit_members(self.grid, columns.transpose(1, 2), mass, self.search), start)
+
+    def column(self, values: Tensor, position: int, scale: Tensor) -> Tensor:
+        codes, rounded = self._rounding(values.flatten(), self._group_of[position] - self._first)
+        self.codes[position] = codes
+        return rounded.view_as(values)
+
+    def params(self) -> Params:
+        """Rounded parameters of all groups."""
+        return {name: torch.cat([part[name] for part in self._fitted], dim=1) for name in self._fitted[0]}
+
+    def _install(self, params: Params, start: int) -> None:
+        self._fitted.append(params)
+        self._rounding: Rounding = self.grid.rounding(params)
+        self._first = start // self._size
+
+
+def fit_members(grid: Grid, weight: Tensor, mass: Tensor, search: ClipSearch | None) -> Params:
+    """Parameters for ``weight [members, rows, columns]``, its rows one after the other; a search counts the error of a
+    column by ``mass [members, columns]``."""
+    importance = None if search is None else mass[:, None].expand_as(weight).flatten(0, 1)
+    return fit(grid, weight.flatten(0, 1), importance, search)
+
+
+def gptq(
+    weights: Sequence[Tensor],
+    inverse: InverseHessian,
+    grid: Grid,
+    *,
+    search: ClipSearch | None = None,
+    static_groups: bool = False,
+) -> list[list[Term]]:
+    """Quantize ``weights`` (float32 ``[out, in]``, all of one input; or one ``[experts, out, in]``) on ``grid``.
+
+    With ``static_groups`` a group is neighbouring columns whatever the order of ``inverse``, and its parameters are
+    fitted before the first column is rounded; otherwise a group is columns that follow each other in that order,
+    fitted when its turn comes, and an order other than the stored one costs a stored permutation.
+    Raises FormatError when a weight is not finite or a scale cannot be stored.
+    """
+
+    def solve(batch: Batch) -> list[list[Term]]:
+        fixed = None
+        if static_groups:
+            fixed = fit_members(grid, batch.weight, batch.inverse.in_place(batch.inverse.diagonal), search)
+        rule = RoundColumns(grid, batch, search, fixed)
+        compensate(batch.weight, batch.inverse, rule)
+        return [[term] for term in quantized(rule.codes.T, rule.params(), grid, batch, static_groups)]
+
+    # Experts differ in their order, and columns of different groups cannot be rounded in one step.
+    together = not (static_groups and inverse.sorted and len(inverse.order) > 1)
+    return by_batch(weights, inverse, grid, solve, together=together)
+
+
+def quantized(codes: Tensor, params: Params, grid: Grid, batch: Batch, in_place: bool) -> list[Term]:
+    """Terms of a batch's parts from ``codes [members * rows, columns]`` in processing order.
+
+    ``in_place``: the parameters are those of neighbouring columns, so that codes go back to where they came from;
+    otherwise they stay in the order in which they were found, and the term stores it.
+    """
+    rows, terms = len(codes), list[Term]()
+    for index, (part, multiplier) in enumerate(zip(batch.parts, batch.multipliers, strict=True)):
+        order = batch.order_of(index)
+        own = {  # one entry may serve several rows
+            name: tensor[part.start * len(tensor) // rows : -(-part.stop * len(tensor) // rows)]
+            for name, tensor in params.items()
+        }
+        placed, input, tensors = codes[part], None, None
+        if batch.inverse.sorted and in_place:
+            placed = torch.empty_like(placed).index_copy_(1, order, placed)
+        elif batch.inverse.sorted:
+            input, tensors = PermutedInput(), {"permutation": order.to(torch.int32)}
+        terms.append(
+            Quantized.from_codes(placed, own, grid, multiplier=multiplier, input=input, input_tensors=tensors)
+        )
+    return terms

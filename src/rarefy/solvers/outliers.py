@@ -5,7 +5,6 @@ An outlier takes no part in fitting its group, has no error to feed back, and is
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -24,26 +23,37 @@ LIMIT = 0.05
 
 
 class RoundOrKeep(RoundColumns):
-    """``RoundColumns`` that leaves outliers as they are.
+    """``RoundColumns`` that leaves outliers as they are: those of ``named`` (bool ``[members, rows, columns]``), or what
+    a subclass chooses.
 
-    ``residual`` float32 and ``outliers`` bool ``[columns, members * rows]`` say what each outlier's code lacks.
+    ``outliers`` bool and ``lost`` float32, both ``[columns, members * rows]``, say which these are and what a code
+    lacks.
     """
 
-    def __init__(self, grid: Grid, batch: Batch, search: ClipSearch | None = None, fixed: Params | None = None):
+    def __init__(
+        self,
+        grid: Grid,
+        batch: Batch,
+        search: ClipSearch | None = None,
+        fixed: Params | None = None,
+        named: Tensor | None = None,
+    ):
         super().__init__(grid, batch, search, fixed)
-        self.residual = torch.zeros(self.codes.shape, device=self.codes.device)
-        self.outliers = torch.zeros_like(self.residual, dtype=torch.bool)
+        self.lost = torch.empty(self.codes.shape, device=self.codes.device)
+        if named is None:
+            self.outliers = torch.empty_like(self.lost, dtype=torch.bool)
+        else:
+            order = batch.inverse.order[:, None].expand(-1, named.shape[1], -1)
+            self.outliers = named.gather(2, order).permute(2, 0, 1).flatten(1)  # a column's rows lie together
 
-    @abstractmethod
-    def kept(self, lost: Tensor, position: int, scale: Tensor) -> Tensor:
-        """Which weights of a column stay, bool, for what rounding would take from each; both ``[members, rows]``."""
+    def choose(self, lost: Tensor, position: int, outlier: Tensor) -> None:
+        """Mark in ``outlier`` what stays of a column that rounding takes ``lost`` from; both ``[members, rows]``."""
 
-    def column(self, values: Tensor, position: int, scale: Tensor) -> Tensor:
-        rounded = super().column(values, position, scale)
-        lost = values - rounded
-        outlier = self.kept(lost, position, scale)
-        self.outliers[position] = outlier.flatten()
-        self.residual[position] = torch.where(outlier, lost, 0.0).flatten()
+    def column(self, values: Tensor, position: int) -> Tensor:
+        rounded = super().column(values, position)
+        lost, outlier = self.lost[position].view_as(values), self.outliers[position].view_as(values)
+        torch.sub(values, rounded, out=lost)
+        self.choose(lost, position, outlier)
         return torch.where(outlier, values, rounded)
 
 
@@ -53,29 +63,19 @@ class KeepDear(RoundOrKeep):
 
     def __init__(self, grid: Grid, batch: Batch, threshold: Tensor, search: ClipSearch | None = None):
         super().__init__(grid, batch, search)
-        self.threshold = threshold
+        self.threshold = threshold.view(batch.weight.shape[:2])
+        self.scales, self._reach = batch.inverse.scales, self.threshold.sqrt()
 
-    def begin(self, size: int, columns: Tensor, start: int, scale: Tensor) -> None:
+    def begin(self, size: int, columns: Tensor, start: int) -> None:
         weight = columns.transpose(1, 2)
-        gain = leave_one_out_gain(weight, scale[:, None], self.grid.code_count)
-        spoils = gain > self.threshold.view(weight.shape[:2])[..., None]
+        scale = self.scales[:, None, start : start + columns.shape[1]]
+        spoils = leave_one_out_gain(weight, scale, self.grid.code_count) > self.threshold[..., None]
         mass = self.mass[:, start : start + columns.shape[1]]
         self._install(fit_members(self.grid, mean_filled(weight, spoils), mass, self.search), start)
 
-    def kept(self, lost: Tensor, position: int, scale: Tensor) -> Tensor:
-        return (lost / scale).square() > self.threshold.view_as(lost)
-
-
-class KeepNamed(RoundOrKeep):
-    """Keeps the weights of a ``mask [members, rows, columns]``; the grid's parameters are ``fixed``."""
-
-    def __init__(self, grid: Grid, batch: Batch, mask: Tensor, fixed: Params):
-        super().__init__(grid, batch, fixed=fixed)
-        order = batch.inverse.order[:, None].expand(-1, mask.shape[1], -1)
-        self._mask = mask.gather(2, order).permute(2, 0, 1).contiguous()  # a column's rows lie together
-
-    def kept(self, lost: Tensor, position: int, scale: Tensor) -> Tensor:
-        return self._mask[position]
+    def choose(self, lost: Tensor, position: int, outlier: Tensor) -> None:
+        # (lost / scale)^2 > threshold, without the squares.
+        torch.gt(lost.abs(), self._reach * self.scales[:, position : position + 1], out=outlier)
 
 
 def mean_filled(values: Tensor, mask: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def gptq_with_outliers(
 
 def _column_costs(batch: Batch) -> Tensor:
     """The mean over columns of ``variance / U_jj ** 2`` of the part that a row belongs to, ``[members * rows]``."""
-    scales = batch.inverse.in_place(batch.inverse.upper.diagonal(dim1=1, dim2=2))
+    scales = batch.inverse.in_place(batch.inverse.scales)
     rows = batch.weight.shape[1]
     flat = batch.weight.flatten(0, 1)
     costs = []
@@ -178,7 +178,7 @@ def round_around_outliers(
         mask, *given = batch.beside
         mass = given[0] if given else batch.inverse.in_place(batch.inverse.diagonal)[:, None].expand_as(batch.weight)
         params = _fit_others(batch.weight.flatten(0, 1), mask.flatten(0, 1), mass.flatten(0, 1), grid, search)
-        rule = KeepNamed(grid, batch, mask, params)
+        rule = RoundOrKeep(grid, batch, fixed=params, named=mask)
         compensate(batch.weight, batch.inverse, rule)
         terms = quantized(rule.codes.T, rule.params(), grid, batch, in_place=True)
         return [[term, _residual(rule, batch, index)] if any_outlier else [term] for index, term in enumerate(terms)]
@@ -225,5 +225,5 @@ def _residual(rule: RoundOrKeep, batch: Batch, index: int) -> Term:
     part, multiplier = batch.parts[index], batch.multipliers[index] or 1.0
     order = batch.order_of(index)
     mask = torch.empty_like(rule.outliers[:, part]).index_copy_(0, order, rule.outliers[:, part]).T
-    values = torch.empty_like(rule.residual[:, part]).index_copy_(0, order, rule.residual[:, part]).T * multiplier
-    return residual_of(values, mask)
+    lost = torch.empty_like(rule.lost[:, part]).index_copy_(0, order, rule.lost[:, part]).T * multiplier
+    return residual_of(lost, mask)

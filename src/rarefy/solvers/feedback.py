@@ -142,8 +142,9 @@ def by_batch(
         solved = solve(Batch(whole, inverse, tuple(map(slice, ends, ends[1:])), multipliers, tuple(wide)))
     else:
         own = [inverse.member(index) if experts else inverse for index in range(len(members))]
-        solved = [
-            solve(Batch(member[None], inverse, (slice(0, len(member)),), (factor,), tuple(part[None] for part in wide)))[0]
-            for member, inverse, factor, *wide in zip(members, own, multipliers, *others, strict=True)
+        alone = [
+            solve(Batch(member[None], inverse, (slice(0, len(member)),), (factor,), tuple(part[None] for part in rest)))
+            for member, inverse, factor, *rest in zip(members, own, multipliers, *others, strict=True)
         ]
+        solved = [terms for [terms] in alone]
     return [[stack(list(terms)) for terms in zip(*solved, strict=True)]] if experts else solved

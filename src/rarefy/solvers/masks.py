@@ -27,8 +27,8 @@ def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
 
 
 def largest_share(scores: Tensor, share: float, ties: Tensor) -> Tensor:
-    """Bool mask of exactly the ``round(share * size)`` largest ``scores`` of a weight ``[rows, columns]``, of each expert
-    alone where there are several. Among equal scores those with the larger ``ties`` (same shape) are taken."""
+    """Bool mask of exactly the ``round(share * size)`` largest ``scores`` of a weight ``[rows, columns]``, or of each
+    of its experts. Among equal scores those with the larger ``ties`` (same shape) are taken."""
     if scores.dim() == 3:
         return torch.stack([largest_share(own, share, other) for own, other in zip(scores, ties, strict=True)])
     flat, count = scores.flatten(), round(share * scores.numel())

@@ -23,8 +23,8 @@ LIMIT = 0.05
 
 
 class RoundOrKeep(RoundColumns):
-    """``RoundColumns`` that leaves outliers as they are: those of ``named`` (bool ``[members, rows, columns]``), or what
-    a subclass chooses.
+    """``RoundColumns`` that leaves outliers as they are: those of ``named`` (bool ``[members, rows, columns]``), or
+    what a subclass chooses.
 
     ``outliers`` bool and ``lost`` float32, both ``[columns, members * rows]``, say which these are and what a code
     lacks.

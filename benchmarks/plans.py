@@ -114,7 +114,7 @@ WEIGHT_RECIPES_I = [
     integers("gptq", 2, 32),
     groups(0.5, "one round", rounds=1),
     groups(0.5, "one round mean", rounds=1, saliency="mean"),
-    groups(0.5, "balanced", balanced=True),
+    *(groups(sparsity, f"{rows} rows", rows=rows) for rows in ("fisher", "equal") for sparsity in (0.5, 0.3)),
     groups(0.5, "16-bit scales", scales="float16"),
     *(float_code(name, group, solver, scales)
       for name in ("nf3", "nf4") for group in (32, 128) for solver in ("gptq", "rtn", "awq") for scales in (2, 1)),

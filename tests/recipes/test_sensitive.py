@@ -34,8 +34,8 @@ PLANS: dict[str, tuple[str, dict[str, Any]]] = {
     "gwq feedback": ("gwq", {"num_bits": 3, "group_size": 16, "feedback": True, "saliency": "fisher", "clip": "mse"}),
     "afpq": ("afpq", {"group_size": 16}),
     "afpq awq": ("afpq", {"group_size": 16, "format": "fp3", "solver": "awq"}),
-    "gqsa": ("gqsa", {}),
-    "gqsa balanced": ("gqsa", {"balanced": True, "index": "ids", "scales": "float16", "sparsity": 0.3}),
+    "gqsa": ("gqsa", {"index": "ids", "scales": "float16", "sparsity": 0.3}),
+    "gqsa fisher": ("gqsa", {"rows": "fisher"}),
 }
 
 
@@ -199,6 +199,7 @@ def test_groups_of_integers_beat_pairs_of_four_and_two_bits() -> None:
     for other in (SparseGpt(n=2, m=4, num_bits=4), Gptq(num_bits=2, group_size=16)):
         assert bits(solution) < bits(other.solve(uneven))
     assert lost(Gqsa(), uneven) < lost(Gqsa(saliency="mean", rounds=1), uneven)
+    assert sensitive_error(Gqsa(rows="fisher"), uneven) < 0.9 * sensitive_error(Gqsa(rows="equal"), uneven)
     costs = [lost(Gqsa(sparsity=sparsity), uneven) for sparsity in (0.2, 0.3, 0.4, 0.5)]
     assert costs == sorted(costs)
     (term,) = solution.terms
@@ -212,6 +213,7 @@ def test_without_statistics_layers_are_solved_without_data() -> None:
     weight = problem(16, 32)[0]
     recipes: list[WeightRecipe] = [
         SqueezeLlm(feedback=True), Gwq(group_size=16, feedback=True), Gwq(saliency="hessian"), Afpq(), Gqsa(),
+        Gqsa(rows="fisher"),
     ]  # fmt: skip
     for layer in (Layer("layer", weight), Layer("experts", torch.stack([weight, 2 * weight]))):
         for recipe in recipes:
@@ -227,6 +229,7 @@ def test_recipes_want_no_more_than_their_options_use() -> None:
         ("gwq", {"saliency": "magnitude"}, set()),
         ("gwq", {"saliency": "hessian", "feedback": True}, {"gram"}),
         ("gqsa", {}, {"gram"}),
+        ("gqsa", {"rows": "fisher"}, {"gram", "fisher"}),
     ):
         assert load_recipe(recipe, options).rules[0].recipe().needs == needs
 
@@ -239,7 +242,7 @@ def test_recipes_want_no_more_than_their_options_use() -> None:
         ("afpq", {"format": "fp8_e4m3"}, "format"),
         ("squeeze_llm", {"sensitive_share": 0.5}, "sensitive_share"),
         ("gwq", {"saliency": "gradients"}, "saliency"),
-        ("gqsa", {"index": "ids"}, "'ids' stores equally many"),
+        ("gqsa", {"index": "ids", "rows": "equal"}, "'ids' stores equally many"),
         ("gqsa", {"num_bits": None, "clip": "mse"}, "'clip' has no effect on 16-bit values"),
         ("gqsa", {"scales": "float16", "scale_rows": 8}, "'scale_rows' has no effect"),
     ],

@@ -62,11 +62,11 @@ def test_whole_groups_go_at_the_wanted_number(columns: int, grid: IntegerGrid | 
     weight, _, gram = problem(24, columns)
     groups = -(-columns // 16)
     for sparsity in (0.25, 0.5):
-        stored = pruned(weight, gram, sparsity, grid=grid)
+        stored = pruned(weight, gram, sparsity, rows=[torch.ones(24)], grid=grid)
         kept = torch.nn.functional.pad(stored, (0, -columns % 16)).unflatten(1, (-1, 16)).ne(0).any(-1)
         assert int((~kept).sum()) == round(sparsity * kept.numel())
         for index in ("bitmap", "ids", "csr"):
-            stored = pruned(weight, gram, sparsity, Groups(size=16, index=index), grid=grid, balanced=True)  # type: ignore[arg-type]
+            stored = pruned(weight, gram, sparsity, Groups(size=16, index=index), grid=grid)  # type: ignore[arg-type]
             kept = torch.nn.functional.pad(stored, (0, -columns % 16)).unflatten(1, (-1, 16)).ne(0).any(-1)
             assert kept.sum(1).tolist() == [groups - round(sparsity * groups)] * len(weight)
 
@@ -76,12 +76,15 @@ def test_the_others_make_up_for_what_goes() -> None:
     stored = pruned(weight, gram, rounds=1)
     assert output_error(weight, stored, gram) < 0.9 * output_error(weight, weight * (stored != 0), gram)
     assert lost(weight, gram, rounds=8) < lost(weight, gram, rounds=1)
-    uneven = weight * torch.logspace(-1, 1, len(weight))[:, None]
-    assert lost(uneven, gram) < 0.7 * lost(uneven, gram, balanced=True)
+    size = torch.logspace(-1, 1, len(weight))
+    uneven = weight * size[:, None]
+    assert lost(uneven, gram, rows=[torch.ones_like(size)]) < 0.7 * lost(uneven, gram)
+    kept = pruned(uneven, gram, rows=[size**-4]).ne(0).sum(1)
+    assert int(kept[:8].sum()) > 2 * int(kept[-8:].sum())
 
 
 def test_more_sparsity_costs_more() -> None:
-    weight, _, gram = problem(32, 128)
+    weight, _, gram = problem(32, 160)
     costs = [lost(weight, gram, sparsity, grid=INTEGERS) for sparsity in (0.2, 0.3, 0.4, 0.5)]
     assert costs == sorted(costs)
 
@@ -104,8 +107,12 @@ def test_a_scale_beyond_16_bits_is_shared_out() -> None:
 def test_experts_are_pruned_as_each_alone() -> None:
     weight, gram = stacked(16, 64, 3)
     inverse = inverse_hessian(gram, 0.01, sort=True)
-    for grid in (None, INTEGERS):
-        [[term]] = prune_groups([weight], inverse, group_obs, BITMAP, 0.5, grid=grid)
+    counts = torch.rand(3, 16, generator=torch.Generator().manual_seed(0))
+    for grid, rows in ((None, None), (INTEGERS, None), (INTEGERS, counts)):
+        [[term]] = prune_groups(
+            [weight], inverse, group_obs, BITMAP, 0.5, grid=grid, rows=None if rows is None else [rows]
+        )
         for index, own in enumerate(weight):
-            [[alone]] = prune_groups([own], inverse.member(index), group_obs, BITMAP, 0.5, grid=grid)
+            of_one = None if rows is None else [rows[index]]
+            [[alone]] = prune_groups([own], inverse.member(index), group_obs, BITMAP, 0.5, grid=grid, rows=of_one)
             torch.testing.assert_close(term.select(index).decode(), alone.decode())

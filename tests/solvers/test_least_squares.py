@@ -63,6 +63,16 @@ def test_scales_are_those_of_a_direct_solution(columns: int, generator: torch.Ge
         torch.testing.assert_close(found[row].double(), best, rtol=1e-3, atol=1e-4)
 
 
+def test_rows_whose_groups_cannot_be_told_apart_are_left_alone() -> None:
+    weight, hessian = damped(32)
+    hessian[16:] = hessian[:16]
+    hessian[:, 16:] = hessian[:, :16]
+    parts = weight.clone()
+    parts[:, 16:] = parts[:, :16]
+    found = fit_scales(weight, hessian, parts, 16)
+    assert bool(torch.isfinite(found).all())
+
+
 @pytest.mark.parametrize("sort", [False, True])
 def test_the_hessian_comes_back_from_its_inverse(sort: bool) -> None:
     _, gram = stacked(4, 24, 3)

@@ -42,3 +42,13 @@ def group_mean(groups: Tensor, blocks: Tensor) -> Tensor:
     """The mean over each group of ``w_j^2 / B_jj``, as if its weights were lost one at a time; shapes as for
     ``group_obs``."""
     return (groups.square() / blocks.diagonal(dim1=1, dim2=2)).mean(-1)
+
+
+def outputs(fisher: Tensor, squares: Tensor) -> Tensor:
+    """The mean squared gradient of each output, ``[out]`` or ``[experts, out]``: what an error of that row costs the
+    loss.
+
+    ``fisher`` is that of the weight, ``squares`` the mean square of each input, ``[in]`` or ``[experts, in]``; gradient
+    and input count as independent, so that the one is the product of the others. (Martens and Grosse 2015, K-FAC.)
+    """
+    return fisher.sum(-1) / squares.sum(-1, keepdim=True).clamp(min=torch.finfo(squares.dtype).tiny)

@@ -44,25 +44,27 @@ def prune_groups(
     pattern: Groups,
     sparsity: float,
     *,
+    rows: Sequence[Tensor] | None = None,
     grid: IntegerGrid | None = None,
     search: ClipSearch | None = None,
     rounds: int = 4,
-    balanced: bool = False,
     refit: bool = True,
 ) -> list[list[Term]]:
     """Prune groups of ``pattern`` from ``weights`` (float32 ``[out, in]`` of one input, or one ``[experts, out, in]``).
 
-    Each weight loses the share ``sparsity`` of its groups, those with the lowest ``score``; each row the same number if
-    ``balanced``. Of ``rounds`` each drops an equal number and lets all weights that stay make up for it, by least
-    squares in the output. These are 16-bit values, or are rounded to ``grid`` with error feedback, and with ``refit``
-    the scales are then fitted to the codes. Raises FormatError when a number cannot be stored.
+    Each row loses the share ``sparsity`` of its groups, those with the lowest ``score``; or each weight, where ``rows``
+    (``[out]`` or ``[experts, out]``) says how much an error in each output counts. Of ``rounds`` each drops an equal
+    number and lets all weights that stay make up for it, by least squares in the output. These are 16-bit values, or
+    are rounded to ``grid`` with error feedback, and with ``refit`` the scales are then fitted to the codes.
+    Raises FormatError when a number cannot be stored.
     """
     experts = weights[0].dim() == 3
     solved: list[list[Term]] = []
     for index, weight in enumerate(weights[0] if experts else weights):
         own = inverse.member(index) if experts else inverse
         blocks, (hessian,) = diagonal_blocks(own, pattern.size), own.hessian()
-        values, mask = choose_groups(weight, hessian, blocks, score, pattern.size, sparsity, rounds, balanced)
+        counts = None if rows is None else rows[0][index] if experts else rows[index]
+        values, mask = choose_groups(weight, hessian, blocks, score, pattern.size, sparsity, rounds, counts)
         if grid is None:
             solved.append([Sparse.from_weight(values, mask, pattern)])
         else:
@@ -79,17 +81,21 @@ def choose_groups(
     size: int,
     sparsity: float,
     rounds: int,
-    balanced: bool,
+    counts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """What becomes of ``weight [rows, columns]`` when groups are pruned as in ``prune_groups``, and the mask of it."""
+    """What becomes of ``weight [rows, columns]`` when groups are pruned as in ``prune_groups``, and the mask of it.
+    ``counts [rows]`` is how much an error in each row counts, None where all rows lose the same share."""
     rows, columns = weight.shape
     values, mask = weight, torch.ones_like(weight, dtype=torch.bool)
     kept = torch.ones(rows, len(blocks), dtype=torch.bool, device=weight.device)
     for number in range(1, rounds + 1):
         grouped = torch.nn.functional.pad(values, (0, -columns % size)).unflatten(1, (-1, size))
-        scores = score(grouped, blocks).masked_fill(~kept, -1.0)
+        scores = score(grouped, blocks)
         share = sparsity * number / rounds
-        kept = keep_share(scores, share) if balanced else keep_share(scores.flatten(), share).view_as(scores)
+        if counts is None:
+            kept = keep_share(scores.masked_fill(~kept, -1.0), share)
+        else:
+            kept = keep_share((scores * counts[:, None]).masked_fill(~kept, -1.0).flatten(), share).view_as(scores)
         mask = kept.repeat_interleave(size, 1)[:, :columns]
         values = fit_kept(weight, hessian, mask, values, STEPS + LAST_STEPS * (number == rounds))
     return values, mask

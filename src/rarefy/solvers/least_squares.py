@@ -34,7 +34,7 @@ def fit_scales(weight: Tensor, hessian: Tensor, parts: Tensor, size: int) -> Ten
     """``argmin |(weight - s * parts) X|^2`` over a factor ``s`` for each group of ``size`` columns of each row.
 
     ``weight`` and ``parts`` are float32 ``[rows, columns]``, ``hessian [columns, columns]`` is ``X X^T``; returns
-    float32 ``[rows, groups]``, 0 for groups of zeros.
+    float32 ``[rows, groups]``, 0 for groups of zeros and in rows whose groups cannot be told apart.
     """
     rows, columns = weight.shape
     missing = -columns % size
@@ -48,4 +48,6 @@ def fit_scales(weight: Tensor, hessian: Tensor, parts: Tensor, size: int) -> Ten
         normal[:, :, group] = (parts * image).sum(-1)
     empty = normal.diagonal(dim1=1, dim2=2) <= 0
     normal.diagonal(dim1=1, dim2=2).masked_fill_(empty, 1.0)
-    return torch.linalg.solve(normal, (parts * moved).sum(-1)).masked_fill(empty, 0.0)
+    lower, failed = torch.linalg.cholesky_ex(normal)
+    found = torch.cholesky_solve((parts * moved).sum(-1, keepdim=True), lower).squeeze(-1)
+    return found.masked_fill(empty | (failed != 0)[:, None], 0.0)

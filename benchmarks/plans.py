@@ -98,6 +98,7 @@ WEIGHT_RECIPES_I = [
     tables(3, "0.45%", **PERCENT),
     tables(3, "equal", importance="equal"),
     tables(3, "8 rows", rows_per_lut=8),
+    tables(3, "8 rows feedback", rows_per_lut=8, feedback=True),
     Plan("gptq int3 per row", "gptq", {"num_bits": 3, "group_size": None}),
     integers("gptq", 3, 128),
     tables(3, "feedback", feedback=True),
@@ -118,6 +119,7 @@ WEIGHT_RECIPES_I = [
     groups(0.5, "16-bit scales", scales="float16"),
     *(float_code(name, group, solver, scales)
       for name in ("nf3", "nf4") for group in (32, 128) for solver in ("gptq", "rtn", "awq") for scales in (2, 1)),
+    *(float_code(name, 16, solver, 1) for name in ("nf3", "nf4") for solver in ("gptq", "rtn")),
     *(float_code("fp4", 32, solver, scales) for solver in ("gptq", "rtn") for scales in (2, 1)),
     *(integers(solver, bits, 32) for bits in (3, 4) for solver in ("gptq", "rtn", "awq")),
     tables(4),

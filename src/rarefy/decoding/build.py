@@ -23,9 +23,9 @@ from rarefy.layers.linear import CompressedLinear
 class Family:
     """What the ``forward`` of a model class does that its modules do not show.
 
-    ``window``: where the sliding window stands, in each attention layer or in the configuration; a class without reads
-    none. ``scaled``: embeddings are multiplied by the root of their width. ``capped``: ``attention`` and ``logits`` that
-    pass a soft cap when the configuration has one.
+    ``window``: where the sliding window stands, in each attention layer or in the configuration; None: it is not read.
+    ``scaled``: embeddings are multiplied by the root of their width. ``capped``: what passes a soft cap when the
+    configuration has one.
     """
 
     window: Literal["layer", "config"] | None = None
@@ -168,7 +168,8 @@ class _Builder:
                 f"'{name}' is a {type(linear).__name__}, not a linear layer; merge adapters before decoding."
             )
         if (linear.in_features, linear.out_features) != (columns, rows):
-            raise UnsupportedError(f"'{name}' is [{linear.out_features}, {linear.in_features}], not [{rows}, {columns}].")
+            shape = [linear.out_features, linear.in_features]
+            raise UnsupportedError(f"'{name}' is {shape}, not [{rows}, {columns}] as in a {self.name}.")
 
     def norm(self, x: str, out: str, module: Any, name: str, heads: int = 1) -> Norm:
         """The RMS norm that ``module`` is: its formula is found by comparing what it makes of random numbers."""
@@ -181,7 +182,7 @@ class _Builder:
                     if heads * len(weight) != self.buffers[x]:
                         break
                     return Norm(x, out, weight, eps, centred, heads)
-        raise UnsupportedError(f"'{name}' is a {type(module).__name__} that computes another norm than the runner knows.")
+        raise UnsupportedError(f"'{name}' is a {type(module).__name__} whose norm the runner does not know.")
 
     def activation(self, module: Any, name: str) -> Activation:
         probe = torch.linspace(-8, 8, 257)

@@ -30,7 +30,7 @@ class Embed:
 class Norm:
     """``out = x / rms(x) * weight`` over the last of ``[heads, width / heads]``, in float32 within.
 
-    ``centred``: the factor is ``1 + weight``, applied before the result is rounded to the activations' dtype, not after.
+    ``centred``: the factor is ``1 + weight``, and the result is rounded to the activations' dtype after it, not before.
     """
 
     x: str
@@ -53,9 +53,10 @@ class Project:
 
 @dataclass(frozen=True)
 class Rotate:
-    """Rotary embedding of ``[heads, head_dim]`` in place: half ``i`` and ``i + head_dim / 2`` turn by ``position * inv_freq[i]``.
+    """Rotary embedding of ``[heads, head_dim]`` in place.
 
-    Cosine and sine are multiplied by ``scaling``. ``inv_freq`` float32 ``[head_dim / 2]``.
+    Channels ``i`` and ``i + head_dim / 2`` turn by ``position * inv_freq[i]``; cosine and sine are multiplied by
+    ``scaling``. ``inv_freq`` float32 ``[head_dim / 2]``.
     """
 
     x: str

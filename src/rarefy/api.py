@@ -167,7 +167,7 @@ def save(
 
 
 def runner(model: PreTrainedModel, *, cache_dtype: torch.dtype | None = None) -> GenerateRunner:
-    """The decode runner of a loaded ``model`` on the CPU, as in ``runner(model).generate(**inputs, max_new_tokens=20)``.
+    """The decode runner of a loaded ``model`` on the CPU: ``runner(model).generate(**inputs, max_new_tokens=20)``.
 
     ``generate`` takes what ``model.generate`` does; one sequence at a time, greedy or sampled. ``cache_dtype``: of the
     keys and values it keeps, by default the model's. Kept between calls: a prompt that begins like the last sequence is

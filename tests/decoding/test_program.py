@@ -141,7 +141,7 @@ def test_the_cache_grows_to_the_models_positions_and_no_further() -> None:
     assert cache.byte_count() == 2 * 2 * 2 * 512 * 12 * 4
     cache.reserve(513)
     assert cache.capacity == 600
-    with pytest.raises(OptionError, match="601 tokens do not fit the model's 600 positions"):
+    with pytest.raises(OptionError, match=r"601 tokens do not fit the model's 600 positions"):
         cache.reserve(601)
     with pytest.raises(OptionError, match="torch.int8"):
         KeyValues(1, 1, 1, torch.int8, 1)

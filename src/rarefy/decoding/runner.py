@@ -66,7 +66,7 @@ class Runner:
         return self.program.positions - len(self._tokens)
 
     def start(self, tokens: Tensor) -> Tensor:
-        """Logits ``[1, vocabulary]`` after ``tokens`` [T] alone; what the last sequence began with is not computed again.
+        """Logits ``[1, vocabulary]`` after ``tokens`` [T] alone; what the last sequence shares is kept.
 
         Raises OptionError for no tokens, tokens outside the vocabulary, and more of them than the model has positions.
         """
@@ -115,6 +115,6 @@ class Runner:
 
     def _check(self, tokens: Tensor) -> None:
         if tokens.dim() != 1 or tokens.dtype != torch.int64 or not len(tokens):
-            raise OptionError(f"Tokens are a row of int64, not {list(tokens.shape)} of {tokens.dtype}; give one or more.")
+            raise OptionError(f"Tokens are a row of int64, not {list(tokens.shape)} of {tokens.dtype}; give some.")
         if int(tokens.min()) < 0 or int(tokens.max()) >= self.program.vocabulary:
             raise OptionError(f"Tokens lie outside the vocabulary of {self.program.vocabulary}; check the tokenizer.")

@@ -67,12 +67,12 @@ class GenerateRunner(Runner):
         if (config.num_beams or 1) != 1 or (config.num_return_sequences or 1) != 1:
             raise UnsupportedError("The decode runner searches greedily or samples; use model.generate for beams.")
         if input_ids.shape[0] != 1:
-            raise UnsupportedError(f"The decode runner takes one sequence, not {input_ids.shape[0]}; use model.generate.")
+            raise UnsupportedError(f"The decode runner takes one sequence, not {input_ids.shape[0]}; use the model.")
         mask, embeddings = extra.get("attention_mask"), extra.get("inputs_embeds")
         if embeddings is not None or input_ids.shape[1] == 0:
             raise UnsupportedError("The decode runner needs at least one token and no inputs_embeds.")
         if mask is not None and not bool(mask.all()):
-            raise UnsupportedError("The decode runner reads every token, but attention_mask hides some; drop the padding.")
+            raise UnsupportedError("The decode runner reads every token, but attention_mask hides some; drop padding.")
         positions = extra.get("position_ids")
         if positions is not None and not torch.equal(positions[0], torch.arange(input_ids.shape[1])):
             raise UnsupportedError("The decode runner counts positions from 0; leave position_ids out.")
@@ -81,4 +81,4 @@ class GenerateRunner(Runner):
             raise UnsupportedError("The decode runner keeps its own cache and cannot go on with another; leave it out.")
         asked = [name for name in _BEYOND if getattr(config, name, None)]
         if asked:
-            raise UnsupportedError(f"The decode runner returns tokens only; leave {asked[0]} out or use model.generate.")
+            raise UnsupportedError(f"The decode runner returns tokens only; leave {asked[0]} out.")

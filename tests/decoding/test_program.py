@@ -143,7 +143,7 @@ def test_the_cache_grows_to_the_models_positions_and_no_further() -> None:
     assert cache.capacity == 600
     with pytest.raises(OptionError, match=r"601 tokens do not fit the model's 600 positions"):
         cache.reserve(601)
-    with pytest.raises(OptionError, match="torch.int8"):
+    with pytest.raises(OptionError, match=r"torch\.int8"):
         KeyValues(1, 1, 1, torch.int8, 1)
 
 

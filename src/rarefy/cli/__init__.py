@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from rarefy.cli import chat, compress, demo, evaluate, info, inspect, recipes
+from rarefy.cli import bench, chat, compress, demo, evaluate, info, inspect, recipes
 
 app = typer.Typer(
     name="rarefy",
@@ -18,6 +18,7 @@ for _name, _command in (
     ("compress", compress.compress),
     ("eval", evaluate.evaluate),
     ("chat", chat.chat),
+    ("bench", bench.bench),
     ("inspect", inspect.inspect),
     ("recipes", recipes.recipes),
     ("info", info.info),

@@ -57,7 +57,6 @@ struct Memory {
 struct Step {
   const rarefy_program &program;
   const StepKernels &own;
-  const Kernels &shared;
   rarefy_cache *cache;
   const int64_t *tokens;
   int64_t count, start;
@@ -161,9 +160,8 @@ struct Step {
     const float *k = at(op.y, t), *v = at(op.z, t);
     for (int64_t h = 0; h < program.kv_heads; ++h) {
       int64_t place = ((op.layer * program.kv_heads + h) * cache->capacity + start + t) * row;
-      shared.convert(k + h * program.head_dim, static_cast<char *>(cache->keys) + place, cache->type, program.head_dim);
-      shared.convert(v + h * program.head_dim, static_cast<char *>(cache->values) + place, cache->type,
-                     program.head_dim);
+      own.store(k + h * program.head_dim, static_cast<char *>(cache->keys) + place, cache->type, program.head_dim);
+      own.store(v + h * program.head_dim, static_cast<char *>(cache->values) + place, cache->type, program.head_dim);
     }
   }
 
@@ -203,7 +201,9 @@ void Step::run_projections(int32_t begin, int32_t end, int64_t from, int64_t to)
   rarefy_input input;
   if (all.count) {
     rarefy_input_begin(&input, all.terms, all.count, to - from, mode, input_memory);
-    each_token(from, to, [&](int64_t t) { rarefy_input_token(&input, t - from, at(program.ops[begin].x, t), RAREFY_F32); });
+    each_token(from, to, [&](int64_t t) {
+      rarefy_input_token(&input, t - from, at(program.ops[begin].x, t), RAREFY_F32);
+    });
   }
   struct Context {
     const Step &step;
@@ -370,7 +370,7 @@ int32_t rarefy_step_check(const rarefy_program *program, char *message, size_t c
 }
 
 int64_t rarefy_step_bytes(const rarefy_program *program, int64_t tokens, int64_t positions, int32_t mode) {
-  Step step{*program, step_kernels(), current_kernels(), nullptr, nullptr, tokens, 0, mode, false, nullptr};
+  Step step{*program, step_kernels(), nullptr, nullptr, tokens, 0, mode, false, nullptr};
   Memory memory{nullptr};
   step.lay_out(memory, positions);
   return memory.used;
@@ -388,7 +388,7 @@ int32_t rarefy_step(const rarefy_program *program, rarefy_cache *cache, const in
   for (int64_t t = 0; t < count; ++t)
     if (tokens[t] < 0 || tokens[t] >= p.vocabulary)
       return refuse(message, capacity, "Token %lld lies outside the vocabulary of %lld", tokens[t], p.vocabulary);
-  Step step{p, step_kernels(), current_kernels(), cache, tokens, count, cache->length, mode, every != 0, logits};
+  Step step{p, step_kernels(), cache, tokens, count, cache->length, mode, every != 0, logits};
   Memory place{static_cast<char *>(memory)};
   step.lay_out(place, cache->length + count);
   if (place.used > bytes || reinterpret_cast<uintptr_t>(memory) % line)

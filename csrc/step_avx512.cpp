@@ -2,7 +2,6 @@
 #include "simd/scalar.h"
 #include "simd/avx512.h"
 #define RAREFY_NS rarefy_avx512
-#include "kernels/half.h"
 #include "step/kernels.h"
 
 namespace rarefy {

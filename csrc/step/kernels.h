@@ -154,6 +154,16 @@ static void dense(const void *weight, int32_t type, int64_t columns, const float
     dense_rows_of<1>(weight, type, columns, x + m * x_stride, x_stride, y + m * y_stride, y_stride, first, last);
 }
 
+// One head's keys or values of a token into the cache.
+static void store(const float *x, void *row, int32_t type, int64_t width) {
+  if (type == RAREFY_F32) {
+    __builtin_memcpy(row, x, size_t(width) * 4);
+    return;
+  }
+  uint16_t *to = static_cast<uint16_t *>(row);
+  for (int64_t k = 0; k < width; ++k) to[k] = rarefy_scalar::to_half(x[k]);
+}
+
 // Attention of `group` query heads that share keys and values: rows [first, last) of both, `width` wide (a multiple of
 // 16). `scores`: [group, padded] memory, padded being last - first rounded up to 16.
 static void attend(const float *q, int64_t group, int64_t width, const void *keys, const void *values, int32_t type,
@@ -190,6 +200,6 @@ static void attend(const float *q, int64_t group, int64_t width, const void *key
   }
 }
 
-static constexpr rarefy::StepKernels step_table = {embed, norm, rotate, gate, add, cap, dense, attend};
+static constexpr rarefy::StepKernels step_table = {embed, norm, rotate, gate, add, cap, dense, store, attend};
 
 }  // namespace RAREFY_NS

@@ -13,6 +13,7 @@ struct StepKernels {
   void (*cap)(float *x, int64_t width, float top);
   void (*dense)(const void *weight, int32_t type, int64_t columns, const float *x, int64_t x_stride, float *y,
                 int64_t y_stride, int64_t first, int64_t last, int64_t tokens);
+  void (*store)(const float *x, void *row, int32_t type, int64_t width);
   void (*attend)(const float *q, int64_t group, int64_t width, const void *keys, const void *values, int32_t type,
                  int64_t first, int64_t last, float scale, float softcap, float *scores, float *out);
 };

@@ -127,13 +127,13 @@ class _Builder:
         width = self.config.hidden_size
         wide, narrow = self.heads * self.head_dim, self.kv_heads * self.head_dim
         inv_freq, scaling = self.rotary(layer, name)
-        for part, out, heads in (("q", wide, self.heads), ("k", narrow, self.kv_heads), ("v", narrow, 0)):
+        for part, out in (("q", wide), ("k", narrow), ("v", narrow)):  # together, for executors that fuse them
             self.project("normed", part, layer, f"{part}_proj", name, width, out)
-            if normed and heads:
+        for part, heads in (("q", self.heads), ("k", self.kv_heads)):
+            if normed:
                 norm = getattr(layer, f"{part}_norm")
                 self.step.append(self.norm(part, part, norm, f"{name}.{part}_norm", heads))
-            if heads:
-                self.step.append(Rotate(part, heads, inv_freq, scaling))
+            self.step.append(Rotate(part, heads, inv_freq, scaling))
         softcap = getattr(layer, "attn_logit_softcapping", None)
         if softcap is not None and "attention" not in self.family.capped:
             raise UnsupportedError(f"'{name}' has a soft cap that a {self.name} does not apply; remove it.")

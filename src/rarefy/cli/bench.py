@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -23,6 +23,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written after it.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; in each, everybody has a turn.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of every one of them.")] = 1,
+    executor: Annotated[str, typer.Option(help="exact, or fast (8-bit activations where codes are integers).")] = "fast",
     dtype: Annotated[str, typer.Option(help="Of dense tensors: auto, float32, bfloat16 or float16.")] = "auto",
     revision: Revision = None,
     as_json: Json = False,
@@ -32,6 +33,9 @@ def bench(
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise OptionError(f"--dtype '{dtype}' is unknown; use auto, float32, bfloat16 or float16.")
+    if executor not in ("exact", "fast"):
+        raise OptionError(f"--executor '{executor}' is unknown; use exact or fast.")
+    mode: Literal["exact", "fast"] = "fast" if executor == "fast" else "exact"
     import torch
 
     from rarefy import api
@@ -45,7 +49,7 @@ def bench(
         _check(name, loaded, prompt_tokens + new_tokens)
         return loaded
 
-    decoders = [open_runner(model, load)]
+    decoders = [open_runner(model, mode, load)]
     if decoders[0].executor.startswith("transformers"):
         say(f"note: 'rarefy' is measured through {decoders[0].executor}")
     length = prompt_tokens + new_tokens

@@ -67,7 +67,7 @@ def runner_of(model: Any) -> Any:
     if model.device.type != "cpu":
         return None
     try:
-        return api.runner(model)
+        return api.runner(model, executor="fast")
     except UnsupportedError as reason:
         say(f"note: {reason} Transformers generates instead.")
         return None

@@ -7,11 +7,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rarefy.core.errors import OptionError
+from rarefy.core.errors import OptionError, UnsupportedError
+from rarefy.core.logs import logger
 from rarefy.decoding import interpreter
 from rarefy.decoding.build import build
 from rarefy.decoding.cache import KeyValues
+from rarefy.decoding.native import Mode, NativeExecutor
 from rarefy.decoding.program import Program
+
+log = logger(__name__)
 
 # Tokens of a prompt that go through the program together; more need more memory and gain no speed.
 CHUNK = 256
@@ -21,6 +25,9 @@ class Executor(Protocol):
     """Runs a program. ``name`` says which code does, for reports."""
 
     name: str
+
+    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """How it keeps keys and values of a model of ``dtype``."""
 
     def __call__(self, tokens: Tensor, cache: KeyValues, *, every: bool = False) -> Tensor:
         """As ``interpreter.run``."""
@@ -34,6 +41,9 @@ class Interpreter:
     def __init__(self, program: Program):
         self.program = program
 
+    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
     def __call__(self, tokens: Tensor, cache: KeyValues, *, every: bool = False) -> Tensor:
         return interpreter.run(self.program, tokens, cache, every=every)
 
@@ -41,12 +51,16 @@ class Interpreter:
 class Runner:
     """Decodes one sequence with ``model``, keeping its keys and values.
 
-    ``cache_dtype``: of kept keys and values, by default the model's own. A model that changes between calls is noticed:
+    ``mode``: ``exact`` keeps activations in 32 bits (16 where the model's are and Torch executes), ``fast`` may quantize
+    them to 8. The native library executes, or Torch where it cannot, which is logged. ``cache_dtype``: of kept keys and
+    values, by default the model's own, float16 for what the library does not keep. A model that changes between calls is noticed:
     its program is built again and what was kept is forgotten. Raises UnsupportedError for a model that has no program.
     """
 
-    def __init__(self, model: Any, *, cache_dtype: torch.dtype | None = None):
-        self.model = model
+    def __init__(self, model: Any, *, mode: Mode = "exact", cache_dtype: torch.dtype | None = None):
+        if mode not in ("exact", "fast"):
+            raise OptionError(f"The executor '{mode}' is unknown; use exact or fast.")
+        self.model, self.mode = model, mode
         self._cache_dtype = cache_dtype
         self._build()
 
@@ -102,11 +116,18 @@ class Runner:
     def _build(self) -> None:
         self.program = build(self.model)
         self._built_from = self._state()
-        self._execute: Executor = Interpreter(self.program)
-        dtype = self._cache_dtype or self.model.dtype
+        self._execute = self._executor()
+        dtype = self._cache_dtype or self._execute.cache_dtype(self.model.dtype)
         program = self.program
         self.cache = KeyValues(program.layers, program.kv_heads, program.head_dim, dtype, program.positions)
         self._tokens: list[int] = []
+
+    def _executor(self) -> Executor:
+        try:
+            return NativeExecutor(self.program, self.mode)
+        except UnsupportedError as reason:
+            log.warning("Torch decodes, exactly: %s", reason)
+            return Interpreter(self.program)
 
     def _state(self) -> list[tuple[int, int]]:
         """What changes when a tensor of the model is replaced or written to."""

@@ -11,6 +11,7 @@ import torch
 
 from rarefy.core.errors import OptionError, SourceError, UnsupportedError
 from rarefy.core.memory import peak_bytes, reset_peak
+from rarefy.decoding.native import Mode
 from rarefy.decoding.runner import Runner
 from rarefy.evaluation.forward import cache_argument
 from rarefy.evaluation.speed import Decoder
@@ -22,8 +23,8 @@ PEERS = ("hf-eager", "hf-compiled", "llama.cpp")
 class RunnerDecoder:
     """The decode runner; every prompt is read anew."""
 
-    def __init__(self, model: Any):
-        self.runner = Runner(model)
+    def __init__(self, model: Any, mode: Mode):
+        self.runner = Runner(model, mode=mode)
         self.name, self.executor = "rarefy", self.runner.name
         self.step_bytes = step_bytes(model)
         self.memory_bytes: int | None = None
@@ -128,13 +129,13 @@ def open_peer(text: str, own: str, length: int, load: Callable[[str], Any]) -> D
     return _with_memory(lambda: LlamaCppDecoder(path, length))
 
 
-def open_runner(model: str, load: Callable[[str], Any]) -> Decoder:
+def open_runner(model: str, mode: Mode, load: Callable[[str], Any]) -> Decoder:
     """The decode runner of ``model``; where it has none, Transformers under the name rarefy, which says so."""
 
     def build() -> Decoder:
         loaded = load(model)
         try:
-            return RunnerDecoder(loaded)
+            return RunnerDecoder(loaded, mode)
         except UnsupportedError as reason:
             peer = TransformersDecoder(loaded, False, 0)
             peer.name, peer.executor = "rarefy", f"transformers ({reason})"

@@ -144,6 +144,9 @@ int32_t check_codes(const rarefy_term &t, const Failure &fail) {
   const int64_t *pointers = static_cast<const int64_t *>(t.pointers.data);
   const uint64_t *masks = static_cast<const uint64_t *>(t.positions.data);
   if (rising(fail, "pointers", pointers, tiles_of(t) + 1, t.codes.bytes - slack)) return -1;
+  if (pointers[tiles_of(t)] != t.codes.bytes - slack)
+    return fail("'codes' have more than the %lld elements of all tiles; prepare the layer again.",
+                (long long)pointers[tiles_of(t)]);
   for (int64_t tile = 0; tile < tiles_of(t); ++tile) {
     int64_t bytes = 0;
     for (int64_t q = 0; q < units_of(t) * 8; ++q) {
@@ -165,8 +168,12 @@ int32_t check_values(const rarefy_term &t, const Failure &fail) {
   if (!fail.deep) return 0;
   const int64_t *pointers = static_cast<const int64_t *>(t.pointers.data);
   const uint16_t *masks = static_cast<const uint16_t *>(t.positions.data);
+  if ((t.codes.bytes - slack) % width_of(t.scale_type)) return fail("'codes' end within a value; prepare the layer again.");
   int64_t stored = (t.codes.bytes - slack) / width_of(t.scale_type), lanes = units_of(t) * 32;
   if (rising(fail, "pointers", pointers, tiles_of(t) + 1, stored)) return -1;
+  if (pointers[tiles_of(t)] != stored)
+    return fail("'codes' have more than the %lld elements of all tiles; prepare the layer again.",
+                (long long)pointers[tiles_of(t)]);
   for (int64_t tile = 0; tile < tiles_of(t); ++tile) {
     int64_t kept = 0;
     for (int64_t k = 0; k < lanes; ++k) kept += __builtin_popcount(masks[tile * lanes + k]);

@@ -89,7 +89,7 @@ typedef struct rarefy_term {
 enum { RAREFY_EXACT = 0, RAREFY_FAST = 1 };
 
 /* One way to cut a token into blocks that share a scale: codes [tokens, stride of the input], scale and sum
- * [tokens, count], where sum is that of what the codes stand for. */
+ * [tokens, count]; sum is that of the codes, or without codes (EXACT) that of the columns themselves. */
 typedef struct rarefy_blocks {
   int64_t size, count;
   const int8_t *codes;

@@ -102,26 +102,27 @@ static void exact_few(const rarefy_term &t, const rarefy_input &in, const rarefy
   };
   auto flush = [&](int64_t block) {
     Params p = params(t, tile, block / per_group);
-    F factor[2] = {p.scale, p.negative}, offset = mul_f(p.scale, p.zero);
-    if (t.scale_layout == RAREFY_PAIRS) {
-      factor[0] = sub_f(p.scale, p.zero);
-      offset = sub_f(zero_f(), p.zero);
-    }
+    bool pairs = t.scale_layout == RAREFY_PAIRS;
+    F factor[2] = {pairs ? sub_f(p.scale, p.zero) : p.scale, p.negative};
     for (int m = 0; m < M; ++m) {
+      F sum = set_f(blocks.sum[(first + m) * blocks.count + block]);
       for (int i = 0; i < dots; ++i) {
         F total = sums[m][i][0];
         for (int c = 1; c < chains; ++c) total = add_f(total, sums[m][i][c]);
+        if (!PARTS && !Source::masked && !pairs) total = sub_f(total, mul_f(p.zero, sum));
         y[m] = fma_f(factor[i], total, y[m]);
       }
-      if (!PARTS) y[m] = sub_f(y[m], mul_f(offset, set_f(blocks.sum[(first + m) * blocks.count + block])));
+      if (pairs) y[m] = fma_f(p.zero, sum, y[m]);
     }
     clear();
   };
+  F zero = zero_f();
   auto step = [&](B w, int64_t quad) __attribute__((always_inline)) {
     auto each = [&](auto j) __attribute__((always_inline)) {
       constexpr int J = decltype(j)::value;
       for (int i = 0; i < dots; ++i) {
         F v = PARTS ? lookup_f(table[i], shr_i<8 * J>(as_lanes(w))) : byte_f<J>(w);
+        if (Source::masked) v = sub_f(v, zero);  // what is not kept is exactly zero
         for (int m = 0; m < M; ++m)
           sums[m][i][J % chains] = fma_f(v, set_f(x[m][4 * quad + J]), sums[m][i][J % chains]);
       }
@@ -136,6 +137,7 @@ static void exact_few(const rarefy_term &t, const rarefy_input &in, const rarefy
     for (int64_t u = 0; u < units;) {
       int64_t block = u / per_block, end = u + per_block < units ? u + per_block : units;
       source.group(t, tile, block / per_group);
+      if constexpr (Source::masked) zero = byte_f<0>(source.zero);
       for (; u < end; ++u) {
         source.next(w);
         for (int q = 0; q < 8; ++q) step(w[q], 8 * u + q);

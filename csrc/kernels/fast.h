@@ -59,18 +59,18 @@ static inline Parts split_table(const rarefy_term &t) {
   return parts;
 }
 
-// y += sum over parts of factor * dot + offset * sum(x) of a block.
+// What a block adds to y: scale * (dot - zero * sum(x)) for codes, where whole zero points cancel exactly; otherwise
+// sum over parts of factor * dot, plus offset * sum(x).
 template <int PARTS> struct Flush {
   F factor[PARTS ? PARTS : 1], offset;
+  bool pairs;
 
-  Flush(const rarefy_term &t, int64_t tile, int64_t group, const Parts &parts) {
+  Flush(const rarefy_term &t, int64_t tile, int64_t group, const Parts &parts)
+      : pairs(t.scale_layout == RAREFY_PAIRS) {
     Params p = params(t, tile, group);
-    if (t.scale_layout == RAREFY_PAIRS) {
-      factor[0] = sub_f(p.scale, p.zero);
+    if constexpr (PARTS == 0) {
+      factor[0] = pairs ? sub_f(p.scale, p.zero) : p.scale;
       offset = p.zero;
-    } else if constexpr (PARTS == 0) {
-      factor[0] = p.scale;
-      offset = sub_f(zero_f(), mul_f(p.scale, p.zero));
     } else {
       for (int i = 0; i < PARTS; ++i)
         factor[i] = mul_f(set_f(parts.negative[i] ? -parts.factor[i] : parts.factor[i]),
@@ -78,9 +78,15 @@ template <int PARTS> struct Flush {
       offset = mul_f(p.scale, set_f(parts.low));
     }
   }
+  // `scale` is that of the block of x, `sum` the sum of its codes.
   F operator()(F acc, const I *dots, float scale, float sum) const {
-    for (int i = 0; i < (PARTS ? PARTS : 1); ++i) acc = fma_f(mul_f(factor[i], set_f(scale)), to_f(dots[i]), acc);
-    return fma_f(offset, set_f(sum), acc);
+    if (PARTS == 0 && !pairs) {
+      F centred = sub_f(to_f(dots[0]), mul_f(offset, set_f(sum)));
+      return fma_f(mul_f(factor[0], set_f(scale)), centred, acc);
+    }
+    F total = mul_f(offset, set_f(sum));
+    for (int i = 0; i < (PARTS ? PARTS : 1); ++i) total = fma_f(factor[i], to_f(dots[i]), total);
+    return fma_f(total, set_f(scale), acc);
   }
 };
 

@@ -48,7 +48,7 @@ template <int BITS> static inline void unpack(const uint8_t *p, B w[8]) {
 }
 
 template <int BITS> struct Codes {
-  static constexpr bool wide = BITS == 8;
+  static constexpr bool wide = BITS == 8, masked = false;
   static constexpr int bits = BITS;
   const uint8_t *p;
 
@@ -66,7 +66,7 @@ template <int BITS> struct Codes {
 
 // Codes at the set bits of a mask; the others read as the zero point of their group, which stands for 0.
 template <int BITS> struct Kept {
-  static constexpr bool wide = BITS == 8;
+  static constexpr bool wide = BITS == 8, masked = true;
   static constexpr int bits = BITS;
   const uint8_t *p;
   const uint64_t *mask;

@@ -153,7 +153,7 @@ static void token(const rarefy_input *in, int64_t token, const void *x, int32_t 
         sum += code;
       }
       scales[b] = top / 127;
-      sums[b] = float(sum) * scales[b];
+      sums[b] = float(sum);
     }
     if (in->mode == RAREFY_FAST)
       for (int64_t k = blocks.count * blocks.size; k < in->stride; ++k) codes[k] = 0;

@@ -1,0 +1,253 @@
+// Products with 8-bit activations: codes (or table entries as bytes) times bytes, one flush to floats per block.
+#pragma once
+#include <initializer_list>
+
+#include "sources.h"
+
+namespace RAREFY_NS {
+
+// A table of at most 16 entries as sums of small whole numbers: entry = low + sum over i of factor[i] * part[i][code].
+// With a scale for each sign, parts are magnitudes, of positive entries first.
+struct Parts {
+  int count = 0;
+  float low = 0, factor[4] = {0, 0, 0, 0};
+  bool negative[4] = {false, false, false, false};
+  alignas(16) uint8_t part[4][16] = {};
+};
+
+// Whole numbers up to 127 if the entries are multiples of a quarter, half or whole; else up to 127 * 128 + 127.
+static inline void split_entries(Parts &parts, const float *values, int entries, bool negative) {
+  float top = 0, step = 0;
+  for (int i = 0; i < entries; ++i) top = values[i] > top ? values[i] : top;
+  for (float candidate : {.25f, .5f, 1.f}) {
+    bool whole = top / candidate <= 127;
+    for (int i = 0; i < entries; ++i) whole = whole && values[i] / candidate == float(int(values[i] / candidate));
+    if (whole) step = candidate;
+  }
+  bool exact = step != 0;
+  if (!exact) step = top / 16383;
+  auto add = [&](float factor, auto digit) {
+    for (int i = 0; i < entries; ++i) parts.part[parts.count][i] = uint8_t(digit(int(values[i] / step + .5f)));
+    parts.factor[parts.count] = factor;
+    parts.negative[parts.count++] = negative;
+  };
+  if (exact) return add(step, [](int whole) { return whole; });
+  add(step * 128, [](int whole) { return whole >> 7; });
+  add(step, [](int whole) { return whole & 127; });
+}
+
+static inline Parts split_table(const rarefy_term &t) {
+  Parts parts;
+  if (t.table.bytes == 0) return parts;
+  const float *table = static_cast<const float *>(t.table.data);
+  int entries = 1 << t.bits;
+  float values[16];
+  if (t.scale_layout == RAREFY_SIGNED) {
+    for (int side = 0; side < 2; ++side) {
+      for (int i = 0; i < entries; ++i) {
+        float v = side ? -table[i] : table[i];
+        values[i] = v > 0 ? v : 0;
+      }
+      split_entries(parts, values, entries, side == 1);
+    }
+    return parts;
+  }
+  parts.low = table[0];
+  for (int i = 0; i < entries; ++i) parts.low = table[i] < parts.low ? table[i] : parts.low;
+  for (int i = 0; i < entries; ++i) values[i] = table[i] - parts.low;
+  split_entries(parts, values, entries, false);
+  return parts;
+}
+
+// What a block adds to y: scale * (dot - zero * sum(x)) for codes, where whole zero points cancel exactly; otherwise
+// sum over parts of factor * dot, plus offset * sum(x).
+template <int PARTS> struct Flush {
+  F factor[PARTS ? PARTS : 1], offset;
+  bool pairs;
+
+  Flush(const rarefy_term &t, int64_t tile, int64_t group, const Parts &parts)
+      : pairs(t.scale_layout == RAREFY_PAIRS) {
+    Params p = params(t, tile, group);
+    if constexpr (PARTS == 0) {
+      factor[0] = pairs ? sub_f(p.scale, p.zero) : p.scale;
+      offset = p.zero;
+    } else {
+      for (int i = 0; i < PARTS; ++i)
+        factor[i] = mul_f(set_f(parts.negative[i] ? -parts.factor[i] : parts.factor[i]),
+                          parts.negative[i] ? p.negative : p.scale);
+      offset = mul_f(p.scale, set_f(parts.low));
+    }
+  }
+  // `scale` is that of the block of x, `sum` the sum of its codes.
+  F operator()(F acc, const I *dots, float scale, float sum) const {
+    if (PARTS == 0 && !pairs) {
+      F centred = sub_f(to_f(dots[0]), mul_f(offset, set_f(sum)));
+      return fma_f(mul_f(factor[0], set_f(scale)), centred, acc);
+    }
+    F total = mul_f(offset, set_f(sum));
+    for (int i = 0; i < (PARTS ? PARTS : 1); ++i) total = fma_f(factor[i], to_f(dots[i]), total);
+    return fma_f(total, set_f(scale), acc);
+  }
+};
+
+template <int N> struct Count { static constexpr int value = N; };
+
+static inline int32_t quad_at(const int8_t *codes, int64_t quad) {
+  int32_t x;
+  __builtin_memcpy(&x, codes + 4 * quad, 4);
+  return x;
+}
+
+// M tokens from `first` on, codes straight from registers into the dot products.
+template <class Source, int PARTS, int M>
+static void fast_few(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
+                     int64_t tile, int64_t first, float (*acc)[16]) {
+  constexpr int dots = PARTS ? PARTS : 1, chains = M * dots >= 4 ? 1 : 4 / (M * dots);
+  int64_t units = rarefy::units_of(t), quads = blocks.size / 4, per_group = t.group_size / blocks.size;
+  bool one_group = t.group_size >= t.columns;
+  B table[dots];
+  for (int i = 0; i < PARTS; ++i) table[i] = table_b(parts.part[i]);
+  const int8_t *x[M];
+  F y[M];
+  for (int m = 0; m < M; ++m) {
+    x[m] = blocks.codes + (first + m) * in.stride;
+    y[m] = load_f(acc[m]);
+  }
+  I sums[M][dots][chains];
+  auto clear = [&] {
+    for (int m = 0; m < M; ++m)
+      for (int i = 0; i < dots; ++i)
+        for (int c = 0; c < chains; ++c) sums[m][i][c] = zero_i();
+  };
+  auto flush = [&](int64_t block) {
+    Flush<PARTS> f(t, tile, one_group ? 0 : block / per_group, parts);
+    for (int m = 0; m < M; ++m) {
+      I total[dots];
+      for (int i = 0; i < dots; ++i) {
+        total[i] = sums[m][i][0];
+        for (int c = 1; c < chains; ++c) total[i] = add_i(total[i], sums[m][i][c]);
+      }
+      int64_t at = (first + m) * blocks.count + block;
+      y[m] = f(y[m], total, blocks.scale[at], blocks.sum[at]);
+    }
+    clear();
+  };
+  auto step = [&](B w, int64_t quad, int chain) __attribute__((always_inline)) {
+    for (int i = 0; i < dots; ++i) {
+      B u = PARTS ? lookup_b(table[i], w) : w;
+      for (int m = 0; m < M; ++m)
+        sums[m][i][chain] = dot<Source::wide && PARTS == 0>(sums[m][i][chain], u, quad_at(x[m], quad));
+    }
+  };
+  Source source(t, tile, 0);
+  clear();
+  B w[8];
+  if (quads >= 8) {
+    int64_t per_block = quads / 8;
+    for (int64_t u = 0; u < units;) {
+      int64_t block = u / per_block, end = u + per_block < units ? u + per_block : units;
+      source.group(t, tile, one_group ? 0 : block / per_group);
+      for (; u < end; ++u) {
+        source.next(w);
+        for (int q = 0; q < 8; ++q) step(w[q], 8 * u + q, q % chains);
+      }
+      flush(block);
+    }
+  } else {
+    for (int64_t u = 0; u < units; ++u) {
+      source.next(w);
+      for (int q = 0; q < 8; ++q) {
+        step(w[q], 8 * u + q, q % chains);
+        if ((q + 1) % quads == 0 && (8 * u + q) / quads < blocks.count) flush((8 * u + q) / quads);
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m) store_f(acc[m], y[m]);
+}
+
+// Any number of tokens: a panel of 128 columns is decoded once to bytes, then read by all of them.
+template <class Source, int PARTS>
+static void fast_many(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
+                      int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
+  constexpr int dots = PARTS ? PARTS : 1, M = dots == 1 ? 8 : dots == 2 ? 4 : 2;
+  alignas(64) uint8_t panel[dots][32][64];
+  int64_t units = rarefy::units_of(t), quads = blocks.size / 4, per_group = t.group_size / blocks.size;
+  bool one_group = t.group_size >= t.columns;
+  B table[dots];
+  for (int i = 0; i < PARTS; ++i) table[i] = table_b(parts.part[i]);
+  Source source(t, tile, 0);
+  for (int64_t u0 = 0; u0 < units; u0 += 4) {
+    int64_t panel_units = units - u0 < 4 ? units - u0 : 4;
+    for (int64_t u = 0; u < panel_units; ++u) {
+      B w[8];
+      source.group(t, tile, (u0 + u) * 32 / t.group_size);
+      source.next(w);
+      for (int q = 0; q < 8; ++q)
+        for (int i = 0; i < dots; ++i) store_b(panel[i][8 * u + q], PARTS ? lookup_b(table[i], w[q]) : w[q]);
+    }
+    for (int64_t q0 = 0; q0 < 8 * panel_units; q0 += quads) {
+      int64_t block = (8 * u0 + q0) / quads, q1 = q0 + quads < 8 * panel_units ? q0 + quads : 8 * panel_units;
+      if (block >= blocks.count) break;
+      Flush<PARTS> flush(t, tile, one_group ? 0 : block / per_group, parts);
+      auto run = [&](auto count, int64_t m0) {
+        constexpr int N = decltype(count)::value;
+        I sums[N][dots];
+        const int8_t *x[N];
+        for (int m = 0; m < N; ++m) {
+          x[m] = blocks.codes + (first + m0 + m) * in.stride + 32 * u0;
+          for (int i = 0; i < dots; ++i) sums[m][i] = zero_i();
+        }
+        for (int64_t q = q0; q < q1; ++q)
+          for (int i = 0; i < dots; ++i) {
+            B u = load_b(panel[i][q]);
+            for (int m = 0; m < N; ++m)
+              sums[m][i] = dot<Source::wide && PARTS == 0>(sums[m][i], u, quad_at(x[m], q));
+          }
+        for (int m = 0; m < N; ++m) {
+          int64_t at = (first + m0 + m) * blocks.count + block;
+          store_f(acc[m0 + m], flush(load_f(acc[m0 + m]), sums[m], blocks.scale[at], blocks.sum[at]));
+        }
+      };
+      int64_t m = 0;
+      for (; m + M <= tokens; m += M) run(Count<M>{}, m);
+      for (; m < tokens; ++m) run(Count<1>{}, m);
+    }
+  }
+}
+
+template <class Source, int PARTS>
+static void fast_of(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
+                    int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
+  if (tokens > 4) return fast_many<Source, PARTS>(t, in, blocks, parts, tile, first, tokens, acc);
+  for (; tokens >= 4; tokens -= 4, first += 4, acc += 4)
+    fast_few<Source, PARTS, 4>(t, in, blocks, parts, tile, first, acc);
+  for (; tokens >= 2; tokens -= 2, first += 2, acc += 2)
+    fast_few<Source, PARTS, 2>(t, in, blocks, parts, tile, first, acc);
+  if (tokens) fast_few<Source, PARTS, 1>(t, in, blocks, parts, tile, first, acc);
+}
+
+// Whether codes and activations can be multiplied as bytes.
+static inline bool has_fast(const rarefy_term &t) {
+  return (t.kind == RAREFY_CODES && (t.table.bytes == 0 || t.bits <= 4)) || t.kind == RAREFY_KEPT;
+}
+
+static inline void fast(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
+                        int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
+#define PLAIN(n) case n: return fast_of<Codes<n>, 0>(t, in, blocks, parts, tile, first, tokens, acc)
+#define TABLE(n, parts_) case n + 16 * parts_: return fast_of<Codes<n>, parts_>(t, in, blocks, parts, tile, first, tokens, acc)
+  if (t.kind == RAREFY_KEPT) {
+    if (t.bits > 4) return fast_of<Kept<8>, 0>(t, in, blocks, parts, tile, first, tokens, acc);
+    return fast_of<Kept<4>, 0>(t, in, blocks, parts, tile, first, tokens, acc);
+  }
+  switch (t.bits + 16 * parts.count) {
+    PLAIN(1); PLAIN(2); PLAIN(3); PLAIN(4); PLAIN(5); PLAIN(6); PLAIN(7); PLAIN(8);
+    TABLE(1, 1); TABLE(2, 1); TABLE(3, 1); TABLE(4, 1);
+    TABLE(1, 2); TABLE(2, 2); TABLE(3, 2); TABLE(4, 2);
+    TABLE(3, 3); TABLE(4, 3); TABLE(3, 4); TABLE(4, 4);
+    default: return;
+  }
+#undef PLAIN
+#undef TABLE
+}
+
+}  // namespace RAREFY_NS

@@ -28,8 +28,8 @@ def write_f16(folder: Path, out: Path) -> None:
     for name, field in reader.fields.items():
         if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
             continue
-        kind = field.types[0]
-        writer.add_key_value(name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+        kind, inner = field.types[0], field.types[-1]
+        writer.add_key_value(name, field.contents(), kind, inner if kind == gguf.GGUFValueType.ARRAY else None)
     writer.add_file_type(int(gguf.LlamaFileType.MOSTLY_F16))
     fields = read_gguf(packaged).fields
     heads = {"attn_q": fields["llama.attention.head_count"], "attn_k": fields["llama.attention.head_count_kv"]}

@@ -172,8 +172,9 @@ def runner(
     """The decode runner of a loaded ``model`` on the CPU: ``runner(model).generate(**inputs, max_new_tokens=20)``.
 
     ``generate`` takes what ``model.generate`` does; one sequence at a time, greedy or sampled. ``executor="fast"`` may
-    quantize activations to 8 bits. ``cache_dtype``: of the keys and values it keeps, by default the model's. Kept between calls: a prompt that begins like the last sequence is
-    read from where it differs. Raises UnsupportedError that names what it does not know.
+    quantize activations to 8 bits. ``cache_dtype``: of the keys and values it keeps, by default the model's. Kept
+    between calls: a prompt that begins like the last sequence is read from where it differs. Raises UnsupportedError
+    that names what it does not know.
     """
     from rarefy.integrations.transformers.generation import GenerateRunner
 

@@ -21,7 +21,7 @@ def bench(
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=4, help="Tokens of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written after it.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; in each, everybody has a turn.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; everybody has a turn.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of every one of them.")] = 1,
     executor: Annotated[str, typer.Option(help="exact, or fast (8-bit activations where codes are integers).")] = "fast",
     dtype: Annotated[str, typer.Option(help="Of dense tensors: auto, float32, bfloat16 or float16.")] = "auto",
@@ -40,8 +40,9 @@ def bench(
 
     from rarefy import api
     from rarefy.evaluation.speed import measure
-    from rarefy.integrations.peers import open_peer, open_runner
+    from rarefy.integrations.peers import open_peer, open_runner, parse_peer
 
+    peers = [parse_peer(text, model) for text in against or ()]
     torch.set_num_threads(threads)
 
     def load(name: str) -> Any:
@@ -53,7 +54,7 @@ def bench(
     if decoders[0].executor.startswith("transformers"):
         say(f"note: 'rarefy' is measured through {decoders[0].executor}")
     length = prompt_tokens + new_tokens
-    decoders += [open_peer(peer, model, length, load) for peer in against or ()]
+    decoders += [open_peer(peer, name, length, load) for peer, name in peers]
     draw = torch.Generator().manual_seed(0)
     prompt = torch.randint(10, 90, (prompt_tokens,), generator=draw).tolist()
     result = measure(decoders, prompt, new_tokens, rounds)

@@ -51,10 +51,11 @@ class Interpreter:
 class Runner:
     """Decodes one sequence with ``model``, keeping its keys and values.
 
-    ``mode``: ``exact`` keeps activations in 32 bits (16 where the model's are and Torch executes), ``fast`` may quantize
-    them to 8. The native library executes, or Torch where it cannot, which is logged. ``cache_dtype``: of kept keys and
-    values, by default the model's own, float16 for what the library does not keep. A model that changes between calls is noticed:
-    its program is built again and what was kept is forgotten. Raises UnsupportedError for a model that has no program.
+    ``mode``: ``exact`` keeps activations in 32 bits (in the model's dtype where Torch executes), ``fast`` may quantize
+    them to 8. The native library executes, or Torch where it cannot, which is logged. ``cache_dtype``: of kept keys
+    and values, by default the model's own, float16 where the library does not keep that. A model that changes between
+    calls is noticed: its program is built again and what was kept is forgotten. Raises UnsupportedError for a model
+    that has no program.
     """
 
     def __init__(self, model: Any, *, mode: Mode = "exact", cache_dtype: torch.dtype | None = None):

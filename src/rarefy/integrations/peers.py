@@ -110,23 +110,27 @@ class LlamaCppDecoder:
         return int(np.ctypeslib.as_array(logits, (self.llama.n_vocab(),)).argmax())
 
 
-def open_peer(text: str, own: str, length: int, load: Callable[[str], Any]) -> Decoder:
-    """The peer that ``--against`` names, ``PEER`` or ``PEER=MODEL``, for sequences of ``length`` tokens.
+def parse_peer(text: str, own: str) -> tuple[str, str]:
+    """Peer and model that ``--against`` names, ``PEER`` or ``PEER=MODEL``; without a model it is ``own``.
 
-    Without a model it is ``own``, the one that is measured; llama.cpp needs a GGUF file. Raises OptionError.
+    Raises OptionError for a peer that is unknown or cannot read the model, SourceError when a GGUF file is not there.
     """
     peer, _, model = text.partition("=")
     if peer not in PEERS:
         raise OptionError(f"--against '{text}' is unknown; use {', '.join(PEERS)}, each as PEER or PEER=MODEL.")
-    if peer != "llama.cpp":
-        name = model or own
-        return _with_memory(lambda: TransformersDecoder(load(name), peer == "hf-compiled", length))
-    path = Path(model or own)
-    if path.suffix != ".gguf":
+    model = model or own
+    if peer == "llama.cpp" and not model.endswith(".gguf"):
         raise OptionError("--against llama.cpp needs a GGUF file; write --against llama.cpp=FILE.gguf.")
-    if not path.is_file():
-        raise SourceError(f"'{path}' is not there; name a GGUF file.")
-    return _with_memory(lambda: LlamaCppDecoder(path, length))
+    if peer == "llama.cpp" and not Path(model).is_file():
+        raise SourceError(f"'{model}' is not there; name a GGUF file.")
+    return peer, model
+
+
+def open_peer(peer: str, model: str, length: int, load: Callable[[str], Any]) -> Decoder:
+    """A ``peer`` with a ``model``, for sequences of ``length`` tokens. Raises OptionError."""
+    if peer == "llama.cpp":
+        return _with_memory(lambda: LlamaCppDecoder(Path(model), length))
+    return _with_memory(lambda: TransformersDecoder(load(model), peer == "hf-compiled", length))
 
 
 def open_runner(model: str, mode: Mode, load: Callable[[str], Any]) -> Decoder:

@@ -23,7 +23,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written after it.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; everybody has a turn.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of every one of them.")] = 1,
-    executor: Annotated[str, typer.Option(help="exact, or fast (8-bit activations where codes are integers).")] = "fast",
+    executor: Annotated[str, typer.Option(help="exact, or fast (may quantize activations).")] = "fast",
     dtype: Annotated[str, typer.Option(help="Of dense tensors: auto, float32, bfloat16 or float16.")] = "auto",
     revision: Revision = None,
     as_json: Json = False,

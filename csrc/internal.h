@@ -22,6 +22,9 @@ inline int64_t block_of(const rarefy_term &t) {
   int64_t power = t.group_size >= t.columns ? panel_columns : t.group_size & -t.group_size;
   return power < panel_columns ? power : panel_columns;
 }
+inline int64_t blocks_per_group(const rarefy_term &t, int64_t block) {
+  return t.group_size >= t.columns ? INT64_MAX : t.group_size / block;
+}
 // Whether products of the term read blocks of activations, in either mode.
 inline bool reads_blocks(const rarefy_term &t) { return t.kind == RAREFY_CODES || t.kind == RAREFY_KEPT; }
 

@@ -14,8 +14,7 @@ struct Cursor {
 
 static inline F one_value(const rarefy_term &t, const Params &p, F code, F entry) {
   if (t.scale_layout == RAREFY_PAIRS) {
-    F wanted = add_f(mul_f(code, p.scale), mul_f(sub_f(set_f(1.f), code), p.zero));
-    return t.multiplier == 1.f ? wanted : mul_f(wanted, set_f(t.multiplier));
+    return add_f(mul_f(code, p.scale), mul_f(sub_f(set_f(1.f), code), p.zero));
   }
   if (t.table.bytes == 0) return mul_f(sub_f(code, p.zero), p.scale);
   if (t.scale_layout == RAREFY_SIGNED) return mul_f(entry, negative_f(entry, p.negative, p.scale));
@@ -42,15 +41,20 @@ static void codes_panel(const rarefy_term &t, int64_t tile, int64_t k0, float *p
   float own[16] = {};
   if (tabled && small) __builtin_memcpy(own, entries, sizeof(float) << t.bits);
   Table table = table_f(own);
-  int64_t units = rarefy::units_of(t) - k0 / 32 < 4 ? rarefy::units_of(t) - k0 / 32 : 4, group = -1;
+  int64_t units = rarefy::units_of(t) - k0 / 32 < 4 ? rarefy::units_of(t) - k0 / 32 : 4, border = k0;
+  Scales scales(t, tile);
   Params p{};
   for (int64_t u = 0; u < units; ++u) {
     B w[8];
-    source.group(t, tile, (k0 + 32 * u) / t.group_size);
+    if (Source::masked) source.group(t, tile, (k0 + 32 * u) / t.group_size);
     source.next(w);
     for (int q = 0; q < 8; ++q) {
-      int64_t column = k0 + 32 * u + 4 * q, own_group = column / t.group_size;
-      if (own_group != group && column < t.columns) p = params(t, tile, group = own_group);
+      int64_t column = k0 + 32 * u + 4 * q;
+      if (column >= border && column < t.columns) {
+        int64_t group = column / t.group_size;
+        p = scales(group);
+        border = (group + 1) * t.group_size;
+      }
       float *to = panel + (32 * u + 4 * q) * 16;
       auto each = [&](auto j) __attribute__((always_inline)) {
         constexpr int J = decltype(j)::value;
@@ -75,48 +79,45 @@ static inline void codes_panel(const rarefy_term &t, int64_t tile, int64_t k0, f
 #undef PANEL
 }
 
-// PARTS 0: codes as floats; 1: entries of a table; 2: its positive and negative entries apart.
-template <class Source, int PARTS, int M>
+// PARTS 0: codes as floats; 1: entries of a table; 2: its positive and negative entries apart. HALF as in fast_few.
+template <class Source, int PARTS, int M, bool HALF>
 static void exact_few(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, int64_t tile,
                       int64_t first, float (*acc)[16]) {
   constexpr int dots = PARTS ? PARTS : 1, chains = M * dots >= 4 ? 1 : 4 / (M * dots);
-  int64_t units = rarefy::units_of(t), quads = blocks.size / 4;
-  bool one_group = t.group_size >= t.columns;
-  int64_t per_group = one_group ? blocks.count : t.group_size / blocks.size;
+  int64_t units = rarefy::units_of(t);
+  Walk walk(rarefy::blocks_per_group(t, blocks.size));
+  Scales scales(t, tile);
   float entries[2][16] = {};
   for (int i = 0; PARTS && i < 1 << t.bits; ++i) {
     float entry = static_cast<const float *>(t.table.data)[i];
     entries[PARTS == 2 && entry < 0][i] = entry;
   }
   Table table[2] = {table_f(entries[0]), table_f(entries[1])};
-  const float *x[M];
-  F y[M], sums[M][dots][chains];
+  const float *x[M], *x_sum[M];
+  F y[M], sums[M][dots][chains], zero = zero_f();
   for (int m = 0; m < M; ++m) {
     x[m] = in.x + (first + m) * in.stride;
+    x_sum[m] = blocks.sum + (first + m) * blocks.count;
     y[m] = load_f(acc[m]);
+    for (int i = 0; i < dots; ++i)
+      for (int c = 0; c < chains; ++c) sums[m][i][c] = zero_f();
   }
-  auto clear = [&] {
-    for (int m = 0; m < M; ++m)
-      for (int i = 0; i < dots; ++i)
-        for (int c = 0; c < chains; ++c) sums[m][i][c] = zero_f();
-  };
-  auto flush = [&](int64_t block) {
-    Params p = params(t, tile, block / per_group);
-    bool pairs = t.scale_layout == RAREFY_PAIRS;
+  bool pairs = t.scale_layout == RAREFY_PAIRS;
+  auto flush = [&](int64_t block) __attribute__((always_inline)) {
+    Params p = scales(walk.group);
     F factor[2] = {pairs ? sub_f(p.scale, p.zero) : p.scale, p.negative};
     for (int m = 0; m < M; ++m) {
-      F sum = set_f(blocks.sum[(first + m) * blocks.count + block]);
+      F sum = set_f(x_sum[m][block]);
       for (int i = 0; i < dots; ++i) {
         F total = sums[m][i][0];
         for (int c = 1; c < chains; ++c) total = add_f(total, sums[m][i][c]);
+        for (int c = 0; c < chains; ++c) sums[m][i][c] = zero_f();
         if (!PARTS && !Source::masked && !pairs) total = sub_f(total, mul_f(p.zero, sum));
         y[m] = fma_f(factor[i], total, y[m]);
       }
       if (pairs) y[m] = fma_f(p.zero, sum, y[m]);
     }
-    clear();
   };
-  F zero = zero_f();
   auto step = [&](B w, int64_t quad) __attribute__((always_inline)) {
     auto each = [&](auto j) __attribute__((always_inline)) {
       constexpr int J = decltype(j)::value;
@@ -130,40 +131,48 @@ static void exact_few(const rarefy_term &t, const rarefy_input &in, const rarefy
     each(Count<0>{}), each(Count<1>{}), each(Count<2>{}), each(Count<3>{});
   };
   Source source(t, tile, 0);
-  clear();
-  B w[8];
-  if (quads >= 8) {
-    int64_t per_block = quads / 8;
-    for (int64_t u = 0; u < units;) {
-      int64_t block = u / per_block, end = u + per_block < units ? u + per_block : units;
-      source.group(t, tile, block / per_group);
-      if constexpr (Source::masked) zero = byte_f<0>(source.zero);
-      for (; u < end; ++u) {
-        source.next(w);
-        for (int q = 0; q < 8; ++q) step(w[q], 8 * u + q);
-      }
-      flush(block);
-    }
-  } else {
-    for (int64_t u = 0; u < units; ++u) {
+  auto enter = [&] {
+    source.group(t, tile, walk.group);
+    if constexpr (Source::masked) zero = byte_f<0>(source.zero);
+  };
+  enter();
+  int64_t per_block = HALF ? 1 : blocks.size / 32;
+  for (int64_t u = 0, block = 0; u < units; ++block) {
+    int64_t end = u + per_block < units ? u + per_block : units;
+    for (; u < end; ++u) {
+      B w[8];
       source.next(w);
-      for (int q = 0; q < 8; ++q) {
-        step(w[q], 8 * u + q);
-        if ((q + 1) % quads == 0 && (8 * u + q) / quads < blocks.count) flush((8 * u + q) / quads);
+      for (int q = 0; q < 4; ++q) step(w[q], 8 * u + q);
+      if (HALF) {
+        flush(block);
+        walk.step();
+        if (++block == blocks.count) break;
       }
+      for (int q = 4; q < 8; ++q) step(w[q], 8 * u + q);
     }
+    if (block == blocks.count) break;
+    flush(block);
+    if (walk.step()) enter();
   }
   for (int m = 0; m < M; ++m) store_f(acc[m], y[m]);
+}
+
+template <class Source, int PARTS, bool HALF>
+static void exact_of(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, int64_t tile,
+                     int64_t first, int64_t tokens, float (*acc)[16]) {
+  for (; tokens >= 4; tokens -= 4, first += 4, acc += 4)
+    exact_few<Source, PARTS, 4, HALF>(t, in, blocks, tile, first, acc);
+  for (; tokens >= 2; tokens -= 2, first += 2, acc += 2)
+    exact_few<Source, PARTS, 2, HALF>(t, in, blocks, tile, first, acc);
+  if (tokens) exact_few<Source, PARTS, 1, HALF>(t, in, blocks, tile, first, acc);
 }
 
 template <class Source, int PARTS>
 static void exact_of(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, int64_t tile,
                      int64_t first, int64_t tokens, float (*acc)[16]) {
-  for (; tokens >= 4; tokens -= 4, first += 4, acc += 4)
-    exact_few<Source, PARTS, 4>(t, in, blocks, tile, first, acc);
-  for (; tokens >= 2; tokens -= 2, first += 2, acc += 2)
-    exact_few<Source, PARTS, 2>(t, in, blocks, tile, first, acc);
-  if (tokens) exact_few<Source, PARTS, 1>(t, in, blocks, tile, first, acc);
+  if constexpr (!Source::masked)
+    if (blocks.size == 16) return exact_of<Source, PARTS, true>(t, in, blocks, tile, first, tokens, acc);
+  exact_of<Source, PARTS, false>(t, in, blocks, tile, first, tokens, acc);
 }
 
 static inline void exact_codes(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, int64_t tile,

@@ -65,9 +65,8 @@ template <int PARTS> struct Flush {
   F factor[PARTS ? PARTS : 1], offset;
   bool pairs;
 
-  Flush(const rarefy_term &t, int64_t tile, int64_t group, const Parts &parts)
+  inline __attribute__((always_inline)) Flush(const rarefy_term &t, const Params &p, const Parts &parts)
       : pairs(t.scale_layout == RAREFY_PAIRS) {
-    Params p = params(t, tile, group);
     if constexpr (PARTS == 0) {
       factor[0] = pairs ? sub_f(p.scale, p.zero) : p.scale;
       offset = p.zero;
@@ -98,39 +97,41 @@ static inline int32_t quad_at(const int8_t *codes, int64_t quad) {
   return x;
 }
 
-// M tokens from `first` on, codes straight from registers into the dot products.
-template <class Source, int PARTS, int M>
+// M tokens from `first` on, codes straight from registers into the dot products. Blocks of 16 columns (HALF), or of
+// whole units.
+template <class Source, int PARTS, int M, bool HALF>
 static void fast_few(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
                      int64_t tile, int64_t first, float (*acc)[16]) {
   constexpr int dots = PARTS ? PARTS : 1, chains = M * dots >= 4 ? 1 : 4 / (M * dots);
-  int64_t units = rarefy::units_of(t), quads = blocks.size / 4, per_group = t.group_size / blocks.size;
-  bool one_group = t.group_size >= t.columns;
+  int64_t units = rarefy::units_of(t);
+  Walk walk(rarefy::blocks_per_group(t, blocks.size));
+  Scales scales(t, tile);
   B table[dots];
   for (int i = 0; i < PARTS; ++i) table[i] = table_b(parts.part[i]);
   const int8_t *x[M];
+  const float *x_scale[M], *x_sum[M];
   F y[M];
   for (int m = 0; m < M; ++m) {
     x[m] = blocks.codes + (first + m) * in.stride;
+    x_scale[m] = blocks.scale + (first + m) * blocks.count;
+    x_sum[m] = blocks.sum + (first + m) * blocks.count;
     y[m] = load_f(acc[m]);
   }
   I sums[M][dots][chains];
-  auto clear = [&] {
-    for (int m = 0; m < M; ++m)
-      for (int i = 0; i < dots; ++i)
-        for (int c = 0; c < chains; ++c) sums[m][i][c] = zero_i();
-  };
-  auto flush = [&](int64_t block) {
-    Flush<PARTS> f(t, tile, one_group ? 0 : block / per_group, parts);
+  for (int m = 0; m < M; ++m)
+    for (int i = 0; i < dots; ++i)
+      for (int c = 0; c < chains; ++c) sums[m][i][c] = zero_i();
+  auto flush = [&](int64_t block) __attribute__((always_inline)) {
+    Flush<PARTS> f(t, scales(walk.group), parts);
     for (int m = 0; m < M; ++m) {
       I total[dots];
       for (int i = 0; i < dots; ++i) {
         total[i] = sums[m][i][0];
         for (int c = 1; c < chains; ++c) total[i] = add_i(total[i], sums[m][i][c]);
+        for (int c = 0; c < chains; ++c) sums[m][i][c] = zero_i();
       }
-      int64_t at = (first + m) * blocks.count + block;
-      y[m] = f(y[m], total, blocks.scale[at], blocks.sum[at]);
+      y[m] = f(y[m], total, x_scale[m][block], x_sum[m][block]);
     }
-    clear();
   };
   auto step = [&](B w, int64_t quad, int chain) __attribute__((always_inline)) {
     for (int i = 0; i < dots; ++i) {
@@ -140,27 +141,24 @@ static void fast_few(const rarefy_term &t, const rarefy_input &in, const rarefy_
     }
   };
   Source source(t, tile, 0);
-  clear();
-  B w[8];
-  if (quads >= 8) {
-    int64_t per_block = quads / 8;
-    for (int64_t u = 0; u < units;) {
-      int64_t block = u / per_block, end = u + per_block < units ? u + per_block : units;
-      source.group(t, tile, one_group ? 0 : block / per_group);
-      for (; u < end; ++u) {
-        source.next(w);
-        for (int q = 0; q < 8; ++q) step(w[q], 8 * u + q, q % chains);
-      }
-      flush(block);
-    }
-  } else {
-    for (int64_t u = 0; u < units; ++u) {
+  source.group(t, tile, 0);
+  int64_t per_block = HALF ? 1 : blocks.size / 32;
+  for (int64_t u = 0, block = 0; u < units; ++block) {
+    int64_t end = u + per_block < units ? u + per_block : units;
+    for (; u < end; ++u) {
+      B w[8];
       source.next(w);
-      for (int q = 0; q < 8; ++q) {
-        step(w[q], 8 * u + q, q % chains);
-        if ((q + 1) % quads == 0 && (8 * u + q) / quads < blocks.count) flush((8 * u + q) / quads);
+      for (int q = 0; q < 4; ++q) step(w[q], 8 * u + q, q % chains);
+      if (HALF) {
+        flush(block);
+        walk.step();
+        if (++block == blocks.count) break;
       }
+      for (int q = 4; q < 8; ++q) step(w[q], 8 * u + q, q % chains);
     }
+    if (block == blocks.count) break;
+    flush(block);
+    if (walk.step()) source.group(t, tile, walk.group);
   }
   for (int m = 0; m < M; ++m) store_f(acc[m], y[m]);
 }
@@ -171,8 +169,9 @@ static void fast_many(const rarefy_term &t, const rarefy_input &in, const rarefy
                       int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
   constexpr int dots = PARTS ? PARTS : 1, M = dots == 1 ? 8 : dots == 2 ? 4 : 2;
   alignas(64) uint8_t panel[dots][32][64];
-  int64_t units = rarefy::units_of(t), quads = blocks.size / 4, per_group = t.group_size / blocks.size;
-  bool one_group = t.group_size >= t.columns;
+  int64_t units = rarefy::units_of(t), quads = blocks.size / 4, block = 0;
+  Walk walk(rarefy::blocks_per_group(t, blocks.size));
+  Scales scales(t, tile);
   B table[dots];
   for (int i = 0; i < PARTS; ++i) table[i] = table_b(parts.part[i]);
   Source source(t, tile, 0);
@@ -180,28 +179,25 @@ static void fast_many(const rarefy_term &t, const rarefy_input &in, const rarefy
     int64_t panel_units = units - u0 < 4 ? units - u0 : 4;
     for (int64_t u = 0; u < panel_units; ++u) {
       B w[8];
-      source.group(t, tile, (u0 + u) * 32 / t.group_size);
+      if (Source::masked) source.group(t, tile, (u0 + u) * 32 / t.group_size);
       source.next(w);
       for (int q = 0; q < 8; ++q)
         for (int i = 0; i < dots; ++i) store_b(panel[i][8 * u + q], PARTS ? lookup_b(table[i], w[q]) : w[q]);
     }
-    for (int64_t q0 = 0; q0 < 8 * panel_units; q0 += quads) {
-      int64_t block = (8 * u0 + q0) / quads, q1 = q0 + quads < 8 * panel_units ? q0 + quads : 8 * panel_units;
-      if (block >= blocks.count) break;
-      Flush<PARTS> flush(t, tile, one_group ? 0 : block / per_group, parts);
-      auto run = [&](auto count, int64_t m0) {
+    for (int64_t q0 = 0; q0 < 8 * panel_units && block < blocks.count; q0 += quads, ++block, walk.step()) {
+      int64_t q1 = q0 + quads < 8 * panel_units ? q0 + quads : 8 * panel_units;
+      Flush<PARTS> flush(t, scales(walk.group), parts);
+      auto run = [&](auto count, int64_t m0) __attribute__((always_inline)) {
         constexpr int N = decltype(count)::value;
         I sums[N][dots];
-        const int8_t *x[N];
-        for (int m = 0; m < N; ++m) {
-          x[m] = blocks.codes + (first + m0 + m) * in.stride + 32 * u0;
+        const int8_t *x = blocks.codes + (first + m0) * in.stride + 32 * u0;
+        for (int m = 0; m < N; ++m)
           for (int i = 0; i < dots; ++i) sums[m][i] = zero_i();
-        }
         for (int64_t q = q0; q < q1; ++q)
           for (int i = 0; i < dots; ++i) {
             B u = load_b(panel[i][q]);
             for (int m = 0; m < N; ++m)
-              sums[m][i] = dot<Source::wide && PARTS == 0>(sums[m][i], u, quad_at(x[m], q));
+              sums[m][i] = dot<Source::wide && PARTS == 0>(sums[m][i], u, quad_at(x + m * in.stride, q));
           }
         for (int m = 0; m < N; ++m) {
           int64_t at = (first + m0 + m) * blocks.count + block;
@@ -215,15 +211,25 @@ static void fast_many(const rarefy_term &t, const rarefy_input &in, const rarefy
   }
 }
 
+template <class Source, int PARTS, bool HALF>
+static void fast_of(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
+                    int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
+  for (; tokens >= 4; tokens -= 4, first += 4, acc += 4)
+    fast_few<Source, PARTS, 4, HALF>(t, in, blocks, parts, tile, first, acc);
+  for (; tokens >= 2; tokens -= 2, first += 2, acc += 2)
+    fast_few<Source, PARTS, 2, HALF>(t, in, blocks, parts, tile, first, acc);
+  if (tokens) fast_few<Source, PARTS, 1, HALF>(t, in, blocks, parts, tile, first, acc);
+}
+
 template <class Source, int PARTS>
 static void fast_of(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
                     int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
-  if (tokens > 4) return fast_many<Source, PARTS>(t, in, blocks, parts, tile, first, tokens, acc);
-  for (; tokens >= 4; tokens -= 4, first += 4, acc += 4)
-    fast_few<Source, PARTS, 4>(t, in, blocks, parts, tile, first, acc);
-  for (; tokens >= 2; tokens -= 2, first += 2, acc += 2)
-    fast_few<Source, PARTS, 2>(t, in, blocks, parts, tile, first, acc);
-  if (tokens) fast_few<Source, PARTS, 1>(t, in, blocks, parts, tile, first, acc);
+  if (tokens <= 4 && blocks.size >= 32)
+    return fast_of<Source, PARTS, false>(t, in, blocks, parts, tile, first, tokens, acc);
+  if constexpr (PARTS < 2 && !Source::masked)
+    if (tokens <= 4 && blocks.size == 16)
+      return fast_of<Source, PARTS, true>(t, in, blocks, parts, tile, first, tokens, acc);
+  fast_many<Source, PARTS>(t, in, blocks, parts, tile, first, tokens, acc);
 }
 
 // Whether codes and activations can be multiplied as bytes.

@@ -37,7 +37,7 @@ static inline const rarefy_blocks *blocks_of(const rarefy_term &t, const rarefy_
 
 // Whether the term multiplies a few tokens without a panel.
 static inline bool exact_directly(const rarefy_term &t) {
-  return t.kind != RAREFY_CODES || t.table.bytes == 0 || t.bits <= 4;
+  return t.kind != RAREFY_CODES || ((t.table.bytes == 0 || t.bits <= 4) && rarefy::block_of(t) >= 16);
 }
 
 template <int M>

@@ -60,8 +60,8 @@ def read(path: Path | None) -> dict[str, Any]:
     return found
 
 
-def merge(path: Path, result: dict[str, Any], key: Sequence[str]) -> None:
-    """Put the rows of ``result`` into the results in ``path``, in the place of rows with an equal ``key``.
+def merge(path: Path, result: dict[str, Any]) -> None:
+    """Put the rows of ``result`` into the results in ``path``, in the place of rows that are equal under its ``key``.
 
     Processes may do this at the same time. Ends the program when the file is of another device or other versions,
     because rows of one file have to be comparable.
@@ -72,6 +72,7 @@ def merge(path: Path, result: dict[str, Any], key: Sequence[str]) -> None:
         for name in ("device", "versions"):
             if known["rows"] and known[name] != result[name]:
                 raise SystemExit(f"'{path}' has rows of another {name} ({known[name]}); name another file.")
+        key = result["key"]
         rows = {key_of(row, key): row for row in known["rows"]}
         rows.update({key_of(row, key): row for row in result["rows"]})
         whole = {**result, "rows": list(rows.values())}
@@ -80,18 +81,18 @@ def merge(path: Path, result: dict[str, Any], key: Sequence[str]) -> None:
         part.replace(path)
 
 
-def write(options: Namespace, rows: list[Row], key: Sequence[str], **facts: Any) -> None:
-    """Keep the rows, with device, versions and commit, in the file that was named, or else print them."""
+def write(options: Namespace, rows: list[Row], key: Sequence[str]) -> None:
+    """Keep the rows, known by their values under ``key``, in the file that was named, or else print them."""
     here = commit()
     result = {
         "device": device_name(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "commit": here,
-        **facts,
+        "key": list(key),
         "rows": [{**row, "commit": here} for row in rows],
     }
     if options.json is None:
         print(json.dumps(result, indent=1))
         return
-    merge(options.json, result, key)
+    merge(options.json, result)
     print(f"{len(rows)} rows written to {options.json}", file=sys.stderr)

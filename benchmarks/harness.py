@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ Row = dict[str, Any]
 
 def arguments(about: str) -> ArgumentParser:
     """The options that every benchmark has."""
+    commit()
     parser = ArgumentParser(description=about)
     parser.add_argument("--quick", action="store_true", help="a few minutes instead of everything")
     parser.add_argument("--json", type=Path, help="keep the results here; rows already there stay unless measured anew")
@@ -39,8 +41,12 @@ def device_name() -> str:
         return platform.processor() or platform.machine()
 
 
+@functools.cache
 def commit() -> str:
-    """The commit this runs at, marked where the work tree differs from it; ``$COMMIT`` in a copy without history."""
+    """The commit this runs at, marked where the work tree differs from it; ``$COMMIT`` in a copy without history.
+
+    Looked up once, when a benchmark starts: the work tree may move on while it runs.
+    """
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     known = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return known.stdout.strip() or os.environ.get("COMMIT", "unknown")

@@ -7,7 +7,8 @@ has the shape of Llama-2-7B: weights drawn at random and written block by block,
 
 With ``--durable`` a job keeps finished blocks and activations on disk, and goes on where it was when the same command
 runs again with the same ``--work-dir``; without it only finished jobs and random models are kept there. Seconds are
-those of all attempts, without what an attempt lost at its end. The first block of an attempt carries loading.
+those of all attempts, without what an attempt lost at its end. The first block of an attempt carries loading and
+warming up, so ``seconds_per_block`` is the median without the very first.
 """
 
 from __future__ import annotations
@@ -177,12 +178,13 @@ def measure(plan: Plan, processes: int, subject: tuple[str, str, int, int], opti
     place = work / "-".join([Path(model).name, plan.job.replace(" ", "_"), str(processes)])
     found = run(place, job, processes)
     spans, seconds = block_seconds(place)
+    steady = statistics.median(spans[1:]) if len(spans) > 1 else None
     gpu = [one["gpu"] for one in found if one["gpu"] is not None]
     return {
         "model": name, "layers": layers, "job": plan.job, "processes": processes, "device_type": options.device,
         "calibration": None if job["data_free"] else calibration, "threads": found[0]["threads"],
         "bits_per_weight": round(found[0]["bits_per_weight"], 4), "fallbacks": found[0]["fallbacks"],
-        "seconds": round(seconds, 1), "seconds_per_block": round(statistics.median(spans), 2) if spans else None,
+        "seconds": round(seconds, 1), "seconds_per_block": steady and round(steady, 2),
         "blocks": [round(span, 2) for span in spans], "peak_host_bytes": sum(one["host"] for one in found),
         "peak_gpu_bytes": max(gpu) if gpu else None,
     }  # fmt: skip

@@ -172,7 +172,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "gptq": lambda: accuracy_table("^(rtn|gptq) int[34] g(128|16) Z( no clip)?$"),
     "awq": lambda: accuracy_table("^(rtn|gptq|awq) int[34] g128 Z$"),
     "spqr": lambda: accuracy_table("^spqr |^(rtn|gptq) int[34] g128 Z$|^gptq int3 g16 Z$"),
-    "lab": lambda: accuracy_table("", "lab-29m"),
     "sparse": lambda: accuracy_table("^(sparsegpt|wanda) "),
     "grids": lambda: accuracy_table(GRIDS, layout=side_by_side),
     "folded": lambda: accuracy_table("", FOLDED),

@@ -40,10 +40,13 @@ def device_name() -> str:
 
 
 def commit() -> str:
-    """The commit this runs at, marked where the work tree differs from it; ``$COMMIT`` in a copy without history."""
+    """The commit this runs at: ``$COMMIT`` in a copy with another history or none, else the work tree's, marked where
+    it differs."""
+    if given := os.environ.get("COMMIT"):
+        return given
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     known = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return known.stdout.strip() or os.environ.get("COMMIT", "unknown")
+    return known.stdout.strip() or "unknown"
 
 
 def key_of(row: Row, key: Sequence[str]) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-SHOWN = "int8 g128 Z$|int4 g128 Z( clip)?$|nf4 g64$|int3 g128 Z clip$|int3 g16 F bilevel$"
+SHOWN = "^(rtn|gptq|awq) int[34] g128 Z$|^spqr int(3 3.95 bits|4)$|^(sparsegpt|wanda) (50%|2:4)$"
 DEMO = "SmolLM2-135M-Instruct (demo, jitter 0.10)"
 Rows = list[dict[str, Any]]
 
@@ -124,9 +124,13 @@ def term_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "weight-accuracy-short": lambda: accuracy_table(f"^rtn .*({SHOWN})"),
+    "weight-accuracy-short": lambda: accuracy_table(SHOWN),
     "weight-accuracy-rtn": lambda: accuracy_table("^rtn "),
     "weight-accuracy-rtn-512": lambda: accuracy_table("^rtn ", context=512),
+    "gptq": lambda: accuracy_table("^(rtn|gptq) int[34] g(128|16) Z( no clip)?$"),
+    "awq": lambda: accuracy_table("^(rtn|gptq|awq) int[34] g128 Z$"),
+    "spqr": lambda: accuracy_table("^spqr |^(rtn|gptq) int[34] g128 Z$|^gptq int3 g16 Z$"),
+    "sparse": lambda: accuracy_table("^(sparsegpt|wanda) "),
     "terms": term_table,
 }
 

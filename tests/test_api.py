@@ -76,7 +76,9 @@ def words() -> str:
 
 
 def test_everything_public_is_there() -> None:
-    assert set(rarefy.__all__) == {"compare", "compress", "evaluate", "load", "load_tokenizer", "merge_adapter", "save"}
+    assert set(rarefy.__all__) == {
+        "compare", "compress", "evaluate", "evaluate_tasks", "load", "load_tokenizer", "merge_adapter", "save",
+    }  # fmt: skip
     for name in rarefy.__all__:
         assert getattr(rarefy, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'quantize'"):

@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from rarefy.calibration.calibrated import Calibration, needed
-from rarefy.calibration.data_free import assist_folder, can_stream, compress_folder, compress_model_, weight_files
+from rarefy.calibration.data_free import assist_folder, can_stream, compress_folder, compress_model_
 from rarefy.calibration.parallel import Ranks, ranks_of
 from rarefy.calibration.report import CompressionReport, Ledger
 from rarefy.calibration.samples import Samples, as_samples, sample_windows
 from rarefy.contracts import Recipe
 from rarefy.core.config import parse
-from rarefy.core.devices import fast_dtype
+from rarefy.core.devices import Device, device_of
 from rarefy.core.errors import OptionError, UnsupportedError
-from rarefy.core.files import check_out, read_header, staged_folder
+from rarefy.core.files import check_out, staged_folder
 from rarefy.core.logs import logger
 from rarefy.core.memory import peak_bytes, reset_peak
-from rarefy.evaluation.candidates import Candidate, dense_sizes
+from rarefy.evaluation.candidates import dense_sizes
 from rarefy.evaluation.protocol import Protocol, bos_token
-from rarefy.evaluation.results import Comparison, Evaluation, Sizes
-from rarefy.formats.bytes import ByteCount
+from rarefy.evaluation.results import Comparison, Evaluation
 from rarefy.integrations.transformers import models as folders
 from rarefy.integrations.transformers.quantizer import attach_
+from rarefy.integrations.transformers.subjects import name_of, open_subjects, shared_tokenizer
 from rarefy.layers.checkpoint import parse_size
-from rarefy.layers.manifest import Manifest, read_manifest
+from rarefy.layers.manifest import Manifest
 from rarefy.recipes import load_recipe
 from rarefy.sources.model_source import ModelSource
 from rarefy.sources.models import open_model
@@ -37,8 +37,10 @@ from rarefy.sources.models import open_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from rarefy.evaluation.forward import CacheFactory
+    from rarefy.evaluation.tasks.results import TaskComparison
+
 log = logger(__name__)
-Device = Literal["auto", "cpu", "cuda"] | str
 
 
 def compress(
@@ -90,10 +92,10 @@ def compress(
         if not isinstance(model, str | Path):
             if out is not None:
                 check_out(Path(out), overwrite)
-            given = calibration(lambda: _shared_tokenizer([model], [None]), model.config)
+            given = calibration(lambda: shared_tokenizer([model], [None]), model.config)
             solve_on = None if device == "auto" else place
             ledger, skipped, manifest = _compress_in_place(model, chosen, solve_on, work, notes, given)
-            name = _name(model)
+            name = name_of(model)
             if out is not None and ranks.leads:
                 save(model, out, max_shard_size=shard_bytes, overwrite=overwrite)
         else:
@@ -155,7 +157,7 @@ def save(
     What travels along is copied from the folder the model was loaded from; ``tokenizer`` replaces that one's. Without
     rarefy such a folder fails to load loudly (``save_pretrained`` writes names that only warn). Raises OptionError.
     """
-    base = _name(model)
+    base = name_of(model)
     folder = Path(base)
     folders.save_model(
         model, Path(out), source=folder if folder.is_dir() else None, base=folder.name if folder.is_dir() else base,
@@ -174,13 +176,15 @@ def evaluate(
     dtype: str | torch.dtype = "auto",
     device: Device = "auto",
     tokenizer: Any = None,
+    chunk: int | None = None,
+    cache: CacheFactory | None = None,
 ) -> Evaluation:
     """Perplexity of ``model`` on ``windows`` windows of ``context`` tokens of ``data``, and its KL and top-1 agreement
     against ``reference``. As ``compare`` with one model.
     """
     return compare(
         [model], reference=reference, data=data, context=context, windows=windows, executor=executor, dtype=dtype,
-        device=device, tokenizer=tokenizer,
+        device=device, tokenizer=tokenizer, chunk=chunk, cache=cache,
     ).candidates[0]  # fmt: skip
 
 
@@ -195,12 +199,16 @@ def compare(
     dtype: str | torch.dtype = "auto",
     device: Device = "auto",
     tokenizer: Any = None,
+    chunk: int | None = None,
+    cache: CacheFactory | None = None,
 ) -> Comparison:
     """Evaluate several models on the same windows; the dense ``reference`` runs once for all of them.
 
     ``data``: ``"demo"`` or a text file. ``windows`` None takes the whole text. ``tokenizer``: needed only for models in
     memory whose folder is unknown. ``executor="fast"`` may quantize activations where a kernel does; where none does,
-    the result says ``exact``. Raises SourceError, OptionError, UnsupportedError, CheckpointError.
+    the result says ``exact``. With ``chunk`` windows go through the models that many tokens at a time, each reading the
+    KV cache of those before; ``cache`` makes the one of the candidates (from the model; needs ``chunk``). Raises
+    SourceError, OptionError, UnsupportedError, CheckpointError.
     """
     from rarefy.evaluation.runner import evaluate as run
     from rarefy.sources.texts import open_text
@@ -209,23 +217,51 @@ def compare(
 
     if executor == "fast":
         log.warning("No kernel of this version quantizes activations; everything runs exact.")
-    everyone = [*models] if reference is None else [reference, *models]
-    if not everyone:
-        raise OptionError("Name at least one model to evaluate.")
-    protocol = parse(Protocol, {"context": context, "windows": windows}, "Evaluation", OptionError)
+    requested = {"context": context, "windows": windows, "chunk": chunk}
+    protocol = parse(Protocol, requested, "Evaluation", OptionError)
+    subjects = open_subjects(models, reference, dtype=dtype, device=device, tokenizer=tokenizer, cache=cache)
     text = open_text(data, "evaluation")
-    sources = [open_model(model) if isinstance(model, str | Path) else None for model in everyone]
-    tokenizer = tokenizer or _shared_tokenizer(everyone, sources)
-    bos = bos_token(tokenizer, None)
-    tokens = cut(tokenize(tokenizer, text.text), context, windows, bos)
+    bos = bos_token(subjects.tokenizer, None)
+    tokens = cut(tokenize(subjects.tokenizer, text.text), context, windows, bos)
     protocol = protocol.model_copy(update={"bos": bos is not None, "text": text.name, "form": text.form})
-    place = device_of(device)
-    dtype = _compute_dtype(dtype, sources[0], place)
-    names = _names(everyone, sources)
-    candidates = [_candidate(*given, dtype, place) for given in zip(names, everyone, sources, strict=True)]
-    first = None if reference is None else candidates.pop(0)
-    free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else None
-    return run(candidates, tokens, protocol, reference=first, free_bytes=free)
+    return run(
+        subjects.candidates, tokens, protocol, reference=subjects.reference, free_bytes=subjects.free_bytes
+    )
+
+
+def evaluate_tasks(
+    models: Sequence[str | Path | PreTrainedModel],
+    tasks: Sequence[str],
+    *,
+    reference: str | Path | PreTrainedModel | None = None,
+    limit: int | None = None,
+    few_shot: int | None = None,
+    task_data: str | Path | None = None,
+    chunk: int | None = None,
+    cache: CacheFactory | None = None,
+    batch: int | None = None,
+    allow_code: bool = False,
+    work_dir: str | Path | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: Device = "auto",
+    tokenizer: Any = None,
+) -> TaskComparison:
+    """Scores of several models on question-answering ``tasks`` through lm-eval (extra ``eval``), with paired bootstrap
+    intervals of their differences from ``reference``.
+
+    ``tasks``: names of lm-eval or of ``rarefy.evaluation.tasks``, or YAML files. ``limit``: the first examples of each.
+    ``task_data``: a folder with local files of examples, which the hub serves otherwise. ``chunk`` and ``cache`` as in
+    `compare`. ``work_dir`` keeps finished tasks, so that the same call goes on after an interruption. Raises
+    OptionError, SourceError, UnsupportedError, CheckpointError.
+    """
+    from rarefy.integrations.lm_eval import evaluate_tasks as run
+
+    subjects = open_subjects(models, reference, dtype=dtype, device=device, tokenizer=tokenizer, cache=cache)
+    return run(
+        subjects.candidates, tasks, subjects.tokenizer, reference=subjects.reference, limit=limit, few_shot=few_shot,
+        task_data=None if task_data is None else Path(task_data), chunk=chunk, batch=batch, allow_code=allow_code,
+        work_dir=None if work_dir is None else Path(work_dir),
+    )  # fmt: skip
 
 
 def merge_adapter(model: Any, recipe: str | Path | Recipe | None = None) -> PreTrainedModel:
@@ -349,91 +385,3 @@ def _ignored_data(recipe: Recipe, data: Any) -> list[str]:
         return []
     log.warning("Recipe '%s' is data-free; the calibration data is not used.", recipe.name)
     return [f"recipe '{recipe.name}' is data-free: calibration data '{data}' was not used"]
-
-
-def _names(models: Sequence[Any], sources: Sequence[ModelSource | None]) -> list[str]:
-    """Short names for tables; models whose short names are equal go by what the caller wrote."""
-    short = [_name(model) if source is None else source.name for model, source in zip(models, sources, strict=True)]
-    return [
-        str(model) if isinstance(model, str | Path) and short.count(name) > 1 else name
-        for model, name in zip(models, short, strict=True)
-    ]
-
-
-def _name(model: PreTrainedModel) -> str:
-    return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-
-
-def _candidate(
-    name: str, model: Any, source: ModelSource | None, dtype: str | torch.dtype, device: torch.device
-) -> Candidate:
-    if source is None:
-        manifest = getattr(getattr(model.config, "quantization_config", None), "manifest", None)
-        return Candidate(name, model=model, sizes=_sizes(manifest) if manifest else dense_sizes(model))
-    folder = source.folder
-
-    def open_it() -> Any:
-        model: Any = folders.load_folder(folder, dtype=dtype)
-        return model.to(device)
-
-    if folders.is_compressed(folder):
-        sizes = _sizes(read_manifest(folders.read_config(folder)["quantization_config"]))
-        resident = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    else:
-        sizes, weights = _dense_file_sizes(folder)
-        wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-        resident = weights * wanted.itemsize if isinstance(wanted, torch.dtype) else sizes.stored_bytes or 0
-    return Candidate(name, load=open_it, resident_bytes=resident, sizes=sizes)
-
-
-def _compute_dtype(dtype: str | torch.dtype, first: ModelSource | None, device: torch.device) -> str | torch.dtype:
-    """One dtype for all models: as the first is stored, but float32 where a CPU would emulate 16-bit arithmetic."""
-    if dtype != "auto" or first is None:
-        return dtype
-    stored = str(folders.read_config(first.folder).get("dtype") or "float32")
-    emulated = device.type == "cpu" and stored in ("float16", "bfloat16") and fast_dtype(device) == torch.float32
-    return "float32" if emulated else stored
-
-
-def _sizes(manifest: Manifest) -> Sizes:
-    report = manifest.report
-    if report is None:
-        return Sizes()
-    return Sizes(
-        bits_per_weight=report.bits_per_weight, stored_bytes=report.stored_bytes, dense_bytes=report.dense_bytes
-    )
-
-
-def _dense_file_sizes(folder: Path) -> tuple[Sizes, int]:
-    tensors = [info for path in weight_files(folder) for info in read_header(path).tensors.values()]
-    size, count = sum(info.nbytes for info in tensors), 0
-    for info in tensors:
-        weights = 1
-        for extent in info.shape:
-            weights *= extent
-        count += weights
-    bits = ByteCount(values=size).bits_per_weight(count)
-    return Sizes(bits_per_weight=bits, stored_bytes=size, dense_bytes=size), count
-
-
-def _shared_tokenizer(models: Sequence[Any], sources: Sequence[ModelSource | None]) -> Any:
-    for model, source in zip(models, sources, strict=True):
-        folder = source.folder if source is not None else Path(str(getattr(model.config, "_name_or_path", "")))
-        if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
-            return folders.load_tokenizer(folder)
-    raise OptionError("None of the models has a tokenizer beside it; pass tokenizer=.")
-
-
-def device_of(name: Device) -> torch.device:
-    """The device that ``auto``, ``cpu`` or ``cuda`` means here. Raises OptionError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise OptionError(f"device '{name}' is unknown; use auto, cpu or cuda.") from None
-    if device.type not in ("cpu", "cuda"):
-        raise OptionError(f"device '{name}' is not supported; use auto, cpu or cuda.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError("device 'cuda' was asked for, but torch sees no GPU; use --device cpu.")
-    return device

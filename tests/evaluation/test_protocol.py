@@ -9,8 +9,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from rarefy.core.config import parse
-from rarefy.core.errors import OptionError
 from rarefy.core.devices import fast_dtype
+from rarefy.core.errors import OptionError
 from rarefy.evaluation.protocol import Protocol, bos_token
 from rarefy.sources.windows import tokenize, windows
 

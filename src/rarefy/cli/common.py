@@ -132,6 +132,15 @@ def print_json(result: Any) -> None:
     print(json.dumps(_finite(result), indent=2))
 
 
+def print_record(kind: str, result: dict[str, Any] | list[dict[str, Any]]) -> None:
+    """The result as JSON that says what it is (``kind``) and how it was made (``run``), as reports read it."""
+    from rarefy.core.environment import this_run
+
+    run = this_run(shell_line(*sys.argv[1:])).model_dump()
+    records = [{"kind": kind, **record, "run": run} for record in (result if isinstance(result, list) else [result])]
+    print_json(records if isinstance(result, list) else records[0])
+
+
 def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]], text: bool = False) -> None:
     """A table on stdout; the first column is a name, the others are numbers unless ``text``."""
     from rich.console import Console
@@ -189,6 +198,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     root = logging.getLogger("rarefy")
     if not root.handlers:
         handler = logging.StreamHandler()

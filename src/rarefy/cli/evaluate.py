@@ -1,15 +1,19 @@
-"""``rarefy eval``: perplexity, and distance from a dense reference."""
+"""``rarefy eval``: perplexity, and distance from a dense reference; or the scores of tasks."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from rarefy.cli.common import Device, Json, command, print_json, print_table
+from rarefy.cli.common import Device, Json, command, print_record, print_table
 
 if TYPE_CHECKING:
     from rarefy.evaluation.results import Comparison, Evaluation
+    from rarefy.evaluation.tasks.results import TaskComparison
+
+WorkDir = Annotated[Path | None, typer.Option(help="Keep finished parts here, so that the same command goes on.")]
 
 
 @command
@@ -21,12 +25,26 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Text file, or 'demo'.")] = "demo",
     context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
     windows: Annotated[int, typer.Option(min=0, help="Number of windows; 0 takes the whole text.")] = 12,
+    chunk: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a pass that reads the KV cache of those before; default: all.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks to score instead, through lm-eval: names or YAML files, comma-separated.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=0, help="First examples of each task; 0 takes all.")] = 0,
+    few_shot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt; default: as the task.")] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(envvar="RAREFY_TASK_DATA", help="Folder with the tasks' examples as local files.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Examples of a forward pass.")] = None,
+    allow_code: Annotated[bool, typer.Option(help="Let tasks run what the model writes, in a sandbox.")] = False,
+    work_dir: WorkDir = None,
     executor: Annotated[str, typer.Option(help="exact, or fast (may quantize activations).")] = "exact",
     dtype: Annotated[str, typer.Option(help="Dtype of the forward pass: auto, float32, bfloat16 or float16.")] = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure models on the same text under a stated protocol."""
+    """Measure models on the same text under a stated protocol, or on the same tasks."""
     from rarefy.core.errors import OptionError
 
     if executor not in ("exact", "fast"):
@@ -36,13 +54,24 @@ def evaluate(
     chosen: Literal["exact", "fast"] = "fast" if executor == "fast" else "exact"
     from rarefy import api
 
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        scores = api.evaluate_tasks(
+            models, names, reference=reference, limit=limit or None, few_shot=few_shot, task_data=task_data,
+            chunk=chunk, batch=batch, allow_code=allow_code, work_dir=work_dir, dtype=dtype, device=device,
+        )  # fmt: skip
+        if as_json:
+            print_record("tasks", scores.model_dump())
+        else:
+            print_tasks(scores)
+        return
     result = api.compare(
         models, reference=reference, data=data, context=context, windows=windows or None, executor=chosen, dtype=dtype,
-        device=device,
+        device=device, chunk=chunk,
     )  # fmt: skip
     if as_json:
         records = [_record(evaluation, result) for evaluation in result.candidates]
-        print_json(records[0] if len(records) == 1 else records)
+        print_record("evaluation", records[0] if len(records) == 1 else records)
         return
     print_comparison(result)
 
@@ -65,6 +94,25 @@ def print_comparison(result: Comparison) -> None:
     print_table(("model", "perplexity", "KL (nats)", "top-1", "bits/weight", "MB", "seconds"), rows)
     first = everyone[0]
     print(f"{first.protocol.describe()}; {first.tokens} predicted tokens")
+
+
+def print_tasks(result: TaskComparison) -> None:
+    """A row for each score of each model, reference first; differences with their 95% intervals."""
+    everyone = ([result.reference] if result.reference else []) + result.candidates
+    rows = []
+    for evaluation in everyone:
+        name = evaluation.model + (" (reference)" if evaluation is result.reference else "")
+        for score in evaluation.scores:
+            metric = score.metric + ("" if score.filter == "none" else f" ({score.filter})")
+            gap = score.difference
+            change = "-" if gap is None else f"{gap.value:+.4f}"
+            interval = "-" if gap is None else f"{gap.low:+.4f} .. {gap.high:+.4f}"
+            rows.append((name, score.task, metric, f"{score.value:.4f}", change, interval, str(score.examples)))
+    print_table(("model", "task", "metric", "score", "difference", "95% interval", "examples"), rows)
+    first = everyone[0]
+    few = "" if first.few_shot is None else f", {first.few_shot} examples in the prompt"
+    chunks = "" if first.chunk is None else f", in chunks of {first.chunk}"
+    print(f"{first.dtype}{few}{chunks}; {sum(each.seconds for each in everyone):.1f} s; examples from {first.data}")
 
 
 def _record(evaluation: Evaluation, result: Comparison) -> dict[str, Any]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from rarefy.core.errors import OptionError
 
 if TYPE_CHECKING:
     import torch
+
+Device = Literal["auto", "cpu", "cuda"] | str
 
 
 def fast_dtype(device: str | torch.device) -> torch.dtype:
@@ -32,6 +36,23 @@ def compute_dtype(stored: torch.dtype, device: str | torch.device) -> torch.dtyp
 
     native = (torch.float32, fast_dtype(device))
     return stored if torch.device(device).type == "cuda" or stored in native else torch.float32
+
+
+def device_of(name: Device) -> torch.device:
+    """The device that ``auto``, ``cpu`` or ``cuda`` means here. Raises OptionError."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OptionError(f"device '{name}' is unknown; use auto, cpu or cuda.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(f"device '{name}' is not supported; use auto, cpu or cuda.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError("device 'cuda' was asked for, but torch sees no GPU; use --device cpu.")
+    return device
 
 
 @contextmanager

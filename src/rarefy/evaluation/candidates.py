@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rarefy.core.errors import OptionError, UnsupportedError
+from rarefy.evaluation.forward import CacheFactory
 from rarefy.evaluation.results import Sizes
 from rarefy.formats.bytes import ByteCount
 
@@ -21,6 +22,8 @@ class Candidate:
     """Give ``model``, or ``load``, which is called when the model is needed and whose result is dropped afterwards.
 
     ``resident_bytes`` is what the model of ``load`` will occupy; 0 means unknown, and it then never shares a pass.
+    ``cache`` makes the KV cache it is measured with, where one is read; None means the dense one of Transformers.
+    ``identity`` says which model it is for results that are kept; None (as for models in memory) keeps none.
     """
 
     name: str
@@ -28,6 +31,8 @@ class Candidate:
     load: Callable[[], Any] | None = None
     resident_bytes: int = 0
     sizes: Sizes | None = None
+    cache: CacheFactory | None = None
+    identity: str | None = None
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.load is None):

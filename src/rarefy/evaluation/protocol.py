@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from rarefy.core.config import StrictModel
 from rarefy.core.errors import OptionError
 from rarefy.sources.windows import begin_token
-
-if TYPE_CHECKING:
-    pass
 
 
 class Protocol(StrictModel):
@@ -20,7 +17,8 @@ class Protocol(StrictModel):
 
     As a request, ``windows=None`` means the whole text, ``bos=None`` means "as the model was trained", and
     ``dtype=None`` means "as loaded". In a result all three say what was done. ``dtype`` is that of the forward pass;
-    log-probabilities are always float32 and their sums float64.
+    log-probabilities are always float32 and their sums float64. ``chunk``: how many tokens went through the model at a
+    time, each reading the KV cache of those before; None means whole windows, which read no cache.
     """
 
     context: int = Field(default=512, ge=2)
@@ -30,6 +28,7 @@ class Protocol(StrictModel):
     text: str = ""
     form: str = ""
     executor: Literal["exact", "fast"] = "exact"
+    chunk: int | None = Field(default=None, ge=1)
 
     def describe(self) -> str:
         """One line for tables, such as ``context 512, 12 windows, no BOS, float32, wiki.test.raw (hf-join)``."""
@@ -41,6 +40,8 @@ class Protocol(StrictModel):
         ]
         if self.text:
             parts.append(self.text + (f" ({self.form})" if self.form else ""))
+        if self.chunk is not None:
+            parts.append(f"in chunks of {self.chunk}")
         if self.executor != "exact":
             parts.append(f"{self.executor} execution")
         return ", ".join(parts)

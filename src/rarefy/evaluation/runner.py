@@ -15,6 +15,7 @@ from rarefy.core.errors import FormatError, OptionError, UnsupportedError
 from rarefy.core.memory import available_bytes, peak_bytes
 from rarefy.core.progress import progress
 from rarefy.evaluation.candidates import Candidate, plan_passes
+from rarefy.evaluation.forward import forward
 from rarefy.evaluation.perplexity import perplexity
 from rarefy.evaluation.protocol import Protocol
 from rarefy.evaluation.results import Comparison, Evaluation, Sizes
@@ -50,8 +51,8 @@ def evaluate(
     free = available_bytes() if free_bytes is None else free_bytes
     passes = plan_passes(candidates, reference, free) or [[]]
     scorer = Scorer()
-    dense = None if reference is None else _Subject(reference, scorer)
-    subjects = [_Subject(candidate, scorer) for candidate in candidates]
+    dense = None if reference is None else _Subject(reference, scorer, protocol.chunk)
+    subjects = [_Subject(candidate, scorer, protocol.chunk) for candidate in candidates]
     steps = windows.shape[0] * (len(candidates) + (len(passes) if dense else 0))
     with progress("evaluate", steps) as advance:
         if dense is not None:
@@ -86,11 +87,11 @@ def evaluate(
 class _Subject:
     """One model while it is measured: opened, run window by window, summed up, closed."""
 
-    def __init__(self, candidate: Candidate, scorer: Scorer):
+    def __init__(self, candidate: Candidate, scorer: Scorer, chunk: int | None):
         self.candidate = candidate
         self.name = candidate.name
         self.model: Any = None
-        self._scorer = scorer
+        self._scorer, self._chunk = scorer, chunk
         self._nll = self._kl = self._seconds = 0.0
         self._agree = self._tokens = self._forwarded = self._peak = 0
         self._compared = False
@@ -107,8 +108,7 @@ class _Subject:
     def step(self, tokens: torch.Tensor, first: int, expected: torch.Tensor | None, count: bool = True) -> torch.Tensor:
         """Run on ``tokens`` [B, T], windows ``first`` and on, add to the sums if ``count``; the logits [B, T, V]."""
         begin = time.perf_counter()
-        with torch.inference_mode():
-            logits: torch.Tensor = self.model(input_ids=tokens.to(self.model.device), use_cache=False).logits
+        logits = forward(self.model, tokens, cache=self.candidate.cache, chunk=self._chunk)
         if expected is not None and expected.shape[-1] != logits.shape[-1]:
             raise UnsupportedError(
                 f"'{self.name}' predicts {logits.shape[-1]} tokens where the reference predicts {expected.shape[-1]}; "

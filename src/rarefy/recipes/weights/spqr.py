@@ -49,7 +49,7 @@ class Spqr(WeightRecipe):
     target_bits: float | None = Field(None, gt=0)
     clip: Literal["none", "mse"] = "none"
     act_order: bool = True
-    dampening: float = Field(1.0, gt=0)
+    dampening: float = Field(0.1, gt=0)
     true_sequential: bool = False
 
     @property

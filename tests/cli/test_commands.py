@@ -19,7 +19,7 @@ import rarefy
 from rarefy.cli import common
 from tests.cli.conftest import Run, one_json, one_sentence
 
-COMMANDS = ("compress", "eval", "chat", "inspect", "recipes", "info", "demo")
+COMMANDS = ("compress", "eval", "compare", "report", "chat", "inspect", "recipes", "info", "demo")
 PARTS = {"total", "codes", "scales", "tables", "indices", "values"}
 EVALUATION = {
     "perplexity", "kl", "top1_agreement", "tokens", "bits_per_weight", "stored_bytes", "dense_bytes",

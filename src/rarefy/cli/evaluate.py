@@ -117,6 +117,5 @@ def print_tasks(result: TaskComparison) -> None:
 
 def _record(evaluation: Evaluation, result: Comparison) -> dict[str, Any]:
     record = evaluation.model_dump()
-    dense = result.reference
-    record["reference"] = None if dense is None else {"model": dense.model, "perplexity": dense.perplexity}
+    record["reference"] = None if result.reference is None else result.reference.model_dump()
     return record

@@ -202,7 +202,7 @@ def main() -> None:
             subject = (f"random Llama of shape {options.model}", str(folder), layers, shape.vocabulary)
         for plan in chosen(PLANS, options.only):
             alone = None
-            for processes in options.processes:
+            for processes in options.processes if plan.calibrates else [1]:
                 row = measure(plan, processes, subject, options, work)
                 alone = row["seconds"] if processes == 1 else alone
                 if alone is not None and processes > 1:

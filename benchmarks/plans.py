@@ -52,6 +52,11 @@ RECIPES = [
     integers("rtn", 3, 16),
     integers("gptq", 3, 16),
     integers("gptq", 3, 16, "F", "bilevel", scales="bilevel"),
+    Plan("spqr int3 no outliers", "spqr", {"num_bits": 3, "outlier_threshold": None}),
+    Plan("spqr int3 3.95 bits clip", "spqr", {"num_bits": 3, "target_bits": 3.95, "clip": "mse"}),
+    integers("gptq", 3, 16, "F"),
+    integers("gptq", 3, 128, note="no clip", clip="none"),
+    integers("gptq", 3, 16, note="no clip", clip="none"),
     integers("gptq", 3, 128, note="file order", act_order=False),
     integers("gptq", 3, 128, note="true-sequential", true_sequential=True),
     *(pruned(recipe, pattern, bits) for bits in (None, 4) for pattern in ("50%", "2:4")

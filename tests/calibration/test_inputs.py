@@ -88,7 +88,8 @@ def block_names(model: Any) -> list[str]:
 def test_compressed_inputs_are_those_of_the_blocks_so_far(family: str) -> None:
     model, batches = family_of(family).build(), batches_for(family_of(family))
     compress(family_of(family).build(), "inputs_for_tests", batches)
-    inside = {name: layer for name, layer in SEEN.items() if name.startswith(tuple(f"{b}." for b in block_names(model)))}
+    leads = tuple(f"{block}." for block in block_names(model))
+    inside = {name: layer for name, layer in SEEN.items() if name.startswith(leads)}
     expected = naive(model, batches, block_names(model), whole_block)
     assert_inputs(inside, expected, 1e-4)
     outside = {name: layer for name, layer in SEEN.items() if name not in inside}

@@ -36,7 +36,7 @@ def tokens(rows: int, length: int) -> torch.Tensor:
 
 
 def test_an_encoder_and_a_decoder_at_once() -> None:
-    with pytest.raises(UnsupportedError, match=r"several stacks of blocks \(encoder\.block, decoder\.block\).*'ignore'"):
+    with pytest.raises(UnsupportedError, match=r"several stacks .*\(encoder\.block, decoder\.block\).*'ignore'"):
         compress(family_of("t5").build(), tokens(2, 8))
 
 
@@ -50,7 +50,8 @@ def test_a_decoder_alone() -> None:
     assert len(list(compressed(model))) == 22 and all(name.startswith("decoder.") for name, _ in compressed(model))
     assert SEEN["decoder.block.0.layer.0.SelfAttention.q"].statistics.tokens == 12
     assert SEEN["decoder.block.0.layer.1.EncDecAttention.k"].statistics.tokens == 18
-    assert torch.equal(model.encoder.block[0].layer[0].SelfAttention.q.weight, dense["encoder.block.0.layer.0.SelfAttention.q.weight"])
+    kept = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    assert torch.equal(model.get_parameter(kept), dense[kept])
     mask = torch.ones(2, 9, dtype=torch.int64)
     mask[1, 5:] = 0
     with pytest.raises(UnsupportedError, match="without padding"):
@@ -132,7 +133,7 @@ def test_data_that_the_model_does_not_read() -> None:
     with pytest.raises(OptionError, match=r"ViTForImageClassification reads 'pixel_values', but .* has input_ids"):
         compress(family_of("vit").build(), tokens(2, 8))
     with pytest.raises(OptionError, match=r"token 96, but the vocabulary of the model has 96"):
-        compress(family_of("llama").build(), tokens(2, 8) + 96 - tokens(2, 8).min())
+        compress(family_of("llama").build(), torch.tensor([[3, 96, 4]]))
 
 
 def test_batches_are_cut_for_every_process() -> None:

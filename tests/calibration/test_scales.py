@@ -1,4 +1,4 @@
-"""Input scales: the function stays, the norm or layer before takes the factor where it can, the report says what was chosen."""
+"""Input scales: the function stays, and the norm or layer before takes the factor where it can."""
 
 from __future__ import annotations
 

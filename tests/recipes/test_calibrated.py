@@ -1,4 +1,4 @@
-"""Recipes that calibrate: they lose less than rounding or pruning alone, on every kind of model, and survive storage."""
+"""Recipes that calibrate: they lose less than rounding or pruning alone, on every kind of model, stored or not."""
 
 from __future__ import annotations
 

@@ -151,13 +151,13 @@ class Watch(ColumnRule):
         self.shown: list[Tensor] = []
         self.met: list[Tensor] = []
 
-    def begin(self, size: int, columns: Tensor, start: int, scale: Tensor) -> None:
+    def begin(self, size: int, columns: Tensor, start: int) -> None:
         self.seen.append((size, start, columns.shape[1]))
         self.shown += [columns[0, index].clone() for index in range(columns.shape[1])] if size == max(
             self.segments
         ) else []
 
-    def column(self, values: Tensor, position: int, scale: Tensor) -> Tensor:
+    def column(self, values: Tensor, position: int) -> Tensor:
         self.met.append(values[0].clone())
         return values.round()
 

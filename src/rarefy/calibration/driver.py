@@ -394,8 +394,8 @@ def _check_data(model: nn.Module, batches: Sequence[Batch]) -> None:
     main = getattr(model, "main_input_name", None)
     if main is not None and not any(name in batch for batch in batches for name in (main, "inputs_embeds")):
         raise OptionError(
-            f"{type(model).__name__} reads '{main}', but the calibration data has {', '.join(batches[0])}; give batches "
-            "of the inputs that it reads."
+            f"{type(model).__name__} reads '{main}', but the calibration data has {', '.join(batches[0])}; give "
+            "batches of the inputs that it reads."
         )
     config = getattr(model, "config", None)
     size = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)

@@ -35,14 +35,13 @@ class ColumnRule(ABC):
     segments: tuple[int, ...] = ()
 
     @abstractmethod
-    def begin(self, size: int, columns: Tensor, start: int, scale: Tensor) -> None:
+    def begin(self, size: int, columns: Tensor, start: int) -> None:
         """See a segment of ``size`` (the last may be shorter) as it is now: ``columns`` float32 ``[members, columns,
-        rows]``, the first of them at position ``start``; ``scale [members, columns]`` is the diagonal of ``U``."""
+        rows]``, the first of them at position ``start``."""
 
     @abstractmethod
-    def column(self, values: Tensor, position: int, scale: Tensor) -> Tensor:
-        """What ``values [members, rows]`` become. ``scale [members, 1]``: the diagonal of ``U`` at ``position``; an
-        error's cost is ``(error / scale) ** 2 / 2``."""
+    def column(self, values: Tensor, position: int) -> Tensor:
+        """What ``values [members, rows]`` become."""
 
 
 def compensate(weight: Tensor, inverse: InverseHessian, rule: ColumnRule) -> Tensor:
@@ -52,8 +51,9 @@ def compensate(weight: Tensor, inverse: InverseHessian, rule: ColumnRule) -> Ten
     """
     order = inverse.order[:, :, None].expand(-1, -1, weight.shape[1])
     work = weight.transpose(1, 2).gather(1, order)  # a column's rows lie together
-    upper, columns = inverse.upper, inverse.columns
-    scales = upper.diagonal(dim1=1, dim2=2)
+    columns = inverse.columns
+    # What later columns take over from an error of 1, so that errors need no scaling in the loop.
+    shares = inverse.upper / inverse.scales[..., None]
     members, _, rows = work.shape
     edges = _block_edges(columns, rule.segments)
     for start, end in zip(edges, [*edges[1:], columns], strict=True):
@@ -63,18 +63,16 @@ def compensate(weight: Tensor, inverse: InverseHessian, rule: ColumnRule) -> Ten
             for position in range(start, end):
                 for size in rule.segments:
                     if position % size == 0:
-                        stop = min(position + size, columns)
-                        rule.begin(size, work[:, position:stop], position, scales[:, position:stop])
-                scale, values = scales[:, position : position + 1], work[:, position]
-                kept = rule.column(values, position, scale)
-                error = (values - kept) / scale
-                errors[:, position - start] = error
-                values.copy_(kept)
+                        rule.begin(size, work[:, position : min(position + size, columns)], position)
+                values = work[:, position]
+                error = errors[:, position - start : position - start + 1]
+                torch.sub(values, rule.column(values, position), out=error[:, 0])
                 if position + 1 < end:
                     later = work[:, position + 1 : end]
-                    later.addcmul_(upper[:, position, position + 1 : end, None], error[:, None], value=-1)
+                    later.addcmul_(shares[:, position, position + 1 : end, None], error, value=-1)
+        work[:, start:end] -= errors
         if end < columns:
-            work[:, end:].baddbmm_(upper[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
+            work[:, end:].baddbmm_(shares[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
     return work.transpose(1, 2)
 
 

@@ -28,18 +28,18 @@ class RoundColumns(ColumnRule):
         self._size = grid.size(columns)
         self._fitted: list[Params] = []
         self._group_of = [position // self._size for position in range(columns)]
-        self._first = 0
+        self._first = 0  # the group that the parameters at hand begin with
         if fixed is None:
             self.segments = (self._size * grid.span,)
         else:
             self._install(fixed, 0)
             self._group_of = (batch.inverse.order[0] // self._size).tolist()
 
-    def begin(self, size: int, columns: Tensor, start: int, scale: Tensor) -> None:
+    def begin(self, size: int, columns: Tensor, start: int) -> None:
         mass = self.mass[:, start : start + columns.shape[1]]
         self._install(fit_members(self.grid, columns.transpose(1, 2), mass, self.search), start)
 
-    def column(self, values: Tensor, position: int, scale: Tensor) -> Tensor:
+    def column(self, values: Tensor, position: int) -> Tensor:
         codes, rounded = self._rounding(values.flatten(), self._group_of[position] - self._first)
         self.codes[position] = codes
         return rounded.view_as(values)

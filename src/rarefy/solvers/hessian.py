@@ -37,6 +37,11 @@ class InverseHessian:
     def columns(self) -> int:
         return self.upper.shape[-1]
 
+    @property
+    def scales(self) -> Tensor:
+        """The diagonal of ``upper``, ``[members, columns]``: an error's cost is ``(error / scale) ** 2 / 2``."""
+        return self.upper.diagonal(dim1=1, dim2=2)
+
     def member(self, index: int) -> InverseHessian:
         """That of one stacked expert."""
         part = slice(index, index + 1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rarefy.formats.grids import Grid
 from rarefy.formats.terms import Residual, Term
+from rarefy.solvers.clip import ClipSearch
 from rarefy.solvers.feedback import Batch, by_batch, compensate
 from rarefy.solvers.gptq import RoundColumns, fit_members, quantized
 from rarefy.solvers.hessian import InverseHessian
@@ -21,30 +22,33 @@ class RoundOrKeep(RoundColumns):
     """``RoundColumns`` for which a weight whose error would cost more than its row's ``threshold [members * rows]`` is
     an outlier and stays as it is; those that would spoil their group's range do not take part in fitting it.
 
-    ``residual`` float32 and ``outliers`` bool ``[columns, members * rows]`` say what each outlier's code lacks.
+    ``outliers`` bool and ``lost`` float32, both ``[columns, members * rows]``, say which these are and what a code
+    lacks.
     """
 
-    def __init__(self, grid: Grid, batch: Batch, threshold: Tensor):
-        super().__init__(grid, batch)
-        self.threshold = threshold
-        self.residual = torch.zeros(self.codes.shape, device=self.codes.device)
-        self.outliers = torch.zeros_like(self.residual, dtype=torch.bool)
+    def __init__(self, grid: Grid, batch: Batch, threshold: Tensor, search: ClipSearch | None = None):
+        super().__init__(grid, batch, search)
+        self.threshold = threshold.view(batch.weight.shape[:2])
+        self.scales, self._reach = batch.inverse.scales, self.threshold.sqrt()
+        self.lost = torch.empty(self.codes.shape, device=self.codes.device)
+        self.outliers = torch.empty_like(self.lost, dtype=torch.bool)
 
-    def begin(self, size: int, columns: Tensor, start: int, scale: Tensor) -> None:
+    def begin(self, size: int, columns: Tensor, start: int) -> None:
         weight = columns.transpose(1, 2)
-        gain = leave_one_out_gain(weight, scale[:, None], self.grid.code_count)
-        spoils = gain > self.threshold.view(weight.shape[:2])[..., None]
+        scale = self.scales[:, None, start : start + columns.shape[1]]
+        spoils = leave_one_out_gain(weight, scale, self.grid.code_count) > self.threshold[..., None]
         others = (~spoils).sum(-1, keepdim=True).clamp(min=1)
         mean = torch.where(spoils, 0.0, weight).sum(-1, keepdim=True) / others
         filled = torch.where(spoils, mean, weight)
-        self._install(fit_members(self.grid, filled, self.mass[:, start : start + columns.shape[1]], None), start)
+        mass = self.mass[:, start : start + columns.shape[1]]
+        self._install(fit_members(self.grid, filled, mass, self.search), start)
 
-    def column(self, values: Tensor, position: int, scale: Tensor) -> Tensor:
-        rounded = super().column(values, position, scale)
-        lost = values - rounded
-        outlier = (lost / scale).square() > self.threshold.view_as(values)
-        self.outliers[position] = outlier.flatten()
-        self.residual[position] = torch.where(outlier, lost, 0.0).flatten()
+    def column(self, values: Tensor, position: int) -> Tensor:
+        rounded = super().column(values, position)
+        lost, outlier = self.lost[position].view_as(values), self.outliers[position].view_as(values)
+        torch.sub(values, rounded, out=lost)
+        # (lost / scale)^2 > threshold, without the squares.
+        torch.gt(lost.abs(), self._reach * self.scales[:, position : position + 1], out=outlier)
         return torch.where(outlier, values, rounded)
 
 
@@ -75,7 +79,11 @@ def _cost(weight: Tensor, scale: Tensor, low: Tensor, high: Tensor, levels: int)
 
 
 def gptq_with_outliers(
-    weights: Sequence[Tensor], inverse: InverseHessian, grid: Grid, threshold: float
+    weights: Sequence[Tensor],
+    inverse: InverseHessian,
+    grid: Grid,
+    threshold: float,
+    search: ClipSearch | None = None,
 ) -> tuple[list[list[Term]], list[str]]:
     """Quantize ``weights`` (as for ``gptq``) on ``grid``, with outliers as residuals; terms of each, and notes.
 
@@ -87,7 +95,7 @@ def gptq_with_outliers(
     def solve(batch: Batch) -> list[list[Term]]:
         factor = threshold
         while True:
-            rule = RoundOrKeep(grid, batch, factor * _column_costs(batch))
+            rule = RoundOrKeep(grid, batch, factor * _column_costs(batch), search)
             compensate(batch.weight, batch.inverse, rule)
             if float(rule.outliers.float().mean()) <= LIMIT:
                 break
@@ -104,7 +112,7 @@ def gptq_with_outliers(
 
 def _column_costs(batch: Batch) -> Tensor:
     """The mean over columns of ``variance / U_jj ** 2`` of the part that a row belongs to, ``[members * rows]``."""
-    scales = batch.inverse.in_place(batch.inverse.upper.diagonal(dim1=1, dim2=2))
+    scales = batch.inverse.in_place(batch.inverse.scales)
     rows = batch.weight.shape[1]
     flat = batch.weight.flatten(0, 1)
     costs = []
@@ -120,6 +128,7 @@ def _residual(rule: RoundOrKeep, batch: Batch, index: int) -> Term:
     part, multiplier = batch.parts[index], batch.multipliers[index] or 1.0
     order = batch.order_of(index)
     mask = torch.empty_like(rule.outliers[:, part]).index_copy_(0, order, rule.outliers[:, part]).T
-    values = torch.empty_like(rule.residual[:, part]).index_copy_(0, order, rule.residual[:, part]).T * multiplier
+    lost = torch.where(rule.outliers[:, part], rule.lost[:, part], 0.0)
+    values = torch.empty_like(lost).index_copy_(0, order, lost).T * multiplier
     fits = float(values.abs().max()) <= torch.finfo(torch.float16).max
     return Residual.from_weight(values, mask, "float16" if fits else "bfloat16")

@@ -28,6 +28,7 @@ class PruneColumns(ColumnRule):
         self, batch: Batch, score: Score, sparsity: float, pattern: Pattern, rounding: RoundColumns | None = None
     ):
         self.score, self.sparsity, self.pattern, self.rounding = score, sparsity, pattern, rounding
+        self.scales = batch.inverse.scales
         members, rows, columns = batch.weight.shape
         self.kept = torch.empty(columns, members, rows, dtype=torch.bool, device=batch.weight.device)
         inner = () if rounding is None else rounding.segments
@@ -36,23 +37,23 @@ class PruneColumns(ColumnRule):
         self._size = pattern.m if isinstance(pattern, NM) else stretch
         self.segments = tuple(dict.fromkeys((self._size, *inner)))
 
-    def begin(self, size: int, columns: Tensor, start: int, scale: Tensor) -> None:
+    def begin(self, size: int, columns: Tensor, start: int) -> None:
         part = slice(start, start + columns.shape[1])
         if size == self._size:
-            self.kept[part] = self._choose(columns, scale).transpose(0, 1)
+            self.kept[part] = self._choose(columns, part).transpose(0, 1)
         if self.rounding is not None and size in self.rounding.segments:
             # Groups of n:m inside it are chosen later; what would stay now is the best guess.
-            kept = self.kept[part].transpose(0, 1) if size <= self._size else self._choose(columns, scale)
-            self.rounding.begin(size, torch.where(kept, columns, 0.0), start, scale)
+            kept = self.kept[part].transpose(0, 1) if size <= self._size else self._choose(columns, part)
+            self.rounding.begin(size, torch.where(kept, columns, 0.0), start)
 
-    def column(self, values: Tensor, position: int, scale: Tensor) -> Tensor:
-        rounded = values if self.rounding is None else self.rounding.column(values, position, scale)
+    def column(self, values: Tensor, position: int) -> Tensor:
+        rounded = values if self.rounding is None else self.rounding.column(values, position)
         return torch.where(self.kept[position], rounded, 0.0)
 
-    def _choose(self, columns: Tensor, scale: Tensor) -> Tensor:
-        """Mask of ``columns [members, size, rows]``, of that shape."""
+    def _choose(self, columns: Tensor, part: slice) -> Tensor:
+        """Mask of ``columns [members, size, rows]`` at the positions ``part``, of that shape."""
         weight = columns.transpose(1, 2)
-        scores = self.score(weight, scale[:, None].expand_as(weight))
+        scores = self.score(weight, self.scales[:, None, part].expand_as(weight))
         if isinstance(self.pattern, NM):
             return keep_n_of_m(scores, self.pattern.n, self.pattern.m).transpose(1, 2)
         return keep_share(scores.flatten(1), self.sparsity).view_as(scores).transpose(1, 2)

@@ -21,7 +21,8 @@ from rarefy.formats.layout import Layout, Size
 Params = dict[str, Tensor]
 # Parameters as numbers to compute with, each ``[row groups, column groups, ...]``.
 Numbers = dict[str, Tensor]
-# Values of one column, float32 ``[rows]``, and its column group -> codes uint8 and the values they stand for.
+# Values of one column, float32 ``[rows]``, and its column group -> codes (whole numbers of any dtype) and what they
+# stand for.
 Rounding = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 

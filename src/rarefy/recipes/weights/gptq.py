@@ -8,7 +8,7 @@ with the largest inputs come first; groups stay neighbouring columns, so that no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,13 +23,16 @@ from rarefy.solvers.rtn import round_to_nearest
 class Gptq(GridRecipe):
     """Rounding with error feedback.
 
-    ``dampening``: share of the Hessian's mean diagonal added to it. ``act_order``: columns with larger inputs first.
-    ``static_groups``: a group is neighbouring columns, fitted beforehand; without it groups follow the order of
-    treatment, which is then stored. ``true_sequential``: layers see the compressed ones before them in their block.
+    ``clip``: ``mse`` searches each group's range for the least error, a column counting by its mean squared input;
+    ``none`` takes it from minimum to maximum, as in the paper. ``dampening``: share of the Hessian's mean diagonal
+    added to it. ``act_order``: columns with larger inputs first. ``static_groups``: a group is neighbouring columns,
+    fitted beforehand; without it groups follow the order of treatment, which is then stored. ``true_sequential``:
+    layers see the compressed ones before them in their block.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
+    clip: Literal["none", "mse"] = "mse"
     dampening: float = Field(0.01, gt=0)
     act_order: bool = True
     static_groups: bool = True

@@ -9,7 +9,7 @@ cost by more than tau) takes no part in fitting it (algorithm 1). Outliers are s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,7 @@ from rarefy.core.errors import RecipeError
 from rarefy.formats.bytes import total
 from rarefy.formats.grids import IntegerGrid
 from rarefy.formats.scales import BilevelScale
+from rarefy.solvers.clip import ClipSearch
 from rarefy.solvers.hessian import inverse_hessian
 from rarefy.solvers.outliers import gptq_with_outliers
 from rarefy.solvers.rtn import round_to_nearest
@@ -46,8 +47,9 @@ class Spqr(WeightRecipe):
     scale_rows: int = Field(16, ge=1)
     outlier_threshold: float | None = Field(0.2, gt=0)
     target_bits: float | None = Field(None, gt=0)
+    clip: Literal["none", "mse"] = "none"
     act_order: bool = True
-    dampening: float = Field(1.0, gt=0)
+    dampening: float = Field(0.1, gt=0)
     true_sequential: bool = False
 
     @property
@@ -87,7 +89,8 @@ class Spqr(WeightRecipe):
             return [Solution([round_to_nearest(layer.weight, grid)]) for layer in layers]
         inverse = inverse_hessian(gram, self.dampening, sort=self.act_order)
         threshold = float("inf") if self.outlier_threshold is None else self.outlier_threshold
-        solved, notes = gptq_with_outliers([layer.weight for layer in layers], inverse, grid, threshold)
+        search = ClipSearch() if self.clip == "mse" else None
+        solved, notes = gptq_with_outliers([layer.weight for layer in layers], inverse, grid, threshold, search)
         return [Solution(terms, inverse.notes + notes) for terms in solved]
 
     def solve(self, layer: Layer) -> Solution:

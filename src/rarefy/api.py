@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rarefy.evaluation.forward import CacheFactory
+    from rarefy.evaluation.long.results import LongComparison
     from rarefy.evaluation.tasks.results import TaskComparison
 
 log = logger(__name__)
@@ -261,6 +262,52 @@ def evaluate_tasks(
         subjects.candidates, tasks, subjects.tokenizer, reference=subjects.reference, limit=limit, few_shot=few_shot,
         task_data=None if task_data is None else Path(task_data), chunk=chunk, batch=batch, allow_code=allow_code,
         work_dir=None if work_dir is None else Path(work_dir),
+    )  # fmt: skip
+
+
+def evaluate_long(
+    models: Sequence[str | Path | PreTrainedModel],
+    *,
+    reference: str | Path | PreTrainedModel | None = None,
+    data: str | Path = "demo",
+    length: int = 2048,
+    sessions: int = 2,
+    documents: int = 4,
+    chunk: int = 256,
+    seed: int = 0,
+    tasks: Sequence[str] | None = None,
+    session_files: Sequence[str | Path] = (),
+    cache: CacheFactory | None = None,
+    work_dir: str | Path | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: Device = "auto",
+    tokenizer: Any = None,
+) -> LongComparison:
+    """What several models still make of contexts of ``length`` tokens, against the ``reference``.
+
+    ``sessions`` of each task of ``rarefy.evaluation.long`` (``tasks`` None: all) are drawn by ``seed`` over the text
+    ``data``, each asked in one conversation and question by question; ``documents`` windows give the likelihood by
+    position. ``session_files``: sessions in the form of SCBench or kvpress, asked besides. ``chunk`` tokens go through
+    a model at a time; ``cache`` makes the KV cache of the candidates. ``work_dir`` keeps finished sessions, so that the
+    same call goes on after an interruption. Raises SourceError, OptionError, UnsupportedError, CheckpointError.
+    """
+    from rarefy.evaluation.long.runner import evaluate_long as run
+    from rarefy.evaluation.long.sessions import read_sessions
+    from rarefy.evaluation.long.suite import LongProtocol
+    from rarefy.sources.texts import open_text
+
+    text = open_text(data, "evaluation")
+    wanted: dict[str, Any] = {
+        "length": length, "sessions": sessions, "documents": documents, "chunk": chunk, "seed": seed, "text": text.name,
+    }  # fmt: skip
+    wanted |= {} if tasks is None else {"tasks": tuple(tasks)}
+    protocol = parse(LongProtocol, wanted, "Long evaluation", OptionError)
+    asked = [session for file in session_files for session in read_sessions(Path(file))]
+    subjects = open_subjects(models, reference, dtype=dtype, device=device, tokenizer=tokenizer, cache=cache)
+    return run(
+        subjects.candidates, subjects.tokenizer, text.text, protocol, reference=subjects.reference, sessions=asked,
+        begin=bos_token(subjects.tokenizer, None), work_dir=None if work_dir is None else Path(work_dir),
+        free_bytes=subjects.free_bytes,
     )  # fmt: skip
 
 

@@ -12,11 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rarefy.calibration.report import CompressionReport, LayerReport
 from rarefy.core.environment import Environment, Run
 from rarefy.evaluation.bootstrap import Interval
+from rarefy.evaluation.long.position import position_curve
+from rarefy.evaluation.long.results import Answer, LongComparison, LongEvaluation, Stages
+from rarefy.evaluation.long.suite import LongProtocol
 from rarefy.evaluation.protocol import Protocol
 from rarefy.evaluation.results import Comparison, Evaluation, LayerDifference, ModelDifference
 from rarefy.evaluation.tasks.results import TaskComparison, TaskEvaluation, TaskScore
@@ -66,6 +70,31 @@ def tasks(name: str, gap: float | None) -> TaskEvaluation:
     )  # fmt: skip
 
 
+def long(name: str, worse: float, reference: bool = False) -> LongEvaluation:
+    answers = tuple(
+        Answer(
+            task=task, session=f"{length}-{index}", mode=mode, turn=turn, length=length - 30, depth=0.1 + 0.4 * turn,
+            tokens=5, nll=1 + turn + worse, exact=turn == 0, kl=None if reference else worse / 2,
+            top1_agreement=None if reference else 0.9,
+        )
+        for task in ("needle", "kv")
+        for length in ((512, 2048) if task == "needle" else (2048,))
+        for index in range(2)
+        for mode in ("multi_turn", "multi_request")
+        for turn in range(3)
+    )  # fmt: skip
+    dice = np.random.default_rng(0)
+    nll = 2 + 5 / np.arange(1, 2048) ** 0.4 + 0.1 * dice.normal(size=(3, 2047)) + worse
+    stages = Stages(
+        tokens=9000, prefill_tokens_per_second=400.0, cache_bytes_per_token=23040, step_seconds=0.2, load_seconds=0.05
+    )
+    return LongEvaluation(
+        model=name, answers=answers, positions=position_curve(nll, None), stages=stages, stored_bytes=None,
+        protocol=LongProtocol(text="Wikipedia sample", dtype="float32"), bits_per_weight=None, dense_bytes=None,
+        seconds=100.0,
+    )  # fmt: skip
+
+
 def run(command: str) -> Run:
     here = Environment(
         rarefy="0.1.0", python="3.11.7", platform="Linux", packages={"torch": "2.13.0", "peft": None}, gpus=(),
@@ -96,6 +125,7 @@ def findings() -> Findings:
         ),
         compressions=(compression("int4", 4.25, 0.1), compression("int3", 3.25, 0.2)),
         tasks=(TaskComparison(candidates=[tasks("int4", -0.02), tasks("int3", -0.2)], reference=tasks("dense", None)),),
+        long=(LongComparison(candidates=[long("int4", 0.1)], reference=long("dense", 0, True)),),
         differences=(ModelDifference(first="models/int4", second="models/int3", layers=apart),),
         runs=(run("rarefy eval models/int4 models/int3 --reference demo --json"), run("rarefy report <x>")),
         notes=("dense reference = a made-up checkpoint",),

@@ -29,7 +29,7 @@ def test_the_page_needs_nothing_else(findings: Findings) -> None:
     assert len(html) < 200_000
     assert not re.search(r"https?://|//[a-z]|@import|url\(", html)
     assert set(re.findall(r'(?:src|href)="([^"]*)"', html)) == {
-        "data:,", "#content", "#summary", "#quality-0", "#tasks-0", "#layers", "#differences-0", "#how",
+        "data:,", "#content", "#summary", "#quality-0", "#tasks-0", "#long-0", "#layers", "#differences-0", "#how",
     }  # fmt: skip
     ids = re.findall(r'id="([^"]*)"', html)
     assert len(set(ids)) == len(ids)
@@ -59,7 +59,7 @@ def test_the_data_beside_the_page_are_read_back(findings: Findings, tmp_path: Pa
 
 
 def test_every_single_kind_makes_a_page(findings: Findings) -> None:
-    for name in ("comparisons", "compressions", "tasks", "differences"):
+    for name in ("comparisons", "compressions", "tasks", "long", "differences"):
         assert "<h2>" in own(render(Findings(**{name: getattr(findings, name)})))
 
 
@@ -69,6 +69,14 @@ def test_models_without_a_reference_or_without_a_finite_perplexity(tmp_path: Pat
     assert "perplexity inf" in html
     write_report(Findings(comparisons=(alone,)), tmp_path / "a.html")
     assert math.isinf(read_findings([tmp_path / "a.json"]).comparisons[0].candidates[0].perplexity)
+
+
+def test_long_contexts_are_told_task_by_task(findings: Findings) -> None:
+    html = own(render(Findings(long=findings.long)))
+    for words in ("Likelihood by position", "dense: needles", "int4: needles", "in one conversation", "both ways"):
+        assert words in html
+    assert "keep 23040 bytes a token" in html and "From 3 texts only" in html
+    assert "+0.1000 to +0.1000" in html
 
 
 def test_the_reference_is_no_choice_of_bits(findings: Findings) -> None:

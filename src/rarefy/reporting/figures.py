@@ -82,7 +82,7 @@ def trade_off(comparison: Comparison, cost: str, loss: str, name: str) -> Figure
         line={"dash": "dot", "color": COLOURS[-1], "width": 2}, hoverinfo="skip", showlegend=False,
     )  # fmt: skip
     for each, x, y in points:
-        label = _plain(each.model) + (" (dense)" if each is dense else "")
+        label = plain(each.model) + (" (dense)" if each is dense else "")
         drawn.add_scatter(
             x=[x], y=[y], mode="markers", name=label, cliponaxis=False,
             marker={"size": 13, **_marker(comparison, each)},
@@ -98,7 +98,7 @@ def trade_off(comparison: Comparison, cost: str, loss: str, name: str) -> Figure
     return Figure(
         name, f"{of_cost.title} against {of_loss.title}",
         f"Down and to the {better} is better. The dotted line joins the models that no other beats in both.",
-        _spec(drawn, named=len(points)), ("model", of_cost.label, of_loss.label, "on the line"), rows,
+        spec(drawn, named=len(points)), ("model", of_cost.label, of_loss.label, "on the line"), rows,
     )  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def layer_map(
     drawn.update_xaxes(title="block", showgrid=False)
     drawn.update_yaxes(autorange="reversed", showgrid=False, automargin=True)
     rows = [(layer, f"{value:.4f}") for layer, value in values]
-    return Figure(name, title, about, _spec(drawn, 140 + 28 * len(kinds)), ("layer", unit), rows)
+    return Figure(name, title, about, spec(drawn, 140 + 28 * len(kinds)), ("layer", unit), rows)
 
 
 def differences(comparison: TaskComparison, name: str) -> Figure | None:
@@ -138,14 +138,14 @@ def differences(comparison: TaskComparison, name: str) -> Figure | None:
         names = [f"{score.task} ({score.metric})" for score in scores]
         shown += len(scores)
         drawn.add_scatter(
-            x=[gap.value for gap in gaps], y=names, mode="markers", name=_plain(candidate.model), orientation="h",
+            x=[gap.value for gap in gaps], y=names, mode="markers", name=plain(candidate.model), orientation="h",
             offsetgroup=str(index),
             marker={"size": 10, "color": COLOURS[index % 6], "symbol": SYMBOLS[index % 6]},
             error_x={
                 "type": "data", "symmetric": False, "array": [gap.high - gap.value for gap in gaps],
                 "arrayminus": [gap.value - gap.low for gap in gaps], "thickness": 1.5,
             },
-            hovertemplate="%{y}<br>%{x:+.3f}<extra>" + _plain(candidate.model) + "</extra>",
+            hovertemplate="%{y}<br>%{x:+.3f}<extra>" + plain(candidate.model) + "</extra>",
         )  # fmt: skip
         rows += [
             (candidate.model, score.task, score.metric, f"{gap.value:+.4f}", f"{gap.low:+.4f} to {gap.high:+.4f}")
@@ -158,8 +158,8 @@ def differences(comparison: TaskComparison, name: str) -> Figure | None:
     drawn.update_yaxes(autorange="reversed", automargin=True)
     about = "Bars are 95% intervals of the paired difference; one that crosses zero says the sign is not sure."
     headings = ("model", "task", "metric", "difference", "95% interval")
-    spec = _spec(drawn, 120 + 30 * shown, named=len(comparison.candidates))
-    return Figure(name, "Tasks: difference from the dense model", about, spec, headings, rows)
+    title = "Tasks: difference from the dense model"
+    return Figure(name, title, about, spec(drawn, 120 + 30 * shown, len(comparison.candidates)), headings, rows)
 
 
 def _marker(comparison: Comparison, evaluation: Evaluation) -> dict[str, str]:
@@ -176,12 +176,12 @@ def _place(name: str) -> tuple[str, int] | None:
     return None if match is None else (match[2], int(match[1]))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that plotly shows as it is, though it reads some HTML."""
     return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
-def _spec(figure: Any, height: int = 340, named: int = 0) -> str:
+def spec(figure: Any, height: int = 340, named: int = 0) -> str:
     """The figure as JSON, in colours that the page sets for its theme; ``named`` lines of legend go below."""
     height, below = height + 22 * named, 56 + 22 * named
     figure.update_layout(

@@ -12,6 +12,7 @@ from rarefy.calibration.report import CompressionReport
 from rarefy.core.config import StrictModel, parse
 from rarefy.core.environment import Run
 from rarefy.core.errors import SourceError
+from rarefy.evaluation.long.results import LongComparison
 from rarefy.evaluation.results import Comparison, Evaluation, ModelDifference
 from rarefy.evaluation.tasks.results import TaskComparison
 
@@ -24,12 +25,13 @@ class Findings(StrictModel):
     compressions: tuple[CompressionReport, ...] = ()
     differences: tuple[ModelDifference, ...] = ()
     tasks: tuple[TaskComparison, ...] = ()
+    long: tuple[LongComparison, ...] = ()
     runs: tuple[Run, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def empty(self) -> bool:
-        return not (self.comparisons or self.compressions or self.differences or self.tasks)
+        return not (self.comparisons or self.compressions or self.differences or self.tasks or self.long)
 
     def compression_of(self, model: str) -> CompressionReport | None:
         """How the model of that name in an evaluation was compressed, if that is known."""
@@ -71,6 +73,7 @@ def join(parts: Iterable[Findings]) -> Findings:
         compressions=_once(report for part in whole for report in part.compressions),
         differences=_once(difference for part in whole for difference in part.differences),
         tasks=_once(tasks for part in whole for tasks in part.tasks),
+        long=_once(found for part in whole for found in part.long),
         runs=_once(run for part in whole for run in part.runs),
         notes=_once(note for part in whole for note in part.notes),
     )
@@ -96,7 +99,7 @@ def _read(path: Path) -> Findings:
 
 def _parse(record: Any, path: Path) -> Findings:
     kind = record.get("kind") if isinstance(record, dict) else None
-    if kind not in ("evaluation", "tasks", "compression", "findings"):
+    if kind not in ("evaluation", "tasks", "long", "compression", "findings"):
         raise SourceError(
             f"'{path}' does not say which result of rarefy it is (key 'kind'); name files written by compress, eval, "
             "compare or demo with --json."
@@ -110,6 +113,8 @@ def _parse(record: Any, path: Path) -> Findings:
         return Findings(comparisons=(comparison,), runs=runs)
     if kind == "tasks":
         return Findings(tasks=(parse(TaskComparison, data, f"'{path}'", SourceError, stored=True),), runs=runs)
+    if kind == "long":
+        return Findings(long=(parse(LongComparison, data, f"'{path}'", SourceError, stored=True),), runs=runs)
     if kind == "compression":
         report = parse(CompressionReport, data, f"'{path}'", SourceError, stored=True)
         return Findings(compressions=(report,), runs=runs)

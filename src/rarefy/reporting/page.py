@@ -20,7 +20,7 @@ try:
     import jinja2
     from plotly.offline import get_plotlyjs
 
-    from rarefy.reporting import figures
+    from rarefy.reporting import figures, long
     from rarefy.reporting.figures import Figure, present
 except ImportError as failure:
     raise UnsupportedError(
@@ -80,7 +80,7 @@ def findings_json(findings: Findings) -> str:
 
 def render(findings: Findings, title: str = "") -> str:
     """The page as text."""
-    sections = [*_quality(findings), *_tasks(findings), *_layers(findings), *_differences(findings)]
+    sections = [*_quality(findings), *_tasks(findings), *_long(findings), *_layers(findings), *_differences(findings)]
     cards = [card for comparison in findings.comparisons for card in _cards(comparison, findings)]
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_asset), autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -256,6 +256,16 @@ def _tasks(findings: Findings) -> list[Section]:
         drawn = present([figures.differences(comparison, f"plot-tasks-{number}")])
         title = "Tasks" + (f" ({number + 1})" if len(findings.tasks) > 1 else "")
         sections.append(Section(f"tasks-{number}", title, drawn, [Table("Every score", headings, rows)], [note]))
+    return sections
+
+
+def _long(findings: Findings) -> list[Section]:
+    sections = []
+    for number, comparison in enumerate(findings.long):
+        drawn = present(long.figures_of(comparison, number))
+        table = Table("Every task", long.HEADINGS, long.rows_of(comparison))
+        title = "Long contexts" + (f" ({number + 1})" if len(findings.long) > 1 else "")
+        sections.append(Section(f"long-{number}", title, drawn, [table], long.notes_of(comparison)))
     return sections
 
 

@@ -64,6 +64,72 @@ RECIPES = [
     *(integers(recipe, bits, group) for group in (64, 32) for bits in (3, 4) for recipe in ("rtn", "gptq", "awq")),
 ]  # fmt: skip
 
+
+
+def float_code(name: str, group: int, solver: str, scales: int, **options: Any) -> Plan:
+    """A float format under ``solver``, with one scale or one for each sign."""
+    job = f"{'afpq' if scales == 2 else 'one scale'} {solver} {name} g{group}"
+    if scales == 2:
+        return Plan(job, "afpq", {"format": name, "group_size": group, "solver": solver, "solver_options": options})
+    return Plan(job, solver, {"format": name, "group_size": group, **options})
+
+
+def tables(bits: int, note: str = "", **options: Any) -> Plan:
+    """squeeze_llm without outliers unless ``options`` ask for them."""
+    shares = {"sensitive_share": 0.0, "magnitude_share": 0.0}
+    return Plan(f"squeeze_llm lut{bits}{note and ' '}{note}", "squeeze_llm", {"num_bits": bits, **shares, **options})
+
+
+def spared(saliency: str, bits: int = 3, note: str = "", **options: Any) -> Plan:
+    """gwq with 1% of outliers by some saliency."""
+    what = {"num_bits": bits, "group_size": 128, "saliency": saliency, **options}
+    return Plan(f"gwq int{bits} g128 {saliency}{note and ' '}{note}", "gwq", what)
+
+
+def groups(sparsity: float, note: str = "", **options: Any) -> Plan:
+    """gqsa: 4-bit integers in what stays of groups of 16."""
+    return Plan(f"gqsa int4 {sparsity:.0%}{note and ' '}{note}", "gqsa", {"sparsity": sparsity, **options})
+
+
+PERCENT = {"sensitive_share": 0.0005, "magnitude_share": 0.004}
+# Tables, outliers, two scales and groups, each beside what it has to beat at equal bits.
+WEIGHT_RECIPES_I = [
+    tables(3),
+    tables(3, "0.45%", **PERCENT),
+    tables(3, "equal", importance="equal"),
+    tables(3, "8 rows", rows_per_lut=8),
+    tables(3, "8 rows feedback", rows_per_lut=8, feedback=True),
+    Plan("gptq int3 per row", "gptq", {"num_bits": 3, "group_size": None}),
+    integers("gptq", 3, 128),
+    tables(3, "feedback", feedback=True),
+    tables(3, "0.45% feedback", feedback=True, **PERCENT),
+    Plan("gptq lut3 per row", "gptq", {"format": "lut", "num_bits": 3}),
+    *(spared(saliency) for saliency in ("gradient", "fisher", "hessian", "magnitude", "random")),
+    integers("rtn", 3, 128),
+    *(spared(saliency, note="feedback", feedback=True, clip="mse")
+      for saliency in ("gradient", "fisher", "hessian", "magnitude")),
+    spared("gradient", note="+0.25% magnitude", outlier_share=0.0075, magnitude_share=0.0025),
+    *(groups(sparsity) for sparsity in (0.5, 0.4, 0.3, 0.2)),
+    pruned("sparsegpt", "2:4"),
+    pruned("sparsegpt", "2:4", 4),
+    integers("gptq", 2, 32),
+    groups(0.5, "one round", rounds=1),
+    groups(0.5, "one round mean", rounds=1, saliency="mean"),
+    *(groups(sparsity, f"{rows} rows", rows=rows) for rows in ("fisher", "equal") for sparsity in (0.5, 0.3)),
+    groups(0.5, "16-bit scales", scales="float16"),
+    *(float_code(name, group, solver, scales)
+      for name in ("nf3", "nf4") for group in (32, 128) for solver in ("gptq", "rtn", "awq") for scales in (2, 1)),
+    *(float_code(name, 16, solver, 1) for name in ("nf3", "nf4") for solver in ("gptq", "rtn")),
+    *(float_code("fp4", 32, solver, scales) for solver in ("gptq", "rtn") for scales in (2, 1)),
+    *(integers(solver, bits, 32) for bits in (3, 4) for solver in ("gptq", "rtn", "awq")),
+    tables(4),
+    tables(4, "0.45%", **PERCENT),
+    Plan("gptq int4 per row", "gptq", {"num_bits": 4, "group_size": None}),
+    integers("gptq", 4, 128),
+    *(spared(saliency, 4) for saliency in ("gradient", "magnitude", "random")),
+    integers("rtn", 4, 128),
+]  # fmt: skip
+
 # Grids under plain rounding.
 GRIDS = [
     integers("rtn", 8, 128),

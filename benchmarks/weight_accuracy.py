@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from harness import Row, arguments, commit, key_of, read, write
-from plans import GRIDS, QUICK, RECIPES, Plan, chosen
+from plans import GRIDS, QUICK, RECIPES, WEIGHT_RECIPES_I, Plan, chosen
 from subjects import about, calibration_samples, evaluation_windows, open_subject, refuse_leak
 
 import rarefy
@@ -161,11 +161,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--grids", action="store_true", help="plain rounding on other grids, not the recipes")
+    parser.add_argument("--weights-1", action="store_true", help="tables, outliers, two scales and groups instead")
     parser.add_argument("--only", help="regular expression of the jobs to measure")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="compress nothing more after so many")
     parser.add_argument("--work-dir", type=Path, help="keep compressed models here")
     options = parser.parse_args()
-    plans = chosen(QUICK if options.quick else GRIDS if options.grids else RECIPES, options.only)
+    listed = WEIGHT_RECIPES_I if options.weights_1 else GRIDS if options.grids else RECIPES
+    plans = chosen(QUICK if options.quick else listed, options.only)
     torch.backends.cuda.matmul.allow_tf32 = False
     deadline = time.monotonic() + 60 * options.minutes
     plans, undone = _usable(plans)

@@ -100,7 +100,7 @@ RELATIVES = {
     "mistral": Family("MistralForCausalLM", "MistralConfig", {**_GROUPED, "sliding_window": 8}),
     "gemma2": Family("Gemma2ForCausalLM", "Gemma2Config", {**_GROUPED, "sliding_window": 8}),
     "neox": Family("GPTNeoXForCausalLM", "GPTNeoXConfig", _TEXT),
-    "phi": Family("PhiForCausalLM", "PhiConfig", _TEXT),
+    "phi": Family("PhiForCausalLM", "PhiConfig", _BERT),  # oldest Transformers: no padding token of its own
     "bert_features": Family("BertModel", "BertConfig", _BERT),
 }
 

@@ -59,7 +59,11 @@ class WeightRecipe(StrictModel, ABC):
     """
 
     recipe_version: ClassVar[int] = 1
-    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics it wants with these options; where options do not matter, a class attribute says it."""
+        return frozenset()
 
     @property
     def sample_layers(self) -> int:

@@ -79,6 +79,12 @@ def test_adapters_start_as_nothing_and_save_by_themselves(folders: Compressed, t
 
 
 def test_adapters_of_transformers_own(folders: Compressed, tmp_path: Path) -> None:
+    from transformers.integrations import peft as seam
+
+    try:
+        seam.check_peft_version(min_version=seam.MIN_PEFT_VERSION)
+    except ValueError:
+        pytest.skip(f"this Transformers wants PEFT {seam.MIN_PEFT_VERSION}, which is not installed")
     model = FAMILIES["llama"].model_class.from_pretrained(folders("llama"))
     model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
     losses = train(model)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rarefy.formats.grids import IntegerGrid
+from rarefy.formats.grids import Grid, IntegerGrid, LutGrid
 from rarefy.formats.scales import BilevelScale
 from rarefy.solvers.gptq import gptq
 from rarefy.solvers.hessian import inverse_hessian
-from rarefy.solvers.outliers import LIMIT, gptq_with_outliers, leave_one_out_gain
+from rarefy.solvers.outliers import LIMIT, gptq_with_outliers, leave_one_out_gain, round_around_outliers
 from tests.solvers.problems import output_error, problem, stacked
 
 GRID = IntegerGrid(num_bits=3, group_size=16, zero="float", scales=BilevelScale())
@@ -102,3 +102,73 @@ def test_outliers_beyond_16_bits_are_stored_coarser() -> None:
     stored = torch.stack([term.decode() for term in terms]).sum(0)
     assert terms[1].spec.dtype == "bfloat16"  # type: ignore[attr-defined]
     assert float((stored - weight).norm() / weight.norm()) < 0.2
+
+
+EVEN = IntegerGrid(num_bits=3, group_size=16, zero="integer")
+GRIDS = [EVEN, GRID, LutGrid(num_bits=3), LutGrid(num_bits=3, rows_per_lut=5)]
+
+
+def named(weight: Tensor, share: float = 0.02) -> Tensor:
+    return torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < share
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("grid", GRIDS, ids=["integers", "two levels", "tables", "shared tables"])
+def test_named_outliers_are_exact_and_spoil_nothing(grid: Grid, feedback: bool) -> None:
+    weight, _, gram = problem(32, 70)
+    mask = named(weight)
+    wild = torch.where(mask, 40 * weight.sign(), weight)
+    inverse = inverse_hessian(gram, 0.1, sort=True) if feedback else None
+    [[dense, residual]] = round_around_outliers([wild], [mask], grid, inverse=inverse)
+    stored = dense.decode() + residual.decode()
+    assert int(residual.decode().ne(0).sum()) == int(mask.sum())
+    if not feedback:
+        torch.testing.assert_close(stored[mask], wild[mask], rtol=2e-3, atol=0)
+    assert float((stored - wild)[~mask].abs().max()) < 0.6
+    [terms] = round_around_outliers([weight], [torch.zeros_like(mask)], grid, inverse=inverse)
+    assert len(terms) == 1
+    [[plain, kept]] = round_around_outliers([weight], [mask], grid, inverse=inverse)
+    assert output_error(weight, plain.decode() + kept.decode(), gram) < output_error(weight, terms[0].decode(), gram)
+
+
+def test_without_outliers_it_is_gptq() -> None:
+    weight, _, gram = problem(32, 70)
+    inverse = inverse_hessian(gram, 0.1, sort=True)
+    for grid in GRIDS:
+        [[term]] = round_around_outliers([weight], [named(weight, 0)], grid, inverse=inverse)
+        [[plain]] = gptq([weight], inverse, grid, static_groups=True)
+        assert torch.equal(term.decode(), plain.decode()) or isinstance(grid, LutGrid)
+
+
+def test_importance_moves_the_values_of_a_table() -> None:
+    weight = problem(32, 70)[0]
+    importance = torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) ** 4
+    costs = []
+    for given in ([importance], None):
+        [terms] = round_around_outliers([weight], [named(weight)], LutGrid(num_bits=3), importance=given)
+        lacking = weight - torch.stack([term.decode() for term in terms]).sum(0)
+        costs.append(float((importance * lacking.square()).sum()))
+    assert costs[0] < 0.9 * costs[1]
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("grid", GRIDS[:3], ids=["integers", "two levels", "tables"])
+def test_named_outliers_of_many_weights_are_those_of_each(grid: Grid, feedback: bool) -> None:
+    _, _, gram = problem(1, 64)
+    inverse = inverse_hessian(gram, 0.1, sort=True) if feedback else None
+    weights = [problem(rows, 64, seed=rows)[0] for rows in (16, 32)]
+    masks = [named(weight, 0.05) for weight in weights]
+    together = round_around_outliers(weights, masks, grid, inverse=inverse)
+    for weight, mask, terms in zip(weights, masks, together, strict=True):
+        [alone] = round_around_outliers([weight], [mask], grid, inverse=inverse)
+        for term, own in zip(terms, alone, strict=True):
+            torch.testing.assert_close(term.decode(), own.decode(), rtol=1e-4, atol=1e-5)
+    experts, moments = stacked(16, 48, 3)
+    inverse = inverse_hessian(moments, 0.1, sort=True) if feedback else None
+    mask = named(experts, 0.05)
+    [terms] = round_around_outliers([experts], [mask], grid, inverse=inverse)
+    for index in range(3):
+        of_one = inverse.member(index) if inverse is not None else None
+        [alone] = round_around_outliers([experts[index]], [mask[index]], grid, inverse=of_one)
+        for term, own in zip(terms, alone, strict=True):
+            torch.testing.assert_close(term.select(index).decode(), own.decode(), rtol=1e-4, atol=1e-5)

@@ -47,8 +47,9 @@ def recipes(
         }
         for label, field in recipe.model_fields.items()
     }
+    needs = sorted(recipe.model_construct().needs)
     if as_json:
-        print_json({"name": name, "about": inspect.getdoc(recipe), "needs": sorted(recipe.needs), "options": options})
+        print_json({"name": name, "about": inspect.getdoc(recipe), "needs": needs, "options": options})
         return
     print(inspect.getdoc(inspect.getmodule(recipe)) or "")
     print(f"\n{inspect.getdoc(recipe) or ''}\n")
@@ -57,8 +58,7 @@ def recipes(
         ((label, _as_yaml(entry["default"]), entry["type"]) for label, entry in options.items()),
         text=True,
     )
-    needs = ", ".join(sorted(recipe.needs)) or "nothing: it is data-free"
-    print(f"needs {needs}")
+    print(f"needs {', '.join(needs) or 'nothing: it is data-free'}")
 
 
 def _title(recipe: type[Any]) -> str:

@@ -1,7 +1,8 @@
-"""Scores of single weights ``[out, in]`` (or with leading members), float32 and not negative."""
+"""Scores of single weights ``[out, in]`` (or with leading members), and of groups; float32 and not negative."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -24,3 +25,30 @@ def obs(weight: Tensor, scale: Tensor) -> Tensor:
     ``scale`` is ``U_jj``, of a shape that fits ``weight``. (Frantar and Alistarh 2023, SparseGPT, equation 3.)
     """
     return (weight / scale).square()
+
+
+def group_obs(groups: Tensor, blocks: Tensor) -> Tensor:
+    """``w_G inverse(B_G) w_G^T`` of ``groups [out, groups, size]`` -> ``[out, groups]``: the output error of losing a
+    group when all other weights of its row make up for it.
+
+    ``blocks [groups, size, size]``: the part of the inverse Hessian that belongs to a group's inputs.
+    (Kurtic et al. 2022, The Optimal BERT Surgeon, section 3.)
+    """
+    lower = torch.linalg.cholesky(blocks)
+    return torch.linalg.solve_triangular(lower, groups.permute(1, 2, 0), upper=False).square().sum(1).T
+
+
+def group_mean(groups: Tensor, blocks: Tensor) -> Tensor:
+    """The mean over each group of ``w_j^2 / B_jj``, as if its weights were lost one at a time; shapes as for
+    ``group_obs``."""
+    return (groups.square() / blocks.diagonal(dim1=1, dim2=2)).mean(-1)
+
+
+def outputs(fisher: Tensor, squares: Tensor) -> Tensor:
+    """The mean squared gradient of each output, ``[out]`` or ``[experts, out]``: what an error of that row costs the
+    loss.
+
+    ``fisher`` is that of the weight, ``squares`` the mean square of each input, ``[in]`` or ``[experts, in]``; gradient
+    and input count as independent, so that the one is the product of the others. (Martens and Grosse 2015, K-FAC.)
+    """
+    return fisher.sum(-1) / squares.sum(-1, keepdim=True).clamp(min=torch.finfo(squares.dtype).tiny)

@@ -95,13 +95,15 @@ class Batch:
     """Weights that are solved at once: float32 ``[members, rows, columns]`` with one inverse for each member.
 
     ``parts``: for each weight or expert, its rows among ``members * rows``. ``multipliers``: for each part the power of
-    two that it has been divided by, to bring its scales into 16-bit range, or None.
+    two that it has been divided by, to bring its scales into 16-bit range, or None. ``beside``: tensors of the weight's
+    shape that say something of each of its numbers.
     """
 
     weight: Tensor
     inverse: InverseHessian
     parts: tuple[slice, ...]
     multipliers: tuple[float | None, ...]
+    beside: tuple[Tensor, ...] = ()
 
     @property
     def flat_shape(self) -> tuple[int, int]:
@@ -120,26 +122,29 @@ def by_batch(
     solve: Callable[[Batch], list[list[Term]]],
     *,
     together: bool = True,
+    beside: Sequence[Sequence[Tensor]] = (),
 ) -> list[list[Term]]:
     """Terms of each of ``weights`` that read one input, or of one weight of stacked experts.
 
     ``solve`` gets as many as can go through the columns ``together`` and returns terms for each of its parts. Weights
-    whose rows cannot share parameters of ``grid`` with each other go one at a time.
+    whose rows cannot share parameters of ``grid`` with each other go one at a time. Each of ``beside`` has a tensor for
+    each weight, of its shape, and goes with it.
     """
     experts = weights[0].dim() == 3
-    members = list(weights[0]) if experts else list(weights)
+    members, *others = [list(own[0]) if experts else list(own) for own in (weights, *beside)]
     multipliers = tuple(None if grid is None else range_multiplier(member, grid) for member in members)
     members = [m if factor is None else m / factor for m, factor in zip(members, multipliers, strict=True)]
     rows = [len(member) for member in members]
     height = 1 if grid is None else grid.height(sum(rows))
     if together and all(count % height == 0 for count in rows):
-        whole = torch.stack(members) if experts else torch.cat(members)[None]
+        whole, *wide = [torch.stack(own) if experts else torch.cat(own)[None] for own in (members, *others)]
         ends = [0, *accumulate(rows)]
-        solved = solve(Batch(whole, inverse, tuple(map(slice, ends, ends[1:])), multipliers))
+        solved = solve(Batch(whole, inverse, tuple(map(slice, ends, ends[1:])), multipliers, tuple(wide)))
     else:
         own = [inverse.member(index) if experts else inverse for index in range(len(members))]
-        solved = [
-            solve(Batch(member[None], inverse, (slice(0, len(member)),), (factor,)))[0]
-            for member, inverse, factor in zip(members, own, multipliers, strict=True)
+        alone = [
+            solve(Batch(member[None], inverse, (slice(0, len(member)),), (factor,), tuple(part[None] for part in rest)))
+            for member, inverse, factor, *rest in zip(members, own, multipliers, *others, strict=True)
         ]
+        solved = [terms for [terms] in alone]
     return [[stack(list(terms)) for terms in zip(*solved, strict=True)]] if experts else solved

@@ -47,6 +47,15 @@ class InverseHessian:
         part = slice(index, index + 1)
         return InverseHessian(self.upper[part], self.diagonal[part], self.order[part], self.sorted)
 
+    def hessian(self) -> Tensor:
+        """What was inverted, dampening included: float32 ``[members, columns, columns]`` in stored order."""
+        eye = torch.eye(self.columns, device=self.upper.device).expand_as(self.upper)
+        root = torch.linalg.solve_triangular(self.upper, eye, upper=True)
+        whole = root @ root.transpose(1, 2)
+        back = self.order.argsort(1)
+        rows = whole.gather(1, back[..., None].expand_as(whole))
+        return rows.gather(2, back[:, None].expand_as(whole))
+
     def in_place(self, numbers: Tensor) -> Tensor:
         """``numbers [members, columns]`` from processing order to stored order."""
         return torch.empty_like(numbers).scatter_(1, self.order, numbers)

@@ -1,4 +1,7 @@
-"""Rounding with error feedback that leaves the weights it would hurt most in 16 bits (SpQR, Dettmers et al. 2023)."""
+"""Rounding that leaves some weights in 16 bits: those named beforehand, or those it would hurt most.
+
+An outlier takes no part in fitting its group, has no error to feed back, and is stored as what its code lacks.
+"""
 
 from __future__ import annotations
 
@@ -7,49 +10,79 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rarefy.formats.grids import Grid
-from rarefy.formats.terms import Residual, Term
-from rarefy.solvers.clip import ClipSearch
+from rarefy.formats.grids import Grid, Params
+from rarefy.formats.terms import Quantized, Residual, Term, stack
+from rarefy.solvers.clip import ClipSearch, fit
 from rarefy.solvers.feedback import Batch, by_batch, compensate
 from rarefy.solvers.gptq import RoundColumns, fit_members, quantized
 from rarefy.solvers.hessian import InverseHessian
+from rarefy.solvers.rtn import range_multiplier
 
 # The largest share of a weight that may be outliers: beyond, the threshold itself is at fault (constant columns).
 LIMIT = 0.05
 
 
 class RoundOrKeep(RoundColumns):
-    """``RoundColumns`` for which a weight whose error would cost more than its row's ``threshold [members * rows]`` is
-    an outlier and stays as it is; those that would spoil their group's range do not take part in fitting it.
+    """``RoundColumns`` that leaves outliers as they are: those of ``named`` (bool ``[members, rows, columns]``), or
+    what a subclass chooses.
 
     ``outliers`` bool and ``lost`` float32, both ``[columns, members * rows]``, say which these are and what a code
     lacks.
     """
 
-    def __init__(self, grid: Grid, batch: Batch, threshold: Tensor, search: ClipSearch | None = None):
-        super().__init__(grid, batch, search)
-        self.threshold = threshold.view(batch.weight.shape[:2])
-        self.scales, self._reach = batch.inverse.scales, self.threshold.sqrt()
+    def __init__(
+        self,
+        grid: Grid,
+        batch: Batch,
+        search: ClipSearch | None = None,
+        fixed: Params | None = None,
+        named: Tensor | None = None,
+    ):
+        super().__init__(grid, batch, search, fixed)
         self.lost = torch.empty(self.codes.shape, device=self.codes.device)
-        self.outliers = torch.empty_like(self.lost, dtype=torch.bool)
+        if named is None:
+            self.outliers = torch.empty_like(self.lost, dtype=torch.bool)
+        else:
+            order = batch.inverse.order[:, None].expand(-1, named.shape[1], -1)
+            self.outliers = named.gather(2, order).permute(2, 0, 1).flatten(1)  # a column's rows lie together
 
-    def begin(self, size: int, columns: Tensor, start: int) -> None:
-        weight = columns.transpose(1, 2)
-        scale = self.scales[:, None, start : start + columns.shape[1]]
-        spoils = leave_one_out_gain(weight, scale, self.grid.code_count) > self.threshold[..., None]
-        others = (~spoils).sum(-1, keepdim=True).clamp(min=1)
-        mean = torch.where(spoils, 0.0, weight).sum(-1, keepdim=True) / others
-        filled = torch.where(spoils, mean, weight)
-        mass = self.mass[:, start : start + columns.shape[1]]
-        self._install(fit_members(self.grid, filled, mass, self.search), start)
+    def choose(self, lost: Tensor, position: int, outlier: Tensor) -> None:
+        """Mark in ``outlier`` what stays of a column that rounding takes ``lost`` from; both ``[members, rows]``."""
 
     def column(self, values: Tensor, position: int) -> Tensor:
         rounded = super().column(values, position)
         lost, outlier = self.lost[position].view_as(values), self.outliers[position].view_as(values)
         torch.sub(values, rounded, out=lost)
+        self.choose(lost, position, outlier)
+        return torch.where(outlier, values, rounded)
+
+
+class KeepDear(RoundOrKeep):
+    """Keeps a weight whose error would cost more than its row's ``threshold [members * rows]``; one that would spoil
+    its group's range does not take part in fitting it (SpQR, Dettmers et al. 2023, algorithm 1)."""
+
+    def __init__(self, grid: Grid, batch: Batch, threshold: Tensor, search: ClipSearch | None = None):
+        super().__init__(grid, batch, search)
+        self.threshold = threshold.view(batch.weight.shape[:2])
+        self.scales, self._reach = batch.inverse.scales, self.threshold.sqrt()
+
+    def begin(self, size: int, columns: Tensor, start: int) -> None:
+        weight = columns.transpose(1, 2)
+        scale = self.scales[:, None, start : start + columns.shape[1]]
+        spoils = leave_one_out_gain(weight, scale, self.grid.code_count) > self.threshold[..., None]
+        mass = self.mass[:, start : start + columns.shape[1]]
+        self._install(fit_members(self.grid, mean_filled(weight, spoils), mass, self.search), start)
+
+    def choose(self, lost: Tensor, position: int, outlier: Tensor) -> None:
         # (lost / scale)^2 > threshold, without the squares.
         torch.gt(lost.abs(), self._reach * self.scales[:, position : position + 1], out=outlier)
-        return torch.where(outlier, values, rounded)
+
+
+def mean_filled(values: Tensor, mask: Tensor) -> Tensor:
+    """``values [..., size]`` with those of ``mask`` replaced by the mean of the others (0 if there are none)."""
+    others = (~mask).sum(-1, keepdim=True).clamp(min=1)
+    mean = values.masked_fill(mask, 0.0).sum(-1, keepdim=True) / others
+    return torch.where(mask, mean, values)
 
 
 def leave_one_out_gain(weight: Tensor, scale: Tensor, levels: int) -> Tensor:
@@ -95,7 +128,7 @@ def gptq_with_outliers(
     def solve(batch: Batch) -> list[list[Term]]:
         factor = threshold
         while True:
-            rule = RoundOrKeep(grid, batch, factor * _column_costs(batch), search)
+            rule = KeepDear(grid, batch, factor * _column_costs(batch), search)
             compensate(batch.weight, batch.inverse, rule)
             if float(rule.outliers.float().mean()) <= LIMIT:
                 break
@@ -123,12 +156,74 @@ def _column_costs(batch: Batch) -> Tensor:
     return torch.cat(costs)
 
 
+def round_around_outliers(
+    weights: Sequence[Tensor],
+    outliers: Sequence[Tensor],
+    grid: Grid,
+    *,
+    importance: Sequence[Tensor] | None = None,
+    search: ClipSearch | None = None,
+    inverse: InverseHessian | None = None,
+) -> list[list[Term]]:
+    """Quantize ``weights`` (as for ``gptq``) on ``grid``, with ``outliers`` (bool, of their shapes) as residuals.
+
+    ``importance`` (of their shapes): how much each squared error counts in fitting the grid; with ``inverse`` it is by
+    default that of the columns. With ``inverse`` there is error feedback between the weights that are no outliers, and
+    groups are neighbouring columns whatever its order; without it weights are rounded to nearest.
+    Returns terms of each. Raises FormatError when a weight is not finite or a scale cannot be stored.
+    """
+    any_outlier = any(bool(mask.any()) for mask in outliers)
+
+    def solve(batch: Batch) -> list[list[Term]]:
+        mask, *given = batch.beside
+        mass = given[0] if given else batch.inverse.in_place(batch.inverse.diagonal)[:, None].expand_as(batch.weight)
+        params = _fit_others(batch.weight.flatten(0, 1), mask.flatten(0, 1), mass.flatten(0, 1), grid, search)
+        rule = RoundOrKeep(grid, batch, fixed=params, named=mask)
+        compensate(batch.weight, batch.inverse, rule)
+        terms = quantized(rule.codes.T, rule.params(), grid, batch, in_place=True)
+        return [[term, _residual(rule, batch, index)] if any_outlier else [term] for index, term in enumerate(terms)]
+
+    beside = [outliers] if importance is None else [outliers, importance]
+    if inverse is not None:
+        together = not (inverse.sorted and len(inverse.order) > 1)
+        return by_batch(weights, inverse, grid, solve, together=together, beside=beside)
+    masses = [torch.ones_like(weight) for weight in weights] if importance is None else importance
+    return [
+        _rounded(weight, mask, mass, grid, search, any_outlier)
+        for weight, mask, mass in zip(weights, outliers, masses, strict=True)
+    ]
+
+
+def _fit_others(weight: Tensor, mask: Tensor, mass: Tensor, grid: Grid, search: ClipSearch | None) -> Params:
+    """Parameters for ``weight [rows, columns]`` without the weights of ``mask``."""
+    filled = grid.join(mean_filled(grid.split(weight), grid.split(mask)), *weight.shape)
+    return fit(grid, filled, mass.masked_fill(mask, 0.0), search)
+
+
+def _rounded(
+    weight: Tensor, mask: Tensor, mass: Tensor, grid: Grid, search: ClipSearch | None, any_outlier: bool
+) -> list[Term]:
+    if weight.dim() == 3:
+        members = zip(weight, mask, mass, strict=True)
+        solved = [_rounded(*member, grid, search, any_outlier) for member in members]
+        return [stack(list(terms)) for terms in zip(*solved, strict=True)]
+    multiplier = range_multiplier(weight, grid)
+    scaled = weight if multiplier is None else weight / multiplier
+    params = _fit_others(scaled, mask, mass, grid, search)
+    term = Quantized.from_codes(grid.encode(scaled, params), params, grid, multiplier=multiplier)
+    return [term, residual_of(weight - term.decode(), mask)] if any_outlier else [term]
+
+
+def residual_of(lacking: Tensor, mask: Tensor) -> Residual:
+    """``lacking [rows, columns]`` at the places of ``mask``, in float16 if it fits and in bfloat16 otherwise."""
+    fits = float(lacking.masked_fill(~mask, 0.0).abs().max()) <= torch.finfo(torch.float16).max
+    return Residual.from_weight(lacking, mask, "float16" if fits else "bfloat16")
+
+
 def _residual(rule: RoundOrKeep, batch: Batch, index: int) -> Term:
     """The outliers of a part, columns in stored order."""
     part, multiplier = batch.parts[index], batch.multipliers[index] or 1.0
     order = batch.order_of(index)
     mask = torch.empty_like(rule.outliers[:, part]).index_copy_(0, order, rule.outliers[:, part]).T
-    lost = torch.where(rule.outliers[:, part], rule.lost[:, part], 0.0)
-    values = torch.empty_like(lost).index_copy_(0, order, lost).T * multiplier
-    fits = float(values.abs().max()) <= torch.finfo(torch.float16).max
-    return Residual.from_weight(values, mask, "float16" if fits else "bfloat16")
+    lost = torch.empty_like(rule.lost[:, part]).index_copy_(0, order, rule.lost[:, part]).T * multiplier
+    return residual_of(lost, mask)

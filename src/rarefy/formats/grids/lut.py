@@ -14,7 +14,7 @@ from rarefy.formats.scales import store_floats
 
 LLOYD_STEPS = 30
 # Tables of up to CUT_COUNT values start from the best cuts between BINS bins.
-BINS, CUT_COUNT = 32, 16
+BINS, CUT_COUNT = 64, 16
 # Blocks and values handled at once, which bounds memory to a few hundred megabytes.
 CHUNK_BLOCKS, CHUNK_VALUES = 2048, 1 << 22
 

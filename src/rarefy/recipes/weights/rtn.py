@@ -7,6 +7,8 @@ Needs no data, so it streams any checkpoint shard by shard.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from rarefy.contracts import Layer, Solution, weight_recipes
 from rarefy.recipes.grids import GridRecipe
 from rarefy.solvers.rtn import round_to_nearest
@@ -15,6 +17,8 @@ from rarefy.solvers.rtn import round_to_nearest
 @weight_recipes.register("rtn")
 class Rtn(GridRecipe):
     """Round to nearest on one grid."""
+
+    recipe_version: ClassVar[int] = 2  # tables start from finer cuts
 
     def solve(self, layer: Layer) -> Solution:
         return Solution([round_to_nearest(layer.weight, self.grid(), search=self.search())])

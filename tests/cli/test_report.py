@@ -58,6 +58,18 @@ def test_results_become_a_page(run: Run, models: Path, text: Path, tmp_path: Pat
     assert (tmp_path / "again.html").read_text().count("<article class=\"card\">") == 3
 
 
+def test_one_command_makes_the_page_of_all_recipes_from_committed_results(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    results = Path(__file__).parents[2] / "docs" / "results"
+    files = sorted(results.rglob("*.json"))
+    assert files
+    one_json(run("report", *files, "--out", tmp_path / "page.html", "--json"))
+    html = (tmp_path / "page.html").read_text()
+    for words in ("Bits and quality: lab-29m", "gptq", "awq", "spqr", "is the best of"):
+        assert words in html
+
+
 def test_what_is_no_result_is_refused(run: Run, models: Path, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
     sentence = one_sentence(run("report", models / "small" / "config.json", "--out", tmp_path / "page.html"))
     assert "does not say which result" in sentence and not (tmp_path / "page.html").exists()

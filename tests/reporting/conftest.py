@@ -24,6 +24,7 @@ from rarefy.evaluation.long.suite import LongProtocol
 from rarefy.evaluation.protocol import Protocol
 from rarefy.evaluation.results import Comparison, Evaluation, LayerDifference, ModelDifference
 from rarefy.evaluation.tasks.results import TaskComparison, TaskEvaluation, TaskScore
+from rarefy.reporting.benchmarks import Benchmark
 from rarefy.reporting.findings import Findings
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj")
@@ -95,6 +96,31 @@ def long(name: str, worse: float, reference: bool = False) -> LongEvaluation:
     )  # fmt: skip
 
 
+def row(job: str, bits: float, perplexity: float, kl: float | None, **changes: Any) -> dict[str, Any]:
+    """A row as the accuracy benchmark writes it."""
+    values = {
+        "model": "lab", "seed": 0, "job": job, "bits_per_weight": bits, "perplexity": perplexity, "kl": kl,
+        "top1_agreement": None if kl is None else 0.8, "tokens": 1000, "protocol": "context 2048, 4 windows",
+        "calibration": None, "commit": "abc1234",
+    }  # fmt: skip
+    return {**values, **changes}
+
+
+def benchmark(name: str, rows: list[dict[str, Any]]) -> Benchmark:
+    versions = {"torch": "2.13.0", "transformers": "5.23.0"}
+    return Benchmark(name=name, device="A processor", versions=versions, commit="abc1234", rows=tuple(rows))
+
+
+ACCURACY = (
+    row("dense", 32, 20.0, None), row("rtn int4", 4.2, 22.0, 0.2), row("rtn int4", 4.2, 24.0, 0.3, seed=1),
+    row("rtn int2", 2.2, 9000.0, 8.0), row("gptq int4", 4.2, 21.0, 0.1), row("gptq int3", 3.2, 25.0, 0.5),
+)  # fmt: skip
+SPEED = (
+    {"goal": "C2", "job": "decode", "peer": "a peer", "ratio": 1.4, "note": None},
+    {"goal": "C2", "job": "decode", "peer": "another", "ratio": 0.7, "note": "slower"},
+)
+
+
 def run(command: str) -> Run:
     here = Environment(
         rarefy="0.1.0", python="3.11.7", platform="Linux", packages={"torch": "2.13.0", "peft": None}, gpus=(),
@@ -126,6 +152,7 @@ def findings() -> Findings:
         compressions=(compression("int4", 4.25, 0.1), compression("int3", 3.25, 0.2)),
         tasks=(TaskComparison(candidates=[tasks("int4", -0.02), tasks("int3", -0.2)], reference=tasks("dense", None)),),
         long=(LongComparison(candidates=[long("int4", 0.1)], reference=long("dense", 0, True)),),
+        benchmarks=(benchmark("weight_accuracy", list(ACCURACY)), benchmark("speed", list(SPEED))),
         differences=(ModelDifference(first="models/int4", second="models/int3", layers=apart),),
         runs=(run("rarefy eval models/int4 models/int3 --reference demo --json"), run("rarefy report <x>")),
         notes=("dense reference = a made-up checkpoint",),

@@ -29,7 +29,8 @@ def test_the_page_needs_nothing_else(findings: Findings) -> None:
     assert len(html) < 200_000
     assert not re.search(r"https?://|//[a-z]|@import|url\(", html)
     assert set(re.findall(r'(?:src|href)="([^"]*)"', html)) == {
-        "data:,", "#content", "#summary", "#quality-0", "#tasks-0", "#long-0", "#layers", "#differences-0", "#how",
+        "data:,", "#content", "#summary", "#quality-0", "#benchmark-0-0", "#benchmark-1", "#tasks-0", "#long-0",
+        "#layers", "#differences-0", "#how",
     }  # fmt: skip
     ids = re.findall(r'id="([^"]*)"', html)
     assert len(set(ids)) == len(ids)
@@ -59,7 +60,7 @@ def test_the_data_beside_the_page_are_read_back(findings: Findings, tmp_path: Pa
 
 
 def test_every_single_kind_makes_a_page(findings: Findings) -> None:
-    for name in ("comparisons", "compressions", "tasks", "long", "differences"):
+    for name in ("comparisons", "compressions", "tasks", "long", "differences", "benchmarks"):
         assert "<h2>" in own(render(Findings(**{name: getattr(findings, name)})))
 
 
@@ -88,6 +89,31 @@ def test_the_reference_is_no_choice_of_bits(findings: Findings) -> None:
     assert [row[-1] for row in bits.rows] == ["yes", "yes", "no"]
     one = comparison.model_copy(update={"candidates": comparison.candidates[:1]})
     assert figures.trade_off(one, "bits", "kl", "a") is None
+
+
+def test_benchmarks_show_every_recipe_by_bits_and_quality(findings: Findings) -> None:
+    html = own(render(Findings(benchmarks=findings.benchmarks)))
+    assert "At 4.20 bits per weight gptq int4 is the best of 4 ways: perplexity 21.00 (+5.0%)." in html
+    assert "up to 2.5 bits" in html and "9,000.00 (450 times dense)" in html
+    assert "Far above, and only in the table: rtn int2." in html and "22.00 to 24.00" in html
+    assert "by benchmarks/weight_accuracy.py on A processor, torch 2.13.0, transformers 5.23.0, at abc1234." in html
+    assert "Speed against peers" in html and "C2 decode" in html
+    assert "<h1>Weight accuracy</h1>" in own(render(Findings(benchmarks=findings.benchmarks[:1])))
+
+
+def test_a_recipe_looks_the_same_in_every_picture(findings: Findings) -> None:
+    accuracy = findings.benchmarks[0]
+    more = accuracy.model_copy(update={"rows": (*accuracy.rows[4:], *({**row, "model": "b"} for row in accuracy.rows))})
+    html = own(render(Findings(benchmarks=(more,))))
+    looks = re.findall(r'"marker": {[^}]*"color": "([^"]*)"[^}]*}[^}]*?"name": "gptq"', html)
+    assert len(looks) >= 3 and len(set(looks)) == 1
+
+
+def test_looks_differ_and_marks_are_round() -> None:
+    assert len({tuple(figures.look(index).values()) for index in range(36)}) == 36
+    for low, high in ((3.1, 9), (0.0016, 13), (46, 92), (1, 1e9), (5, 5)):
+        axis = figures._scaled(figures.Axis("a", "b", log=True), [low, high])
+        assert 1 <= len(axis["tickvals"]) <= 15 and "1e" not in "".join(axis["ticktext"][:3])
 
 
 def test_layers_find_their_place() -> None:

@@ -19,6 +19,9 @@ from rarefy.reporting.pareto import frontier
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon")
 SCALE = "Viridis"
+DENSE = {"color": COLOURS[-1], "symbol": SYMBOLS[-1]}
+# Round numbers of a decade, for an axis of about one.
+FINE = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0)
 
 
 @dataclass(frozen=True)
@@ -35,26 +38,41 @@ class Figure:
 
 @dataclass(frozen=True)
 class Axis:
-    """A number of an evaluation as an axis; ``of`` gives None where it was not measured."""
+    """What a trade-off is drawn against: ``title`` for sentences, ``label`` with its unit for the axis."""
 
     title: str
     label: str
-    of: Callable[[Evaluation], float | None]
     more_is_better: bool = False
     from_zero: bool = False
+    log: bool = False
+
+
+Looks = dict[str, dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model of a trade-off; points of one ``series`` look alike, ``spread`` is the range of ``y`` over seeds."""
+
+    label: str
+    x: float
+    y: float
+    series: str
+    spread: tuple[float, float] | None = None
 
 
 def _bits(evaluation: Evaluation) -> float | None:
     return None if evaluation.bits_per_weight is None else evaluation.bits_per_weight["total"]
 
 
-AXES = {
-    "bits": Axis("Bits per weight", "bits per compressed weight", _bits),
-    "size": Axis("Size", "MB of the whole model", lambda each: each.stored_bytes and each.stored_bytes / 1e6),
-    "speed": Axis("Speed", "tokens per second", lambda each: each.tokens_per_second, more_is_better=True),
+# Each axis with what gives its number, None where that was not measured.
+AXES: dict[str, tuple[Axis, Callable[[Evaluation], float | None]]] = {
+    "bits": (Axis("Bits per weight", "bits per compressed weight"), _bits),
+    "size": (Axis("Size", "MB of the whole model"), lambda each: each.stored_bytes and each.stored_bytes / 1e6),
+    "speed": (Axis("Speed", "tokens per second", more_is_better=True), lambda each: each.tokens_per_second),
     # The reference, which has no divergence, diverges from itself by nothing.
-    "kl": Axis("divergence", "KL from dense (nats per token)", lambda each: each.kl or 0.0, from_zero=True),
-    "perplexity": Axis("perplexity", "perplexity", lambda each: each.perplexity),
+    "kl": (Axis("divergence", "KL from dense (nats per token)", from_zero=True), lambda each: each.kl or 0.0),
+    "perplexity": (Axis("perplexity", "perplexity"), lambda each: each.perplexity),
 }
 
 
@@ -65,41 +83,77 @@ def trade_off(comparison: Comparison, cost: str, loss: str, name: str) -> Figure
     have both numbers.
     """
     dense = comparison.reference
-    everyone = [*([dense] if dense is not None and cost != "bits" else []), *comparison.candidates]
-    of_cost, of_loss = AXES[cost], AXES[loss]
-    points = [
-        (each, x, y)
-        for each in everyone
-        if (x := of_cost.of(each)) is not None and (y := of_loss.of(each)) is not None and math.isfinite(y)
-    ]
+    everyone = [*comparison.candidates, *([dense] if dense is not None and cost != "bits" else [])]
+    (of_cost, cost_in), (of_loss, loss_in) = AXES[cost], AXES[loss]
+    points: list[Point] = []
+    looks: Looks = {}
+    for index, each in enumerate(everyone):
+        x, y = cost_in(each), loss_in(each)
+        if x is not None and y is not None and math.isfinite(y):
+            label = each.model + (" (dense)" if each is dense else "")
+            series = label if label not in looks else f"{label} ({index + 1})"
+            looks[series] = DENSE if each is dense else look(index)
+            points.append(Point(label, x, y, series))
+    return trade_off_of(points, looks, of_cost, of_loss, name)
+
+
+def trade_off_of(
+    points: Sequence[Point],
+    looks: Looks,
+    of_cost: Axis,
+    of_loss: Axis,
+    name: str,
+    level: tuple[str, float] | None = None,
+) -> Figure | None:
+    """Points, with the line of those that nobody beats; ``looks`` has a marker for every series, ``level`` is a loss to
+    draw across with its label. None for fewer than two points."""
     if len(points) < 2:
         return None
     sign = -1.0 if of_cost.more_is_better else 1.0
-    best = frontier([(sign * x, y) for _, x, y in points])
+    best = frontier([(sign * point.x, point.y) for point in points])
     drawn = go.Figure()
     drawn.add_scatter(
-        x=[points[i][1] for i in best], y=[points[i][2] for i in best], mode="lines", name="best trade-offs",
-        line={"dash": "dot", "color": COLOURS[-1], "width": 2}, hoverinfo="skip", showlegend=False,
+        x=[points[i].x for i in best], y=[points[i].y for i in best], mode="lines", name="best trade-offs",
+        line={"dash": "dot", "color": DENSE["color"], "width": 2}, hoverinfo="skip", showlegend=False,
     )  # fmt: skip
-    for each, x, y in points:
-        label = plain(each.model) + (" (dense)" if each is dense else "")
+    for series, marker in looks.items():
+        own = [point for point in points if point.series == series]
+        spread = [point.spread or (point.y, point.y) for point in own]
         drawn.add_scatter(
-            x=[x], y=[y], mode="markers", name=label, cliponaxis=False,
-            marker={"size": 13, **_marker(comparison, each)},
-            hovertemplate=f"{label}<br>{of_cost.label}: %{{x:.4g}}<br>{of_loss.label}: %{{y:.4g}}<extra></extra>",
+            x=[point.x for point in own], y=[point.y for point in own], mode="markers", cliponaxis=False,
+            name=plain(series), text=[plain(point.label) for point in own],
+            marker={"size": 13 if len(points) < 12 else 10, **marker},
+            error_y={
+                "type": "data", "symmetric": False, "thickness": 1.5, "width": 3,
+                "visible": any(point.spread is not None for point in own),
+                "array": [high - point.y for point, (_, high) in zip(own, spread, strict=True)],
+                "arrayminus": [point.y - low for point, (low, _) in zip(own, spread, strict=True)],
+            },
+            hovertemplate=f"%{{text}}<br>{of_cost.label}: %{{x:.4g}}<br>{of_loss.label}: %{{y:.4g}}<extra></extra>",
         )  # fmt: skip
-    drawn.update_xaxes(title=of_cost.label)
-    drawn.update_yaxes(title=of_loss.label, rangemode="tozero" if of_loss.from_zero else "normal")
+    drawn.update_xaxes(**_scaled(of_cost, [point.x for point in points]))
+    drawn.update_yaxes(**_scaled(of_loss, [point.y for point in points] + ([level[1]] if level is not None else [])))
+    if level is not None:
+        drawn.add_shape(
+            type="line", xref="paper", x0=0, x1=1, y0=level[1], y1=level[1],
+            line={"dash": "dash", "color": DENSE["color"], "width": 1},
+        )  # fmt: skip
+        # On a logarithmic axis a shape lies at a value, an annotation at the logarithm of one.
+        drawn.add_annotation(
+            xref="paper", x=0, xanchor="left", yanchor="bottom", showarrow=False, text=plain(level[0]),
+            y=math.log10(level[1]) if of_loss.log else level[1],
+        )  # fmt: skip
     better = "right" if of_cost.more_is_better else "left"
+    about = f"Down and to the {better} is better. The dotted line joins the models that no other beats in both."
+    if any(point.spread is not None for point in points):
+        about += " Bars are the range over seeds."
     rows = [
-        (each.model, f"{x:.4g}", f"{y:.4g}", "yes" if index in best else "no")
-        for index, (each, x, y) in enumerate(points)
+        (point.label, f"{point.x:.4g}", f"{point.y:.4g}", "yes" if index in best else "no")
+        for index, point in enumerate(points)
     ]
-    return Figure(
-        name, f"{of_cost.title} against {of_loss.title}",
-        f"Down and to the {better} is better. The dotted line joins the models that no other beats in both.",
-        spec(drawn, named=len(points)), ("model", of_cost.label, of_loss.label, "on the line"), rows,
-    )  # fmt: skip
+    title = f"{of_cost.title} against {of_loss.title}"
+    headings = ("model", of_cost.label, of_loss.label, "on the line")
+    return Figure(name, title, about, spec(drawn, named=len(looks)), headings, rows)
 
 
 def layer_map(
@@ -140,7 +194,7 @@ def differences(comparison: TaskComparison, name: str) -> Figure | None:
         drawn.add_scatter(
             x=[gap.value for gap in gaps], y=names, mode="markers", name=plain(candidate.model), orientation="h",
             offsetgroup=str(index),
-            marker={"size": 10, "color": COLOURS[index % 6], "symbol": SYMBOLS[index % 6]},
+            marker={"size": 10, **look(index)},
             error_x={
                 "type": "data", "symmetric": False, "array": [gap.high - gap.value for gap in gaps],
                 "arrayminus": [gap.value - gap.low for gap in gaps], "thickness": 1.5,
@@ -162,12 +216,27 @@ def differences(comparison: TaskComparison, name: str) -> Figure | None:
     return Figure(name, title, about, spec(drawn, 120 + 30 * shown, len(comparison.candidates)), headings, rows)
 
 
-def _marker(comparison: Comparison, evaluation: Evaluation) -> dict[str, str]:
-    """The colour and symbol that a model has in every picture of a comparison; the reference is grey."""
-    if evaluation is comparison.reference:
-        return {"color": COLOURS[-1], "symbol": SYMBOLS[-1]}
-    index = next(i for i, each in enumerate(comparison.candidates) if each is evaluation)
-    return {"color": COLOURS[index % 6], "symbol": SYMBOLS[index % 6]}
+def _scaled(axis: Axis, values: Sequence[float]) -> dict[str, Any]:
+    """The settings of an axis that shows ``values``; where it is logarithmic, marks at round numbers."""
+    if not axis.log:
+        return {"title": axis.label, "rangemode": "tozero" if axis.from_zero else "normal"}
+    low, high = min(values), max(values)
+    marks = next(
+        marks
+        for steps in (FINE, (1.0, 2.0, 3.0, 4.0, 6.0, 8.0), (1.0, 2.0, 5.0), (1.0,))
+        if len(marks := _round_numbers(low, high, steps)) <= 9 or steps == (1.0,)
+    )
+    return {"title": axis.label, "type": "log", "tickvals": marks, "ticktext": [f"{mark:g}" for mark in marks]}
+
+
+def _round_numbers(low: float, high: float, steps: Sequence[float]) -> list[float]:
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    return [mark for decade in decades for step in steps if low / 1.5 <= (mark := step * 10.0**decade) <= high * 1.5]
+
+
+def look(index: int) -> dict[str, str]:
+    """Colour and symbol of the model or series of that number; no two of the first 36 look alike."""
+    return {"color": COLOURS[index % 6], "symbol": SYMBOLS[(index + index // 6) % 6]}
 
 
 def _place(name: str) -> tuple[str, int] | None:

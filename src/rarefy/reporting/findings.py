@@ -15,6 +15,7 @@ from rarefy.core.errors import SourceError
 from rarefy.evaluation.long.results import LongComparison
 from rarefy.evaluation.results import Comparison, Evaluation, ModelDifference
 from rarefy.evaluation.tasks.results import TaskComparison
+from rarefy.reporting.benchmarks import Benchmark, is_benchmark
 
 
 class Findings(StrictModel):
@@ -26,12 +27,14 @@ class Findings(StrictModel):
     differences: tuple[ModelDifference, ...] = ()
     tasks: tuple[TaskComparison, ...] = ()
     long: tuple[LongComparison, ...] = ()
+    benchmarks: tuple[Benchmark, ...] = ()
     runs: tuple[Run, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def empty(self) -> bool:
-        return not (self.comparisons or self.compressions or self.differences or self.tasks or self.long)
+        shown = (self.comparisons, self.compressions, self.differences, self.tasks, self.long, self.benchmarks)
+        return not any(shown)
 
     def compression_of(self, model: str) -> CompressionReport | None:
         """How the model of that name in an evaluation was compressed, if that is known."""
@@ -42,7 +45,8 @@ class Findings(StrictModel):
 
 
 def read_findings(paths: Sequence[Path]) -> Findings:
-    """The findings in ``paths``: files that commands wrote with ``--json``, or folders of such files (``*.json``).
+    """The findings in ``paths``: files that commands or benchmarks wrote with ``--json``, or folders of such files
+    (``*.json``).
 
     Raises SourceError, naming the file, for what is missing, no JSON, or no result of rarefy.
     """
@@ -74,6 +78,7 @@ def join(parts: Iterable[Findings]) -> Findings:
         differences=_once(difference for part in whole for difference in part.differences),
         tasks=_once(tasks for part in whole for tasks in part.tasks),
         long=_once(found for part in whole for found in part.long),
+        benchmarks=_once(benchmark for part in whole for benchmark in part.benchmarks),
         runs=_once(run for part in whole for run in part.runs),
         notes=_once(note for part in whole for note in part.notes),
     )
@@ -98,11 +103,14 @@ def _read(path: Path) -> Findings:
 
 
 def _parse(record: Any, path: Path) -> Findings:
+    if is_benchmark(record):
+        measured = parse(Benchmark, {**record, "name": path.stem}, f"'{path}'", SourceError, stored=True)
+        return Findings(benchmarks=(measured,))
     kind = record.get("kind") if isinstance(record, dict) else None
     if kind not in ("evaluation", "tasks", "long", "compression", "findings"):
         raise SourceError(
             f"'{path}' does not say which result of rarefy it is (key 'kind'); name files written by compress, eval, "
-            "compare or demo with --json."
+            "compare, demo or a benchmark with --json."
         )
     data = {key: value for key, value in record.items() if key not in ("kind", "run")}
     runs = (parse(Run, record["run"], f"'{path}'", SourceError, stored=True),) if record.get("run") else ()

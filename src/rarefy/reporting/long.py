@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from rarefy.evaluation.long.position import ENOUGH
 from rarefy.evaluation.long.results import LongComparison, LongEvaluation, gain, summarize
-from rarefy.reporting.figures import COLOURS, SCALE, SYMBOLS, Figure, plain, spec
+from rarefy.reporting.figures import DENSE, SCALE, Figure, look, plain, spec
 
 HEADINGS = (
     "model", "task", "asked", "exact", "NLL", "change", "95% interval", "KL from dense", "95% interval", "answers",
@@ -63,17 +63,19 @@ def position_plot(comparison: LongComparison, name: str) -> Figure | None:
             continue
         middles = [(start * stop) ** 0.5 for start, stop in curve.bins]
         dense = evaluation is comparison.reference
+        # The first candidate looks the same with a reference before it and without one.
+        style = DENSE if dense else look(index - (comparison.reference is not None))
         drawn.add_scatter(
             x=middles, y=curve.nll, mode="lines+markers", name=plain(evaluation.model),
-            line={"color": COLOURS[-1] if dense else COLOURS[(index - 1) % 6]},
-            marker={"size": 8, "symbol": SYMBOLS[-1] if dense else SYMBOLS[(index - 1) % 6]},
+            marker={"size": 8, **style}, line={"color": style["color"]},
             hovertemplate="position %{x:.0f}<br>NLL %{y:.3f}<extra>" + plain(evaluation.model) + "</extra>",
         )  # fmt: skip
         if dense and curve.fit is not None:
             law = curve.fit
             drawn.add_scatter(
                 x=middles, y=[law.alpha * x**law.beta + law.gamma for x in middles], mode="lines", hoverinfo="skip",
-                name=f"{law.alpha:.3g} x^{law.beta:.2f} + {law.gamma:.3g}", line={"dash": "dot", "color": COLOURS[-1]},
+                line={"dash": "dot", "color": DENSE["color"]},
+                name=f"{law.alpha:.3g} x^{law.beta:.2f} + {law.gamma:.3g}",
             )  # fmt: skip
         against = comparison.reference.positions if comparison.reference is not None and not dense else None
         changes = [None] * len(curve.bins) if against is None else curve.change(against)

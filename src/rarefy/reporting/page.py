@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,47 +12,20 @@ from rarefy.core.errors import OptionError, UnsupportedError
 from rarefy.core.files import write_text
 from rarefy.core.memory import human
 from rarefy.evaluation.results import Comparison, Evaluation
+from rarefy.reporting.benchmarks import title as title_of
 from rarefy.reporting.findings import Findings
 
 try:
     import jinja2
     from plotly.offline import get_plotlyjs
 
-    from rarefy.reporting import figures, long
+    from rarefy.reporting import figures, long, measured
     from rarefy.reporting.figures import Figure, present
+    from rarefy.reporting.parts import Card, Section, Table
 except ImportError as failure:
     raise UnsupportedError(
         f"Reports are drawn by plotly, which cannot be imported here ({failure}); run: pip install 'rarefy[report]'."
     ) from None
-
-
-@dataclass(frozen=True)
-class Card:
-    """One compressed model in five numbers."""
-
-    name: str
-    gist: str
-    facts: list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page: an anchor, a heading, paragraphs, figures and tables."""
-
-    anchor: str
-    title: str
-    figures: list[Figure]
-    tables: list[Table]
-    notes: list[str]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Numbers; the first column of each row is its heading."""
-
-    caption: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 def write_report(findings: Findings, out: Path, title: str = "") -> tuple[Path, Path]:
@@ -80,8 +51,12 @@ def findings_json(findings: Findings) -> str:
 
 def render(findings: Findings, title: str = "") -> str:
     """The page as text."""
-    sections = [*_quality(findings), *_tasks(findings), *_long(findings), *_layers(findings), *_differences(findings)]
+    sections = [
+        *_quality(findings), *measured.sections(findings.benchmarks), *_tasks(findings), *_long(findings),
+        *_layers(findings), *_differences(findings),
+    ]  # fmt: skip
     cards = [card for comparison in findings.comparisons for card in _cards(comparison, findings)]
+    cards += measured.cards(findings.benchmarks)
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_asset), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -106,7 +81,10 @@ def _title(findings: Findings) -> str:
     dense = _dense(findings)
     if dense is not None:
         return f"{dense.model}, compressed"
-    return f"{findings.compressions[0].model}, compressed" if findings.compressions else "Results"
+    if findings.compressions:
+        return f"{findings.compressions[0].model}, compressed"
+    names = dict.fromkeys(benchmark.name for benchmark in findings.benchmarks)
+    return title_of(next(iter(names))) if len(names) == 1 else "Results"
 
 
 def _dense(findings: Findings) -> Evaluation | None:

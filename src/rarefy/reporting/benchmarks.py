@@ -16,8 +16,8 @@ Row = dict[str, Any]
 
 
 class Benchmark(StrictModel):
-    """One result file: ``name`` is that of the file, which is that of the script; ``rows``, and whatever else the script
-    wrote, are kept as they are."""
+    """One result file: ``name`` is that of the file, and of the script that wrote it; ``rows``, and what else there is,
+    are kept as they are."""
 
     model_config = pydantic.ConfigDict(extra="allow")
 

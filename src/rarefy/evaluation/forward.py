@@ -34,11 +34,16 @@ def forward(
     return torch.cat([step(model, part, past) for part in tokens.split(chunk, 1)], 1)
 
 
-def step(model: Any, tokens: torch.Tensor, past: Any) -> torch.Tensor:
-    """Logits [B, T, V] of ``tokens`` after those in the cache ``past``, which then holds them too."""
-    given = {cache_argument(model.forward): past}
+def step(model: Any, tokens: torch.Tensor, past: Any, last: int | None = None) -> torch.Tensor:
+    """Logits [B, T, V] of ``tokens`` after those in the cache ``past``, which then holds them too.
+
+    With ``last`` only those of so many tokens at the end: in a small model the others cost as much as many layers.
+    """
+    given: dict[str, Any] = {cache_argument(model.forward): past}
+    if last is not None and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        given["logits_to_keep"] = last
     logits: torch.Tensor = model(input_ids=tokens.to(model.device), use_cache=True, **given).logits
-    return logits
+    return logits if last is None else logits[:, -last:]
 
 
 def cache_argument(function: Callable[..., Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rarefy.evaluation.long.results import LongComparison, gain, summarize
 from rarefy.evaluation.long.runner import evaluate_long, fork
 from rarefy.evaluation.long.sessions import Session, Turn
 from rarefy.evaluation.long.suite import POSITIONS, LongProtocol
+from rarefy.sources.texts import open_text
 from tests.caches import bad_cache, perfect_cache
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -146,9 +148,9 @@ def test_a_killed_run_goes_on(model: Any, tmp_path: Path) -> None:
 
         return Candidate(name, load=load, identity=f"{name} on disk")
 
-    def go() -> LongComparison:
-        given: dict[str, Any] = {"reference": candidate("dense"), "sessions": [SESSION], "work_dir": tmp_path}
-        return evaluate_long([candidate("a")], Characters(), TEXT, PROTOCOL, **given)
+    def go(text: str = TEXT, sessions: Sequence[Session] = (SESSION,)) -> LongComparison:
+        given: dict[str, Any] = {"reference": candidate("dense"), "sessions": sessions, "work_dir": tmp_path}
+        return evaluate_long([candidate("a")], Characters(), text, PROTOCOL, **given)
 
     first = go()
     assert loads == ["dense", "a"]
@@ -160,6 +162,11 @@ def test_a_killed_run_goes_on(model: Any, tmp_path: Path) -> None:
     assert len(loads) == 4 and [answer.nll for answer in again.candidates[0].answers] == pytest.approx(
         [answer.nll for answer in first.candidates[0].answers]
     )
+    more = SESSION.model_copy(update={"id": "1", "context": "another context"})
+    go(sessions=[SESSION, more])
+    assert len(list(tmp_path.iterdir())) == 6  # what was there is not asked again
+    go(text=TEXT.replace("cat", "dog"))
+    assert len(list(tmp_path.iterdir())) == 8  # another text of the same name is another text
 
 
 def test_summaries_pair_answers_and_name_what_a_book_taught(model: Any) -> None:
@@ -191,19 +198,16 @@ def test_summaries_pair_answers_and_name_what_a_book_taught(model: Any) -> None:
 
 
 @pytest.mark.demo
-def test_the_real_model_tells_caches_apart(tmp_path: Path) -> None:
-    given: dict[str, Any] = {
-        "reference": "demo", "length": 256, "sessions": 2, "documents": 2, "chunk": 64, "device": "cpu",
-        "tasks": ["passkey", "copy"],
-    }  # fmt: skip
-    results = {
-        name: rarefy.evaluate_long(["demo"], cache=cache, **given)
-        for name, cache in (("perfect", perfect_cache), ("bad", bad_cache))
-    }
-    for name, found in results.items():
-        whole = summarize(found.candidates[0], found.reference)[-1]
-        assert whole.kl is not None and whole.nll_change is not None
-        if name == "perfect":
-            assert whole.kl.high < 1e-3 and abs(whole.nll_change.value) < 1e-3
-        else:
-            assert whole.kl.low > 0.1 and whole.nll_change.low > 0.1
+def test_the_real_model_tells_caches_apart() -> None:
+    model = rarefy.load("demo")
+    caches = {"perfect": perfect_cache, "bad": bad_cache}
+    found = evaluate_long(
+        [Candidate(name, model, cache=cache) for name, cache in caches.items()], rarefy.load_tokenizer("demo"),
+        open_text("demo", "evaluation").text,
+        LongProtocol(length=256, sessions=2, documents=2, chunk=64, tasks=("passkey", "copy")),
+        reference=Candidate("dense", model),
+    )  # fmt: skip
+    perfect, bad = (summarize(each, found.reference)[-1] for each in found.candidates)
+    assert perfect.kl is not None and perfect.nll_change is not None and bad.kl is not None
+    assert perfect.kl.high < 1e-3 and abs(perfect.nll_change.value) < 1e-3
+    assert bad.nll_change is not None and bad.kl.low > 0.1 and bad.nll_change.low > 0.1

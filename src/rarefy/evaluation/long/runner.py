@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,10 +141,16 @@ class _Run:
         against = None if self._reference is None else self._reference.identity
         if candidate.identity is None or (self._reference is not None and against is None):
             return None
-        what: Any = unit if isinstance(unit, str) else unit.model_dump(mode="json")
+        if isinstance(unit, str):  # likelihood by position, which the text and its cut decide
+            what: Any = {
+                "positions": hashlib.sha256(self._text.encode()).hexdigest(), "length": self._protocol.length,
+                "documents": self._protocol.documents,
+            }  # fmt: skip
+        else:
+            what = unit.model_dump(mode="json")
         return {
-            "long": what, "protocol": self._protocol.model_dump(mode="json", exclude={"tasks"}),
-            "model": candidate.identity, "reference": against,
+            "long": what, "chunk": self._protocol.chunk, "begin": self._begin, "model": candidate.identity,
+            "reference": against,
         }  # fmt: skip
 
     def _session(
@@ -170,7 +177,7 @@ class _Run:
         past = new_cache(model, candidate.cache)
         start = time.perf_counter()
         for part in context.split(self._protocol.chunk):
-            step(model, part[None], past)
+            step(model, part[None], past, last=1)
         stages = {"tokens": len(context), "prefill": time.perf_counter() - start, "bytes": cache_bytes(past)}
         stages |= {"load": 0.0, "loads": 0, "step": 0.0, "steps": 0}
         talk = self._copy(past, stages)
@@ -179,7 +186,7 @@ class _Run:
             ways: tuple[tuple[Mode, Any], ...] = (("multi_request", self._copy(past, stages)), ("multi_turn", talk))
             for mode, used in ways:
                 start = time.perf_counter()
-                logits = step(model, torch.cat([prompt, answer])[None], used)[0, len(prompt) - 1 : -1]
+                logits = step(model, torch.cat([prompt, answer])[None], used, last=len(answer) + 1)[0, :-1]
                 stages["step"] += time.perf_counter() - start
                 stages["steps"] += 1
                 scores = self._scorer.score(logits, answer, expected.get((mode, number)))

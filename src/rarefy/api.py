@@ -287,9 +287,10 @@ def evaluate_long(
 
     ``sessions`` of each task of ``rarefy.evaluation.long`` (``tasks`` None: all) are drawn by ``seed`` over the text
     ``data``, each asked in one conversation and question by question; ``documents`` windows give the likelihood by
-    position. ``session_files``: sessions in the form of SCBench or kvpress, asked besides. ``chunk`` tokens go through
-    a model at a time; ``cache`` makes the KV cache of the candidates. ``work_dir`` keeps finished sessions, so that the
-    same call goes on after an interruption. Raises SourceError, OptionError, UnsupportedError, CheckpointError.
+    position. ``session_files``: sessions in the form of SCBench, kvpress or RULER, asked besides. ``chunk`` tokens go
+    through a model at a time; ``cache`` makes the KV cache of the candidates. ``work_dir`` keeps finished sessions, so
+    that the same call goes on after an interruption. Raises SourceError, OptionError, UnsupportedError,
+    CheckpointError.
     """
     from rarefy.evaluation.long.runner import evaluate_long as run
     from rarefy.evaluation.long.sessions import read_sessions

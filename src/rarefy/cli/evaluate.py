@@ -45,7 +45,7 @@ def evaluate(
     documents: Annotated[int, typer.Option(min=1, help="Texts for the likelihood by position.")] = 4,
     seed: Annotated[int, typer.Option(help="Draws the long contexts.")] = 0,
     session_file: Annotated[
-        list[Path] | None, typer.Option(help="Sessions of SCBench or kvpress (.jsonl, .parquet) to ask besides.")
+        list[Path] | None, typer.Option(help="Sessions of SCBench, kvpress or RULER (.jsonl, .parquet) to ask besides.")
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Examples of a forward pass.")] = None,
     allow_code: Annotated[bool, typer.Option(help="Let tasks run what the model writes, in a sandbox.")] = False,

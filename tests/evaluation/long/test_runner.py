@@ -186,8 +186,8 @@ def test_summaries_pair_answers_and_name_what_a_book_taught(model: Any) -> None:
     )  # fmt: skip
     rows = summarize(found.candidates[0], found.reference)
     assert [(row.task, row.mode) for row in rows] == [
-        ("language", "multi_request"), ("language", "multi_turn"), ("language_without_book", "multi_request"),
-        ("language_without_book", "multi_turn"), ("all", "both"),
+        ("language", "multi_turn"), ("language", "multi_request"), ("language_without_book", "multi_turn"),
+        ("language_without_book", "multi_request"), ("all", "both"),
     ]  # fmt: skip
     whole = rows[-1]
     assert whole.answers == 24 and whole.kl is not None and whole.kl.low > 0 and whole.nll_change is not None

@@ -163,6 +163,23 @@ def test_files_of_others(tmp_path: Path) -> None:
     assert [turn.prompt for turn in first.turns] == ["\n\nQ1 It is", "\n\nQ2"] and second.context == "D"
 
 
+def test_files_of_others_that_ask_for_several_answers(tmp_path: Path) -> None:
+    def read(name: str, *rows: dict[str, Any]) -> list[Session]:
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+        return read_sessions(tmp_path / name)
+
+    ruler = {"index": 0, "input": "Find them.\nThe text.\nWhich? They are", "outputs": ["12", "34"], "length": 9}
+    (session,) = read("niah_multivalue.jsonl", ruler)
+    assert (session.context, session.turns[0].prompt) == ("Find them.\nThe text.", "\nWhich? They are")
+    assert session.turns[0].answer == " 12, 34"
+    assert read("qa_1.jsonl", ruler)[0].turns[0].answer == " 12"  # of alternatives the first
+    kvpress = {"context": "C", "question": "Q", "answer_prefix": "They are", "answer": ["a", "b"], "task": "cwe"}
+    cwe, qa = read("ruler.jsonl", kvpress, {**kvpress, "task": "qa_2"})
+    assert (cwe.task, cwe.turns[0].answer, qa.task, qa.turns[0].answer) == ("cwe", " a, b", "qa_2", " a")
+    traced = {"id": 1, "context": "C", "multi_turns": [{"input": "Q1", "answer": ["VAR A", "VAR B"]}]}
+    assert read("scbench_vt.jsonl", traced)[0].turns[0].answer == "VAR A, VAR B"
+
+
 def test_parquet_files(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pytest.importorskip("pyarrow").table({"context": ["C"], "question": ["Q"], "answer": ["A"]})
@@ -170,7 +187,13 @@ def test_parquet_files(tmp_path: Path) -> None:
     assert read_sessions(tmp_path / "x.parquet")[0].turns[0].answer == "A"
 
 
-@pytest.mark.parametrize("content", ["{", '{"context": "C"}', '{"context": "C", "question": "Q", "answer": []}', ""])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{", "", '{"context": "C"}', '{"context": "C", "question": "Q", "answer": []}',
+        '{"input": "one line", "outputs": ["a"]}',
+    ],
+)  # fmt: skip
 def test_other_files_are_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "odd.jsonl").write_text(content)
     with pytest.raises(SourceError, match=r"odd\.jsonl"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from rarefy.core.config import StrictModel
 from rarefy.evaluation.bootstrap import Interval, mean_interval, paired_interval
@@ -11,6 +11,7 @@ from rarefy.evaluation.long.position import PositionCurve
 from rarefy.evaluation.long.suite import LongProtocol
 
 Mode = Literal["multi_turn", "multi_request"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 class Answer(StrictModel):

@@ -22,7 +22,7 @@ from rarefy.evaluation.forward import new_cache, step
 from rarefy.evaluation.journal import Journal
 from rarefy.evaluation.long.material import Material
 from rarefy.evaluation.long.position import position_curve
-from rarefy.evaluation.long.results import Answer, LongComparison, LongEvaluation, Mode, Stages
+from rarefy.evaluation.long.results import MODES, Answer, LongComparison, LongEvaluation, Mode, Stages
 from rarefy.evaluation.long.sessions import Session
 from rarefy.evaluation.long.suite import POSITIONS, LongProtocol, make_sessions
 from rarefy.evaluation.results import Sizes
@@ -183,7 +183,10 @@ class _Run:
         talk = self._copy(past, stages)
         answers = []
         for number, (turn, (prompt, answer)) in enumerate(zip(session.turns, asked, strict=True)):
-            ways: tuple[tuple[Mode, Any], ...] = (("multi_request", self._copy(past, stages)), ("multi_turn", talk))
+            # The first question meets the same in both ways, so that it is put once.
+            ways: list[tuple[Mode, Any]] = [("multi_turn", talk)]
+            if number:
+                ways.append(("multi_request", self._copy(past, stages)))
             for mode, used in ways:
                 start = time.perf_counter()
                 logits = step(model, torch.cat([prompt, answer])[None], used, last=len(answer) + 1)[0, :-1]
@@ -192,15 +195,14 @@ class _Run:
                 scores = self._scorer.score(logits, answer, expected.get((mode, number)))
                 if candidate is self._reference:
                     expected[mode, number] = logits.clone()
-                answers.append(
-                    Answer(
-                        task=session.task, session=session.id, mode=mode, turn=number, length=len(context),
-                        depth=turn.depth, tokens=len(answer), nll=float(scores.nll.double().mean()),
-                        exact=bool((first_max(logits.float()) == answer.to(logits.device)).all()),
-                        kl=None if scores.kl is None else max(0.0, float(scores.kl.double().mean())),
-                        top1_agreement=None if scores.agree is None else float(scores.agree.double().mean()),
-                    ).model_dump(mode="json")
-                )  # fmt: skip
+                answer_found = Answer(
+                    task=session.task, session=session.id, mode=mode, turn=number, length=len(context),
+                    depth=turn.depth, tokens=len(answer), nll=float(scores.nll.double().mean()),
+                    exact=bool((first_max(logits.float()) == answer.to(logits.device)).all()),
+                    kl=None if scores.kl is None else max(0.0, float(scores.kl.double().mean())),
+                    top1_agreement=None if scores.agree is None else float(scores.agree.double().mean()),
+                ).model_dump(mode="json")  # fmt: skip
+                answers += [answer_found] if number else [{**answer_found, "mode": each} for each in MODES]
         return {"answers": answers, "stages": stages}
 
     @torch.inference_mode()

@@ -26,44 +26,63 @@ class Session(StrictModel):
 
     task: str
     id: str
-    context: str
+    context: str = Field(min_length=1)
     turns: tuple[Turn, ...] = Field(min_length=1)
 
 
 def read_sessions(path: Path) -> list[Session]:
-    """Sessions in a file of SCBench (lines of ``{id, context, multi_turns: [{input, answer}]}``) or of kvpress (records
-    of ``{context, question, answer_prefix, answer}``), as .jsonl or, with pyarrow installed, .parquet.
+    """Sessions in a file of SCBench (records of ``{id, context, multi_turns: [{input, answer}]}``), of kvpress
+    (``{context, question, answer_prefix, answer}``) or of RULER (``{input, outputs}``, the question being the last
+    paragraph of the input), as .jsonl or, with pyarrow installed, .parquet.
 
-    Consecutive kvpress records about one context become one session. The task is the file's name. Raises SourceError.
+    Consecutive kvpress records about one context become one session. The task is what a record says, else the file's
+    name. Of several answers the first is asked for where they are alternatives, and all of them, comma-separated, where
+    all are to be found (RULER but for its questions, variables of SCBench). Raises SourceError.
     """
     sessions: list[Session] = []
     for number, row in enumerate(_rows(path)):
         try:
-            if "multi_turns" in row:
-                turns = [
-                    Turn(prompt=f"\n\n{turn['input']}\n", answer=_first(turn["answer"])) for turn in row["multi_turns"]
-                ]
-                name = str(row.get("id", number))
-                sessions.append(Session(task=path.stem, id=name, context=row["context"], turns=tuple(turns)))
-                continue
-            turn = Turn(prompt=f"\n\n{row['question']}{row.get('answer_prefix') or ''}", answer=_first(row["answer"]))
-            last = sessions[-1] if sessions else None
-            if last is not None and last.context == row["context"]:
-                sessions[-1] = last.model_copy(update={"turns": (*last.turns, turn)})
-            else:
-                sessions.append(Session(task=path.stem, id=str(number), context=row["context"], turns=(turn,)))
+            new = _session(row, str(row.get("task") or path.stem), number)
         except (KeyError, TypeError, ValueError, IndexError) as failure:
             raise SourceError(
-                f"Record {number} of '{path}' is not a session of SCBench or kvpress "
+                f"Record {number} of '{path}' is not a session of SCBench, kvpress or RULER "
                 f"({type(failure).__name__}: {str(failure).splitlines()[0]}); repair or remove it."
             ) from None
+        last = sessions[-1] if sessions else None
+        if "question" in row and last is not None and (last.task, last.context) == (new.task, new.context):
+            sessions[-1] = last.model_copy(update={"turns": (*last.turns, *new.turns)})
+        else:
+            sessions.append(new)
     if not sessions:
         raise SourceError(f"'{path}' holds no session; name another file.")
     return sessions
 
 
-def _first(answer: Any) -> str:
-    return str(answer[0] if isinstance(answer, list) else answer)
+def _session(row: dict[str, Any], task: str, number: int) -> Session:
+    kind = task.lower().split("_")
+    if "multi_turns" in row:
+        turns = [
+            Turn(prompt=f"\n\n{turn['input']}\n", answer=_answer(turn["answer"], every=kind[-1] == "vt"))
+            for turn in row["multi_turns"]
+        ]
+        return Session(task=task, id=str(row.get("id", number)), context=row["context"], turns=tuple(turns))
+    every = "qa" not in kind and ("outputs" in row or "task" in row)
+    if "outputs" in row:
+        context, between, question = row["input"].rstrip("\n").rpartition("\n")
+        prompt, answer = f"{between}{question}{row.get('answer_prefix') or ''}", _answer(row["outputs"], every)
+    else:
+        context, prompt = row["context"], f"\n\n{row['question']}{row.get('answer_prefix') or ''}"
+        answer = _answer(row["answer"], every)
+    # Words follow their question after a space, which many tokenizers keep at the start of a word.
+    if "outputs" in row or row.get("answer_prefix"):
+        answer = answer if prompt[-1].isspace() or answer[0].isspace() else f" {answer}"
+    return Session(task=task, id=str(number), context=context, turns=(Turn(prompt=prompt, answer=answer),))
+
+
+def _answer(answer: Any, every: bool) -> str:
+    if not isinstance(answer, list):
+        return str(answer)
+    return ", ".join(map(str, answer)) if every and answer else str(answer[0])
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

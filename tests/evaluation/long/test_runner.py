@@ -16,9 +16,10 @@ from rarefy.core.errors import OptionError
 from rarefy.evaluation.candidates import Candidate
 from rarefy.evaluation.forward import forward
 from rarefy.evaluation.long.results import LongComparison, gain, summarize
-from rarefy.evaluation.long.runner import evaluate_long, fork
+from rarefy.evaluation.long.runner import cache_bytes, evaluate_long, fork
 from rarefy.evaluation.long.sessions import Session, Turn
 from rarefy.evaluation.long.suite import POSITIONS, LongProtocol
+from rarefy.formats.bytes import ByteCount
 from rarefy.sources.texts import open_text
 from tests.caches import bad_cache, perfect_cache
 
@@ -112,6 +113,16 @@ def test_a_fork_grows_on_its_own(model: Any) -> None:
         twin = fork(past)
         model(tokens, use_cache=True, **{_name(model): twin})
     assert past.get_seq_length() == 8 and twin.get_seq_length() == 16
+
+
+def test_a_cache_that_knows_its_bytes_is_believed(model: Any) -> None:
+    past = perfect_cache(model)
+    with torch.no_grad():
+        model(torch.arange(1, 9)[None], use_cache=True, **{_name(model): past})
+    assert cache_bytes(past) == 2 * 2 * 2 * 8 * 8 * 4
+    for stated in (7, lambda: 7, lambda: ByteCount(codes=3, scales=4)):
+        past.nbytes = stated
+        assert cache_bytes(past) == 7
 
 
 def _name(model: Any) -> str:

@@ -27,6 +27,7 @@ from rarefy.evaluation.long.sessions import Session
 from rarefy.evaluation.long.suite import POSITIONS, LongProtocol, make_sessions
 from rarefy.evaluation.results import Sizes
 from rarefy.evaluation.scoring import Scorer
+from rarefy.formats.bytes import ByteCount
 from rarefy.sources.windows import tokenize, windows
 
 Logits = dict[tuple[Mode, int], torch.Tensor]
@@ -255,10 +256,13 @@ def fork(past: Any) -> Any:
 
 
 def cache_bytes(past: Any) -> int:
-    """Bytes that a cache keeps: what it says itself (``nbytes``), else those of its layers' tensors."""
+    """Bytes that a cache keeps: what it says itself (``nbytes``, a number or a ByteCount, or a method that gives one),
+    else those of its layers' tensors."""
     stated = getattr(past, "nbytes", None)
+    if callable(stated):
+        stated = stated()
     if stated is not None:
-        return int(stated() if callable(stated) else stated)
+        return stated.total if isinstance(stated, ByteCount) else int(stated)
     tensors = (value for layer in past.layers for value in vars(layer).values() if isinstance(value, torch.Tensor))
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

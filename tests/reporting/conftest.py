@@ -18,6 +18,10 @@ import pytest
 from rarefy.calibration.report import CompressionReport, LayerReport
 from rarefy.core.environment import Environment, Run
 from rarefy.evaluation.bootstrap import Interval
+from rarefy.evaluation.efficiency.matrix import Efficiency, Row
+from rarefy.evaluation.efficiency.measure import Cost, Latency, Load
+from rarefy.evaluation.efficiency.probe import Energy, MemoryUse
+from rarefy.evaluation.efficiency.roof import Roof
 from rarefy.evaluation.long.position import position_curve
 from rarefy.evaluation.long.results import Answer, LongComparison, LongEvaluation, Stages
 from rarefy.evaluation.long.suite import LongProtocol
@@ -111,6 +115,31 @@ def benchmark(name: str, rows: list[dict[str, Any]]) -> Benchmark:
     return Benchmark(name=name, device="A processor", versions=versions, commit="abc1234", rows=tuple(rows))
 
 
+def efficiency(*models: tuple[str, float, float]) -> Efficiency:
+    """Rows of name, milliseconds a token, and perplexity."""
+    memory = MemoryUse(
+        mean_bytes=9e8, peak_bytes=10**9, capacity_bytes=8 * 10**9,
+        timeline=tuple((0.1 * step, int(9e8 + 1e7 * step)) for step in range(11)),
+    )  # fmt: skip
+    rows = []
+    for name, milliseconds, perplexity in models:
+        token = Latency(p50=milliseconds / 1e3, p95=2 * milliseconds / 1e3, mean=milliseconds / 1e3)
+        cost = Cost(
+            load=Load(), threads=2, dtype="float32", device="cpu", weight_bytes=10**8, cache_bytes=10**6, memory=memory,
+            compute_utilization=0.2, prefill_roofline=0.5, decode_roofline=None, first_token=token, token=token,
+            prompt_tokens_per_second=100, new_tokens_per_second=1e3 / milliseconds, requests_per_second=1,
+            energy=Energy(joules=10, watts=5, source="modelled"), joules_per_token=0.0625,
+        )  # fmt: skip
+        rows.append(
+            Row(
+                model=name, cache="dense", cost=cost, bits_per_weight=None, compression_ratio=4, perplexity=perplexity,
+                kl=None, quality_kept=20 / perplexity,
+            )
+        )
+    roof = Roof(bytes_per_second=1e10, flops_per_second=1e11, dtype="float32")
+    return Efficiency(rows=tuple(rows), roof=roof, protocol="context 512, 4 windows")
+
+
 ACCURACY = (
     row("dense", 32, 20.0, None), row("rtn int4", 4.2, 22.0, 0.2), row("rtn int4", 4.2, 24.0, 0.3, seed=1),
     row("rtn int2", 2.2, 9000.0, 8.0), row("gptq int4", 4.2, 21.0, 0.1), row("gptq int3", 3.2, 25.0, 0.5),
@@ -152,6 +181,7 @@ def findings() -> Findings:
         compressions=(compression("int4", 4.25, 0.1), compression("int3", 3.25, 0.2)),
         tasks=(TaskComparison(candidates=[tasks("int4", -0.02), tasks("int3", -0.2)], reference=tasks("dense", None)),),
         long=(LongComparison(candidates=[long("int4", 0.1)], reference=long("dense", 0, True)),),
+        efficiency=(efficiency(("int4", 20.0, 25.0), ("int3", 15.0, 40.0)),),
         benchmarks=(benchmark("weight_accuracy", list(ACCURACY)), benchmark("speed", list(SPEED))),
         differences=(ModelDifference(first="models/int4", second="models/int3", layers=apart),),
         runs=(run("rarefy eval models/int4 models/int3 --reference demo --json"), run("rarefy report <x>")),

@@ -29,8 +29,8 @@ def test_the_page_needs_nothing_else(findings: Findings) -> None:
     assert len(html) < 200_000
     assert not re.search(r"https?://|//[a-z]|@import|url\(", html)
     assert set(re.findall(r'(?:src|href)="([^"]*)"', html)) == {
-        "data:,", "#content", "#summary", "#quality-0", "#benchmark-0-0", "#benchmark-1", "#tasks-0", "#long-0",
-        "#layers", "#differences-0", "#how",
+        "data:,", "#content", "#summary", "#quality-0", "#efficiency-0", "#benchmark-0-0", "#benchmark-1", "#tasks-0",
+        "#long-0", "#layers", "#differences-0", "#how",
     }  # fmt: skip
     ids = re.findall(r'id="([^"]*)"', html)
     assert len(set(ids)) == len(ids)
@@ -60,7 +60,7 @@ def test_the_data_beside_the_page_are_read_back(findings: Findings, tmp_path: Pa
 
 
 def test_every_single_kind_makes_a_page(findings: Findings) -> None:
-    for name in ("comparisons", "compressions", "tasks", "long", "differences", "benchmarks"):
+    for name in ("comparisons", "compressions", "tasks", "long", "differences", "benchmarks", "efficiency"):
         assert "<h2>" in own(render(Findings(**{name: getattr(findings, name)})))
 
 
@@ -99,6 +99,17 @@ def test_benchmarks_show_every_recipe_by_bits_and_quality(findings: Findings) ->
     assert "by benchmarks/weight_accuracy.py on A processor, torch 2.13.0, transformers 5.23.0, at abc1234." in html
     assert "Speed against peers" in html and "C2 decode" in html
     assert "<h1>Weight accuracy</h1>" in own(render(Findings(benchmarks=findings.benchmarks[:1])))
+
+
+def test_costs_are_told_with_their_definitions(findings: Findings) -> None:
+    html = own(render(Findings(efficiency=findings.efficiency)))
+    for words in (
+        "The machine reads 10.0 GB/s and multiplies at 100 GFLOP/s", "Time of a token against perplexity",
+        "Memory over time", "Energy: modelled; modelled is a stated power", "batch 1, 128 + 32 tokens", "11.2%",
+        "Quality: context 512, 4 windows.", "80.0%",
+    ):  # fmt: skip
+        assert words in html, words
+    assert "3.2" in html  # times smaller, times quality kept
 
 
 def test_a_recipe_looks_the_same_in_every_picture(findings: Findings) -> None:

@@ -12,10 +12,19 @@ from rarefy.calibration.report import CompressionReport
 from rarefy.core.config import StrictModel, parse
 from rarefy.core.environment import Run
 from rarefy.core.errors import SourceError
+from rarefy.evaluation.efficiency.matrix import Efficiency
 from rarefy.evaluation.long.results import LongComparison
 from rarefy.evaluation.results import Comparison, Evaluation, ModelDifference
 from rarefy.evaluation.tasks.results import TaskComparison
 from rarefy.reporting.benchmarks import Benchmark, is_benchmark
+
+# Results that are read as they are: by kind, where they go and what they are.
+KINDS: dict[str, tuple[str, type[StrictModel]]] = {
+    "tasks": ("tasks", TaskComparison),
+    "long": ("long", LongComparison),
+    "compression": ("compressions", CompressionReport),
+    "efficiency": ("efficiency", Efficiency),
+}
 
 
 class Findings(StrictModel):
@@ -27,14 +36,14 @@ class Findings(StrictModel):
     differences: tuple[ModelDifference, ...] = ()
     tasks: tuple[TaskComparison, ...] = ()
     long: tuple[LongComparison, ...] = ()
+    efficiency: tuple[Efficiency, ...] = ()
     benchmarks: tuple[Benchmark, ...] = ()
     runs: tuple[Run, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def empty(self) -> bool:
-        shown = (self.comparisons, self.compressions, self.differences, self.tasks, self.long, self.benchmarks)
-        return not any(shown)
+        return not any(getattr(self, name) for name in type(self).model_fields if name not in ("runs", "notes"))
 
     def compression_of(self, model: str) -> CompressionReport | None:
         """How the model of that name in an evaluation was compressed, if that is known."""
@@ -78,6 +87,7 @@ def join(parts: Iterable[Findings]) -> Findings:
         differences=_once(difference for part in whole for difference in part.differences),
         tasks=_once(tasks for part in whole for tasks in part.tasks),
         long=_once(found for part in whole for found in part.long),
+        efficiency=_once(found for part in whole for found in part.efficiency),
         benchmarks=_once(benchmark for part in whole for benchmark in part.benchmarks),
         runs=_once(run for part in whole for run in part.runs),
         notes=_once(note for part in whole for note in part.notes),
@@ -107,7 +117,7 @@ def _parse(record: Any, path: Path) -> Findings:
         measured = parse(Benchmark, {**record, "name": path.stem}, f"'{path}'", SourceError, stored=True)
         return Findings(benchmarks=(measured,))
     kind = record.get("kind") if isinstance(record, dict) else None
-    if kind not in ("evaluation", "tasks", "long", "compression", "findings"):
+    if kind not in ("evaluation", "findings", *KINDS):
         raise SourceError(
             f"'{path}' does not say which result of rarefy it is (key 'kind'); name files written by compress, eval, "
             "compare, demo or a benchmark with --json."
@@ -119,13 +129,9 @@ def _parse(record: Any, path: Path) -> Findings:
         dense = None if reference is None else _evaluation(reference, path)
         comparison = Comparison(candidates=[_evaluation(data, path)], reference=dense, passes=1)
         return Findings(comparisons=(comparison,), runs=runs)
-    if kind == "tasks":
-        return Findings(tasks=(parse(TaskComparison, data, f"'{path}'", SourceError, stored=True),), runs=runs)
-    if kind == "long":
-        return Findings(long=(parse(LongComparison, data, f"'{path}'", SourceError, stored=True),), runs=runs)
-    if kind == "compression":
-        report = parse(CompressionReport, data, f"'{path}'", SourceError, stored=True)
-        return Findings(compressions=(report,), runs=runs)
+    if kind in KINDS:
+        field, schema = KINDS[kind]
+        return Findings(**{field: (parse(schema, data, f"'{path}'", SourceError, stored=True),), "runs": runs})
     whole = parse(Findings, _restored(data), f"'{path}'", SourceError, stored=True)
     return join([whole, Findings(runs=runs)])
 

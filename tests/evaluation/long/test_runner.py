@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import rarefy
 from rarefy.core.errors import OptionError
 from rarefy.evaluation.candidates import Candidate
-from rarefy.evaluation.forward import forward
+from rarefy.evaluation.forward import cache_bytes, fork, forward
 from rarefy.evaluation.long.results import LongComparison, gain, summarize
-from rarefy.evaluation.long.runner import cache_bytes, evaluate_long, fork
+from rarefy.evaluation.long.runner import evaluate_long
 from rarefy.evaluation.long.sessions import Session, Turn
 from rarefy.evaluation.long.suite import POSITIONS, LongProtocol
 from rarefy.formats.bytes import ByteCount

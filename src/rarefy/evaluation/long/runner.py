@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import hashlib
 import time
@@ -18,7 +17,7 @@ from rarefy.core.memory import available_bytes
 from rarefy.core.progress import progress
 from rarefy.evaluation.candidates import Candidate, check_length, plan_passes
 from rarefy.evaluation.divergence import first_max
-from rarefy.evaluation.forward import new_cache, step
+from rarefy.evaluation.forward import cache_bytes, fork, new_cache, step
 from rarefy.evaluation.journal import Journal
 from rarefy.evaluation.long.material import Material
 from rarefy.evaluation.long.position import position_curve
@@ -27,7 +26,6 @@ from rarefy.evaluation.long.sessions import Session
 from rarefy.evaluation.long.suite import POSITIONS, LongProtocol, make_sessions
 from rarefy.evaluation.results import Sizes
 from rarefy.evaluation.scoring import Scorer
-from rarefy.formats.bytes import ByteCount
 from rarefy.sources.windows import tokenize, windows
 
 Logits = dict[tuple[Mode, int], torch.Tensor]
@@ -247,24 +245,6 @@ class _Run:
 
     def _tokens(self, text: str) -> torch.Tensor:
         return tokenize(self._tokenizer, text)
-
-
-def fork(past: Any) -> Any:
-    """A copy of a cache that may grow on its own: its ``fork()`` where it has one, else a deep copy."""
-    own = getattr(past, "fork", None)
-    return own() if callable(own) else copy.deepcopy(past)
-
-
-def cache_bytes(past: Any) -> int:
-    """Bytes that a cache keeps: what it says itself (``nbytes``, a number or a ByteCount, or a method that gives one),
-    else those of its layers' tensors."""
-    stated = getattr(past, "nbytes", None)
-    if callable(stated):
-        stated = stated()
-    if stated is not None:
-        return stated.total if isinstance(stated, ByteCount) else int(stated)
-    tensors = (value for layer in past.layers for value in vars(layer).values() if isinstance(value, torch.Tensor))
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _result(candidate: Candidate, outcomes: Sequence[dict[str, Any]], protocol: LongProtocol) -> LongEvaluation:

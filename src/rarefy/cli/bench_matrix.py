@@ -1,0 +1,57 @@
+"""``rarefy bench --matrix``: what every model costs with every cache under every load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rarefy.cli.common import print_record, print_table
+
+if TYPE_CHECKING:
+    from rarefy.evaluation.efficiency.matrix import Efficiency, Row
+
+
+def bench_matrix(path: Path, work_dir: Path | None, as_json: bool) -> None:
+    """Measure the matrix in the YAML file ``path`` and print it; ``work_dir`` keeps what is finished."""
+    from rarefy import api
+    from rarefy.evaluation.efficiency.matrix import read_matrix
+
+    found = api.measure_efficiency(read_matrix(path), work_dir=work_dir)
+    if as_json:
+        print_record("efficiency", found.model_dump())
+    else:
+        print_efficiency(found)
+
+
+def print_efficiency(found: Efficiency) -> None:
+    """A row for each combination, then the roof and what was measured how."""
+    headings = (
+        "model", "cache", "load", "first token ms", "token ms p50", "p95", "new tokens/s", "peak GB", "of memory",
+        "compute", "of roofline", "J/token", "times smaller", "perplexity",
+    )  # fmt: skip
+    print_table(headings, [_cells(row) for row in found.rows])
+    roof, first = found.roof, found.rows[0].cost
+    print(
+        f"roof: {roof.bytes_per_second / 1e9:.1f} GB/s, {roof.flops_per_second / 1e9:.0f} GFLOP/s in {roof.dtype}; "
+        f"{first.threads} threads, {first.device}, {first.dtype}; of roofline: of a decoding step"
+    )
+    sources = {row.cost.energy.source for row in found.rows if row.cost.energy is not None}
+    print(f"energy: {', '.join(sorted(sources)) or 'no counter can be read here; give watts for a model of it'}")
+    if found.protocol is not None:
+        print(f"perplexity: {found.protocol}")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    cost = row.cost
+    return (
+        row.model, row.cache, cost.load.describe(), f"{1e3 * cost.first_token.p50:.1f}", f"{1e3 * cost.token.p50:.1f}",
+        f"{1e3 * cost.token.p95:.1f}", f"{cost.new_tokens_per_second:.1f}", f"{cost.memory.peak_bytes / 1e9:.2f}",
+        _share(cost.memory.utilization), _share(cost.compute_utilization), _share(cost.decode_roofline),
+        "-" if cost.joules_per_token is None else f"{cost.joules_per_token:.3g}",
+        "-" if row.compression_ratio is None else f"{row.compression_ratio:.2f}",
+        "-" if row.perplexity is None else f"{row.perplexity:.3f}",
+    )  # fmt: skip
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"

@@ -37,7 +37,6 @@ from rarefy.sources.models import open_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from rarefy.evaluation.efficiency.matrix import Efficiency, Matrix
     from rarefy.evaluation.forward import CacheFactory
     from rarefy.evaluation.long.results import LongComparison
     from rarefy.evaluation.tasks.results import TaskComparison
@@ -293,54 +292,15 @@ def evaluate_long(
     that the same call goes on after an interruption. Raises SourceError, OptionError, UnsupportedError,
     CheckpointError.
     """
-    from rarefy.evaluation.long.runner import evaluate_long as run
-    from rarefy.evaluation.long.sessions import read_sessions
-    from rarefy.evaluation.long.suite import LongProtocol
-    from rarefy.sources.texts import open_text
+    from rarefy.integrations.transformers.long_evaluation import evaluate_long as run
 
-    text = open_text(data, "evaluation")
     wanted: dict[str, Any] = {
-        "length": length, "sessions": sessions, "documents": documents, "chunk": chunk, "seed": seed, "text": text.name,
+        "length": length, "sessions": sessions, "documents": documents, "chunk": chunk, "seed": seed,
     }  # fmt: skip
     wanted |= {} if tasks is None else {"tasks": tuple(tasks)}
-    protocol = parse(LongProtocol, wanted, "Long evaluation", OptionError)
-    asked = [session for file in session_files for session in read_sessions(Path(file))]
-    subjects = open_subjects(models, reference, dtype=dtype, device=device, tokenizer=tokenizer, cache=cache)
     return run(
-        subjects.candidates, subjects.tokenizer, text.text, protocol, reference=subjects.reference, sessions=asked,
-        begin=bos_token(subjects.tokenizer, None), work_dir=None if work_dir is None else Path(work_dir),
-        free_bytes=subjects.free_bytes,
-    )  # fmt: skip
-
-
-def measure_efficiency(matrix: Matrix, *, work_dir: str | Path | None = None) -> Efficiency:
-    """What every model of ``matrix`` costs with every cache under every load: memory, compute, latency, throughput,
-    energy, compression, and, where it has windows, quality against its reference.
-
-    Timed on this machine as it is: what else runs on it counts too. ``work_dir`` keeps finished rows, so that the same
-    call goes on after an interruption. Raises SourceError, OptionError, UnsupportedError, CheckpointError.
-    """
-    from rarefy.evaluation.efficiency.matrix import DENSE, run_matrix
-
-    unknown = [name for name in matrix.caches if name != DENSE]
-    if unknown:
-        raise OptionError(f"caches: '{unknown[0]}' is unknown; known: {DENSE}.")
-    caches: dict[str, CacheFactory | None] = {name: None for name in matrix.caches}
-    if matrix.threads is not None:
-        torch.set_num_threads(matrix.threads)
-    if matrix.windows and matrix.reference is None:
-        raise OptionError("Windows measure quality against a model; name it as 'reference', or leave 'windows' out.")
-    subjects = open_subjects(matrix.models, None, dtype=matrix.dtype, device=matrix.device)
-
-    def judge(model: str, cache: CacheFactory | None) -> Comparison:
-        return compare(
-            [model], reference=matrix.reference, data=matrix.data, context=matrix.context, windows=matrix.windows,
-            dtype=matrix.dtype, device=matrix.device, cache=cache, chunk=None if cache is None else 64,
-        )  # fmt: skip
-
-    return run_matrix(
-        matrix, subjects.candidates, caches, subjects.device, judge=judge,
-        work_dir=None if work_dir is None else Path(work_dir),
+        models, reference, data, wanted, session_files=session_files, cache=cache, work_dir=work_dir, dtype=dtype,
+        device=device, tokenizer=tokenizer,
     )  # fmt: skip
 
 

@@ -8,19 +8,47 @@ from typing import TYPE_CHECKING
 from rarefy.cli.common import print_record, print_table
 
 if TYPE_CHECKING:
-    from rarefy.evaluation.efficiency.matrix import Efficiency, Row
+    from rarefy.evaluation.efficiency.matrix import Efficiency, Matrix, Row
+    from rarefy.evaluation.forward import CacheFactory
+    from rarefy.evaluation.results import Comparison
 
 
-def bench_matrix(path: Path, work_dir: Path | None, as_json: bool) -> None:
+def bench_matrix(path: Path, work_dir: Path | None = None, as_json: bool = False) -> None:
     """Measure the matrix in the YAML file ``path`` and print it; ``work_dir`` keeps what is finished."""
-    from rarefy import api
     from rarefy.evaluation.efficiency.matrix import read_matrix
 
-    found = api.measure_efficiency(read_matrix(path), work_dir=work_dir)
+    found = _measure(read_matrix(path), work_dir)
     if as_json:
         print_record("efficiency", found.model_dump())
     else:
         print_efficiency(found)
+
+
+def _measure(matrix: Matrix, work_dir: Path | None) -> Efficiency:
+    import torch
+
+    from rarefy import api
+    from rarefy.core.errors import OptionError
+    from rarefy.evaluation.efficiency.matrix import DENSE, run_matrix
+    from rarefy.integrations.transformers.subjects import open_subjects
+
+    unknown = [name for name in matrix.caches if name != DENSE]
+    if unknown:
+        raise OptionError(f"caches: '{unknown[0]}' is unknown; known: {DENSE}.")
+    if matrix.windows and matrix.reference is None:
+        raise OptionError("Windows measure quality against a model; name it as 'reference', or leave 'windows' out.")
+    caches: dict[str, CacheFactory | None] = {name: None for name in matrix.caches}
+    if matrix.threads is not None:
+        torch.set_num_threads(matrix.threads)
+    subjects = open_subjects(matrix.models, None, dtype=matrix.dtype, device=matrix.device)
+
+    def judge(model: str, cache: CacheFactory | None) -> Comparison:
+        return api.compare(
+            [model], reference=matrix.reference, data=matrix.data, context=matrix.context, windows=matrix.windows,
+            dtype=matrix.dtype, device=matrix.device, cache=cache, chunk=None if cache is None else 64,
+        )  # fmt: skip
+
+    return run_matrix(matrix, subjects.candidates, caches, subjects.device, judge=judge, work_dir=work_dir)
 
 
 def print_efficiency(found: Efficiency) -> None:

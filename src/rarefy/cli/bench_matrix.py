@@ -54,14 +54,15 @@ def _measure(matrix: Matrix, work_dir: Path | None) -> Efficiency:
 def print_efficiency(found: Efficiency) -> None:
     """A row for each combination, then the roof and what was measured how."""
     headings = (
-        "model", "cache", "load", "first token ms", "token ms p50", "p95", "new tokens/s", "peak GB", "of memory",
-        "compute", "of roofline", "J/token", "times smaller", "perplexity",
+        "model", "cache", "batch x tokens", "first ms", "token ms", "p95", "tokens/s", "peak GB", "memory", "compute",
+        "roofline", "J/token", "smaller", "perplexity",
     )  # fmt: skip
     print_table(headings, [_cells(row) for row in found.rows])
     roof, first = found.roof, found.rows[0].cost
     print(
         f"roof: {roof.bytes_per_second / 1e9:.1f} GB/s, {roof.flops_per_second / 1e9:.0f} GFLOP/s in {roof.dtype}; "
-        f"{first.threads} threads, {first.device}, {first.dtype}; of roofline: of a decoding step"
+        f"{first.threads} threads, {first.device}, {first.dtype}; memory, compute: shares of what there is; roofline: "
+        "share that a decoding step reaches; smaller: times"
     )
     sources = {row.cost.energy.source for row in found.rows if row.cost.energy is not None}
     print(f"energy: {', '.join(sorted(sources)) or 'no counter can be read here; give watts for a model of it'}")
@@ -70,9 +71,10 @@ def print_efficiency(found: Efficiency) -> None:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    cost = row.cost
+    cost, load = row.cost, row.cost.load
+    size = f"{load.batch} x {load.prompt_tokens}+{load.new_tokens}"
     return (
-        row.model, row.cache, cost.load.describe(), f"{1e3 * cost.first_token.p50:.1f}", f"{1e3 * cost.token.p50:.1f}",
+        row.model, row.cache, size, f"{1e3 * cost.first_token.p50:.1f}", f"{1e3 * cost.token.p50:.1f}",
         f"{1e3 * cost.token.p95:.1f}", f"{cost.new_tokens_per_second:.1f}", f"{cost.memory.peak_bytes / 1e9:.2f}",
         _share(cost.memory.utilization), _share(cost.compute_utilization), _share(cost.decode_roofline),
         "-" if cost.joules_per_token is None else f"{cost.joules_per_token:.3g}",

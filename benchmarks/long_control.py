@@ -2,7 +2,7 @@
 
 ``perfect`` keeps every key and value as it is; ``bad`` turns each key into noise of its own size once the pass that
 brought it is over. Both run beside the dense cache, in sessions of the default sizes, or of 512 tokens with --quick.
-A task tells them apart when the interval of KL, or with one answer the KL itself, lies above that of the perfect one.
+A task tells them apart when the whole interval of the bad one's KL lies far above that of the perfect one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=[*TASKS, POSITIONS], help="some tasks only")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    sizes: dict[str, Any] = {"length": 512, "sessions": 1, "documents": 2} if options.quick else {}
+    sizes: dict[str, Any] = {"length": 512, "documents": 2} if options.quick else {}
     model: Any = api.load("demo", dtype="float32")
     model.to(options.device)
     tokenizer, text = api.load_tokenizer("demo"), open_text("demo", "evaluation")

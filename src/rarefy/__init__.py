@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         compare,
         compress,
         evaluate,
+        evaluate_long,
         evaluate_tasks,
         load,
         load_tokenizer,
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "compare", "compress", "evaluate", "evaluate_tasks", "load", "load_tokenizer", "merge_adapter", "runner", "save",
+    "compare", "compress", "evaluate", "evaluate_long", "evaluate_tasks", "load", "load_tokenizer", "merge_adapter",
+    "runner", "save",
 ]  # fmt: skip
 
 

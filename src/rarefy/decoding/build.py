@@ -237,7 +237,9 @@ class _Builder:
             hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
             # Transformers keeps hooks that only look, once hidden states were asked for.
             changing = [hook for hook in hooks if getattr(hook, "__module__", "") != _LOOKING]
-            if changing or "forward" in vars(module):
+            # Older ones put the class's own forward back as an attribute.
+            own = getattr(vars(module).get("forward", module.forward), "__func__", None)
+            if changing or own is not type(module).forward:
                 raise UnsupportedError(f"'{name}' has a hook or another forward, which the decode runner would skip.")
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             if tensor.device.type != "cpu":

@@ -5,14 +5,16 @@ has the shape of Llama-2-7B: weights drawn at random and written block by block,
 (of SpQR's outliers, on a normal distribution of weights). With ``--processes 1 2`` a job also runs under torchrun, and
 ``ratio`` is the time of one process over that of several.
 
-Run the same command again with the same ``--work-dir`` after an interruption: finished jobs and blocks are kept.
-Seconds are then those of all attempts, without what an attempt lost at its end. The first block of an attempt carries
-loading.
+With ``--durable`` a job keeps finished blocks and activations on disk, and goes on where it was when the same command
+runs again with the same ``--work-dir``; without it only finished jobs and random models are kept there. Seconds are
+those of all attempts, without what an attempt lost at its end. The first block of an attempt carries loading and
+warming up, so ``seconds_per_block`` is the median without the very first.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -29,6 +31,7 @@ from harness import Row, arguments, write
 from plans import Plan, chosen, integers
 
 import rarefy
+from rarefy.calibration.journal import Journal
 from rarefy.core.memory import peak_bytes
 from rarefy.sources.models import open_model
 
@@ -101,17 +104,39 @@ def child(job: dict[str, Any]) -> None:
     if job["vocabulary"]:
         generator = torch.Generator().manual_seed(0)
         data = torch.randint(job["vocabulary"], (job["samples"], job["seq_len"]), generator=generator)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _stamp(place, "start")
+        _stamp_blocks(place)
     report = rarefy.compress(
         job["model"], job["recipe"], options=job["options"], out=place / "out", data=None if job["data_free"] else data,
-        samples=job["samples"], seq_len=job["seq_len"], device=job["device"], work_dir=place / "work",
+        samples=job["samples"], seq_len=job["seq_len"], device=job["device"],
+        work_dir=place / "work" if job["durable"] else None,
     )  # fmt: skip
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     found = {
-        "bits_per_weight": report.bits_per_weight["total"], "finished": time.time(), "host": peak_bytes(),
+        "bits_per_weight": report.bits_per_weight["total"], "host": peak_bytes(),
         "gpu": torch.cuda.max_memory_allocated() if job["device"] == "cuda" else None,
         "threads": torch.get_num_threads(), "fallbacks": len(report.fallbacks),
     }  # fmt: skip
+    if rank == 0:
+        _stamp(place, "end")
     (place / f"rank-{rank}.json").write_text(json.dumps(found), "utf-8")
+
+
+def _stamp(place: Path, event: str) -> None:
+    with (place / "times").open("a", encoding="ascii") as stream:
+        stream.write(f"{event} {time.time():.3f}\n")
+
+
+def _stamp_blocks(place: Path) -> None:
+    """Note when the driver declares a block finished, which it does once for each."""
+    advance = Journal.advance
+
+    def stamped(journal: Journal, *given: Any, **named: Any) -> None:
+        advance(journal, *given, **named)
+        _stamp(place, "block")
+
+    Journal.advance = stamped  # type: ignore[method-assign]
 
 
 def run(place: Path, job: dict[str, Any], processes: int) -> list[dict[str, Any]]:
@@ -124,7 +149,6 @@ def run(place: Path, job: dict[str, Any], processes: int) -> list[dict[str, Any]
         command = [sys.executable]
         if processes > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        (place / f"start-{time.time():.3f}").touch()
         done = subprocess.run([*command, __file__, "--child", str(place / "job.json")], check=False)
         if done.returncode:
             raise SystemExit(f"The job in '{place}' ended with code {done.returncode}.")
@@ -132,17 +156,14 @@ def run(place: Path, job: dict[str, Any], processes: int) -> list[dict[str, Any]
     return [json.loads(record.read_text("utf-8")) for record in records]
 
 
-def block_seconds(place: Path, finished: float) -> tuple[list[float], float]:
-    """Seconds of each block in order, and of the whole job, from when the job's files were written."""
-    starts = sorted(float(path.name.removeprefix("start-")) for path in place.glob("start-*"))
-    blocks = sorted(path.stat().st_mtime for path in (place / "work").glob("*.layers.*.safetensors"))
-    events = [(moment, False) for moment in starts] + [(moment, True) for moment in (*blocks, finished)]
-    events.sort()
-    spans, last = [], events[0][0]
-    for moment, counted in events[1:]:
-        if counted:
-            spans.append(moment - last)
-        last = moment
+def block_seconds(place: Path) -> tuple[list[float], float]:
+    """Seconds of each block in order, and of the whole job."""
+    spans, last = [], 0.0
+    for line in (place / "times").read_text("ascii").splitlines():
+        event, moment = line.split()
+        if event != "start":
+            spans.append(float(moment) - last)
+        last = float(moment)
     return spans[:-1], sum(spans)
 
 
@@ -152,17 +173,18 @@ def measure(plan: Plan, processes: int, subject: tuple[str, str, int, int], opti
     job = {
         "model": model, "vocabulary": vocabulary, "recipe": plan.recipe, "options": plan.options,
         "samples": options.samples, "seq_len": options.seq_len, "device": options.device,
-        "data_free": not plan.calibrates,
+        "data_free": not plan.calibrates, "durable": options.durable,
     }  # fmt: skip
     place = work / "-".join([Path(model).name, plan.job.replace(" ", "_"), str(processes)])
     found = run(place, job, processes)
-    spans, seconds = block_seconds(place, max(one["finished"] for one in found))
+    spans, seconds = block_seconds(place)
+    steady = statistics.median(spans[1:]) if len(spans) > 1 else None
     gpu = [one["gpu"] for one in found if one["gpu"] is not None]
     return {
         "model": name, "layers": layers, "job": plan.job, "processes": processes, "device_type": options.device,
         "calibration": None if job["data_free"] else calibration, "threads": found[0]["threads"],
         "bits_per_weight": round(found[0]["bits_per_weight"], 4), "fallbacks": found[0]["fallbacks"],
-        "seconds": round(seconds, 1), "seconds_per_block": round(statistics.median(spans), 2) if spans else None,
+        "seconds": round(seconds, 1), "seconds_per_block": steady and round(steady, 2),
         "blocks": [round(span, 2) for span in spans], "peak_host_bytes": sum(one["host"] for one in found),
         "peak_gpu_bytes": max(gpu) if gpu else None,
     }  # fmt: skip
@@ -180,6 +202,7 @@ def main() -> None:
     parser.add_argument(
         "--work-dir", type=Path, help="keep models and unfinished jobs here, to go on after an interruption"
     )
+    parser.add_argument("--durable", action="store_true", help="keep finished blocks of unfinished jobs as well")
     parser.add_argument("--child", type=Path, help="(for its own use) run the job in this file")
     options = parser.parse_args()
     if options.child:

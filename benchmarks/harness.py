@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ Row = dict[str, Any]
 
 def arguments(about: str) -> ArgumentParser:
     """The options that every benchmark has."""
+    commit()
     parser = ArgumentParser(description=about)
     parser.add_argument("--quick", action="store_true", help="a few minutes instead of everything")
     parser.add_argument("--json", type=Path, help="keep the results here; rows already there stay unless measured anew")
@@ -39,9 +41,13 @@ def device_name() -> str:
         return platform.processor() or platform.machine()
 
 
+@functools.cache
 def commit() -> str:
     """The commit this runs at: ``$COMMIT`` in a copy with another history or none, else the work tree's, marked where
-    it differs."""
+    it differs.
+
+    Looked up once, when a benchmark starts: the work tree may move on while it runs.
+    """
     if given := os.environ.get("COMMIT"):
         return given
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
@@ -63,8 +69,8 @@ def read(path: Path | None) -> dict[str, Any]:
     return found
 
 
-def merge(path: Path, result: dict[str, Any], key: Sequence[str]) -> None:
-    """Put the rows of ``result`` into the results in ``path``, in the place of rows with an equal ``key``.
+def merge(path: Path, result: dict[str, Any]) -> None:
+    """Put the rows of ``result`` into the results in ``path``, in the place of rows that are equal under its ``key``.
 
     Processes may do this at the same time. Ends the program when the file is of another device or other versions,
     because rows of one file have to be comparable.
@@ -75,6 +81,7 @@ def merge(path: Path, result: dict[str, Any], key: Sequence[str]) -> None:
         for name in ("device", "versions"):
             if known["rows"] and known[name] != result[name]:
                 raise SystemExit(f"'{path}' has rows of another {name} ({known[name]}); name another file.")
+        key = result["key"]
         rows = {key_of(row, key): row for row in known["rows"]}
         rows.update({key_of(row, key): row for row in result["rows"]})
         whole = {**result, "rows": list(rows.values())}
@@ -83,18 +90,18 @@ def merge(path: Path, result: dict[str, Any], key: Sequence[str]) -> None:
         part.replace(path)
 
 
-def write(options: Namespace, rows: list[Row], key: Sequence[str], **facts: Any) -> None:
-    """Keep the rows, with device, versions and commit, in the file that was named, or else print them."""
+def write(options: Namespace, rows: list[Row], key: Sequence[str]) -> None:
+    """Keep the rows, known by their values under ``key``, in the file that was named, or else print them."""
     here = commit()
     result = {
         "device": device_name(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "commit": here,
-        **facts,
+        "key": list(key),
         "rows": [{**row, "commit": here} for row in rows],
     }
     if options.json is None:
         print(json.dumps(result, indent=1))
         return
-    merge(options.json, result, key)
+    merge(options.json, result)
     print(f"{len(rows)} rows written to {options.json}", file=sys.stderr)

@@ -13,6 +13,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,21 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SHOWN = "^(rtn|gptq|awq) int[34] g128 Z$|^spqr int(3 3.95 bits|4)$|^(sparsegpt|wanda) (50%|2:4)$"
 DEMO = "SmolLM2-135M-Instruct (demo, jitter 0.10)"
+FOLDED = "SmolLM2-135M-Instruct (demo, norm gains folded into the layers that read them, jitter 0.10)"
+LAB = "lab-29m"
+GRIDS = r"^(rtn|gptq|awq) int[34] g(128|64|32) Z$"
+# Rows of a page, on either model.
+PAGES = {
+    "gptq": "^(rtn|gptq) int[34] g(128|16) Z( no clip)?$|^gptq int3 g128 Z (file order|true-sequential)$",
+    "awq": "^(rtn|gptq|awq) int[34] g128 Z$",
+    "spqr": "^spqr |^(rtn|gptq|awq) int[34] g128 Z$|^(rtn|gptq) int3 g16 ",
+    "sparse": "^(sparsegpt|wanda) ",
+    "squeeze-llm": "^squeeze_llm |^gptq (lut3 per row|int[34] per row|int[34] g128 Z)$",
+    "gwq": "^gwq |^(rtn|gptq) int[34] g128 Z$",
+    "afpq": "^(afpq|one scale) |^(rtn|gptq|awq) int[34] g32 Z$",
+    "gqsa": "^gqsa |^sparsegpt 2:4( int4 g128 Z)?$|^gptq (int2 g32|int3 g128) Z$",
+}
+UNMEASURED = "*No measurement of this is committed yet.*"
 Rows = list[dict[str, Any]]
 
 
@@ -73,15 +89,12 @@ def side_by_side(rows: Rows) -> list[str]:
     return lines
 
 
-def result(pattern: str) -> dict[str, Any]:
-    """The one committed result file whose path matches."""
-    found = sorted((ROOT / "docs" / "results").glob(pattern))
-    if len(found) != 1:
-        raise SystemExit(f"docs/results/{pattern} matches {len(found)} files; keep exactly one.")
-    data: dict[str, Any] = json.loads(found[0].read_text("utf-8"))
-    # A merged file names the commit of each row, a file of one run names it once.
-    data["rows"] = [{"commit": data["commit"], **row} for row in data["rows"]]
-    return data
+def results(pattern: str) -> list[dict[str, Any]]:
+    """The committed result files whose path matches, one of each device."""
+    found = [json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "docs" / "results").glob(pattern))]
+    for data in found:
+        data["rows"] = [{"commit": data["commit"], **row} for row in data["rows"]]
+    return found
 
 
 def measured_on(data: dict[str, Any]) -> str:
@@ -102,18 +115,62 @@ def accuracy_table(
     only: str = "", model: str = DEMO, context: int = 2048, layout: Callable[[Rows], list[str]] = weight_accuracy
 ) -> str:
     """The rows of ``model`` whose job matches the regular expression ``only``, the dense model first."""
-    data = result("nvidia-*/weight_accuracy.json")
+    (data,) = results("nvidia-h100*/weight_accuracy.json")
     own = [row for row in data["rows"] if row["model"] == model and row["protocol"].startswith(f"context {context},")]
     shown = [row for row in own if re.search(only, row["job"])]
     if not shown:
-        raise SystemExit(f"No committed row of '{model}' matches '{only}' at context {context}.")
+        return UNMEASURED
     dense = [row for row in own if row["job"] == "dense"]
-    rows = dense + [row for row in shown if row["job"] != "dense"]
+    rows = dense + sorted(
+        (row for row in shown if row["job"] != "dense"),
+        key=lambda row: (-row["bits_per_weight"], row["job"], row["seed"]),
+    )
     data["rows"] = rows
     samples = dict.fromkeys(row["calibration"] for row in rows if row["calibration"])
     calibrated = f" calibrated on {' and on '.join(samples)};" if samples else ""
     facts = f"{model}, {rows[0]['protocol']}, {rows[0]['tokens']} predicted tokens, seeds from 0 on;{calibrated}"
     return "\n".join([*layout(rows), "", f"{facts} {measured_on(data)}"])
+
+
+def similarity_table() -> str:
+    """STS-B by recipe, one table per device."""
+    parts = []
+    for data in results("*/sentence_similarity.json"):
+        lines = ["| weights | bits/weight | error | output error | Spearman | cosine to dense |"]
+        lines += ["|---|---|---|---|---|---|"]
+        for row in data["rows"]:
+            output = row.get("output_error")
+            lines.append(
+                f"| {row['job']} | {row['bits_per_weight']:.3f} | {row['relative_error']:.4f} | "
+                f"{'-' if output is None else f'{output:.4f}'} | {row['spearman']:.2f} | {row['cosine']:.4f} |"
+            )
+        first = data["rows"][0]
+        samples = " and ".join(dict.fromkeys(row["calibration"] for row in data["rows"] if row.get("calibration")))
+        facts = f"{first['model']}, {first['pairs']} test pairs of STS-B; calibrated on {samples};"
+        parts.append("\n".join([*lines, "", f"{facts} {measured_on(data)}"]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def speed_table() -> str:
+    """What calibration takes, one table per device."""
+    parts = []
+    for data in results("*/calibration_speed.json"):
+        lines = [
+            "| model | weights | calibration | on | minutes | seconds/block | host memory | GPU memory | speedup |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in data["rows"]:
+            gpu = "-" if row["peak_gpu_bytes"] is None else f"{row['peak_gpu_bytes'] / 1e9:.1f} GB"
+            unit = "thread" if row["device_type"] == "cpu" else "GPU"
+            count = row["processes"] * (row["threads"] if unit == "thread" else 1)
+            block = "-" if row["seconds_per_block"] is None else f"{row['seconds_per_block']:.1f}"
+            lines.append(
+                f"| {row['model']}, {row['layers']} blocks | {row['job']} | {row['calibration'] or '-'} | "
+                f"{count} {unit}{'s' if count > 1 else ''} | {row['seconds'] / 60:.1f} | {block} | "
+                f"{row['peak_host_bytes'] / 1e9:.1f} GB | {gpu} | {row.get('ratio', '-')} |"
+            )
+        parts.append("\n".join([*lines, "", f"Each job in processes of its own; {measured_on(data)}"]))
+    return "\n\n".join(parts) or UNMEASURED
 
 
 def term_table() -> str:
@@ -127,11 +184,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "weight-accuracy-short": lambda: accuracy_table(SHOWN),
     "weight-accuracy-rtn": lambda: accuracy_table("^rtn "),
     "weight-accuracy-rtn-512": lambda: accuracy_table("^rtn ", context=512),
-    "gptq": lambda: accuracy_table("^(rtn|gptq) int[34] g(128|16) Z( no clip)?$"),
-    "awq": lambda: accuracy_table("^(rtn|gptq|awq) int[34] g128 Z$"),
-    "spqr": lambda: accuracy_table("^spqr |^(rtn|gptq) int[34] g128 Z$|^gptq int3 g16 Z$"),
-    "lab": lambda: accuracy_table("", "lab-29m"),
-    "sparse": lambda: accuracy_table("^(sparsegpt|wanda) "),
+    **{name: partial(accuracy_table, rows) for name, rows in PAGES.items()},
+    **{f"{name}-lab": partial(accuracy_table, rows, LAB) for name, rows in PAGES.items()},
+    "grids": lambda: accuracy_table(GRIDS, layout=side_by_side),
+    "grids-lab": lambda: accuracy_table(GRIDS, LAB, layout=side_by_side),
+    "folded": lambda: accuracy_table("", FOLDED),
+    "sentence-similarity": similarity_table,
+    "calibration-speed": speed_table,
     "terms": term_table,
 }
 

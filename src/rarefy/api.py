@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rarefy.evaluation.forward import CacheFactory
+    from rarefy.evaluation.long.results import LongComparison
     from rarefy.evaluation.tasks.results import TaskComparison
 
 log = logger(__name__)
@@ -261,6 +262,45 @@ def evaluate_tasks(
         subjects.candidates, tasks, subjects.tokenizer, reference=subjects.reference, limit=limit, few_shot=few_shot,
         task_data=None if task_data is None else Path(task_data), chunk=chunk, batch=batch, allow_code=allow_code,
         work_dir=None if work_dir is None else Path(work_dir),
+    )  # fmt: skip
+
+
+def evaluate_long(
+    models: Sequence[str | Path | PreTrainedModel],
+    *,
+    reference: str | Path | PreTrainedModel | None = None,
+    data: str | Path = "demo",
+    length: int = 2048,
+    sessions: int = 2,
+    documents: int = 4,
+    chunk: int = 256,
+    seed: int = 0,
+    tasks: Sequence[str] | None = None,
+    session_files: Sequence[str | Path] = (),
+    cache: CacheFactory | None = None,
+    work_dir: str | Path | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: Device = "auto",
+    tokenizer: Any = None,
+) -> LongComparison:
+    """What several models still make of contexts of ``length`` tokens, against the ``reference``.
+
+    ``sessions`` of each task of ``rarefy.evaluation.long`` (``tasks`` None: all) are drawn by ``seed`` over the text
+    ``data``, each asked in one conversation and question by question; ``documents`` windows give the likelihood by
+    position. ``session_files``: sessions in the form of SCBench, kvpress or RULER, asked besides. ``chunk`` tokens go
+    through a model at a time; ``cache`` makes the KV cache of the candidates. ``work_dir`` keeps finished sessions, so
+    that the same call goes on after an interruption. Raises SourceError, OptionError, UnsupportedError,
+    CheckpointError.
+    """
+    from rarefy.integrations.transformers.long_evaluation import evaluate_long as run
+
+    wanted: dict[str, Any] = {
+        "length": length, "sessions": sessions, "documents": documents, "chunk": chunk, "seed": seed,
+    }  # fmt: skip
+    wanted |= {} if tasks is None else {"tasks": tuple(tasks)}
+    return run(
+        models, reference, data, wanted, session_files=session_files, cache=cache, work_dir=work_dir, dtype=dtype,
+        device=device, tokenizer=tokenizer,
     )  # fmt: skip
 
 

@@ -67,6 +67,14 @@ def test_blocks_that_are_run_more_than_once() -> None:
         compress(albert, tokens(2, 8))
 
 
+def test_blocks_that_change_the_shape_of_their_input() -> None:
+    values = {"image_size": 16, "patch_size": 2, "embed_dim": 12, "depths": [1, 1], "num_heads": [2, 2]}
+    values["window_size"] = 2
+    swin = Family("SwinForImageClassification", "SwinConfig", values).build()
+    with pytest.raises(UnsupportedError, match=r"Block 'swin\.encoder\.layers\.0' turns \[2, 64, 12\] into"):
+        compress(swin, [{"pixel_values": torch.randn(2, 3, 16, 16)}])
+
+
 def test_layers_that_lie_in_no_block() -> None:
     with pytest.raises(UnsupportedError, match="data-free recipe"):
         compress(family_of("bert_labels").build(), tokens(2, 8), targets=("bert.pooler.dense",))

@@ -19,13 +19,13 @@ from rarefy.calibration.fold import Producer
 from rarefy.calibration.gradients import KINDS, Sweep, reverse_sweep
 from rarefy.calibration.journal import Journal, Progress, Solved
 from rarefy.calibration.parallel import Ranks
-from rarefy.calibration.replay import Call, Replay, hidden_of
+from rarefy.calibration.replay import Call, Replay, check_data, hidden_of, token_mask
 from rarefy.calibration.samples import Batch, Samples, on_device
 from rarefy.calibration.selection import Selection
 from rarefy.calibration.solving import Solver, decoded
 from rarefy.calibration.weights import Overlay, Weights
 from rarefy.contracts import Layer, Recipe
-from rarefy.core.errors import OptionError, RecipeError, UnsupportedError
+from rarefy.core.errors import RecipeError, UnsupportedError
 from rarefy.core.progress import Advance, progress
 from rarefy.formats.terms import Term
 from rarefy.layers.swap import Site
@@ -72,7 +72,7 @@ class Driver:
         self.resident = Resident(job.model, self.weights, job.device, job.dtype)
         self.replay = Replay(job.model, self.blocks)
         self.batches = job.samples.batches
-        self.masks = [_token_mask(job.model, self.blocks[0], batch) for batch in self.batches]
+        self.masks = [token_mask(job.model, self.blocks[0], batch) for batch in self.batches]
         self.shapes: list[torch.Size] = []  # of the hidden states, by batch
         self.streams: dict[str, Stream] = {}
         self.calls: list[list[Call]] = []
@@ -122,7 +122,7 @@ class Driver:
     def _enter(self, finished: int) -> None:
         """Run what comes before the blocks: their first inputs, and how each of them is called."""
         kinds = {self.solver.schedule(site).inputs for site in self.inside + self.outside if self._observed(site)}
-        _check_data(self.job.model, self.batches)
+        check_data(self.job.model, self.batches)
         with self.resident.outside(self.blocks), self.resident.block(self.blocks[0]) as block:
             self.shapes = [self.replay.first_call(self._on_device(batch))[0].shape for batch in self.batches]
             for kind in sorted(kinds):
@@ -374,35 +374,3 @@ def _silent(steps: float = 1, note: str = "") -> None:
 def _groups(capture: Capture) -> list[Group]:
     """What was captured, and what no input reached."""
     return capture.groups + [Group([site], {}) for site in capture.unseen()]
-
-
-def _token_mask(model: nn.Module, block: str, batch: Batch) -> Tensor | None:
-    """The padding mask ``[samples, tokens]`` of what the blocks read, if there is one."""
-    mask = batch.get("attention_mask")
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder" in block.split("."):
-        if mask is not None and not bool(mask.all()):
-            raise UnsupportedError(
-                "Padding of an encoder's tokens cannot be told apart where its decoder reads them; calibrate a decoder "
-                "on sequences without padding."
-            )
-        mask = batch.get("decoder_attention_mask")
-    return mask if mask is not None and mask.dim() == 2 else None
-
-
-def _check_data(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Raise OptionError for what would fail deep inside the model, or on a GPU without a reason."""
-    main = getattr(model, "main_input_name", None)
-    if main is not None and not any(name in batch for batch in batches for name in (main, "inputs_embeds")):
-        raise OptionError(
-            f"{type(model).__name__} reads '{main}', but the calibration data has {', '.join(batches[0])}; give "
-            "batches of the inputs that it reads."
-        )
-    config = getattr(model, "config", None)
-    size = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
-    for batch in batches if size is not None else ():
-        largest = int(batch["input_ids"].max()) if "input_ids" in batch and batch["input_ids"].numel() else 0
-        if largest >= size:  # type: ignore[operator]
-            raise OptionError(
-                f"The calibration data has token {largest}, but the vocabulary of the model has {size}; use its own "
-                "tokenizer."
-            )

@@ -22,10 +22,10 @@ def keep_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
 
 
 class Kept:
-    """A file of ``keep_tensors``. Everything raises OptionError, naming the file, when it is damaged."""
+    """A file of ``keep_tensors``; where it is damaged, everything raises OptionError, with its name and ``remedy``."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, remedy: str = "delete the folder"):
+        self.path, self._remedy = path, remedy
         try:
             header = read_header(path)
             self.about: dict[str, Any] = json.loads(header.metadata["about"])
@@ -50,4 +50,4 @@ class Kept:
         return found
 
     def _damaged(self, reason: object) -> OptionError:
-        return OptionError(f"'{self.path.name}' in --work-dir is damaged ({reason}); delete the folder.")
+        return OptionError(f"'{self.path.name}' in --work-dir is damaged ({reason}); {self._remedy}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,9 +37,11 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Tell all processes of an error that ends the work in this one. They raise PeerError."""
+        """Tell all processes of an error that ends the work in this one: they raise PeerError. Without one, all leave
+        when the last has what it was sent."""
         try:
             yield
+            self.wait()
         except PeerError:
             raise
         except Exception as failure:
@@ -141,9 +144,16 @@ def ranks_of(device: torch.device) -> tuple[Ranks, torch.device]:
         # One rank may solve for long while the others wait; a rank that fails says so.
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(days=7))
+        # A group that is still there when the interpreter ends may abort the process.
+        atexit.register(_leave)
     # A process group that was here before may carry tensors of the other kind.
     carrier = torch.device("cuda", local) if "nccl" in torch.distributed.get_backend() else torch.device("cpu")
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), carrier), device
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _as_tensor(text: str) -> Tensor:

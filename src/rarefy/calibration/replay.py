@@ -184,6 +184,38 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
+def token_mask(model: nn.Module, block: str, batch: Batch) -> Tensor | None:
+    """The padding mask ``[samples, tokens]`` of what the blocks read, if there is one."""
+    mask = batch.get("attention_mask")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder" in block.split("."):
+        if mask is not None and not bool(mask.all()):
+            raise UnsupportedError(
+                "Padding of an encoder's tokens cannot be told apart where its decoder reads them; calibrate a decoder "
+                "on sequences without padding."
+            )
+        mask = batch.get("decoder_attention_mask")
+    return mask if mask is not None and mask.dim() == 2 else None
+
+
+def check_data(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Raise OptionError for what would fail deep inside the model, or on a GPU without a reason."""
+    main = getattr(model, "main_input_name", None)
+    if main is not None and not any(name in batch for batch in batches for name in (main, "inputs_embeds")):
+        raise OptionError(
+            f"{type(model).__name__} reads '{main}', but the calibration data has {', '.join(batches[0])}; give "
+            "batches of the inputs that it reads."
+        )
+    config = getattr(model, "config", None)
+    size = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
+    for batch in batches if size is not None else ():
+        largest = int(batch["input_ids"].max()) if "input_ids" in batch and batch["input_ids"].numel() else 0
+        if largest >= size:  # type: ignore[operator]
+            raise OptionError(
+                f"The calibration data has token {largest}, but the vocabulary of the model has {size}; use its own "
+                "tokenizer."
+            )
+
+
 class _Pool:
     """Keeps one of equal tensors: masks and position embeddings are the same for all batches and most blocks."""
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rarefy.calibration.kept import Kept, keep_tensors
 from rarefy.calibration.report import LayerReport
 from rarefy.calibration.stored import build_terms, describe_terms, term_tensors
 from rarefy.contracts import Layer, Rule, Solution
-from rarefy.core.errors import CheckpointError, FormatError, OptionError, RecipeError
-from rarefy.core.files import read_header, write_tensors
+from rarefy.core.errors import FormatError, OptionError, RecipeError
 from rarefy.core.version import __version__
 from rarefy.formats.bytes import total
 from rarefy.formats.terms import Term
@@ -77,31 +77,16 @@ class WorkFolder:
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
     def keep(self, key: str, solution: Solution) -> None:
-        tensors = term_tensors(solution.terms)
-        about = {
-            "terms": describe_terms(solution.terms),
-            "notes": json.dumps(solution.notes),
-            "hashes": json.dumps({name: digest_of(tensor) for name, tensor in tensors.items()}),
-        }
-        write_tensors(self.folder / f"{key}.safetensors", tensors, about)
+        about = {"terms": describe_terms(solution.terms), "notes": solution.notes}
+        keep_tensors(self.folder / f"{key}.safetensors", term_tensors(solution.terms), about)
 
     def find(self, key: str, site: Site, device: torch.device) -> Solution | None:
-        from safetensors.torch import load_file
-
         path = self.folder / f"{key}.safetensors"
         if not path.is_file():
             return None
-        try:
-            about = read_header(path).metadata
-            tensors = load_file(path)
-            if {name: digest_of(tensor) for name, tensor in tensors.items()} != json.loads(about["hashes"]):
-                raise CheckpointError("its bytes changed")
-            terms = [term.to(device) for term in build_terms(about["terms"], tensors)]
-            return Solution(terms, json.loads(about["notes"]))
-        except (CheckpointError, FormatError, KeyError, ValueError) as failure:
-            raise OptionError(
-                f"'{path.name}' in --work-dir, the solution of '{site.name}', is damaged ({failure}); delete it."
-            ) from None
+        kept = Kept(path, f"delete it, and '{site.name}' is solved again")
+        terms = build_terms(kept.about["terms"], kept.read(lambda _: True))
+        return Solution([term.to(device) for term in terms], kept.about["notes"])
 
 
 def lock_folder(folder: Path) -> FileLock:

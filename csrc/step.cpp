@@ -15,6 +15,7 @@ namespace {
 
 constexpr int32_t max_rotations = 4;  // tables of angles that a program may have
 constexpr int64_t line = 64;          // bytes
+constexpr int64_t pieces_each = 6;    // of the weights of a product, for each thread
 constexpr int64_t few_tokens = 4;     // up to so many, small operations are not worth the pool
 
 int64_t padded(int64_t count, int64_t to = 16) { return ceil_div(count, to) * to; }
@@ -209,20 +210,24 @@ void Step::run_projections(int32_t begin, int32_t end, int64_t from, int64_t to)
     const Step &step;
     const rarefy_input &input;
     int32_t begin, end;
-    int64_t from, to;
-  } context{*this, input, begin, end, from, to};
-  int64_t chunks = 0;
-  for (int32_t i = begin; i < end; ++i) chunks += ceil_div(rarefy_tile_count(program.ops[i].rows), chunk_tiles);
+    int64_t from, to, tiles;  // of a chunk
+  } context{*this, input, begin, end, from, to, 0};
+  // Alone, a thread takes each weight whole; several take pieces small enough that none waits long for another.
+  int64_t total = 0, chunks = 0;
+  for (int32_t i = begin; i < end; ++i) total += rarefy_tile_count(program.ops[i].rows);
+  int64_t pieces = rarefy_threads(0) > 1 ? pieces_each * rarefy_threads(0) : 1;
+  context.tiles = ceil_div(total, pieces) > chunk_tiles ? ceil_div(total, pieces) : chunk_tiles;
+  for (int32_t i = begin; i < end; ++i) chunks += ceil_div(rarefy_tile_count(program.ops[i].rows), context.tiles);
   rarefy_parallel(
       [](void *memory, int64_t chunk) {
         const Context &c = *static_cast<Context *>(memory);
         const rarefy_op *op = c.step.program.ops + c.begin;
         int64_t tiles = rarefy_tile_count(op->rows);
-        for (int64_t own; chunk >= (own = ceil_div(tiles, chunk_tiles)); tiles = rarefy_tile_count(op->rows)) {
+        for (int64_t own; chunk >= (own = ceil_div(tiles, c.tiles)); tiles = rarefy_tile_count(op->rows)) {
           chunk -= own;
           ++op;
         }
-        int64_t first = chunk * chunk_tiles, last = first + chunk_tiles < tiles ? first + chunk_tiles : tiles;
+        int64_t first = chunk * c.tiles, last = first + c.tiles < tiles ? first + c.tiles : tiles;
         int64_t row = first * tile_rows, end = last * tile_rows < op->rows ? last * tile_rows : op->rows;
         float *y = c.step.at(op->out, c.from);
         int64_t stride = c.step.stride(op->out), count = c.to - c.from;

@@ -164,19 +164,47 @@ static void store(const float *x, void *row, int32_t type, int64_t width) {
   for (int64_t k = 0; k < width; ++k) to[k] = rarefy_scalar::to_half(x[k]);
 }
 
-// Attention of `group` query heads that share keys and values: rows [first, last) of both, `width` wide (a multiple of
-// 16). `scores`: [group, padded] memory, padded being last - first rounded up to 16.
-static void attend(const float *q, int64_t group, int64_t width, const void *keys, const void *values, int32_t type,
-                   int64_t first, int64_t last, float scale, float softcap, float *scores, float *out) {
-  int64_t count = last - first, padded = (count + 15) / 16 * 16;
-  for (int64_t t = 0; t < count; ++t)
-    for (int64_t g = 0; g < group; ++g) {
-      F sum = zero_f();
-      for (int64_t k = 0; k < width; k += 16)
-        sum = fma_f(load_f(q + g * width + k), load_as(keys, type, (first + t) * width + k), sum);
-      scores[g * padded + t] = sum_f(sum) * scale;
+// Scores of G query heads against keys [0, count): `scores` [G, padded].
+template <int G>
+static void score(const float *q, int64_t width, const void *keys, int32_t type, int64_t first, int64_t count,
+                  float scale, float *scores, int64_t padded) {
+  for (int64_t t = 0; t < count; ++t) {
+    F sums[G];
+    for (int g = 0; g < G; ++g) sums[g] = zero_f();
+    for (int64_t k = 0; k < width; k += 16) {
+      F key = load_as(keys, type, (first + t) * width + k);
+      for (int g = 0; g < G; ++g) sums[g] = fma_f(load_f(q + g * width + k), key, sums[g]);
     }
-  for (int64_t g = 0; g < group; ++g) {
+    for (int g = 0; g < G; ++g) scores[g * padded + t] = sum_f(sums[g]) * scale;
+  }
+}
+
+// Columns [k, k + 16 * N) of the values, mixed by G rows of weights.
+template <int G, int N>
+static void mix(const float *weights, int64_t padded, const float *inverse, const void *values, int32_t type,
+                int64_t first, int64_t count, int64_t width, int64_t k, float *out) {
+  F sums[G][N];
+  for (int g = 0; g < G; ++g)
+    for (int n = 0; n < N; ++n) sums[g][n] = zero_f();
+  for (int64_t t = 0; t < count; ++t) {
+    F value[N];
+    for (int n = 0; n < N; ++n) value[n] = load_as(values, type, (first + t) * width + k + 16 * n);
+    for (int g = 0; g < G; ++g) {
+      F weight = set_f(weights[g * padded + t]);
+      for (int n = 0; n < N; ++n) sums[g][n] = fma_f(weight, value[n], sums[g][n]);
+    }
+  }
+  for (int g = 0; g < G; ++g)
+    for (int n = 0; n < N; ++n) store_f(out + g * width + k + 16 * n, mul_f(sums[g][n], set_f(inverse[g])));
+}
+
+template <int G>
+static void attend_heads(const float *q, int64_t width, const void *keys, const void *values, int32_t type,
+                         int64_t first, int64_t last, float scale, float softcap, float *scores, float *out) {
+  int64_t count = last - first, padded = (count + 15) / 16 * 16;
+  float inverse[G];
+  score<G>(q, width, keys, type, first, count, scale, scores, padded);
+  for (int g = 0; g < G; ++g) {
     float *row = scores + g * padded, top = -INFINITY, total = 0;
     if (softcap > 0) cap(row, count, softcap);
     for (int64_t t = 0; t < count; ++t) top = row[t] > top ? row[t] : top;
@@ -186,17 +214,25 @@ static void attend(const float *q, int64_t group, int64_t width, const void *key
       exp_lanes(row + t);
     }
     for (int64_t t = 0; t < count; ++t) total += row[t];
-    F inverse = set_f(1.f / total);
-    for (int64_t k = 0; k < width; k += 64) {
-      int64_t parts = width - k < 64 ? (width - k) / 16 : 4;
-      F sums[4] = {zero_f(), zero_f(), zero_f(), zero_f()};
-      for (int64_t t = 0; t < count; ++t) {
-        F p = set_f(row[t]);
-        for (int64_t i = 0; i < parts; ++i)
-          sums[i] = fma_f(p, load_as(values, type, (first + t) * width + k + 16 * i), sums[i]);
-      }
-      for (int64_t i = 0; i < parts; ++i) store_f(out + g * width + k + 16 * i, mul_f(sums[i], inverse));
-    }
+    inverse[g] = 1.f / total;
+  }
+  int64_t k = 0;
+  for (; k + 64 <= width; k += 64) mix<G, 4>(scores, padded, inverse, values, type, first, count, width, k, out);
+  for (; k < width; k += 16) mix<G, 1>(scores, padded, inverse, values, type, first, count, width, k, out);
+}
+
+// Attention of `group` query heads that share keys and values: rows [first, last) of both, `width` wide (a multiple of
+// 16). `scores`: [group, padded] memory, padded being last - first rounded up to 16.
+static void attend(const float *q, int64_t group, int64_t width, const void *keys, const void *values, int32_t type,
+                   int64_t first, int64_t last, float scale, float softcap, float *scores, float *out) {
+  while (group > 0) {
+    auto heads = group >= 4   ? attend_heads<4>
+                 : group == 3 ? attend_heads<3>
+                 : group == 2 ? attend_heads<2>
+                              : attend_heads<1>;
+    int64_t taken = group >= 4 ? 4 : group;
+    heads(q, width, keys, values, type, first, last, scale, softcap, scores, out);
+    group -= taken, q += taken * width, out += taken * width;
   }
 }
 

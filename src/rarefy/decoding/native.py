@@ -29,6 +29,7 @@ _KINDS: dict[type[Operation], int] = {
     Embed: 0, Norm: 1, Project: 2, Rotate: 3, Attend: 4, Gate: 5, Add: 6, Cap: 7,
 }  # fmt: skip
 _LINE = 64
+_HUGE = 2 << 20
 
 
 class _Operation(ctypes.Structure):
@@ -121,7 +122,9 @@ class NativeExecutor:
     def _flatten(self) -> _Program:
         program = self.program
         operations = (_Operation * len(program.operations))()
-        weights = [_terms(part) if isinstance(part, Project) else None for part in program.operations]
+        prepared = [_prepared_terms(part) for part in program.operations]
+        self._kept.append(_gather([made for terms in prepared for made in terms]))
+        weights = [(b"".join(native_linear._pack(*native_linear._flat([made])[:3]) for made in terms), terms) if terms else None for terms in prepared]
         # One array for all, since projections that run together need theirs together.
         array = ctypes.create_string_buffer(b"".join(data for data, _ in filter(None, weights)))
         self._kept += [array, [owner for _, owner in filter(None, weights)]]
@@ -220,12 +223,34 @@ def _rounded(value: float, dtype: torch.dtype) -> float:
     return float(torch.tensor(value, dtype=dtype))
 
 
-def _terms(operation: Project) -> tuple[bytes, list[Prepared]] | None:
-    """A compressed weight's terms as the library reads them, and what they point to; None for a dense weight."""
-    if not isinstance(operation.linear, CompressedLinear):
-        return None
-    prepared = [_prepared(term, operation.name) for term in operation.linear.terms]  # type: ignore[arg-type]
-    return b"".join(native_linear._pack(*native_linear._flat([made])[:3]) for made in prepared), prepared
+def _prepared_terms(operation: Operation) -> list[Prepared]:
+    """The terms of a compressed weight in execution layout; none for whatever is not one."""
+    if not isinstance(operation, Project) or not isinstance(operation.linear, CompressedLinear):
+        return []
+    return [_prepared(term, operation.name) for term in operation.linear.terms]  # type: ignore[arg-type]
+
+
+def _gather(terms: list[Prepared]) -> Tensor:
+    """Move the tensors of ``terms`` into one piece of memory, in the order in which a step reads them."""
+    places = [(made, name) for made in terms for name in made.tensors]
+    sizes = [-(-made.tensors[name].numel() * made.tensors[name].element_size() // _LINE) * _LINE for made, name in places]
+    arena = torch.empty(sum(sizes) + _HUGE, dtype=torch.uint8)
+    start = -arena.data_ptr() % _HUGE
+    _ask_for_huge_pages(arena.data_ptr() + start, sum(sizes))
+    for (made, name), size in zip(places, sizes, strict=True):
+        tensor = made.tensors[name]
+        length = tensor.numel() * tensor.element_size()
+        place = arena[start : start + length].view(tensor.dtype).view(tensor.shape)
+        place.copy_(tensor)
+        made.tensors[name] = place
+        start += size
+    return arena
+
+
+def _ask_for_huge_pages(address: int, length: int) -> None:
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    libc.madvise(address, -(-length // _HUGE) * _HUGE, 14)
 
 
 def _prepared(term: Term, name: str) -> Prepared:

@@ -397,9 +397,9 @@ def _undo_groups(made: Prepared) -> Arguments:
     if zeros is not None and not zeros.is_floating_point():
         zeros = packing.pack_bits(zeros, bits)
     lead = [rows, -1] if pattern == "groups" else [-1]
-    codes = octets.reshape(rows, -1) if pattern == "groups" else octets
+    codes = octets.reshape(rows, octets.numel() // rows) if pattern == "groups" else octets
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % (4 * bits))).contiguous()
-    codes = codes.view(torch.int32).unflatten(-1, (-1, bits))
+    codes = codes.flatten().view(torch.int32).reshape(*codes.shape[:-1], codes.shape[-1] // (4 * bits), bits)
     if zeros is not None and zeros.is_floating_point():
         zeros = zeros.reshape(lead)
     positions = ids.reshape(*lead, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Literal
 
@@ -23,6 +24,22 @@ def set_executor_(model: nn.Module, executor: Executor) -> None:
 def executor_of(model: nn.Module) -> Executor:
     """What ``set_executor_`` was last told."""
     return "fast" if any(term.fast for term in _terms(model)) else "exact"
+
+
+def executed(model: nn.Module) -> Executor:
+    """How the last products were really computed: ``fast`` only if a native kernel quantized activations."""
+    return "fast" if any(term.fast and term.quantizes_activations for term in _terms(model)) else "exact"
+
+
+@contextlib.contextmanager
+def executing(model: nn.Module, executor: Executor) -> Iterator[None]:
+    """Use ``executor`` within the context."""
+    before = executor_of(model)
+    set_executor_(model, executor)
+    try:
+        yield
+    finally:
+        set_executor_(model, before)
 
 
 def prepare_(model: nn.Module) -> None:

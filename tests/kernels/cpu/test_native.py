@@ -18,7 +18,7 @@ from rarefy.formats.terms import Quantized, Residual, Sparse, Term
 from rarefy.formats.terms.base import op_arguments
 from rarefy.kernels.cpu import library
 from rarefy.kernels.cpu.linear import check, decode, linear
-from rarefy.kernels.cpu.prepared import CODES, ENTRIES, KEPT, NotCovered, Prepared, prepare
+from rarefy.kernels.cpu.prepared import CODES, ENTRIES, NotCovered, Prepared, prepare
 from tests.formats.samples import GRIDS, PATTERNS, mask_for, quantized
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the native library was not built")
@@ -92,12 +92,6 @@ def block_of(made: Prepared) -> int:
     return 128 if size >= columns else min(128, size & -size)
 
 
-def multiplies_bytes(made: Prepared) -> bool:
-    """Whether ``fast`` quantizes the activations of this term."""
-    tabled = "table" in made.tensors
-    return made.numbers["kind"] == KEPT or (made.numbers["kind"] == CODES and (not tabled or made.numbers["bits"] <= 4))
-
-
 def hold(terms: list[Term], rows: int, columns: int) -> None:
     made = [ready(term) for term in terms]
     dense = torch.stack([term.decode() for term in terms]).sum(0)
@@ -113,7 +107,7 @@ def hold(terms: list[Term], rows: int, columns: int) -> None:
                 reach = x.double().abs() @ (dense.double().abs() + step).T + 1e-30
                 exact = (linear(x, made).double() - x.double() @ dense.double().T).abs() / reach
                 assert float(exact.max()) < (2e-6 if columns > 1 else 2e-5), (isa, tokens, float(exact.max()))
-                if not multiplies_bytes(made[0]):
+                if not made[0].multiplies_bytes:
                     torch.testing.assert_close(linear(x, made, fast=True), linear(x, made), rtol=1e-4, atol=1e-4)
                     continue
                 parts = [rounded(x, block_of(made[0])), *(x.double() for _ in terms[1:])]

@@ -107,7 +107,7 @@ class Term(nn.Module, ABC):
             self._refused = str(reason)
             return None
         for name in self._operands():
-            self._buffers[name] = torch.empty_like(self._buffers[name], device="meta")
+            self._buffers[name] = torch.empty_like(self._buffers[name], device="meta")  # type: ignore[arg-type]
         return self._prepared
 
     def prepared_for(self, x: Tensor) -> cpu.Prepared | None:
@@ -133,6 +133,11 @@ class Term(nn.Module, ABC):
     def is_prepared(self) -> bool:
         """Whether the stored tensors are in the layout of a native kernel."""
         return self._prepared is not None
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether a native kernel serves this term that ``fast`` execution lets quantize activations."""
+        return self._prepared is not None and self._prepared.multiplies_bytes
 
     @property
     def refused(self) -> str | None:

@@ -152,7 +152,7 @@ class Quantized(Term):
         if not self.has_multiplier:
             return y
         # In 32 bits: the factor itself may lie outside the range of 16-bit floats.
-        return (y.to(torch.promote_types(y.dtype, torch.float32)) * self._buffers["multiplier"]).to(y.dtype)
+        return (y.to(torch.promote_types(y.dtype, torch.float32)) * self.get_buffer("multiplier")).to(y.dtype)
 
     def decode_member(self) -> Tensor:
         if self._prepared is not None:

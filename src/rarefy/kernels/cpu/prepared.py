@@ -53,6 +53,12 @@ class Prepared:
     def columns(self) -> int:
         return self.numbers["columns"]
 
+    @property
+    def multiplies_bytes(self) -> bool:
+        """Whether ``fast`` execution quantizes activations for this term; others it computes exactly."""
+        small = "table" not in self.tensors or self.numbers["bits"] <= 4
+        return self.numbers["kind"] == KEPT or (self.numbers["kind"] == CODES and small)
+
     def slots(self) -> list[Tensor]:
         """All tensors in the order of SLOTS, empty where there is none."""
         return [self.tensors.get(name, _EMPTY) for name in SLOTS]

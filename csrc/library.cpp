@@ -206,6 +206,7 @@ int32_t check_groups(const rarefy_term &t, const Failure &fail) {
   if (!is_float(t.scale_type)) return fail("'scale' has the unknown type %d.", t.scale_type);
   if (sized(fail, "pointers", t.pointers, (t.rows + 1) * 4)) return -1;
   int64_t kept = t.positions.bytes / 2;
+  if (t.positions.bytes % 2) return fail("'positions' end within a number; prepare the layer again.");
   if (sized(fail, "codes", t.codes, kept * (t.group_size / 8) * t.bits + slack) ||
       sized(fail, "scale", t.scale, kept * width_of(t.scale_type)) ||
       sized(fail, "zero_point", t.zero_point, kept * width_of(t.zero_type)))

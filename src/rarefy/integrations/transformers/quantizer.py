@@ -27,6 +27,7 @@ from rarefy.layers.checkpoint import (
     metadata,
     read_headers,
 )
+from rarefy.layers.execution import set_executor_
 from rarefy.layers.manifest import Manifest, layer_layout
 
 PLAIN_NAME = "model.safetensors"  # what save_pretrained writes
@@ -85,6 +86,7 @@ class RarefyQuantizer(HfQuantizer):
                     raise CheckpointError(f"Layer '{name}': {failure}; the checkpoint is damaged.") from None
         _connect(model)
         keep_names_(model)
+        set_executor_(model, self.manifest.execution.executor)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:

@@ -1,9 +1,11 @@
-"""The op over execution layouts: a sum of prepared terms times activations, by the native library.
+"""The op over execution layouts: a sum of prepared terms times activations, by the native library. CPU only.
 
-``rarefy::linear_prepared(x, tensors, numbers, factors, rows, columns, fast)`` is ``x @ weight.T`` for ``x [..., columns]`` in 16 or 32
-bits, result of that dtype ``[..., rows]``, differentiable in ``x``; ``rarefy::decode_prepared(tensors, numbers,
-factors, rows, columns)`` is the weight, float32 ``[rows, columns]``. Terms follow each other: per term ``SLOTS`` tensors, ``NUMBERS``
-whole numbers, and its zero point and multiplier. CPU only.
+* ``rarefy::linear_prepared(x, <stored>, fast)``: ``x @ weight.T`` for ``x [..., columns]`` in 16 or 32 bits, result of
+  that dtype ``[..., rows]``; differentiable in ``x``;
+* ``rarefy::decode_prepared(<stored>)``: the weight, float32 ``[rows, columns]``.
+
+``<stored>`` is tensors, numbers, factors, rows and columns. Terms follow each other: per term ``SLOTS`` tensors,
+``NUMBERS`` whole numbers, and as factors its zero point and multiplier.
 """
 
 from __future__ import annotations

@@ -53,6 +53,12 @@ class Prepared:
     def columns(self) -> int:
         return self.numbers["columns"]
 
+    @property
+    def multiplies_bytes(self) -> bool:
+        """Whether ``fast`` execution quantizes activations for this term; others it computes exactly."""
+        small = "table" not in self.tensors or self.numbers["bits"] <= 4
+        return self.numbers["kind"] == KEPT or (self.numbers["kind"] == CODES and small)
+
     def slots(self) -> list[Tensor]:
         """All tensors in the order of SLOTS, empty where there is none."""
         return [self.tensors.get(name, _EMPTY) for name in SLOTS]
@@ -160,7 +166,9 @@ def _positions(mask: Tensor, pattern: str, block: list[int]) -> Tensor:
     return packing.pack_bitmap(mask)
 
 
-def _put_scales(scale: Tensor, second_order: Tensor | None, tile: list[int]) -> tuple[dict[str, Tensor], dict[str, int]]:
+def _put_scales(
+    scale: Tensor, second_order: Tensor | None, tile: list[int]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Tensors and numbers of single or two-level scales ``[rows, groups]`` (or with a last dimension of two)."""
     layout = SINGLE if scale.dim() == 2 else SIGNED
     numbers = {"scale_layout": layout, "scale_type": TYPES[scale.dtype]}
@@ -218,7 +226,8 @@ def _integer(arguments: Arguments) -> Prepared:
         return _integer_groups(arguments)
     if pattern != "full":
         _check_groups(size, columns, tiles.UNIT)
-        if (zero_point is not None and zero_point.is_floating_point()) or (second is not None and second.shape[-1] == 4):
+        real = second is not None and second.shape[-1] == 4
+        if real or (zero_point is not None and zero_point.is_floating_point()):
             raise NotCovered("real-valued zero points under a mask")
         if levels > 256 or name == "planes":
             raise NotCovered("this packing under a mask")
@@ -265,7 +274,7 @@ def _undo_float(made: Prepared) -> Arguments:
 
 
 def _lut(arguments: Arguments) -> Prepared:
-    codes, lut, positions, row_ptr, pattern, block, name, bits, rows_per_lut, size, rows, columns = arguments
+    codes, lut, _, _, pattern, _, name, bits, rows_per_lut, size, rows, columns = arguments
     if pattern != "full":
         raise NotCovered(f"look-up tables under pattern '{pattern}'")
     groups, entries = lut.shape[1:]
@@ -389,7 +398,7 @@ def _integer_groups(arguments: Arguments) -> Prepared:
 
 
 def _undo_groups(made: Prepared) -> Arguments:
-    pattern, block, _, levels = made.plain[6:10]
+    pattern, block = made.plain[6:8]
     bits, rows = made.numbers["bits"], made.rows
     octets, scale, ids = made.tensors["codes"][: -tiles.SLACK], made.tensors["scale"], made.tensors["positions"]
     pointers: Tensor | None = made.tensors["pointers"]
@@ -397,9 +406,9 @@ def _undo_groups(made: Prepared) -> Arguments:
     if zeros is not None and not zeros.is_floating_point():
         zeros = packing.pack_bits(zeros, bits)
     lead = [rows, -1] if pattern == "groups" else [-1]
-    codes = octets.reshape(rows, -1) if pattern == "groups" else octets
+    codes = octets.reshape(rows, octets.numel() // rows) if pattern == "groups" else octets
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % (4 * bits))).contiguous()
-    codes = codes.view(torch.int32).unflatten(-1, (-1, bits))
+    codes = codes.flatten().view(torch.int32).reshape(*codes.shape[:-1], codes.shape[-1] // (4 * bits), bits)
     if zeros is not None and zeros.is_floating_point():
         zeros = zeros.reshape(lead)
     positions = ids.reshape(*lead, 2)

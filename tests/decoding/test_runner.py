@@ -163,3 +163,10 @@ def test_another_model_or_a_filled_cache_is_refused() -> None:
     model(input_ids=ids[:, :2], use_cache=True, **{name: cache})
     with pytest.raises(UnsupportedError, match="keeps its own cache"):
         model.generate(ids, max_new_tokens=2, do_sample=False, custom_generate=runner, **{name: cache})
+
+
+def test_a_model_on_another_device_is_refused() -> None:
+    model = build_model("llama")
+    model.model.layers[1].mlp.to("meta")
+    with pytest.raises(UnsupportedError, match=r"'model\.layers\.1\.mlp\.gate_proj' is on 'meta'"):
+        Runner(model)

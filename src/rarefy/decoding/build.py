@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rarefy.core.errors import UnsupportedError
 from rarefy.decoding.interpreter import ACTIVATIONS, normalize, rotate
 from rarefy.decoding.program import Activation, Add, Attend, Cap, Embed, Gate, Norm, Operation, Program, Project, Rotate
+from rarefy.formats.terms import Term
 from rarefy.layers.linear import CompressedLinear
 
 
@@ -241,6 +242,10 @@ class _Builder:
             own = getattr(vars(module).get("forward", module.forward), "__func__", None)
             if changing or own is not type(module).forward:
                 raise UnsupportedError(f"'{name}' has a hook or another forward, which the decode runner would skip.")
-        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
-            if tensor.device.type != "cpu":
-                raise UnsupportedError(f"'{name}' is on '{tensor.device}'; the decode runner works on the CPU.")
+            # A term that is laid out for native kernels answers through its layer.
+            own = {} if isinstance(module, Term) else {**module._parameters, **module._buffers}
+            places = {tensor.device for tensor in own.values() if tensor is not None}
+            if isinstance(module, CompressedLinear):
+                places.add(module.device)
+            for place in places - {torch.device("cpu")}:
+                raise UnsupportedError(f"'{name}' is on '{place}'; the decode runner works on the CPU.")

@@ -12,11 +12,11 @@ from torch import Tensor
 from rarefy.core.errors import OptionError, UnsupportedError
 from rarefy.decoding.cache import KeyValues
 from rarefy.decoding.program import Add, Attend, Cap, Embed, Gate, Norm, Operation, Program, Project, Rotate
-from rarefy.formats.terms import Quantized, Residual, Sparse, Term
-from rarefy.formats.terms.base import op_arguments
+from rarefy.formats.terms import Term
 from rarefy.kernels.cpu import library
-from rarefy.kernels.cpu import linear as native_linear
-from rarefy.kernels.cpu.prepared import NotCovered, Prepared, prepare
+from rarefy.kernels.cpu.linear import TERM_BYTES, packed
+from rarefy.kernels.cpu.memory import gather_
+from rarefy.kernels.cpu.prepared import Prepared
 from rarefy.layers.linear import CompressedLinear
 
 Mode = Literal["exact", "fast"]
@@ -29,7 +29,6 @@ _KINDS: dict[type[Operation], int] = {
     Embed: 0, Norm: 1, Project: 2, Rotate: 3, Attend: 4, Gate: 5, Add: 6, Cap: 7,
 }  # fmt: skip
 _LINE = 64
-_HUGE = 2 << 20
 
 
 class _Operation(ctypes.Structure):
@@ -122,9 +121,9 @@ class NativeExecutor:
     def _flatten(self) -> _Program:
         program = self.program
         operations = (_Operation * len(program.operations))()
-        prepared = [_prepared_terms(part) for part in program.operations]
-        self._kept.append(_gather([made for terms in prepared for made in terms]))
-        weights = [(b"".join(native_linear._pack(*native_linear._flat([made])[:3]) for made in terms), terms) if terms else None for terms in prepared]
+        prepared = [_prepared(part) for part in program.operations]
+        gather_([made for terms in prepared for made in terms])
+        weights = [(packed(terms), terms) if terms else None for terms in prepared]
         # One array for all, since projections that run together need theirs together.
         array = ctypes.create_string_buffer(b"".join(data for data, _ in filter(None, weights)))
         self._kept += [array, [owner for _, owner in filter(None, weights)]]
@@ -133,7 +132,7 @@ class NativeExecutor:
             native = self._operation(operation)
             if weight is not None and isinstance(operation, Project):
                 data, _ = weight
-                native.terms, native.first = len(data) // native_linear._TERM.size, place
+                native.terms, native.first = len(data) // TERM_BYTES, place
                 place += len(data)
             operations[index] = native
         widths = (ctypes.c_int64 * len(self._names))(*program.buffers.values())
@@ -223,48 +222,19 @@ def _rounded(value: float, dtype: torch.dtype) -> float:
     return float(torch.tensor(value, dtype=dtype))
 
 
-def _prepared_terms(operation: Operation) -> list[Prepared]:
-    """The terms of a compressed weight in execution layout; none for whatever is not one."""
+def _prepared(operation: Operation) -> list[Prepared]:
+    """The terms of a compressed weight in the layouts that the library reads; none for whatever is not one."""
     if not isinstance(operation, Project) or not isinstance(operation.linear, CompressedLinear):
         return []
-    return [_prepared(term, operation.name) for term in operation.linear.terms]  # type: ignore[arg-type]
-
-
-def _gather(terms: list[Prepared]) -> Tensor:
-    """Move the tensors of ``terms`` into one piece of memory, in the order in which a step reads them."""
-    places = [(made, name) for made in terms for name in made.tensors]
-    sizes = [-(-made.tensors[name].numel() * made.tensors[name].element_size() // _LINE) * _LINE for made, name in places]
-    arena = torch.empty(sum(sizes) + _HUGE, dtype=torch.uint8)
-    start = -arena.data_ptr() % _HUGE
-    _ask_for_huge_pages(arena.data_ptr() + start, sum(sizes))
-    for (made, name), size in zip(places, sizes, strict=True):
-        tensor = made.tensors[name]
-        length = tensor.numel() * tensor.element_size()
-        place = arena[start : start + length].view(tensor.dtype).view(tensor.shape)
-        place.copy_(tensor)
-        made.tensors[name] = place
-        start += size
-    return arena
-
-
-def _ask_for_huge_pages(address: int, length: int) -> None:
-    libc = ctypes.CDLL(None)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    libc.madvise(address, -(-length // _HUGE) * _HUGE, 14)
-
-
-def _prepared(term: Term, name: str) -> Prepared:
-    kind = type(term).__name__
-    if term.transforms_input:
-        raise UnsupportedError(f"'{name}' has a {kind} term of a {term.spec.input.type} input, read by Torch only.")
-    try:
-        if isinstance(term, Quantized):
-            factor = float(term.get_buffer("multiplier")) if term.has_multiplier else 1.0
-            return prepare(term.family, op_arguments(term, term._names, term._plain), factor)
-        if isinstance(term, Sparse):
-            return prepare("values", op_arguments(term, term._names, term._plain))
-        if isinstance(term, Residual):
-            return prepare("csr", op_arguments(term, ("entries", "row_ptr"), term._plain))
-    except NotCovered as reason:
-        raise UnsupportedError(f"'{name}' has {reason}, which no native kernel reads.") from None
-    raise UnsupportedError(f"'{name}' has a {kind} term, which no native kernel reads.")
+    found = []
+    for term in operation.linear.terms:
+        assert isinstance(term, Term)
+        kind = type(term).__name__
+        if term.transforms_input:
+            raise UnsupportedError(f"'{operation.name}' has a {kind} term of a {term.spec.input.type} input.")
+        made = term.prepare_()
+        if made is None:
+            reason = term.refused or f"a {kind} term"
+            raise UnsupportedError(f"'{operation.name}' has {reason}, which the native step does not read.")
+        found.append(made)
+    return found

@@ -116,8 +116,8 @@ class Runner:
 
     def _build(self) -> None:
         self.program = build(self.model)
-        self._built_from = self._state()
         self._execute = self._executor()
+        self._built_from = self._state()  # layouts that the executor made included
         dtype = self._cache_dtype or self._execute.cache_dtype(self.model.dtype)
         program = self.program
         self.cache = KeyValues(program.layers, program.kv_heads, program.head_dim, dtype, program.positions)

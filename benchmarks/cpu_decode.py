@@ -44,25 +44,26 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--recipe", default="gptq", help="id of the weight recipe, of the layers; the head takes rtn")
-    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=128, help="sequences of 512 tokens that it calibrates on")
     parser.add_argument("--work-dir", type=Path, help="keep the compressed model and the GGUF files here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work_dir or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        small = compressed(work / f"{options.recipe}-g{options.group_size}", options.recipe, options.group_size)
+        small = compressed(work / options.recipe, options.recipe, options.samples)
         peer = llama_cpp_file(work)
         rows = measured(small, peer, options.quick)
     write(options, rows, KEY)
 
 
-def compressed(folder: Path, method: str, group_size: int) -> Path:
-    """The demo model with its layers and its head in 4 bits, made once."""
+def compressed(folder: Path, method: str, samples: int) -> Path:
+    """The demo model with its layers in 4 bits in groups of 64, and its head in groups of 32; made once."""
     if not (folder / "config.json").is_file():
-        grid = {"num_bits": 4, "group_size": group_size, "clip": "mse"}
-        head = Rule(targets=("lm_head",), method="rtn", options=grid)
-        layers = Rule(method=method, options=grid)
-        rarefy.compress("demo", Recipe(name=method, rules=(head, layers)), out=folder, seq_len=512, overwrite=True)
+        grid = {"num_bits": 4, "group_size": 64, "clip": "mse"}
+        head = Rule(targets=("lm_head",), method="rtn", options={**grid, "group_size": 32})
+        recipe = Recipe(name=method, rules=(head, Rule(method=method, options=grid)))
+        data = {} if method == "rtn" else {"data": "demo", "samples": samples, "seq_len": 512}
+        rarefy.compress("demo", recipe, out=folder, overwrite=True, **data)
     return folder
 
 

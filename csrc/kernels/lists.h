@@ -126,11 +126,7 @@ static inline float entry_value(const rarefy_term &t, int32_t entry) {
 }
 
 static inline F entry_values(const rarefy_term &t, I entries) {
-  alignas(64) int32_t words[16];
-  alignas(64) uint16_t bits[16];
-  store_b(words, as_bytes(entries));
-  for (int i = 0; i < 16; ++i) bits[i] = uint16_t(uint32_t(words[i]) >> 16);
-  return t.scale_type == RAREFY_F16 ? load_half(bits) : load_bfloat(bits);
+  return t.scale_type == RAREFY_F16 ? upper_half(entries) : upper_bfloat(entries);
 }
 
 static inline void entries_rows(const rarefy_term &t, const rarefy_input &in, int64_t tile, int64_t first,

@@ -17,7 +17,7 @@ static inline F load_floats(const rarefy_span &array, int32_t type, int64_t inde
 
 static inline float load_one(const rarefy_span &array, int32_t type, int64_t index) {
   switch (type) {
-    case RAREFY_F16: return rarefy_scalar::half_to_float(static_cast<const uint16_t *>(array.data)[index]);
+    case RAREFY_F16: return one_half(static_cast<const uint16_t *>(array.data)[index]);
     case RAREFY_BF16: return rarefy_scalar::bfloat_to_float(static_cast<const uint16_t *>(array.data)[index]);
     default: return static_cast<const float *>(array.data)[index];
   }

@@ -88,6 +88,9 @@ static void exact_few(const rarefy_term &t, const rarefy_input &in, const rarefy
   Walk walk(rarefy::blocks_per_group(t, blocks.size));
   Scales scales(t, tile);
   float entries[2][16] = {};
+  // Where a lookup costs less than the conversion of an integer, codes are looked up too.
+  constexpr bool by_table = PARTS > 0 || (cheap_lookup && Source::bits <= 4);
+  for (int i = 0; !PARTS && i < 16; ++i) entries[0][i] = float(i);
   for (int i = 0; PARTS && i < 1 << t.bits; ++i) {
     float entry = static_cast<const float *>(t.table.data)[i];
     entries[PARTS == 2 && entry < 0][i] = entry;
@@ -122,7 +125,7 @@ static void exact_few(const rarefy_term &t, const rarefy_input &in, const rarefy
     auto each = [&](auto j) __attribute__((always_inline)) {
       constexpr int J = decltype(j)::value;
       for (int i = 0; i < dots; ++i) {
-        F v = PARTS ? lookup_f(table[i], shr_i<8 * J>(as_lanes(w))) : byte_f<J>(w);
+        F v = by_table ? lookup_f(table[i], shr_i<8 * J>(as_lanes(w))) : byte_f<J>(w);
         if (Source::masked) v = sub_f(v, zero);  // what is not kept is exactly zero
         for (int m = 0; m < M; ++m)
           sums[m][i][J % chains] = fma_f(v, set_f(x[m][4 * quad + J]), sums[m][i][J % chains]);
@@ -162,15 +165,13 @@ static void exact_of(const rarefy_term &t, const rarefy_input &in, const rarefy_
                      int64_t first, int64_t tokens, float (*acc)[16]) {
   for (; tokens >= 4; tokens -= 4, first += 4, acc += 4)
     exact_few<Source, PARTS, 4, HALF>(t, in, blocks, tile, first, acc);
-  for (; tokens >= 2; tokens -= 2, first += 2, acc += 2)
-    exact_few<Source, PARTS, 2, HALF>(t, in, blocks, tile, first, acc);
-  if (tokens) exact_few<Source, PARTS, 1, HALF>(t, in, blocks, tile, first, acc);
+  for (; tokens; --tokens, ++first, ++acc) exact_few<Source, PARTS, 1, HALF>(t, in, blocks, tile, first, acc);
 }
 
 template <class Source, int PARTS>
 static void exact_of(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, int64_t tile,
                      int64_t first, int64_t tokens, float (*acc)[16]) {
-  if constexpr (!Source::masked)
+  if constexpr (PARTS == 0 && !Source::masked)
     if (blocks.size == 16) return exact_of<Source, PARTS, true>(t, in, blocks, tile, first, tokens, acc);
   exact_of<Source, PARTS, false>(t, in, blocks, tile, first, tokens, acc);
 }
@@ -185,7 +186,7 @@ static inline void exact_codes(const rarefy_term &t, const rarefy_input &in, con
   }
   switch (t.bits + 16 * parts) {
     CASE(1, 0); CASE(2, 0); CASE(3, 0); CASE(4, 0); CASE(5, 0); CASE(6, 0); CASE(7, 0); CASE(8, 0);
-    CASE(1, 1); CASE(2, 1); CASE(3, 1); CASE(4, 1); CASE(3, 2); CASE(4, 2);
+    CASE(3, 1); CASE(4, 1); CASE(3, 2); CASE(4, 2);
     default: return;
   }
 #undef CASE

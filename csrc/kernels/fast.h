@@ -15,16 +15,25 @@ struct Parts {
   alignas(16) uint8_t part[4][16] = {};
 };
 
-// Whole numbers up to 127 if the entries are multiples of a quarter, half or whole; else up to 127 * 128 + 127.
-static inline void split_entries(Parts &parts, const float *values, int entries, bool negative) {
-  float top = 0, step = 0;
-  for (int i = 0; i < entries; ++i) top = values[i] > top ? values[i] : top;
+// The largest of a quarter, a half and one that all entries are small multiples of.
+static inline float whole_step(const float *values, int entries) {
+  float step = 0;
   for (float candidate : {.25f, .5f, 1.f}) {
-    bool whole = top / candidate <= 127;
-    for (int i = 0; i < entries; ++i) whole = whole && values[i] / candidate == float(int(values[i] / candidate));
+    bool whole = true;
+    for (int i = 0; i < entries; ++i) {
+      float v = values[i] / candidate;
+      whole = whole && v >= -127 && v <= 127 && v == float(int(v));
+    }
     if (whole) step = candidate;
   }
-  bool exact = step != 0;
+  return step;  // 0: they are multiples of none
+}
+
+// Whole numbers up to 127 where there is such a step; else up to 127 * 128 + 127.
+static inline void split_entries(Parts &parts, const float *values, int entries, float step, bool negative) {
+  float top = 0;
+  for (int i = 0; i < entries; ++i) top = values[i] > top ? values[i] : top;
+  bool exact = step != 0 && top / step <= 127;
   if (!exact) step = top / 16383;
   auto add = [&](float factor, auto digit) {
     for (int i = 0; i < entries; ++i) parts.part[parts.count][i] = uint8_t(digit(int(values[i] / step + .5f)));
@@ -41,21 +50,21 @@ static inline Parts split_table(const rarefy_term &t) {
   if (t.table.bytes == 0) return parts;
   const float *table = static_cast<const float *>(t.table.data);
   int entries = 1 << t.bits;
-  float values[16];
+  float values[16], step = whole_step(table, entries);
   if (t.scale_layout == RAREFY_SIGNED) {
     for (int side = 0; side < 2; ++side) {
       for (int i = 0; i < entries; ++i) {
         float v = side ? -table[i] : table[i];
         values[i] = v > 0 ? v : 0;
       }
-      split_entries(parts, values, entries, side == 1);
+      split_entries(parts, values, entries, step, side == 1);
     }
     return parts;
   }
   parts.low = table[0];
   for (int i = 0; i < entries; ++i) parts.low = table[i] < parts.low ? table[i] : parts.low;
   for (int i = 0; i < entries; ++i) values[i] = table[i] - parts.low;
-  split_entries(parts, values, entries, false);
+  split_entries(parts, values, entries, step, false);
   return parts;
 }
 
@@ -102,7 +111,7 @@ static inline int32_t quad_at(const int8_t *codes, int64_t quad) {
 template <class Source, int PARTS, int M, bool HALF>
 static void fast_few(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
                      int64_t tile, int64_t first, float (*acc)[16]) {
-  constexpr int dots = PARTS ? PARTS : 1, chains = M * dots >= 4 ? 1 : 4 / (M * dots);
+  constexpr int dots = PARTS ? PARTS : 1, chains = HALF || M * dots >= 4 ? 1 : 4 / (M * dots);
   int64_t units = rarefy::units_of(t);
   Walk walk(rarefy::blocks_per_group(t, blocks.size));
   Scales scales(t, tile);
@@ -216,9 +225,7 @@ static void fast_of(const rarefy_term &t, const rarefy_input &in, const rarefy_b
                     int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
   for (; tokens >= 4; tokens -= 4, first += 4, acc += 4)
     fast_few<Source, PARTS, 4, HALF>(t, in, blocks, parts, tile, first, acc);
-  for (; tokens >= 2; tokens -= 2, first += 2, acc += 2)
-    fast_few<Source, PARTS, 2, HALF>(t, in, blocks, parts, tile, first, acc);
-  if (tokens) fast_few<Source, PARTS, 1, HALF>(t, in, blocks, parts, tile, first, acc);
+  for (; tokens; --tokens, ++first, ++acc) fast_few<Source, PARTS, 1, HALF>(t, in, blocks, parts, tile, first, acc);
 }
 
 template <class Source, int PARTS>
@@ -226,7 +233,7 @@ static void fast_of(const rarefy_term &t, const rarefy_input &in, const rarefy_b
                     int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
   if (tokens <= 4 && blocks.size >= 32)
     return fast_of<Source, PARTS, false>(t, in, blocks, parts, tile, first, tokens, acc);
-  if constexpr (PARTS < 2 && !Source::masked)
+  if constexpr (PARTS == 0 && !Source::masked)
     if (tokens <= 4 && blocks.size == 16)
       return fast_of<Source, PARTS, true>(t, in, blocks, parts, tile, first, tokens, acc);
   fast_many<Source, PARTS>(t, in, blocks, parts, tile, first, tokens, acc);
@@ -234,7 +241,7 @@ static void fast_of(const rarefy_term &t, const rarefy_input &in, const rarefy_b
 
 // Whether codes and activations can be multiplied as bytes.
 static inline bool has_fast(const rarefy_term &t) {
-  return (t.kind == RAREFY_CODES && (t.table.bytes == 0 || t.bits <= 4)) || t.kind == RAREFY_KEPT;
+  return (t.kind == RAREFY_CODES && (t.table.bytes == 0 || t.bits == 3 || t.bits == 4)) || t.kind == RAREFY_KEPT;
 }
 
 static inline void fast(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
@@ -247,9 +254,7 @@ static inline void fast(const rarefy_term &t, const rarefy_input &in, const rare
   }
   switch (t.bits + 16 * parts.count) {
     PLAIN(1); PLAIN(2); PLAIN(3); PLAIN(4); PLAIN(5); PLAIN(6); PLAIN(7); PLAIN(8);
-    TABLE(1, 1); TABLE(2, 1); TABLE(3, 1); TABLE(4, 1);
-    TABLE(1, 2); TABLE(2, 2); TABLE(3, 2); TABLE(4, 2);
-    TABLE(3, 3); TABLE(4, 3); TABLE(3, 4); TABLE(4, 4);
+    TABLE(3, 1); TABLE(4, 1); TABLE(3, 2); TABLE(4, 2); TABLE(3, 4); TABLE(4, 4);
     default: return;
   }
 #undef PLAIN

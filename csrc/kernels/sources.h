@@ -58,8 +58,8 @@ template <int BITS> struct Codes {
   void seek(int64_t unit) { p += unit * 64 * BITS; }
   void group(const rarefy_term &, int64_t, int64_t) {}
   void next(B w[8]) {
+    for (int line = 0; line < BITS; ++line) prefetch(p + 2048 + 64 * line);
     unpack<BITS>(p, w);
-    prefetch(p + 1024);
     p += 64 * BITS;
   }
 };

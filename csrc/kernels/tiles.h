@@ -37,7 +37,9 @@ static inline const rarefy_blocks *blocks_of(const rarefy_term &t, const rarefy_
 
 // Whether the term multiplies a few tokens without a panel.
 static inline bool exact_directly(const rarefy_term &t) {
-  return t.kind != RAREFY_CODES || ((t.table.bytes == 0 || t.bits <= 4) && rarefy::block_of(t) >= 16);
+  if (t.kind != RAREFY_CODES) return true;
+  if (t.table.bytes) return (t.bits == 3 || t.bits == 4) && rarefy::block_of(t) >= 32;
+  return rarefy::block_of(t) >= 16;
 }
 
 template <int M>
@@ -111,52 +113,65 @@ static void decode(const rarefy_term *terms, int32_t count, int64_t tile, float 
 
 // ---- Activations.
 
-static inline float load_any(const void *x, int32_t type, int64_t index) {
-  return load_one({x, 0}, type, index);
+// Quantize a block of `size` columns, a multiple of 16 but for blocks of 4: codes, their scale and their sum.
+static inline void quantize(const float *x, int64_t size, int8_t *codes, float *scale, float *sum) {
+  alignas(64) float own[16];
+  if (size < 16) {
+    __builtin_memset(own, 0, sizeof own);
+    __builtin_memcpy(own, x, size_t(size) * sizeof(float));
+    x = own;
+  }
+  F top = zero_f(), nothing = zero_f();  // the second is NaN as soon as one number is not finite
+  for (int64_t k = 0; k < size; k += 16) {
+    F values = load_f(x + k);
+    top = max_f(top, abs_f(values));
+    nothing = fma_f(values, zero_f(), nothing);
+  }
+  float most = most_f(top), finite = sum_f(nothing);
+  if (finite != 0) {
+    __builtin_memset(codes, 0, size_t(size));
+    *scale = *sum = finite;
+    return;
+  }
+  F inverse = set_f(most > 1e-30f ? 127 / most : 0), total = zero_f();
+  for (int64_t k = 0; k < size; k += 16) {
+    I rounded = round_i(mul_f(load_f(x + k), inverse));
+    total = add_f(total, to_f(rounded));
+    if (size >= 16) store_bytes(codes + k, rounded);
+    else {
+      int8_t bytes[16];
+      store_bytes(bytes, rounded);
+      __builtin_memcpy(codes, bytes, size_t(size));
+    }
+  }
+  *scale = most / 127;
+  *sum = sum_f(total);
 }
 
 static void token(const rarefy_input *in, int64_t token, const void *x, int32_t type) {
   float *to = const_cast<float *>(in->x) + token * in->stride;
   int64_t whole = in->columns / 16 * 16;
   for (int64_t k = 0; k < whole; k += 16) store_f(to + k, load_floats({x, 0}, type, k));
-  for (int64_t k = whole; k < in->stride; ++k) to[k] = k < in->columns ? load_any(x, type, k) : 0;
+  for (int64_t k = whole; k < in->stride; ++k) to[k] = k < in->columns ? load_one({x, 0}, type, k) : 0;
   for (int32_t i = 0; i < in->blockings; ++i) {
     const rarefy_blocks &blocks = in->blocks[i];
     float *sums = const_cast<float *>(blocks.sum) + token * blocks.count;
     float *scales = const_cast<float *>(blocks.scale) + token * blocks.count;
     int8_t *codes = const_cast<int8_t *>(blocks.codes) + token * in->stride;
     for (int64_t b = 0; b < blocks.count; ++b) {
-      int64_t k0 = b * blocks.size, size = in->stride - k0 < blocks.size ? in->stride - k0 : blocks.size;
-      const float *own = to + k0;
-      if (in->mode == RAREFY_EXACT) {
-        float sum = 0;
-        for (int64_t k = 0; k < size; ++k) sum += own[k];
-        sums[b] = sum;
+      const float *own = to + b * blocks.size;
+      if (in->mode == RAREFY_FAST) {
+        quantize(own, blocks.size, codes + b * blocks.size, scales + b, sums + b);
         continue;
       }
-      float top = 0, nothing = 0;  // the second is NaN as soon as one number is not finite
-      for (int64_t k = 0; k < size; ++k) {
-        float magnitude = __builtin_fabsf(own[k]);
-        top = magnitude > top ? magnitude : top;
-        nothing += own[k] * 0;
-      }
-      if (nothing != 0) {
-        __builtin_memset(codes + k0, 0, size_t(size));
-        scales[b] = sums[b] = nothing;
-        continue;
-      }
-      float inverse = top > 1e-30f ? 127 / top : 0;
-      int32_t sum = 0;
-      for (int64_t k = 0; k < size; ++k) {
-        int32_t code = int32_t(__builtin_rintf(own[k] * inverse));
-        codes[k0 + k] = int8_t(code);
-        sum += code;
-      }
-      scales[b] = top / 127;
-      sums[b] = float(sum);
+      F sum = zero_f();
+      float rest = 0;
+      for (int64_t k = 0; k + 16 <= blocks.size; k += 16) sum = add_f(sum, load_f(own + k));
+      for (int64_t k = 0; blocks.size < 16 && k < blocks.size; ++k) rest += own[k];
+      sums[b] = sum_f(sum) + rest;
     }
     if (in->mode == RAREFY_FAST)
-      for (int64_t k = blocks.count * blocks.size; k < in->stride; ++k) codes[k] = 0;
+      __builtin_memset(codes + blocks.count * blocks.size, 0, size_t(in->stride - blocks.count * blocks.size));
   }
 }
 

@@ -28,12 +28,24 @@ static inline F negative_f(F test, F yes, F no) {
   return {_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(test.a, zero, _CMP_LT_OQ)),
           _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(test.b, zero, _CMP_LT_OQ))};
 }
+static inline F max_f(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+static inline F abs_f(F x) {
+  __m256 sign = _mm256_set1_ps(-0.f);
+  return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
+static inline float most_f(F x) {
+  __m256 s = _mm256_max_ps(x.a, x.b);
+  __m128 t = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  t = _mm_max_ps(t, _mm_movehl_ps(t, t));
+  return _mm_cvtss_f32(_mm_max_ss(t, _mm_shuffle_ps(t, t, 1)));
+}
 static inline float sum_f(F x) {
   __m256 s = _mm256_add_ps(x.a, x.b);
   __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
   t = _mm_add_ps(t, _mm_movehl_ps(t, t));
   return _mm_cvtss_f32(_mm_add_ss(t, _mm_shuffle_ps(t, t, 1)));
 }
+static inline float one_half(uint16_t h) { return _cvtsh_ss(h); }
 static inline F load_half(const uint16_t *p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
           _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)))};
@@ -53,6 +65,20 @@ static inline I load_bytes(const uint8_t *p) {
           _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8)))};
 }
 static inline F to_f(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+static inline I round_i(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+static inline void store_bytes(int8_t *p, I x) {
+  __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
+  _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
+}
+static inline F upper_half(I x) {
+  I high = shr_i<16>(x);
+  __m256i w = _mm256_permute4x64_epi64(_mm256_packus_epi32(high.a, high.b), 0xd8);
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(w)), _mm256_cvtph_ps(_mm256_extracti128_si256(w, 1))};
+}
+static inline F upper_bfloat(I x) {
+  __m256i high = _mm256_set1_epi32(int(0xffff0000));
+  return {_mm256_castsi256_ps(_mm256_and_si256(x.a, high)), _mm256_castsi256_ps(_mm256_and_si256(x.b, high))};
+}
 static inline F load_bytes_f(const uint8_t *p) { return to_f(load_bytes(p)); }
 static inline F gather_f(const float *base, I at) {
   return {_mm256_i32gather_ps(base, at.a, 4), _mm256_i32gather_ps(base, at.b, 4)};
@@ -157,6 +183,7 @@ static inline B table_b(const uint8_t *p) {
 static inline B lookup_b(B table, B codes) {
   return {_mm256_shuffle_epi8(table.a, codes.a), _mm256_shuffle_epi8(table.b, codes.b)};
 }
+constexpr bool cheap_lookup = false;
 static inline Table table_f(const float *p) { return load_f(p); }
 static inline __m256 lookup_half(Table table, __m256i at) {
   __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(at, 28));  // bit 3 becomes the sign

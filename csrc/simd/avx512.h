@@ -22,10 +22,14 @@ static inline F fma_f(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 static inline F negative_f(F test, F yes, F no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(test, _mm512_setzero_ps(), _CMP_LT_OQ), no, yes);
 }
+static inline F max_f(F a, F b) { return _mm512_max_ps(a, b); }
+static inline F abs_f(F a) { return _mm512_abs_ps(a); }
+static inline float most_f(F a) { return _mm512_reduce_max_ps(a); }
 static inline float sum_f(F a) { return _mm512_reduce_add_ps(a); }
 static inline __m512 widen_bfloat(__m256i a) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16));
 }
+static inline float one_half(uint16_t h) { return _cvtsh_ss(h); }
 static inline F load_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 static inline F load_bfloat(const uint16_t *p) { return widen_bfloat(_mm256_loadu_si256((const __m256i *)p)); }
 static inline F load_bytes_f(const uint8_t *p) {
@@ -35,6 +39,12 @@ static inline F gather_f(const float *base, I at) { return _mm512_i32gather_ps(a
 
 static inline I zero_i() { return {_mm512_setzero_si512()}; }
 static inline I add_i(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+static inline I round_i(F a) { return {_mm512_cvtps_epi32(a)}; }
+static inline void store_bytes(int8_t *p, I a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a.v)); }
+static inline F upper_half(I a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(a.v, 16))); }
+static inline F upper_bfloat(I a) {
+  return _mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(int(0xffff0000))));
+}
 static inline F to_f(I a) { return _mm512_cvtepi32_ps(a.v); }
 static inline I load_i(const void *p) { return {_mm512_loadu_si512(p)}; }
 static inline I load_words(const uint8_t *p) {
@@ -93,6 +103,7 @@ static inline B table_b(const uint8_t *p) {
   return {_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p))};
 }
 static inline B lookup_b(B table, B codes) { return {_mm512_shuffle_epi8(table.v, codes.v)}; }
+constexpr bool cheap_lookup = true;
 static inline Table table_f(const float *p) { return _mm512_loadu_ps(p); }
 static inline F lookup_f(Table table, I at) { return _mm512_permutexvar_ps(at.v, table); }
 

@@ -24,6 +24,9 @@ static inline F sub_f(F a, F b) { LANES a.v[i] -= b.v[i]; return a; }
 static inline F mul_f(F a, F b) { LANES a.v[i] *= b.v[i]; return a; }
 static inline F fma_f(F a, F b, F c) { LANES c.v[i] += a.v[i] * b.v[i]; return c; }
 static inline F negative_f(F test, F yes, F no) { LANES no.v[i] = test.v[i] < 0 ? yes.v[i] : no.v[i]; return no; }
+static inline F max_f(F a, F b) { LANES a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
+static inline F abs_f(F a) { LANES a.v[i] = std::fabs(a.v[i]); return a; }
+static inline float most_f(F a) { float s = a.v[0]; LANES s = a.v[i] > s ? a.v[i] : s; return s; }
 static inline float sum_f(F a) { float s = 0; LANES s += a.v[i]; return s; }
 
 static inline float half_to_float(uint16_t h) {
@@ -61,6 +64,7 @@ static inline uint16_t to_half(float f) {
   }
   return uint16_t(sign | (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13);
 }
+static inline float one_half(uint16_t h) { return half_to_float(h); }
 static inline F load_half(const uint16_t *p) { F r; LANES r.v[i] = half_to_float(p[i]); return r; }
 static inline F load_bfloat(const uint16_t *p) { F r; LANES r.v[i] = bfloat_to_float(p[i]); return r; }
 static inline F load_bytes_f(const uint8_t *p) { F r; LANES r.v[i] = p[i]; return r; }
@@ -68,6 +72,11 @@ static inline F gather_f(const float *base, I at) { F r; LANES r.v[i] = base[at.
 
 static inline I zero_i() { return I{}; }
 static inline I add_i(I a, I b) { LANES a.v[i] += b.v[i]; return a; }
+static inline I round_i(F a) { I r; LANES r.v[i] = int32_t(__builtin_rintf(a.v[i])); return r; }
+static inline void store_bytes(int8_t *p, I a) { LANES p[i] = int8_t(a.v[i]); }  // of small integers
+// The 16-bit floats in the upper halves of the lanes.
+static inline F upper_half(I a) { F r; LANES r.v[i] = half_to_float(uint16_t(uint32_t(a.v[i]) >> 16)); return r; }
+static inline F upper_bfloat(I a) { F r; LANES r.v[i] = bfloat_to_float(uint16_t(uint32_t(a.v[i]) >> 16)); return r; }
 static inline F to_f(I a) { F r; LANES r.v[i] = float(a.v[i]); return r; }
 static inline I load_i(const void *p) { I r; std::memcpy(&r, p, 64); return r; }
 static inline I load_words(const uint8_t *p) { I r; LANES r.v[i] = p[2 * i] | p[2 * i + 1] << 8; return r; }
@@ -115,6 +124,7 @@ template <int J> static inline F byte_f(B a) { F r; LANES r.v[i] = a.v[4 * i + J
 
 static inline B table_b(const uint8_t *p) { B r; BYTES r.v[i] = p[i % 16]; return r; }
 static inline B lookup_b(B table, B codes) { BYTES codes.v[i] = table.v[codes.v[i]]; return codes; }
+constexpr bool cheap_lookup = false;  // against converting a byte
 static inline Table table_f(const float *p) { return load_f(p); }
 // Only the lowest four bits of a lane count.
 static inline F lookup_f(Table table, I at) { F r; LANES r.v[i] = table.v[at.v[i] & 15]; return r; }

@@ -56,7 +56,7 @@ class Prepared:
     @property
     def multiplies_bytes(self) -> bool:
         """Whether ``fast`` execution quantizes activations for this term; others it computes exactly."""
-        small = "table" not in self.tensors or self.numbers["bits"] <= 4
+        small = "table" not in self.tensors or self.numbers["bits"] in (3, 4)
         return self.numbers["kind"] == KEPT or (self.numbers["kind"] == CODES and small)
 
     def slots(self) -> list[Tensor]:

@@ -49,7 +49,7 @@ struct Memory {
   char *base;
   int64_t used = 0;
   template <class T> T *take(int64_t count) {
-    T *place = reinterpret_cast<T *>(base + used);
+    T *place = base ? reinterpret_cast<T *>(base + used) : nullptr;
     used += padded(count * int64_t(sizeof(T)), line);
     return place;
   }
@@ -339,8 +339,11 @@ const char *fault(const rarefy_program &p, int32_t at, char *message, size_t cap
     case RAREFY_GATE:
       if (width(op.y) != x || out < x || op.activation < 0 || op.activation > RAREFY_RELU)
         return "operation %lld gates buffers of different widths";
-      return nullptr;
-    case RAREFY_ADD: return width(op.y) == x ? nullptr : "operation %lld adds buffers of different widths";
+      // Logits are the caller's memory, which is not rounded up to what these two write.
+      return op.x == p.logits || op.y == p.logits || op.out == p.logits ? "operation %lld gates logits" : nullptr;
+    case RAREFY_ADD:
+      if (width(op.y) != x) return "operation %lld adds buffers of different widths";
+      return op.x == p.logits || op.y == p.logits ? "operation %lld adds logits" : nullptr;
     case RAREFY_CAP: return op.softcap > 0 ? nullptr : "operation %lld has no cap";
     default: return "operation %lld is of no known kind";
   }
@@ -362,6 +365,9 @@ int32_t rarefy_step_check(const rarefy_program *program, char *message, size_t c
   const rarefy_op *known[max_rotations];
   for (int32_t i = 0; i < p.count; ++i) {
     if (const char *why = fault(p, i, message, capacity)) return why == message ? -1 : refuse(message, capacity, why, i);
+    if (i < p.head && p.ops[i].kind != RAREFY_ADD && p.ops[i].kind != RAREFY_ROTATE && p.ops[i].kind != RAREFY_CAP &&
+        p.ops[i].out == p.logits)
+      return refuse(message, capacity, "operation %lld writes logits before the last layer", i);
     if (i >= p.head && p.ops[i].kind == RAREFY_ATTEND)
       return refuse(message, capacity, "operation %lld attends after the last layer", i);
     if (p.ops[i].kind != RAREFY_ROTATE) continue;

@@ -176,3 +176,63 @@ def test_sizes_are_checked_before_anything_runs() -> None:
     assert cache.length == 4
     with pytest.raises(OptionError, match="'fats' is unknown"):
         Runner(wide("llama"), mode="fats")  # type: ignore[arg-type]
+
+
+def _widths(native: NativeExecutor) -> None:
+    native._native.widths[0] = 7
+
+
+def _operation(**fields: Any) -> Any:
+    """Write ``fields`` into the first operation of their kind."""
+
+    def change(native: NativeExecutor) -> None:
+        kind = fields.pop("kind")
+        place = next(i for i in range(native._native.count) if native._native.ops[i].kind == kind)
+        for name, value in fields.items():
+            setattr(native._native.ops[place], name, value)
+
+    return change
+
+
+def _program(**fields: Any) -> Any:
+    def change(native: NativeExecutor) -> None:
+        for name, value in fields.items():
+            setattr(native._native, name, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (_widths, "operation 0 embeds into a buffer of another width"),
+        (_operation(kind=0, rows=95), "operation 0 embeds"),
+        (_operation(kind=1, heads=7), "a norm of another width"),
+        (_operation(kind=2, rows=4096), "projects between buffers of other widths"),
+        (_operation(kind=2, x=99), "reads a buffer that is not there"),
+        (_operation(kind=2, terms=99), "has no weight"),
+        (_operation(kind=3, heads=5), "rotates heads of another width"),
+        (_operation(kind=4, layer=2), "attends with heads of another width"),
+        (_operation(kind=5, y=0), "gates buffers of different widths"),
+        (_operation(kind=6, y=3), "adds buffers of different widths"),
+        (_operation(kind=7, softcap=0.0), "has no cap"),
+        (_operation(kind=4, **{"layer": 0, "window": -1}), "attends with heads"),
+        (_program(logits=0), "no buffer of logits"),
+        (_program(kv_heads=3), "not a multiple of 16"),
+        (_program(head=1), "attends after the last layer"),
+    ],
+)
+def test_a_program_that_contradicts_itself_is_refused_by_the_library(change: Any, says: str) -> None:
+    native = NativeExecutor(build(compress(wide("gemma2"))))  # which has operations of every kind
+    change(native)
+    with pytest.raises(UnsupportedError, match=says):
+        native.check()
+
+
+def test_memory_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = build(wide("llama"))
+    native = NativeExecutor(program)
+    asked = native._library.bytes
+    monkeypatch.setattr(native._library, "bytes", lambda *arguments: asked(*arguments) - 64)
+    with pytest.raises(OptionError, match=r"The step works in \d+ bytes, not \d+"):
+        native(prompt(4), empty_cache(program))

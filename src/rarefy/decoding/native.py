@@ -82,10 +82,14 @@ class NativeExecutor:
         self._kept: list[Any] = []  # what the structures point to
         self._names = {name: index for index, name in enumerate(program.buffers)}
         self._native = self._flatten()
+        self.check()
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def check(self) -> None:
+        """Raise UnsupportedError with the library's sentence when it cannot run the program."""
         message = ctypes.create_string_buffer(256)
         if self._library.check(ctypes.byref(self._native), message, len(message)):
-            raise UnsupportedError(f"The native step cannot run this model: {message.value.decode()}.")
-        self._memory = torch.empty(0, dtype=torch.uint8)
+            raise UnsupportedError(f"The native step cannot run this model: {message.value.decode().rstrip('.')}.")
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of keys and values for a model of ``dtype``."""

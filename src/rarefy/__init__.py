@@ -12,9 +12,21 @@ from rarefy.core.imports import when_imported
 from rarefy.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from rarefy.api import compare, compress, evaluate, evaluate_tasks, load, load_tokenizer, merge_adapter, save
+    from rarefy.api import (
+        compare,
+        compress,
+        evaluate,
+        evaluate_tasks,
+        kv_cache,
+        load,
+        load_tokenizer,
+        merge_adapter,
+        save,
+    )
 
-__all__ = ["compare", "compress", "evaluate", "evaluate_tasks", "load", "load_tokenizer", "merge_adapter", "save"]
+__all__ = [
+    "compare", "compress", "evaluate", "evaluate_tasks", "kv_cache", "load", "load_tokenizer", "merge_adapter", "save",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

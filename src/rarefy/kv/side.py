@@ -1,8 +1,8 @@
 """One half of a layer's store, its keys or its values: blocks in code, and the newest tokens as they are.
 
 Blocks lie in *runs*, payloads of neighbouring blocks that never change; short runs are joined as they become as long as
-their neighbour, so that a token is copied a few times at most and a run of ``SEGMENT`` tokens never again. No run
-crosses a multiple of ``SEGMENT``, the number of tokens that attention decodes at once.
+their neighbour or complete a segment, so that a token is copied a few times at most. No run crosses a multiple of
+``SEGMENT``, the number of tokens that attention decodes at once.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class Side:
     def _merge(self) -> None:
         while len(self.runs) > 1:
             left, right = self.runs[-2:]
-            if left.start // SEGMENT != right.start // SEGMENT or left.stop - left.start > right.stop - right.start:
+            longer = left.stop - left.start > right.stop - right.start
+            if left.start // SEGMENT != right.start // SEGMENT or (longer and right.stop % SEGMENT):
                 return
             self.runs[-2:] = [Run(left.start, right.stop, join([left.payload, right.payload]))]
 

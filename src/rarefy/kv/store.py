@@ -143,6 +143,8 @@ class LayerStore:
                 f"The positions of {self.name} are not known, and its keys are to be stored without them; use a codec "
                 "of rotated keys."
             )
+        if not key.shape[2]:
+            return
         index = torch.arange(self.length, self.length + key.shape[2], device=key.device)
         given = index if arrival.positions is None else arrival.positions
         shift = (given - index).expand(key.shape[0], -1)

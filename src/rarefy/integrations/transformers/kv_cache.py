@@ -116,7 +116,13 @@ class CodedCache(Cache):
     """A cache with a `CodedLayer` for every layer that keeps all tokens. Sliding-window, linear and other layers are
     Transformers' own, since they keep few tokens or none."""
 
-    def __init__(self, config: Any, plan: Callable[[HeadShape], LayerCodecs], exact_arrival: bool = True):
+    def __init__(
+        self,
+        config: Any,
+        plan: Callable[[HeadShape], LayerCodecs],
+        exact_arrival: bool = True,
+        about: dict[str, Any] | None = None,
+    ):
         text = config.get_text_config(decoder=True)
         own = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(text.num_hidden_layers)]
         places = [index for index, layer in enumerate(own) if type(layer) is DynamicLayer]
@@ -129,10 +135,15 @@ class CodedCache(Cache):
         for number, index in enumerate(places):
             own[index] = CodedLayer(plan, number, len(places), exact_arrival)
         super().__init__(layers=own)
+        self._about = about or {}
 
     @property
     def coded_layers(self) -> list[CodedLayer]:
         return [layer for layer in self.layers if isinstance(layer, CodedLayer)]
+
+    def setup_of(self) -> dict[str, Any]:
+        """The recipe that this cache follows, its options and what it was fitted to, as JSON."""
+        return self._about
 
     @property
     def is_compileable(self) -> bool:

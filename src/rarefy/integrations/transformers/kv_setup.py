@@ -36,11 +36,16 @@ class KvSetup:
             raise OptionError(f"KV cache recipe '{name}' needs parameters; calibrate it or name a file that has them.")
         self.name, self.recipe, self.params, self.model = name, recipe, params or {}, model
         self._plans: dict[HeadShape, LayerCodecs] = {}
+        found = hashlib.sha256()
+        for tensor in (tensor for own in self.params.values() for tensor in own.values()):
+            found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        self._fingerprint = found.hexdigest()
 
     def __call__(self, model: Any, *, exact_arrival: bool = True) -> CodedCache:
         """An empty cache for ``model``, which has to be prepared (`prepare_`). Unless ``exact_arrival``, whole blocks
         are read from their codes already in the pass that brings them."""
-        return CodedCache(model.config, self.plan, exact_arrival)
+        about = {**self.describe(), "params": self._fingerprint}
+        return CodedCache(model.config, self.plan, exact_arrival, about)
 
     def plan(self, shape: HeadShape) -> LayerCodecs:
         """How a layer is stored."""

@@ -2,9 +2,10 @@
 
 Before RoPE a key's channels keep their size from token to token, so each has a range known beforehand (section 3.2),
 and values have one for each token. Within the range one table of ``2 ** num_bits`` values for all keys of a layer, and
-one for all values, minimises ``sum F (x - q)^2`` with the squared gradients ``F`` of the loss (section 3.3). The largest
-errors of each token, over all heads, are stored (section 3.4), so that outliers stretch no range; the first token stays
-in 16 bits (section 3.5). At 2 bits and below decoded values get the mean and spread of what they stand for (Q-Norm).
+one for all values, minimises ``sum F (x - q)^2`` with the squared gradients ``F`` of the loss (section 3.3). The
+largest errors of each token, over all heads, are stored (section 3.4), so that outliers stretch no range; the first
+token stays in 16 bits (section 3.5). At 2 bits and below decoded values get the mean and spread of what they stand for
+(Q-Norm).
 """
 
 from __future__ import annotations

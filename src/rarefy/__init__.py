@@ -14,6 +14,7 @@ from rarefy.core.version import __version__ as __version__
 if TYPE_CHECKING:
     from rarefy.api import (
         compare,
+        compare_caches,
         compress,
         evaluate,
         evaluate_tasks,
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "compare", "compress", "evaluate", "evaluate_tasks", "kv_cache", "load", "load_tokenizer", "merge_adapter", "save",
+    "compare", "compare_caches", "compress", "evaluate", "evaluate_tasks", "kv_cache", "load", "load_tokenizer",
+    "merge_adapter", "save",
 ]  # fmt: skip
 
 

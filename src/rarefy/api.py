@@ -36,6 +36,7 @@ from rarefy.sources.models import open_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from rarefy.evaluation.caches import CacheComparison
     from rarefy.evaluation.forward import CacheFactory
     from rarefy.evaluation.tasks.results import TaskComparison
     from rarefy.integrations.transformers.kv_setup import KvSetup
@@ -261,6 +262,33 @@ def evaluate_tasks(
         subjects.candidates, tasks, subjects.tokenizer, reference=subjects.reference, limit=limit, few_shot=few_shot,
         task_data=None if task_data is None else Path(task_data), chunk=chunk, batch=batch, allow_code=allow_code,
         work_dir=None if work_dir is None else Path(work_dir),
+    )  # fmt: skip
+
+
+def compare_caches(
+    model: str | Path | PreTrainedModel,
+    caches: Sequence[str],
+    *,
+    regime: Literal["chunked", "decode", "distorted"] = "chunked",
+    chunk: int = 64,
+    prefill: int = 0,
+    data: str | Path = "demo",
+    context: int = 512,
+    windows: int | None = 12,
+    dtype: str | torch.dtype = "auto",
+    device: Device = "auto",
+    tokenizer: Any = None,
+) -> CacheComparison:
+    """Measure ``model`` with several coded KV caches against itself with the dense one, on the windows of `compare`.
+
+    ``caches``: ids with options, such as ``"kivi:num_bits=2,group_size=32"``; options of `kv_cache` (``params``,
+    ``samples``, ``seq_len``) may be among them. ``regime``: see ``rarefy.evaluation.caches.CacheProtocol``.
+    """
+    from rarefy.integrations.transformers.kv_evaluation import compare_caches as run
+
+    return run(
+        model, caches, regime=regime, chunk=chunk, prefill=prefill, data=data, context=context, windows=windows,
+        dtype=dtype, device=device, tokenizer=tokenizer,
     )  # fmt: skip
 
 

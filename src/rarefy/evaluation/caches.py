@@ -55,8 +55,8 @@ class CacheProtocol(StrictModel):
 
 class CacheEvaluation(StrictModel):
     """One cache. ``nll`` and ``kl`` (dense cache || this one) in nats per predicted token; ``gap``: its nll less that
-    of the dense cache, and ``versus_first`` less that of the first cache, paired by windows. ``bits`` per number of keys
-    and values by part, as measured after a window, where what is exact counts 16 bits; ``shared_bytes`` on top."""
+    of the dense cache, and ``versus_first`` less that of the first cache, paired by windows. ``bits`` per number of
+    keys and values by part, as measured after a window, where what is exact counts 16 bits; ``shared_bytes`` on top."""
 
     name: str
     nll: float

@@ -38,7 +38,7 @@ def assign(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     half = centers.square().sum(-1) / 2
     nearest, distance = [], []
     for part in points.split(max(1, DISTANCES_AT_ONCE // len(centers))):
-        closeness, index = (part @ centers.T - half).max(-1)
+        closeness, index = torch.addmm(half, part, centers.T, beta=-1).max(-1)
         nearest.append(index)
         distance.append((part.square().sum(-1) - 2 * closeness).clamp(min=0))
     return torch.cat(nearest), torch.cat(distance)

@@ -118,16 +118,17 @@ def calibrate(name: str, recipe: KvRecipe, model: Any, batches: Sequence[Batch])
             layers = _pass(model, row.to(model.device), recipe, wants_gradients)
             found.append([layer.take() for layer in layers])
             advance()
-    places = torch.cat([torch.arange(row.shape[1]) for row in rows])
+    places = torch.cat([torch.arange(row.shape[1], device=model.device) for row in rows])
     params: Params = {}
     with progress("fit", len(found[0])) as advance:
         for number in range(len(found[0])):
-            parts = [torch.cat(pieces) for pieces in zip(*(sample[number] for sample in found), strict=True)]
+            pieces = zip(*(sample[number] for sample in found), strict=True)
+            parts = [torch.cat(tensors).to(model.device) for tensors in pieces]
             for sample in found:
                 sample[number] = ()  # one layer in two copies at a time
             key_weight, value_weight = parts[2:] if wants_gradients else (None, None)
             seen = KvSamples(parts[0], parts[1], places, key_weight, value_weight, recipe.pre_rope)
-            params[number] = recipe.fit(seen)
+            params[number] = {name: tensor.cpu() for name, tensor in recipe.fit(seen).items()}
             advance()
     return KvSetup(name, recipe, params, digest(model))
 

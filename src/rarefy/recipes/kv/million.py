@@ -19,7 +19,7 @@ from rarefy.kv.codecs import ProductTable
 from rarefy.kv.plan import HeadShape, KvSamples, LayerCodecs
 from rarefy.solvers.kmeans import kmeans
 
-POINTS_PER_CENTROID = 256
+POINTS_PER_CENTROID = 64
 
 
 @kv_recipes.register("million")

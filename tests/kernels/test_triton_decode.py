@@ -8,8 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from rarefy.contracts import kv_recipes
 from rarefy.formats.grids import IntegerGrid
-from rarefy.kv.codecs import Gridded, NormTable, RangeTable
+from rarefy.kv import attend, fused, side
+from rarefy.kv.codecs import Gridded, LowRank, NormTable, RangeTable, Residual
+from rarefy.kv.plan import HeadShape
+from rarefy.kv.store import LayerStore
+from rarefy.recipes import discover
 from rarefy.recipes.kv.turbo_quant import gaussian_table
 
 pytest.importorskip("triton")
@@ -83,6 +88,35 @@ def test_sinks_and_padding_are_left_out() -> None:
     expected, expected_lse = oracle(query, dense_k, dense_v, hidden)
     torch.testing.assert_close(found.cpu(), expected, rtol=4e-3, atol=4e-3)
     torch.testing.assert_close(lse.cpu(), expected_lse, rtol=2e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("recipe", ["kivi", "turbo_quant", "identity"])
+def test_whole_segments_of_a_store_go_through_the_kernel(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments of 128 tokens here: the kernel's part, the rest and sinks are one attention."""
+    for module in (side, fused, attend):
+        monkeypatch.setattr(module, "SEGMENT", RUN)
+    options = {"kivi": {"num_bits": 4, "group_size": 16, "residual": 32}}.get(recipe, {})
+    discover()
+    chosen = kv_recipes.get(recipe)(sink=2, **options)
+    store = LayerStore(chosen.codecs(HeadShape(HEADS, CHANNELS, CHANNELS, torch.float32), {}))
+    for count in (150, 140, 1):
+        key, value = (torch.randn(BATCH, HEADS, count, CHANNELS) for _ in range(2))
+        key[:, :, :2] *= 3
+        store.append(key.to(DEVICE), value.to(DEVICE))
+    query = torch.randn(BATCH, HEADS * 3, 1, CHANNELS).to(DEVICE)
+    done = fused.fused_segments(store, query, 0.2)
+    assert done is not None and done[2] == 2 * RUN
+    for _ in range(2):  # the second time with the plan that was kept
+        found = attend.attend(store, query, scaling=0.2, fused=True)
+        expected = attend.attend(store, query, scaling=0.2, fused=False)
+        torch.testing.assert_close(found, expected, rtol=4e-3, atol=4e-3)
+    store.map_(lambda tensor: tensor.flip(0))
+    torch.testing.assert_close(attend.attend(store, query.flip(0), scaling=0.2, fused=True).flip(0), found)
+
+
+def test_codecs_without_a_loader_are_left_to_the_reference() -> None:
+    codec = Residual(NormTable(gaussian_table(4), 32, CHANNELS), LowRank(2, 32, CHANNELS))
+    assert fused.tiles_of(codec, []) is None
 
 
 def test_what_does_not_fit_is_known_beforehand() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rarefy.kv.codec import Codec
 from rarefy.kv.codecs import Exact
+from rarefy.kv.fused import available, fused_segments
 from rarefy.kv.plan import LayerCodecs
 from rarefy.kv.side import SEGMENT, Side
 from rarefy.kv.store import LayerStore
@@ -27,14 +28,20 @@ def attend(
     mask: Tensor | None = None,
     softcap: float | None = None,
     causal: bool = True,
+    fused: bool | None = None,
 ) -> Tensor:
     """Attention of ``query [B, Hq, Q, D]`` over all tokens of ``store``; result ``[B, Hq, Q, D]`` in the query's dtype.
 
     ``mask``: bool (true where a query may look) or additive float, ``[B or 1, Hq or 1, Q, tokens]``. Without one, the
     queries are the last tokens of the store, and each sees itself and all before it (all tokens if not ``causal``).
     A query that may look nowhere gives zero. ``softcap`` bends scores to ``softcap * tanh(score / softcap)``.
+    ``fused``: whole segments go through the decode kernel where it can serve them (None: on a GPU).
     """
     assert store.keys is not None
+    if query.shape[2] == 1 and mask is None and softcap is None and (available(query) if fused is None else fused):
+        done = fused_segments(store, query, scaling)
+        if done is not None:
+            return _attend(store, query, scaling, None, None, store.length - 1, done)
     per_query = query.shape[0] * query.shape[1] * min(SEGMENT, store.length)
     at_once = max(1, SCORES_AT_ONCE // per_query)
     parts = []
@@ -47,8 +54,16 @@ def attend(
 
 
 def _attend(
-    store: LayerStore, query: Tensor, scaling: float, mask: Tensor | None, softcap: float | None, first: int
+    store: LayerStore,
+    query: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+    softcap: float | None,
+    first: int,
+    done: tuple[Tensor, Tensor, int] | None = None,
 ) -> Tensor:
+    """``first``: the last token that the first query may see. ``done``: sums of values ``[B, Hq, Q, D]`` over so many
+    first tokens without sinks, with their log-sum-exp."""
     assert store.keys is not None and store.values is not None
     batch, query_heads, count, _ = query.shape
     heads = store.keys.tail.shape[1]
@@ -57,7 +72,12 @@ def _attend(
     output = torch.zeros(batch, heads, rows, store.values.tail.shape[-1], device=query.device)
     top = torch.full((batch, heads, rows, 1), -torch.inf, device=query.device)
     total = torch.zeros_like(top)
-    for start in range(0, store.length, SEGMENT):
+    begin = 0
+    if done is not None:
+        output, top = done[0].reshape(output.shape), done[1].reshape(top.shape)
+        total, begin = torch.where(top == -torch.inf, 0.0, 1.0), done[2]
+        output, top, total = _with_sinks(store, packed, scaling, begin, output, top, total)
+    for start in range(begin, store.length, SEGMENT):
         stop = min(start + SEGMENT, store.length)
         scores = _scores(store, store.keys, packed, start, stop) * scaling
         if softcap is not None:
@@ -80,6 +100,22 @@ def _attend(
         top = peak
     output = output / torch.where(total == 0, 1.0, total)
     return output.reshape(batch, query_heads, count, -1).to(query.dtype)
+
+
+def _with_sinks(
+    store: LayerStore, query: Tensor, scaling: float, stop: int, output: Tensor, top: Tensor, total: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums after sinks before token ``stop`` have joined them."""
+    if store.sink is None:
+        return output, top, total
+    absent = (store.sink.index < 0) | (store.sink.index >= stop)
+    scores = _product(query, store.sink.keys.transpose(-1, -2)) * scaling
+    scores = scores.masked_fill(absent[:, None, None], -torch.inf)
+    peak = torch.maximum(top, scores.amax(-1, keepdim=True))
+    safe = torch.where(peak == -torch.inf, 0.0, peak)
+    shares, fade = (scores - safe).exp(), (top - safe).exp()
+    output = output * fade + _product(shares, store.sink.values)
+    return output, peak, total * fade + shares.sum(-1, keepdim=True)
 
 
 def _scores(store: LayerStore, side: Side, query: Tensor, start: int, stop: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,7 @@ class LayerStore:
     shift: Tensor | None = None  # int64 [B]: the position of token t of a row is t + shift
     started: Tensor | None = None  # bool [B]: whether a row has had a token that tells its shift
     state: dict[str, SideState] = field(default_factory=dict)
+    plans: dict[str, Any] = field(default_factory=dict)  # what executors keep from step to step, also over `copy`
 
     @property
     def length(self) -> int:
@@ -225,6 +227,7 @@ class LayerStore:
 
     def map_(self, function: Callable[[Tensor], Tensor]) -> None:
         """Put ``function`` of every tensor that has a row for each sequence in its place."""
+        self.plans = {}
         for part in (self.keys, self.values, self.sink):
             if part is not None:
                 part.map_(function)
@@ -239,7 +242,7 @@ class LayerStore:
         twin.keys = None if self.keys is None else self.keys.copy()
         twin.values = None if self.values is None else self.values.copy()
         twin.sink = None if self.sink is None else Sink(self.sink.keys, self.sink.values, self.sink.index)
-        twin.rotary = self.rotary
+        twin.rotary, twin.plans = self.rotary, self.plans
         twin.shift, twin.started = self.shift, self.started
         twin.state = {name: SideState(dict(state.tensors), state.tokens) for name, state in self.state.items()}
         return twin

@@ -106,6 +106,7 @@ class CodedLayer(DynamicLayer):
         twin = CodedLayer(self._plan, *self._place, self._exact_arrival)
         if self._store is not None:
             twin._store, twin.device, twin.is_initialized = self._store.copy(), self.device, True
+            twin._store.plans = {}
         return twin
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:

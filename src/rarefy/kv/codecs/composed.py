@@ -81,24 +81,26 @@ class Rotated(Codec):
         self.signs = 1.0 - 2.0 * flips
 
     def encode(self, x: Tensor) -> Payload:
-        return self.inner.encode(self._turn(x))
+        return self.inner.encode(self.turn(x))
 
     def decode(self, payload: Payload) -> Tensor:
-        return self._back(self.inner.decode(payload))
+        return self.back(self.inner.decode(payload))
 
     def score(self, query: Tensor, payload: Payload) -> Tensor:
-        return self.inner.score(self._turn(query.float()), payload)
+        return self.inner.score(self.turn(query.float()), payload)
 
     def mix(self, weights: Tensor, payload: Payload) -> Tensor:
-        return self._back(self.inner.mix(weights, payload))
+        return self.back(self.inner.mix(weights, payload))
 
     def shared(self) -> dict[str, Tensor]:
         return {**self.inner.shared(), "signs": self.signs}
 
-    def _turn(self, x: Tensor) -> Tensor:
+    def turn(self, x: Tensor) -> Tensor:
+        """``x [..., D]`` as the inner codec sees it."""
         return hadamard(x * self._beside("signs", x))
 
-    def _back(self, x: Tensor) -> Tensor:
+    def back(self, x: Tensor) -> Tensor:
+        """Inverse of `turn`."""
         return hadamard(x) * self._beside("signs", x)
 
 

@@ -45,4 +45,11 @@ def _register() -> None:
     register()
 
 
+def _register_attention() -> None:
+    from rarefy.integrations.transformers.attention import register_attention
+
+    register_attention()
+
+
 when_imported("transformers.quantizers.auto", _register)
+when_imported("transformers.modeling_utils", _register_attention)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -334,6 +335,38 @@ def test_parameters_go_to_disk_and_back(tmp_path: Path) -> None:
         rarefy.kv_cache(build("llama", seed=2), "kv_quant", params=tmp_path / "kv.safetensors")
     with pytest.raises(OptionError, match="holds recipe 'kv_quant' with options of its own"):
         rarefy.kv_cache(model, "million", params=tmp_path / "kv.safetensors")
+
+
+@pytest.mark.parametrize("recipe", ["kivi", "million"])
+def test_a_checkpoint_says_how_its_cache_is_stored(recipe: str, tmp_path: Path) -> None:
+    model, tokens = build("llama"), prompt()
+    rarefy.compress(model, "rtn", options={"num_bits": 8, "group_size": 12})
+    options = FINE[recipe][1]
+    rarefy.kv_cache(model, recipe, data=[{"input_ids": prompt(4, 60, seed=5)}], **options)
+    expected = model.generate(tokens, max_new_tokens=10, do_sample=False)
+    rarefy.save(model, tmp_path / "small")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert isinstance(logits_cache(back, tokens), CodedCache)
+    assert torch.equal(back.generate(tokens, max_new_tokens=10, do_sample=False, pad_token_id=0), expected)
+    rarefy.save(back, tmp_path / "again")
+    names = {path.name for path in (tmp_path / "again").iterdir()}
+    assert ("kv.safetensors" in names) == (recipe == "million")
+    for name in (name for name in names if name.endswith(".safetensors")):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "small" / name).read_bytes(), name
+    back.save_pretrained(tmp_path / "plain")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert isinstance(logits_cache(plain, tokens), CodedCache) == (recipe == "kivi")
+    if recipe == "million":
+        (tmp_path / "small" / "kv.safetensors").unlink()
+        with pytest.raises(CheckpointError, match=r"kv.safetensors"):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+
+
+def test_the_attention_can_be_named_when_a_model_is_loaded(tmp_path: Path) -> None:
+    model, tokens = build("llama"), prompt()
+    model.save_pretrained(tmp_path)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="rarefy")
+    torch.testing.assert_close(logits(back, tokens), logits(model, tokens))
 
 
 def test_gradients_by_keys_before_rope_are_those_of_the_loss() -> None:

@@ -15,8 +15,8 @@ NAME = "rarefy"
 
 def register_attention() -> None:
     """Make ``attn_implementation="rarefy"`` known, with the masks it wants. Safe to call twice."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.modeling_utils import AttentionInterface
 
     AttentionInterface.register(NAME, rarefy_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)

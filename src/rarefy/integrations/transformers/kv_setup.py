@@ -21,8 +21,11 @@ from rarefy.integrations.transformers import attention
 from rarefy.integrations.transformers.kv_cache import ROTARY, CodedCache, announce_tokens
 from rarefy.kv.codecs import Exact
 from rarefy.kv.plan import HeadShape, LayerCodecs
+from rarefy.layers.manifest import KvEntry
+from rarefy.recipes import discover
 
 FORMAT = "rarefy-kv-1"
+PARAMS_NAME = "kv.safetensors"  # in a checkpoint
 SETUP = "_rarefy_kv"  # attribute of a model: the setup that its caches follow
 Params = dict[int, dict[str, Tensor]]
 
@@ -148,6 +151,37 @@ def prepare_(model: Any) -> None:
         if isinstance(getattr(module, "layer_idx", None), int) and not hasattr(module, ROTARY):
             object.__setattr__(module, ROTARY, holders)  # not as submodules of it
             module.register_forward_pre_hook(announce_tokens, with_kwargs=True)
+
+
+def store_setup(model: Any, folder: Path) -> KvEntry | None:
+    """What a checkpoint in ``folder`` says of the model's KV cache, after its parameters were written there."""
+    setup: KvSetup | None = getattr(model, SETUP, None)
+    if setup is None:
+        return None
+    if setup.params:
+        setup.save(folder / PARAMS_NAME)
+    return KvEntry(**setup.describe(), params=PARAMS_NAME if setup.params else None)
+
+
+def restore_setup_(model: Any, entry: KvEntry, folder: Path) -> None:
+    """Make a loaded model use the KV cache that its checkpoint names. Raises CheckpointError."""
+    discover()
+    if entry.recipe not in kv_recipes:
+        raise CheckpointError(f"This checkpoint's KV cache recipe '{entry.recipe}' is unknown; upgrade rarefy.")
+    if entry.params is not None:
+        setup = load_setup(folder / entry.params)
+        if (setup.name, setup.describe()["options"]) != (entry.recipe, entry.options):
+            raise CheckpointError(f"'{entry.params}' is not of this checkpoint; copy the whole folder again.")
+    else:
+        cls = kv_recipes.get(entry.recipe)
+        recipe = parse(cls, entry.options, f"quantization_config: KV cache recipe '{entry.recipe}'", CheckpointError)
+        if recipe.needs or entry.version != cls.recipe_version:
+            raise CheckpointError(
+                f"This checkpoint's KV cache recipe '{entry.recipe}' has no parameters or is of another version; set "
+                "one with rarefy.kv_cache."
+            )
+        setup = KvSetup(entry.recipe, recipe)
+    install_(model, setup)
 
 
 def install_(model: Any, setup: KvSetup) -> None:

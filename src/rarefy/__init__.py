@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         compare_caches,
         compress,
         evaluate,
+        evaluate_long,
         evaluate_tasks,
         kv_cache,
         load,
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "compare", "compare_caches", "compress", "evaluate", "evaluate_tasks", "kv_cache", "load", "load_tokenizer",
-    "merge_adapter", "save",
+    "compare", "compare_caches", "compress", "evaluate", "evaluate_long", "evaluate_tasks", "kv_cache", "load",
+    "load_tokenizer", "merge_adapter", "save",
 ]  # fmt: skip
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from rarefy.evaluation.caches import CacheComparison
     from rarefy.evaluation.forward import CacheFactory
+    from rarefy.evaluation.long.results import LongComparison
     from rarefy.evaluation.tasks.results import TaskComparison
     from rarefy.integrations.transformers.kv_setup import KvSetup
 
@@ -266,30 +267,18 @@ def evaluate_tasks(
 
 
 def compare_caches(
-    model: str | Path | PreTrainedModel,
-    caches: Sequence[str],
-    *,
-    regime: Literal["chunked", "decode", "distorted"] = "chunked",
-    chunk: int = 64,
-    prefill: int = 0,
-    data: str | Path = "demo",
-    context: int = 512,
-    windows: int | None = 12,
-    dtype: str | torch.dtype = "auto",
-    device: Device = "auto",
-    tokenizer: Any = None,
-) -> CacheComparison:
+    model: str | Path | PreTrainedModel, caches: Sequence[str], *,
+    regime: Literal["chunked", "decode", "distorted"] = "chunked", chunk: int = 64, prefill: int = 0, **options: Any,
+) -> CacheComparison:  # fmt: skip
     """Measure ``model`` with several coded KV caches against itself with the dense one, on the windows of `compare`.
 
     ``caches``: ids with options, such as ``"kivi:num_bits=2,group_size=32"``; options of `kv_cache` (``params``,
-    ``samples``, ``seq_len``) may be among them. ``regime``: see ``rarefy.evaluation.caches.CacheProtocol``.
+    ``samples``, ``seq_len``) may be among them. ``regime``: see ``rarefy.evaluation.caches.CacheProtocol``. Other
+    ``options``: ``data``, ``context``, ``windows``, ``dtype``, ``device`` and ``tokenizer`` as in `compare`.
     """
     from rarefy.integrations.transformers.kv_evaluation import compare_caches as run
 
-    return run(
-        model, caches, regime=regime, chunk=chunk, prefill=prefill, data=data, context=context, windows=windows,
-        dtype=dtype, device=device, tokenizer=tokenizer,
-    )  # fmt: skip
+    return run(model, caches, regime=regime, chunk=chunk, prefill=prefill, **options)
 
 
 def kv_cache(
@@ -323,6 +312,45 @@ def kv_cache(
     )  # fmt: skip
     install_(model, setup)
     return setup
+
+
+def evaluate_long(
+    models: Sequence[str | Path | PreTrainedModel],
+    *,
+    reference: str | Path | PreTrainedModel | None = None,
+    data: str | Path = "demo",
+    length: int = 2048,
+    sessions: int = 2,
+    documents: int = 4,
+    chunk: int = 256,
+    seed: int = 0,
+    tasks: Sequence[str] | None = None,
+    session_files: Sequence[str | Path] = (),
+    cache: CacheFactory | None = None,
+    work_dir: str | Path | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: Device = "auto",
+    tokenizer: Any = None,
+) -> LongComparison:
+    """What several models still make of contexts of ``length`` tokens, against the ``reference``.
+
+    ``sessions`` of each task of ``rarefy.evaluation.long`` (``tasks`` None: all) are drawn by ``seed`` over the text
+    ``data``, each asked in one conversation and question by question; ``documents`` windows give the likelihood by
+    position. ``session_files``: sessions in the form of SCBench, kvpress or RULER, asked besides. ``chunk`` tokens go
+    through a model at a time; ``cache`` makes the KV cache of the candidates. ``work_dir`` keeps finished sessions, so
+    that the same call goes on after an interruption. Raises SourceError, OptionError, UnsupportedError,
+    CheckpointError.
+    """
+    from rarefy.integrations.transformers.long_evaluation import evaluate_long as run
+
+    wanted: dict[str, Any] = {
+        "length": length, "sessions": sessions, "documents": documents, "chunk": chunk, "seed": seed,
+    }  # fmt: skip
+    wanted |= {} if tasks is None else {"tasks": tuple(tasks)}
+    return run(
+        models, reference, data, wanted, session_files=session_files, cache=cache, work_dir=work_dir, dtype=dtype,
+        device=device, tokenizer=tokenizer,
+    )  # fmt: skip
 
 
 def merge_adapter(model: Any, recipe: str | Path | Recipe | None = None) -> PreTrainedModel:

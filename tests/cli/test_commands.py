@@ -19,7 +19,7 @@ import rarefy
 from rarefy.cli import common
 from tests.cli.conftest import Run, one_json, one_sentence
 
-COMMANDS = ("compress", "eval", "chat", "inspect", "recipes", "info", "demo")
+COMMANDS = ("compress", "eval", "compare", "report", "chat", "inspect", "recipes", "info", "demo")
 PARTS = {"total", "codes", "scales", "tables", "indices", "values"}
 EVALUATION = {
     "perplexity", "kl", "top1_agreement", "tokens", "bits_per_weight", "stored_bytes", "dense_bytes",
@@ -141,6 +141,16 @@ def test_eval_table_names_the_protocol(run: Run, models: Path, text: Path) -> No
     assert result.exit_code == 0
     assert "llama (reference)" in result.stdout and "perplexity" in result.stdout
     assert "context 16, 2 windows, no BOS, float32, letters.txt" in result.stdout and "30 predicted" in result.stdout
+
+
+def test_eval_asks_about_long_contexts(run: Run, models: Path, tmp_path: Path) -> None:
+    prose = tmp_path / "prose.txt"
+    prose.write_text(" ".join("a b c d e f g h i j k l m n." for _ in range(60)))
+    given = ("--suite", "long", "--tasks", "passkey", "--data", prose, "--length", 256, "--device", "cpu")
+    refused = run("eval", models / "llama", *given)
+    assert "more than the 64 positions of 'llama'" in one_sentence(refused)
+    assert "'poem' is not a task" in one_sentence(run("eval", models / "llama", *given[:3], "poem", *given[4:]))
+    assert "--suite 'short' is unknown" in one_sentence(run("eval", models / "llama", "--suite", "short"))
 
 
 def test_the_whole_text_and_the_fast_executor(run: Run, models: Path, text: Path) -> None:

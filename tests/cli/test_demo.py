@@ -11,6 +11,7 @@ from tests.cli.conftest import Run, one_json
 
 @pytest.mark.demo
 def test_the_demo_does_the_whole_job(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
     small = ("--windows", 1, "--context", 64, "--max-new-tokens", 1)
     record = one_json(run("demo", *small, "--out", tmp_path / "models", "--json"))
     assert record["reloaded_logits_identical"] and "Q4_1" in record["note"]
@@ -23,6 +24,8 @@ def test_the_demo_does_the_whole_job(run: Run, tmp_path: Path) -> None:
     for evaluation in (int4, int3):
         stored = sum(path.stat().st_size for path in (tmp_path / "models" / evaluation["model"]).glob("*.safetensors"))
         assert 0 < stored - evaluation["stored_bytes"] < 200_000
+    page = tmp_path / "models" / "report.html"
+    assert record["report"] == str(page) and page.stat().st_size > 10**6 and page.with_suffix(".json").is_file()
     assert record["reply"] and record["compressions"]["int4"]["fallbacks"] == []
 
 

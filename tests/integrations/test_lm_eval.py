@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import rarefy
-from rarefy.core.errors import OptionError, SourceError
+from rarefy.core.errors import OptionError, SourceError, UnsupportedError
 from tests.caches import bad_cache, perfect_cache
 from tests.zoo import dense_folder, tiny_tokenizer
 
@@ -116,6 +116,26 @@ def test_lm_eval_knows_our_models_by_name(folder: Path) -> None:
     arguments = {"pretrained": str(folder / "small"), "device": "cpu"}
     lm = lm_eval.api.registry.get_model("rarefy").create_from_arg_obj(arguments)
     assert lm.model.config.quantization_config is not None and lm.batch_size == 8
+
+
+def test_programs_are_run_when_that_is_allowed(tmp_path: Path) -> None:
+    """Whatever the model writes goes into a comment of one problem, and makes the other one no Python."""
+    from rarefy.evaluation.tasks import sandbox
+
+    try:
+        sandbox.sandbox()
+    except UnsupportedError as failure:
+        pytest.skip(str(failure))
+    dense_folder("llama", tmp_path / "dense", max_position_embeddings=600)
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    test = "def check(f):\n    assert f() == 1"
+    prompts = ("def f():\n    return 1\n# a b", "def f():\n    return 1 1")
+    problems = [{"prompt": prompt, "test": test, "entry_point": "f"} for prompt in prompts]
+    (tmp_path / "humaneval_greedy.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    found = rarefy.evaluate_tasks(
+        [tmp_path / "dense"], ["humaneval_greedy"], task_data=tmp_path, allow_code=True, device="cpu"
+    )
+    assert [(score.metric, score.value) for score in found.candidates[0].scores] == [("pass_at_1", 0.5)]
 
 
 def test_tasks_that_cannot_be_run_are_named(folder: Path, tmp_path: Path) -> None:

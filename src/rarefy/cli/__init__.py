@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from rarefy.cli import chat, compress, demo, evaluate, info, inspect, recipes
+from rarefy.cli import chat, compare, compress, demo, evaluate, info, inspect, recipes, report
 
 app = typer.Typer(
     name="rarefy",
@@ -17,6 +17,8 @@ app = typer.Typer(
 for _name, _command in (
     ("compress", compress.compress),
     ("eval", evaluate.evaluate),
+    ("compare", compare.compare),
+    ("report", report.report),
     ("chat", chat.chat),
     ("inspect", inspect.inspect),
     ("recipes", recipes.recipes),

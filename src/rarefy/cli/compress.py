@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rarefy.cli.common import Device, Json, Revision, bits_line, command, leads, parse_options, print_json, say
+from rarefy.cli.common import Device, Json, Revision, bits_line, command, leads, parse_options, print_record, say
 
 
 @command
@@ -42,7 +42,7 @@ def compress(
     for note in report.fallbacks:
         say(f"fallback: {note}")
     if as_json:
-        print_json(report.model_dump())
+        print_record("compression", report.model_dump())
         return
     errors = [layer.relative_error for layer in report.layers]
     print(f"{report.model} -> {report.out}")

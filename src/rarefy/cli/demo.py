@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rarefy.cli.common import Json, bits_line, command, print_json, say, shell_line
+
+if TYPE_CHECKING:
+    from rarefy.calibration.report import CompressionReport
+    from rarefy.evaluation.results import Comparison
 
 PROMPT = "Explain in two sentences why the sky is blue."
 PLANS: dict[str, dict[str, Any]] = {
@@ -50,6 +55,7 @@ def demo(
     with torch.inference_mode():
         same = torch.equal(loaded(tokens).logits, fresh(tokens).logits)
     del fresh
+    page = _write_report(result, list(reports.values()), source.note, out)
     reply, count, seconds = answer(loaded, tokenizer, [{"role": "user", "content": PROMPT}], max_new_tokens, True)
 
     if as_json:
@@ -62,6 +68,7 @@ def demo(
                 "reloaded_logits_identical": same,
                 "prompt": PROMPT,
                 "reply": reply,
+                "report": None if page is None else str(page),
                 "seconds": time.monotonic() - start,
             }
         )
@@ -74,8 +81,26 @@ def demo(
         print(f"\n> {PROMPT}\n{reply} ...")
         print(f"\n({count} tokens in {seconds:.1f} s; the whole demo took {time.monotonic() - start:.0f} s)")
         print(f"Try: {shell_line('chat', str(out / 'int4'))}")
+        if page is not None:
+            print(f"All of this, with pictures: {page} (open it in a browser)")
     if not same:
         raise typer.Exit(1)
+
+
+def _write_report(result: Comparison, reports: list[CompressionReport], note: str, out: Path) -> Path | None:
+    """The page on what was measured; None, and a line that says why, where nothing can draw it."""
+    from rarefy.core.environment import this_run
+    from rarefy.core.errors import UnsupportedError
+    from rarefy.reporting.findings import Findings
+
+    run = this_run(shell_line(*sys.argv[1:]))
+    findings = Findings(comparisons=(result,), compressions=tuple(reports), runs=(run,), notes=(note,))
+    try:
+        from rarefy.reporting.page import write_report
+    except UnsupportedError as failure:
+        say(f"no report: {failure}")
+        return None
+    return write_report(findings, out / "report.html")[0]
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -10,6 +10,7 @@ import typer
 from rarefy.cli.common import Device, Json, command, print_record, print_table
 
 if TYPE_CHECKING:
+    from rarefy.evaluation.long.results import LongComparison
     from rarefy.evaluation.results import Comparison, Evaluation
     from rarefy.evaluation.tasks.results import TaskComparison
 
@@ -42,6 +43,16 @@ def evaluate(
     task_data: Annotated[
         Path | None, typer.Option(envvar="RAREFY_TASK_DATA", help="Folder with the tasks' examples as local files.")
     ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="'long' asks about long contexts instead; --tasks then chooses among its tasks.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=256, help="Tokens of a long context.")] = 2048,
+    sessions: Annotated[int, typer.Option(min=1, help="Long contexts of each task.")] = 2,
+    documents: Annotated[int, typer.Option(min=1, help="Texts for the likelihood by position.")] = 4,
+    seed: Annotated[int, typer.Option(help="Draws the long contexts.")] = 0,
+    session_file: Annotated[
+        list[Path] | None, typer.Option(help="Sessions of SCBench, kvpress or RULER (.jsonl, .parquet) to ask besides.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Examples of a forward pass.")] = None,
     allow_code: Annotated[bool, typer.Option(help="Let tasks run what the model writes, in a sandbox.")] = False,
     work_dir: WorkDir = None,
@@ -68,8 +79,21 @@ def evaluate(
             windows=windows or None, dtype=dtype, device=device, as_json=as_json,
         )  # fmt: skip
         return
-    if tasks is not None:
-        names = [name.strip() for name in tasks.split(",") if name.strip()]
+    names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
+    if suite is not None:
+        if suite != "long":
+            raise OptionError(f"--suite '{suite}' is unknown; use long.")
+        found = api.evaluate_long(
+            models, reference=reference, data=data, length=length, sessions=sessions, documents=documents, seed=seed,
+            chunk=chunk or 256, tasks=names, session_files=session_file or (), work_dir=work_dir, dtype=dtype,
+            device=device,
+        )  # fmt: skip
+        if as_json:
+            print_record("long", found.model_dump())
+        else:
+            print_long(found)
+        return
+    if names is not None:
         scores = api.evaluate_tasks(
             models, names, reference=reference, limit=limit or None, few_shot=few_shot, task_data=task_data,
             chunk=chunk, batch=batch, allow_code=allow_code, work_dir=work_dir, dtype=dtype, device=device,
@@ -129,8 +153,47 @@ def print_tasks(result: TaskComparison) -> None:
     print(f"{first.dtype}{few}{chunks}; {sum(each.seconds for each in everyone):.1f} s; examples from {first.data}")
 
 
+def print_long(result: LongComparison) -> None:
+    """A row for each task and way of asking of each model, reference first, and the likelihood by position."""
+    from rarefy.evaluation.long.results import gain, summarize
+
+    everyone = ([result.reference] if result.reference else []) + result.candidates
+    rows = []
+    for evaluation in everyone:
+        dense = None if evaluation is result.reference else result.reference
+        for each in summarize(evaluation, dense):
+            change, kl = each.nll_change, each.kl
+            rows.append(
+                (
+                    evaluation.model + (" (reference)" if evaluation is result.reference else ""), each.task, each.mode,
+                    f"{each.accuracy:.0%}", f"{each.nll:.3f}",
+                    "-" if change is None else f"{change.value:+.3f} ({change.low:+.3f} .. {change.high:+.3f})",
+                    "-" if kl is None else f"{kl.value:.4f} ({kl.low:.4f} .. {kl.high:.4f})", str(each.answers),
+                )
+            )  # fmt: skip
+    print_table(("model", "task", "mode", "exact", "NLL", "NLL change (95%)", "KL (95%)", "answers"), rows)
+    for evaluation in everyone:
+        parts = []
+        if evaluation.positions is not None:
+            curve = evaluation.positions
+            parts.append(
+                "NLL by position "
+                + ", ".join(f"{start}: {nll:.3f}" for (start, _), nll in zip(curve.bins, curve.nll, strict=True))
+            )
+        learned = gain(evaluation)
+        if learned is not None:
+            parts.append(f"the book of a language saves {learned:.3f} nats per token")
+        if evaluation.stages is not None:
+            kept = evaluation.stages
+            parts.append(
+                f"{kept.prefill_tokens_per_second:.0f} tokens/s encoded, "
+                f"{kept.cache_bytes_per_token:.0f} bytes a token kept"
+            )
+        print(f"{evaluation.model}: {'; '.join(parts)}")
+    print(f"{everyone[0].protocol.describe()}; {sum(each.seconds for each in everyone):.0f} s")
+
+
 def _record(evaluation: Evaluation, result: Comparison) -> dict[str, Any]:
     record = evaluation.model_dump()
-    dense = result.reference
-    record["reference"] = None if dense is None else {"model": dense.model, "perplexity": dense.perplexity}
+    record["reference"] = None if result.reference is None else result.reference.model_dump()
     return record

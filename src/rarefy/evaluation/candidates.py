@@ -88,6 +88,15 @@ def check_causal(model: Any, name: str) -> None:
         )
 
 
+def check_length(model: Any, name: str, tokens: int) -> None:
+    """Raise OptionError when ``tokens`` are more than ``model`` has positions: on a GPU that would end the process."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if limit is not None and tokens > limit and rope == "default":  # a scaled RoPE is there to go beyond
+        raise OptionError(f"A context of {tokens} is more than the {limit} positions of '{name}'; use a shorter one.")
+
+
 def dense_sizes(model: torch.nn.Module) -> Sizes:
     """Sizes of a dense model as it is loaded: every parameter once (tied ones too), at its own dtype."""
     count = sum(parameter.numel() for parameter in model.parameters())

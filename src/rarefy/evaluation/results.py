@@ -44,6 +44,27 @@ class Evaluation(StrictModel):
     peak_bytes: int
 
 
+class LayerDifference(StrictModel):
+    """One layer of two models. ``first`` and ``second`` say how it is stored, ``*_bits`` what that takes per weight;
+    ``difference`` is |second - first| / |first| of the weights in the Frobenius norm, None where shapes differ. Scales
+    that a recipe moved from one layer into the next count, though they do not change the model."""
+
+    name: str
+    first: str
+    second: str
+    first_bits: float
+    second_bits: float
+    difference: float | None
+
+
+class ModelDifference(StrictModel):
+    """The layers that two models have in common."""
+
+    first: str
+    second: str
+    layers: tuple[LayerDifference, ...]
+
+
 class Comparison(StrictModel):
     """Many models on the same windows: ``candidates`` in the order given, the ``reference`` (None without one), and how
     often the reference was run over all windows (``passes``: 1 unless memory could not hold all models at once)."""

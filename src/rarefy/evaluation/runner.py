@@ -14,7 +14,7 @@ import torch
 from rarefy.core.errors import FormatError, OptionError, UnsupportedError
 from rarefy.core.memory import available_bytes, peak_bytes
 from rarefy.core.progress import progress
-from rarefy.evaluation.candidates import Candidate, plan_passes
+from rarefy.evaluation.candidates import Candidate, check_length, plan_passes
 from rarefy.evaluation.forward import forward
 from rarefy.evaluation.perplexity import perplexity
 from rarefy.evaluation.protocol import Protocol
@@ -186,11 +186,7 @@ def _check_fits(model: Any, name: str, windows: torch.Tensor) -> None:
         raise OptionError(
             f"The windows hold token {largest}, but '{name}' has a vocabulary of {vocab}; use its own tokenizer."
         )
-    context = windows.shape[1]
-    limit = getattr(config, "max_position_embeddings", None)
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if limit is not None and context > limit and rope == "default":  # a scaled RoPE is there to go beyond
-        raise OptionError(f"A context of {context} is more than the {limit} positions of '{name}'; use a shorter one.")
+    check_length(model, name, windows.shape[1])
 
 
 def _micro_batch(device: torch.device, context: int) -> int:

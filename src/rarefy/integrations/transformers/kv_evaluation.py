@@ -15,7 +15,7 @@ from rarefy.evaluation.caches import CacheComparison, CacheMaker, CacheProtocol,
 from rarefy.evaluation.caches import compare_caches as run
 from rarefy.evaluation.protocol import bos_token
 from rarefy.integrations.transformers.kv_calibration import open_kv
-from rarefy.integrations.transformers.kv_setup import KvSetup, prepare_
+from rarefy.integrations.transformers.kv_setup import KvSetup
 from rarefy.integrations.transformers.subjects import open_subjects
 from rarefy.sources.texts import open_text
 from rarefy.sources.windows import tokenize
@@ -53,12 +53,12 @@ def compare_caches(
     regime: Regime,
     chunk: int,
     prefill: int,
-    data: str | Path,
-    context: int,
-    windows: int | None,
-    dtype: str | torch.dtype,
-    device: Device,
-    tokenizer: Any,
+    data: str | Path = "demo",
+    context: int = 512,
+    windows: int | None = 12,
+    dtype: str | torch.dtype = "auto",
+    device: Device = "auto",
+    tokenizer: Any = None,
 ) -> CacheComparison:
     """``rarefy.compare_caches``."""
     if not caches:
@@ -68,7 +68,6 @@ def compare_caches(
     tokens = cut(tokenize(subjects.tokenizer, text.text), context, windows, bos_token(subjects.tokenizer, None))
     candidate = subjects.candidates[0]
     loaded = candidate.open()
-    prepare_(loaded)
     makers: dict[str, CacheMaker] = {cache: open_cache(loaded, cache, subjects.tokenizer) for cache in caches}
     protocol = CacheProtocol(
         regime=regime, chunk=chunk, prefill=prefill, context=context, windows=len(tokens), dtype="", text=text.name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rarefy.core.errors import CheckpointError, UnsupportedError
-from rarefy.core.files import read_header, write_tensors
+from rarefy.core.files import write_tensors
 from rarefy.integrations.transformers.kv_cache import CodedCache, CodedLayer
-from rarefy.integrations.transformers.kv_setup import KvSetup, digest
+from rarefy.integrations.transformers.kv_setup import KvSetup, digest, file_about, read_about
 
 FORMAT = "rarefy-kv-cache-1"
 
@@ -36,7 +35,7 @@ def save_cache(cache: CodedCache, path: str | Path, model: Any) -> None:
         else:
             raise UnsupportedError(f"Layer {index} of this cache is a {type(layer).__name__}, which cannot be saved.")
         tensors.update({f"layers.{index}.{name}": tensor.contiguous() for name, tensor in own.items()})
-    about = {"format": FORMAT, "model": digest(model), "setup": json.dumps(cache.setup_of()), "layers": str(len(cache))}
+    about = file_about(FORMAT, model=digest(model), setup=cache.setup_of(), layers=len(cache))
     write_tensors(Path(path), tensors, about)
 
 
@@ -46,13 +45,13 @@ def load_cache(path: str | Path, model: Any, setup: KvSetup) -> CodedCache:
     from safetensors.torch import load_file
 
     path = Path(path)
-    about = read_header(path).metadata
-    if about.get("format") != FORMAT:
+    about = read_about(path, FORMAT)
+    if about is None:
         raise CheckpointError(f"'{path.name}' holds no KV cache of this version; run the model on the prefix anew.")
     if about.get("model") != digest(model):
         raise CheckpointError(f"'{path.name}' is the cache of another model than this {type(model).__name__}.")
     cache = setup(model)
-    if json.loads(about.get("setup", "null")) != cache.setup_of() or about.get("layers") != str(len(cache)):
+    if about.get("setup") != cache.setup_of() or about.get("layers") != len(cache):
         raise CheckpointError(f"'{path.name}' was written with another KV cache recipe or other options; use those.")
     found: list[dict[str, Tensor]] = [{} for _ in cache.layers]
     for full, tensor in load_file(path, device=str(model.device)).items():

@@ -45,8 +45,9 @@ class KvSetup:
         self._fingerprint = found.hexdigest()
 
     def __call__(self, model: Any, *, exact_arrival: bool = True) -> CodedCache:
-        """An empty cache for ``model``, which has to be prepared (`prepare_`). Unless ``exact_arrival``, whole blocks
+        """An empty cache for ``model``, which is prepared for it (`prepare_`). Unless ``exact_arrival``, whole blocks
         are read from their codes already in the pass that brings them."""
+        prepare_(model)
         about = {**self.describe(), "params": self._fingerprint}
         return CodedCache(model.config, self.plan, exact_arrival, about)
 
@@ -75,8 +76,7 @@ class KvSetup:
             for layer, own in self.params.items()
             for name, tensor in own.items()
         }
-        about = {"format": FORMAT, "model": self.model or "", **{k: json.dumps(v) for k, v in self.describe().items()}}
-        write_tensors(path, tensors, about)
+        write_tensors(path, tensors, file_about(FORMAT, model=self.model or "", **self.describe()))
 
 
 def load_setup(path: Path, model: Any | None = None) -> KvSetup:
@@ -84,15 +84,13 @@ def load_setup(path: Path, model: Any | None = None) -> KvSetup:
     version, or was calibrated on another model than ``model``."""
     from safetensors.torch import load_file
 
-    header = read_header(path)
-    about = header.metadata
-    if about.get("format") != FORMAT:
+    about = read_about(path, FORMAT)
+    if about is None:
         raise CheckpointError(f"'{path.name}' holds no KV cache parameters of this version; calibrate anew.")
     try:
-        name, options = json.loads(about["recipe"]), json.loads(about["options"])
+        name, options, version = about["recipe"], about["options"], about["version"]
         cls = kv_recipes.get(name)
-        version = json.loads(about["version"])
-    except (KeyError, ValueError, TypeError, RecipeError) as failure:
+    except (KeyError, TypeError, RecipeError) as failure:
         raise CheckpointError(f"'{path.name}' does not say how it was made ({failure}); calibrate anew.") from None
     if version != cls.recipe_version:
         raise CheckpointError(
@@ -110,6 +108,20 @@ def load_setup(path: Path, model: Any | None = None) -> KvSetup:
             raise CheckpointError(f"Tensor '{full}' of '{path.name}' is damaged; calibrate anew.")
         params.setdefault(int(number), {})[own] = tensor
     return KvSetup(name, recipe, params, about.get("model") or None)
+
+
+def file_about(form: str, **facts: Any) -> dict[str, str]:
+    """Metadata of a file of ours: one entry, since several would come in any order and the bytes with them."""
+    return {"rarefy": json.dumps({"format": form, **facts}, sort_keys=True)}
+
+
+def read_about(path: Path, form: str) -> dict[str, Any] | None:
+    """What `file_about` wrote into a file; None where it is something else."""
+    try:
+        about = json.loads(read_header(path).metadata.get("rarefy", "null"))
+    except ValueError:
+        return None
+    return about if isinstance(about, dict) and about.get("format") == form else None
 
 
 def digest(model: nn.Module) -> str:
@@ -148,7 +160,7 @@ def prepare_(model: Any) -> None:
         if any("inv_freq" in name for name, _ in module.named_buffers(recurse=False))
     )
     for module in model.modules():
-        if isinstance(getattr(module, "layer_idx", None), int) and not hasattr(module, ROTARY):
+        if isinstance(getattr(module, "layer_idx", None), int) and ROTARY not in vars(module):
             object.__setattr__(module, ROTARY, holders)  # not as submodules of it
             module.register_forward_pre_hook(announce_tokens, with_kwargs=True)
 

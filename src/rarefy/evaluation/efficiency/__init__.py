@@ -1,0 +1,1 @@
+"""What running a model costs: memory, compute, latency, throughput, energy and compression, by stated definitions."""

@@ -1,0 +1,44 @@
+"""A matrix from its file to the table and the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rarefy.cli.bench_matrix import bench_matrix
+from rarefy.core.errors import OptionError
+from rarefy.reporting.findings import read_findings
+
+
+def test_a_matrix_becomes_a_table_and_a_result(
+    models: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    matrix = tmp_path / "matrix.yaml"
+    matrix.write_text(
+        f"models: ['{models / 'llama'}', '{models / 'small'}']\nreference: '{models / 'llama'}'\nbatches: [1, 2]\n"
+        f"prompt_tokens: [8]\nnew_tokens: 2\nrounds: 1\nwindows: 1\ncontext: 16\ndata: '{text}'\n"
+        "device: cpu\nwatts: 5\n"
+    )
+    bench_matrix(matrix, tmp_path / "work")
+    table = capsys.readouterr().out
+    for words in ("llama", "small", "2 x 8+2", "roof: ", "energy: modelled", "perplexity: context 16"):
+        assert words in table
+    bench_matrix(matrix, tmp_path / "work", as_json=True)
+    (tmp_path / "result.json").write_text(capsys.readouterr().out)
+    assert json.loads((tmp_path / "result.json").read_text())["kind"] == "efficiency"
+    (found,) = read_findings([tmp_path / "result.json"]).efficiency
+    dense, _, small, _ = found.rows
+    assert dense.quality_kept == pytest.approx(1) and dense.compression_ratio == pytest.approx(1)
+    assert small.compression_ratio is not None and small.compression_ratio > 1 and small.perplexity != dense.perplexity
+
+
+def test_what_cannot_be_measured_is_named(models: Path, tmp_path: Path) -> None:
+    matrix = tmp_path / "matrix.yaml"
+    matrix.write_text(f"models: ['{models / 'llama'}']\ncaches: [tape]\n")
+    with pytest.raises(OptionError, match="'tape' is unknown"):
+        bench_matrix(matrix)
+    matrix.write_text(f"models: ['{models / 'llama'}']\nwindows: 2\n")
+    with pytest.raises(OptionError, match="name it as 'reference'"):
+        bench_matrix(matrix)

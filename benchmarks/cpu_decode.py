@@ -52,8 +52,10 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         small = compressed(work / options.recipe, options.recipe, options.samples)
         peer = llama_cpp_file(work)
-        rows = measured(small, peer, options.quick)
-    write(options, rows, KEY)
+        busy = os.getloadavg()[0]
+        rows, quality = measured(small, peer, options.quick)
+    load = f"{busy:.0f} other processes ran on {os.cpu_count()} cores when it began"
+    write(options, rows, KEY, quality=quality, load=load)
 
 
 def compressed(folder: Path, method: str, samples: int) -> Path:
@@ -76,13 +78,14 @@ def llama_cpp_file(work: Path) -> Path:
     return out
 
 
-def measured(small: Path, gguf: Path, quick: bool) -> list[Row]:
+def measured(small: Path, gguf: Path, quick: bool) -> tuple[list[Row], str]:
     rounds = 3 if quick else 9
     model: Any = rarefy.load(small)
     dense: Any = rarefy.load("demo")
     quality = qualities(model, dense, gguf, 2 if quick else 12)
     bits = 8 * step_bytes(model) / sum(p.numel() for p in dense.parameters())
     rows: list[Row] = []
+    error = logit_error(model)
 
     def run(goal: str, job: str, threads: int, decoders: list[Decoder]) -> list[Speed]:
         prompt = torch.randint(10, 90, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -90,12 +93,13 @@ def measured(small: Path, gguf: Path, quick: bool) -> list[Row]:
         result = measure(decoders, prompt, 16 if quick else NEW, rounds)
         ours = result.rows[0]
         for row in result.rows[1:]:
-            shared = {"bits_per_weight": bits, "fraction_of_limit": ours.fraction_of_read, "peer": row.executor}
+            shared = {"bits_per_weight": bits, "max_rel_error": error, "peer": row.executor}
             note = (
                 f"{ours.decode_tokens_per_second:.1f} against {row.decode_tokens_per_second:.1f} tokens/s, "
-                f"one thread reads {result.read_bytes_per_second / 1e9:.1f} GB/s; {quality}"
+                f"one thread reads {result.read_bytes_per_second / 1e9:.1f} GB/s"
             )
-            rows.append({"goal": goal, "job": job, "ratio": row.decode_ratio, "note": note, **shared})
+            decode = {"goal": goal, "job": job, "ratio": row.decode_ratio, "note": note}
+            rows.append({**decode, **shared, "fraction_of_limit": ours.fraction_of_read})
             if goal == "C2":
                 note = f"{ours.prefill_tokens_per_second:.0f} against {row.prefill_tokens_per_second:.0f} tokens/s"
                 prefill = {"goal": "C4", "job": f"prefill {PROMPT}", "ratio": row.prefill_ratio, "note": note}
@@ -117,10 +121,21 @@ def measured(small: Path, gguf: Path, quick: bool) -> list[Row]:
         with competition(crowd):
             own = run("C5", job, 2, both)[0]
         ratio = own.decode_tokens_per_second / alone.decode_tokens_per_second
-        rows.append({"goal": "C5", "job": job, "peer": "own one thread", "ratio": ratio, "bits_per_weight": bits})
+        note = f"{own.decode_tokens_per_second:.1f} against {alone.decode_tokens_per_second:.1f} tokens/s"
+        row = {"goal": "C5", "job": job, "peer": "own one thread", "ratio": ratio, "note": note}
+        rows.append({**row, "bits_per_weight": bits, "max_rel_error": error})
     torch.set_num_threads(1)
     rows.append(first_token(small, 2 if quick else 5))
-    return rows
+    return rows, quality
+
+
+def logit_error(model: Any) -> float:
+    """Largest difference of the exact executor's logits from the model's own, relative to the largest of those."""
+    tokens = torch.arange(100, 164)
+    with torch.inference_mode():
+        wanted = model(input_ids=tokens[None]).logits[0]
+    found = RunnerDecoder(model, "exact").runner.extend(tokens, every=True)
+    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 def qualities(model: Any, dense: Any, gguf: Path, count: int) -> str:

@@ -173,6 +173,21 @@ def speed_table() -> str:
     return "\n\n".join(parts) or UNMEASURED
 
 
+def decode_table() -> str:
+    """Decoding beside peers, one table per device."""
+    parts = []
+    for data in results("*/cpu_decode.json"):
+        lines = ["| goal | job | peer | peer's time / ours | of streaming read | measured |", "|---" * 6 + "|"]
+        for row in data["rows"]:
+            share = "-" if row.get("fraction_of_limit") is None else f"{row['fraction_of_limit']:.0%}"
+            where = f"{row['goal']} | {row['job']} | {row['peer']}"
+            lines.append(f"| {where} | {row['ratio']:.2f} | {share} | {row['note']} |")
+        bits = max(row.get("bits_per_weight") or 0 for row in data["rows"])
+        facts = f"{DEMO}; ours reads {bits:.2f} bits for each weight, head included. {data['quality']}. {data['load']}."
+        parts.append("\n".join([*lines, "", f"{facts} All in one process and in turns; {measured_on(data)}"]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
 def term_table() -> str:
     sys.path.insert(0, str(ROOT / "src"))
     from rarefy.formats import terms
@@ -191,6 +206,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "folded": lambda: accuracy_table("", FOLDED),
     "sentence-similarity": similarity_table,
     "calibration-speed": speed_table,
+    "cpu-decode": decode_table,
     "terms": term_table,
 }
 

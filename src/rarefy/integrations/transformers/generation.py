@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from rarefy.core.errors import OptionError, UnsupportedError
 from rarefy.decoding.runner import Runner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # What ``generate`` can ask for that needs more than the logits of one sequence.
 _BEYOND = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -82,3 +85,16 @@ class GenerateRunner(Runner):
         asked = [name for name in _BEYOND if getattr(config, name, None)]
         if asked:
             raise UnsupportedError(f"The decode runner returns tokens only; leave {asked[0]} out.")
+
+
+def runner(
+    model: PreTrainedModel, *, executor: Literal["exact", "fast"] = "exact", cache_dtype: torch.dtype | None = None
+) -> GenerateRunner:
+    """The decode runner of a loaded ``model`` on the CPU: ``runner(model).generate(**inputs, max_new_tokens=20)``.
+
+    ``generate`` takes what ``model.generate`` does; one sequence at a time, greedy or sampled. ``executor="fast"`` may
+    quantize activations to 8 bits. ``cache_dtype``: of the keys and values it keeps, by default the model's. Kept
+    between calls: a prompt that begins like the last sequence is read from where it differs. Raises UnsupportedError
+    that names what it does not know.
+    """
+    return GenerateRunner(model, mode=executor, cache_dtype=cache_dtype)

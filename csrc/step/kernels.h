@@ -24,10 +24,10 @@ static inline float load_one_as(const void *data, int32_t type, int64_t at) {
 }
 
 // e^x in 16 lanes, to a few units in the last place; 0 below -87. With n = round(x / ln 2), r = x - n ln 2 and
-// e^r = 1 + r + r^2 p(r), where p is least in relative error on |r| <= ln 2 / 2 (3e-9).
+// e^r = 1 + r + r^2 p(r), where p is least in relative error on |r| <= ln 2 / 2 (3e-9). NaN stays NaN.
 static inline void exp_lanes(float *x) {
   for (int i = 0; i < 16; ++i) {
-    float a = x[i] < 88.f ? x[i] : 88.f;
+    float a = x[i] > 88.f ? 88.f : x[i];
     float keep = a < -87.f ? 0.f : 1.f;
     a = a < -87.f ? -87.f : a;
     float n = __builtin_rintf(a * 1.44269504f);

@@ -1,9 +1,10 @@
 // What can be held against plain C++ without Python, for the sanitizers: layouts there and back, products of every width
-// on every instruction set, the pool under several callers and after fork, and refusal of wrong sizes.
+// on every instruction set, steps of a decoder, the pool under several callers and after fork, and refusal of wrong sizes.
 #include <pthread.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -128,6 +129,8 @@ void *run_pool(void *) {
 
 }  // namespace
 
+#include "step.h"
+
 int main() {
   rarefy_threads(4);
   for (const char *name : {"scalar", "avx2", "avx512"}) {
@@ -139,6 +142,7 @@ int main() {
       products(1, 7, bits, 4, 2);
     }
   }
+  steps();
   wrong_sizes();
   pthread_t others[3];
   for (pthread_t &other : others) pthread_create(&other, nullptr, run_pool, nullptr);

@@ -236,3 +236,11 @@ def test_memory_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(native._library, "bytes", lambda *arguments: asked(*arguments) - 64)
     with pytest.raises(OptionError, match=r"The step works in \d+ bytes, not \d+"):
         native(prompt(4), empty_cache(program))
+
+
+def test_a_number_that_is_none_stays_none() -> None:
+    model = wide("llama")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight[3, 5] = torch.nan
+    ours, wanted = both(model)
+    assert torch.equal(ours.isnan(), wanted.isnan()) and bool(ours.isnan().any())

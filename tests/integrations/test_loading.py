@@ -20,8 +20,8 @@ from transformers import initialization
 import rarefy
 from rarefy.core.errors import CheckpointError, SourceError, UnsupportedError
 from rarefy.integrations.transformers.config import RarefyConfig
-from rarefy.layers.execution import restore_
 from rarefy.layers import CompressedLinear, CompressedWeight
+from rarefy.layers.execution import restore_
 from rarefy.layers.swap import compressed
 from tests.integrations.conftest import EIGHT_BITS, Compressed, environment, python
 from tests.zoo import FAMILIES, dense_folder, logits, same_bytes, tensors, tiny_tokenizer

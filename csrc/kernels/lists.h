@@ -88,10 +88,16 @@ static void tables_panel(const rarefy_term &t, int64_t tile, int64_t k0, float *
 
 // ---- VALUES: floats at the set bits of a mask, column by column.
 
+template <int TYPE> static inline F expand_typed(const void *values, int64_t at, uint32_t mask) {
+  if (TYPE == RAREFY_F16) return expand_half(static_cast<const uint16_t *>(values) + at, mask);
+  if (TYPE == RAREFY_BF16) return expand_bfloat(static_cast<const uint16_t *>(values) + at, mask);
+  return expand_f32(static_cast<const float *>(values) + at, mask);
+}
+
 static inline F expand_values(const rarefy_term &t, int64_t at, uint32_t mask) {
-  if (t.scale_type == RAREFY_F16) return expand_half(static_cast<const uint16_t *>(t.codes.data) + at, mask);
-  if (t.scale_type == RAREFY_BF16) return expand_bfloat(static_cast<const uint16_t *>(t.codes.data) + at, mask);
-  return expand_f32(static_cast<const float *>(t.codes.data) + at, mask);
+  if (t.scale_type == RAREFY_F16) return expand_typed<RAREFY_F16>(t.codes.data, at, mask);
+  if (t.scale_type == RAREFY_BF16) return expand_typed<RAREFY_BF16>(t.codes.data, at, mask);
+  return expand_typed<RAREFY_F32>(t.codes.data, at, mask);
 }
 
 // use(column, 16 values) for columns [k0, k1); `at` is the first value, and afterwards the next one.
@@ -104,17 +110,18 @@ static inline void each_column(const rarefy_term &t, int64_t tile, int64_t k0, i
   }
 }
 
-template <int M>
+template <int TYPE, int M>
 static void values_few(const rarefy_term &t, const rarefy_input &in, int64_t tile, int64_t first, float (*acc)[16]) {
   int64_t at = static_cast<const int64_t *>(t.pointers.data)[tile];
   const uint16_t *masks = static_cast<const uint16_t *>(t.positions.data) + tile * rarefy::units_of(t) * 32;
   const float *x = in.x + first * in.stride;
+  const void *values = t.codes.data;
   F even[M], odd[M];
   for (int m = 0; m < M; ++m) even[m] = load_f(acc[m]), odd[m] = zero_f();
   for (int64_t k = 0; k < t.columns; k += 2) {  // masks and x go on, empty and zero, to a multiple of 32
-    F left = expand_values(t, at, masks[k]);
+    F left = expand_typed<TYPE>(values, at, masks[k]);
     at += __builtin_popcount(masks[k]);
-    F right = expand_values(t, at, masks[k + 1]);
+    F right = expand_typed<TYPE>(values, at, masks[k + 1]);
     at += __builtin_popcount(masks[k + 1]);
     for (int m = 0; m < M; ++m) {
       even[m] = fma_f(left, set_f(x[m * in.stride + k]), even[m]);

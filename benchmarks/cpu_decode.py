@@ -55,7 +55,7 @@ def main() -> None:
         busy = os.getloadavg()[0]
         rows, quality = measured(small, peer, options.quick)
     load = f"{busy:.0f} other processes ran on {os.cpu_count()} cores when it began"
-    write(options, rows, KEY, quality=quality, load=load)
+    write(options, [{**row, "quality": quality, "load": load} for row in rows], KEY)
 
 
 def compressed(folder: Path, method: str, samples: int) -> Path:

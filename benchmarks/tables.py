@@ -183,7 +183,8 @@ def decode_table() -> str:
             where = f"{row['goal']} | {row['job']} | {row['peer']}"
             lines.append(f"| {where} | {row['ratio']:.2f} | {share} | {row['note']} |")
         bits = max(row.get("bits_per_weight") or 0 for row in data["rows"])
-        facts = f"{DEMO}; ours reads {bits:.2f} bits for each weight, head included. {data['quality']}. {data['load']}."
+        first = data["rows"][0]
+        facts = f"{DEMO}; ours reads {bits:.2f} bits for each weight, head included. {first['quality']}. {first['load']}."
         parts.append("\n".join([*lines, "", f"{facts} All in one process and in turns; {measured_on(data)}"]))
     return "\n\n".join(parts) or UNMEASURED
 

@@ -184,7 +184,7 @@ def decode_table() -> str:
             lines.append(f"| {where} | {row['ratio']:.2f} | {share} | {row['note']} |")
         bits = max(row.get("bits_per_weight") or 0 for row in data["rows"])
         first = data["rows"][0]
-        facts = f"{DEMO}; ours reads {bits:.2f} bits for each weight, head included. {first['quality']}. {first['load']}."
+        facts = f"{DEMO}; {bits:.2f} bits a weight, head included; {first['quality']}; {first['load']}."
         parts.append("\n".join([*lines, "", f"{facts} All in one process and in turns; {measured_on(data)}"]))
     return "\n\n".join(parts) or UNMEASURED
 

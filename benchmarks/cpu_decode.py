@@ -54,6 +54,8 @@ def main() -> None:
         peer = llama_cpp_file(work)
         busy = os.getloadavg()[0]
         rows, quality = measured(small, peer, options.quick)
+    made = "" if options.recipe == "rtn" else f" on {options.samples} x 512 tokens of the demo's calibration text"
+    quality = f"layers {options.recipe} int4 g64{made}, head rtn int4 g32; {quality}"
     load = f"{busy:.0f} other processes ran on {os.cpu_count()} cores when it began"
     write(options, [{**row, "quality": quality, "load": load} for row in rows], KEY)
 
@@ -82,7 +84,7 @@ def measured(small: Path, gguf: Path, quick: bool) -> tuple[list[Row], str]:
     rounds = 3 if quick else 9
     model: Any = rarefy.load(small)
     dense: Any = rarefy.load("demo")
-    quality = qualities(model, dense, gguf, 2 if quick else 12)
+    quality = qualities(model, dense, gguf, 4 if quick else 12)
     bits = 8 * step_bytes(model) / sum(p.numel() for p in dense.parameters())
     rows: list[Row] = []
     error = logit_error(model)

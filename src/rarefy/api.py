@@ -225,10 +225,7 @@ def compare(
     bos = bos_token(subjects.tokenizer, None)
     tokens = cut(tokenize(subjects.tokenizer, text.text), context, windows, bos)
     protocol = protocol.model_copy(update={"bos": bos is not None, "text": text.name, "form": text.form})
-    result = run(subjects.candidates, tokens, protocol, reference=subjects.reference, free_bytes=subjects.free_bytes)
-    if executor == "fast" and all(found.protocol.executor == "exact" for found in result.candidates):
-        log.warning("No kernel here quantizes the activations of these models; everything runs exact.")
-    return result
+    return run(subjects.candidates, tokens, protocol, reference=subjects.reference, free_bytes=subjects.free_bytes)
 
 
 def evaluate_tasks(

@@ -188,14 +188,15 @@ class Term(nn.Module, ABC):
                 part._refused = "a member of a stack"
         return member
 
-    def __getattr__(self, name: str) -> Any:
-        if self.__dict__.get("_prepared") is not None and name in self._operands():
-            self._undo()
-        return super().__getattr__(name)
-
     def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
         self.restore_()
         return super().named_buffers(*args, **kwargs)
+
+    def get_buffer(self, target: str) -> Tensor:
+        owner = self.get_submodule(target.rpartition(".")[0])
+        if isinstance(owner, Term):
+            owner._undo()
+        return super().get_buffer(target)
 
     def byte_count(self) -> ByteCount:
         """Bytes of the stored tensors by purpose."""

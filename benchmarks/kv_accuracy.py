@@ -71,12 +71,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=0, help="0: the whole text")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--only", help="caches whose names contain this")
+    parser.add_argument("--only", help="caches whose names match this regular expression")
     options = parser.parse_args(argv)
     windows = 4 if options.quick else options.windows or None
     context = min(512, options.context) if options.quick else options.context
     everything = caches(16, min(2048, context), options.calibration)
-    chosen = [name for name in everything if not options.only or options.only in name]
+    chosen = [name for name in everything if not options.only or re.search(options.only, name)]
     rows: list[Row] = []
     for regime in options.regimes:
         torch.manual_seed(0)

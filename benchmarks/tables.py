@@ -199,8 +199,8 @@ def decode_table() -> str:
         for row in data["rows"]:
             lines.append(
                 f"| {row['job'].removeprefix('decode attention, ')} | {row['tokens']:,} | "
-                f"{row['bits_per_weight']:.2f} | {row['microseconds']:.0f} | {row['ratio']:.2f} | {row['ratio_to_fp8']:.2f} | "
-                f"{row['fraction_of_limit']:.2f} |"
+                f"{row['bits_per_weight']:.2f} | {row['microseconds']:.0f} | {row['ratio']:.2f} | "
+                f"{row['ratio_to_fp8']:.2f} | {row['fraction_of_limit']:.2f} |"
             )
         parts.append("\n".join([*lines, "", measured_on(data)]))
     return "\n\n".join(parts) or UNMEASURED

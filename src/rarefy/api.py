@@ -217,18 +217,17 @@ def compare(
     from rarefy.sources.windows import tokenize
     from rarefy.sources.windows import windows as cut
 
-    if executor == "fast":
-        log.warning("No kernel of this version quantizes activations; everything runs exact.")
-    requested = {"context": context, "windows": windows, "chunk": chunk}
+    requested = {"context": context, "windows": windows, "chunk": chunk, "executor": executor}
     protocol = parse(Protocol, requested, "Evaluation", OptionError)
     subjects = open_subjects(models, reference, dtype=dtype, device=device, tokenizer=tokenizer, cache=cache)
     text = open_text(data, "evaluation")
     bos = bos_token(subjects.tokenizer, None)
     tokens = cut(tokenize(subjects.tokenizer, text.text), context, windows, bos)
     protocol = protocol.model_copy(update={"bos": bos is not None, "text": text.name, "form": text.form})
-    return run(
-        subjects.candidates, tokens, protocol, reference=subjects.reference, free_bytes=subjects.free_bytes
-    )
+    result = run(subjects.candidates, tokens, protocol, reference=subjects.reference, free_bytes=subjects.free_bytes)
+    if executor == "fast" and all(found.protocol.executor == "exact" for found in result.candidates):
+        log.warning("No kernel here quantizes the activations of these models; everything runs exact.")
+    return result
 
 
 def evaluate_tasks(

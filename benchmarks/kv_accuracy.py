@@ -37,6 +37,7 @@ CACHES = [
     "kv_quant:num_bits=2",
     "kv_quant:num_bits=2,q_norm=false",
 ]
+DECODED = 2  # windows that are decoded token by token
 CALIBRATED = ("kv_quant", "million")
 
 
@@ -81,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for regime in options.regimes:
         torch.manual_seed(0)
         result = rarefy.compare_caches(
-            options.model, chosen, regime=regime, prefill=context // 2 if regime == "decode" else 0, context=context,
-            windows=min(windows or 10, 10) if regime == "decode" else windows, data=options.data, dtype=options.dtype,
+            options.model, chosen, regime=regime, prefill=context * 7 // 8 if regime == "decode" else 0,
+            context=context, windows=DECODED if regime == "decode" else windows, data=options.data, dtype=options.dtype,
         )  # fmt: skip
         rows += rows_of(result)
         for row in rows_of(result):

@@ -41,6 +41,24 @@ template <class Use> void each_plane(int32_t bits, Use use) {
   }
 }
 
+// Eight codes of 4 bits in order, as four bytes with the first four in low nibbles and the others in high ones.
+uint32_t nibbles_apart(uint32_t run) {
+  auto spread = [](uint32_t four) {
+    four = (four | four << 8) & 0x00ff00ff;
+    return (four | four << 4) & 0x0f0f0f0f;
+  };
+  return spread(run & 0xffff) | spread(run >> 16) << 4;
+}
+
+uint32_t nibbles_together(uint32_t bytes) {
+  auto gather = [](uint32_t four) {
+    four &= 0x0f0f0f0f;
+    four = (four | four >> 4) & 0x00ff00ff;
+    return (four | four >> 8) & 0xffff;
+  };
+  return gather(bytes) | gather(bytes >> 4) << 16;
+}
+
 struct Move {
   const uint32_t *stream;
   uint8_t *tiles;
@@ -58,6 +76,13 @@ void pack_tile(void *context, int64_t tile) {
     for (int64_t w = 0; w < m.words; ++w) {
       const uint32_t *run = m.stream + ((tile * 16 + r) * m.words + w) * m.bits;
       uint8_t *to = m.tiles + (tile * m.words + w) * size;
+      if (m.bits == 4) {  // by far the most common
+        for (int64_t i = 0; i < 4; ++i) {
+          uint32_t bytes = nibbles_apart(run[i]);
+          std::memcpy(to + 64 * i + 4 * r, &bytes, 4);
+        }
+        continue;
+      }
       for (int32_t k = 0; k < 32; ++k) {
         int32_t bit = k * m.bits, at = bit / 32;
         uint64_t both = run[at] | (at + 1 < m.bits ? uint64_t(run[at + 1]) << 32 : 0);
@@ -77,6 +102,14 @@ void unpack_tile(void *context, int64_t tile) {
     for (int64_t w = 0; w < m.words; ++w) {
       uint32_t *run = m.back + ((tile * 16 + r) * m.words + w) * m.bits;
       const uint8_t *from = m.from + (tile * m.words + w) * size;
+      if (m.bits == 4) {
+        for (int64_t i = 0; i < 4; ++i) {
+          uint32_t bytes;
+          std::memcpy(&bytes, from + 64 * i + 4 * r, 4);
+          run[i] = nibbles_together(bytes);
+        }
+        continue;
+      }
       std::memset(run, 0, size_t(m.bits) * 4);
       for (int32_t k = 0; k < 32; ++k) {
         uint32_t code = 0;

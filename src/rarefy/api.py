@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rarefy.evaluation.forward import CacheFactory
     from rarefy.evaluation.long.results import LongComparison
     from rarefy.evaluation.tasks.results import TaskComparison
+    from rarefy.integrations.transformers.generation import GenerateRunner
     from rarefy.integrations.transformers.kv_setup import KvSetup
 
 log = logger(__name__)
@@ -165,6 +166,21 @@ def save(
         model, Path(out), source=folder if folder.is_dir() else None, base=folder.name if folder.is_dir() else base,
         tokenizer=tokenizer, max_shard_bytes=parse_size(max_shard_size), overwrite=overwrite,
     )  # fmt: skip
+
+
+def runner(
+    model: PreTrainedModel, *, executor: Literal["exact", "fast"] = "exact", cache_dtype: torch.dtype | None = None
+) -> GenerateRunner:
+    """The decode runner of a loaded ``model`` on the CPU: ``runner(model).generate(**inputs, max_new_tokens=20)``.
+
+    ``generate`` takes what ``model.generate`` does; one sequence at a time, greedy or sampled. ``executor="fast"`` may
+    quantize activations to 8 bits. ``cache_dtype``: of the keys and values it keeps, by default the model's. Kept
+    between calls: a prompt that begins like the last sequence is read from where it differs. Raises UnsupportedError
+    that names what it does not know.
+    """
+    from rarefy.integrations.transformers.generation import GenerateRunner
+
+    return GenerateRunner(model, mode=executor, cache_dtype=cache_dtype)
 
 
 def evaluate(

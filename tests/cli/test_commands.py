@@ -20,7 +20,7 @@ from rarefy.cli import common
 from rarefy.kernels import cpu
 from tests.cli.conftest import Run, one_json, one_sentence
 
-COMMANDS = ("compress", "eval", "compare", "report", "chat", "inspect", "recipes", "info", "demo")
+COMMANDS = ("compress", "eval", "compare", "report", "chat", "bench", "inspect", "recipes", "info", "demo")
 PARTS = {"total", "codes", "scales", "tables", "indices", "values"}
 EVALUATION = {
     "perplexity", "kl", "top1_agreement", "tokens", "bits_per_weight", "stored_bytes", "dense_bytes",

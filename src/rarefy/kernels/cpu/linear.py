@@ -27,6 +27,7 @@ ACTIVATIONS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 
 # rarefy_term of csrc/rarefy.h: 8 int32, 5 int64, 2 float, 7 spans of pointer and bytes.
 _TERM = struct.Struct("8i5q2f14q")
+TERM_BYTES = _TERM.size
 _MESSAGE = 512
 
 _library = torch.library.Library("rarefy", "FRAGMENT")
@@ -45,6 +46,11 @@ def linear(x: Tensor, terms: Sequence[Prepared], fast: bool = False) -> Tensor:
 def decode(terms: Sequence[Prepared]) -> Tensor:
     """The dense sum of ``terms``, float32 ``[rows, columns]``, bit for bit what the reference decodes of each."""
     return torch.ops.rarefy.decode_prepared(*_flat(terms))  # type: ignore[no-any-return]
+
+
+def packed(terms: Sequence[Prepared]) -> bytes:
+    """The array of ``rarefy_term`` of csrc/rarefy.h; valid as long as the tensors of ``terms`` stay where they are."""
+    return _pack(*_flat(terms)[:3])
 
 
 def check(term: Prepared) -> None:

@@ -48,11 +48,12 @@ def rows_of(result: CacheComparison) -> list[Row]:
         assert cache.gap is not None
         name = re.sub(",(samples|seq_len|data)=[^,]*", "", cache.name)
         rows.append({
-            "goal": "KV", "job": cache.name, "cache": name, "model": result.model, "regime": result.protocol.regime,
+            "goal": "KV", "job": name, "cache": name, "model": result.model, "regime": result.protocol.regime,
             "context": result.protocol.context, "protocol": result.protocol.describe(), "tokens": result.tokens,
             "dense_nll": result.dense_nll, "gap": cache.gap.value, "gap_low": cache.gap.low,
             "gap_high": cache.gap.high, "kl": cache.kl, "top1_agreement": cache.top1_agreement,
-            "bits_per_weight": cache.bits["total"], "bits": cache.bits, "shared_bytes": cache.shared_bytes, "note": "",
+            "bits_per_weight": cache.bits["total"], "bits": cache.bits, "shared_bytes": cache.shared_bytes,
+            "note": " ".join(re.findall(r"(?:samples|seq_len)=\d+", cache.name)),
         })  # fmt: skip
     return rows
 

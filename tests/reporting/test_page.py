@@ -78,6 +78,7 @@ def test_long_contexts_are_told_task_by_task(findings: Findings) -> None:
         assert words in html
     assert "keep 23040 bytes a token" in html and "From 3 texts only" in html
     assert "+0.1000 to +0.1000" in html
+    assert html.count('"zmax": 3.1') == 2  # both maps in the same colours
 
 
 def test_the_reference_is_no_choice_of_bits(findings: Findings) -> None:

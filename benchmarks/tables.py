@@ -13,6 +13,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,17 @@ DEMO = "SmolLM2-135M-Instruct (demo, jitter 0.10)"
 FOLDED = "SmolLM2-135M-Instruct (demo, norm gains folded into the layers that read them, jitter 0.10)"
 LAB = "lab-29m"
 GRIDS = r"^(rtn|gptq|awq) int[34] g(128|64|32) Z$"
+# Rows of a page, on either model.
+PAGES = {
+    "gptq": "^(rtn|gptq) int[34] g(128|16) Z( no clip)?$|^gptq int3 g128 Z (file order|true-sequential)$",
+    "awq": "^(rtn|gptq|awq) int[34] g128 Z$",
+    "spqr": "^spqr |^(rtn|gptq|awq) int[34] g128 Z$|^(rtn|gptq) int3 g16 ",
+    "sparse": "^(sparsegpt|wanda) ",
+    "squeeze-llm": "^squeeze_llm |^gptq (lut3 per row|int[34] per row|int[34] g128 Z)$",
+    "gwq": "^gwq |^(rtn|gptq) int[34] g128 Z$",
+    "afpq": "^(afpq|one scale) |^(rtn|gptq|awq) int[34] g32 Z$",
+    "gqsa": "^gqsa |^sparsegpt 2:4( int4 g128 Z)?$|^gptq (int2 g32|int3 g128) Z$",
+}
 UNMEASURED = "*No measurement of this is committed yet.*"
 Rows = list[dict[str, Any]]
 
@@ -109,7 +121,10 @@ def accuracy_table(
     if not shown:
         return UNMEASURED
     dense = [row for row in own if row["job"] == "dense"]
-    rows = dense + [row for row in shown if row["job"] != "dense"]
+    rows = dense + sorted(
+        (row for row in shown if row["job"] != "dense"),
+        key=lambda row: (-row["bits_per_weight"], row["job"], row["seed"]),
+    )
     data["rows"] = rows
     samples = dict.fromkeys(row["calibration"] for row in rows if row["calibration"])
     calibrated = f" calibrated on {' and on '.join(samples)};" if samples else ""
@@ -169,13 +184,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "weight-accuracy-short": lambda: accuracy_table(SHOWN),
     "weight-accuracy-rtn": lambda: accuracy_table("^rtn "),
     "weight-accuracy-rtn-512": lambda: accuracy_table("^rtn ", context=512),
-    "gptq": lambda: accuracy_table("^(rtn|gptq) int[34] g(128|16) Z( no clip)?$"),
-    "awq": lambda: accuracy_table("^(rtn|gptq|awq) int[34] g128 Z$"),
-    "spqr": lambda: accuracy_table("^spqr |^(rtn|gptq) int[34] g128 Z$|^gptq int3 g16 Z$"),
-    "sparse": lambda: accuracy_table("^(sparsegpt|wanda) "),
+    **{name: partial(accuracy_table, rows) for name, rows in PAGES.items()},
+    **{f"{name}-lab": partial(accuracy_table, rows, LAB) for name, rows in PAGES.items()},
     "grids": lambda: accuracy_table(GRIDS, layout=side_by_side),
+    "grids-lab": lambda: accuracy_table(GRIDS, LAB, layout=side_by_side),
     "folded": lambda: accuracy_table("", FOLDED),
-    "lab": lambda: accuracy_table("", LAB),
     "sentence-similarity": similarity_table,
     "calibration-speed": speed_table,
     "terms": term_table,

@@ -13,7 +13,6 @@ from pydantic import Field
 from torch import Tensor
 
 from rarefy.core.config import StrictModel
-from rarefy.core.errors import FormatError
 from rarefy.formats.layout import FLOATS, FloatName, Layout, Size, TensorLayout
 from rarefy.kernels.reference.decode import group_scales, spread_tiles
 
@@ -39,9 +38,9 @@ class SingleScale(StrictModel):
 
     def store(self, scale: Tensor, zero: Tensor | None) -> Params:
         dtype = FLOATS[self.dtype]
-        params = {"scale": store_floats(scale, dtype, "scale")}
+        params = {"scale": scale.to(dtype)}
         if zero is not None:
-            params["zero_point"] = store_floats(zero, dtype, "zero point")
+            params["zero_point"] = zero.to(dtype)
         return params
 
     def load(self, params: Params) -> tuple[Tensor, Tensor | None]:
@@ -105,14 +104,14 @@ class BilevelScale(StrictModel):
         reach = torch.maximum(low.abs(), high.abs())
         # A tile far from zero keeps a step that its zero can resolve.
         finest = reach * finest_step(self.dtype)
-        step = store_floats(torch.maximum((high - low) / ((1 << bits) - 1), finest), dtype, "second-order step")
+        step = torch.maximum((high - low) / ((1 << bits) - 1), finest).to(dtype)
         # A tile of equal numbers c, or of numbers too small for their step to be stored, has step |c| and code 1 or
         # zero point 1: exact up to the step's own rounding, and never a zero step.
         flat = (high == low) | (step == 0)
-        step = torch.where(flat, store_floats(reach, dtype, "second-order step"), step)
+        step = torch.where(flat, reach.to(dtype), step)
         step = torch.where(step == 0, torch.ones_like(step), step)
         zero = torch.where(flat, (high < 0).float(), -low / step.float())
-        order = torch.stack([step, store_floats(zero, dtype, "second-order zero")], dim=-1)
+        order = torch.stack([step, zero.to(dtype)], dim=-1)
         spread = spread_tiles(order, [height, width], rows, groups)
         codes = torch.round(numbers / spread[..., 0] + spread[..., 1]).clamp_(0, (1 << bits) - 1)
         return codes.to(torch.uint8), order
@@ -128,10 +127,3 @@ def finest_step(dtype: FloatName) -> float:
 
 AnyScale = Annotated[SingleScale | BilevelScale, Field(discriminator="type")]
 
-
-def store_floats(numbers: Tensor, dtype: torch.dtype, what: str) -> Tensor:
-    """``numbers`` in a stored dtype; raises FormatError, naming ``what``, when one does not fit."""
-    stored, name = numbers.to(dtype), str(dtype).removeprefix("torch.")
-    if not torch.isfinite(stored).all():
-        raise FormatError(f"A {what} overflows {name}; store scales in bfloat16 or float32.")
-    return stored

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rarefy.core.config import StrictModel
 from rarefy.formats.grids import Grid, Params
+from rarefy.formats.grids.base import check_numbers
 
 CHUNK = 1 << 22  # values handled at once, to stay in cache and bound memory
 
@@ -22,8 +23,8 @@ class ClipSearch(StrictModel):
     candidates: int = Field(20, ge=1)
     smallest: float = Field(0.5, gt=0, le=1)
 
-    def factors(self) -> list[float]:
-        return torch.linspace(1.0, self.smallest, self.candidates).tolist()
+    def factors(self, device: torch.device) -> Tensor:
+        return torch.linspace(1.0, self.smallest, self.candidates).to(device)
 
 
 def fit(
@@ -32,16 +33,20 @@ def fit(
     importance: Tensor | None = None,
     search: ClipSearch | None = None,
     gram: Tensor | None = None,
+    checked: bool = False,
 ) -> Params:
     """Rounded parameters of ``grid`` for ``weight [rows, columns]``, with the best range per block if ``search`` asks.
 
     With ``gram [columns, columns]`` the search counts what each block alone adds to the squared output error, instead
     of single errors. Grids that place every value themselves (tables) have no range to shrink and are fitted as they
-    are.
+    are. Nothing waits for the device where numbers have been ``checked`` before, and parameters are checked when terms
+    are made of them; otherwise FormatError says what is not finite.
     """
-    if search is None or not grid.searchable:
-        return grid.fit(weight, importance)
+    if not checked:
+        check_numbers(weight, importance)
     blocks, importance = grid.prepare(weight, importance)
+    if search is None or not grid.searchable:
+        return grid.round(grid.propose(blocks, importance))
     correlation = None if gram is None else _diagonal_blocks(gram, blocks.shape[1], blocks.shape[2])
     height = grid.height(blocks.shape[0])
     step = max(1, CHUNK // max(1, blocks[:1].numel()) // height) * height
@@ -61,24 +66,39 @@ def fit(
 def _search(
     grid: Grid, blocks: Tensor, importance: Tensor | None, search: ClipSearch, correlation: Tensor | None
 ) -> Params:
+    rows, factors = blocks.shape[0], search.factors(blocks.device)
+    tile = grid.height(rows), grid.span
+    # Small blocks try several factors at once, one below the other, unless rows of two would share parameters.
+    apart = rows % grid.height(rows * len(factors)) == 0
+    at_once = max(1, min(len(factors), CHUNK // max(1, blocks.numel()))) if apart else 1
     best: Params | None = None
     lowest = torch.empty(0)
-    for factor in search.factors():
-        proposed = grid.propose(blocks, importance, factor)
+    for tried in factors.split(at_once):
+        count = len(tried)
+        many = blocks.repeat(count, 1, 1)
+        mass = None if importance is None else importance.repeat(count, 1, 1)
+        proposed = grid.propose(many, mass, tried.double().repeat_interleave(rows)[:, None])
         params = grid.round(proposed)
         if correlation is None:
-            error = grid.error(blocks, importance, params, search.norm)
+            error = grid.error(many, mass, params, search.norm)
         else:
-            error = _output_error(blocks - grid.decode_blocks(grid.encode_blocks(blocks, params), params), correlation)
-        error = _by_tile(error, (grid.height(blocks.shape[0]), grid.span))
+            error = _output_error(many - grid.decode_blocks(grid.encode_blocks(many, params), params), correlation)
+        error, place = _by_tile(error, tile).unflatten(0, (count, rows)).min(0)
+        found = {name: _taken(value.unflatten(0, (count, rows)), place) for name, value in proposed.items()}
         if best is None:
-            best, lowest = proposed, error
+            best, lowest = found, error
             continue
         better = error < lowest
-        best = {name: torch.where(_like(better, value), value, best[name]) for name, value in proposed.items()}
+        best = {name: torch.where(_like(better, value), value, best[name]) for name, value in found.items()}
         lowest = torch.where(better, error, lowest)
     assert best is not None
     return best
+
+
+def _taken(values: Tensor, place: Tensor) -> Tensor:
+    """``values [factors, rows, groups, ...]`` of the factor at ``place [rows, groups]``, or of one for each number."""
+    place = _like(place, values[0])
+    return values.gather(0, place.expand_as(values[0])[None])[0]
 
 
 def _by_tile(error: Tensor, tile: tuple[int, int]) -> Tensor:
@@ -86,10 +106,11 @@ def _by_tile(error: Tensor, tile: tuple[int, int]) -> Tensor:
     choose together, at every place of it."""
     for dim, size in enumerate(tile):
         if size > 1:
-            index = torch.arange(error.shape[dim], device=error.device) // size
-            shape = [*error.shape]
-            shape[dim] = int(index[-1]) + 1 if index.numel() else 0
-            error = error.new_zeros(shape).index_add_(dim, index, error).index_select(dim, index)
+            length = error.shape[dim]
+            missing = error.new_zeros([-length % size if at == dim else n for at, n in enumerate(error.shape)])
+            tiles = torch.cat([error, missing], dim).unflatten(dim, (-1, size)).sum(dim + 1, keepdim=True)
+            error = tiles.expand(*tiles.shape[: dim + 1], size, *tiles.shape[dim + 2 :]).flatten(dim, dim + 1)
+            error = error.narrow(dim, 0, length)
     return error
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rarefy.core.devices import cpu_threads
 from rarefy.formats.grids import Grid
+from rarefy.formats.grids.base import check_numbers
 from rarefy.formats.terms import Term, stack
 from rarefy.solvers.hessian import InverseHessian
 from rarefy.solvers.rtn import range_multiplier
@@ -40,8 +41,8 @@ class ColumnRule(ABC):
         rows]``, the first of them at position ``start``."""
 
     @abstractmethod
-    def column(self, values: Tensor, position: int) -> Tensor:
-        """What ``values [members, rows]`` become."""
+    def column(self, values: Tensor, position: int, error: Tensor) -> None:
+        """Treat ``values`` and write what they lose into ``error``, both ``[members, rows]``."""
 
 
 def compensate(weight: Tensor, inverse: InverseHessian, rule: ColumnRule) -> Tensor:
@@ -57,20 +58,21 @@ def compensate(weight: Tensor, inverse: InverseHessian, rule: ColumnRule) -> Ten
     members, _, rows = work.shape
     edges = _block_edges(columns, rule.segments)
     for start, end in zip(edges, [*edges[1:], columns], strict=True):
-        errors = work.new_empty(members, end - start, rows)
+        block, errors = work[:, start:end], work.new_empty(members, end - start, rows)
+        # Views are made for many columns at once: each costs as much time as a small kernel.
+        values, own, broad = block.unbind(1), errors.unbind(1), errors.unsqueeze(2).unbind(1)
+        passed_on = shares[:, start:end, start:end, None].unbind(1)
         # One column is too little work to share between threads.
         with cpu_threads(1) if rows * members < LARGE else nullcontext():
-            for position in range(start, end):
+            for index, position in enumerate(range(start, end)):
                 for size in rule.segments:
                     if position % size == 0:
                         rule.begin(size, work[:, position : min(position + size, columns)], position)
-                values = work[:, position]
-                error = errors[:, position - start : position - start + 1]
-                torch.sub(values, rule.column(values, position), out=error[:, 0])
-                if position + 1 < end:
-                    later = work[:, position + 1 : end]
-                    later.addcmul_(shares[:, position, position + 1 : end, None], error, value=-1)
-        work[:, start:end] -= errors
+                rule.column(values[index], position, own[index])
+                if left := end - position - 1:
+                    later = block.narrow(1, index + 1, left)
+                    later.addcmul_(passed_on[index].narrow(1, index + 1, left), broad[index], value=-1)
+        block -= errors
         if end < columns:
             work[:, end:].baddbmm_(shares[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
     return work.transpose(1, 2)
@@ -128,10 +130,12 @@ def by_batch(
 
     ``solve`` gets as many as can go through the columns ``together`` and returns terms for each of its parts. Weights
     whose rows cannot share parameters of ``grid`` with each other go one at a time. Each of ``beside`` has a tensor for
-    each weight, of its shape, and goes with it.
+    each weight, of its shape, and goes with it. Raises FormatError when a weight is not finite.
     """
     experts = weights[0].dim() == 3
     members, *others = [list(own[0]) if experts else list(own) for own in (weights, *beside)]
+    for member in members:
+        check_numbers(member)
     multipliers = tuple(None if grid is None else range_multiplier(member, grid) for member in members)
     members = [m if factor is None else m / factor for m, factor in zip(members, multipliers, strict=True)]
     rows = [len(member) for member in members]

@@ -27,6 +27,7 @@ class RoundColumns(ColumnRule):
         self.codes = torch.empty(columns, rows, dtype=torch.uint8, device=batch.weight.device)
         self._size = grid.size(columns)
         self._fitted: list[Params] = []
+        self._columns = self.codes.view(columns, *batch.weight.shape[:2]).unbind()
         self._group_of = [position // self._size for position in range(columns)]
         self._first = 0  # the group that the parameters at hand begin with
         if fixed is None:
@@ -39,10 +40,10 @@ class RoundColumns(ColumnRule):
         mass = self.mass[:, start : start + columns.shape[1]]
         self._install(fit_members(self.grid, columns.transpose(1, 2), mass, self.search), start)
 
-    def column(self, values: Tensor, position: int) -> Tensor:
+    def column(self, values: Tensor, position: int, error: Tensor) -> None:
         codes, rounded = self._rounding(values.flatten(), self._group_of[position] - self._first)
-        self.codes[position] = codes
-        return rounded.view_as(values)
+        self._columns[position].copy_(codes.view(values.shape))
+        torch.sub(values, rounded.view(values.shape), out=error)
 
     def params(self) -> Params:
         """Rounded parameters of all groups."""
@@ -58,7 +59,7 @@ def fit_members(grid: Grid, weight: Tensor, mass: Tensor, search: ClipSearch | N
     """Parameters for ``weight [members, rows, columns]``, its rows one after the other; a search counts the error of a
     column by ``mass [members, columns]``."""
     importance = None if search is None else mass[:, None].expand_as(weight).flatten(0, 1)
-    return fit(grid, weight.flatten(0, 1), importance, search)
+    return fit(grid, weight.flatten(0, 1), importance, search, checked=True)
 
 
 def gptq(

@@ -31,10 +31,11 @@ class RoundKept(RoundColumns):
 
     def __init__(self, grid: Grid, batch: Batch, params: Params, mask: Tensor):
         super().__init__(grid, batch, fixed=params)
-        self._mask = mask.T[batch.inverse.order[0]]
+        self._kept_of = mask.T[batch.inverse.order[0]].unbind()
 
-    def column(self, values: Tensor, position: int) -> Tensor:
-        return torch.where(self._mask[position], super().column(values, position), 0.0)
+    def column(self, values: Tensor, position: int, error: Tensor) -> None:
+        super().column(values, position, error)
+        torch.where(self._kept_of[position], error, values, out=error)
 
 
 def prune_groups(

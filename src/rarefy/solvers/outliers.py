@@ -40,21 +40,23 @@ class RoundOrKeep(RoundColumns):
     ):
         super().__init__(grid, batch, search, fixed)
         self.lost = torch.empty(self.codes.shape, device=self.codes.device)
+        self._nothing = self.lost.new_zeros(())
         if named is None:
             self.outliers = torch.empty_like(self.lost, dtype=torch.bool)
         else:
             order = batch.inverse.order[:, None].expand(-1, named.shape[1], -1)
             self.outliers = named.gather(2, order).permute(2, 0, 1).flatten(1)  # a column's rows lie together
+        shape = (-1, *batch.weight.shape[:2])
+        self._lost_of, self._outliers_of = self.lost.view(shape).unbind(), self.outliers.view(shape).unbind()
 
     def choose(self, lost: Tensor, position: int, outlier: Tensor) -> None:
         """Mark in ``outlier`` what stays of a column that rounding takes ``lost`` from; both ``[members, rows]``."""
 
-    def column(self, values: Tensor, position: int) -> Tensor:
-        rounded = super().column(values, position)
-        lost, outlier = self.lost[position].view_as(values), self.outliers[position].view_as(values)
-        torch.sub(values, rounded, out=lost)
+    def column(self, values: Tensor, position: int, error: Tensor) -> None:
+        lost, outlier = self._lost_of[position], self._outliers_of[position]
+        super().column(values, position, lost)
         self.choose(lost, position, outlier)
-        return torch.where(outlier, values, rounded)
+        torch.where(outlier, self._nothing, lost, out=error)
 
 
 class KeepDear(RoundOrKeep):
@@ -65,17 +67,20 @@ class KeepDear(RoundOrKeep):
         super().__init__(grid, batch, search)
         self.threshold = threshold.view(batch.weight.shape[:2])
         self.scales, self._reach = batch.inverse.scales, self.threshold.sqrt()
+        self._allowed: Sequence[Tensor] = ()
+        self._begun = 0
 
     def begin(self, size: int, columns: Tensor, start: int) -> None:
         weight = columns.transpose(1, 2)
         scale = self.scales[:, None, start : start + columns.shape[1]]
+        # (lost / scale)^2 > threshold, without the squares.
+        self._allowed, self._begun = (self._reach[:, None] * scale.transpose(1, 2)).unbind(1), start
         spoils = leave_one_out_gain(weight, scale, self.grid.code_count) > self.threshold[..., None]
         mass = self.mass[:, start : start + columns.shape[1]]
         self._install(fit_members(self.grid, mean_filled(weight, spoils), mass, self.search), start)
 
     def choose(self, lost: Tensor, position: int, outlier: Tensor) -> None:
-        # (lost / scale)^2 > threshold, without the squares.
-        torch.gt(lost.abs(), self._reach * self.scales[:, position : position + 1], out=outlier)
+        torch.gt(lost.abs(), self._allowed[position - self._begun], out=outlier)
 
 
 def mean_filled(values: Tensor, mask: Tensor) -> Tensor:
@@ -92,23 +97,18 @@ def leave_one_out_gain(weight: Tensor, scale: Tensor, levels: int) -> Tensor:
     is ``(error / scale) ** 2``. Leaving one out changes the range only if it is the smallest or the largest, so that
     three roundings tell the gain of every weight.
     """
-    ordered, order = weight.sort(dim=-1)
-    if weight.shape[-1] < 2:
+    size = weight.shape[-1]
+    if size < 2:
         return torch.zeros_like(weight)
-    low, high = ordered[..., :1], ordered[..., -1:]
-    base = _cost(weight, scale, low, high, levels)
-    total, gain = base.sum(-1, keepdim=True), base.clone()
-    for place, narrow in ((0, (ordered[..., 1:2], high)), (-1, (low, ordered[..., -2:-1]))):
-        left_out = order[..., place : place % weight.shape[-1] + 1]
-        costs = _cost(weight, scale, *narrow, levels).scatter(-1, left_out, 0.0)
-        gain.scatter_(-1, left_out, total - costs.sum(-1, keepdim=True))
-    return gain
-
-
-def _cost(weight: Tensor, scale: Tensor, low: Tensor, high: Tensor, levels: int) -> Tensor:
-    step = ((high - low) / (levels - 1)).clamp(min=torch.finfo(weight.dtype).tiny)
-    rounded = ((weight - low) / step).round_().clamp_(0, levels - 1) * step + low
-    return ((weight - rounded) / scale).square()
+    ordered, order = weight.sort(dim=-1)
+    # The whole range, that without the smallest, and that without the largest.
+    low, high = ordered[..., [0, 1, 0]].movedim(-1, 0)[..., None], ordered[..., [-1, -1, -2]].movedim(-1, 0)[..., None]
+    step = ((high - low) / (levels - 1)).clamp_(min=torch.finfo(weight.dtype).tiny)
+    rounded = ((weight - low) / step).round_().clamp_(0, levels - 1).mul_(step).add_(low)
+    gain, *others = ((weight - rounded) / scale).square_()
+    ends = order[..., :: size - 1]
+    costs = torch.stack(others).scatter_(-1, ends.movedim(-1, 0)[..., None], 0.0).sum(-1)
+    return gain.scatter(-1, ends, gain.sum(-1, keepdim=True) - costs.movedim(0, -1))
 
 
 def gptq_with_outliers(

@@ -31,6 +31,7 @@ class PruneColumns(ColumnRule):
         self.scales = batch.inverse.scales
         members, rows, columns = batch.weight.shape
         self.kept = torch.empty(columns, members, rows, dtype=torch.bool, device=batch.weight.device)
+        self._kept_of, self._nothing = self.kept.unbind(), batch.weight.new_zeros(())
         inner = () if rounding is None else rounding.segments
         # A stretch holds whole groups, so that a group is fitted to what stays of it.
         stretch = max(1, BLOCK // max(inner, default=1)) * max(inner, default=1)
@@ -46,9 +47,11 @@ class PruneColumns(ColumnRule):
             kept = self.kept[part].transpose(0, 1) if size <= self._size else self._choose(columns, part)
             self.rounding.begin(size, torch.where(kept, columns, 0.0), start)
 
-    def column(self, values: Tensor, position: int) -> Tensor:
-        rounded = values if self.rounding is None else self.rounding.column(values, position)
-        return torch.where(self.kept[position], rounded, 0.0)
+    def column(self, values: Tensor, position: int, error: Tensor) -> None:
+        if self.rounding is not None:
+            self.rounding.column(values, position, error)
+        lost = self._nothing if self.rounding is None else error
+        torch.where(self._kept_of[position], lost, values, out=error)
 
     def _choose(self, columns: Tensor, part: slice) -> Tensor:
         """Mask of ``columns [members, size, rows]`` at the positions ``part``, of that shape."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from rarefy.core.config import StrictModel
 from rarefy.core.errors import FormatError
 from rarefy.formats.layout import Layout, Size
+from rarefy.formats.scales import AnyScale, SingleScale
 
 Params = dict[str, Tensor]
 # Parameters as numbers to compute with, each ``[row groups, column groups, ...]``.
@@ -46,12 +47,14 @@ class Grid(StrictModel, ABC):
         return max(1, (self.code_count - 1).bit_length())
 
     @abstractmethod
-    def propose(self, blocks: Tensor, importance: Tensor | None, shrink: float = 1.0) -> Params:
-        """Float32 parameters ``[row groups, column groups, ...]`` for ``blocks``, with the range shrunk by a factor."""
+    def propose(self, blocks: Tensor, importance: Tensor | None, shrink: Tensor | None = None) -> Params:
+        """Float32 parameters ``[row groups, column groups, ...]`` for ``blocks``, with the range shrunk by a factor
+        (float64, one or ``[row groups, 1]``)."""
 
     @abstractmethod
     def round(self, params: Params) -> Params:
-        """Proposed parameters as they will be stored (bits not yet packed)."""
+        """Proposed parameters as they will be stored (bits not yet packed); nothing here waits for the device, so that
+        numbers which do not fit become infinite, and ``check`` finds them."""
 
     @abstractmethod
     def load(self, params: Params) -> Numbers:
@@ -113,30 +116,36 @@ class Grid(StrictModel, ABC):
         """Rounded parameters for ``weight [rows, columns]`` by the grid's own rule (min/max or its exact optimum).
 
         ``importance`` (same shape, or None) says how much each squared error counts; members of a block where it is
-        all zero count equally. Raises FormatError when the weight or the importance is not finite or the importance
-        is negative.
+        all zero count equally. Raises FormatError when the weight or the importance is not finite, the importance is
+        negative, or a parameter cannot be stored.
         """
-        blocks, importance = self.prepare(weight, importance)
-        return self.round(self.propose(blocks, importance))
+        check_numbers(weight, importance)
+        params = self.round(self.propose(*self.prepare(weight, importance)))
+        self.check(params)
+        return params
 
     def prepare(self, weight: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Blocks of a checked float32 weight and of its importance; a completed block marks its filling with zero."""
-        weight = _finite(weight)
+        """Float32 blocks of a weight and of its importance; a completed block marks its filling with zero."""
+        weight = weight.detach().float()
         if importance is None and not self._ragged(*weight.shape):
             return self.split(weight), None
-        equal = torch.ones_like(weight)
-        mass = equal if importance is None else importance.detach().float()
-        if not bool((torch.isfinite(mass) & (mass >= 0)).all()):
-            raise FormatError("The importance of a weight is NaN, infinite or negative; repair the calibration data.")
-        parts = self.split(mass, fill=False)
-        if importance is not None:
-            dead = parts.sum(-1, keepdim=True) == 0
-            parts = torch.where(dead, self.split(equal, fill=False), parts) if bool(dead.any()) else parts
-        return self.split(weight), parts
+        filled = self.split(torch.ones_like(weight), fill=False)
+        if importance is None:
+            return self.split(weight), filled
+        parts = self.split(importance.detach().float(), fill=False)
+        return self.split(weight), torch.where(parts.sum(-1, keepdim=True) == 0, filled, parts)
+
+    def check(self, params: Params) -> None:
+        """Raise FormatError when a number among rounded ``params`` could not be stored."""
+        for name, stored in params.items():
+            if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
+                what, dtype = name.replace("_", " "), str(stored.dtype).removeprefix("torch.")
+                raise FormatError(f"A {what} overflows {dtype}; store scales in bfloat16 or float32.")
 
     def encode(self, weight: Tensor, params: Params) -> Tensor:
         """Codes uint8 ``[rows, columns]`` of ``weight`` for rounded parameters; FormatError when it is not finite."""
-        return self.join(self.encode_blocks(self.split(_finite(weight)), params), *weight.shape)
+        check_numbers(weight)
+        return self.join(self.encode_blocks(self.split(weight.detach().float()), params), *weight.shape)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """Values float32 ``[rows, columns]`` of ``codes`` for rounded parameters."""
@@ -167,9 +176,28 @@ class Grid(StrictModel, ABC):
         return bool(columns % self.size(columns))
 
 
-def _finite(weight: Tensor) -> Tensor:
-    weight = weight.detach().float()
-    bad = int((~torch.isfinite(weight)).sum())
+class ScaledGrid(Grid):
+    """A grid whose groups have scales, which may be quantized tile by tile."""
+
+    scales: AnyScale = SingleScale()
+
+    def height(self, rows: int) -> int:
+        return min(self.scales.rows, rows) or 1
+
+    @property
+    def span(self) -> int:
+        return self.scales.groups
+
+
+def shrunk(values: Tensor, factor: Tensor | None) -> Tensor:
+    """``values`` times a factor, which is rounded to their dtype first."""
+    return values if factor is None else values * factor.to(values.dtype)
+
+
+def check_numbers(weight: Tensor, importance: Tensor | None = None) -> None:
+    """Raise FormatError when a weight is not finite in 32 bits, or its importance is not finite or negative."""
+    bad = int((~torch.isfinite(weight.detach().float())).sum())
     if bad:
         raise FormatError(f"The weight holds {bad} NaN or infinite values; repair or ignore this layer.")
-    return weight
+    if importance is not None and not bool((torch.isfinite(importance) & (importance >= 0)).all()):
+        raise FormatError("The importance of a weight is NaN, infinite or negative; repair the calibration data.")

@@ -8,15 +8,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rarefy.formats.grids.base import Grid, Numbers, Params
+from rarefy.formats.grids.base import Numbers, Params, ScaledGrid, shrunk
 from rarefy.formats.layout import FLOATS, Layout, TensorLayout
-from rarefy.formats.scales import AnyScale, SingleScale, store_floats
+from rarefy.formats.scales import SingleScale
 from rarefy.kernels.reference import tables
 
 FormatName = Literal["fp3", "fp4", "nf3", "nf4", "fp6_e2m3", "fp8_e4m3", "fp8_e5m2"]
 
 
-class FloatGrid(Grid):
+class FloatGrid(ScaledGrid):
     """``value = scale * table[code]`` with the table of a named format.
 
     ``two_scales`` gives positive and negative values a scale each (AFPQ, Zhang et al. 2023): ``scale`` is then
@@ -28,7 +28,6 @@ class FloatGrid(Grid):
     type: Literal["float"] = "float"
     format: FormatName = "fp4"
     two_scales: bool = False
-    scales: AnyScale = SingleScale()
 
     @property
     def code_count(self) -> int:
@@ -38,10 +37,10 @@ class FloatGrid(Grid):
         if self.two_scales and not isinstance(self.scales, SingleScale):
             raise ValueError("two_scales needs scales of type 'single'")
 
-    def propose(self, blocks: Tensor, importance: Tensor | None, shrink: float = 1.0) -> Params:
+    def propose(self, blocks: Tensor, importance: Tensor | None, shrink: Tensor | None = None) -> Params:
         values = tables.table(self.format, blocks.device)
-        positive = blocks.amax(-1).clamp(min=0) * shrink / values.max()
-        negative = blocks.amin(-1).clamp(max=0) * shrink / values.min()
+        positive = shrunk(blocks.amax(-1).clamp(min=0), shrink) / values.max()
+        negative = shrunk(blocks.amin(-1).clamp(max=0), shrink) / values.min()
         if not self.two_scales:
             return {"scale": torch.maximum(positive, negative)}
         sides = torch.stack([positive, negative], dim=-1)
@@ -61,14 +60,7 @@ class FloatGrid(Grid):
         if not self.two_scales:
             return self.scales.store(params["scale"], None)
         assert isinstance(self.scales, SingleScale)
-        return {"scale": store_floats(params["scale"], FLOATS[self.scales.dtype], "scale")}
-
-    def height(self, rows: int) -> int:
-        return min(self.scales.rows, rows) or 1
-
-    @property
-    def span(self) -> int:
-        return self.scales.groups
+        return {"scale": params["scale"].to(FLOATS[self.scales.dtype])}
 
     def load(self, params: Params) -> Numbers:
         if not self.two_scales:

@@ -9,12 +9,12 @@ from pydantic import Field
 from torch import Tensor
 
 from rarefy import packing
-from rarefy.formats.grids.base import Grid, Numbers, Params, Rounding
+from rarefy.formats.grids.base import Numbers, Params, Rounding, ScaledGrid, shrunk
 from rarefy.formats.layout import Layout, TensorLayout
-from rarefy.formats.scales import AnyScale, SingleScale, finest_step
+from rarefy.formats.scales import SingleScale, finest_step
 
 
-class _Affine(Grid):
+class _Affine(ScaledGrid):
     """``value = scale * (code - zero)``.
 
     ``zero``: ``none`` puts it at the middle code (symmetric), ``integer`` at a stored code (0 stays exactly
@@ -26,19 +26,20 @@ class _Affine(Grid):
 
     family: ClassVar[str] = "integer"
     zero: Literal["none", "integer", "float"] = "none"
-    scales: AnyScale = SingleScale()
 
-    def propose(self, blocks: Tensor, importance: Tensor | None, shrink: float = 1.0) -> Params:
+    def propose(self, blocks: Tensor, importance: Tensor | None, shrink: Tensor | None = None) -> Params:
         low, high = blocks.amin(-1), blocks.amax(-1)
         constant = (low == high) & (low != 0)
         middle = float(self.code_count // 2)
         if self.zero == "none":
-            scale = torch.maximum(low.abs(), high.abs()) * (2 * shrink / (self.code_count - 1))
+            step = 2 / (self.code_count - 1)
+            largest = torch.maximum(low.abs(), high.abs())
+            scale = largest * step if shrink is None else shrunk(largest, step * shrink)
             return {"scale": torch.where(constant, high.abs(), scale)}
         shared = not isinstance(self.scales, SingleScale)
         if self.zero == "integer" or shared:
             low, high = low.clamp(max=0), high.clamp(min=0)
-        low, high = low * shrink, high * shrink
+        low, high = shrunk(low, shrink), shrunk(high, shrink)
         scale = (high - low) / (self.code_count - 1)
         # A group far from zero keeps a step that its stored zero can resolve.
         scale = torch.maximum(scale, torch.maximum(low.abs(), high.abs()) * finest_step(self.scales.dtype))
@@ -56,13 +57,6 @@ class _Affine(Grid):
             return self.scales.store(params["scale"], params.get("zero_point"))
         stored = self.scales.store(params["scale"], None)
         return {**stored, "zero_point": params["zero_point"].to(torch.uint8)}
-
-    def height(self, rows: int) -> int:
-        return min(self.scales.rows, rows) or 1
-
-    @property
-    def span(self) -> int:
-        return self.scales.groups
 
     def load(self, params: Params) -> Numbers:
         scale, zero = self.scales.load(params)
@@ -131,9 +125,9 @@ class LevelGrid(_Affine):
     def code_count(self) -> int:
         return self.levels
 
-    def propose(self, blocks: Tensor, importance: Tensor | None, shrink: float = 1.0) -> Params:
+    def propose(self, blocks: Tensor, importance: Tensor | None, shrink: Tensor | None = None) -> Params:
         if self.levels == 3 and self.zero == "none":
-            return {"scale": shrink * _best_ternary_scale(blocks, importance)}
+            return {"scale": shrunk(_best_ternary_scale(blocks, importance), shrink)}
         return super().propose(blocks, importance, shrink)
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from rarefy.formats.grids.base import Grid, Numbers, Params
 from rarefy.formats.layout import FLOATS, FloatName, Layout, Size, TensorLayout
-from rarefy.formats.scales import store_floats
 
 LLOYD_STEPS = 30
 # Tables of up to CUT_COUNT values start from the best cuts between BINS bins.
@@ -49,7 +48,7 @@ class _Table(Grid):
         return min(self.rows_per_lut or rows, rows) or 1
 
     def round(self, params: Params) -> Params:
-        return {"lut": store_floats(params["lut"], FLOATS[self.dtype], "table entry")}
+        return {"lut": params["lut"].to(FLOATS[self.dtype])}
 
     def load(self, params: Params) -> Numbers:
         values = params["lut"].float()
@@ -81,7 +80,7 @@ class LutGrid(_Table):
     def code_count(self) -> int:
         return 1 << self.num_bits
 
-    def propose(self, blocks: Tensor, importance: Tensor | None, shrink: float = 1.0) -> Params:
+    def propose(self, blocks: Tensor, importance: Tensor | None, shrink: Tensor | None = None) -> Params:
         return {"lut": lloyd(blocks, importance, self.code_count)}
 
 
@@ -98,7 +97,7 @@ class BinaryGrid(_Table):
     def code_count(self) -> int:
         return 2 * self.regions
 
-    def propose(self, blocks: Tensor, importance: Tensor | None, shrink: float = 1.0) -> Params:
+    def propose(self, blocks: Tensor, importance: Tensor | None, shrink: Tensor | None = None) -> Params:
         """The best ``2 * regions`` values; a region is a pair of them, the innermost pair first."""
         inner = self.regions - 1
         order = [value for region in range(self.regions) for value in (inner - region, inner + 1 + region)]

@@ -113,8 +113,10 @@ class Quantized(Term):
     ) -> Quantized:
         """Pack dense ``codes [rows, columns]`` and rounded ``params`` of ``grid``; ``mask`` (bool) says what is kept.
 
-        Raises FormatError when the mask breaks the pattern or a code is not one of the grid's.
+        Raises FormatError when the mask breaks the pattern, a code is not one of the grid's, or a parameter is not
+        finite.
         """
+        grid.check(params)
         spec = QuantizedSpec(
             grid=grid,  # type: ignore[arg-type]
             pattern=pattern or Full(),  # type: ignore[arg-type]

@@ -14,10 +14,12 @@ from rarefy.core.version import __version__ as __version__
 if TYPE_CHECKING:
     from rarefy.api import (
         compare,
+        compare_caches,
         compress,
         evaluate,
         evaluate_long,
         evaluate_tasks,
+        kv_cache,
         load,
         load_tokenizer,
         merge_adapter,
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "compare", "compress", "evaluate", "evaluate_long", "evaluate_tasks", "load", "load_tokenizer", "merge_adapter",
-    "save",
+    "compare", "compare_caches", "compress", "evaluate", "evaluate_long", "evaluate_tasks", "kv_cache", "load",
+    "load_tokenizer", "merge_adapter", "save",
 ]  # fmt: skip
 
 
@@ -44,4 +46,11 @@ def _register() -> None:
     register()
 
 
+def _register_attention() -> None:
+    from rarefy.integrations.transformers.attention import register_attention
+
+    register_attention()
+
+
 when_imported("transformers.quantizers.auto", _register)
+when_imported("transformers.modeling_utils", _register_attention)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from rarefy.calibration.calibrated import Calibration, needed
 from rarefy.calibration.data_free import assist_folder, can_stream, compress_folder, compress_model_
 from rarefy.calibration.parallel import Ranks, ranks_of
 from rarefy.calibration.report import CompressionReport, Ledger
-from rarefy.calibration.samples import Samples, as_samples, sample_windows
+from rarefy.calibration.samples import open_samples
 from rarefy.contracts import Recipe
 from rarefy.core.config import parse
 from rarefy.core.devices import Device, device_of
@@ -37,9 +36,11 @@ from rarefy.sources.models import open_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from rarefy.evaluation.caches import CacheComparison
     from rarefy.evaluation.forward import CacheFactory
     from rarefy.evaluation.long.results import LongComparison
     from rarefy.evaluation.tasks.results import TaskComparison
+    from rarefy.integrations.transformers.kv_setup import KvSetup
 
 log = logger(__name__)
 
@@ -87,7 +88,7 @@ def compress(
         def calibration(known: Any, config: Any) -> Calibration | None:
             if not needed(chosen):
                 return None
-            data_ = _samples("demo" if data is None else data, tokenizer or known, config, samples, seq_len, seed)
+            data_ = open_samples("demo" if data is None else data, tokenizer or known, config, samples, seq_len, seed)
             return Calibration(data_, ranks, seed, work)
 
         if not isinstance(model, str | Path):
@@ -265,6 +266,54 @@ def evaluate_tasks(
     )  # fmt: skip
 
 
+def compare_caches(
+    model: str | Path | PreTrainedModel, caches: Sequence[str], *,
+    regime: Literal["chunked", "decode", "distorted"] = "chunked", chunk: int = 64, prefill: int = 0, **options: Any,
+) -> CacheComparison:  # fmt: skip
+    """Measure ``model`` with several coded KV caches against itself with the dense one, on the windows of `compare`.
+
+    ``caches``: ids with options, such as ``"kivi:num_bits=2,group_size=32"``; options of `kv_cache` (``params``,
+    ``samples``, ``seq_len``) may be among them. ``regime``: see ``rarefy.evaluation.caches.CacheProtocol``. Other
+    ``options``: ``data``, ``context``, ``windows``, ``dtype``, ``device`` and ``tokenizer`` as in `compare`.
+    """
+    from rarefy.integrations.transformers.kv_evaluation import compare_caches as run
+
+    return run(model, caches, regime=regime, chunk=chunk, prefill=prefill, **options)
+
+
+def kv_cache(
+    model: PreTrainedModel,
+    recipe: str | None = "kivi",
+    *,
+    params: str | Path | None = None,
+    data: Any = "demo",
+    samples: int = 16,
+    seq_len: int = 2048,
+    tokenizer: Any = None,
+    seed: int = 0,
+    **options: Any,
+) -> KvSetup | None:
+    """Keep the KV cache of ``model`` in code from now on, in ``generate`` and in passes that are given no cache.
+
+    ``recipe``: an id such as ``"kivi"``, with its ``options``; None goes back to dense caches. A recipe with parameters
+    is fitted on ``samples`` windows of ``seq_len`` tokens of ``data`` (as in `compress`), or read from the file
+    ``params``. The result makes empty caches when called with the model, and ``save`` writes its parameters. Raises
+    RecipeError, OptionError, CheckpointError (parameters of another model), UnsupportedError.
+    """
+    from rarefy.integrations.transformers.kv_calibration import open_kv
+    from rarefy.integrations.transformers.kv_setup import install_, uninstall_
+
+    if recipe is None:
+        uninstall_(model)
+        return None
+    setup = open_kv(
+        model, recipe, params=params, data=data, samples=samples, seq_len=seq_len, tokenizer=tokenizer, seed=seed,
+        options=options,
+    )  # fmt: skip
+    install_(model, setup)
+    return setup
+
+
 def evaluate_long(
     models: Sequence[str | Path | PreTrainedModel],
     *,
@@ -389,35 +438,6 @@ def _assist(
         model = folders.load_folder(source.folder, dtype="auto")
         compress_model_(model, recipe, device=device, calibration=calibration)
     return CompressionReport.model_validate_json(ranks.tell(""))
-
-
-def _samples(data: Any, tokenizer: Any, config: Any, samples: int, seq_len: int, seed: int) -> Samples:
-    """Calibration samples of a text, or as the caller gives them; ``tokenizer`` may be a function that finds it."""
-    from rarefy.sources.texts import open_text
-    from rarefy.sources.windows import begin_token, tokenize
-
-    if not isinstance(data, str | Path):
-        return as_samples(data)
-    text = open_text(data, "calibration")
-    tokenizer = tokenizer() if inspect.isfunction(tokenizer) else tokenizer
-    longest = _longest(config)
-    notes: tuple[str, ...] = ()
-    if longest is not None and seq_len > longest:
-        notes = (f"sequences have {longest} tokens, the model's longest, not {seq_len}",)
-        seq_len = longest
-    drawn = sample_windows(
-        tokenize(tokenizer, text.text), samples, seq_len, begin_token(tokenizer), seed, text.note or text.name
-    )
-    for note in (*notes, *drawn.notes):
-        log.warning("Calibration: %s.", note)
-    return Samples(drawn.batches, drawn.name, (*notes, *drawn.notes))
-
-
-def _longest(config: Any) -> int | None:
-    """The most tokens that a model takes, if its configuration (object or JSON) says so."""
-    values = config if isinstance(config, dict) else config.to_dict()
-    values = values.get("text_config") or values
-    return next((int(values[name]) for name in ("max_position_embeddings", "n_positions") if values.get(name)), None)
 
 
 def _ignored_data(recipe: Recipe, data: Any) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from rarefy.core.config import StrictModel, parse
 from rarefy.core.errors import RecipeError
 from rarefy.core.registry import Registry
 from rarefy.formats.terms import Term
+from rarefy.kv.plan import HeadShape, KvSamples, LayerCodecs
 from rarefy.layers.manifest import Execution
 from rarefy.layers.swap import Site
 from rarefy.statistics import Statistics
@@ -93,6 +94,41 @@ class WeightRecipe(StrictModel, ABC):
 
 
 weight_recipes: Registry[WeightRecipe] = Registry("recipe", RecipeError)
+
+
+class KvRecipe(StrictModel, ABC):
+    """A method that stores a KV cache in code; its fields are the options a user can set.
+
+    ``sink``: that many first tokens of each sequence stay in 16 bits; ``skip_layers``: so do all tokens of these layers
+    (negative ones count from the last). ``needs`` names what `fit` wants of calibration data: ``samples`` of keys and
+    values, and ``fisher``, the squared gradients of the loss by them; a recipe that needs nothing has no parameters.
+    """
+
+    recipe_version: ClassVar[int] = 1
+
+    sink: int = Field(0, ge=0)
+    skip_layers: tuple[int, ...] = ()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What `fit` wants with these options."""
+        return frozenset()
+
+    @property
+    def pre_rope(self) -> bool:
+        """Whether keys are stored as they were before rotary position embedding."""
+        return False
+
+    def fit(self, samples: KvSamples) -> dict[str, Tensor]:
+        """The parameters of one layer, by name."""
+        return {}
+
+    @abstractmethod
+    def codecs(self, shape: HeadShape, params: Mapping[str, Tensor]) -> LayerCodecs:
+        """How a layer of this shape is stored with the parameters that `fit` found for it."""
+
+
+kv_recipes: Registry[KvRecipe] = Registry("KV cache recipe", RecipeError)
 
 
 class Rule(StrictModel):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rarefy.core.errors import OptionError
+from rarefy.core.logs import logger
 from rarefy.layers.checkpoint import digest_of
+
+log = logger(__name__)
 
 Batch = dict[str, Tensor]
 
@@ -133,3 +138,32 @@ def _size(batch: Batch) -> int:
 def _length(batch: Batch) -> int:
     """Positions of a sample; an image model's patches are not known here."""
     return batch["input_ids"].shape[1] if "input_ids" in batch else 256
+
+
+def open_samples(data: Any, tokenizer: Any, config: Any, samples: int, seq_len: int, seed: int) -> Samples:
+    """Calibration samples of a text, or as the caller gives them; ``tokenizer`` may be a function that finds it."""
+    from rarefy.sources.texts import open_text
+    from rarefy.sources.windows import begin_token, tokenize
+
+    if not isinstance(data, str | Path):
+        return as_samples(data)
+    text = open_text(data, "calibration")
+    tokenizer = tokenizer() if inspect.isfunction(tokenizer) else tokenizer
+    longest = _longest(config)
+    notes: tuple[str, ...] = ()
+    if longest is not None and seq_len > longest:
+        notes = (f"sequences have {longest} tokens, the model's longest, not {seq_len}",)
+        seq_len = longest
+    drawn = sample_windows(
+        tokenize(tokenizer, text.text), samples, seq_len, begin_token(tokenizer), seed, text.note or text.name
+    )
+    for note in (*notes, *drawn.notes):
+        log.warning("Calibration: %s.", note)
+    return Samples(drawn.batches, drawn.name, (*notes, *drawn.notes))
+
+
+def _longest(config: Any) -> int | None:
+    """The most tokens that a model takes, if its configuration (object or JSON) says so."""
+    values = config if isinstance(config, dict) else config.to_dict()
+    values = values.get("text_config") or values
+    return next((int(values[name]) for name in ("max_position_embeddings", "n_positions") if values.get(name)), None)

@@ -29,6 +29,12 @@ def evaluate(
     chunk: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a pass that reads the KV cache of those before; default: all.")
     ] = None,
+    kv: Annotated[
+        list[str] | None,
+        typer.Option(help="KV cache to measure on the model, as ID or ID:key=value,key=value; may be repeated."),
+    ] = None,
+    regime: Annotated[str, typer.Option(help="How --kv caches are read: chunked, decode or distorted.")] = "chunked",
+    prefill: Annotated[int, typer.Option(min=0, help="Tokens before decoding starts, with --regime decode.")] = 0,
     tasks: Annotated[
         str | None, typer.Option(help="Tasks to score instead, through lm-eval: names or YAML files, comma-separated.")
     ] = None,
@@ -65,6 +71,14 @@ def evaluate(
     chosen: Literal["exact", "fast"] = "fast" if executor == "fast" else "exact"
     from rarefy import api
 
+    if kv:
+        from rarefy.cli.caches import evaluate_caches
+
+        evaluate_caches(
+            models, kv, regime=regime, chunk=chunk or 64, prefill=prefill, data=data, context=context,
+            windows=windows or None, dtype=dtype, device=device, as_json=as_json,
+        )  # fmt: skip
+        return
     names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
     if suite is not None:
         if suite != "long":

@@ -44,6 +44,16 @@ class Report(StrictModel):
     notes: tuple[str, ...] = ()
 
 
+class KvEntry(StrictModel):
+    """How a model's KV cache is stored: a recipe with its options, and the file beside the weights that holds what the
+    recipe was fitted to (None: it has no parameters)."""
+
+    recipe: str
+    version: int
+    options: dict[str, Any] = Field(default_factory=dict)
+    params: str | None = Field(None, pattern=r"^\w[\w.-]*\.safetensors$")
+
+
 class Manifest(StrictModel):
     """``config.json``'s ``quantization_config``."""
 
@@ -55,7 +65,7 @@ class Manifest(StrictModel):
     weights: str = Field(WEIGHTS_NAME, pattern=r"^\w[\w.-]*\.safetensors(\.index\.json)?$")
     rules: tuple[RuleEntry, ...]
     attention: dict[str, Any] | None = None
-    kv: dict[str, Any] | None = None
+    kv: KvEntry | None = None
     execution: Execution = Execution()
     report: Report | None = None
 

@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from rarefy.calibration.selection import may_be_absent
 from rarefy.calibration.skeleton import use_expert_loop_
 from rarefy.core.errors import CheckpointError, FormatError, OptionError, UnsupportedError
+from rarefy.core.logs import logger
 from rarefy.integrations.transformers.config import RarefyConfig
 from rarefy.layers import swap
 from rarefy.layers.checkpoint import (
@@ -29,6 +30,7 @@ from rarefy.layers.checkpoint import (
 )
 from rarefy.layers.manifest import Manifest, layer_layout
 
+log = logger(__name__)
 PLAIN_NAME = "model.safetensors"  # what save_pretrained writes
 
 
@@ -85,6 +87,10 @@ class RarefyQuantizer(HfQuantizer):
                     raise CheckpointError(f"Layer '{name}': {failure}; the checkpoint is damaged.") from None
         _connect(model)
         keep_names_(model)
+        if self.manifest.kv is not None:
+            from rarefy.integrations.transformers.kv_setup import restore_setup_
+
+            restore_setup_(model, self.manifest.kv, self._files[0].parent)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
@@ -92,6 +98,9 @@ class RarefyQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):  # then only an adapter is saved
             return None, {}
         manifest = self.manifest.model_copy(update={"weights": PLAIN_NAME})
+        if manifest.kv is not None and manifest.kv.params is not None:
+            log.warning("save_pretrained leaves out the parameters of the KV cache; rarefy.save writes them too.")
+            manifest = manifest.model_copy(update={"kv": None})
         self.quantization_config = RarefyConfig.of(manifest)
         model.config.quantization_config = self.quantization_config
         # What is offloaded or spread over processes cannot be hashed here; codes and scales never are.

@@ -1,0 +1,66 @@
+"""Leaves that store the part of an error worth storing: its largest entries, or its leading directions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rarefy.kv.codec import Codec, Payload
+from rarefy.kv.codecs.plain import Axis
+
+
+class Sparse(Codec):
+    """The ``count`` largest magnitudes of each token's vector, or of each channel over the tokens of a block.
+
+    A fixed number of entries per vector keeps blocks of one size: ``values`` float16 and ``indices`` (uint8 for vectors
+    of up to 256, else int16), both ``[vectors, count]`` per block.
+    """
+
+    def __init__(self, count: int, axis: Axis, tokens: int, channels: int):
+        self.axis, self.tokens, self.channels = axis, tokens, channels
+        self.length = tokens if axis == "channel" else channels
+        self.count = min(count, self.length)
+
+    def encode(self, x: Tensor) -> Payload:
+        vectors = x.transpose(-1, -2) if self.axis == "channel" else x
+        # A stable order: which of equals stays must not depend on the neighbours in the batch.
+        order = vectors.abs().sort(dim=-1, descending=True, stable=True).indices[..., : self.count]
+        limit = torch.finfo(torch.float16).max
+        values = vectors.gather(-1, order).clamp(-limit, limit)
+        dtype = torch.uint8 if self.length <= 256 else torch.int16
+        return {"values": values.to(torch.float16), "indices": order.to(dtype)}
+
+    def decode(self, payload: Payload) -> Tensor:
+        values, places = payload["values"].float(), payload["indices"].to(torch.int64)
+        vectors = values.new_zeros(*values.shape[:-1], self.length).scatter_(-1, places, values)
+        return vectors.transpose(-1, -2) if self.axis == "channel" else vectors
+
+
+class LowRank(Codec):
+    """``lowrank_a [G, rank] @ lowrank_b [rank, D]`` per block and head, float16, by ``iterations`` of subspace
+    iteration from a fixed start, so that equal blocks have equal codes."""
+
+    def __init__(self, rank: int, tokens: int, channels: int, iterations: int = 3):
+        self.rank, self.iterations = min(rank, tokens, channels), iterations
+        self.tokens, self.channels = tokens, channels
+        self.start = torch.randn(channels, self.rank, generator=torch.Generator().manual_seed(0))
+
+    def encode(self, x: Tensor) -> Payload:
+        # A block of zeros has no directions; any orthonormal ones do.
+        right = self._beside("start", x).expand(*x.shape[:3], -1, -1)
+        for _ in range(self.iterations):
+            left = torch.linalg.qr(x @ right).Q
+            right = x.transpose(-1, -2) @ left
+        return {"lowrank_a": left.to(torch.float16), "lowrank_b": right.transpose(-1, -2).to(torch.float16)}
+
+    def decode(self, payload: Payload) -> Tensor:
+        return payload["lowrank_a"].float() @ payload["lowrank_b"].float()
+
+    def score(self, query: Tensor, payload: Payload) -> Tensor:
+        # [B, H, 1, R, D] @ [B, H, N, D, rank] -> [B, H, N, R, rank] @ [B, H, N, rank, G]
+        inner = query.float().unsqueeze(2) @ payload["lowrank_b"].float().transpose(-1, -2)
+        return (inner @ payload["lowrank_a"].float().transpose(-1, -2)).transpose(2, 3).flatten(3)
+
+    def mix(self, weights: Tensor, payload: Payload) -> Tensor:
+        shares = weights.float().unflatten(-1, (-1, self.tokens)).transpose(2, 3)
+        return ((shares @ payload["lowrank_a"].float()) @ payload["lowrank_b"].float()).sum(2)

@@ -1,0 +1,144 @@
+"""Leaves over tables that all blocks share: of single numbers, normalised in three ways, and of sub-vectors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rarefy import packing
+from rarefy.core.errors import FormatError
+from rarefy.kv.codec import Codec, Payload
+
+
+class _Table(Codec):
+    """Codes into ``lut`` float32 ``[2 ** b]``, ascending. ``decoded``: what codes stand for where that differs from the
+    values they were chosen by."""
+
+    def __init__(self, lut: Tensor, tokens: int, channels: int, decoded: Tensor | None = None):
+        self.lut, self.tokens, self.channels = lut.float(), tokens, channels
+        self.decoded = self.lut if decoded is None else decoded.float()
+        self.has_own_values = decoded is not None
+        self.num_bits = max(1, (len(lut) - 1).bit_length())
+
+    def _nearest(self, normal: Tensor) -> Tensor:
+        """The nearest codes, int64, of the shape of ``normal``."""
+        lut = self._beside("lut", normal)
+        return torch.searchsorted((lut[1:] + lut[:-1]) / 2, normal.contiguous())
+
+    def _pack(self, codes: Tensor) -> Tensor:
+        return packing.pack_bits(codes.to(torch.uint8).flatten(-2), self.num_bits)
+
+    def _values(self, payload: Payload) -> Tensor:
+        codes = packing.unpack_bits(payload["codes"], self.num_bits, self.tokens * self.channels)
+        values = self._beside("decoded", codes)[codes.to(torch.int32)]
+        return values.unflatten(-1, (self.tokens, self.channels))
+
+    def shared(self) -> dict[str, Tensor]:
+        return {"lut": self.lut, "decoded": self.decoded} if self.has_own_values else {"lut": self.lut}
+
+
+class ChannelTable(_Table):
+    """``x = center + scale * lut[code]`` with ``center`` and ``scale`` float32 ``[H, D]`` known beforehand."""
+
+    def __init__(
+        self, lut: Tensor, center: Tensor, scale: Tensor, tokens: int = 1, decoded: Tensor | None = None
+    ):
+        super().__init__(lut, tokens, center.shape[-1], decoded)
+        self.center, self.scale = center.float(), scale.float()
+
+    def encode(self, x: Tensor) -> Payload:
+        center, scale = self._affine(x)
+        return {"codes": self._pack(self._nearest((x - center) / torch.where(scale == 0, 1.0, scale)))}
+
+    def decode(self, payload: Payload) -> Tensor:
+        values = self._values(payload)
+        center, scale = self._affine(values)
+        return values * scale + center
+
+    def _affine(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._beside("center", x)[:, None, None], self._beside("scale", x)[:, None, None]
+
+    def shared(self) -> dict[str, Tensor]:
+        return {**super().shared(), "center": self.center, "scale": self.scale}
+
+
+class RangeTable(_Table):
+    """As `ChannelTable`, but each token's own minimum and maximum are mapped to -1 and 1; stored are ``scale`` and
+    ``offset`` (the middle), float16 ``[tokens, 1]`` per block."""
+
+    def encode(self, x: Tensor) -> Payload:
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        scale, offset = _half((high - low) / 2), _half((high + low) / 2)
+        wide = scale.float()
+        codes = self._nearest((x - offset.float()) / torch.where(wide == 0, 1.0, wide))
+        return {"codes": self._pack(codes), "scale": scale, "offset": offset}
+
+    def decode(self, payload: Payload) -> Tensor:
+        return self._values(payload) * payload["scale"].float() + payload["offset"].float()
+
+
+class NormTable(_Table):
+    """``x = scale * lut[code]``, where the codes are those of the vector brought to norm ``sqrt(channels)`` and the
+    stored ``scale``, float16 ``[tokens, 1]`` per block, gives what is decoded the norm that ``x`` had."""
+
+    def encode(self, x: Tensor) -> Payload:
+        norm = x.norm(dim=-1, keepdim=True)
+        codes = self._nearest(x * (self.channels**0.5 / norm.clamp(min=torch.finfo(torch.float32).tiny)))
+        coded = self._beside("lut", x)[codes].norm(dim=-1, keepdim=True)
+        return {"codes": self._pack(codes), "scale": _half(norm / coded)}
+
+    def decode(self, payload: Payload) -> Tensor:
+        return self._values(payload) * payload["scale"].float()
+
+
+class ProductTable(Codec):
+    """Sub-vectors from codebooks float ``[M, K, D / M]``: one code for each of M parts of a head's vector.
+
+    Scores come from a table of the query's products with every centroid, read once for each key (ADC, Jegou et al.
+    2011), as long as the table is smaller than the keys it stands for.
+    """
+
+    def __init__(self, codebook: Tensor, tokens: int = 1):
+        self.codebook, self.tokens = codebook, tokens
+        self.parts, self.count, self.width = codebook.shape
+        self.num_bits = max(1, (self.count - 1).bit_length())
+        if self.num_bits > 8:
+            raise FormatError(f"A codebook has {self.count} entries, but codes have at most 8 bits; use 256 or fewer.")
+
+    def encode(self, x: Tensor) -> Payload:
+        parts = x.unflatten(-1, (self.parts, self.width))
+        codebook = self._beside("codebook", x).float()
+        half = codebook.square().sum(-1) / 2
+        codes = torch.stack(
+            [(parts[..., m, :] @ codebook[m].T - half[m]).argmax(-1) for m in range(self.parts)], -1
+        )
+        return {"codes": packing.pack_bits(codes.to(torch.uint8).flatten(-2), self.num_bits)}
+
+    def decode(self, payload: Payload) -> Tensor:
+        codes = self._codes(payload)
+        codebook = self._beside("codebook", codes).float()
+        part = torch.arange(self.parts, device=codes.device)
+        return codebook[part, codes].flatten(-2)
+
+    def score(self, query: Tensor, payload: Payload) -> Tensor:
+        codes = self._codes(payload).flatten(2, 3)  # [B, H, n, M]
+        if codes.shape[2] < self.count:
+            return super().score(query, payload)
+        parts = query.float().unflatten(-1, (self.parts, self.width))
+        table = torch.einsum("bhrmw,mkw->bhrmk", parts, self._beside("codebook", query).float())
+        index = codes.transpose(-1, -2).unsqueeze(2).expand(-1, -1, query.shape[2], -1, -1)
+        return table.gather(-1, index).sum(-2)
+
+    def shared(self) -> dict[str, Tensor]:
+        return {"codebook": self.codebook}
+
+    def _codes(self, payload: Payload) -> Tensor:
+        """int64 ``[B, H, N, G, M]``."""
+        codes = packing.unpack_bits(payload["codes"], self.num_bits, self.tokens * self.parts)
+        return codes.to(torch.int64).unflatten(-1, (self.tokens, self.parts))
+
+
+def _half(numbers: Tensor) -> Tensor:
+    """float16, at most its largest number, so that an extreme token is coarse and not infinite."""
+    limit = torch.finfo(torch.float16).max
+    return numbers.clamp(-limit, limit).to(torch.float16)

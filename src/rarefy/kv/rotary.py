@@ -1,0 +1,48 @@
+"""Rotary position embedding undone and redone, for keys that are stored as they were before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def _turn(x: Tensor) -> Tensor:
+    """``(-second half, first half)`` of the last dimension."""
+    first, second = x.chunk(2, -1)
+    return torch.cat([-second, first], -1)
+
+
+def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Undo ``x * cos + turn(x) * sin`` on the first channels, as many as ``cos`` has; float32 of the shape of ``x``.
+
+    Scaled RoPE multiplies both factors by one number, so what is undone is a rotation and that number squared.
+    """
+    width = cos.shape[-1]
+    cos, sin = cos.float(), sin.float()
+    turned, plain = x[..., :width].float(), x[..., width:].float()
+    back = (turned * cos - _turn(turned) * sin) / (cos.square() + sin.square())
+    return torch.cat([back, plain], -1) if plain.shape[-1] else back
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Angles of every position: ``position * inv_freq``, and ``factor`` by which scaled RoPE lengthens keys."""
+
+    inv_freq: Tensor  # float32 [half of the rotated channels]
+    factor: float = 1.0
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """``cos`` and ``sin``, float32 ``[..., rotated channels]``, of ``positions [...]``."""
+        half = positions.unsqueeze(-1).float() * self.inv_freq.to(positions.device)
+        whole = torch.cat([half, half], -1)
+        return whole.cos() * self.factor, whole.sin() * self.factor
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """``x [B, H, n, D]`` at ``positions [B, n]``, float32."""
+        cos, sin = (part.unsqueeze(1) for part in self.angles(positions))
+        width = cos.shape[-1]
+        turned, plain = x[..., :width].float(), x[..., width:].float()
+        turned = turned * cos + _turn(turned) * sin
+        return torch.cat([turned, plain], -1) if plain.shape[-1] else turned

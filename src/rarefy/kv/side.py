@@ -1,0 +1,156 @@
+"""One half of a layer's store, its keys or its values: blocks in code, and the newest tokens as they are.
+
+Blocks lie in *runs*, payloads of neighbouring blocks that never change; short runs are joined as they become as long as
+their neighbour or complete a segment, so that a token is copied a few times at most. No run crosses a multiple of
+``SEGMENT``, the number of tokens that attention decodes at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rarefy.core.errors import OptionError
+from rarefy.kv.codec import Codec, Payload, apply, blocks_of, join
+
+SEGMENT = 2048
+
+
+@dataclass(frozen=True)
+class Run:
+    """Coded blocks of tokens ``[start, stop)``."""
+
+    start: int
+    stop: int
+    payload: Payload
+
+
+@dataclass
+class Side:
+    """Tokens ``[0, coded)`` in ``runs`` and those after them in ``tail [B, H, t, D]``, together with which of them are
+    ``valid [B, t]`` (padding is not). The last ``recent`` tokens always stay in the tail."""
+
+    codec: Codec
+    recent: int
+    tail: Tensor
+    valid: Tensor
+    runs: list[Run] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if SEGMENT % self.codec.tokens:
+            raise OptionError(
+                f"A block of {self.codec.tokens} tokens does not divide {SEGMENT}; use a power of two up to that."
+            )
+
+    @property
+    def coded(self) -> int:
+        return self.runs[-1].stop if self.runs else 0
+
+    @property
+    def length(self) -> int:
+        return self.coded + self.tail.shape[2]
+
+    def append(self, x: Tensor, valid: Tensor) -> None:
+        """New tokens ``x [B, H, n, D]`` as they are; `seal` puts them into code."""
+        self.tail = torch.cat([self.tail, x], 2)
+        self.valid = torch.cat([self.valid, valid], 1)
+
+    def sealable(self) -> int:
+        """How many tokens of the tail fill whole blocks and are not recent."""
+        return max(0, self.tail.shape[2] - self.recent) // self.codec.tokens * self.codec.tokens
+
+    def seal(self, exempt: Tensor) -> None:
+        """Encode all whole blocks of the tail that are not recent, each block once.
+
+        ``exempt`` bool ``[B, t]``: tokens of the tail that are kept elsewhere. They and padding take the place of their
+        neighbour while a block's parameters are found, so that they do not change them.
+        """
+        count = self.sealable()
+        start, done = self.coded, 0
+        while done < count:
+            size = min(count - done, SEGMENT - (start + done) % SEGMENT)
+            counts = (self.valid & ~exempt)[:, done : done + size]
+            x = _stand_in(self.tail[:, :, done : done + size].float(), counts, self.codec.tokens)
+            payload = self.codec.encode(x.unflatten(2, (-1, self.codec.tokens)))
+            self.runs.append(Run(start + done, start + done + size, payload))
+            self._merge()
+            done += size
+        # Copies, so that the memory of what is now in code is given back.
+        self.tail, self.valid = self.tail[:, :, count:].clone(), self.valid[:, count:].clone()
+
+    def _merge(self) -> None:
+        while len(self.runs) > 1:
+            left, right = self.runs[-2:]
+            longer = left.stop - left.start > right.stop - right.start
+            if left.start // SEGMENT != right.start // SEGMENT or (longer and right.stop % SEGMENT):
+                return
+            self.runs[-2:] = [Run(left.start, right.stop, join([left.payload, right.payload]))]
+
+    def crop(self, remove: int) -> None:
+        """Forget the last ``remove`` tokens. Where they reach into coded blocks, the rest of those blocks is decoded
+        into the tail."""
+        keep = self.length - remove
+        while self.runs and self.coded > keep:
+            run = self.runs.pop()
+            whole = max(0, keep - run.start) // self.codec.tokens
+            size = self.codec.tokens
+            if whole:
+                kept = apply(lambda tensor, whole=whole: tensor[:, :, :whole].clone(), run.payload)  # type: ignore[misc]
+                self.runs.append(Run(run.start, run.start + whole * size, kept))
+            rest = apply(lambda tensor, whole=whole: tensor[:, :, whole:], run.payload)  # type: ignore[misc]
+            lossy = self.codec.decode(rest).flatten(2, 3).to(self.tail.dtype)
+            self.tail = torch.cat([lossy, self.tail], 2)
+            fresh = self.valid.new_ones(self.valid.shape[0], lossy.shape[2])
+            self.valid = torch.cat([fresh, self.valid], 1)
+        count = keep - self.coded
+        self.tail, self.valid = self.tail[:, :, :count].clone(), self.valid[:, :count].clone()
+
+    def map_(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Put ``function`` of every tensor in its place, such as a choice of rows or another device."""
+        self.runs = [Run(run.start, run.stop, apply(function, run.payload)) for run in self.runs]
+        self.tail, self.valid = function(self.tail), function(self.valid)
+
+    def copy(self) -> Side:
+        """Another side with the same runs, which are never changed, and the same tail."""
+        return Side(self.codec, self.recent, self.tail, self.valid, list(self.runs))
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, Payload | Tensor]]:
+        """What holds tokens ``[start, stop)`` (within one segment), in order: coded blocks, or tokens of the tail."""
+        for run in self.runs:
+            if run.start < stop and run.stop > start:
+                yield run.start, run.stop, run.payload
+        low, high = max(start, self.coded), min(stop, self.length)
+        if low < high:
+            yield low, high, self.tail[:, :, low - self.coded : high - self.coded]
+
+    def payload(self) -> Payload:
+        """All coded blocks in one payload (a copy where there are several runs)."""
+        return join([run.payload for run in self.runs]) if self.runs else {}
+
+    def restore_(self, payload: Payload, tail: Tensor, valid: Tensor) -> None:
+        """Hold these blocks and this tail, as `payload` gave them."""
+        self.tail, self.valid, self.runs = tail, valid, []
+        tokens = self.codec.tokens
+        blocks, at_once = blocks_of(payload) if payload else 0, SEGMENT // tokens
+        for low in range(0, blocks, at_once):
+            part = apply(lambda tensor, low=low: tensor[:, :, low : low + at_once].clone(), payload)  # type: ignore[misc]
+            self.runs.append(Run(low * tokens, (low + blocks_of(part)) * tokens, part))
+
+
+def _stand_in(x: Tensor, counts: Tensor, tokens: int) -> Tensor:
+    """``x [B, H, n, D]`` where a token that does not count is replaced by the next one of its block that does, or else
+    the last one before it, or else by zero."""
+    if bool(counts.all()):
+        return x
+    blocks = counts.unflatten(1, (-1, tokens))
+    place = torch.arange(tokens, device=x.device).expand(blocks.shape)
+    after = torch.where(blocks, place, tokens).flip(-1).cummin(-1).values.flip(-1)
+    before = torch.where(blocks, place, -1).cummax(-1).values
+    chosen = torch.where(after < tokens, after, before)
+    missing = (chosen < 0).flatten(1)
+    offset = torch.arange(blocks.shape[1], device=x.device)[:, None] * tokens
+    index = (chosen.clamp(min=0) + offset).flatten(1)[:, None, :, None].expand_as(x)
+    return x.gather(2, index).masked_fill(missing[:, None, :, None], 0.0)

@@ -1,0 +1,1 @@
+"""KV caches in code: one file per published method."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rarefy.cli.bench_matrix import bench_matrix
-from rarefy.core.errors import OptionError
+from rarefy.core.errors import OptionError, RarefyError
 from rarefy.reporting.findings import read_findings
 
 
@@ -17,19 +17,21 @@ def test_a_matrix_becomes_a_table_and_a_result(
 ) -> None:
     matrix = tmp_path / "matrix.yaml"
     matrix.write_text(
-        f"models: ['{models / 'llama'}', '{models / 'small'}']\nreference: '{models / 'llama'}'\nbatches: [1, 2]\n"
+        f"models: ['{models / 'llama'}', '{models / 'small'}']\nreference: '{models / 'llama'}'\nbatches: [1]\n"
+        "caches: [dense, 'kivi:num_bits=4,group_size=8,residual=8']\n"
         f"prompt_tokens: [8]\nnew_tokens: 2\nrounds: 1\nwindows: 1\ncontext: 16\ndata: '{text}'\n"
         "device: cpu\nwatts: 5\n"
     )
     bench_matrix(matrix, tmp_path / "work")
     table = capsys.readouterr().out
-    for words in ("llama", "small", "2 x 8+2", "roof: ", "energy: modelled", "perplexity: context 16"):
+    for words in ("llama", "small", "1 x 8+2", "kivi:num_bits", "roof: ", "energy: modelled", "perplexity: context 16"):
         assert words in table
     bench_matrix(matrix, tmp_path / "work", as_json=True)
     (tmp_path / "result.json").write_text(capsys.readouterr().out)
     assert json.loads((tmp_path / "result.json").read_text())["kind"] == "efficiency"
     (found,) = read_findings([tmp_path / "result.json"]).efficiency
-    dense, _, small, _ = found.rows
+    dense, coded, small, _ = found.rows
+    assert coded.cache.startswith("kivi") and coded.perplexity is not None
     assert dense.quality_kept == pytest.approx(1) and dense.compression_ratio == pytest.approx(1)
     assert small.compression_ratio is not None and small.compression_ratio > 1 and small.perplexity != dense.perplexity
 
@@ -37,7 +39,7 @@ def test_a_matrix_becomes_a_table_and_a_result(
 def test_what_cannot_be_measured_is_named(models: Path, tmp_path: Path) -> None:
     matrix = tmp_path / "matrix.yaml"
     matrix.write_text(f"models: ['{models / 'llama'}']\ncaches: [tape]\n")
-    with pytest.raises(OptionError, match="'tape' is unknown"):
+    with pytest.raises(RarefyError, match="'tape'"):
         bench_matrix(matrix)
     matrix.write_text(f"models: ['{models / 'llama'}']\nwindows: 2\n")
     with pytest.raises(OptionError, match="name it as 'reference'"):

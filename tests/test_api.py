@@ -78,7 +78,7 @@ def words() -> str:
 def test_everything_public_is_there() -> None:
     assert set(rarefy.__all__) == {
         "compare", "compare_caches", "compress", "evaluate", "evaluate_long", "evaluate_tasks", "kv_cache", "load",
-        "load_tokenizer", "merge_adapter", "save",
+        "load_tokenizer", "merge_adapter", "runner", "save",
     }  # fmt: skip
     for name in rarefy.__all__:
         assert getattr(rarefy, name).__doc__

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
         load,
         load_tokenizer,
         merge_adapter,
+        runner,
         save,
     )
 
 __all__ = [
     "compare", "compare_caches", "compress", "evaluate", "evaluate_long", "evaluate_tasks", "kv_cache", "load",
-    "load_tokenizer", "merge_adapter", "save",
+    "load_tokenizer", "merge_adapter", "runner", "save",
 ]  # fmt: skip
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from rarefy.evaluation.forward import CacheFactory
     from rarefy.evaluation.long.results import LongComparison
     from rarefy.evaluation.tasks.results import TaskComparison
+    from rarefy.integrations.transformers.generation import GenerateRunner
     from rarefy.integrations.transformers.kv_setup import KvSetup
 
 log = logger(__name__)
@@ -163,6 +164,21 @@ def save(
     )  # fmt: skip
 
 
+def runner(
+    model: PreTrainedModel, *, executor: Literal["exact", "fast"] = "exact", cache_dtype: torch.dtype | None = None
+) -> GenerateRunner:
+    """The decode runner of a loaded ``model`` on the CPU: ``runner(model).generate(**inputs, max_new_tokens=20)``.
+
+    ``generate`` takes what ``model.generate`` does; one sequence at a time, greedy or sampled. ``executor="fast"`` may
+    quantize activations to 8 bits. ``cache_dtype``: of the keys and values it keeps, by default the model's. Kept
+    between calls: a prompt that begins like the last sequence is read from where it differs. Raises UnsupportedError
+    that names what it does not know.
+    """
+    from rarefy.integrations.transformers.generation import GenerateRunner
+
+    return GenerateRunner(model, mode=executor, cache_dtype=cache_dtype)
+
+
 def evaluate(
     model: str | Path | PreTrainedModel,
     *,
@@ -213,18 +229,17 @@ def compare(
     from rarefy.sources.windows import tokenize
     from rarefy.sources.windows import windows as cut
 
-    if executor == "fast":
-        log.warning("No kernel of this version quantizes activations; everything runs exact.")
-    requested = {"context": context, "windows": windows, "chunk": chunk}
+    requested = {"context": context, "windows": windows, "chunk": chunk, "executor": executor}
     protocol = parse(Protocol, requested, "Evaluation", OptionError)
     subjects = open_subjects(models, reference, dtype=dtype, device=device, tokenizer=tokenizer, cache=cache)
     text = open_text(data, "evaluation")
     bos = bos_token(subjects.tokenizer, None)
     tokens = cut(tokenize(subjects.tokenizer, text.text), context, windows, bos)
     protocol = protocol.model_copy(update={"bos": bos is not None, "text": text.name, "form": text.form})
-    return run(
-        subjects.candidates, tokens, protocol, reference=subjects.reference, free_bytes=subjects.free_bytes
-    )
+    result = run(subjects.candidates, tokens, protocol, reference=subjects.reference, free_bytes=subjects.free_bytes)
+    if executor == "fast" and all(found.protocol.executor == "exact" for found in result.candidates):
+        log.warning("No kernel here quantizes the activations of these models; everything runs exact.")
+    return result
 
 
 def evaluate_tasks(

@@ -32,10 +32,11 @@ Run = Callable[..., Result]
 def own_log_handlers() -> Iterator[None]:
     """The command line adds a handler on the stderr of its moment; each test has its own stderr."""
     root = logging.getLogger("rarefy")
-    before, propagate = root.handlers[:], root.propagate
+    before, propagate, level = root.handlers[:], root.propagate, root.level
     root.handlers = []
     yield
     root.handlers, root.propagate = before, propagate
+    root.setLevel(level)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from rarefy.cli import chat, compare, compress, demo, evaluate, info, inspect, recipes, report
+from rarefy.cli import bench, chat, compare, compress, demo, evaluate, info, inspect, recipes, report
 
 app = typer.Typer(
     name="rarefy",
@@ -20,6 +20,7 @@ for _name, _command in (
     ("compare", compare.compare),
     ("report", report.report),
     ("chat", chat.chat),
+    ("bench", bench.bench),
     ("inspect", inspect.inspect),
     ("recipes", recipes.recipes),
     ("info", info.info),

@@ -33,11 +33,12 @@ def chat(
     loaded = loaded.to(api.device_of(device))
     if not loaded.can_generate():
         raise UnsupportedError(f"'{model}' is a {type(loaded).__name__}, which does not generate text.")
+    runner = runner_of(loaded)
     if not tokenizer.chat_template:
         say("note: this model has no chat template; it continues your text.")
     if prompt is not None:
         reply, count, seconds = answer(
-            loaded, tokenizer, [{"role": "user", "content": prompt}], max_new_tokens, as_json
+            loaded, tokenizer, [{"role": "user", "content": prompt}], max_new_tokens, as_json, runner
         )
         if as_json:
             print_json({"prompt": prompt, "reply": reply, "tokens": count, "seconds": seconds})
@@ -54,14 +55,36 @@ def chat(
         if not text.strip():
             return
         messages.append({"role": "user", "content": text})
-        reply, _, _ = answer(loaded, tokenizer, messages, max_new_tokens, False)
+        reply, _, _ = answer(loaded, tokenizer, messages, max_new_tokens, False, runner)
         messages.append({"role": "assistant", "content": reply})
 
 
+def runner_of(model: Any) -> Any:
+    """The decode runner of ``model``; None, having said why, when Transformers has to do it."""
+    from rarefy import api
+    from rarefy.core.errors import UnsupportedError
+
+    if model.device.type != "cpu":
+        return None
+    try:
+        return api.runner(model, executor="fast")
+    except UnsupportedError as reason:
+        say(f"note: {reason} Transformers generates instead.")
+        return None
+
+
 def answer(
-    model: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_tokens: int, quiet: bool
+    model: Any,
+    tokenizer: Any,
+    messages: list[dict[str, str]],
+    max_new_tokens: int,
+    quiet: bool,
+    runner: Any = None,
 ) -> tuple[str, int, float]:
-    """Generate one reply, streamed to stdout unless ``quiet``: its text, number of tokens, and seconds."""
+    """Generate one reply, streamed to stdout unless ``quiet``: its text, number of tokens, and seconds.
+
+    ``runner``: a decode runner of ``model``; None leaves the loop to Transformers.
+    """
     import torch
     from transformers import TextStreamer
 
@@ -81,7 +104,7 @@ def answer(
     streamer = None if quiet else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.monotonic()
     with torch.inference_mode():
-        out = model.generate(
+        out = (runner or model).generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )  # fmt: skip

@@ -20,6 +20,7 @@ from rarefy.evaluation.perplexity import perplexity
 from rarefy.evaluation.protocol import Protocol
 from rarefy.evaluation.results import Comparison, Evaluation, Sizes
 from rarefy.evaluation.scoring import Scorer, Scores
+from rarefy.layers.execution import Executor, executed, executing
 
 # Tokens of one forward pass. Two CPU cores are busy with 512 already, and logits take context * vocabulary numbers.
 CPU_TOKENS = 512
@@ -51,8 +52,8 @@ def evaluate(
     free = available_bytes() if free_bytes is None else free_bytes
     passes = plan_passes(candidates, reference, free) or [[]]
     scorer = Scorer()
-    dense = None if reference is None else _Subject(reference, scorer, protocol.chunk)
-    subjects = [_Subject(candidate, scorer, protocol.chunk) for candidate in candidates]
+    dense = None if reference is None else _Subject(reference, scorer, protocol)
+    subjects = [_Subject(candidate, scorer, protocol) for candidate in candidates]
     steps = windows.shape[0] * (len(candidates) + (len(passes) if dense else 0))
     with progress("evaluate", steps) as advance:
         if dense is not None:
@@ -87,11 +88,12 @@ def evaluate(
 class _Subject:
     """One model while it is measured: opened, run window by window, summed up, closed."""
 
-    def __init__(self, candidate: Candidate, scorer: Scorer, chunk: int | None):
+    def __init__(self, candidate: Candidate, scorer: Scorer, protocol: Protocol):
         self.candidate = candidate
         self.name = candidate.name
         self.model: Any = None
-        self._scorer, self._chunk = scorer, chunk
+        self._scorer, self._chunk, self._wanted = scorer, protocol.chunk, protocol.executor
+        self._executor: Executor = "exact"
         self._nll = self._kl = self._seconds = 0.0
         self._agree = self._tokens = self._forwarded = self._peak = 0
         self._compared = False
@@ -108,7 +110,9 @@ class _Subject:
     def step(self, tokens: torch.Tensor, first: int, expected: torch.Tensor | None, count: bool = True) -> torch.Tensor:
         """Run on ``tokens`` [B, T], windows ``first`` and on, add to the sums if ``count``; the logits [B, T, V]."""
         begin = time.perf_counter()
-        logits = forward(self.model, tokens, cache=self.candidate.cache, chunk=self._chunk)
+        with executing(self.model, self._wanted):
+            logits = forward(self.model, tokens, cache=self.candidate.cache, chunk=self._chunk)
+            self._executor = executed(self.model)
         if expected is not None and expected.shape[-1] != logits.shape[-1]:
             raise UnsupportedError(
                 f"'{self.name}' predicts {logits.shape[-1]} tokens where the reference predicts {expected.shape[-1]}; "
@@ -153,7 +157,9 @@ class _Subject:
             kl=max(0.0, self._kl / self._tokens) if self._compared else None,
             top1_agreement=self._agree / self._tokens if self._compared else None,
             tokens=self._tokens,
-            protocol=protocol.model_copy(update={"context": context, "windows": count, "dtype": self._dtype}),
+            protocol=protocol.model_copy(
+                update={"context": context, "windows": count, "dtype": self._dtype, "executor": self._executor}
+            ),
             bits_per_weight=sizes.bits_per_weight,
             stored_bytes=sizes.stored_bytes,
             dense_bytes=sizes.dense_bytes,

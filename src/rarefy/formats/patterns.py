@@ -155,13 +155,7 @@ class NM(Pattern):
         self._check_counts(mask)
         if self.index == "bitmap":
             return {"bitmap": packing.pack_bitmap(mask)}
-        columns = mask.shape[1]
-        whole = columns // self.m * self.m
-        ranks = [_ranks(mask[:, :whole].unflatten(1, (-1, self.m)), self.n)] if whole else []
-        tail = columns - whole
-        if tail:
-            ranks.append(_ranks(mask[:, None, whole:], reference.kept_of(tail, self.n, self.m)))
-        return {"indices": packing.pack_bits(torch.cat(ranks, 1), reference.rank_bits(self.n, self.m))}
+        return {"indices": reference.pack_ranks(mask, self.n, self.m)}
 
     def check(self, tensors: dict[str, Tensor], rows: int, columns: int) -> int:
         if self.index == "bitmap":
@@ -291,12 +285,3 @@ def _check_bitmap(bitmap: Tensor, count: int) -> int:
     if bool(flags[..., count:].any()):
         raise FormatError(f"'bitmap' marks positions beyond {count}")
     return int(flags.sum())
-
-
-def _ranks(mask: Tensor, n: int) -> Tensor:
-    """The number of each subset ``[..., m]`` in the order of ``reference.subsets``."""
-    m = mask.shape[-1]
-    powers = 1 << torch.arange(m, device=mask.device)
-    wanted = (mask * powers).sum(-1)
-    known = (reference.subsets(n, m).to(mask.device) * powers).sum(-1)
-    return torch.searchsorted(known, wanted).to(torch.uint8)

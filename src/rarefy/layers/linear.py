@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rarefy.core.errors import FormatError, UnsupportedError
 from rarefy.formats.bytes import ByteCount, total
 from rarefy.formats.terms import Term
+from rarefy.kernels import cpu
 from rarefy.layers.view import CompressedWeight
 
 
@@ -61,6 +62,8 @@ class CompressedLinear(nn.Linear):
 
     @property
     def device(self) -> torch.device:
+        if any(isinstance(part, Term) and part.is_prepared for part in self.terms.modules()):
+            return torch.device("cpu")  # where layouts are; what they replaced has no place
         return next((buffer.device for buffer in self.buffers()), torch.device("cpu"))
 
     @property
@@ -80,12 +83,38 @@ class CompressedLinear(nn.Linear):
             raise UnsupportedError("The weight of a compressed layer cannot be assigned; compress the model anew.")
         super().__setattr__(name, value)
 
+    def prepare_(self) -> None:
+        """Put the terms into the layouts of native kernels, as the first product on the CPU does; see Term.prepare_."""
+        for term in self.terms:
+            term.prepare_()  # type: ignore[operator]
+
+    def restore_(self) -> None:
+        """Undo ``prepare_``: stored tensors are what and where they were."""
+        for term in self.terms:
+            term.restore_()  # type: ignore[operator]
+
     def _product(self, x: Tensor) -> Tensor:
-        y = self.terms[0](x)
-        for term in self.terms[1:]:
-            y = y + term(x)
+        terms: list[Term] = list(self.terms)  # type: ignore[arg-type]
+        if x.device.type == "cpu" and x.dtype in cpu.ACTIVATIONS and type(x) is Tensor and not _traced():
+            self.prepare_()
+        products = []
+        # Native terms of the input as it is are one pass over the weight.
+        together = [term for term in terms if not term.transforms_input and term.prepared_for(x) is not None]
+        if len(together) > 1:
+            made = [prepared for term in together if (prepared := term.prepared_for(x)) is not None]
+            products.append(cpu.linear(x, made, together[0].fast))
+            terms = [term for term in terms if term not in together]
+        products += [term(x) for term in terms]
+        y = products[0]
+        for product in products[1:]:
+            y = y + product
         return y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         return super()._apply(fn, recurse)
+
+
+def _traced() -> bool:
+    """Whether somebody records what is computed instead of computing it."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]

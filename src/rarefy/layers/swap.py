@@ -145,8 +145,7 @@ def weight_bytes(model: nn.Module) -> tuple[ByteCount, int]:
 
 def exact_bytes(model: nn.Module) -> ByteCount:
     """Bytes of everything that was left in 16 or 32 bits, each tied tensor once."""
+    everything = model.state_dict(keep_vars=True)
     inside = {id(buffer) for _, module in compressed(model) for buffer in module.terms.buffers()}
-    seen: Mapping[int, Tensor] = {
-        id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if id(tensor) not in inside
-    }
+    seen: Mapping[int, Tensor] = {id(tensor): tensor for tensor in everything.values() if id(tensor) not in inside}
     return ByteCount(exact=sum(tensor.numel() * tensor.element_size() for tensor in seen.values()))

@@ -14,6 +14,7 @@ from rarefy.core.errors import FormatError
 from rarefy.formats.bytes import ByteCount
 from rarefy.formats.inputs import AnyInput, RawInput
 from rarefy.formats.layout import Layout, TensorLayout
+from rarefy.kernels import cpu
 
 Shape = tuple[int, ...]
 
@@ -55,6 +56,9 @@ class Term(nn.Module, ABC):
     """
 
     spec: TermSpec
+    fast = False  # whether a native kernel may quantize activations
+    _prepared: cpu.Prepared | None = None
+    _refused: str | None = None  # why no native kernel reads it, once that was asked
     floating: ClassVar[tuple[str, ...]] = ("scale", "zero_point", "second_order", "multiplier", "lut", "values")
 
     def __init__(self, spec: TermSpec, shape: Shape):
@@ -74,6 +78,75 @@ class Term(nn.Module, ABC):
     @property
     def stack(self) -> Shape:
         return self.shape[:-2]
+
+    def operation(self) -> tuple[str, tuple[Any, ...], float] | None:
+        """The op family, its arguments and the multiplier, of a term that is one op of kernels/ops.py; else None."""
+        return None
+
+    def prepare_(self) -> cpu.Prepared | None:
+        """Put the stored tensors into the layout of a native kernel; nothing is kept twice.
+
+        Returns that layout, or None where the term stays as it is: no library, another device, a stack, or a
+        representation that no native kernel reads (``refused`` then says which); a term made of terms prepares those.
+        Whoever asks for a stored tensor by its name gets it back as it was, which undoes the layout.
+        """
+        if self._prepared is not None or self._refused is not None or not cpu.available() or self.stack:
+            return self._prepared
+        operation = self.operation()
+        if operation is None:
+            for part in self.modules():
+                if isinstance(part, Term) and part is not self:
+                    part.prepare_()
+            return None
+        if any(type(tensor) is not Tensor or tensor.device.type != "cpu" for tensor in self.own_tensors().values()):
+            return None
+        family, arguments, multiplier = operation
+        try:
+            self._prepared = cpu.prepare(family, arguments, multiplier)
+        except cpu.NotCovered as reason:
+            self._refused = str(reason)
+            return None
+        for name in self._operands():
+            self._buffers[name] = torch.empty_like(self._buffers[name], device="meta")  # type: ignore[arg-type]
+        return self._prepared
+
+    def prepared_for(self, x: Tensor) -> cpu.Prepared | None:
+        """The layout for a native product with ``x``; None where torch computes it."""
+        if self._prepared is not None and x.dtype not in cpu.ACTIVATIONS:
+            self._undo()
+        return self._prepared
+
+    def restore_(self) -> None:
+        """Undo ``prepare_``, of this term and its parts: every stored tensor is where and what it was."""
+        for part in self.modules():
+            if isinstance(part, Term):
+                part._undo()
+
+    def _undo(self) -> None:
+        if self._prepared is None:
+            return
+        names, tensors = self._operands(), [value for value in self._prepared.canonical() if isinstance(value, Tensor)]
+        self._buffers.update(zip(names, tensors, strict=True))
+        self._prepared = None
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the stored tensors are in the layout of a native kernel."""
+        return self._prepared is not None
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether a native kernel serves this term that ``fast`` execution lets quantize activations."""
+        return self._prepared is not None and self._prepared.multiplies_bytes
+
+    @property
+    def refused(self) -> str | None:
+        """Why no native kernel reads this term; None if one does, or nobody asked yet."""
+        return self._refused
+
+    def _operands(self) -> list[str]:
+        """Names of the tensors that the op reads, in the order of its arguments."""
+        return []
 
     def own_tensors(self) -> dict[str, Tensor]:
         """The term's own stored tensors by name (not those of its parts)."""
@@ -109,13 +182,27 @@ class Term(nn.Module, ABC):
     def select(self, index: int) -> Term:
         """Member ``index`` of the first stack dimension, sharing storage."""
         tensors = {name: tensor[index] for name, tensor in self.named_buffers()}
-        return self.spec.build(self.shape[1:], tensors)
+        member = self.spec.build(self.shape[1:], tensors)
+        for part in member.modules():
+            if isinstance(part, Term):  # a layout would be made anew for every use
+                part._refused = "a member of a stack"
+        return member
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
+        self.restore_()
+        return super().named_buffers(*args, **kwargs)
+
+    def get_buffer(self, target: str) -> Tensor:
+        owner = self.get_submodule(target.rpartition(".")[0])
+        if isinstance(owner, Term):
+            owner._undo()
+        return super().get_buffer(target)
 
     def byte_count(self) -> ByteCount:
         """Bytes of the stored tensors by purpose."""
         purposes = {name: entry.purpose for name, entry in self.spec.layout(self.shape).items()}
         count = dict.fromkeys(("codes", "scales", "tables", "indices", "values", "transform"), 0)
-        for name, tensor in self.named_buffers():
+        for name, tensor in nn.Module.named_buffers(self):  # sizes are known in any layout
             size = tensor.numel() * tensor.element_size()
             if purposes[name] == "entries":  # a 16-bit value and a 16-bit column in one word
                 count["values"] += size // 2
@@ -126,6 +213,7 @@ class Term(nn.Module, ABC):
 
     def check(self) -> None:
         """Raise FormatError when stored numbers could mislead a kernel: NaN, or positions and codes out of bounds."""
+        self.restore_()
         if self.stack:
             for index in range(self.stack[0]):
                 self.select(index).check()
@@ -140,7 +228,18 @@ class Term(nn.Module, ABC):
     def check_member(self) -> None:
         """The checks of a particular kind of term, for a term that is not stacked."""
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._undo()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._undo()
+        self._refused = None
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Term:
+        self._undo()
+
         def move_only(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from rarefy.formats.inputs import AnyInput, RawInput
 from rarefy.formats.layout import FLOATS, FloatName, Layout, TensorLayout
 from rarefy.formats.patterns import AnyPattern, Bitmap, Pattern, check_row_pointer
 from rarefy.formats.terms.base import Shape, Term, TermSpec, op_arguments
-from rarefy.kernels import ops
+from rarefy.kernels import cpu, ops
 
 PANEL = 1 << 16  # columns that a 16-bit column number can name
 
@@ -90,10 +90,20 @@ class Sparse(Term):
         tensors = {"values": _store(spec.pattern.gather(weight, mask), dtype), **positions}
         return cls(spec, tuple(weight.shape), tensors)
 
+    def operation(self) -> tuple[str, tuple[Any, ...], float]:
+        return "values", op_arguments(self, self._names, self._plain), 1.0
+
+    def _operands(self) -> list[str]:
+        return [name for name in self._names if self._buffers.get(name) is not None]
+
     def product(self, x: Tensor) -> Tensor:
+        if (native := self.prepared_for(x)) is not None:
+            return cpu.linear(x, [native], self.fast)
         return ops.linear("values", x, op_arguments(self, self._names, self._plain))
 
     def decode_member(self) -> Tensor:
+        if self._prepared is not None:
+            return cpu.decode([self._prepared])
         return ops.decode_weight("values", op_arguments(self, self._names, self._plain))
 
     def check_member(self) -> None:
@@ -160,10 +170,20 @@ class Residual(Term):
         }
         return cls(ResidualSpec(dtype=dtype, input=input or RawInput()), (rows, columns), tensors)
 
+    def operation(self) -> tuple[str, tuple[Any, ...], float]:
+        return "csr", op_arguments(self, ("entries", "row_ptr"), self._plain), 1.0
+
+    def _operands(self) -> list[str]:
+        return ["entries", "row_ptr"]
+
     def product(self, x: Tensor) -> Tensor:
+        if (native := self.prepared_for(x)) is not None:
+            return cpu.linear(x, [native], self.fast)
         return ops.linear("csr", x, op_arguments(self, ("entries", "row_ptr"), self._plain))
 
     def decode_member(self) -> Tensor:
+        if self._prepared is not None:
+            return cpu.decode([self._prepared])
         return ops.decode_weight("csr", op_arguments(self, ("entries", "row_ptr"), self._plain))
 
     def check_member(self) -> None:

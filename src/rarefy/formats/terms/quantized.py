@@ -15,7 +15,7 @@ from rarefy.formats.inputs import AnyInput, RawInput
 from rarefy.formats.layout import Layout, TensorLayout
 from rarefy.formats.patterns import AnyPattern, Full, Groups, Pattern
 from rarefy.formats.terms.base import Shape, Term, TermSpec, op_arguments
-from rarefy.kernels import ops
+from rarefy.kernels import cpu, ops
 
 CodePacking = Literal["bitstream", "planes", "radix"]
 
@@ -138,7 +138,16 @@ class Quantized(Term):
         tensors.update(input_tensors or {})
         return cls(spec, tuple(codes.shape), {name: tensor.contiguous() for name, tensor in tensors.items()})
 
+    def operation(self) -> tuple[str, tuple[Any, ...], float]:
+        multiplier = float(self.get_buffer("multiplier")) if self.has_multiplier else 1.0
+        return self.family, op_arguments(self, self._names, self._plain), multiplier
+
+    def _operands(self) -> list[str]:
+        return [name for name in self._names if name and self._buffers.get(name) is not None]
+
     def product(self, x: Tensor) -> Tensor:
+        if (native := self.prepared_for(x)) is not None:
+            return cpu.linear(x, [native], self.fast)
         y = ops.linear(self.family, x, op_arguments(self, self._names, self._plain))
         if not self.has_multiplier:
             return y
@@ -146,6 +155,8 @@ class Quantized(Term):
         return (y.to(torch.promote_types(y.dtype, torch.float32)) * self.get_buffer("multiplier")).to(y.dtype)
 
     def decode_member(self) -> Tensor:
+        if self._prepared is not None:
+            return cpu.decode([self._prepared])
         weight = ops.decode_weight(self.family, op_arguments(self, self._names, self._plain))
         return weight * self.get_buffer("multiplier") if self.has_multiplier else weight
 

@@ -28,6 +28,7 @@ from rarefy.layers.checkpoint import (
     metadata,
     read_headers,
 )
+from rarefy.layers.execution import set_executor_
 from rarefy.layers.manifest import Manifest, layer_layout
 
 log = logger(__name__)
@@ -87,6 +88,7 @@ class RarefyQuantizer(HfQuantizer):
                     raise CheckpointError(f"Layer '{name}': {failure}; the checkpoint is damaged.") from None
         _connect(model)
         keep_names_(model)
+        set_executor_(model, self.manifest.execution.executor)
         if self.manifest.kv is not None:
             from rarefy.integrations.transformers.kv_setup import restore_setup_
 

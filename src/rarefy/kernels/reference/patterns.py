@@ -56,6 +56,25 @@ def subsets(n: int, m: int) -> Tensor:
     return table
 
 
+def pack_ranks(mask: Tensor, n: int, m: int) -> Tensor:
+    """The numbers of the subsets that ``mask [rows, columns]`` keeps, as the ``positions`` of ``n_m_rank``."""
+    columns = mask.shape[1]
+    whole = columns // m * m
+    ranks = [_ranks(mask[:, :whole].unflatten(1, (-1, m)), n)] if whole else []
+    if columns > whole:
+        ranks.append(_ranks(mask[:, None, whole:], kept_of(columns - whole, n, m)))
+    return packing.pack_bits(torch.cat(ranks, 1), rank_bits(n, m))
+
+
+def _ranks(mask: Tensor, n: int) -> Tensor:
+    """The number of each subset ``[..., m]`` in the order of ``subsets``."""
+    m = mask.shape[-1]
+    powers = 1 << torch.arange(m, device=mask.device)
+    wanted = (mask * powers).sum(-1)
+    known = (subsets(n, m).to(mask.device) * powers).sum(-1)
+    return torch.searchsorted(known, wanted).to(torch.uint8)
+
+
 def mask(
     pattern: str, block: list[int], positions: Tensor | None, row_ptr: Tensor | None, rows: int, columns: int
 ) -> Tensor:

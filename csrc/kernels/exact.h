@@ -1,0 +1,215 @@
+// Products with 32-bit activations. A panel is 128 columns of a tile decoded to floats, [128, 16], the same numbers as
+// the reference decodes; few tokens skip it and multiply codes as floats, with scale and zero point once a block.
+#pragma once
+#include "fast.h"
+
+namespace RAREFY_NS {
+
+using rarefy::panel_columns;
+
+// How far the panels of a tile, asked for from left to right, have read into lists without fixed places.
+struct Cursor {
+  int64_t at[16];
+};
+
+static inline F one_value(const rarefy_term &t, const Params &p, F code, F entry) {
+  if (t.scale_layout == RAREFY_PAIRS) {
+    return add_f(mul_f(code, p.scale), mul_f(sub_f(set_f(1.f), code), p.zero));
+  }
+  if (t.table.bytes == 0) return mul_f(sub_f(code, p.zero), p.scale);
+  if (t.scale_layout == RAREFY_SIGNED) return mul_f(entry, negative_f(entry, p.negative, p.scale));
+  return mul_f(entry, p.scale);
+}
+
+static inline F large_entry(const float *table, B w, int j) {
+  alignas(64) uint8_t codes[64];
+  alignas(64) float entries[16];
+  store_b(codes, w);
+  for (int r = 0; r < 16; ++r) entries[r] = table[codes[4 * r + j]];
+  return load_f(entries);
+}
+
+static inline void put(float *panel, F value, bool add) { store_f(panel, add ? add_f(load_f(panel), value) : value); }
+
+template <class Source>
+static void codes_panel(const rarefy_term &t, int64_t tile, int64_t k0, float *panel, bool add, Cursor &cursor) {
+  Source source(t, tile, cursor.at[0]);
+  source.seek(k0 / 32);
+  const uint8_t *start = source.p;
+  const float *entries = static_cast<const float *>(t.table.data);
+  bool tabled = t.table.bytes != 0, small = Source::bits <= 4;
+  float own[16] = {};
+  if (tabled && small) __builtin_memcpy(own, entries, sizeof(float) << t.bits);
+  Table table = table_f(own);
+  int64_t units = rarefy::units_of(t) - k0 / 32 < 4 ? rarefy::units_of(t) - k0 / 32 : 4, border = k0;
+  Scales scales(t, tile);
+  Params p{};
+  for (int64_t u = 0; u < units; ++u) {
+    B w[8];
+    if (Source::masked) source.group(t, tile, (k0 + 32 * u) / t.group_size);
+    source.next(w);
+    for (int q = 0; q < 8; ++q) {
+      int64_t column = k0 + 32 * u + 4 * q;
+      if (column >= border && column < t.columns) {
+        int64_t group = column / t.group_size;
+        p = scales(group);
+        border = (group + 1) * t.group_size;
+      }
+      float *to = panel + (32 * u + 4 * q) * 16;
+      auto each = [&](auto j) __attribute__((always_inline)) {
+        constexpr int J = decltype(j)::value;
+        F code = byte_f<J>(w[q]), entry = code;
+        if (tabled) entry = small ? lookup_f(table, shr_i<8 * J>(as_lanes(w[q]))) : large_entry(entries, w[q], J);
+        put(to + 16 * J, one_value(t, p, code, entry), add);
+      };
+      each(Count<0>{}), each(Count<1>{}), each(Count<2>{}), each(Count<3>{});
+    }
+  }
+  cursor.at[0] += source.p - start;
+  if (!add) __builtin_memset(panel + units * 512, 0, size_t(4 - units) * 512 * sizeof(float));
+}
+
+static inline void codes_panel(const rarefy_term &t, int64_t tile, int64_t k0, float *panel, bool add, Cursor &cursor) {
+#define PANEL(n) case n: return codes_panel<Codes<n>>(t, tile, k0, panel, add, cursor)
+  if (t.kind == RAREFY_KEPT) {
+    if (t.bits > 4) return codes_panel<Kept<8>>(t, tile, k0, panel, add, cursor);
+    return codes_panel<Kept<4>>(t, tile, k0, panel, add, cursor);
+  }
+  switch (t.bits) { PANEL(1); PANEL(2); PANEL(3); PANEL(4); PANEL(5); PANEL(6); PANEL(7); PANEL(8); default: return; }
+#undef PANEL
+}
+
+// PARTS 0: codes as floats; 1: entries of a table; 2: its positive and negative entries apart. HALF as in fast_few.
+template <class Source, int PARTS, int M, bool HALF>
+static void exact_few(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, int64_t tile,
+                      int64_t first, float (*acc)[16]) {
+  constexpr int dots = PARTS ? PARTS : 1, chains = M * dots >= 4 ? 1 : 4 / (M * dots);
+  int64_t units = rarefy::units_of(t);
+  Walk walk(rarefy::blocks_per_group(t, blocks.size));
+  Scales scales(t, tile);
+  float entries[2][16] = {};
+  for (int i = 0; PARTS && i < 1 << t.bits; ++i) {
+    float entry = static_cast<const float *>(t.table.data)[i];
+    entries[PARTS == 2 && entry < 0][i] = entry;
+  }
+  Table table[2] = {table_f(entries[0]), table_f(entries[1])};
+  const float *x[M], *x_sum[M];
+  F y[M], sums[M][dots][chains], zero = zero_f();
+  for (int m = 0; m < M; ++m) {
+    x[m] = in.x + (first + m) * in.stride;
+    x_sum[m] = blocks.sum + (first + m) * blocks.count;
+    y[m] = load_f(acc[m]);
+    for (int i = 0; i < dots; ++i)
+      for (int c = 0; c < chains; ++c) sums[m][i][c] = zero_f();
+  }
+  bool pairs = t.scale_layout == RAREFY_PAIRS;
+  auto flush = [&](int64_t block) __attribute__((always_inline)) {
+    Params p = scales(walk.group);
+    F factor[2] = {pairs ? sub_f(p.scale, p.zero) : p.scale, p.negative};
+    for (int m = 0; m < M; ++m) {
+      F sum = set_f(x_sum[m][block]);
+      for (int i = 0; i < dots; ++i) {
+        F total = sums[m][i][0];
+        for (int c = 1; c < chains; ++c) total = add_f(total, sums[m][i][c]);
+        for (int c = 0; c < chains; ++c) sums[m][i][c] = zero_f();
+        if (!PARTS && !Source::masked && !pairs) total = sub_f(total, mul_f(p.zero, sum));
+        y[m] = fma_f(factor[i], total, y[m]);
+      }
+      if (pairs) y[m] = fma_f(p.zero, sum, y[m]);
+    }
+  };
+  auto step = [&](B w, int64_t quad) __attribute__((always_inline)) {
+    auto each = [&](auto j) __attribute__((always_inline)) {
+      constexpr int J = decltype(j)::value;
+      for (int i = 0; i < dots; ++i) {
+        F v = PARTS ? lookup_f(table[i], shr_i<8 * J>(as_lanes(w))) : byte_f<J>(w);
+        if (Source::masked) v = sub_f(v, zero);  // what is not kept is exactly zero
+        for (int m = 0; m < M; ++m)
+          sums[m][i][J % chains] = fma_f(v, set_f(x[m][4 * quad + J]), sums[m][i][J % chains]);
+      }
+    };
+    each(Count<0>{}), each(Count<1>{}), each(Count<2>{}), each(Count<3>{});
+  };
+  Source source(t, tile, 0);
+  auto enter = [&] {
+    source.group(t, tile, walk.group);
+    if constexpr (Source::masked) zero = byte_f<0>(source.zero);
+  };
+  enter();
+  int64_t per_block = HALF ? 1 : blocks.size / 32;
+  for (int64_t u = 0, block = 0; u < units; ++block) {
+    int64_t end = u + per_block < units ? u + per_block : units;
+    for (; u < end; ++u) {
+      B w[8];
+      source.next(w);
+      for (int q = 0; q < 4; ++q) step(w[q], 8 * u + q);
+      if (HALF) {
+        flush(block);
+        walk.step();
+        if (++block == blocks.count) break;
+      }
+      for (int q = 4; q < 8; ++q) step(w[q], 8 * u + q);
+    }
+    if (block == blocks.count) break;
+    flush(block);
+    if (walk.step()) enter();
+  }
+  for (int m = 0; m < M; ++m) store_f(acc[m], y[m]);
+}
+
+template <class Source, int PARTS, bool HALF>
+static void exact_of(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, int64_t tile,
+                     int64_t first, int64_t tokens, float (*acc)[16]) {
+  for (; tokens >= 4; tokens -= 4, first += 4, acc += 4)
+    exact_few<Source, PARTS, 4, HALF>(t, in, blocks, tile, first, acc);
+  for (; tokens; --tokens, ++first, ++acc) exact_few<Source, PARTS, 1, HALF>(t, in, blocks, tile, first, acc);
+}
+
+template <class Source, int PARTS>
+static void exact_of(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, int64_t tile,
+                     int64_t first, int64_t tokens, float (*acc)[16]) {
+  if constexpr (PARTS == 0 && !Source::masked)
+    if (blocks.size == 16) return exact_of<Source, PARTS, true>(t, in, blocks, tile, first, tokens, acc);
+  exact_of<Source, PARTS, false>(t, in, blocks, tile, first, tokens, acc);
+}
+
+static inline void exact_codes(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, int64_t tile,
+                               int64_t first, int64_t tokens, float (*acc)[16]) {
+  int parts = t.table.bytes == 0 ? 0 : t.scale_layout == RAREFY_SIGNED ? 2 : 1;
+#define CASE(n, parts_) case n + 16 * parts_: return exact_of<Codes<n>, parts_>(t, in, blocks, tile, first, tokens, acc)
+  if (t.kind == RAREFY_KEPT) {
+    if (t.bits > 4) return exact_of<Kept<8>, 0>(t, in, blocks, tile, first, tokens, acc);
+    return exact_of<Kept<4>, 0>(t, in, blocks, tile, first, tokens, acc);
+  }
+  switch (t.bits + 16 * parts) {
+    CASE(1, 0); CASE(2, 0); CASE(3, 0); CASE(4, 0); CASE(5, 0); CASE(6, 0); CASE(7, 0); CASE(8, 0);
+    CASE(3, 1); CASE(4, 1); CASE(3, 2); CASE(4, 2);
+    default: return;
+  }
+#undef CASE
+}
+
+// acc[token] += panel * x for 128 columns from k0 on.
+static inline void multiply_panel(const float *panel, const rarefy_input &in, int64_t k0, int64_t first,
+                                  int64_t tokens, float (*acc)[16]) {
+  auto run = [&](auto count, int64_t m0) __attribute__((always_inline)) {
+    constexpr int N = decltype(count)::value;
+    F y[N];
+    const float *x[N];
+    for (int m = 0; m < N; ++m) {
+      x[m] = in.x + (first + m0 + m) * in.stride + k0;
+      y[m] = load_f(acc[m0 + m]);
+    }
+    for (int k = 0; k < panel_columns; ++k) {
+      F w = load_f(panel + 16 * k);
+      for (int m = 0; m < N; ++m) y[m] = fma_f(w, set_f(x[m][k]), y[m]);
+    }
+    for (int m = 0; m < N; ++m) store_f(acc[m0 + m], y[m]);
+  };
+  int64_t m = 0;
+  for (; m + 8 <= tokens; m += 8) run(Count<8>{}, m);
+  for (; m + 2 <= tokens; m += 2) run(Count<2>{}, m);
+  if (m < tokens) run(Count<1>{}, m);
+}
+
+}  // namespace RAREFY_NS

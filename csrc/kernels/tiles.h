@@ -1,0 +1,213 @@
+// Products of whole tiles: which kernel serves which term, and what an instruction set offers to the library.
+#pragma once
+#include "lists.h"
+
+namespace RAREFY_NS {
+
+using rarefy::chunk_tokens;
+
+static inline void panel_of(const rarefy_term &t, int64_t tile, int64_t k0, float *panel, bool add, Cursor &cursor) {
+  switch (t.kind) {
+    case RAREFY_CODES:
+    case RAREFY_KEPT: return codes_panel(t, tile, k0, panel, add, cursor);
+    case RAREFY_TABLES:
+      if (t.bits == 1) return tables_panel<1>(t, tile, k0, panel, add);
+      if (t.bits == 2) return tables_panel<2>(t, tile, k0, panel, add);
+      if (t.bits == 3) return tables_panel<3>(t, tile, k0, panel, add);
+      return tables_panel<4>(t, tile, k0, panel, add);
+    case RAREFY_VALUES: {
+      int64_t end = k0 + panel_columns < t.columns ? k0 + panel_columns : t.columns;
+      int64_t at = static_cast<const int64_t *>(t.pointers.data)[tile] + cursor.at[0], start = at;
+      if (!add) __builtin_memset(panel, 0, panel_columns * 16 * sizeof(float));
+      each_column(t, tile, k0, end, at, [&](int64_t k, F w) { put(panel + 16 * (k - k0), w, add); });
+      cursor.at[0] += at - start;
+      return;
+    }
+    case RAREFY_ENTRIES: return entries_panel(t, tile, k0, panel, add, cursor);
+    default: return groups_panel(t, tile, k0, panel, add);
+  }
+}
+
+static inline const rarefy_blocks *blocks_of(const rarefy_term &t, const rarefy_input &in) {
+  int64_t size = rarefy::block_of(t);
+  for (int32_t i = 0; i < in.blockings; ++i)
+    if (in.blocks[i].size == size) return &in.blocks[i];
+  return nullptr;
+}
+
+// Whether the term multiplies a few tokens without a panel.
+static inline bool exact_directly(const rarefy_term &t) {
+  if (t.kind != RAREFY_CODES) return true;
+  if (t.table.bytes) return (t.bits == 3 || t.bits == 4) && rarefy::block_of(t) >= 32;
+  return rarefy::block_of(t) >= 16;
+}
+
+template <int M>
+static void exact_lists(const rarefy_term &t, const rarefy_input &in, int64_t tile, int64_t first, float (*acc)[16]) {
+  if (t.kind == RAREFY_VALUES) return values_few<M>(t, in, tile, first, acc);
+  if (t.bits == 1) return tables_few<1, M>(t, in, tile, first, acc);
+  if (t.bits == 2) return tables_few<2, M>(t, in, tile, first, acc);
+  if (t.bits == 3) return tables_few<3, M>(t, in, tile, first, acc);
+  tables_few<4, M>(t, in, tile, first, acc);
+}
+
+static void exact_directly(const rarefy_term &t, const rarefy_input &in, int64_t tile, int64_t first, int64_t tokens,
+                           float (*acc)[16]) {
+  if (rarefy::reads_blocks(t)) return exact_codes(t, in, *blocks_of(t, in), tile, first, tokens, acc);
+  if (t.kind == RAREFY_ENTRIES) return entries_rows(t, in, tile, first, tokens, acc);
+  if (t.kind == RAREFY_GROUPS) return groups_rows(t, in, tile, first, tokens, acc);
+  for (; tokens >= 2; tokens -= 2, first += 2, acc += 2) exact_lists<2>(t, in, tile, first, acc);
+  if (tokens) exact_lists<1>(t, in, tile, first, acc);
+}
+
+constexpr int64_t few = 4;  // tokens up to which codes are multiplied without a panel
+
+// Sparse corrections cost less entry by entry than a panel, whatever the number of tokens.
+static inline bool is_correction(const rarefy_term &t) { return t.kind == RAREFY_ENTRIES; }
+
+static void tiles(const rarefy_term *terms, int32_t count, const rarefy_input *input, int64_t first, int64_t last,
+                  float *y, int64_t y_stride) {
+  const rarefy_input &in = *input;
+  alignas(64) float acc[chunk_tokens][16], panel[panel_columns * 16];
+  Parts parts[rarefy::max_terms];
+  for (int32_t i = 0; i < count; ++i)
+    if (in.mode == RAREFY_FAST && has_fast(terms[i]) && terms[i].table.bytes) parts[i] = split_table(terms[i]);
+  for (int64_t tile = first; tile < last; ++tile)
+    for (int64_t m0 = 0; m0 < in.tokens; m0 += chunk_tokens) {
+      int64_t tokens = in.tokens - m0 < chunk_tokens ? in.tokens - m0 : chunk_tokens;
+      __builtin_memset(acc, 0, size_t(tokens) * 64);
+      const rarefy_term *left[rarefy::max_terms];
+      int32_t panels = 0;
+      for (int32_t i = 0; i < count; ++i) {
+        const rarefy_term &t = terms[i];
+        if (in.mode == RAREFY_FAST && has_fast(t))
+          fast(t, in, *blocks_of(t, in), parts[i], tile, m0, tokens, acc);
+        else if (exact_directly(t) && (tokens <= few || (is_correction(t) && in.mode == RAREFY_FAST)))
+          exact_directly(t, in, tile, m0, tokens, acc);
+        else
+          left[panels++] = &t;
+      }
+      Cursor cursors[rarefy::max_terms] = {};
+      for (int64_t k0 = 0; panels && k0 < terms[0].columns; k0 += panel_columns) {
+        for (int32_t i = 0; i < panels; ++i) panel_of(*left[i], tile, k0, panel, i > 0, cursors[i]);
+        multiply_panel(panel, in, k0, m0, tokens, acc);
+      }
+      int64_t rows = terms[0].rows - tile * 16 < 16 ? terms[0].rows - tile * 16 : 16;
+      for (int64_t m = 0; m < tokens; ++m)
+        __builtin_memcpy(y + (m0 + m) * y_stride + tile * 16, acc[m], size_t(rows) * sizeof(float));
+    }
+}
+
+// The 16 rows of a tile as floats [rows, columns] from `weight` on, which is row 0 of the whole weight.
+static void decode(const rarefy_term *terms, int32_t count, int64_t tile, float *weight) {
+  alignas(64) float panel[panel_columns * 16];
+  Cursor cursors[rarefy::max_terms] = {};
+  int64_t columns = terms[0].columns, rows = terms[0].rows - tile * 16 < 16 ? terms[0].rows - tile * 16 : 16;
+  for (int64_t k0 = 0; k0 < columns; k0 += panel_columns) {
+    for (int32_t i = 0; i < count; ++i) panel_of(terms[i], tile, k0, panel, i > 0, cursors[i]);
+    int64_t width = columns - k0 < panel_columns ? columns - k0 : panel_columns;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t k = 0; k < width; ++k) weight[(tile * 16 + r) * columns + k0 + k] = panel[16 * k + r];
+  }
+}
+
+// ---- Activations.
+
+// Quantize a block of `size` columns, a multiple of 16 but for blocks of 4: codes, their scale and their sum.
+static inline void quantize(const float *x, int64_t size, int8_t *codes, float *scale, float *sum) {
+  alignas(64) float own[16];
+  if (size < 16) {
+    __builtin_memset(own, 0, sizeof own);
+    __builtin_memcpy(own, x, size_t(size) * sizeof(float));
+    x = own;
+  }
+  F top = zero_f(), nothing = zero_f();  // the second is NaN as soon as one number is not finite
+  for (int64_t k = 0; k < size; k += 16) {
+    F values = load_f(x + k);
+    top = max_f(top, abs_f(values));
+    nothing = fma_f(values, zero_f(), nothing);
+  }
+  float most = most_f(top), finite = sum_f(nothing);
+  if (finite != 0) {
+    __builtin_memset(codes, 0, size_t(size));
+    *scale = *sum = finite;
+    return;
+  }
+  F inverse = set_f(most > 1e-30f ? 127 / most : 0), total = zero_f();
+  for (int64_t k = 0; k < size; k += 16) {
+    I rounded = round_i(mul_f(load_f(x + k), inverse));
+    total = add_f(total, to_f(rounded));
+    if (size >= 16) store_bytes(codes + k, rounded);
+    else {
+      int8_t bytes[16];
+      store_bytes(bytes, rounded);
+      __builtin_memcpy(codes, bytes, size_t(size));
+    }
+  }
+  *scale = most / 127;
+  *sum = sum_f(total);
+}
+
+static void token(const rarefy_input *in, int64_t token, const void *x, int32_t type) {
+  float *to = const_cast<float *>(in->x) + token * in->stride;
+  int64_t whole = in->columns / 16 * 16;
+  for (int64_t k = 0; k < whole; k += 16) store_f(to + k, load_floats({x, 0}, type, k));
+  for (int64_t k = whole; k < in->stride; ++k) to[k] = k < in->columns ? load_one({x, 0}, type, k) : 0;
+  for (int32_t i = 0; i < in->blockings; ++i) {
+    const rarefy_blocks &blocks = in->blocks[i];
+    float *sums = const_cast<float *>(blocks.sum) + token * blocks.count;
+    float *scales = const_cast<float *>(blocks.scale) + token * blocks.count;
+    int8_t *codes = const_cast<int8_t *>(blocks.codes) + token * in->stride;
+    for (int64_t b = 0; b < blocks.count; ++b) {
+      const float *own = to + b * blocks.size;
+      if (in->mode == RAREFY_FAST) {
+        quantize(own, blocks.size, codes + b * blocks.size, scales + b, sums + b);
+        continue;
+      }
+      F sum = zero_f();
+      float rest = 0;
+      for (int64_t k = 0; k + 16 <= blocks.size; k += 16) sum = add_f(sum, load_f(own + k));
+      for (int64_t k = 0; blocks.size < 16 && k < blocks.size; ++k) rest += own[k];
+      sums[b] = sum_f(sum) + rest;
+    }
+    if (in->mode == RAREFY_FAST)
+      __builtin_memset(codes + blocks.count * blocks.size, 0, size_t(in->stride - blocks.count * blocks.size));
+  }
+}
+
+static inline uint16_t to_bfloat(float f) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 64);  // stays a NaN
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+static void convert(const float *from, void *to, int32_t type, int64_t count) {
+  if (type == RAREFY_F32) {
+    __builtin_memcpy(to, from, size_t(count) * 4);
+    return;
+  }
+  uint16_t *words = static_cast<uint16_t *>(to);
+  for (int64_t i = 0; i < count; ++i) words[i] = type == RAREFY_BF16 ? to_bfloat(from[i]) : rarefy_scalar::to_half(from[i]);
+}
+
+static uint64_t read(const void *data, int64_t bytes) {
+  const uint8_t *p = static_cast<const uint8_t *>(data);
+  I sums[8];
+  for (int i = 0; i < 8; ++i) sums[i] = zero_i();
+  for (int64_t at = 0; at + 512 <= bytes; at += 512)
+    for (int i = 0; i < 8; ++i) {
+      prefetch(p + at + 2048 + 64 * i);
+      sums[i] = add_i(sums[i], load_i(p + at + 64 * i));
+    }
+  for (int i = 1; i < 8; ++i) sums[0] = add_i(sums[0], sums[i]);
+  alignas(64) uint32_t lanes[16];
+  store_b(lanes, as_bytes(sums[0]));
+  uint64_t total = 0;
+  for (uint32_t lane : lanes) total += lane;
+  return total;
+}
+
+static constexpr rarefy::Kernels table_of(const char *name) { return {name, tiles, decode, token, convert, read}; }
+
+}  // namespace RAREFY_NS

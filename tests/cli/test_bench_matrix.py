@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,11 @@ import pytest
 from rarefy.cli.bench_matrix import bench_matrix
 from rarefy.core.errors import OptionError, RarefyError
 from rarefy.reporting.findings import read_findings
+from tests.cli.conftest import Run, one_json, one_sentence
 
 
 def test_a_matrix_becomes_a_table_and_a_result(
-    models: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, models: Path, text: Path, tmp_path: Path
 ) -> None:
     matrix = tmp_path / "matrix.yaml"
     matrix.write_text(
@@ -22,13 +22,14 @@ def test_a_matrix_becomes_a_table_and_a_result(
         f"prompt_tokens: [8]\nnew_tokens: 2\nrounds: 1\nwindows: 1\ncontext: 16\ndata: '{text}'\n"
         "device: cpu\nwatts: 5\n"
     )
-    bench_matrix(matrix, tmp_path / "work")
-    table = capsys.readouterr().out
+    done = run("bench", "--matrix", matrix, "--work-dir", tmp_path / "work")
+    assert done.exit_code == 0, done.stderr
+    table = done.stdout
     for words in ("llama", "small", "1 x 8+2", "kivi:num_bits", "roof: ", "energy: modelled", "perplexity: context 16"):
         assert words in table
-    bench_matrix(matrix, tmp_path / "work", as_json=True)
-    (tmp_path / "result.json").write_text(capsys.readouterr().out)
-    assert json.loads((tmp_path / "result.json").read_text())["kind"] == "efficiency"
+    again = run("bench", "--matrix", matrix, "--work-dir", tmp_path / "work", "--json")
+    assert one_json(again)["kind"] == "efficiency"
+    (tmp_path / "result.json").write_text(again.stdout)
     (found,) = read_findings([tmp_path / "result.json"]).efficiency
     dense, coded, small, _ = found.rows
     assert coded.cache.startswith("kivi") and coded.perplexity is not None
@@ -36,7 +37,8 @@ def test_a_matrix_becomes_a_table_and_a_result(
     assert small.compression_ratio is not None and small.compression_ratio > 1 and small.perplexity != dense.perplexity
 
 
-def test_what_cannot_be_measured_is_named(models: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_measured_is_named(run: Run, models: Path, tmp_path: Path) -> None:
+    assert "one of the two" in one_sentence(run("bench"))
     matrix = tmp_path / "matrix.yaml"
     matrix.write_text(f"models: ['{models / 'llama'}']\ncaches: [tape]\n")
     with pytest.raises(RarefyError, match="'tape'"):

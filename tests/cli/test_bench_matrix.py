@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,9 @@ def test_what_cannot_be_measured_is_named(run: Run, models: Path, tmp_path: Path
     matrix.write_text(f"models: ['{models / 'llama'}']\nwindows: 2\n")
     with pytest.raises(OptionError, match="name it as 'reference'"):
         bench_matrix(matrix)
+
+
+def test_caches_are_known_in_a_process_that_has_used_none() -> None:
+    script = "from rarefy.integrations.transformers.kv_evaluation import cache_factory; cache_factory('kivi', None)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr

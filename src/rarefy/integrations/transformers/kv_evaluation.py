@@ -19,6 +19,7 @@ from rarefy.evaluation.protocol import bos_token
 from rarefy.integrations.transformers.kv_calibration import open_kv
 from rarefy.integrations.transformers.kv_setup import KvSetup, kv_recipe
 from rarefy.integrations.transformers.subjects import open_subjects
+from rarefy.recipes import discover
 from rarefy.sources.texts import open_text
 from rarefy.sources.windows import tokenize
 from rarefy.sources.windows import windows as cut
@@ -51,6 +52,7 @@ def open_cache(model: Any, text: str, tokenizer: Any) -> KvSetup:
 def cache_factory(text: str, tokenizer: Any) -> CacheFactory:
     """What makes the cache that ``text`` names for any model; it is calibrated on each once, if need be."""
     name, options = parse_cache(text)
+    discover()
     kv_recipe(name, {key: value for key, value in options.items() if key not in CALIBRATION})  # a typo shows at once
     setups: WeakKeyDictionary[Any, KvSetup] = WeakKeyDictionary()
 

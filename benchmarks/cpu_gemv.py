@@ -80,10 +80,14 @@ def main() -> None:
     for name in options.jobs:
         for shape in shapes:
             for tokens in options.tokens[:1] if options.quick else options.tokens:
-                rows += measure(JOBS[name], *shape, tokens, 5 if options.quick else 9, options.threads)
-                best = rows[-len(PEERS) - 1]
-                print(f"{name} {shape} {tokens}: {best['fraction_of_limit']:.2f} of read", file=sys.stderr)
-    write(options, rows, KEY)
+                found = measure(JOBS[name], *shape, tokens, 5 if options.quick else 9, options.threads)
+                part = found[-1]["fraction_of_limit"]
+                print(f"{name} {shape} {tokens}: {part:.2f} of read", file=sys.stderr)
+                rows += found
+                if options.json is not None:  # kept as they come
+                    write(options, found, KEY)
+    if options.json is None:
+        write(options, rows, KEY)
 
 
 if __name__ == "__main__":

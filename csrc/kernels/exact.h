@@ -88,11 +88,14 @@ static void exact_few(const rarefy_term &t, const rarefy_input &in, const rarefy
   Walk walk(rarefy::blocks_per_group(t, blocks.size));
   Scales scales(t, tile);
   float entries[2][16] = {};
+  // Where a lookup costs less than the conversion of an integer, codes are looked up too.
+  constexpr bool by_table = PARTS > 0 || (cheap_lookup && Source::bits <= 4);
+  for (int i = 0; !PARTS && i < 16; ++i) entries[0][i] = float(i);
   for (int i = 0; PARTS && i < 1 << t.bits; ++i) {
     float entry = static_cast<const float *>(t.table.data)[i];
     entries[PARTS == 2 && entry < 0][i] = entry;
   }
-  Table table[2] = {table_f(entries[0]), table_f(entries[1])};
+  Table first_table = table_f(entries[0]), second_table = table_f(entries[1]);
   const float *x[M], *x_sum[M];
   F y[M], sums[M][dots][chains], zero = zero_f();
   for (int m = 0; m < M; ++m) {
@@ -121,12 +124,15 @@ static void exact_few(const rarefy_term &t, const rarefy_input &in, const rarefy
   auto step = [&](B w, int64_t quad) __attribute__((always_inline)) {
     auto each = [&](auto j) __attribute__((always_inline)) {
       constexpr int J = decltype(j)::value;
-      for (int i = 0; i < dots; ++i) {
-        F v = PARTS ? lookup_f(table[i], shr_i<8 * J>(as_lanes(w))) : byte_f<J>(w);
+      auto use = [&](auto i, Table own) __attribute__((always_inline)) {
+        constexpr int part = decltype(i)::value;
+        F v = by_table ? lookup_f(own, shr_i<8 * J>(as_lanes(w))) : byte_f<J>(w);
         if (Source::masked) v = sub_f(v, zero);  // what is not kept is exactly zero
         for (int m = 0; m < M; ++m)
-          sums[m][i][J % chains] = fma_f(v, set_f(x[m][4 * quad + J]), sums[m][i][J % chains]);
-      }
+          sums[m][part][J % chains] = fma_f(v, set_f(x[m][4 * quad + J]), sums[m][part][J % chains]);
+      };
+      use(Count<0>{}, first_table);
+      if constexpr (dots == 2) use(Count<1>{}, second_table);
     };
     each(Count<0>{}), each(Count<1>{}), each(Count<2>{}), each(Count<3>{});
   };

@@ -111,7 +111,7 @@ static inline int32_t quad_at(const int8_t *codes, int64_t quad) {
 template <class Source, int PARTS, int M, bool HALF>
 static void fast_few(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
                      int64_t tile, int64_t first, float (*acc)[16]) {
-  constexpr int dots = PARTS ? PARTS : 1, chains = M * dots >= 4 ? 1 : 4 / (M * dots);
+  constexpr int dots = PARTS ? PARTS : 1, chains = HALF || M * dots >= 4 ? 1 : 4 / (M * dots);
   int64_t units = rarefy::units_of(t);
   Walk walk(rarefy::blocks_per_group(t, blocks.size));
   Scales scales(t, tile);

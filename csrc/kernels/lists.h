@@ -88,10 +88,16 @@ static void tables_panel(const rarefy_term &t, int64_t tile, int64_t k0, float *
 
 // ---- VALUES: floats at the set bits of a mask, column by column.
 
+template <int TYPE> static inline F expand_typed(const void *values, int64_t at, uint32_t mask) {
+  if (TYPE == RAREFY_F16) return expand_half(static_cast<const uint16_t *>(values) + at, mask);
+  if (TYPE == RAREFY_BF16) return expand_bfloat(static_cast<const uint16_t *>(values) + at, mask);
+  return expand_f32(static_cast<const float *>(values) + at, mask);
+}
+
 static inline F expand_values(const rarefy_term &t, int64_t at, uint32_t mask) {
-  if (t.scale_type == RAREFY_F16) return expand_half(static_cast<const uint16_t *>(t.codes.data) + at, mask);
-  if (t.scale_type == RAREFY_BF16) return expand_bfloat(static_cast<const uint16_t *>(t.codes.data) + at, mask);
-  return expand_f32(static_cast<const float *>(t.codes.data) + at, mask);
+  if (t.scale_type == RAREFY_F16) return expand_typed<RAREFY_F16>(t.codes.data, at, mask);
+  if (t.scale_type == RAREFY_BF16) return expand_typed<RAREFY_BF16>(t.codes.data, at, mask);
+  return expand_typed<RAREFY_F32>(t.codes.data, at, mask);
 }
 
 // use(column, 16 values) for columns [k0, k1); `at` is the first value, and afterwards the next one.
@@ -104,18 +110,25 @@ static inline void each_column(const rarefy_term &t, int64_t tile, int64_t k0, i
   }
 }
 
-template <int M>
+template <int TYPE, int M>
 static void values_few(const rarefy_term &t, const rarefy_input &in, int64_t tile, int64_t first, float (*acc)[16]) {
   int64_t at = static_cast<const int64_t *>(t.pointers.data)[tile];
-  F y[M][2];
-  for (int m = 0; m < M; ++m) y[m][0] = load_f(acc[m]), y[m][1] = zero_f();
-  each_column(t, tile, 0, t.columns, at, [&](int64_t k, F w) __attribute__((always_inline)) {
+  const uint16_t *masks = static_cast<const uint16_t *>(t.positions.data) + tile * rarefy::units_of(t) * 32;
+  const float *x = in.x + first * in.stride;
+  const void *values = t.codes.data;
+  F even[M], odd[M];
+  for (int m = 0; m < M; ++m) even[m] = load_f(acc[m]), odd[m] = zero_f();
+  for (int64_t k = 0; k < t.columns; k += 2) {  // masks and x go on, empty and zero, to a multiple of 32
+    F left = expand_typed<TYPE>(values, at, masks[k]);
+    at += __builtin_popcount(masks[k]);
+    F right = expand_typed<TYPE>(values, at, masks[k + 1]);
+    at += __builtin_popcount(masks[k + 1]);
     for (int m = 0; m < M; ++m) {
-      F &to = y[m][M == 1 ? k & 1 : 0];
-      to = fma_f(w, set_f(in.x[(first + m) * in.stride + k]), to);
+      even[m] = fma_f(left, set_f(x[m * in.stride + k]), even[m]);
+      odd[m] = fma_f(right, set_f(x[m * in.stride + k + 1]), odd[m]);
     }
-  });
-  for (int m = 0; m < M; ++m) store_f(acc[m], add_f(y[m][0], y[m][1]));
+  }
+  for (int m = 0; m < M; ++m) store_f(acc[m], add_f(even[m], odd[m]));
 }
 
 // ---- ENTRIES: compressed sparse rows.
@@ -133,24 +146,26 @@ static inline void entries_rows(const rarefy_term &t, const rarefy_input &in, in
                                 int64_t tokens, float (*acc)[16]) {
   const int32_t *entries = static_cast<const int32_t *>(t.codes.data);
   const int32_t *pointers = static_cast<const int32_t *>(t.pointers.data);
-  int64_t rows = t.rows - tile * 16 < 16 ? t.rows - tile * 16 : 16;
+  int64_t rows = t.rows - tile * 16 < 16 ? t.rows - tile * 16 : 16, stored = t.codes.bytes / 4;
   for (int64_t base = 0; base < t.columns; base += 65536, pointers += t.rows + 1)
     for (int64_t r = 0; r < rows; ++r) {
       int64_t begin = pointers[tile * 16 + r], end = pointers[tile * 16 + r + 1];
       for (int64_t at = begin; at < end; at += 16) {
-        alignas(64) int32_t own[16];
+        alignas(64) int32_t words[16] = {};
+        alignas(64) float values[16];
         int64_t count = end - at < 16 ? end - at : 16;
-        I words;
-        if (count == 16) words = load_i(entries + at);
-        else {
-          __builtin_memset(own, 0, sizeof own);
-          __builtin_memcpy(own, entries + at, size_t(count) * 4);
-          words = load_i(own);
+        const int32_t *own = entries + at;
+        if (at + 16 > stored) {
+          __builtin_memcpy(words, own, size_t(count) * 4);
+          own = words;
         }
-        F values = entry_values(t, words);
-        I columns = and_i(words, 0xffff);
-        for (int64_t m = 0; m < tokens; ++m)
-          acc[m][r] += sum_f(mul_f(values, gather_f(in.x + (first + m) * in.stride + base, columns)));
+        store_f(values, entry_values(t, load_i(own)));
+        for (int64_t m = 0; m < tokens; ++m) {  // one by one: rows are short, and gathers slow on many processors
+          const float *x = in.x + (first + m) * in.stride + base;
+          float sum = 0;
+          for (int64_t i = 0; i < count; ++i) sum += values[i] * x[own[i] & 0xffff];
+          acc[m][r] += sum;
+        }
       }
     }
 }

@@ -50,6 +50,14 @@ struct Scales {
       else if (t.zero_type != RAREFY_NONE) p.zero = load_floats(t.zero_point, t.zero_type, at);
       return p;
     }
+    if (t.scale_layout == RAREFY_NIBBLES && t.second_type == RAREFY_F16 && t.second_numbers == 4 &&
+        second_step == 1 && t.second_groups == 1 && t.multiplier == 1.f && t.zero_type == RAREFY_NONE) {
+      const uint16_t *numbers = static_cast<const uint16_t *>(t.second_order.data) + second_first + 4 * group;
+      I both = load_bytes(static_cast<const uint8_t *>(t.scale.data) + (first + group) * 16);
+      F scale = sub_f(to_f(and_i(both, 15)), set_f(one_half(numbers[1])));
+      F zero = sub_f(to_f(shr_i<4>(both)), set_f(one_half(numbers[3])));
+      return {mul_f(set_f(one_half(numbers[0])), scale), mul_f(set_f(one_half(numbers[2])), zero), zero_f()};
+    }
     return other(group);
   }
 

@@ -44,7 +44,11 @@ static inline bool exact_directly(const rarefy_term &t) {
 
 template <int M>
 static void exact_lists(const rarefy_term &t, const rarefy_input &in, int64_t tile, int64_t first, float (*acc)[16]) {
-  if (t.kind == RAREFY_VALUES) return values_few<M>(t, in, tile, first, acc);
+  if (t.kind == RAREFY_VALUES) {
+    if (t.scale_type == RAREFY_F16) return values_few<RAREFY_F16, M>(t, in, tile, first, acc);
+    if (t.scale_type == RAREFY_BF16) return values_few<RAREFY_BF16, M>(t, in, tile, first, acc);
+    return values_few<RAREFY_F32, M>(t, in, tile, first, acc);
+  }
   if (t.bits == 1) return tables_few<1, M>(t, in, tile, first, acc);
   if (t.bits == 2) return tables_few<2, M>(t, in, tile, first, acc);
   if (t.bits == 3) return tables_few<3, M>(t, in, tile, first, acc);

@@ -183,6 +183,7 @@ static inline B table_b(const uint8_t *p) {
 static inline B lookup_b(B table, B codes) {
   return {_mm256_shuffle_epi8(table.a, codes.a), _mm256_shuffle_epi8(table.b, codes.b)};
 }
+constexpr bool cheap_lookup = false;
 static inline Table table_f(const float *p) { return load_f(p); }
 static inline __m256 lookup_half(Table table, __m256i at) {
   __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(at, 28));  // bit 3 becomes the sign

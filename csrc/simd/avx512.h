@@ -103,6 +103,7 @@ static inline B table_b(const uint8_t *p) {
   return {_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p))};
 }
 static inline B lookup_b(B table, B codes) { return {_mm512_shuffle_epi8(table.v, codes.v)}; }
+constexpr bool cheap_lookup = true;
 static inline Table table_f(const float *p) { return _mm512_loadu_ps(p); }
 static inline F lookup_f(Table table, I at) { return _mm512_permutexvar_ps(at.v, table); }
 

@@ -124,6 +124,7 @@ template <int J> static inline F byte_f(B a) { F r; LANES r.v[i] = a.v[4 * i + J
 
 static inline B table_b(const uint8_t *p) { B r; BYTES r.v[i] = p[i % 16]; return r; }
 static inline B lookup_b(B table, B codes) { BYTES codes.v[i] = table.v[codes.v[i]]; return codes; }
+constexpr bool cheap_lookup = false;  // against converting a byte
 static inline Table table_f(const float *p) { return load_f(p); }
 // Only the lowest four bits of a lane count.
 static inline F lookup_f(Table table, I at) { F r; LANES r.v[i] = table.v[at.v[i] & 15]; return r; }

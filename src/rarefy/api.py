@@ -236,10 +236,7 @@ def compare(
     bos = bos_token(subjects.tokenizer, None)
     tokens = cut(tokenize(subjects.tokenizer, text.text), context, windows, bos)
     protocol = protocol.model_copy(update={"bos": bos is not None, "text": text.name, "form": text.form})
-    result = run(subjects.candidates, tokens, protocol, reference=subjects.reference, free_bytes=subjects.free_bytes)
-    if executor == "fast" and all(found.protocol.executor == "exact" for found in result.candidates):
-        log.warning("No kernel here quantizes the activations of these models; everything runs exact.")
-    return result
+    return run(subjects.candidates, tokens, protocol, reference=subjects.reference, free_bytes=subjects.free_bytes)
 
 
 def evaluate_tasks(
@@ -293,17 +290,9 @@ def compare_caches(
 
 
 def kv_cache(
-    model: PreTrainedModel,
-    recipe: str | None = "kivi",
-    *,
-    params: str | Path | None = None,
-    data: Any = "demo",
-    samples: int = 16,
-    seq_len: int = 2048,
-    tokenizer: Any = None,
-    seed: int = 0,
-    **options: Any,
-) -> KvSetup | None:
+    model: PreTrainedModel, recipe: str | None = "kivi", *, params: str | Path | None = None, data: Any = "demo",
+    samples: int = 16, seq_len: int = 2048, tokenizer: Any = None, seed: int = 0, **options: Any,
+) -> KvSetup | None:  # fmt: skip
     """Keep the KV cache of ``model`` in code from now on, in ``generate`` and in passes that are given no cache.
 
     ``recipe``: an id such as ``"kivi"``, with its ``options``; None goes back to dense caches. A recipe with parameters
@@ -317,12 +306,8 @@ def kv_cache(
     if recipe is None:
         uninstall_(model)
         return None
-    setup = open_kv(
-        model, recipe, params=params, data=data, samples=samples, seq_len=seq_len, tokenizer=tokenizer, seed=seed,
-        options=options,
-    )  # fmt: skip
-    install_(model, setup)
-    return setup
+    given = {"data": data, "samples": samples, "seq_len": seq_len, "tokenizer": tokenizer, "seed": seed}
+    return install_(model, open_kv(model, recipe, params=params, options=options, **given))
 
 
 def evaluate_long(

@@ -21,6 +21,7 @@ import rarefy
 from rarefy.core.errors import CheckpointError, SourceError, UnsupportedError
 from rarefy.integrations.transformers.config import RarefyConfig
 from rarefy.layers import CompressedLinear, CompressedWeight
+from rarefy.layers.execution import restore_
 from rarefy.layers.swap import compressed
 from tests.integrations.conftest import EIGHT_BITS, Compressed, environment, python
 from tests.zoo import FAMILIES, dense_folder, logits, same_bytes, tensors, tiny_tokenizer
@@ -151,6 +152,8 @@ def test_deepcopy(family: str, folders: Compressed) -> None:
     twin = copy.deepcopy(model)
     expected = logits(model, family)
     assert torch.equal(logits(twin, family), expected)
+    restore_(twin)
+    restore_(model)
     for name, buffer in twin.named_buffers():
         if ".terms." in name:
             assert buffer.data_ptr() != model.get_buffer(name).data_ptr()

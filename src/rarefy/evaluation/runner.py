@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rarefy.core.errors import FormatError, OptionError, UnsupportedError
+from rarefy.core.logs import logger
 from rarefy.core.memory import available_bytes, peak_bytes
 from rarefy.core.progress import progress
 from rarefy.evaluation.candidates import Candidate, check_length, plan_passes
@@ -21,6 +22,8 @@ from rarefy.evaluation.protocol import Protocol
 from rarefy.evaluation.results import Comparison, Evaluation, Sizes
 from rarefy.evaluation.scoring import Scorer, Scores
 from rarefy.layers.execution import Executor, executed, executing
+
+log = logger(__name__)
 
 # Tokens of one forward pass. Two CPU cores are busy with 512 already, and logits take context * vocabulary numbers.
 CPU_TOKENS = 512
@@ -78,8 +81,11 @@ def evaluate(
             for subject in present:
                 subject.close()
             gc.collect()  # models hold reference cycles, and the next pass needs their memory
+    results = [subject.result(windows, protocol) for subject in subjects]
+    if protocol.executor == "fast" and all(result.protocol.executor == "exact" for result in results):
+        log.warning("No kernel here quantizes the activations of these models; everything runs exact.")
     return Comparison(
-        candidates=[subject.result(windows, protocol) for subject in subjects],
+        candidates=results,
         reference=None if dense is None else dense.result(windows, protocol),
         passes=len(passes),
     )

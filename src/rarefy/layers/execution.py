@@ -49,6 +49,12 @@ def prepare_(model: nn.Module) -> None:
             module.prepare_()
 
 
+def restore_(model: nn.Module) -> None:
+    """Undo ``prepare_``: buffers hold stored tensors again, where layouts had left shapes on the meta device."""
+    for term in _terms(model):
+        term.restore_()
+
+
 def in_torch(model: nn.Module) -> dict[str, str]:
     """Names of terms that were prepared for native kernels and are read by none, each with the reason."""
     found: dict[str, str] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from typing import Any
 
@@ -206,6 +207,20 @@ def test_threads_change_nothing() -> None:
         torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+
+def test_a_child_of_fork_has_threads_of_its_own() -> None:
+    made, x = [ready(quantized(ALL["int4-g128"], PATTERNS["full"], 700, 300))], torch.randn(2, 300)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = linear(x, made)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if all(torch.equal(linear(x, made), expected) for _ in range(20)) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_op_keeps_its_contract_with_torch() -> None:

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("cmake") is None or shutil.which(os.environ.get("CXX", "c++")) is None,
     reason="needs cmake and a C++ compiler",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -32,15 +34,50 @@ def write_f16(folder: Path, out: Path) -> None:
         writer.add_key_value(name, field.contents(), kind, inner if kind == gguf.GGUFValueType.ARRAY else None)
     writer.add_file_type(int(gguf.LlamaFileType.MOSTLY_F16))
     fields = read_gguf(packaged).fields
-    heads = {"attn_q": fields["llama.attention.head_count"], "attn_k": fields["llama.attention.head_count_kv"]}
+    _write(writer, folder, fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"])
+
+
+def write_f16_without_words(folder: Path, out: Path) -> None:
+    """The Llama in ``folder`` as GGUF without a tokenizer: enough for llama.cpp to quantize it, not to run it."""
+    import gguf
+
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    writer = gguf.GGUFWriter(str(out), "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_file_type(int(gguf.LlamaFileType.MOSTLY_F16))
+    _write(writer, folder, heads, kv_heads)
+
+
+def paired(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of a query or key projection as llama.cpp keeps them: it turns neighbouring channels where Transformers
+    turns halves."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def halved(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Inverse of ``paired``."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _write(writer: Any, folder: Path, heads: int, kv_heads: int) -> None:
+    counts = {"attn_q": heads, "attn_k": kv_heads}
     weights: dict[str, torch.Tensor] = {}
     for part in sorted(folder.glob("*.safetensors")):
         weights |= load_file(part)
     for name, weight in weights.items():
-        stored = _name(name)
-        if (count := heads.get(stored.split(".")[-2])) is not None:
-            # llama.cpp turns neighbouring channels where Transformers turns halves.
-            weight = weight.unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2)
+        stored = stored_name(name)
+        if (count := counts.get(stored.split(".")[-2])) is not None:
+            weight = paired(weight, count)
         weight = weight.float() if weight.dim() == 1 else weight.half()
         writer.add_tensor(stored, weight.contiguous().numpy())
     writer.write_header_to_file()
@@ -60,7 +97,8 @@ def quantize(source: Path, out: Path, kind: str) -> None:
         raise SystemExit(f"llama.cpp could not quantize '{source}' to {kind}.")
 
 
-def _name(name: str) -> str:
+def stored_name(name: str) -> str:
+    """What llama.cpp calls a tensor."""
     if name == "model.embed_tokens.weight":
         return "token_embd.weight"
     if name == "model.norm.weight":

@@ -173,7 +173,7 @@ def speed_table() -> str:
     return "\n\n".join(parts) or UNMEASURED
 
 
-def decode_table() -> str:
+def cpu_decode_table() -> str:
     """Decoding beside peers, one table per device."""
     parts = []
     for data in results("*/cpu_decode.json"):
@@ -186,6 +186,39 @@ def decode_table() -> str:
         first = data["rows"][0]
         facts = f"{DEMO}; {bits:.2f} bits a weight, head included; {first['quality']}; {first['load']}."
         parts.append("\n".join([*lines, "", f"{facts} All in one process and in turns; {measured_on(data)}"]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def cache_table(model: str, only: str = "") -> str:
+    """KV caches of a model whose names match, one table for each device, regime and context."""
+    parts = []
+    for data in results("*/kv_accuracy.json"):
+        own = [row for row in data["rows"] if row["model"] == model and re.search(only, row["cache"])]
+        for protocol in dict.fromkeys(row["protocol"] for row in own):
+            rows = [row for row in own if row["protocol"] == protocol]
+            lines = ["| cache | bits | nats above dense | 95% interval | KL | top-1 |", "|---|---|---|---|---|---|"]
+            for row in sorted(rows, key=lambda row: -row["bits_per_weight"]):
+                lines.append(
+                    f"| {row['cache']} | {row['bits_per_weight']:.3f} | {row['gap']:+.4f} | "
+                    f"{row['gap_low']:+.4f} .. {row['gap_high']:+.4f} | {row['kl']:.4f} | {row['top1_agreement']:.1%} |"
+                )
+            facts = f"{model}, {protocol}, {rows[0]['tokens']} predicted tokens, dense {rows[0]['dense_nll']:.4f} nats;"
+            parts.append("\n".join([*lines, "", f"{facts} {measured_on({**data, 'rows': rows})}"]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def decode_table() -> str:
+    """Attention of one token over coded caches, one table for each device."""
+    parts = []
+    for data in results("*/gpu_kv_decode.json"):
+        lines = ["| cache | tokens | bits | us | times torch bf16 | times fp8 | of the byte limit |", "|---" * 7 + "|"]
+        for row in data["rows"]:
+            lines.append(
+                f"| {row['job'].removeprefix('decode attention, ')} | {row['tokens']:,} | "
+                f"{row['bits_per_weight']:.2f} | {row['microseconds']:.0f} | {row['ratio']:.2f} | "
+                f"{row['ratio_to_fp8']:.2f} | {row['fraction_of_limit']:.2f} |"
+            )
+        parts.append("\n".join([*lines, "", measured_on(data)]))
     return "\n\n".join(parts) or UNMEASURED
 
 
@@ -207,8 +240,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "folded": lambda: accuracy_table("", FOLDED),
     "sentence-similarity": similarity_table,
     "calibration-speed": speed_table,
-    "cpu-decode": decode_table,
+    "cpu-decode": cpu_decode_table,
     "terms": term_table,
+    "kv-demo": partial(cache_table, "SmolLM2-135M-Instruct"),
+    "kv-lab": partial(cache_table, LAB),
+    "kv-decode": decode_table,
 }
 
 

@@ -10,28 +10,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from rarefy.calibration.calibrated import Calibration, needed
-from rarefy.calibration.data_free import assist_folder, can_stream, compress_folder, compress_model_
 from rarefy.calibration.parallel import Ranks, ranks_of
-from rarefy.calibration.report import CompressionReport, Ledger
+from rarefy.calibration.report import CompressionReport
 from rarefy.calibration.samples import open_samples
 from rarefy.contracts import Recipe
 from rarefy.core.config import parse
 from rarefy.core.devices import Device, device_of
-from rarefy.core.errors import OptionError, UnsupportedError
-from rarefy.core.files import check_out, staged_folder
+from rarefy.core.errors import OptionError
+from rarefy.core.files import check_out
 from rarefy.core.logs import logger
 from rarefy.core.memory import peak_bytes, reset_peak
-from rarefy.evaluation.candidates import dense_sizes
 from rarefy.evaluation.protocol import Protocol, bos_token
 from rarefy.evaluation.results import Comparison, Evaluation
 from rarefy.integrations.transformers import models as folders
+from rarefy.integrations.transformers.compression import assist, compress_in_place, compress_source, ignored_data
 from rarefy.integrations.transformers.generation import runner as runner
-from rarefy.integrations.transformers.quantizer import attach_
 from rarefy.integrations.transformers.subjects import name_of, open_subjects, shared_tokenizer
 from rarefy.layers.checkpoint import parse_size
-from rarefy.layers.manifest import Manifest
 from rarefy.recipes import load_recipe
-from rarefy.sources.model_source import ModelSource
 from rarefy.sources.models import open_model
 
 if TYPE_CHECKING:
@@ -84,7 +80,7 @@ def compress(
         torch.manual_seed(seed)
         shard_bytes = parse_size(max_shard_size)
         work = None if work_dir is None else Path(work_dir)
-        notes = _ignored_data(chosen, data)
+        notes = ignored_data(chosen, data)
 
         def calibration(known: Any, config: Any) -> Calibration | None:
             if not needed(chosen):
@@ -97,7 +93,7 @@ def compress(
                 check_out(Path(out), overwrite)
             given = calibration(lambda: shared_tokenizer([model], [None]), model.config)
             solve_on = None if device == "auto" else place
-            ledger, skipped, manifest = _compress_in_place(model, chosen, solve_on, work, notes, given)
+            ledger, skipped, manifest = compress_in_place(model, chosen, solve_on, work, notes, given)
             name = name_of(model)
             if out is not None and ranks.leads:
                 save(model, out, max_shard_size=shard_bytes, overwrite=overwrite)
@@ -112,8 +108,8 @@ def compress(
                 raise OptionError(f"--out '{out}' holds the model itself; name another folder.")
             given = calibration(lambda: folders.load_tokenizer(source.folder), folders.read_config(source.folder))
             if not ranks.leads:
-                return _assist(source, chosen, place, given, ranks)
-            ledger, skipped, manifest = _compress_source(
+                return assist(source, chosen, place, given, ranks)
+            ledger, skipped, manifest = compress_source(
                 source, chosen, Path(out), shard_bytes, place, work, overwrite, notes, given
             )
         report = manifest.report
@@ -279,17 +275,9 @@ def compare_caches(
 
 
 def kv_cache(
-    model: PreTrainedModel,
-    recipe: str | None = "kivi",
-    *,
-    params: str | Path | None = None,
-    data: Any = "demo",
-    samples: int = 16,
-    seq_len: int = 2048,
-    tokenizer: Any = None,
-    seed: int = 0,
-    **options: Any,
-) -> KvSetup | None:
+    model: PreTrainedModel, recipe: str | None = "kivi", *, params: str | Path | None = None, data: Any = "demo",
+    samples: int = 16, seq_len: int = 2048, tokenizer: Any = None, seed: int = 0, **options: Any,
+) -> KvSetup | None:  # fmt: skip
     """Keep the KV cache of ``model`` in code from now on, in ``generate`` and in passes that are given no cache.
 
     ``recipe``: an id such as ``"kivi"``, with its ``options``; None goes back to dense caches. A recipe with parameters
@@ -303,12 +291,8 @@ def kv_cache(
     if recipe is None:
         uninstall_(model)
         return None
-    setup = open_kv(
-        model, recipe, params=params, data=data, samples=samples, seq_len=seq_len, tokenizer=tokenizer, seed=seed,
-        options=options,
-    )  # fmt: skip
-    install_(model, setup)
-    return setup
+    given = {"data": data, "samples": samples, "seq_len": seq_len, "tokenizer": tokenizer, "seed": seed}
+    return install_(model, open_kv(model, recipe, params=params, options=options, **given))
 
 
 def evaluate_long(
@@ -324,6 +308,7 @@ def evaluate_long(
     tasks: Sequence[str] | None = None,
     session_files: Sequence[str | Path] = (),
     cache: CacheFactory | None = None,
+    kv: Sequence[str] = (),
     work_dir: str | Path | None = None,
     dtype: str | torch.dtype = "auto",
     device: Device = "auto",
@@ -334,8 +319,9 @@ def evaluate_long(
     ``sessions`` of each task of ``rarefy.evaluation.long`` (``tasks`` None: all) are drawn by ``seed`` over the text
     ``data``, each asked in one conversation and question by question; ``documents`` windows give the likelihood by
     position. ``session_files``: sessions in the form of SCBench, kvpress or RULER, asked besides. ``chunk`` tokens go
-    through a model at a time; ``cache`` makes the KV cache of the candidates. ``work_dir`` keeps finished sessions, so
-    that the same call goes on after an interruption. Raises SourceError, OptionError, UnsupportedError,
+    through a model at a time; ``cache`` makes the KV cache of the candidates, or ``kv`` names several as in
+    `compare_caches`, each with every model; a single model is then its own reference. ``work_dir`` keeps finished
+    sessions, so that the same call goes on after an interruption. Raises SourceError, OptionError, UnsupportedError,
     CheckpointError.
     """
     from rarefy.integrations.transformers.long_evaluation import evaluate_long as run
@@ -345,8 +331,8 @@ def evaluate_long(
     }  # fmt: skip
     wanted |= {} if tasks is None else {"tasks": tuple(tasks)}
     return run(
-        models, reference, data, wanted, session_files=session_files, cache=cache, work_dir=work_dir, dtype=dtype,
-        device=device, tokenizer=tokenizer,
+        models, reference, data, wanted, session_files=session_files, cache=cache, kv=kv, work_dir=work_dir,
+        dtype=dtype, device=device, tokenizer=tokenizer,
     )  # fmt: skip
 
 
@@ -360,85 +346,3 @@ def merge_adapter(model: Any, recipe: str | Path | Recipe | None = None) -> PreT
     from rarefy.integrations.peft import merge_adapter as merge
 
     return merge(model, None if recipe is None else load_recipe(recipe))
-
-
-def _compress_in_place(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    device: torch.device | None,
-    work: Path | None,
-    notes: list[str],
-    calibration: Calibration | None,
-) -> tuple[Ledger, dict[str, str], Manifest]:
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedError("This model is quantized already; load the dense model and compress that.")
-    dense_bytes = dense_sizes(model).stored_bytes or 0
-    ledger, skipped = compress_model_(
-        model, recipe, device=device, work_dir=work, calibration=calibration
-    )
-    ledger.notes[:0] = notes
-    stored = sum(tensor.numel() * tensor.element_size() for _, tensor in folders.stored_tensors(model))
-    manifest = ledger.manifest(stored, dense_bytes)
-    attach_(model, manifest)
-    return ledger, skipped, manifest
-
-
-def _compress_source(
-    source: ModelSource,
-    recipe: Recipe,
-    out: Path,
-    shard_bytes: int,
-    device: torch.device,
-    work: Path | None,
-    overwrite: bool,
-    notes: list[str],
-    calibration: Calibration | None,
-) -> tuple[Ledger, dict[str, str], Manifest]:
-    config = folders.read_config(source.folder)
-    if config.get("quantization_config"):
-        quantization = config["quantization_config"]
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise UnsupportedError(
-            f"'{source.name}' is compressed already (quant_method '{method}'); compress the dense model."
-        )
-    notes = [source.note, *notes]
-    with staged_folder(out, overwrite) as stage:
-        if can_stream(source.folder):
-            ledger, manifest, skipped = compress_folder(
-                source.folder,
-                source.name,
-                recipe,
-                stage,
-                max_shard_bytes=shard_bytes,
-                device=device,
-                work_dir=work,
-                notes=notes,
-                calibration=calibration,
-            )
-            return ledger, skipped, manifest
-        log.warning(
-            "The checkpoint's tensor names are not the model's own, so the whole model is loaded to compress it."
-        )
-        model = folders.load_folder(source.folder, dtype="auto")
-        ledger, skipped, manifest = _compress_in_place(model, recipe, device, work, notes, calibration)
-        folders.write_model(model, stage, source.folder, source.name, shard_bytes)
-    return ledger, skipped, manifest
-
-
-def _assist(
-    source: ModelSource, recipe: Recipe, device: torch.device, calibration: Calibration | None, ranks: Ranks
-) -> CompressionReport:
-    """What a rank does that writes nothing; it returns the first one's report."""
-    if calibration is not None and can_stream(source.folder):
-        assist_folder(source.folder, recipe, calibration, device)
-    elif calibration is not None:
-        model = folders.load_folder(source.folder, dtype="auto")
-        compress_model_(model, recipe, device=device, calibration=calibration)
-    return CompressionReport.model_validate_json(ranks.tell(""))
-
-
-def _ignored_data(recipe: Recipe, data: Any) -> list[str]:
-    if data is None or needed(recipe):
-        return []
-    log.warning("Recipe '%s' is data-free; the calibration data is not used.", recipe.name)
-    return [f"recipe '{recipe.name}' is data-free: calibration data '{data}' was not used"]

@@ -151,6 +151,14 @@ def test_eval_asks_about_long_contexts(run: Run, models: Path, tmp_path: Path) -
     refused = run("eval", models / "llama", *given)
     assert "more than the 64 positions of 'llama'" in one_sentence(refused)
     assert "'poem' is not a task" in one_sentence(run("eval", models / "llama", *given[:3], "poem", *given[4:]))
+    record = {"context": "a b c d e f g h i j k l", "question": "a", "answer": "b c", "answer_prefix": " a"}
+    (tmp_path / "own.jsonl").write_text(json.dumps(record))
+    asked = ("--tasks", "", "--session-file", tmp_path / "own.jsonl", "--data", prose, "--chunk", 4, "--device", "cpu")
+    cache = "kivi:num_bits=2,group_size=8,residual=8"
+    (coded,) = one_json(run("eval", models / "llama", "--suite", "long", *asked, "--kv", cache, "--json"))["candidates"]
+    assert coded["model"].endswith(f"llama, {cache}") and coded["answers"][0]["kl"] > 0
+    both = run("eval", models / "llama", "--kv", "kivi", "--tasks", "piqa")
+    assert "--kv does not go with --tasks" in one_sentence(both)
     assert "--suite 'short' is unknown" in one_sentence(run("eval", models / "llama", "--suite", "short"))
 
 

@@ -92,3 +92,14 @@ def test_the_verb_measures_a_model_in_memory(tiny: Callable[..., Any], tmp_path:
     )  # fmt: skip
     assert [cache.name for cache in result.caches] == ["identity", "kivi:num_bits=8,group_size=4,residual=4"]
     assert result.protocol.describe().startswith("chunked, 8 tokens at a time; context 24, 3 windows, float32")
+
+
+def test_a_setup_makes_the_cache_of_other_measurements(tiny: Callable[..., Any], tmp_path: Any) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d e f g h " * 60)
+    model = tiny(vocab=96)
+    result = rarefy.evaluate(
+        model, reference=tiny(vocab=96), data=text, context=24, windows=3, chunk=8, tokenizer=tiny_tokenizer(),
+        cache=setup("kivi", num_bits=2, group_size=4, residual=4),
+    )  # fmt: skip
+    assert result.kl is not None and result.kl > 1e-4

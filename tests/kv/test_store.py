@@ -169,7 +169,7 @@ def test_bytes_are_those_that_exist(name: str) -> None:
 
 
 def test_not_finite_is_named() -> None:
-    key, value = tokens(10)
+    key, value = tokens(40)
     value[1, 0, 7, 3] = torch.inf
     store = LayerStore(layer_codecs("kivi"), "layer 4")
     with pytest.raises(FormatError, match=r"values of layer 4 are not finite at token 7 of row 1; load"):
@@ -177,9 +177,9 @@ def test_not_finite_is_named() -> None:
 
 
 def test_positions_with_gaps_are_refused_where_they_matter() -> None:
-    key, value = tokens(10)
+    key, value = tokens(40)
     store = LayerStore(layer_codecs("kv_quant"), "layer 2")
-    gaps = arrival(store, 10)
+    gaps = arrival(store, 40)
     gaps.positions = gaps.positions * 2  # type: ignore[operator]
     with pytest.raises(UnsupportedError, match="Positions of layer 2 do not follow each other"):
         store.append(key, value, gaps)

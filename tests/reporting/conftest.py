@@ -18,6 +18,7 @@ import pytest
 from rarefy.calibration.report import CompressionReport, LayerReport
 from rarefy.core.environment import Environment, Run
 from rarefy.evaluation.bootstrap import Interval
+from rarefy.evaluation.caches import CacheComparison, CacheEvaluation, CacheProtocol
 from rarefy.evaluation.efficiency.matrix import Efficiency, Row
 from rarefy.evaluation.efficiency.measure import Cost, Latency, Load
 from rarefy.evaluation.efficiency.probe import Energy, MemoryUse
@@ -115,6 +116,21 @@ def benchmark(name: str, rows: list[dict[str, Any]]) -> Benchmark:
     return Benchmark(name=name, device="A processor", versions=versions, commit="abc1234", rows=tuple(rows))
 
 
+def caches(*found: tuple[str, float, float]) -> CacheComparison:
+    """Caches by name, bits and KL."""
+    evaluated = [
+        CacheEvaluation(
+            name=name, nll=2 + kl, kl=kl, top1_agreement=0.9, gap=Interval(value=kl, low=kl / 2, high=2 * kl),
+            versus_first=None, bits={"total": bits}, shared_bytes=2000, seconds=3,
+        )
+        for name, bits, kl in found
+    ]  # fmt: skip
+    protocol = CacheProtocol(context=512, windows=4, dtype="float32", text="a text")
+    return CacheComparison(
+        model="SmolLM2", protocol=protocol, dense_nll=2, dense_seconds=1, tokens=2000, caches=evaluated
+    )
+
+
 def efficiency(*models: tuple[str, float, float]) -> Efficiency:
     """Rows of name, milliseconds a token, and perplexity."""
     memory = MemoryUse(
@@ -181,6 +197,7 @@ def findings() -> Findings:
         compressions=(compression("int4", 4.25, 0.1), compression("int3", 3.25, 0.2)),
         tasks=(TaskComparison(candidates=[tasks("int4", -0.02), tasks("int3", -0.2)], reference=tasks("dense", None)),),
         long=(LongComparison(candidates=[long("int4", 0.1)], reference=long("dense", 0, True)),),
+        caches=(caches(("fp8", 8.5, 0.001), ("kivi:num_bits=2", 3.0, 0.2)),),
         efficiency=(efficiency(("int4", 20.0, 25.0), ("int3", 15.0, 40.0)),),
         benchmarks=(benchmark("weight_accuracy", list(ACCURACY)), benchmark("speed", list(SPEED))),
         differences=(ModelDifference(first="models/int4", second="models/int3", layers=apart),),

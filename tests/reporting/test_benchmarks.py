@@ -23,6 +23,8 @@ def test_only_what_is_comparable_stands_together() -> None:
     rows = [row("a", 4, 20, 0.1, calibration="books"), row("a", 4, 19, 0.1, calibration="news")]
     (group,) = quality(benchmark("x", rows))
     assert [job.name for job in group.jobs] == ["a (books)", "a (news)"]
+    (control,) = quality(benchmark("x", [row("one scale gptq nf4", 4, 20, 0.1)]))
+    assert control.jobs[0].family == "gptq"
     assert quality(benchmark("speed", list(SPEED))) == [] and len(speeds(benchmark("speed", list(SPEED)))) == 2
 
 

@@ -24,6 +24,7 @@ def test_every_kind_of_result_is_read(findings: Findings, tmp_path: Path, write:
     write(tmp_path / "b.json", record("tasks", findings.tasks[0]))
     write(tmp_path / "c.json", [record("compression", report) for report in findings.compressions])
     write(tmp_path / "e.json", record("long", findings.long[0]))
+    write(tmp_path / "g.json", record("caches", findings.caches[0]))
     write(tmp_path / "f.json", record("efficiency", findings.efficiency[0]))
     write(tmp_path / "d.json", record("findings", Findings(differences=findings.differences)))
     for each in findings.benchmarks:
@@ -31,7 +32,7 @@ def test_every_kind_of_result_is_read(findings: Findings, tmp_path: Path, write:
     (tmp_path / "notes.txt").write_text("not a result")
     found = read_findings([tmp_path])
     assert found.comparisons[0].candidates == [int4] and found.comparisons[0].reference == dense
-    assert found.long == findings.long and found.efficiency == findings.efficiency
+    assert found.caches == findings.caches and found.long == findings.long and found.efficiency == findings.efficiency
     assert set(map(repr, found.benchmarks)) == set(map(repr, findings.benchmarks))
     assert (found.tasks, found.compressions, found.differences) == (
         findings.tasks, findings.compressions, findings.differences,

@@ -29,8 +29,8 @@ def test_the_page_needs_nothing_else(findings: Findings) -> None:
     assert len(html) < 200_000
     assert not re.search(r"https?://|//[a-z]|@import|url\(", html)
     assert set(re.findall(r'(?:src|href)="([^"]*)"', html)) == {
-        "data:,", "#content", "#summary", "#quality-0", "#efficiency-0", "#benchmark-0-0", "#benchmark-1", "#tasks-0",
-        "#long-0", "#layers", "#differences-0", "#how",
+        "data:,", "#content", "#summary", "#quality-0", "#efficiency-0", "#caches-0", "#benchmark-0-0", "#benchmark-1",
+        "#tasks-0", "#long-0", "#layers", "#differences-0", "#how",
     }  # fmt: skip
     ids = re.findall(r'id="([^"]*)"', html)
     assert len(set(ids)) == len(ids)
@@ -60,7 +60,7 @@ def test_the_data_beside_the_page_are_read_back(findings: Findings, tmp_path: Pa
 
 
 def test_every_single_kind_makes_a_page(findings: Findings) -> None:
-    for name in ("comparisons", "compressions", "tasks", "long", "differences", "benchmarks", "efficiency"):
+    for name in ("comparisons", "compressions", "tasks", "long", "differences", "benchmarks", "efficiency", "caches"):
         assert "<h2>" in own(render(Findings(**{name: getattr(findings, name)})))
 
 
@@ -78,6 +78,7 @@ def test_long_contexts_are_told_task_by_task(findings: Findings) -> None:
         assert words in html
     assert "keep 23040 bytes a token" in html and "From 3 texts only" in html
     assert "+0.1000 to +0.1000" in html
+    assert html.count('"zmax": 3.1') == 2  # both maps in the same colours
 
 
 def test_the_reference_is_no_choice_of_bits(findings: Findings) -> None:
@@ -110,6 +111,13 @@ def test_costs_are_told_with_their_definitions(findings: Findings) -> None:
     ):  # fmt: skip
         assert words in html, words
     assert "3.2" in html  # times smaller, times quality kept
+
+
+def test_caches_are_told_by_bits_and_divergence(findings: Findings) -> None:
+    html = own(render(Findings(caches=findings.caches)))
+    for words in ("KV caches of SmolLM2", "Bits per number of the cache against divergence", "kivi:num_bits=2"):
+        assert words in html
+    assert "+0.2000 (+0.1000 to +0.4000)" in html and "chunked, 64 tokens at a time" in html
 
 
 def test_a_recipe_looks_the_same_in_every_picture(findings: Findings) -> None:

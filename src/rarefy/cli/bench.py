@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -14,7 +15,13 @@ if TYPE_CHECKING:
 
 @command
 def bench(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf file, or 'demo'.")],
+    model: Annotated[str | None, typer.Argument(help="Folder, hub id, .gguf file, or 'demo'.")] = None,
+    matrix: Annotated[
+        Path | None, typer.Option(help="YAML of models, caches and loads to measure through Transformers instead.")
+    ] = None,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="With --matrix: keep finished rows here, so that the same command goes on.")
+    ] = None,
     against: Annotated[
         list[str] | None,
         typer.Option(help="Peer to run beside it, as PEER or PEER=MODEL: hf-eager, hf-compiled, llama.cpp=FILE.gguf."),
@@ -31,6 +38,14 @@ def bench(
     """Measure prefill and decode on the CPU: tokens a second, time to the first, memory, share of its bandwidth."""
     from rarefy.core.errors import OptionError
 
+    if (model is None) == (matrix is None):
+        raise OptionError("Name a model, or a file of many with --matrix; one of the two.")
+    if matrix is not None:
+        from rarefy.cli.bench_matrix import bench_matrix
+
+        bench_matrix(matrix, work_dir, as_json)
+        return
+    assert model is not None
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise OptionError(f"--dtype '{dtype}' is unknown; use auto, float32, bfloat16 or float16.")
     if executor not in ("exact", "fast"):

@@ -30,17 +30,17 @@ def _measure(matrix: Matrix, work_dir: Path | None) -> Efficiency:
     from rarefy import api
     from rarefy.core.errors import OptionError
     from rarefy.evaluation.efficiency.matrix import DENSE, run_matrix
+    from rarefy.integrations.transformers.kv_evaluation import cache_factory
     from rarefy.integrations.transformers.subjects import open_subjects
 
-    unknown = [name for name in matrix.caches if name != DENSE]
-    if unknown:
-        raise OptionError(f"caches: '{unknown[0]}' is unknown; known: {DENSE}.")
     if matrix.windows and matrix.reference is None:
         raise OptionError("Windows measure quality against a model; name it as 'reference', or leave 'windows' out.")
-    caches: dict[str, CacheFactory | None] = {name: None for name in matrix.caches}
     if matrix.threads is not None:
         torch.set_num_threads(matrix.threads)
     subjects = open_subjects(matrix.models, None, dtype=matrix.dtype, device=matrix.device)
+    caches: dict[str, CacheFactory | None] = {
+        name: None if name == DENSE else cache_factory(name, subjects.tokenizer) for name in matrix.caches
+    }
 
     def judge(model: str, cache: CacheFactory | None) -> Comparison:
         return api.compare(

@@ -71,7 +71,9 @@ def evaluate(
     chosen: Literal["exact", "fast"] = "fast" if executor == "fast" else "exact"
     from rarefy import api
 
-    if kv:
+    if kv and tasks is not None and suite is None:
+        raise OptionError("--kv does not go with --tasks of lm-eval; leave one out, or add --suite long.")
+    if kv and suite is None:
         from rarefy.cli.caches import evaluate_caches
 
         evaluate_caches(
@@ -85,8 +87,8 @@ def evaluate(
             raise OptionError(f"--suite '{suite}' is unknown; use long.")
         found = api.evaluate_long(
             models, reference=reference, data=data, length=length, sessions=sessions, documents=documents, seed=seed,
-            chunk=chunk or 256, tasks=names, session_files=session_file or (), work_dir=work_dir, dtype=dtype,
-            device=device,
+            chunk=chunk or 256, tasks=names, session_files=session_file or (), kv=kv or (), work_dir=work_dir,
+            dtype=dtype, device=device,
         )  # fmt: skip
         if as_json:
             print_record("long", found.model_dump())

@@ -110,7 +110,7 @@ def _with_sinks(
         return output, top, total
     absent = (store.sink.index < 0) | (store.sink.index >= stop)
     scores = _product(query, store.sink.keys.transpose(-1, -2)) * scaling
-    scores = scores.masked_fill(absent[:, None, None], -torch.inf)
+    scores = scores.masked_fill(absent[:, None, None].to(scores.device), -torch.inf)
     peak = torch.maximum(top, scores.amax(-1, keepdim=True))
     safe = torch.where(peak == -torch.inf, 0.0, peak)
     shares, fade = (scores - safe).exp(), (top - safe).exp()

@@ -77,7 +77,7 @@ def _build(store: LayerStore, keys: list[Run], values: list[Run], query: Tensor)
     batch, heads, _, channels = store.keys.tail.shape
     if tiles[0] is None or tiles[1] is None or not fits(tiles[0], tiles[1], channels, SEGMENT):
         return None
-    sinks = None if store.sink is None else store.sink.index
+    sinks = None if store.sink is None else store.sink.index.to(query.device)
     return DecodeAttention(
         tiles[0], tiles[1], batch, heads, query.shape[1], channels, SEGMENT, device=query.device, sinks=sinks
     )

@@ -40,14 +40,14 @@ class SideState:
 @dataclass
 class Sink:
     """Exact copies of the first tokens of each row: ``keys`` (as attention reads them) and ``values [B, H, S, D]``, at
-    token ``index [B, S]``; -1 where there is none."""
+    token ``index [B, S]``; -1 where there is none. The index lies on the host, so that a GPU is never waited for."""
 
     keys: Tensor
     values: Tensor
     index: Tensor
 
     def map_(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.keys, self.values, self.index = function(self.keys), function(self.values), function(self.index)
+        self.keys, self.values, self.index = function(self.keys), function(self.values), function(self.index).cpu()
 
 
 @dataclass
@@ -67,6 +67,7 @@ class LayerStore:
     rotary: Rotary | None = None
     shift: Tensor | None = None  # int64 [B]: the position of token t of a row is t + shift
     started: Tensor | None = None  # bool [B]: whether a row has had a token that tells its shift
+    gaps: Tensor | None = None  # bool []: whether a token was not where it tells
     state: dict[str, SideState] = field(default_factory=dict)
     plans: dict[str, Any] = field(default_factory=dict)  # what executors keep from step to step, also over `copy`
 
@@ -77,15 +78,13 @@ class LayerStore:
     def append(self, key: Tensor, value: Tensor, arrival: Arrival | None = None) -> LayerStore:
         """Take new ``key`` and ``value [B, H, n, D]``; the store as attention of these tokens should read it.
 
-        Raises FormatError for numbers that are not finite, UnsupportedError where positions have gaps and keys are
-        stored without them.
+        When tokens are put into code, raises FormatError for numbers that are not finite, and UnsupportedError where
+        positions have gaps and keys are stored without them; not before, since looking makes a GPU wait.
         """
         arrival = arrival or Arrival()
         valid = arrival.valid
         if valid is None:
             valid = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
-        _check_finite(key, valid, f"keys of {self.name}", self.length)
-        _check_finite(value, valid, f"values of {self.name}", self.length)
         if self.keys is None or self.values is None:
             codecs = self.codecs
             self.keys = Side(codecs.keys, codecs.recent_keys, key[:, :, :0], valid[:, :0])
@@ -106,6 +105,9 @@ class LayerStore:
     def _seal(self, first: int, arrival: Arrival) -> None:
         assert self.keys is not None and self.values is not None
         keys = self.keys
+        for side, what in ((keys, "keys"), (self.values, "values")):
+            if count := side.sealable():
+                _check_finite(side.tail[:, :, :count], side.valid[:, :count], f"{what} of {self.name}", side.coded)
         if self.codecs.pre_rope and keys.sealable():
             self._seal_without_rope(keys, first, arrival)
         else:
@@ -114,6 +116,11 @@ class LayerStore:
 
     def _seal_without_rope(self, keys: Side, first: int, arrival: Arrival) -> None:
         """Undo RoPE where blocks are encoded, so that the tail stays what attention reads."""
+        if self.gaps is not None and bool(self.gaps):
+            raise UnsupportedError(
+                f"Positions of {self.name} do not follow each other, and its keys are to be stored without them; use a "
+                "codec of rotated keys."
+            )
         rotated, old = keys.tail, first - keys.coded
         cos, sin = self._angles(keys.coded, first)
         if rotated.shape[2] > old:
@@ -158,11 +165,8 @@ class LayerStore:
         else:
             self.shift = torch.where(self.started, self.shift, chosen)
             self.started = self.started | known
-        if bool(((shift != self.shift[:, None]) & valid).any()):
-            raise UnsupportedError(
-                f"Positions of {self.name} do not follow each other, and its keys are to be stored without them; use a "
-                "codec of rotated keys."
-            )
+        gaps = ((shift != self.shift[:, None]) & valid).any()
+        self.gaps = gaps if self.gaps is None else self.gaps | gaps
 
     def _collect_sink(self, key: Tensor, value: Tensor, valid: Tensor) -> None:
         wanted = self.codecs.sink
@@ -171,11 +175,12 @@ class LayerStore:
         rows, heads, _, channels = key.shape
         if self.sink is None:
             empty = key.new_zeros(rows, heads, wanted, channels)
-            index = torch.full((rows, wanted), -1, dtype=torch.int64, device=key.device)
+            index = torch.full((rows, wanted), -1, dtype=torch.int64)
             self.sink = Sink(empty, value.new_zeros(rows, heads, wanted, value.shape[-1]), index)
         have = (self.sink.index >= 0).sum(1)
         if bool((have == wanted).all()):
             return
+        valid = valid.cpu()
         rank = have[:, None] + valid.cumsum(1) - 1  # which sink a token would be
         row, token = (valid & (rank < wanted)).nonzero(as_tuple=True)
         place = rank[row, token]
@@ -186,12 +191,12 @@ class LayerStore:
 
     def _exempt(self, side: Side) -> Tensor:
         """Which tokens of a side's tail are sinks, bool ``[B, t]``."""
-        exempt = torch.zeros_like(side.valid)
+        exempt = torch.zeros(side.valid.shape, dtype=torch.bool)
         if self.sink is not None:
             place = self.sink.index - side.coded
             row, sink = ((place >= 0) & (place < exempt.shape[1])).nonzero(as_tuple=True)
             exempt[row, place[row, sink]] = True
-        return exempt
+        return exempt.to(side.valid.device)
 
     def crop(self, remove: int) -> None:
         """Forget the last ``remove`` tokens."""
@@ -243,7 +248,7 @@ class LayerStore:
         twin.values = None if self.values is None else self.values.copy()
         twin.sink = None if self.sink is None else Sink(self.sink.keys, self.sink.values, self.sink.index)
         twin.rotary, twin.plans = self.rotary, self.plans
-        twin.shift, twin.started = self.shift, self.started
+        twin.shift, twin.started, twin.gaps = self.shift, self.started, self.gaps
         twin.state = {name: SideState(dict(state.tensors), state.tokens) for name, state in self.state.items()}
         return twin
 
@@ -298,7 +303,7 @@ class LayerStore:
             side.restore_(part_of(given, f"{label}.blocks"), tail, valid)
             setattr(self, label, side)
         if "sink.keys" in given:
-            self.sink = Sink(given["sink.keys"], given["sink.values"], given["sink.index"])
+            self.sink = Sink(given["sink.keys"], given["sink.values"], given["sink.index"].cpu())
         if "rope.shift" in given:
             self.shift, self.started = given["rope.shift"], given["rope.started"]
             self.rotary = Rotary(given["rope.inv_freq"], float(given["rope.factor"]))

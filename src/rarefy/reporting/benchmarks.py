@@ -13,6 +13,8 @@ import pydantic
 from rarefy.core.config import StrictModel
 
 Row = dict[str, Any]
+# Begins the names of jobs that a recipe of two scales is held against: the same with one.
+CONTROL = "one scale "
 
 
 class Benchmark(StrictModel):
@@ -55,8 +57,8 @@ class Job(StrictModel):
 
     @property
     def family(self) -> str:
-        """The recipe, which is the first word of the name."""
-        return self.name.split()[0]
+        """The recipe: the first word of the name, but for those that say they are another one's control."""
+        return self.name.removeprefix(CONTROL).split()[0]
 
     @property
     def dense(self) -> bool:

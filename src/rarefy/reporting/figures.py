@@ -208,7 +208,7 @@ def differences(comparison: TaskComparison, name: str) -> Figure | None:
     if not shown:
         return None
     drawn.update_layout(showlegend=True, scattermode="group")
-    drawn.update_xaxes(title="score minus that of the dense model", zeroline=True)
+    drawn.update_xaxes(title="difference in score", zeroline=True)
     drawn.update_yaxes(autorange="reversed", automargin=True)
     about = "Bars are 95% intervals of the paired difference; one that crosses zero says the sign is not sure."
     headings = ("model", "task", "metric", "difference", "95% interval")

@@ -12,6 +12,7 @@ from rarefy.calibration.report import CompressionReport
 from rarefy.core.config import StrictModel, parse
 from rarefy.core.environment import Run
 from rarefy.core.errors import SourceError
+from rarefy.evaluation.caches import CacheComparison
 from rarefy.evaluation.efficiency.matrix import Efficiency
 from rarefy.evaluation.long.results import LongComparison
 from rarefy.evaluation.results import Comparison, Evaluation, ModelDifference
@@ -23,6 +24,7 @@ KINDS: dict[str, tuple[str, type[StrictModel]]] = {
     "tasks": ("tasks", TaskComparison),
     "long": ("long", LongComparison),
     "compression": ("compressions", CompressionReport),
+    "caches": ("caches", CacheComparison),
     "efficiency": ("efficiency", Efficiency),
 }
 
@@ -36,6 +38,7 @@ class Findings(StrictModel):
     differences: tuple[ModelDifference, ...] = ()
     tasks: tuple[TaskComparison, ...] = ()
     long: tuple[LongComparison, ...] = ()
+    caches: tuple[CacheComparison, ...] = ()
     efficiency: tuple[Efficiency, ...] = ()
     benchmarks: tuple[Benchmark, ...] = ()
     runs: tuple[Run, ...] = ()
@@ -87,6 +90,7 @@ def join(parts: Iterable[Findings]) -> Findings:
         differences=_once(difference for part in whole for difference in part.differences),
         tasks=_once(tasks for part in whole for tasks in part.tasks),
         long=_once(found for part in whole for found in part.long),
+        caches=_once(found for part in whole for found in part.caches),
         efficiency=_once(found for part in whole for found in part.efficiency),
         benchmarks=_once(benchmark for part in whole for benchmark in part.benchmarks),
         runs=_once(run for part in whole for run in part.runs),

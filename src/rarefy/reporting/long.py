@@ -15,14 +15,10 @@ HEADINGS = (
 )  # fmt: skip
 
 
-def needle_map(evaluation: LongEvaluation, name: str) -> Figure | None:
-    """How hard numbers hidden at each depth of each length were to tell; None without needles."""
-    cells: dict[tuple[int, float], list[tuple[float, bool]]] = {}
-    for answer in evaluation.answers:
-        if answer.task == "needle" and answer.mode == "multi_request" and answer.depth is not None:
-            # The name of a session starts with the length that was asked for; the context is a little shorter.
-            place = int(answer.session.split("-")[0]), round(answer.depth, 3)
-            cells.setdefault(place, []).append((answer.nll, answer.exact))
+def needle_map(evaluation: LongEvaluation, name: str, worst: float | None = None) -> Figure | None:
+    """How hard numbers hidden at each depth of each length were to tell; None without needles. ``worst``: the NLL where
+    colours end, so that maps of several models can be compared."""
+    cells = _cells(evaluation)
     if not cells:
         return None
     lengths, depths = sorted({length for length, _ in cells}), sorted({depth for _, depth in cells})
@@ -34,7 +30,7 @@ def needle_map(evaluation: LongEvaluation, name: str) -> Figure | None:
     drawn = go.Figure(
         go.Heatmap(
             z=grid, x=[str(length) for length in lengths], y=labels, colorscale=SCALE, reversescale=True, xgap=2,
-            ygap=2, colorbar={"thickness": 12},
+            ygap=2, colorbar={"thickness": 12}, zmin=None if worst is None else 0, zmax=worst,
             hovertemplate="%{x} tokens, depth %{y}<br>NLL %{z:.3f}<extra></extra>",
         )
     )  # fmt: skip
@@ -50,6 +46,17 @@ def needle_map(evaluation: LongEvaluation, name: str) -> Figure | None:
     about = "NLL of the hidden number when it is asked for, in nats per token: the lower, the better it is remembered."
     headings = ("tokens", "depth", "NLL", "exact", "answers")
     return Figure(name, f"{evaluation.model}: needles", about, spec(drawn, 320), headings, rows)
+
+
+def _cells(evaluation: LongEvaluation) -> dict[tuple[int, float], list[tuple[float, bool]]]:
+    """NLL and exactness of every needle by length and depth, asked one by one."""
+    cells: dict[tuple[int, float], list[tuple[float, bool]]] = {}
+    for answer in evaluation.answers:
+        if answer.task == "needle" and answer.mode == "multi_request" and answer.depth is not None:
+            # The name of a session starts with the length that was asked for; the context is a little shorter.
+            place = int(answer.session.split("-")[0]), round(answer.depth, 3)
+            cells.setdefault(place, []).append((answer.nll, answer.exact))
+    return cells
 
 
 def position_plot(comparison: LongComparison, name: str) -> Figure | None:
@@ -84,7 +91,9 @@ def position_plot(comparison: LongComparison, name: str) -> Figure | None:
             rows.append((evaluation.model, f"{start} to {stop}", f"{nll:.4f}", told))
     if not rows:
         return None
-    drawn.update_xaxes(title="position in the text (tokens)", type="log")
+    edges = sorted({start for each in everyone if each.positions is not None for start, _ in each.positions.bins})
+    shown = edges[:: -(-len(edges) // 6)]
+    drawn.update_xaxes(title="position (tokens)", type="log", tickvals=shown, ticktext=[str(edge) for edge in shown])
     drawn.update_yaxes(title="NLL (nats per token)")
     drawn.update_layout(showlegend=True)
     about = (
@@ -101,7 +110,9 @@ def position_plot(comparison: LongComparison, name: str) -> Figure | None:
 def figures_of(comparison: LongComparison, number: int) -> list[Figure | None]:
     """All pictures of one comparison."""
     everyone = [*([comparison.reference] if comparison.reference else []), *comparison.candidates]
-    maps = [needle_map(each, f"plot-needles-{number}-{index}") for index, each in enumerate(everyone)]
+    hardest = [_mean([nll for nll, _ in found]) for each in everyone for found in _cells(each).values()]
+    worst = max(hardest, default=None)
+    maps = [needle_map(each, f"plot-needles-{number}-{index}", worst) for index, each in enumerate(everyone)]
     return [*maps, position_plot(comparison, f"plot-positions-{number}")]
 
 

@@ -19,7 +19,7 @@ try:
     import jinja2
     from plotly.offline import get_plotlyjs
 
-    from rarefy.reporting import efficiency, figures, long, measured
+    from rarefy.reporting import caches, efficiency, figures, long, measured
     from rarefy.reporting.figures import Figure, present
     from rarefy.reporting.parts import Card, Section, Table
 except ImportError as failure:
@@ -52,8 +52,9 @@ def findings_json(findings: Findings) -> str:
 def render(findings: Findings, title: str = "") -> str:
     """The page as text."""
     sections = [
-        *_quality(findings), *efficiency.sections(findings.efficiency), *measured.sections(findings.benchmarks),
-        *_tasks(findings), *_long(findings), *_layers(findings), *_differences(findings),
+        *_quality(findings), *efficiency.sections(findings.efficiency), *caches.sections(findings.caches),
+        *measured.sections(findings.benchmarks), *_tasks(findings), *_long(findings), *_layers(findings),
+        *_differences(findings),
     ]  # fmt: skip
     cards = [card for comparison in findings.comparisons for card in _cards(comparison, findings)]
     cards += measured.cards(findings.benchmarks)

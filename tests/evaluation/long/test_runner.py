@@ -180,6 +180,17 @@ def test_a_killed_run_goes_on(model: Any, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 8  # another text of the same name is another text
 
 
+def test_a_model_and_itself_are_kept_apart(model: Any, tmp_path: Path) -> None:
+    def go() -> LongComparison:
+        one, same = (Candidate("m", load=lambda: model, identity="m on disk") for _ in range(2))
+        given: dict[str, Any] = {"sessions": [SESSION], "work_dir": tmp_path}
+        return evaluate_long([one], Characters(), TEXT, PROTOCOL, reference=same, **given)
+
+    first = go()
+    assert first.reference is not None and first.reference.answers[0].kl is None
+    assert first.candidates[0].answers[0].kl is not None and go() == first
+
+
 def test_summaries_pair_answers_and_name_what_a_book_taught(model: Any) -> None:
     dice = random.Random(0)
     sessions = [

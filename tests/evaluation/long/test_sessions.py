@@ -14,7 +14,7 @@ from rarefy.core.errors import OptionError, SourceError
 from rarefy.evaluation.long.learning import KINDS, Language
 from rarefy.evaluation.long.material import Material, depths
 from rarefy.evaluation.long.sessions import Session, read_sessions
-from rarefy.evaluation.long.suite import MORE, POSITIONS, SHARED, TASKS, LongProtocol, make_sessions
+from rarefy.evaluation.long.suite import MORE, POSITIONS, SHARED, SHORTEST, TASKS, LongProtocol, make_sessions
 
 WORDS = "river stone bright under walked seldom morning house letter quiet field road winter answer silver".split()
 
@@ -42,7 +42,14 @@ def test_the_suite_has_the_twelve_shared_tasks_and_more(made: list[Session]) -> 
     assert len(SHARED) == 12 and not SHARED.keys() & MORE.keys()
     assert {session.task for session in made} == set(TASKS)
     assert len(made) == 2 * (len(TASKS) + 2)  # needles are hidden in three lengths
+    needles = [session.id for session in made if session.task == "needle"]
+    assert needles == ["256-0", "256-1", "512-0", "512-1", "1024-0", "1024-1"]
     assert len({(session.task, session.id) for session in made}) == len(made)
+
+
+def test_the_shortest_length_has_room_for_every_needle(material: Material) -> None:
+    (needle,) = make_sessions(material, LongProtocol(length=SHORTEST, sessions=1, tasks=("needle",)))
+    assert needle.id == f"{SHORTEST}-0" and len(needle.turns) == 5
 
 
 def test_contexts_have_the_length_that_was_asked_for(made: list[Session], material: Material) -> None:

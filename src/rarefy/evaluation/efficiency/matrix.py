@@ -27,7 +27,8 @@ DENSE = "dense"
 
 
 class Matrix(StrictModel):
-    """What a file for ``rarefy bench --matrix`` may say: every model x cache x load is a row.
+    """What a file for ``rarefy bench --matrix`` may say: every model x cache x load is a row. ``caches``: ``dense``, or
+    as for ``rarefy eval --kv``.
 
     ``windows`` of ``context`` tokens of ``data`` measure quality against the ``reference`` (0: none is). ``watts``: a
     stated power, for energy that is then labelled as modelled. ``threads`` None leaves Torch's.

@@ -149,7 +149,8 @@ class _Run:
             what = unit.model_dump(mode="json")
         return {
             "long": what, "chunk": self._protocol.chunk, "begin": self._begin, "model": candidate.identity,
-            "reference": against,
+            # The reference is compared to nothing, also where a candidate is the same model.
+            "reference": None if candidate is self._reference else against,
         }  # fmt: skip
 
     def _session(

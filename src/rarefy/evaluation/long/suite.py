@@ -41,15 +41,18 @@ MORE: dict[str, Generator] = {
 TASKS = {**SHARED, **MORE}
 # Positions likelihood by position, which is no session: text as it is.
 POSITIONS = "positions"
+# Tokens of a context that has room for everything a task hides in it.
+SHORTEST = 256
 
 
 class LongProtocol(StrictModel):
-    """What a long evaluation does. ``length``: tokens of a context; needles are also hidden in a quarter and a half.
+    """What a long evaluation does. ``length``: tokens of a context; needles are also hidden in a quarter and a half,
+    where these have room.
     ``sessions``: of each task (and of each length of needles); ``documents``: windows for the likelihood by position.
     ``chunk``: tokens of a pass; each reads the KV cache of those before. Sessions are drawn from ``seed``.
     """
 
-    length: int = Field(default=2048, ge=256)
+    length: int = Field(default=2048, ge=SHORTEST)
     sessions: int = Field(default=2, ge=1)
     documents: int = Field(default=4, ge=1)
     chunk: int = Field(default=256, ge=1)
@@ -76,7 +79,8 @@ def make_sessions(material: Material, protocol: LongProtocol) -> list[Session]:
     for name in protocol.tasks:
         lengths = [protocol.length]
         if name == "needle":
-            lengths = [protocol.length // 4, protocol.length // 2, protocol.length]
+            lengths = [each for each in (protocol.length // 4, protocol.length // 2) if each >= SHORTEST]
+            lengths.append(protocol.length)
         for length in lengths if name != POSITIONS else ():
             for index in range(protocol.sessions):
                 family = name.removesuffix("_without_book")  # the same questions with and without

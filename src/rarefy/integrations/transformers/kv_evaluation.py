@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import yaml
@@ -13,10 +14,12 @@ from rarefy.core.devices import Device
 from rarefy.core.errors import OptionError
 from rarefy.evaluation.caches import CacheComparison, CacheMaker, CacheProtocol, Regime
 from rarefy.evaluation.caches import compare_caches as run
+from rarefy.evaluation.forward import CacheFactory
 from rarefy.evaluation.protocol import bos_token
 from rarefy.integrations.transformers.kv_calibration import open_kv
-from rarefy.integrations.transformers.kv_setup import KvSetup
+from rarefy.integrations.transformers.kv_setup import KvSetup, kv_recipe
 from rarefy.integrations.transformers.subjects import open_subjects
+from rarefy.recipes import discover
 from rarefy.sources.texts import open_text
 from rarefy.sources.windows import tokenize
 from rarefy.sources.windows import windows as cut
@@ -44,6 +47,21 @@ def open_cache(model: Any, text: str, tokenizer: Any) -> KvSetup:
     name, options = parse_cache(text)
     given = {key: options.pop(key) for key in CALIBRATION if key in options}
     return open_kv(model, name, options=options, tokenizer=tokenizer, **given)
+
+
+def cache_factory(text: str, tokenizer: Any) -> CacheFactory:
+    """What makes the cache that ``text`` names for any model; it is calibrated on each once, if need be."""
+    name, options = parse_cache(text)
+    discover()
+    kv_recipe(name, {key: value for key, value in options.items() if key not in CALIBRATION})  # a typo shows at once
+    setups: WeakKeyDictionary[Any, KvSetup] = WeakKeyDictionary()
+
+    def make(model: Any) -> Any:
+        if model not in setups:
+            setups[model] = open_cache(model, text, tokenizer)
+        return setups[model](model)
+
+    return make
 
 
 def compare_caches(

@@ -196,7 +196,7 @@ def restore_setup_(model: Any, entry: KvEntry, folder: Path) -> None:
     install_(model, setup)
 
 
-def install_(model: Any, setup: KvSetup) -> None:
+def install_(model: Any, setup: KvSetup) -> KvSetup:
     """Make ``model`` use caches of ``setup``: in ``generate`` and in forward passes that are given none. Only this one
     model is touched."""
     if setup.model is not None and setup.model != digest(model):
@@ -206,6 +206,7 @@ def install_(model: Any, setup: KvSetup) -> None:
         model.register_forward_pre_hook(_give_cache, with_kwargs=True)
         model.generate = MethodType(_generate, model)  # a method, so that a copy of the model has its own
     setattr(model, SETUP, setup)
+    return setup
 
 
 def uninstall_(model: Any) -> None:

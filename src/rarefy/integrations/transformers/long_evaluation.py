@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from rarefy.evaluation.long.results import LongComparison
 from rarefy.evaluation.long.sessions import read_sessions
 from rarefy.evaluation.long.suite import LongProtocol
 from rarefy.evaluation.protocol import bos_token
+from rarefy.integrations.transformers.kv_evaluation import cache_factory
 from rarefy.integrations.transformers.subjects import open_subjects
 from rarefy.sources.texts import open_text
 
@@ -32,18 +34,34 @@ def evaluate_long(
     *,
     session_files: Sequence[str | Path] = (),
     cache: CacheFactory | None = None,
+    kv: Sequence[str] = (),
     work_dir: str | Path | None = None,
     dtype: str | torch.dtype = "auto",
     device: Device = "auto",
     tokenizer: Any = None,
 ) -> LongComparison:
     """As ``rarefy.evaluate_long``; ``protocol`` has the options of ``LongProtocol``."""
+    if kv and cache is not None:
+        raise OptionError("Give cache= or kv=, not both.")
+    if kv and reference is None and len(models) == 1:
+        reference = models[0]
     text = open_text(data, "evaluation")
     wanted = parse(LongProtocol, {**protocol, "text": text.name}, "Long evaluation", OptionError)
     asked = [session for file in session_files for session in read_sessions(Path(file))]
     subjects = open_subjects(models, reference, dtype=dtype, device=device, tokenizer=tokenizer, cache=cache)
+    candidates = subjects.candidates
+    if kv:
+        caches = {name: cache_factory(name, subjects.tokenizer) for name in kv}
+        candidates = [
+            replace(
+                each, name=f"{each.name}, {name}", cache=caches[name],
+                identity=None if each.identity is None else f"{each.identity}, {name}",
+            )
+            for each in candidates
+            for name in kv
+        ]  # fmt: skip
     return runner.evaluate_long(
-        subjects.candidates, subjects.tokenizer, text.text, wanted, reference=subjects.reference, sessions=asked,
+        candidates, subjects.tokenizer, text.text, wanted, reference=subjects.reference, sessions=asked,
         begin=bos_token(subjects.tokenizer, None), work_dir=None if work_dir is None else Path(work_dir),
         free_bytes=subjects.free_bytes,
     )  # fmt: skip

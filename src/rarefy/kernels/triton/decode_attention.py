@@ -176,13 +176,13 @@ def _split(
 @triton.jit
 def _merge(part_out, part_lse, out, lse, splits: tl.constexpr, D: tl.constexpr, S: tl.constexpr):
     head, channel = tl.program_id(0).to(tl.int64), tl.arange(0, D)
-    top = float("-inf")
+    top = tl.full((), float("-inf"), tl.float32)
     for start in range(0, splits, S):
         split = start + tl.arange(0, S)
         own = tl.load(part_lse + head * splits + split, mask=split < splits, other=float("-inf"))
         top = tl.maximum(top, tl.max(own, 0))
     safe = tl.where(top == float("-inf"), 0.0, top)
-    total = 0.0
+    total = tl.zeros((), tl.float32)
     mixed = tl.zeros((D,), tl.float32)
     for start in range(0, splits, S):
         split = start + tl.arange(0, S)

@@ -15,11 +15,11 @@ from collections.abc import Iterator
 
 import torch
 from harness import Row, arguments, write
+
 from rarefy.integrations.transformers.kv_evaluation import parse_cache
 from rarefy.integrations.transformers.kv_setup import kv_recipe
 from rarefy.kv.codec import Codec, nbytes
 from rarefy.kv.plan import HeadShape
-
 from rarefy.recipes import discover
 
 KEY = ("job", "peer", "keys", "channels")

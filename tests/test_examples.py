@@ -16,7 +16,8 @@ import yaml
 import rarefy
 from rarefy.contracts import Layer, Recipe
 from rarefy.core.config import parse
-from rarefy.core.errors import RecipeError
+from rarefy.core.errors import OptionError, RecipeError
+from rarefy.evaluation.efficiency.matrix import Matrix
 from rarefy.recipes import load_recipe
 from rarefy.recipes.weights.rtn import Rtn
 from rarefy.solvers.rtn import relative_error
@@ -82,8 +83,12 @@ def test_python_on_the_pages_is_python(page: str, body: str) -> None:
 
 
 @pytest.mark.parametrize(("page", "body"), snippets("yaml"), ids=lambda value: value[:12].replace("\n", " "))
-def test_yaml_on_the_pages_is_a_recipe(page: str, body: str) -> None:
-    recipe = parse(Recipe, {"name": page, **yaml.safe_load(body)}, page, RecipeError)
+def test_yaml_on_the_pages_is_a_recipe_or_a_matrix(page: str, body: str) -> None:
+    options = yaml.safe_load(body)
+    if "models" in options:
+        assert parse(Matrix, options, page, OptionError).models
+        return
+    recipe = parse(Recipe, {"name": page, **options}, page, RecipeError)
     assert load_recipe(recipe).rules
 
 

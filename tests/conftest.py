@@ -1,9 +1,11 @@
-"""What holds for every test: no network, one thread for each test process, the same random numbers every time."""
+"""What holds for every test: no network, one thread for each test process, random numbers and loggers as at first."""
 
 from __future__ import annotations
 
+import logging
 import os
 import random
+from collections.abc import Iterator
 
 # Read by the libraries when they are imported, and inherited by the commands that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -35,6 +37,17 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_log_handlers() -> Iterator[None]:
+    """The command line adds a handler on the stderr of its moment; each test has its own stderr."""
+    root = logging.getLogger("rarefy")
+    before, propagate, level = root.handlers[:], root.propagate, root.level
+    root.handlers = []
+    yield
+    root.handlers, root.propagate = before, propagate
+    root.setLevel(level)
 
 
 @pytest.fixture

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,6 @@ transformers.logging.disable_progress_bar()
 TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 OPTIONS = {"num_bits": 4, "group_size": 16}
 Run = Callable[..., Result]
-
-
-@pytest.fixture(autouse=True)
-def own_log_handlers() -> Iterator[None]:
-    """The command line adds a handler on the stderr of its moment; each test has its own stderr."""
-    root = logging.getLogger("rarefy")
-    before, propagate, level = root.handlers[:], root.propagate, root.level
-    root.handlers = []
-    yield
-    root.handlers, root.propagate = before, propagate
-    root.setLevel(level)
 
 
 @pytest.fixture

@@ -1,16 +1,19 @@
 """Attention of one query token over keys and values in code (split-KV flash decoding, Dao et al. 2023).
 
 One program takes all query heads of one KV head and one stretch of tokens, and leaves a weighted sum of values with its
-log-sum-exp; a second kernel merges stretches. What differs between codecs is how a tile of tokens gets into registers,
-which the ``*_KIND`` of each side says:
+log-sum-exp; a second kernel merges stretches. What differs between codecs is how codes become numbers, which the
+``*_KIND`` of each side says:
 
 * ``DENSE``: numbers ``[tokens, D]`` of any float dtype;
-* ``CHANNEL`` (keys): uniform codes ``[blocks, D, block]`` with a scale and zero for ``group`` tokens of a channel. The
-  scale goes into the query and the zero becomes a number per query, so a key costs one conversion;
+* ``CHANNEL`` (keys): uniform codes ``[blocks, D, block]`` with a scale and zero for ``group`` tokens of a channel;
 * ``TOKEN``: uniform codes ``[tokens, D]`` with a scale and zero for ``group`` channels of a token;
 * ``TABLE``: codes ``[tokens, D]`` into a table, times a scale and plus an offset for each token.
 
-Codes are bit streams of ``packing.pack_bits``. Tokens lie in *runs* of equal length, each with its own memory.
+Codes are bit streams of ``packing.pack_bits``. They are read in *chunks* of a few codes, and the codes at one *slot* of
+all chunks of a tile are one operand of a tensor-core product: heads are its columns, so that it is the codes that need
+no padding, and no code ever changes its lane. A uniform code becomes the float16 ``1 + code / 2 ** bits`` by two bit
+operations for two codes; scales and zeros go into the query, the weights and the sums. Tokens lie in *runs* of equal
+length, each with its own memory.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
 DENSE, CHANNEL, TOKEN, TABLE = 0, 1, 2, 3
 KINDS = {"dense": DENSE, "channel": CHANNEL, "token": TOKEN, "table": TABLE}
@@ -29,8 +33,9 @@ NUMBERS = {
     torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32,
     torch.float8_e4m3fn: tl.float8e4nv,
 }  # fmt: skip
-ROWS = 16  # the fewest rows that a tensor core multiplies
-PROGRAMS = 4 * 132 * 2  # that keep a large GPU busy to the end
+HEADS = 8  # the fewest columns that a tensor core multiplies
+DEPTH = 16  # the fewest numbers of a product that it adds up
+PROGRAMS = 132 * 8 * 2  # that keep a large GPU busy to the end
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,16 @@ class Tiles:
         rows = [[tensor.data_ptr() for tensor in run] + [0] * (3 - len(run)) for run in self.runs]
         return torch.tensor(rows, dtype=torch.int64).T.contiguous().to(device)
 
+    def chunk(self, channels: int) -> int:
+        """Codes of a chunk: 8 if their bits are loaded at once and a row of ``channels`` has as many chunks as a product
+        adds up; 0 where nothing fits."""
+        if self.kind == "dense":
+            return 1
+        most = 32 // self.num_bits if self.num_bits != 3 else 8
+        if self.kind != "channel":
+            most = min(most, channels // DEPTH)
+        return next((per for per in (8, 4, 2) if per <= most and per * self.num_bits in (8, 16, 24, 32)), 0)
+
 
 @triton.jit
 def _pointer(address, DTYPE: tl.constexpr):
@@ -59,122 +74,246 @@ def _pointer(address, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _codes_at(base, first, ROWS_: tl.constexpr, COLS: tl.constexpr, STRIDE, BITS: tl.constexpr):
-    """Codes float16 ``[ROWS_, COLS]`` of a bit stream: row ``r`` starts at code ``first + r * STRIDE``."""
-    rows = tl.arange(0, ROWS_).to(tl.int64) * STRIDE + first
-    if 32 % BITS == 0:
-        PER: tl.constexpr = 32 // BITS
-        WORDS: tl.constexpr = COLS // PER
-        words = tl.load(base + rows[:, None] // PER + tl.arange(0, WORDS)[None, :])
-        shifts = tl.arange(0, PER) * BITS
-        codes = (words[:, :, None] >> shifts[None, None, :]) & ((1 << BITS) - 1)
-        return tl.reshape(codes, (ROWS_, COLS)).to(tl.float16)
+def _chunks(address, base, inner, phase, shifts, BITS: tl.constexpr, PER: tl.constexpr):
+    """Chunks ``base + inner`` of a stream, each of ``PER`` codes in the low bits of an integer. ``phase``: the number
+    of a chunk among the four that fill three words, where codes have 3 bits."""
+    WIDTH: tl.constexpr = BITS * PER
+    if WIDTH == 32:
+        return tl.load(_pointer(address, tl.int32) + base + inner)
+    elif WIDTH == 16:
+        return tl.load(_pointer(address, tl.int16) + base + inner)
+    elif WIDTH == 8:
+        return tl.load(_pointer(address, tl.int8) + base + inner).to(tl.int32)
     else:
-        bits = (rows[:, None] + tl.arange(0, COLS)[None, :]) * BITS
-        shift = (bits % 32).to(tl.int32)
-        over = shift > 32 - BITS
-        low = tl.load(base + bits // 32).to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)
-        high = tl.load(base + bits // 32 + 1, mask=over, other=0).to(tl.uint32, bitcast=True)
-        high = tl.where(over, high << tl.where(over, 32 - shift, 0).to(tl.uint32), 0)
-        return ((low | high) & ((1 << BITS) - 1)).to(tl.float16)
+        words = _pointer(address, tl.int32) + base // 4 * 3
+        # Shifts are loaded, since numbers that a program computes would not move to where products want them.
+        shift = tl.load(shifts + phase)
+        low = tl.load(words + inner * 3 // 4).to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)
+        high = tl.load(words + (inner * 3 + 2) // 4) << 1
+        return low.to(tl.int32, bitcast=True) | (high << (31 - shift))
+
+
+@triton.constexpr_function
+def _two_halves(slot: int, bits: int, width: int) -> str:
+    """Instructions that make two float16 ``1 + code / 2 ** bits`` of the codes at ``slot`` of two chunks."""
+    up = 10 - bits
+    place = slot * bits
+    mask = ((1 << bits) - 1) << up
+    if width == 16:
+        words = "mov.b32 t, $1;"
+    else:
+        words = f"prmt.b32 t, $1, $2, {0x5410 if place + bits <= 16 else 0x7632};"
+        place %= 16
+    move = f"shr.b32 t, t, {place - up};" if place > up else f"shl.b32 t, t, {up - place};"
+    return f"{{ .reg .b32 t; {words} {move} lop3.b32 $0, t, {mask << 16 | mask}, {0x3C003C00}, 0xea; }}"
 
 
 @triton.jit
-def _token_tile(
-    codes, scale, zero, lut, row, N: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, NUMBERS: tl.constexpr,
-):  # fmt: skip
-    """Numbers float16 ``[N, D]`` of tokens from ``row`` on, of codes that lie token by token; for a table without the
-    token's scale and offset."""
+def _halves(chunks, SLOT: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr):
+    """float16 ``1 + code / 2 ** BITS`` of the codes at ``SLOT``; ``PAIRS``: two at once, with instructions of a GPU."""
+    STRADDLES: tl.constexpr = WIDTH != 16 and (SLOT * BITS) // 16 != ((SLOT + 1) * BITS - 1) // 16
+    if PAIRS and not STRADDLES:
+        if WIDTH == 16:
+            return tl.inline_asm_elementwise(
+                _two_halves(SLOT, BITS, WIDTH), "=r,r", [chunks], dtype=tl.float16, is_pure=True, pack=2
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                _two_halves(SLOT, BITS, WIDTH), "=r,r,r", [chunks], dtype=tl.float16, is_pure=True, pack=2
+            )
+    else:
+        up = _codes(chunks, SLOT, BITS) << (10 - BITS)
+        return (up | 0x3C00).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _codes(chunks, SLOT: tl.constexpr, BITS: tl.constexpr):
+    return (chunks.to(tl.int32) >> (SLOT * BITS)) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _numbers(chunks, lut, SLOT: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr,
+             PAIRS: tl.constexpr):  # fmt: skip
+    """float16 of the codes at ``SLOT``, without their scales."""
     if KIND == 0:
-        place = (row + tl.arange(0, N).to(tl.int64))[:, None] * D + tl.arange(0, D)[None, :]
-        return tl.load(_pointer(codes, NUMBERS) + place).to(tl.float16)
-    values = _codes_at(_pointer(codes, tl.int32), row * D, N, D, D, BITS)
-    if KIND == 3:
-        return tl.load(lut + values.to(tl.int32)).to(tl.float16)
-    GROUPS: tl.constexpr = D // GROUP
-    place = (row + tl.arange(0, N).to(tl.int64))[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
-    steps = tl.load(_pointer(scale, tl.float16) + place).to(tl.float32)
-    zeros = tl.load(_pointer(zero, tl.float16) + place).to(tl.float32)
-    wide = tl.reshape(values, (N, GROUPS, GROUP)).to(tl.float32)
-    return tl.reshape((wide - zeros[:, :, None]) * steps[:, :, None], (N, D)).to(tl.float16)
+        return chunks
+    elif KIND == 3:
+        return tl.load(lut + _codes(chunks, SLOT, BITS)).to(tl.float16)
+    else:
+        return _halves(chunks, SLOT, BITS, BITS * PER, PAIRS)
 
 
 @triton.jit
 def _split(
-    query, k_table, k_lut, v_table, v_lut, sinks, first, part_out, part_lse,
-    runs, run_tokens, parts, heads, splits, scaling,
-    GROUP_HEADS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, SINKS: tl.constexpr, PADDED: tl.constexpr,
-    K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_BLOCK: tl.constexpr, K_GROUP: tl.constexpr,
-    V_KIND: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr, K_OFFSET: tl.constexpr,
-    V_OFFSET: tl.constexpr, NUMBERS: tl.constexpr, M: tl.constexpr, TILES: tl.constexpr,
+    query, k_table, k_lut, v_table, v_lut, shifts, sinks, first, part_out, part_lse,
+    runs, run_tokens, parts, tiles, heads, splits, scaling,
+    GROUP_HEADS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SINKS: tl.constexpr,
+    PADDED: tl.constexpr, K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_PER: tl.constexpr, K_BLOCK: tl.constexpr,
+    K_GROUP: tl.constexpr, K_OFFSET: tl.constexpr, V_KIND: tl.constexpr, V_BITS: tl.constexpr, V_PER: tl.constexpr,
+    V_GROUP: tl.constexpr, V_OFFSET: tl.constexpr, NUMBERS: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     run, part = split // parts, split % parts
-    batch = pair // heads
     k_codes, k_scale, k_zero = tl.load(k_table + run), tl.load(k_table + runs + run), tl.load(k_table + 2 * runs + run)
     v_codes, v_scale, v_zero = tl.load(v_table + run), tl.load(v_table + runs + run), tl.load(v_table + 2 * runs + run)
-    member, channel = tl.arange(0, M), tl.arange(0, D)
+    SLOTS: tl.constexpr = K_PER if K_KIND == 1 else 1
+    N: tl.constexpr = R * SLOTS  # tokens of a tile; token r * SLOTS + slot is row r of a slot
+    K_SLOTS: tl.constexpr = 1 if K_KIND == 1 else K_PER  # parts of a key by channels
+    KX: tl.constexpr = D // K_SLOTS
+    VX: tl.constexpr = D // V_PER
+    K_UNIT: tl.constexpr = 1 << K_BITS if K_KIND != 0 else 1
+    V_UNIT: tl.constexpr = 1 << V_BITS if V_KIND != 0 else 1
+    V_GROUPS: tl.constexpr = D // V_GROUP
+    member, r, kx, vx = tl.arange(0, M), tl.arange(0, R), tl.arange(0, KX), tl.arange(0, VX)
     real = member < GROUP_HEADS
-    place = (pair * GROUP_HEADS + member)[:, None] * D + channel[None, :]
-    q = tl.load(query + place, mask=real[:, None], other=0.0).to(tl.float32)
+    q = ()
+    q_sum = tl.zeros((KX, M), tl.float32)
+    for slot in tl.static_range(K_SLOTS):
+        asked = (pair * GROUP_HEADS + member)[None, :] * D + (kx * K_SLOTS + slot)[:, None]
+        own = tl.load(query + asked, mask=real[None, :], other=0.0).to(tl.float32) * (scaling * 1.4426950408889634)
+        if K_KIND != 1 or K_GROUP % N != 0:
+            own = own.to(tl.float16)
+        q = q + (own,)
+        q_sum += own.to(tl.float32)
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
-    mixed = tl.zeros((M, D), tl.float32)
-    for tile in range(TILES):
-        start = (part * TILES + tile) * N
+    lift = tl.zeros((M,), tl.float32)
+    mixed = (tl.zeros((VX, M), tl.float32),) * V_PER
+    for tile in tl.range(0, tiles, num_stages=STAGES):
+        start = (part * tiles + tile) * N
         row = pair * run_tokens + start  # of tensors that lie token by token
+        # Scores, in units of log 2.
+        scores = ()
         if K_KIND == 1:
+            PER_BLOCK: tl.constexpr = K_BLOCK // K_PER
+            GROUPS: tl.constexpr = K_BLOCK // K_GROUP
             block = pair * (run_tokens // K_BLOCK) + start // K_BLOCK
-            within = start % K_BLOCK
-            keys = _codes_at(_pointer(k_codes, tl.int32), block * D * K_BLOCK + within, D, N, K_BLOCK, K_BITS)
-            group = (block * D + channel) * (K_BLOCK // K_GROUP) + within // K_GROUP
-            step = tl.load(_pointer(k_scale, tl.float16) + group).to(tl.float32)
-            zero = tl.load(_pointer(k_zero, tl.float16) + group).to(tl.float32)
-            # Both terms use the query as rounded here, so a large zero does not magnify its rounding.
-            scaled = (q * step[None, :]).to(tl.float16)
-            scores = tl.dot(scaled, keys) - tl.sum(scaled.to(tl.float32) * zero[None, :], 1)[:, None]
+            if K_BLOCK >= N:
+                inside = start % K_BLOCK
+                chunk = kx[None, :] * PER_BLOCK + r[:, None]
+                group = kx[None, :] * GROUPS + (r[:, None] * K_PER) // K_GROUP
+            else:
+                inside = 0
+                chunk = (r[:, None] // PER_BLOCK * D + kx[None, :]) * PER_BLOCK + r[:, None] % PER_BLOCK
+                token = r[:, None] * K_PER
+                group = (token // K_BLOCK * D + kx[None, :]) * GROUPS + token % K_BLOCK // K_GROUP
+            base = block * D * PER_BLOCK + inside // K_PER
+            chunks = _chunks(k_codes, base, chunk, r[:, None] % 4, shifts, K_BITS, K_PER)
+            base = block * D * GROUPS + inside // K_GROUP
+            if K_GROUP % N == 0:
+                steps = tl.load(_pointer(k_scale, tl.float16) + base + kx * GROUPS).to(tl.float32) * K_UNIT
+                zeros = tl.load(_pointer(k_zero, tl.float16) + base + kx * GROUPS).to(tl.float32) / K_UNIT + 1
+                # Both terms use the query as rounded here, so a large zero does not magnify its rounding.
+                scaled = (q[0] * steps[:, None]).to(tl.float16)
+                below = tl.sum(scaled.to(tl.float32) * zeros[:, None], 0)[None, :]
+                for slot in tl.static_range(SLOTS):
+                    keys = _halves(chunks, slot, K_BITS, K_BITS * K_PER, PAIRS)
+                    scores = scores + (tl.dot(keys, scaled) - below,)
+            else:
+                steps = tl.load(_pointer(k_scale, tl.float16) + base + group) * K_UNIT
+                below = steps + tl.load(_pointer(k_zero, tl.float16) + base + group) * (1 / K_UNIT) * steps
+                for slot in tl.static_range(SLOTS):
+                    keys = _halves(chunks, slot, K_BITS, K_BITS * K_PER, PAIRS) * steps - below
+                    scores = scores + (tl.dot(keys, q[0]),)
         else:
-            keys = _token_tile(k_codes, k_scale, k_zero, k_lut, row, N, D, K_KIND, K_BITS, K_GROUP, NUMBERS)
-            scores = tl.dot(q.to(tl.float16), tl.trans(keys))
-            if K_KIND == 3:
-                token = row + tl.arange(0, N)
-                scores *= tl.load(_pointer(k_scale, tl.float16) + token).to(tl.float32)[None, :]
-                if K_OFFSET:
-                    offset = tl.load(_pointer(k_zero, tl.float16) + token).to(tl.float32)
-                    scores += tl.sum(q, 1)[:, None] * offset[None, :]
-        scores *= scaling
-        position = run * run_tokens + start + tl.arange(0, N)
-        for number in tl.static_range(SINKS):
-            hidden = position == tl.load(sinks + batch * SINKS + number)
-            scores = tl.where(hidden[None, :], float("-inf"), scores)
-        if PADDED:
-            scores = tl.where((position < tl.load(first + batch))[None, :], float("-inf"), scores)
-        peak = tl.maximum(top, tl.max(scores, 1))
+            place = r[:, None] * KX + kx[None, :]
+            if K_KIND == 0:
+                chunks = tl.load(_pointer(k_codes, NUMBERS) + row * KX + place).to(tl.float16)
+            else:
+                chunks = _chunks(k_codes, row * KX, place, kx[None, :] % 4, shifts, K_BITS, K_PER)
+            found = tl.zeros((R, M), tl.float32)
+            if K_KIND == 2 and K_GROUP < D:
+                TOKEN_GROUPS: tl.constexpr = D // K_GROUP
+                group = r[:, None] * TOKEN_GROUPS + (kx[None, :] * K_PER) // K_GROUP
+                steps = tl.load(_pointer(k_scale, tl.float16) + row * TOKEN_GROUPS + group) * K_UNIT
+                below = steps + tl.load(_pointer(k_zero, tl.float16) + row * TOKEN_GROUPS + group) * (1 / K_UNIT) * steps
+                for slot in tl.static_range(K_SLOTS):
+                    keys = _halves(chunks, slot, K_BITS, K_BITS * K_PER, PAIRS) * steps - below
+                    found = tl.dot(keys, q[slot], found)
+            else:
+                for slot in tl.static_range(K_SLOTS):
+                    keys = _numbers(chunks, k_lut, slot, K_KIND, K_BITS, K_PER, PAIRS)
+                    found = tl.dot(keys, q[slot], found)
+                if K_KIND == 2:
+                    steps = tl.load(_pointer(k_scale, tl.float16) + row + r).to(tl.float32) * K_UNIT
+                    zeros = tl.load(_pointer(k_zero, tl.float16) + row + r).to(tl.float32) / K_UNIT + 1
+                    found = (found - tl.sum(q_sum, 0)[None, :] * zeros[:, None]) * steps[:, None]
+                if K_KIND == 3:
+                    found *= tl.load(_pointer(k_scale, tl.float16) + row + r).to(tl.float32)[:, None]
+                    if K_OFFSET:
+                        offsets = tl.load(_pointer(k_zero, tl.float16) + row + r).to(tl.float32)
+                        found += tl.sum(q_sum, 0)[None, :] * offsets[:, None]
+            scores = scores + (found,)
+        if SINKS > 0 or PADDED:
+            seen = ()
+            for slot in tl.static_range(SLOTS):
+                position = run * run_tokens + start + r * SLOTS + slot
+                hidden = position < (tl.load(first + pair // heads) if PADDED else 0)
+                for number in tl.static_range(SINKS):
+                    hidden = hidden | (position == tl.load(sinks + pair // heads * SINKS + number))
+                seen = seen + (tl.where(hidden[:, None], float("-inf"), scores[slot]),)
+            scores = seen
+        peaks = scores[0]
+        for slot in tl.static_range(1, SLOTS):
+            peaks = tl.maximum(peaks, scores[slot])
+        peak = tl.maximum(top, tl.max(peaks, 0))
         safe = tl.where(peak == float("-inf"), 0.0, peak)
-        shares = tl.exp(scores - safe[:, None])
-        fade = tl.exp(top - safe)
-        total = total * fade + tl.sum(shares, 1)
-        mixed *= fade[:, None]
-        values = _token_tile(v_codes, v_scale, v_zero, v_lut, row, N, D, V_KIND, V_BITS, V_GROUP, NUMBERS)
-        if V_KIND == 3:
-            token = row + tl.arange(0, N)
-            weights = shares * tl.load(_pointer(v_scale, tl.float16) + token).to(tl.float32)[None, :]
-            mixed += tl.dot(weights.to(tl.float16), values)
-            if V_OFFSET:
-                offset = tl.load(_pointer(v_zero, tl.float16) + token).to(tl.float32)
-                mixed += tl.sum(shares * offset[None, :], 1)[:, None]
-        else:
-            mixed += tl.dot(shares.to(tl.float16), values)
+        fade = tl.exp2(top - safe)
         top = peak
-    sum_ = tl.where(total == 0.0, 1.0, total)
+        faded = ()
+        for part_of in tl.static_range(V_PER):
+            faded = faded + (mixed[part_of] * fade[None, :],)
+        lift *= fade
+        # Weighted sums of values.
+        shares = tl.zeros((R, M), tl.float32)
+        lifts = tl.zeros((R, M), tl.float32)
+        for slot in tl.static_range(SLOTS):
+            share = tl.exp2(scores[slot] - safe[None, :])
+            shares += share
+            token = r * SLOTS + slot
+            place = token[None, :] * VX + vx[:, None]
+            if V_KIND == 0:
+                chunks = tl.load(_pointer(v_codes, NUMBERS) + row * VX + place).to(tl.float16)
+                weights = share.to(tl.float16)
+            else:
+                chunks = _chunks(v_codes, row * VX, place, vx[:, None] % 4, shifts, V_BITS, V_PER)
+            if V_KIND == 2 and V_GROUP < D:
+                group = token[None, :] * V_GROUPS + (vx[:, None] * V_PER) // V_GROUP
+                weights = share.to(tl.float16)
+                steps = tl.load(_pointer(v_scale, tl.float16) + row * V_GROUPS + group) * V_UNIT
+                below = steps + tl.load(_pointer(v_zero, tl.float16) + row * V_GROUPS + group) * (1 / V_UNIT) * steps
+            elif V_KIND == 2:
+                steps = tl.load(_pointer(v_scale, tl.float16) + row + token).to(tl.float32) * V_UNIT
+                zeros = tl.load(_pointer(v_zero, tl.float16) + row + token).to(tl.float32) / V_UNIT + 1
+                weights = (share * steps[:, None]).to(tl.float16)
+                lifts -= weights.to(tl.float32) * zeros[:, None]
+            elif V_KIND == 3:
+                steps = tl.load(_pointer(v_scale, tl.float16) + row + token).to(tl.float32)
+                weights = (share * steps[:, None]).to(tl.float16)
+                if V_OFFSET:
+                    offsets = tl.load(_pointer(v_zero, tl.float16) + row + token).to(tl.float32)
+                    lifts += share * offsets[:, None]
+            summed = ()
+            for part_of in tl.static_range(V_PER):
+                values = _numbers(chunks, v_lut, part_of, V_KIND, V_BITS, V_PER, PAIRS)
+                if V_KIND == 2 and V_GROUP < D:
+                    values = values * steps - below
+                summed = summed + (tl.dot(values, weights, faded[part_of]),)
+            faded = summed
+        total = total * fade + tl.sum(shares, 0)
+        lift += tl.sum(lifts, 0)
+        mixed = faded
+    sums = tl.where(total == 0.0, 1.0, total)
     out = (pair * GROUP_HEADS + member) * splits + split
-    tl.store(part_out + out[:, None] * D + channel[None, :], mixed / sum_[:, None], mask=real[:, None])
-    tl.store(part_lse + out, tl.where(total == 0.0, float("-inf"), top + tl.log(sum_)), mask=real)
+    for part_of in tl.static_range(V_PER):
+        place = out[None, :] * D + (vx * V_PER + part_of)[:, None]
+        tl.store(part_out + place, (mixed[part_of] + lift[None, :]) / sums[None, :], mask=real[None, :])
+    tl.store(part_lse + out, tl.where(total == 0.0, float("-inf"), top + tl.log2(sums)), mask=real)
 
 
 @triton.jit
-def _merge(part_out, part_lse, out, lse, splits: tl.constexpr, D: tl.constexpr, S: tl.constexpr):
+def _merge(part_out, part_lse, out, lse, splits, D: tl.constexpr, S: tl.constexpr):
+    """Stretches of one head; log-sum-exps come in units of log 2."""
     head, channel = tl.program_id(0).to(tl.int64), tl.arange(0, D)
     top = tl.full((), float("-inf"), tl.float32)
     for start in range(0, splits, S):
@@ -187,24 +326,33 @@ def _merge(part_out, part_lse, out, lse, splits: tl.constexpr, D: tl.constexpr, 
     for start in range(0, splits, S):
         split = start + tl.arange(0, S)
         here = split < splits
-        share = tl.exp(tl.load(part_lse + head * splits + split, mask=here, other=float("-inf")) - safe)
+        share = tl.exp2(tl.load(part_lse + head * splits + split, mask=here, other=float("-inf")) - safe)
         place = (head * splits + split)[:, None] * D + channel[None, :]
         rows = tl.load(part_out + place, mask=here[:, None], other=0.0)
         mixed += tl.sum(rows * share[:, None], 0)
         total += tl.sum(share, 0)
-    sum_ = tl.where(total == 0.0, 1.0, total)
-    tl.store(out + head * D + channel, mixed / sum_)
-    tl.store(lse + head, tl.where(total == 0.0, float("-inf"), safe + tl.log(sum_)))
+    sums = tl.where(total == 0.0, 1.0, total)
+    tl.store(out + head * D + channel, mixed / sums)
+    tl.store(lse + head, tl.where(total == 0.0, float("-inf"), (safe + tl.log2(sums)) * 0.6931471805599453))
 
 
-def fits(keys: Tiles, values: Tiles, channels: int, run_tokens: int) -> bool:
-    """Whether the kernel can read these tiles: sizes are powers of two, and rows of codes begin with a word."""
-    tile = min(128, keys.group) if keys.kind == "channel" else 64
-    sizes = [channels, tile, keys.group, values.group]
-    plain = all(size & (size - 1) == 0 for size in sizes) and channels >= 16 and tile >= 16 and run_tokens % tile == 0
-    in_code = [side for side in (keys, values) if side.kind != "dense"]
-    whole = all((tile if side.kind == "channel" else channels) * side.num_bits % 32 == 0 for side in in_code)
-    return plain and whole
+def _power(*sizes: int) -> bool:
+    return all(size > 0 and size & (size - 1) == 0 for size in sizes)
+
+
+def fits(keys: Tiles, values: Tiles, channels: int, run_tokens: int, rows: int = DEPTH) -> bool:
+    """Whether the kernel can read these tiles: sizes are powers of two, and tiles begin with a chunk."""
+    k_chunk, v_chunk = keys.chunk(channels), values.chunk(channels)
+    if not _power(channels, rows, keys.group, values.group, keys.block) or channels < DEPTH or not (k_chunk and v_chunk):
+        return False
+    tile = rows * k_chunk if keys.kind == "channel" else rows
+    if keys.kind == "channel" and (keys.block < 4 * k_chunk or keys.group < k_chunk):
+        return False
+    # Four chunks of 3 bits fill three words, and a chunk lies in one group.
+    rows_of_three = [side for side in (keys, values) if side.num_bits == 3 and side.kind != "channel"]
+    whole = all(channels % 32 == 0 for _ in rows_of_three)
+    grouped = all(side.kind != "token" or side.group >= side.chunk(channels) for side in (keys, values))
+    return whole and grouped and rows >= DEPTH and run_tokens % max(tile, keys.block) == 0
 
 
 class DecodeAttention:
@@ -214,17 +362,18 @@ class DecodeAttention:
     def __init__(
         self, keys: Tiles, values: Tiles, batch: int, heads: int, query_heads: int, channels: int, run_tokens: int, *,
         device: torch.device, parts: int | None = None, sinks: Tensor | None = None, first: Tensor | None = None,
-        num_warps: int = 4, num_stages: int = 2,
+        rows: int | None = None, num_warps: int = 1, num_stages: int = 2, registers: int | None = None,
     ):  # fmt: skip
         """``run_tokens``: tokens of each run. ``parts``: programs for each run and KV head (None: enough to fill the
         GPU). ``sinks`` int64 ``[B, S]``: tokens that are left out; ``first`` int64 ``[B]``: tokens before it are.
-        Raises ValueError where sizes do not fit the kernel (see `fits`)."""
-        self.tile = min(128, keys.group) if keys.kind == "channel" else 64
-        if not fits(keys, values, channels, run_tokens):
-            raise ValueError(
-                f"{run_tokens} tokens in tiles of {self.tile} by {channels} channels do not fit the kernel."
-            )
+        ``rows``: chunks (of keys by channel) or tokens of a tile. Raises ValueError where sizes do not fit the kernel
+        (see `fits`)."""
+        rows = rows or (DEPTH if keys.kind == "channel" else 2 * DEPTH)
+        if not fits(keys, values, channels, run_tokens, rows):
+            raise ValueError(f"{run_tokens} tokens of {channels} channels in tiles of {rows} rows do not fit the kernel.")
         self.keys, self.values = keys, values  # whose memory the addresses point to
+        k_chunk, v_chunk = keys.chunk(channels), values.chunk(channels)
+        self.tile = rows * k_chunk if keys.kind == "channel" else rows
         runs, tiles = len(keys.runs), run_tokens // self.tile
         if parts is None:
             parts = PROGRAMS // max(1, batch * heads * runs)
@@ -239,20 +388,22 @@ class DecodeAttention:
         self._tensors = (
             keys.pointers(device), empty if keys.lut is None else keys.lut,
             values.pointers(device), empty if values.lut is None else values.lut,
+            torch.tensor([0, 24, 16, 8], dtype=torch.int32, device=device),
             empty if sinks is None else sinks, empty if first is None else first,
         )  # fmt: skip
-        self._sizes = (runs, run_tokens, parts, heads, self.splits)
+        self._sizes = (runs, run_tokens, parts, tiles // parts, heads, self.splits)
         dense = next((run[0].dtype for side in (keys, values) if side.kind == "dense" for run in side.runs), None)
         self._meta: dict[str, Any] = {
-            "GROUP_HEADS": query_heads // heads, "D": channels, "N": self.tile,
-            "SINKS": 0 if sinks is None else sinks.shape[1], "PADDED": first is not None,
-            "K_KIND": KINDS[keys.kind], "K_BITS": keys.num_bits, "K_BLOCK": keys.block, "K_GROUP": keys.group,
-            "V_KIND": KINDS[values.kind], "V_BITS": values.num_bits, "V_GROUP": values.group,
-            "K_OFFSET": len(keys.runs[0]) > 2, "V_OFFSET": len(values.runs[0]) > 2,
-            "NUMBERS": NUMBERS[dense or torch.float16],
-            "M": max(ROWS, triton.next_power_of_2(query_heads // heads)),
-            "TILES": tiles // parts, "num_warps": num_warps, "num_stages": num_stages,
+            "GROUP_HEADS": query_heads // heads, "M": max(HEADS, triton.next_power_of_2(query_heads // heads)),
+            "D": channels, "R": rows, "SINKS": 0 if sinks is None else sinks.shape[1], "PADDED": first is not None,
+            "K_KIND": KINDS[keys.kind], "K_BITS": keys.num_bits, "K_PER": k_chunk, "K_BLOCK": keys.block,
+            "K_GROUP": keys.group, "K_OFFSET": len(keys.runs[0]) > 2,
+            "V_KIND": KINDS[values.kind], "V_BITS": values.num_bits, "V_PER": v_chunk, "V_GROUP": values.group,
+            "V_OFFSET": len(values.runs[0]) > 2, "NUMBERS": NUMBERS[dense or torch.float16],
+            "PAIRS": not isinstance(_split, InterpretedFunction), "STAGES": num_stages, "num_warps": num_warps,
         }  # fmt: skip
+        if registers is not None:
+            self._meta["maxnreg"] = registers
 
     def __call__(self, query: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """``query [B, Hq, D]``; the result float32 ``[B, Hq, D]`` and its log-sum-exp ``[B, Hq]``, overwritten by the

@@ -2,15 +2,22 @@
 
 32 query heads over 8 KV heads of 128 channels, one sequence. Caches are filled with random codes (no quality is
 claimed here), several until they exceed the GPU's own cache; peers are timed in turn in one process, as CUDA graphs.
-``ratio`` is the time of the best of torch's bf16 kernels over ours, ``fraction_of_limit`` the bytes of the cache at the
-bandwidth of a copy over our time, ``max_rel_error`` that against the decoded cache in float32 at the shortest context.
+``ratio`` is the time of the best of torch's bf16 kernels over ours, ``ratio_to_fp8`` that of our own kernel over fp8
+numbers, ``fraction_of_limit`` the bytes of the cache at the bandwidth of a copy over our time, ``max_rel_error`` that
+against the decoded cache in float32 at the shortest context. Every job is tried with several shapes of the kernel, and
+the best counts; ``--trials FILE`` keeps them all.
 """
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import statistics
+import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,43 +32,70 @@ KEY = ("job", "tokens")
 HEADS, QUERY_HEADS, CHANNELS = 8, 32, 128
 SCALING = CHANNELS**-0.5
 BEYOND_CACHE = 200e6  # bytes that no GPU keeps on the chip
-GROUP = 128
-CONFIGURATIONS = [(4, 2), (4, 3), (8, 2), (8, 3)]  # warps, stages
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+PROGRAMS = (1056, 1584, 2112, 4224)  # of one call
+COMPILERS = 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the kernel is compiled: rows of a tile, warps, stages, and the most registers (0: any)."""
+
+    rows: int
+    warps: int = 1
+    stages: int = 2
+    registers: int = 0
+
+    def options(self) -> dict[str, Any]:
+        return {"rows": self.rows, "num_warps": self.warps, "num_stages": self.stages,
+                "registers": self.registers or None}  # fmt: skip
+
+
+BY_CHANNEL = (Shape(16), Shape(16, 1, 1), Shape(16, 1, 3), Shape(16, 1, 2, 168), Shape(16, 1, 1, 168), Shape(16, 2))
+BY_TOKEN = (Shape(32), Shape(32, 1, 1), Shape(32, 1, 3), Shape(64), Shape(16), Shape(64, 2), Shape(64, 4))
 
 
 @dataclass(frozen=True)
 class Job:
+    """Codes of random numbers. ``group``: tokens of a channel, or channels of a token, that share a scale."""
+
     name: str
     keys: str
     values: str
     num_bits: int
+    group: int = 128
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return BY_CHANNEL if self.keys == "channel" else BY_TOKEN
 
     def tiles(self, tokens: int) -> tuple[Tiles, Tiles]:
-        return side(self.keys, self.num_bits, tokens), side(self.values, self.num_bits, tokens)
+        return self._side(self.keys, tokens), self._side(self.values, tokens)
+
+    def _side(self, kind: str, tokens: int) -> Tiles:
+        """Random keys or values of one run."""
+        shape = (1, HEADS, tokens, CHANNELS)
+        if kind in ("bf16", "fp8"):
+            numbers = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+            return Tiles("dense", ((numbers if kind == "bf16" else numbers.to(torch.float8_e4m3fn),),), self.num_bits)
+        words = (1, HEADS, tokens * CHANNELS * self.num_bits // 32)
+        codes = torch.randint(-(2**31), 2**31 - 1, words, device="cuda", dtype=torch.int32)
+        scale = (0.5 + torch.rand(1, HEADS, tokens * CHANNELS // self.group, device="cuda")) / 2 ** (self.num_bits - 1)
+        if kind == "table":
+            lut = gaussian_table(self.num_bits).cuda()
+            return Tiles("table", ((codes, scale[:, :, :tokens].half().contiguous()),), self.num_bits, 1, 1, lut)
+        zero = 2 ** (self.num_bits - 1) + torch.randn_like(scale)
+        block = 128 if kind == "channel" else 1
+        return Tiles(kind, ((codes, scale.half(), zero.half()),), self.num_bits, block, self.group)
 
 
 JOBS = [
     Job("uniform 4 bit", "channel", "token", 4), Job("uniform 3 bit", "channel", "token", 3),
     Job("uniform 2 bit", "channel", "token", 2), Job("uniform 8 bit", "channel", "token", 8),
-    Job("rotated table 4 bit", "table", "table", 4), Job("fp8", "fp8", "fp8", 8), Job("bf16", "bf16", "bf16", 16),
+    Job("uniform 4 bit, groups of 64", "channel", "token", 4, 64),
+    Job("uniform 4 bit by token", "token", "token", 4), Job("rotated table 4 bit", "table", "table", 4),
+    Job("fp8", "fp8", "fp8", 8), Job("bf16", "bf16", "bf16", 16),
 ]  # fmt: skip
-
-
-def side(kind: str, num_bits: int, tokens: int) -> Tiles:
-    """Random keys or values of one run."""
-    shape = (1, HEADS, tokens, CHANNELS)
-    if kind in ("bf16", "fp8"):
-        numbers = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-        return Tiles("dense", ((numbers if kind == "bf16" else numbers.to(torch.float8_e4m3fn),),), num_bits)
-    words = torch.randint(-(2**31), 2**31, (1, HEADS, tokens * CHANNELS * num_bits // 32), device="cuda")
-    scale = (0.5 + torch.rand(1, HEADS, tokens * CHANNELS // GROUP, device="cuda")) / 2 ** (num_bits - 1)
-    codes = words.to(torch.int32)
-    if kind == "table":
-        lut = gaussian_table(num_bits).cuda()
-        return Tiles("table", ((codes, scale[:, :, :tokens].half().contiguous()),), num_bits, 1, 1, lut)
-    zero = 2 ** (num_bits - 1) + torch.randn_like(scale)
-    return Tiles(kind, ((codes, scale.half(), zero.half()),), num_bits, GROUP, GROUP)
 
 
 def nbytes(*tiles: Tiles) -> int:
@@ -76,15 +110,15 @@ def decoded(tiles: Tiles, tokens: int) -> Tensor:
     if tiles.kind == "dense":
         return numbers[0].float()
     stream = numbers[0].unflatten(-1, (-1, tiles.num_bits))
-    codes = packing.unpack_bits(stream, tiles.num_bits, tokens * CHANNELS)
+    codes = packing.unpack_bits(stream, tiles.num_bits, stream.shape[-2] * 32).flatten(2)
     if tiles.kind == "table":
         assert tiles.lut is not None
         return tiles.lut[codes.int()].unflatten(-1, (tokens, CHANNELS)) * numbers[1].float().unsqueeze(-1)
     scale, zero = (each.float().unsqueeze(-1) for each in numbers[1:])
-    values = (codes.unflatten(-1, (-1, GROUP)).float() - zero) * scale
+    values = ((codes.unflatten(-1, (-1, tiles.group)).float() - zero) * scale).flatten(2)
     if tiles.kind == "token":
-        return values.flatten(2).unflatten(-1, (tokens, CHANNELS))
-    return values.unflatten(2, (-1, CHANNELS)).transpose(-1, -2).flatten(2, 3)
+        return values.unflatten(-1, (tokens, CHANNELS))
+    return values.unflatten(-1, (-1, CHANNELS, tiles.block)).transpose(-1, -2).flatten(2, 3)
 
 
 def graph_of(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
@@ -92,7 +126,7 @@ def graph_of(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls * 2:
+        for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -102,33 +136,32 @@ def graph_of(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def microseconds(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], rounds: int) -> dict[str, float]:
+def microseconds(graphs: dict[Any, tuple[torch.cuda.CUDAGraph, int]], rounds: int) -> dict[Any, float]:
     """Median time of one call in each graph (of so many), in turn."""
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for number in range(rounds + 3):
+    times: dict[Any, list[float]] = {name: [] for name in graphs}
+    for number in range(rounds + 2):
         for name, (graph, count) in graphs.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             graph.replay()
             end.record()
             torch.cuda.synchronize()
-            if number >= 3:
+            if number >= 2:
                 times[name].append(begin.elapsed_time(end) * 1e3 / count)
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def ours(job: Job, tokens: int, query: Tensor, warps: int, stages: int) -> tuple[torch.cuda.CUDAGraph, int, int]:
-    """A graph of calls over copies that exceed the GPU's cache, their number, and the bytes of one."""
+def attention(tiles: tuple[Tiles, Tiles], tokens: int, shape: Shape, programs: int = 2112) -> DecodeAttention:
+    parts = max(1, programs // HEADS)
+    return DecodeAttention(
+        *tiles, 1, HEADS, QUERY_HEADS, CHANNELS, tokens, device=torch.device("cuda"), parts=parts, **shape.options()
+    )
+
+
+def copies(job: Job, tokens: int) -> list[tuple[Tiles, Tiles]]:
+    """As many caches as exceed the GPU's own."""
     first = job.tiles(tokens)
-    size = nbytes(*first)
-    count = max(1, min(16, -(-int(BEYOND_CACHE) // size)))
-    tiles = [first, *(job.tiles(tokens) for _ in range(count - 1))]
-    attention = [
-        DecodeAttention(k, v, 1, HEADS, QUERY_HEADS, CHANNELS, tokens, device=query.device, num_warps=warps,
-                        num_stages=stages)
-        for k, v in tiles
-    ]  # fmt: skip
-    return graph_of([lambda each=each: each(query, SCALING) for each in attention]), count, size  # type: ignore[misc]
+    return [first, *(job.tiles(tokens) for _ in range(min(15, int(BEYOND_CACHE) // nbytes(*first))))]
 
 
 def peers(tokens: int, query: Tensor) -> dict[str, tuple[torch.cuda.CUDAGraph, int]]:
@@ -161,67 +194,108 @@ def bandwidth() -> float:
     return 2 * source.numel() / microseconds({"copy": (graph, 1)}, 10)["copy"]
 
 
-def error(job: Job, tokens: int, query: Tensor) -> float:
-    keys, values = job.tiles(tokens)
-    attention = DecodeAttention(keys, values, 1, HEADS, QUERY_HEADS, CHANNELS, tokens, device=query.device)
-    found, _ = attention(query, SCALING)
-    group = QUERY_HEADS // HEADS
-    k, v = (decoded(each, tokens).repeat_interleave(group, 1) for each in (keys, values))
-    expected = ((query[:, :, None] @ k.mT * SCALING).softmax(-1) @ v)[:, :, 0]
-    return float((found - expected).norm() / expected.norm())
+def check(name: str, shape: Shape, tokens: int = 8192) -> tuple[str, Shape, float | str]:
+    """The error of one shape against attention over what is decoded, or why it does not run; leaves the kernel in
+    Triton's cache."""
+    job = next(each for each in JOBS if each.name == name)
+    try:
+        torch.manual_seed(0)
+        query = torch.randn(1, QUERY_HEADS, CHANNELS, device="cuda")
+        tiles = job.tiles(tokens)
+        found, _ = attention(tiles, tokens, shape)(query, SCALING)
+        group = QUERY_HEADS // HEADS
+        k, v = (decoded(each, tokens).repeat_interleave(group, 1) for each in tiles)
+        expected = ((query[:, :, None] @ k.mT * SCALING).softmax(-1) @ v)[:, :, 0]
+        return name, shape, float((found - expected).norm() / expected.norm())
+    except Exception as failure:  # whatever a compiler raises: another shape may do
+        return name, shape, f"{type(failure).__name__}: {str(failure)[:300]}"
+
+
+def checked(jobs: list[Job], quick: bool) -> dict[tuple[str, Shape], float]:
+    """Errors of all shapes that run and are right."""
+    wanted = [(job.name, shape) for job in jobs for shape in job.shapes[: 2 if quick else None]]
+    errors = {}
+    with ProcessPoolExecutor(COMPILERS, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for name, shape, error in pool.map(check, *zip(*wanted, strict=True)):
+            if isinstance(error, str) or not error < 0.02:
+                print(f"{name}, {shape}: {error}", flush=True)
+            else:
+                errors[name, shape] = error
+    return errors
 
 
 def main() -> None:
     parser = arguments(__doc__ or "")
+    parser.add_argument("--trials", type=Path, help="keep the time of every shape here")
+    parser.add_argument("--seconds", type=float, default=200, help="begin no context after so many")
     options = parser.parse_args()
+    begin = time.monotonic()
+    lengths = [8192, 131072] if options.quick else [131072, 8192, 32768, 524288, 1048576]
+    errors = checked(JOBS, options.quick)
+    print(f"{len(errors)} kernels checked, {time.monotonic() - begin:.0f} s", flush=True)
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
-    lengths = [8192, 131072] if options.quick else [8192, 32768, 131072, 524288, 1048576]
     query = torch.randn(1, QUERY_HEADS, CHANNELS, device="cuda")
-    limit, rounds = bandwidth(), 15
-    best: dict[str, tuple[int, int]] = {}
-    errors: dict[str, float] = {}
-    for job in JOBS:
-        trial = {}
-        for warps, stages in CONFIGURATIONS[: 2 if options.quick else None]:
-            try:
-                graph, count, _ = ours(job, 32768, query, warps, stages)
-            except Exception as failure:  # whatever a compiler raises: the next configuration may do
-                print(f"{job.name}, {warps} warps, {stages} stages: {type(failure).__name__}")
-                continue
-            trial[warps, stages] = microseconds({"": (graph, count)}, 5)[""]
-        if not trial:
-            continue
-        errors[job.name] = error(job, lengths[0], query)
-        best[job.name] = min(trial, key=lambda each: trial[each])
-        print(job.name, f"error {errors[job.name]:.1e}", {k: round(v, 1) for k, v in trial.items()}, flush=True)
-    rows: list[Row] = []
+    limit, trials, rows = bandwidth(), [], []
+    print(f"copy {limit / 1e6:.2f} TB/s", flush=True)
+    kept = {job.name: [shape for shape in job.shapes if (job.name, shape) in errors] for job in JOBS}
     for tokens in lengths:
-        graphs = peers(tokens, query)
-        names = list(graphs)
-        sizes = {}
-        for job in JOBS:
-            if job.name not in best or (job.name == "bf16" and tokens > 131072):
+        if time.monotonic() - begin > options.seconds:
+            print(f"No time for {tokens} tokens.", flush=True)
+            break
+        graphs: dict[Any, tuple[torch.cuda.CUDAGraph, int]] = dict(peers(tokens, query))
+        torch_times = microseconds(graphs, 15)
+        peer = min(torch_times, key=lambda name: torch_times[name])
+        print(tokens, {name: round(each, 1) for name, each in torch_times.items()}, flush=True)
+        graphs.clear()
+        fp8 = 0.0
+        for job in sorted(JOBS, key=lambda each: each.name != "fp8"):
+            if not kept[job.name] or (job.name == "bf16" and tokens > 131072):
                 continue
-            graph, count, sizes[job.name] = ours(job, tokens, query, *best[job.name])
-            graphs[job.name] = graph, count
-        times = microseconds(graphs, rounds)
-        peer = min(names, key=lambda name: times[name])
-        for name, size in sizes.items():
-            rows.append({
-                "goal": "D8", "job": f"decode attention, {name}", "tokens": tokens, "peer": f"torch {peer} bf16",
-                "microseconds": round(times[name], 2), "peer_microseconds": round(times[peer], 2),
-                "ratio": round(times[peer] / times[name], 3),
-                "ratio_to_fp8": round(times.get("fp8", 0.0) / times[name], 3),
-                "fraction_of_limit": round(size / limit / times[name], 3),
-                "max_rel_error": errors[name], "bits_per_weight": size * 8 / (2 * HEADS * tokens * CHANNELS),
-                "note": f"{best[name][0]} warps, {best[name][1]} stages; copy {limit / 1e6:.2f} TB/s; synthetic codes",
-            })  # fmt: skip
-            print(tokens, name, f"{times[name]:.1f} us, {rows[-1]['ratio']}x of {peer},",
-                  f"{rows[-1]['fraction_of_limit']} of the limit", flush=True)  # fmt: skip
-        del graphs, graph
-        torch.cuda.empty_cache()
-    write(options, rows, KEY)
+            caches = copies(job, tokens)
+            size = nbytes(*caches[0])
+            graphs = {}
+            for shape in kept[job.name]:
+                for programs in PROGRAMS:
+                    calls = [attention(each, tokens, shape, programs) for each in caches]
+                    key = shape, calls[0].splits
+                    if key not in graphs:
+                        graphs[key] = (
+                            graph_of([lambda call=call: call(query, SCALING) for call in calls]), len(calls)  # type: ignore[misc]
+                        )  # fmt: skip
+            times = microseconds(graphs, 7)
+            order = sorted(times, key=lambda key: times[key])
+            trials += [
+                {"job": job.name, "tokens": tokens, **shape.options(), "splits": splits,
+                 "microseconds": round(times[shape, splits], 2)}
+                for shape, splits in order
+            ]  # fmt: skip
+            # The best few again, in turn with the peer.
+            again = microseconds({key: graphs[key] for key in order[:3]}, 15)
+            best = min(again, key=lambda key: again[key])
+            took = again[best]
+            if tokens == lengths[0]:
+                kept[job.name] = list(dict.fromkeys(shape for shape, _ in order))[:3]
+            fp8 = took if job.name == "fp8" else fp8
+            row: Row = {
+                "goal": "D8", "job": f"decode attention, {job.name}", "tokens": tokens, "peer": f"torch {peer} bf16",
+                "microseconds": round(took, 2), "peer_microseconds": round(torch_times[peer], 2),
+                "ratio": round(torch_times[peer] / took, 3), "ratio_to_fp8": round(fp8 / took, 3),
+                "fraction_of_limit": round(size / limit / took, 3), "max_rel_error": errors[job.name, best[0]],
+                "bits_per_weight": size * 8 / (2 * HEADS * tokens * CHANNELS),
+                "note": f"{best[0]}, {best[1]} splits; copy {limit / 1e6:.2f} TB/s; synthetic codes",
+            }  # fmt: skip
+            rows.append(row)
+            print(f"{tokens} {job.name}: {took:.1f} us, {row['ratio']}x of {peer}, {row['ratio_to_fp8']}x of fp8, "
+                  f"{row['fraction_of_limit']} of the limit; {row['note']}", flush=True)  # fmt: skip
+            for shape, splits in order[:6]:
+                print(f"    {times[shape, splits]:8.1f} us {shape} {splits}", flush=True)
+            del caches, graphs, calls
+            torch.cuda.empty_cache()
+        if options.trials:
+            options.trials.write_text(json.dumps(trials, indent=1))
+        write(options, rows, KEY)
+        rows = []
 
 
 if __name__ == "__main__":

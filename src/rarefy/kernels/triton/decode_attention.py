@@ -16,6 +16,8 @@ operations for two codes; scales and zeros go into the query, the weights and th
 length, each with its own memory.
 """
 
+# ruff: noqa: RUF005 - tuples in Triton know addition only
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -57,8 +59,8 @@ class Tiles:
         return torch.tensor(rows, dtype=torch.int64).T.contiguous().to(device)
 
     def chunk(self, channels: int) -> int:
-        """Codes of a chunk: 8 if their bits are loaded at once and a row of ``channels`` has as many chunks as a product
-        adds up; 0 where nothing fits."""
+        """Codes of a chunk: 8, or fewer where their bits are not loaded at once or a row of ``channels`` has fewer
+        chunks than a product adds up; 0 where nothing fits."""
         if self.kind == "dense":
             return 1
         most = 32 // self.num_bits if self.num_bits != 3 else 8
@@ -143,7 +145,7 @@ def _numbers(chunks, lut, SLOT: tl.constexpr, KIND: tl.constexpr, BITS: tl.const
         return _halves(chunks, SLOT, BITS, BITS * PER, PAIRS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs", "run_tokens", "parts", "tiles", "heads", "splits"])
 def _split(
     query, k_table, k_lut, v_table, v_lut, shifts, sinks, first, part_out, part_lse,
     runs, run_tokens, parts, tiles, heads, splits, scaling,
@@ -153,6 +155,7 @@ def _split(
     V_GROUP: tl.constexpr, V_OFFSET: tl.constexpr, NUMBERS: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    run_tokens = tl.multiple_of(run_tokens, 16)
     run, part = split // parts, split % parts
     k_codes, k_scale, k_zero = tl.load(k_table + run), tl.load(k_table + runs + run), tl.load(k_table + 2 * runs + run)
     v_codes, v_scale, v_zero = tl.load(v_table + run), tl.load(v_table + runs + run), tl.load(v_table + 2 * runs + run)
@@ -179,8 +182,8 @@ def _split(
     total = tl.zeros((M,), tl.float32)
     lift = tl.zeros((M,), tl.float32)
     mixed = (tl.zeros((VX, M), tl.float32),) * V_PER
-    for tile in tl.range(0, tiles, num_stages=STAGES):
-        start = (part * tiles + tile) * N
+    for tile in tl.range(part * tiles, min((part + 1) * tiles, run_tokens // N), num_stages=STAGES):
+        start = tile * N
         row = pair * run_tokens + start  # of tensors that lie token by token
         # Scores, in units of log 2.
         scores = ()
@@ -211,7 +214,8 @@ def _split(
                     scores = scores + (tl.dot(keys, scaled) - below,)
             else:
                 steps = tl.load(_pointer(k_scale, tl.float16) + base + group) * K_UNIT
-                below = steps + tl.load(_pointer(k_zero, tl.float16) + base + group) * (1 / K_UNIT) * steps
+                zeros = tl.load(_pointer(k_zero, tl.float16) + base + group) * (1 / K_UNIT)
+                below = steps + zeros * steps
                 for slot in tl.static_range(SLOTS):
                     keys = _halves(chunks, slot, K_BITS, K_BITS * K_PER, PAIRS) * steps - below
                     scores = scores + (tl.dot(keys, q[0]),)
@@ -226,7 +230,8 @@ def _split(
                 TOKEN_GROUPS: tl.constexpr = D // K_GROUP
                 group = r[:, None] * TOKEN_GROUPS + (kx[None, :] * K_PER) // K_GROUP
                 steps = tl.load(_pointer(k_scale, tl.float16) + row * TOKEN_GROUPS + group) * K_UNIT
-                below = steps + tl.load(_pointer(k_zero, tl.float16) + row * TOKEN_GROUPS + group) * (1 / K_UNIT) * steps
+                zeros = tl.load(_pointer(k_zero, tl.float16) + row * TOKEN_GROUPS + group) * (1 / K_UNIT)
+                below = steps + zeros * steps
                 for slot in tl.static_range(K_SLOTS):
                     keys = _halves(chunks, slot, K_BITS, K_BITS * K_PER, PAIRS) * steps - below
                     found = tl.dot(keys, q[slot], found)
@@ -281,7 +286,8 @@ def _split(
                 group = token[None, :] * V_GROUPS + (vx[:, None] * V_PER) // V_GROUP
                 weights = share.to(tl.float16)
                 steps = tl.load(_pointer(v_scale, tl.float16) + row * V_GROUPS + group) * V_UNIT
-                below = steps + tl.load(_pointer(v_zero, tl.float16) + row * V_GROUPS + group) * (1 / V_UNIT) * steps
+                zeros = tl.load(_pointer(v_zero, tl.float16) + row * V_GROUPS + group) * (1 / V_UNIT)
+                below = steps + zeros * steps
             elif V_KIND == 2:
                 steps = tl.load(_pointer(v_scale, tl.float16) + row + token).to(tl.float32) * V_UNIT
                 zeros = tl.load(_pointer(v_zero, tl.float16) + row + token).to(tl.float32) / V_UNIT + 1
@@ -311,7 +317,7 @@ def _split(
     tl.store(part_lse + out, tl.where(total == 0.0, float("-inf"), top + tl.log2(sums)), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge(part_out, part_lse, out, lse, splits, D: tl.constexpr, S: tl.constexpr):
     """Stretches of one head; log-sum-exps come in units of log 2."""
     head, channel = tl.program_id(0).to(tl.int64), tl.arange(0, D)
@@ -343,7 +349,8 @@ def _power(*sizes: int) -> bool:
 def fits(keys: Tiles, values: Tiles, channels: int, run_tokens: int, rows: int = DEPTH) -> bool:
     """Whether the kernel can read these tiles: sizes are powers of two, and tiles begin with a chunk."""
     k_chunk, v_chunk = keys.chunk(channels), values.chunk(channels)
-    if not _power(channels, rows, keys.group, values.group, keys.block) or channels < DEPTH or not (k_chunk and v_chunk):
+    powers = _power(channels, rows, keys.group, values.group, keys.block)
+    if not (powers and channels >= DEPTH and k_chunk and v_chunk):
         return False
     tile = rows * k_chunk if keys.kind == "channel" else rows
     if keys.kind == "channel" and (keys.block < 4 * k_chunk or keys.group < k_chunk):
@@ -362,22 +369,30 @@ class DecodeAttention:
     def __init__(
         self, keys: Tiles, values: Tiles, batch: int, heads: int, query_heads: int, channels: int, run_tokens: int, *,
         device: torch.device, parts: int | None = None, sinks: Tensor | None = None, first: Tensor | None = None,
-        rows: int | None = None, num_warps: int = 1, num_stages: int = 2, registers: int | None = None,
+        rows: int | None = None, num_warps: int = 1, num_stages: int | None = None, registers: int | None = None,
     ):  # fmt: skip
         """``run_tokens``: tokens of each run. ``parts``: programs for each run and KV head (None: enough to fill the
         GPU). ``sinks`` int64 ``[B, S]``: tokens that are left out; ``first`` int64 ``[B]``: tokens before it are.
-        ``rows``: chunks (of keys by channel) or tokens of a tile. Raises ValueError where sizes do not fit the kernel
-        (see `fits`)."""
+        ``rows``: chunks (of keys by channel) or tokens of a tile. ``registers``: the most that a thread may have.
+        Raises ValueError where sizes do not fit the kernel (see `fits`)."""
         rows = rows or (DEPTH if keys.kind == "channel" else 2 * DEPTH)
         if not fits(keys, values, channels, run_tokens, rows):
-            raise ValueError(f"{run_tokens} tokens of {channels} channels in tiles of {rows} rows do not fit the kernel.")
+            raise ValueError(
+                f"{run_tokens} tokens of {channels} channels in tiles of {rows} rows do not fit the kernel."
+            )
+        if num_stages is None:
+            # A tile of scales among what is loaded ahead would send all numbers through shared memory.
+            k_tile = keys.kind == "channel" and keys.group % (rows * keys.chunk(channels))
+            by_group = any(side.kind == "token" and side.group < channels for side in (keys, values))
+            num_stages = 1 if k_tile or by_group else 2
         self.keys, self.values = keys, values  # whose memory the addresses point to
         k_chunk, v_chunk = keys.chunk(channels), values.chunk(channels)
         self.tile = rows * k_chunk if keys.kind == "channel" else rows
         runs, tiles = len(keys.runs), run_tokens // self.tile
         if parts is None:
             parts = PROGRAMS // max(1, batch * heads * runs)
-        parts = max(count for count in range(1, tiles + 1) if tiles % count == 0 and count <= max(1, parts))
+        each = -(-tiles // max(1, parts))
+        parts = -(-tiles // each)
         self.splits = runs * parts
         empty = torch.zeros(1, device=device)
         self.out = torch.empty(batch, query_heads, channels, device=device)
@@ -391,7 +406,7 @@ class DecodeAttention:
             torch.tensor([0, 24, 16, 8], dtype=torch.int32, device=device),
             empty if sinks is None else sinks, empty if first is None else first,
         )  # fmt: skip
-        self._sizes = (runs, run_tokens, parts, tiles // parts, heads, self.splits)
+        self._sizes = (runs, run_tokens, parts, each, heads, self.splits)
         dense = next((run[0].dtype for side in (keys, values) if side.kind == "dense" for run in side.runs), None)
         self._meta: dict[str, Any] = {
             "GROUP_HEADS": query_heads // heads, "M": max(HEADS, triton.next_power_of_2(query_heads // heads)),
@@ -401,6 +416,7 @@ class DecodeAttention:
             "V_KIND": KINDS[values.kind], "V_BITS": values.num_bits, "V_PER": v_chunk, "V_GROUP": values.group,
             "V_OFFSET": len(values.runs[0]) > 2, "NUMBERS": NUMBERS[dense or torch.float16],
             "PAIRS": not isinstance(_split, InterpretedFunction), "STAGES": num_stages, "num_warps": num_warps,
+            "num_stages": num_stages,
         }  # fmt: skip
         if registers is not None:
             self._meta["maxnreg"] = registers

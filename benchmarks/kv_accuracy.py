@@ -23,6 +23,7 @@ CACHES = [
     "kivi:num_bits=4,group_size=64,residual=64,sink=1",
     "turbo_quant:num_bits=4,sink=1",
     "kv_quant:num_bits=4",
+    "gear:num_bits=4,group_size=64,block=64,sink=1",
     "gear:num_bits=3,group_size=64,block=64,sink=1",
     "million:width=2,code_bits=8,sink=1",
     "kivi:num_bits=3,group_size=64,residual=64,sink=1",
@@ -37,7 +38,6 @@ CACHES = [
     "kv_quant:num_bits=2",
     "kv_quant:num_bits=2,q_norm=false",
 ]
-DECODED = 2  # windows that are decoded token by token
 CALIBRATED = ("kv_quant", "million")
 
 
@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--regimes", nargs="+", default=["chunked", "distorted", "decode"])
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=0, help="0: the whole text")
+    parser.add_argument("--decoded", type=int, default=2, help="windows that are decoded token by token")
+    parser.add_argument("--batch-size", type=int, default=1, help="windows that go through at once")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--only", help="caches whose names match this regular expression")
     options = parser.parse_args(argv)
@@ -84,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.manual_seed(0)
         result = rarefy.compare_caches(
             options.model, chosen, regime=regime, prefill=context * 7 // 8 if regime == "decode" else 0,
-            context=context, windows=DECODED if regime == "decode" else windows, data=options.data, dtype=options.dtype,
+            context=context, windows=options.decoded if regime == "decode" else windows, data=options.data,
+            dtype=options.dtype, batch_size=options.batch_size,
         )  # fmt: skip
         rows += rows_of(result)
         for row in rows_of(result):

@@ -267,7 +267,8 @@ def compare_caches(
 
     ``caches``: ids with options, such as ``"kivi:num_bits=2,group_size=32"``; options of `kv_cache` (``params``,
     ``samples``, ``seq_len``) may be among them. ``regime``: see ``rarefy.evaluation.caches.CacheProtocol``. Other
-    ``options``: ``data``, ``context``, ``windows``, ``dtype``, ``device`` and ``tokenizer`` as in `compare`.
+    ``options``: ``data``, ``context``, ``windows``, ``dtype``, ``device`` and ``tokenizer`` as in `compare`, and
+    ``batch_size``, the number of windows that go through at once.
     """
     from rarefy.integrations.transformers.kv_evaluation import compare_caches as run
 

@@ -28,7 +28,7 @@ def setup(name: str, **options: Any) -> KvSetup:
     return KvSetup(name, kv_recipe(name, options))
 
 
-def measured(model: Any, windows: torch.Tensor, regime: str) -> Any:
+def measured(model: Any, windows: torch.Tensor, regime: str, batch_size: int = 1) -> Any:
     prepare_(model)
     makers = {
         "fine": setup("kivi", num_bits=8, group_size=4, residual=4),
@@ -36,7 +36,7 @@ def measured(model: Any, windows: torch.Tensor, regime: str) -> Any:
         "identity": setup("identity"),
     }
     protocol = CacheProtocol(context=windows.shape[1], windows=len(windows), dtype="", **REGIMES[regime])
-    return compare_caches(model, "tiny", windows, makers, protocol)
+    return compare_caches(model, "tiny", windows, makers, protocol, batch_size)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -55,6 +55,16 @@ def test_rough_codes_are_worse_than_fine_ones(
     assert rough.versus_first.value == pytest.approx(rough.nll - fine.nll)
     skipped = 9 if regime == "decode" else 0
     assert result.tokens == len(windows) * (windows.shape[1] - 1 - skipped)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_windows_may_go_through_together(regime: str, tiny: Callable[..., Any], windows: torch.Tensor) -> None:
+    one, many = (measured(tiny(), windows, regime, size) for size in (1, 2))
+    assert many.tokens == one.tokens and many.dense_nll == pytest.approx(one.dense_nll, rel=1e-6)
+    for alone, together in zip(one.caches, many.caches, strict=True):
+        assert together.nll == pytest.approx(alone.nll, rel=1e-5)
+        assert together.kl == pytest.approx(alone.kl, rel=1e-3, abs=1e-6)
+        assert together.bits == alone.bits
 
 
 def test_the_dense_loss_is_that_of_whole_windows(tiny: Callable[..., Any], windows: torch.Tensor) -> None:

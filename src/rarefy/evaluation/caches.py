@@ -81,12 +81,13 @@ class CacheComparison(StrictModel):
 
 
 def compare_caches(
-    model: Any, name: str, windows: Tensor, makers: Mapping[str, CacheMaker], protocol: CacheProtocol
-) -> CacheComparison:
+    model: Any, name: str, windows: Tensor, makers: Mapping[str, CacheMaker], protocol: CacheProtocol,
+    batch_size: int = 1,
+) -> CacheComparison:  # fmt: skip
     """Measure the caches of ``makers`` by name on ``windows`` (LongTensor [count, context]).
 
-    The dense cache goes through the model in the same pieces. Raises OptionError where the regime leaves nothing to
-    measure.
+    The dense cache goes through the model in the same pieces, ``batch_size`` windows at a time. Raises OptionError
+    where the regime leaves nothing to measure.
     """
     check_causal(model, name)
     protocol = protocol.model_copy(
@@ -97,22 +98,22 @@ def compare_caches(
     dense_nll: list[float] = []
     dense_seconds = 0.0
     with progress("evaluate caches", len(windows) * (1 + len(makers))) as advance:
-        for tokens in windows.split(1):
+        for tokens in windows.split(batch_size):
             begin = time.perf_counter()
             expected, _ = _run(model, tokens, None, protocol)
             dense_seconds += time.perf_counter() - begin
-            target = tokens[0, first + 1 :]
-            scores = scorer.score(expected[0, first:-1], target)
-            dense_nll.append(float(scores.nll.double().mean()))
-            advance(note="dense")
+            for row, target in enumerate(tokens[:, first + 1 :]):
+                dense_nll.append(float(scorer.score(expected[row, first:-1], target).nll.double().mean()))
+            advance(len(tokens), note="dense")
             for label, maker in makers.items():
                 begin = time.perf_counter()
                 logits, cache = _run(model, tokens, maker, protocol)
                 sums[label].seconds += time.perf_counter() - begin
-                scores = scorer.score(logits[0, first:-1], target, expected[0, first:-1])
-                assert scores.kl is not None and scores.agree is not None
-                sums[label].add(scores.nll, scores.kl, scores.agree, cache)
-                advance(note=label)
+                for row, target in enumerate(tokens[:, first + 1 :]):
+                    scores = scorer.score(logits[row, first:-1], target, expected[row, first:-1])
+                    assert scores.kl is not None and scores.agree is not None
+                    sums[label].add(scores.nll, scores.kl, scores.agree, cache)
+                advance(len(tokens), note=label)
     baseline = next(iter(sums.values())).nll if sums else []
     return CacheComparison(
         model=name,
@@ -167,7 +168,7 @@ def _first_scored(protocol: CacheProtocol) -> int:
 
 @torch.inference_mode()
 def _run(model: Any, tokens: Tensor, maker: CacheMaker | None, protocol: CacheProtocol) -> tuple[Tensor, Any]:
-    """Logits [1, T, V] of ``tokens`` [1, T], and the cache that then holds them."""
+    """Logits [B, T, V] of ``tokens`` [B, T], and the cache that then holds them."""
     past = new_cache(model, None) if maker is None else maker(model, exact_arrival=protocol.regime != "distorted")
     if protocol.regime == "distorted":
         pieces = [tokens]

@@ -74,6 +74,7 @@ def compare_caches(
     data: str | Path = "demo",
     context: int = 512,
     windows: int | None = 12,
+    batch_size: int = 1,
     dtype: str | torch.dtype = "auto",
     device: Device = "auto",
     tokenizer: Any = None,
@@ -90,4 +91,4 @@ def compare_caches(
     protocol = CacheProtocol(
         regime=regime, chunk=chunk, prefill=prefill, context=context, windows=len(tokens), dtype="", text=text.name
     )
-    return run(loaded, candidate.name, tokens, makers, protocol)
+    return run(loaded, candidate.name, tokens, makers, protocol, batch_size)

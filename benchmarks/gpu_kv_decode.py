@@ -25,7 +25,8 @@ from harness import Row, arguments, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rarefy.kernels.triton.decode_attention import DecodeAttention, Tiles
+from rarefy.kernels.triton.decode_attention import DecodeAttention
+from rarefy.kernels.triton.tiles import Tiles
 from rarefy.recipes.kv.turbo_quant import gaussian_table
 
 KEY = ("job", "tokens")

@@ -11,17 +11,22 @@ from torch import Tensor
 from rarefy.contracts import kv_recipes
 from rarefy.formats.grids import IntegerGrid
 from rarefy.kv import attend, fused, side
-from rarefy.kv.codecs import Gridded, LowRank, NormTable, RangeTable, Residual
+from rarefy.kv.codecs import Gridded, LowRank, NormTable, Partition, RangeTable, Residual
 from rarefy.kv.plan import HeadShape
-from rarefy.kv.store import LayerStore
+from rarefy.kv.rotary import Rotary
+from rarefy.kv.store import Arrival, LayerStore
 from rarefy.recipes import discover
 from rarefy.recipes.kv.turbo_quant import gaussian_table
+from tests.kv.coded import samples
 
 pytest.importorskip("triton")
-from rarefy.kernels.triton.decode_attention import DecodeAttention, Tiles, fits
+from rarefy.kernels.triton.decode_attention import DecodeAttention, fits
+from rarefy.kernels.triton.tiles import Tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH, HEADS, CHANNELS, TOKENS, RUN = 2, 2, 128, 256, 128
+NARROW = 64
+ROTARY = Rotary(10000 ** -(torch.arange(24) / 24), 1.2)
 
 
 def coded(kind: str, num_bits: int, x: Tensor) -> tuple[Tiles, Tensor]:
@@ -90,33 +95,58 @@ def test_sinks_and_padding_are_left_out() -> None:
     torch.testing.assert_close(lse.cpu(), expected_lse, rtol=2e-3, atol=4e-3)
 
 
-@pytest.mark.parametrize("recipe", ["kivi", "turbo_quant", "identity"])
-def test_whole_segments_of_a_store_go_through_the_kernel(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "identity": ("identity", {}),
+    "kivi": ("kivi", {"num_bits": 4, "group_size": 16, "residual": 64}),
+    "turbo_quant": ("turbo_quant", {"num_bits": 4}),
+    "kv_quant": ("kv_quant", {"num_bits": 4, "outliers": 0.04}),
+    "kv_quant2": ("kv_quant", {"num_bits": 2, "outliers": 0.0, "rotated_keys": True}),
+    "gear": ("gear", {"num_bits": 4, "group_size": 32, "block": 64, "outliers": 0.05}),
+    "million": ("million", {"width": 2, "code_bits": 5}),
+    "million4": ("million", {"width": 4, "code_bits": 8, "steps": 2}),
+}
+
+
+def narrow_store(name: str, **changes: Any) -> LayerStore:
+    """A store of 2 heads of 64 channels, of which 48 are rotated."""
+    discover()
+    id_, options = RECIPES[name]
+    recipe = kv_recipes.get(id_)(**{"sink": 2, **options, **changes})
+    shape = HeadShape(HEADS, NARROW, NARROW, torch.float32)
+    seen = samples(HEADS, NARROW, 600, pre_rope=recipe.pre_rope)
+    return LayerStore(recipe.codecs(shape, recipe.fit(seen) if recipe.needs else {}))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_whole_segments_of_a_store_go_through_the_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments of 128 tokens here: the kernel's part, the rest and sinks are one attention."""
     for module in (side, fused, attend):
         monkeypatch.setattr(module, "SEGMENT", RUN)
-    options = {"kivi": {"num_bits": 4, "group_size": 16, "residual": 32}}.get(recipe, {})
-    discover()
-    chosen = kv_recipes.get(recipe)(sink=2, **options)
-    store = LayerStore(chosen.codecs(HeadShape(HEADS, CHANNELS, CHANNELS, torch.float32), {}))
-    for count in (150, 140, 1):
-        key, value = (torch.randn(BATCH, HEADS, count, CHANNELS) for _ in range(2))
+    store = narrow_store(name)
+    for count in (150, 180, 1):
+        key, value = (torch.randn(BATCH, HEADS, count, NARROW) for _ in range(2))
         key[:, :, :2] *= 3
-        store.append(key.to(DEVICE), value.to(DEVICE))
-    query = torch.randn(BATCH, HEADS * 3, 1, CHANNELS).to(DEVICE)
-    done = fused.fused_segments(store, query, 0.09)
+        key[:, :, 5:9, :3] *= 8  # outliers
+        positions = torch.arange(store.length, store.length + count)[None] + torch.tensor([[0], [7000]])
+        cos, sin = ROTARY.angles(positions)
+        store.append(key.to(DEVICE), value.to(DEVICE), Arrival(None, positions, cos, sin, ROTARY))
+    query = torch.randn(BATCH, HEADS * 3, 1, NARROW).to(DEVICE)
+    done = fused.fused_segments(store, query, 0.1)
     assert done is not None and done[2] == 2 * RUN
     for _ in range(2):  # the second time with the plan that was kept
-        found = attend.attend(store, query, scaling=0.09, fused=True)
-        expected = attend.attend(store, query, scaling=0.09, fused=False)
+        found = attend.attend(store, query, scaling=0.1, fused=True)
+        expected = attend.attend(store, query, scaling=0.1, fused=False)
         torch.testing.assert_close(found, expected, rtol=4e-3, atol=4e-3)
     store.map_(lambda tensor: tensor.flip(0))
-    torch.testing.assert_close(attend.attend(store, query.flip(0), scaling=0.09, fused=True).flip(0), found)
+    torch.testing.assert_close(attend.attend(store, query.flip(0), scaling=0.1, fused=True).flip(0), found)
 
 
 def test_codecs_without_a_loader_are_left_to_the_reference() -> None:
-    codec = Residual(NormTable(gaussian_table(4), 32, CHANNELS), LowRank(2, 32, CHANNELS))
-    assert fused.tiles_of(codec, []) is None
+    codec = Partition([NormTable(gaussian_table(4), 32, 64), LowRank(2, 32, 64)], [64, 64])
+    assert fused.tiles_of(codec, [], HEADS) is None
+    twice = Residual(NormTable(gaussian_table(4), 32, 64), LowRank(2, 32, 64), LowRank(2, 32, 64))
+    payload = twice.encode(torch.randn(1, 1, 1, 32, 64))
+    assert fused.tiles_of(twice, [payload], 1) is None
 
 
 def test_what_does_not_fit_is_known_beforehand() -> None:

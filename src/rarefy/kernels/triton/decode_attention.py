@@ -1,22 +1,26 @@
 """Attention of one query token over keys and values in code (split-KV flash decoding, Dao et al. 2023).
 
 One program takes all query heads of one KV head and one stretch of tokens, and leaves a weighted sum of values with its
-log-sum-exp; a second kernel merges stretches. What differs between codecs is how codes become numbers, which the
-``*_KIND`` of each side says:
+log-sum-exp; a second kernel merges stretches. What differs between codecs is how codes become numbers (``tiles.py``),
+which the ``*_KIND`` of each side says:
 
 * ``DENSE``: numbers ``[tokens, D]`` of any float dtype;
 * ``CHANNEL`` (keys): uniform codes ``[blocks, D, block]`` with a scale and zero for ``group`` tokens of a channel;
 * ``TOKEN``: uniform codes ``[tokens, D]`` with a scale and zero for ``group`` channels of a token;
-* ``TABLE``: codes ``[tokens, D]`` into a table, times a scale and plus an offset for each token.
+* ``TABLE``: codes ``[tokens, D]`` into a table, times a scale and plus an offset for each token (or, for keys, for each
+  channel);
+* ``PRODUCT``: a code for each of ``D / width`` parts of a token, of whose entries the codebook holds the numbers.
 
-Codes are bit streams of ``packing.pack_bits``. They are read in *chunks* of a few codes, and the codes at one *slot* of
-all chunks of a tile are one operand of a tensor-core product: heads are its columns, so that it is the codes that need
-no padding, and no code ever changes its lane. A uniform code becomes the float16 ``1 + code / 2 ** bits`` by two bit
-operations for two codes; scales and zeros go into the query, the weights and the sums. Tokens lie in *runs* of equal
-length, each with its own memory.
+Heads are the columns of all products, so that it is not the codes that need padding. Scales and zeros go into the
+query, the weights and the sums where they can. Keys before RoPE meet the query twice, times the cosines and times the
+sines of their place in the tile; the query is turned back by the tile's first position instead of them being turned to
+it. Outliers and low-rank corrections are added to scores and sums. Tokens lie in *runs* of equal length, each with its
+own memory.
 """
 
-# ruff: noqa: RUF005 - tuples in Triton know addition only
+# Tuples in Triton know addition only, and may grow.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, misc"
 
 from __future__ import annotations
 
@@ -29,134 +33,70 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-DENSE, CHANNEL, TOKEN, TABLE = 0, 1, 2, 3
-KINDS = {"dense": DENSE, "channel": CHANNEL, "token": TOKEN, "table": TABLE}
+from rarefy.kernels.triton.tiles import DEPTH, KINDS, Tiles, halves, load_chunks, load_entries, numbers, pointer
+
 NUMBERS = {
     torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32,
     torch.float8_e4m3fn: tl.float8e4nv,
 }  # fmt: skip
+INDICES = {torch.uint8: tl.uint8, torch.int16: tl.int16}
 HEADS = 8  # the fewest columns that a tensor core multiplies
-DEPTH = 16  # the fewest numbers of a product that it adds up
 PROGRAMS = 132 * 8 * 2  # that keep a large GPU busy to the end
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """Keys or values of all runs. ``runs``: for each run the tensors of its codes (or numbers), scale and zero (or
-    offset), contiguous, ``[B, H, ...]``. ``block``: tokens of a block of ``channel`` codes, ``group``: tokens or
-    channels that share a scale. ``lut``: float32 table of ``table`` codes."""
+class Turns:
+    """Rotary angles of keys that are stored without them. ``inv_freq`` float32 ``[rotated channels / 2]``, ``factor``
+    by which keys get longer, and ``shift`` int64 ``[B]``: token t of a row is at position t + shift."""
 
-    kind: str
-    runs: tuple[tuple[Tensor, ...], ...]
-    num_bits: int = 16
-    block: int = 1
-    group: int = 1
-    lut: Tensor | None = None
+    inv_freq: Tensor
+    factor: float
+    shift: Tensor
 
-    def pointers(self, device: torch.device) -> Tensor:
-        """Addresses int64 ``[3, runs]``."""
-        rows = [[tensor.data_ptr() for tensor in run] + [0] * (3 - len(run)) for run in self.runs]
-        return torch.tensor(rows, dtype=torch.int64).T.contiguous().to(device)
+    def tables(self, channels: int, rows: int, tokens: int, slots: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the places in a tile, float16 ``[slots, 2, rows, D / slots]``, and of the first
+        positions of all tiles, float32 ``[B, tiles, 2, D]``; channels without RoPE have 1 and 0."""
+        device = self.inv_freq.device
+        inside = self._both(torch.arange(rows, device=device), channels)  # [2, rows, D]
+        first = torch.arange(0, tokens, rows, device=device) + self.shift.to(device)[:, None]
+        starts = self._both(first, channels)
+        starts[..., : 2 * len(self.inv_freq)] *= self.factor
+        inside = inside.unflatten(-1, (-1, slots)).permute(3, 0, 1, 2)
+        return inside.half().contiguous(), starts.permute(1, 2, 0, 3).contiguous()
 
-    def chunk(self, channels: int) -> int:
-        """Codes of a chunk: 8, or fewer where their bits are not loaded at once or a row of ``channels`` has fewer
-        chunks than a product adds up; 0 where nothing fits."""
-        if self.kind == "dense":
-            return 1
-        most = 32 // self.num_bits if self.num_bits != 3 else 8
-        if self.kind != "channel":
-            most = min(most, channels // DEPTH)
-        return next((per for per in (8, 4, 2) if per <= most and per * self.num_bits in (8, 16, 24, 32)), 0)
+    def _both(self, positions: Tensor, channels: int) -> Tensor:
+        """``[2, ..., D]``."""
+        half = positions[..., None].float() * self.inv_freq
+        angle = torch.cat([half, half, half.new_zeros(*half.shape[:-1], channels - 2 * half.shape[-1])], -1)
+        return torch.stack([angle.cos(), angle.sin()])
 
 
 @triton.jit
-def _pointer(address, DTYPE: tl.constexpr):
-    """A pointer to memory that torch allocated, hence aligned."""
-    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+def _is_hidden(position, batch, sinks, first, SINKS: tl.constexpr, PADDED: tl.constexpr):
+    """Whether tokens are sinks, which are read elsewhere, or padding."""
+    hidden = position < (tl.load(first + batch) if PADDED else 0)
+    for number in tl.static_range(SINKS):
+        hidden = hidden | (position == tl.load(sinks + batch * SINKS + number))
+    return hidden
 
 
-@triton.jit
-def _chunks(address, base, inner, phase, shifts, BITS: tl.constexpr, PER: tl.constexpr):
-    """Chunks ``base + inner`` of a stream, each of ``PER`` codes in the low bits of an integer. ``phase``: the number
-    of a chunk among the four that fill three words, where codes have 3 bits."""
-    WIDTH: tl.constexpr = BITS * PER
-    if WIDTH == 32:
-        return tl.load(_pointer(address, tl.int32) + base + inner)
-    elif WIDTH == 16:
-        return tl.load(_pointer(address, tl.int16) + base + inner)
-    elif WIDTH == 8:
-        return tl.load(_pointer(address, tl.int8) + base + inner).to(tl.int32)
-    else:
-        words = _pointer(address, tl.int32) + base // 4 * 3
-        # Shifts are loaded, since numbers that a program computes would not move to where products want them.
-        shift = tl.load(shifts + phase)
-        low = tl.load(words + inner * 3 // 4).to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)
-        high = tl.load(words + (inner * 3 + 2) // 4) << 1
-        return low.to(tl.int32, bitcast=True) | (high << (31 - shift))
-
-
-@triton.constexpr_function
-def _two_halves(slot: int, bits: int, width: int) -> str:
-    """Instructions that make two float16 ``1 + code / 2 ** bits`` of the codes at ``slot`` of two chunks."""
-    up = 10 - bits
-    place = slot * bits
-    mask = ((1 << bits) - 1) << up
-    if width == 16:
-        words = "mov.b32 t, $1;"
-    else:
-        words = f"prmt.b32 t, $1, $2, {0x5410 if place + bits <= 16 else 0x7632};"
-        place %= 16
-    move = f"shr.b32 t, t, {place - up};" if place > up else f"shl.b32 t, t, {up - place};"
-    return f"{{ .reg .b32 t; {words} {move} lop3.b32 $0, t, {mask << 16 | mask}, {0x3C003C00}, 0xea; }}"
-
-
-@triton.jit
-def _halves(chunks, SLOT: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr):
-    """float16 ``1 + code / 2 ** BITS`` of the codes at ``SLOT``; ``PAIRS``: two at once, with instructions of a GPU."""
-    STRADDLES: tl.constexpr = WIDTH != 16 and (SLOT * BITS) // 16 != ((SLOT + 1) * BITS - 1) // 16
-    if PAIRS and not STRADDLES:
-        if WIDTH == 16:
-            return tl.inline_asm_elementwise(
-                _two_halves(SLOT, BITS, WIDTH), "=r,r", [chunks], dtype=tl.float16, is_pure=True, pack=2
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                _two_halves(SLOT, BITS, WIDTH), "=r,r,r", [chunks], dtype=tl.float16, is_pure=True, pack=2
-            )
-    else:
-        up = _codes(chunks, SLOT, BITS) << (10 - BITS)
-        return (up | 0x3C00).to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def _codes(chunks, SLOT: tl.constexpr, BITS: tl.constexpr):
-    return (chunks.to(tl.int32) >> (SLOT * BITS)) & ((1 << BITS) - 1)
-
-
-@triton.jit
-def _numbers(chunks, lut, SLOT: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr,
-             PAIRS: tl.constexpr):  # fmt: skip
-    """float16 of the codes at ``SLOT``, without their scales."""
-    if KIND == 0:
-        return chunks
-    elif KIND == 3:
-        return tl.load(lut + _codes(chunks, SLOT, BITS)).to(tl.float16)
-    else:
-        return _halves(chunks, SLOT, BITS, BITS * PER, PAIRS)
-
-
-@triton.jit(do_not_specialize=["runs", "run_tokens", "parts", "tiles", "heads", "splits"])
+@triton.jit(do_not_specialize=["runs", "run_tokens", "parts", "tiles", "heads", "splits", "rotated"])
 def _split(
-    query, k_table, k_lut, v_table, v_lut, shifts, sinks, first, part_out, part_lse,
-    runs, run_tokens, parts, tiles, heads, splits, scaling,
+    query, k_table, k_lut, v_table, v_lut, shifts, sinks, first, k_center, k_spread, turns, starts, part_out, part_lse,
+    runs, run_tokens, parts, tiles, heads, splits, rotated, scaling,
     GROUP_HEADS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SINKS: tl.constexpr,
-    PADDED: tl.constexpr, K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_PER: tl.constexpr, K_BLOCK: tl.constexpr,
-    K_GROUP: tl.constexpr, K_OFFSET: tl.constexpr, V_KIND: tl.constexpr, V_BITS: tl.constexpr, V_PER: tl.constexpr,
-    V_GROUP: tl.constexpr, V_OFFSET: tl.constexpr, NUMBERS: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr,
+    PADDED: tl.constexpr, ROPE: tl.constexpr, NUMBERS: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr,
+    K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_PER: tl.constexpr, K_BLOCK: tl.constexpr, K_GROUP: tl.constexpr,
+    K_SCALE: tl.constexpr, K_OFFSET: tl.constexpr, K_JOINED: tl.constexpr, K_AFFINE: tl.constexpr,
+    K_ENTRIES: tl.constexpr, K_INDEX: tl.constexpr, K_RANK: tl.constexpr,
+    V_KIND: tl.constexpr, V_BITS: tl.constexpr, V_PER: tl.constexpr, V_BLOCK: tl.constexpr, V_GROUP: tl.constexpr,
+    V_OFFSET: tl.constexpr, V_JOINED: tl.constexpr, V_ENTRIES: tl.constexpr, V_INDEX: tl.constexpr,
+    V_RANK: tl.constexpr,
 ):  # fmt: skip
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     run_tokens = tl.multiple_of(run_tokens, 16)
     run, part = split // parts, split % parts
+    batch, head = pair // heads, pair % heads
     k_codes, k_scale, k_zero = tl.load(k_table + run), tl.load(k_table + runs + run), tl.load(k_table + 2 * runs + run)
     v_codes, v_scale, v_zero = tl.load(v_table + run), tl.load(v_table + runs + run), tl.load(v_table + 2 * runs + run)
     SLOTS: tl.constexpr = K_PER if K_KIND == 1 else 1
@@ -166,18 +106,30 @@ def _split(
     VX: tl.constexpr = D // V_PER
     K_UNIT: tl.constexpr = 1 << K_BITS if K_KIND != 0 else 1
     V_UNIT: tl.constexpr = 1 << V_BITS if V_KIND != 0 else 1
+    K_GROUPS: tl.constexpr = D // K_GROUP
     V_GROUPS: tl.constexpr = D // V_GROUP
+    FOLDED: tl.constexpr = K_KIND == 1 and K_GROUP % N == 0  # a tile's keys share their scales
+    DEEP: tl.constexpr = 16
     member, r, kx, vx = tl.arange(0, M), tl.arange(0, R), tl.arange(0, KX), tl.arange(0, VX)
+    deep = tl.arange(0, DEEP)
     real = member < GROUP_HEADS
-    q = ()
+    unit = scaling * 1.4426950408889634  # scores are in units of log 2
+    asked = query + (pair * GROUP_HEADS + member) * D
+    q = ()  # float32, by slots
+    q16 = ()
+    partner = ()
     q_sum = tl.zeros((KX, M), tl.float32)
     for slot in tl.static_range(K_SLOTS):
-        asked = (pair * GROUP_HEADS + member)[None, :] * D + (kx * K_SLOTS + slot)[:, None]
-        own = tl.load(query + asked, mask=real[None, :], other=0.0).to(tl.float32) * (scaling * 1.4426950408889634)
-        if K_KIND != 1 or K_GROUP % N != 0:
-            own = own.to(tl.float16)
-        q = q + (own,)
-        q_sum += own.to(tl.float32)
+        at = kx * K_SLOTS + slot
+        numbers_of = tl.load(asked[None, :] + at[:, None], mask=real[None, :], other=0.0).to(tl.float32) * unit
+        q = q + (numbers_of,)
+        q16 = q16 + (numbers_of.to(tl.float16),)
+        q_sum += q16[slot].to(tl.float32)
+        if ROPE:
+            opposite = tl.where(at < rotated, at + rotated, at - rotated)
+            has_one = (at < 2 * rotated)[:, None] & real[None, :]
+            numbers_of = tl.load(asked[None, :] + opposite[:, None], mask=has_one, other=0.0).to(tl.float32) * unit
+            partner = partner + (tl.where((at < rotated)[:, None], numbers_of, -numbers_of),)
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     lift = tl.zeros((M,), tl.float32)
@@ -185,7 +137,8 @@ def _split(
     for tile in tl.range(part * tiles, min((part + 1) * tiles, run_tokens // N), num_stages=STAGES):
         start = tile * N
         row = pair * run_tokens + start  # of tensors that lie token by token
-        # Scores, in units of log 2.
+        k_row = batch * run_tokens + start if K_JOINED else row
+        v_row = batch * run_tokens + start if V_JOINED else row
         scores = ()
         if K_KIND == 1:
             PER_BLOCK: tl.constexpr = K_BLOCK // K_PER
@@ -201,63 +154,145 @@ def _split(
                 token = r[:, None] * K_PER
                 group = (token // K_BLOCK * D + kx[None, :]) * GROUPS + token % K_BLOCK // K_GROUP
             base = block * D * PER_BLOCK + inside // K_PER
-            chunks = _chunks(k_codes, base, chunk, r[:, None] % 4, shifts, K_BITS, K_PER)
+            chunks = load_chunks(k_codes, base, chunk, r[:, None] % 4, shifts, K_BITS, K_PER)
             base = block * D * GROUPS + inside // K_GROUP
-            if K_GROUP % N == 0:
-                steps = tl.load(_pointer(k_scale, tl.float16) + base + kx * GROUPS).to(tl.float32) * K_UNIT
-                zeros = tl.load(_pointer(k_zero, tl.float16) + base + kx * GROUPS).to(tl.float32) / K_UNIT + 1
+            if FOLDED:
+                steps = tl.load(pointer(k_scale, tl.float16) + base + kx * GROUPS).to(tl.float32) * K_UNIT
+                zeros = tl.load(pointer(k_zero, tl.float16) + base + kx * GROUPS).to(tl.float32) * (1 / K_UNIT) + 1
                 # Both terms use the query as rounded here, so a large zero does not magnify its rounding.
                 scaled = (q[0] * steps[:, None]).to(tl.float16)
                 below = tl.sum(scaled.to(tl.float32) * zeros[:, None], 0)[None, :]
                 for slot in tl.static_range(SLOTS):
-                    keys = _halves(chunks, slot, K_BITS, K_BITS * K_PER, PAIRS)
+                    keys = halves(chunks, slot, K_BITS, K_BITS * K_PER, PAIRS)
                     scores = scores + (tl.dot(keys, scaled) - below,)
             else:
-                steps = tl.load(_pointer(k_scale, tl.float16) + base + group) * K_UNIT
-                zeros = tl.load(_pointer(k_zero, tl.float16) + base + group) * (1 / K_UNIT)
+                steps = tl.load(pointer(k_scale, tl.float16) + base + group) * K_UNIT
+                zeros = tl.load(pointer(k_zero, tl.float16) + base + group) * (1 / K_UNIT)
                 below = steps + zeros * steps
                 for slot in tl.static_range(SLOTS):
-                    keys = _halves(chunks, slot, K_BITS, K_BITS * K_PER, PAIRS) * steps - below
-                    scores = scores + (tl.dot(keys, q[0]),)
+                    keys = halves(chunks, slot, K_BITS, K_BITS * K_PER, PAIRS) * steps - below
+                    scores = scores + (tl.dot(keys, q16[0]),)
+            if K_ENTRIES > 0:
+                # Outliers of channels: a tile that is zero but for them.
+                entries = (block * D + kx) * K_ENTRIES
+                more = ()
+                for slot in tl.static_range(SLOTS):
+                    extra = tl.zeros((R, KX), tl.float16)
+                    for entry in tl.static_range(K_ENTRIES):
+                        place = tl.load(pointer(tl.load(k_table + 4 * runs + run), K_INDEX) + entries + entry)
+                        value = tl.load(pointer(tl.load(k_table + 3 * runs + run), tl.float16) + entries + entry)
+                        here = (inside + r * SLOTS + slot)[:, None] == place.to(tl.int32)[None, :]
+                        extra += tl.where(here, value[None, :], 0.0)
+                    more = more + (tl.dot(extra, q16[0], scores[slot]),)
+                scores = more
         else:
-            place = r[:, None] * KX + kx[None, :]
+            WIDE: tl.constexpr = KX
+            wide = heads * KX if K_JOINED else WIDE  # chunks of a token's row
+            place = r[:, None] * wide + kx[None, :]
+            base = k_row * wide + (head * KX if K_JOINED else 0)
             if K_KIND == 0:
-                chunks = tl.load(_pointer(k_codes, NUMBERS) + row * KX + place).to(tl.float16)
+                chunks = tl.load(pointer(k_codes, NUMBERS) + base + place).to(tl.float16)
+            elif K_KIND == 4:
+                chunks = ()
+                for word in tl.static_range(K_PER // 2):
+                    chunks = chunks + (
+                        load_entries(k_codes, base, place, kx[None, :], k_lut, word, K_BITS, K_PER),
+                    )
             else:
-                chunks = _chunks(k_codes, row * KX, place, kx[None, :] % 4, shifts, K_BITS, K_PER)
+                chunks = load_chunks(k_codes, base, place, kx[None, :] % 4, shifts, K_BITS, K_PER)
             found = tl.zeros((R, M), tl.float32)
-            if K_KIND == 2 and K_GROUP < D:
-                TOKEN_GROUPS: tl.constexpr = D // K_GROUP
-                group = r[:, None] * TOKEN_GROUPS + (kx[None, :] * K_PER) // K_GROUP
-                steps = tl.load(_pointer(k_scale, tl.float16) + row * TOKEN_GROUPS + group) * K_UNIT
-                zeros = tl.load(_pointer(k_zero, tl.float16) + row * TOKEN_GROUPS + group) * (1 / K_UNIT)
-                below = steps + zeros * steps
-                for slot in tl.static_range(K_SLOTS):
-                    keys = _halves(chunks, slot, K_BITS, K_BITS * K_PER, PAIRS) * steps - below
-                    found = tl.dot(keys, q[slot], found)
-            else:
-                for slot in tl.static_range(K_SLOTS):
-                    keys = _numbers(chunks, k_lut, slot, K_KIND, K_BITS, K_PER, PAIRS)
-                    found = tl.dot(keys, q[slot], found)
-                if K_KIND == 2:
-                    steps = tl.load(_pointer(k_scale, tl.float16) + row + r).to(tl.float32) * K_UNIT
-                    zeros = tl.load(_pointer(k_zero, tl.float16) + row + r).to(tl.float32) / K_UNIT + 1
-                    found = (found - tl.sum(q_sum, 0)[None, :] * zeros[:, None]) * steps[:, None]
-                if K_KIND == 3:
-                    found *= tl.load(_pointer(k_scale, tl.float16) + row + r).to(tl.float32)[:, None]
-                    if K_OFFSET:
-                        offsets = tl.load(_pointer(k_zero, tl.float16) + row + r).to(tl.float32)
-                        found += tl.sum(q_sum, 0)[None, :] * offsets[:, None]
+            for slot in tl.static_range(K_SLOTS):
+                keys = numbers(chunks, k_lut, slot, K_KIND, K_BITS, K_PER, PAIRS)
+                if K_KIND == 2 and K_GROUP < D:
+                    if slot == 0:
+                        group = r[:, None] * K_GROUPS + (kx[None, :] * K_PER) // K_GROUP
+                        steps = tl.load(pointer(k_scale, tl.float16) + row * K_GROUPS + group) * K_UNIT
+                        zeros = tl.load(pointer(k_zero, tl.float16) + row * K_GROUPS + group) * (1 / K_UNIT)
+                        below = steps + zeros * steps
+                    keys = keys * steps - below
+                if ROPE:
+                    channel = kx * K_SLOTS + slot
+                    angle = starts + ((batch * runs + run) * (run_tokens // N) + tile) * 2 * D + channel
+                    cosine, sine = tl.load(angle)[:, None], tl.load(angle + D)[:, None]
+                    straight = q[slot] * cosine + partner[slot] * sine
+                    crossed = partner[slot] * cosine - q[slot] * sine
+                    angles = turns + (slot * 2 * R + r[:, None]) * KX + kx[None, :]
+                    cosines, sines = tl.load(angles), tl.load(angles + R * KX)
+                    if K_AFFINE:
+                        center = tl.load(k_center + head * D + channel)[:, None]
+                        found = tl.dot(cosines, (straight * center).to(tl.float16), found)
+                        found = tl.dot(sines, (crossed * center).to(tl.float16), found)
+                        spread = tl.load(k_spread + head * D + channel)[:, None]
+                        straight *= spread
+                        crossed *= spread
+                    found = tl.dot(keys * cosines, straight.to(tl.float16), found)
+                    found = tl.dot(keys * sines, crossed.to(tl.float16), found)
+                elif K_AFFINE:
+                    spread = tl.load(k_spread + head * D + kx * K_SLOTS + slot)[:, None]
+                    center = tl.load(k_center + head * D + kx * K_SLOTS + slot)[:, None]
+                    found = tl.dot(keys, (q[slot] * spread).to(tl.float16), found)
+                    found += tl.sum(q[slot] * center, 0)[None, :]
+                else:
+                    found = tl.dot(keys, q16[slot], found)
+            if K_KIND == 2 and K_GROUP == D:
+                steps = tl.load(pointer(k_scale, tl.float16) + k_row + r).to(tl.float32) * K_UNIT
+                zeros = tl.load(pointer(k_zero, tl.float16) + k_row + r).to(tl.float32) * (1 / K_UNIT) + 1
+                found = (found - tl.sum(q_sum, 0)[None, :] * zeros[:, None]) * steps[:, None]
+            if K_KIND == 3 and K_SCALE:
+                found *= tl.load(pointer(k_scale, tl.float16) + k_row + r).to(tl.float32)[:, None]
+                if K_OFFSET:
+                    offsets = tl.load(pointer(k_zero, tl.float16) + k_row + r).to(tl.float32)
+                    found += tl.sum(q_sum, 0)[None, :] * offsets[:, None]
+            if K_ENTRIES > 0:
+                # Outliers of tokens: each meets the query at its own channel.
+                entry = tl.arange(0, DEEP)
+                entries = (k_row + r)[:, None] * K_ENTRIES + entry[None, :]
+                there = (entry < K_ENTRIES)[None, :] & (r >= 0)[:, None]
+                indices = pointer(tl.load(k_table + 4 * runs + run), K_INDEX) + entries
+                channel = tl.load(indices, mask=there, other=0).to(tl.int32)
+                if K_JOINED:
+                    channel -= (head * D).to(tl.int32)
+                there = there & (channel >= 0) & (channel < D)
+                values = pointer(tl.load(k_table + 3 * runs + run), tl.float16) + entries
+                value = tl.load(values, mask=there, other=0.0).to(tl.float32)
+                seen = there[:, :, None] & real[None, None, :]
+                own = tl.load(asked[None, None, :] + channel[:, :, None], mask=seen, other=0.0).to(tl.float32) * unit
+                if ROPE:
+                    angle = starts + ((batch * runs + run) * (run_tokens // N) + tile) * 2 * D + channel
+                    cosine, sine = tl.load(angle, mask=there, other=0.0), tl.load(angle + D, mask=there, other=0.0)
+                    angles = turns + (channel % K_SLOTS * 2 * R + r[:, None]) * KX + channel // K_SLOTS
+                    inner = tl.load(angles, mask=there, other=0.0).to(tl.float32)
+                    inner_sine = tl.load(angles + R * KX, mask=there, other=0.0).to(tl.float32)
+                    other = tl.where(channel < rotated, channel + rotated, channel - rotated)[:, :, None]
+                    turned = seen & (channel < 2 * rotated)[:, :, None]
+                    crossed = tl.load(asked[None, None, :] + other, mask=turned, other=0.0).to(tl.float32) * unit
+                    crossed = tl.where((channel < rotated)[:, :, None], crossed, -crossed)
+                    own = own * (cosine * inner - sine * inner_sine)[:, :, None]
+                    own += crossed * (sine * inner + cosine * inner_sine)[:, :, None]
+                found += tl.sum(own * value[:, :, None], 1)
             scores = scores + (found,)
+        if K_RANK > 0:
+            block = pair * (run_tokens // K_BLOCK) + start // K_BLOCK
+            right = pointer(tl.load(k_table + 6 * runs + run), tl.float16) + block * K_RANK * D
+            met = tl.zeros((DEEP, M), tl.float32)
+            for slot in tl.static_range(K_SLOTS):
+                factor = tl.load(right + deep[:, None] * D + (kx * K_SLOTS + slot)[None, :],
+                                 mask=(deep < K_RANK)[:, None], other=0.0)  # fmt: skip
+                met = tl.dot(factor, q16[slot], met)
+            left = pointer(tl.load(k_table + 5 * runs + run), tl.float16) + row * K_RANK
+            more = ()
+            for slot in tl.static_range(SLOTS):
+                factor = tl.load(left + (r * SLOTS + slot)[:, None] * K_RANK + deep[None, :],
+                                 mask=(deep < K_RANK)[None, :], other=0.0)  # fmt: skip
+                more = more + (tl.dot(factor, met.to(tl.float16), scores[slot]),)
+            scores = more
         if SINKS > 0 or PADDED:
-            seen = ()
+            more = ()
             for slot in tl.static_range(SLOTS):
                 position = run * run_tokens + start + r * SLOTS + slot
-                hidden = position < (tl.load(first + pair // heads) if PADDED else 0)
-                for number in tl.static_range(SINKS):
-                    hidden = hidden | (position == tl.load(sinks + pair // heads * SINKS + number))
-                seen = seen + (tl.where(hidden[:, None], float("-inf"), scores[slot]),)
-            scores = seen
+                hidden = _is_hidden(position, batch, sinks, first, SINKS, PADDED)
+                more = more + (tl.where(hidden[:, None], float("-inf"), scores[slot]),)
+            scores = more
         peaks = scores[0]
         for slot in tl.static_range(1, SLOTS):
             peaks = tl.maximum(peaks, scores[slot])
@@ -266,55 +301,89 @@ def _split(
         fade = tl.exp2(top - safe)
         top = peak
         faded = ()
-        for part_of in tl.static_range(V_PER):
-            faded = faded + (mixed[part_of] * fade[None, :],)
+        for slot in tl.static_range(V_PER):
+            faded = faded + (mixed[slot] * fade[None, :],)
         lift *= fade
-        # Weighted sums of values.
         shares = tl.zeros((R, M), tl.float32)
         lifts = tl.zeros((R, M), tl.float32)
+        ranked = tl.zeros((DEEP, M), tl.float32)
         for slot in tl.static_range(SLOTS):
             share = tl.exp2(scores[slot] - safe[None, :])
             shares += share
             token = r * SLOTS + slot
-            place = token[None, :] * VX + vx[:, None]
+            weights = share.to(tl.float16)
+            if V_ENTRIES > 0 or V_RANK > 0:
+                plain = weights
+            wide = heads * VX if V_JOINED else VX
+            place = token[None, :] * wide + vx[:, None]
+            base = v_row * wide + (head * VX if V_JOINED else 0)
             if V_KIND == 0:
-                chunks = tl.load(_pointer(v_codes, NUMBERS) + row * VX + place).to(tl.float16)
-                weights = share.to(tl.float16)
+                chunks = tl.load(pointer(v_codes, NUMBERS) + base + place).to(tl.float16)
+            elif V_KIND == 4:
+                chunks = ()
+                for word in tl.static_range(V_PER // 2):
+                    chunks = chunks + (
+                        load_entries(v_codes, base, place, vx[:, None], v_lut, word, V_BITS, V_PER),
+                    )
             else:
-                chunks = _chunks(v_codes, row * VX, place, vx[:, None] % 4, shifts, V_BITS, V_PER)
+                chunks = load_chunks(v_codes, base, place, vx[:, None] % 4, shifts, V_BITS, V_PER)
             if V_KIND == 2 and V_GROUP < D:
                 group = token[None, :] * V_GROUPS + (vx[:, None] * V_PER) // V_GROUP
-                weights = share.to(tl.float16)
-                steps = tl.load(_pointer(v_scale, tl.float16) + row * V_GROUPS + group) * V_UNIT
-                zeros = tl.load(_pointer(v_zero, tl.float16) + row * V_GROUPS + group) * (1 / V_UNIT)
+                steps = tl.load(pointer(v_scale, tl.float16) + row * V_GROUPS + group) * V_UNIT
+                zeros = tl.load(pointer(v_zero, tl.float16) + row * V_GROUPS + group) * (1 / V_UNIT)
                 below = steps + zeros * steps
             elif V_KIND == 2:
-                steps = tl.load(_pointer(v_scale, tl.float16) + row + token).to(tl.float32) * V_UNIT
-                zeros = tl.load(_pointer(v_zero, tl.float16) + row + token).to(tl.float32) / V_UNIT + 1
+                steps = tl.load(pointer(v_scale, tl.float16) + v_row + token).to(tl.float32) * V_UNIT
+                zeros = tl.load(pointer(v_zero, tl.float16) + v_row + token).to(tl.float32) * (1 / V_UNIT) + 1
                 weights = (share * steps[:, None]).to(tl.float16)
                 lifts -= weights.to(tl.float32) * zeros[:, None]
             elif V_KIND == 3:
-                steps = tl.load(_pointer(v_scale, tl.float16) + row + token).to(tl.float32)
+                steps = tl.load(pointer(v_scale, tl.float16) + v_row + token).to(tl.float32)
                 weights = (share * steps[:, None]).to(tl.float16)
                 if V_OFFSET:
-                    offsets = tl.load(_pointer(v_zero, tl.float16) + row + token).to(tl.float32)
+                    offsets = tl.load(pointer(v_zero, tl.float16) + v_row + token).to(tl.float32)
                     lifts += share * offsets[:, None]
             summed = ()
             for part_of in tl.static_range(V_PER):
-                values = _numbers(chunks, v_lut, part_of, V_KIND, V_BITS, V_PER, PAIRS)
+                values = numbers(chunks, v_lut, part_of, V_KIND, V_BITS, V_PER, PAIRS)
                 if V_KIND == 2 and V_GROUP < D:
                     values = values * steps - below
-                summed = summed + (tl.dot(values, weights, faded[part_of]),)
+                sums = tl.dot(values, weights, faded[part_of])
+                if V_ENTRIES > 0:
+                    channel = vx * V_PER + part_of + (head * D if V_JOINED else 0)
+                    extra = tl.zeros((VX, R), tl.float16)
+                    for entry in tl.static_range(V_ENTRIES):
+                        entries = (v_row + token) * V_ENTRIES + entry
+                        index = tl.load(pointer(tl.load(v_table + 4 * runs + run), V_INDEX) + entries)
+                        value = tl.load(pointer(tl.load(v_table + 3 * runs + run), tl.float16) + entries)
+                        here = channel[:, None] == index.to(tl.int32)[None, :]
+                        extra += tl.where(here, value[None, :], 0.0)
+                    sums = tl.dot(extra, plain, sums)
+                summed = summed + (sums,)
+            faded = summed
+            if V_RANK > 0:
+                left = pointer(tl.load(v_table + 5 * runs + run), tl.float16) + row * V_RANK
+                factor = tl.load(left + token[None, :] * V_RANK + deep[:, None],
+                                 mask=(deep < V_RANK)[:, None], other=0.0)  # fmt: skip
+                ranked = tl.dot(factor, plain, ranked)
+        if V_RANK > 0:
+            block = pair * (run_tokens // V_BLOCK) + start // V_BLOCK
+            right = pointer(tl.load(v_table + 6 * runs + run), tl.float16) + block * V_RANK * D
+            summed = ()
+            for part_of in tl.static_range(V_PER):
+                factor = tl.load(right + deep[None, :] * D + (vx * V_PER + part_of)[:, None],
+                                 mask=(deep < V_RANK)[None, :], other=0.0)  # fmt: skip
+                summed = summed + (tl.dot(factor, ranked.to(tl.float16), faded[part_of]),)
             faded = summed
         total = total * fade + tl.sum(shares, 0)
         lift += tl.sum(lifts, 0)
         mixed = faded
-    sums = tl.where(total == 0.0, 1.0, total)
+    whole = tl.where(total == 0.0, 1.0, total)
     out = (pair * GROUP_HEADS + member) * splits + split
-    for part_of in tl.static_range(V_PER):
-        place = out[None, :] * D + (vx * V_PER + part_of)[:, None]
-        tl.store(part_out + place, (mixed[part_of] + lift[None, :]) / sums[None, :], mask=real[None, :])
-    tl.store(part_lse + out, tl.where(total == 0.0, float("-inf"), top + tl.log2(sums)), mask=real)
+    for slot in tl.static_range(V_PER):
+        to = part_out + out[None, :] * D + (vx * V_PER + slot)[:, None]
+        tl.store(to, (mixed[slot] + lift[None, :]) / whole[None, :], mask=real[None, :])
+    tl.store(part_lse + out, tl.where(total == 0.0, float("-inf"), top + tl.log2(whole)), mask=real)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -346,20 +415,47 @@ def _power(*sizes: int) -> bool:
     return all(size > 0 and size & (size - 1) == 0 for size in sizes)
 
 
-def fits(keys: Tiles, values: Tiles, channels: int, run_tokens: int, rows: int = DEPTH) -> bool:
+def _tile(keys: Tiles, channels: int, rows: int) -> int:
+    """Tokens of a tile."""
+    return rows * keys.chunk(channels) if keys.kind == "channel" else rows
+
+
+def fits(
+    keys: Tiles, values: Tiles, channels: int, run_tokens: int, rows: int = DEPTH, turns: Turns | None = None
+) -> bool:
     """Whether the kernel can read these tiles: sizes are powers of two, and tiles begin with a chunk."""
-    k_chunk, v_chunk = keys.chunk(channels), values.chunk(channels)
-    powers = _power(channels, rows, keys.group, values.group, keys.block)
-    if not (powers and channels >= DEPTH and k_chunk and v_chunk):
+    chunks = keys.chunk(channels), values.chunk(channels)
+    powers = _power(channels, rows, keys.group, values.group, keys.block, values.block, *chunks)
+    if not powers or channels < DEPTH or rows < DEPTH or values.kind == "channel":
         return False
-    tile = rows * k_chunk if keys.kind == "channel" else rows
-    if keys.kind == "channel" and (keys.block < 4 * k_chunk or keys.group < k_chunk):
+    tile = _tile(keys, channels, rows)
+    if keys.kind == "channel" and (keys.block < 4 * chunks[0] or keys.group < chunks[0] or turns is not None):
         return False
-    # Four chunks of 3 bits fill three words, and a chunk lies in one group.
-    rows_of_three = [side for side in (keys, values) if side.num_bits == 3 and side.kind != "channel"]
-    whole = all(channels % 32 == 0 for _ in rows_of_three)
-    grouped = all(side.kind != "token" or side.group >= side.chunk(channels) for side in (keys, values))
-    return whole and grouped and rows >= DEPTH and run_tokens % max(tile, keys.block) == 0
+    for side, chunk in zip((keys, values), chunks, strict=True):
+        by_token = side.kind != "channel"
+        # Four chunks of 3 bits fill three words, a chunk lies in one group, and rows of codes begin with a word.
+        if by_token and side.num_bits == 3 and channels % 32:
+            return False
+        if (side.kind == "token" and side.group < chunk) or (side.joined and side.kind != "table"):
+            return False
+        if side.kind == "product" and channels // chunk * side.num_bits % 32:
+            return False
+        if side.outliers is not None and (side.outliers.count > DEPTH or by_token != (side.outliers.axis == "token")):
+            return False
+        in_blocks = side.low_rank is not None or (side.outliers is not None and not by_token)
+        if (in_blocks and side.block % tile) or (side.low_rank is not None and side.low_rank.rank > DEPTH):
+            return False
+    return run_tokens % max(tile, keys.block, values.block) == 0
+
+
+def _stages(keys: Tiles, values: Tiles, channels: int, rows: int) -> int:
+    """How many tiles are loaded ahead. Tiles of scales or corrections among them would send all numbers through shared
+    memory, and entries of tables are no tiles."""
+    by_group = keys.kind == "channel" and keys.group % _tile(keys, channels, rows) != 0
+    by_group |= any(side.kind == "token" and side.group < channels for side in (keys, values))
+    corrected = any(side.outliers is not None or side.low_rank is not None for side in (keys, values))
+    in_table = any(side.kind in ("table", "product") for side in (keys, values))
+    return 1 if by_group or corrected or in_table else 2
 
 
 class DecodeAttention:
@@ -369,25 +465,23 @@ class DecodeAttention:
     def __init__(
         self, keys: Tiles, values: Tiles, batch: int, heads: int, query_heads: int, channels: int, run_tokens: int, *,
         device: torch.device, parts: int | None = None, sinks: Tensor | None = None, first: Tensor | None = None,
-        rows: int | None = None, num_warps: int = 1, num_stages: int | None = None, registers: int | None = None,
+        turns: Turns | None = None, rows: int | None = None, num_warps: int = 1, num_stages: int | None = None,
+        registers: int | None = None,
     ):  # fmt: skip
         """``run_tokens``: tokens of each run. ``parts``: programs for each run and KV head (None: enough to fill the
         GPU). ``sinks`` int64 ``[B, S]``: tokens that are left out; ``first`` int64 ``[B]``: tokens before it are.
-        ``rows``: chunks (of keys by channel) or tokens of a tile. ``registers``: the most that a thread may have.
-        Raises ValueError where sizes do not fit the kernel (see `fits`)."""
+        ``turns``: keys are without RoPE. ``rows``: chunks (of keys by channel) or tokens of a tile. ``registers``: the
+        most that a thread may have. Raises ValueError where sizes do not fit the kernel (see `fits`)."""
         rows = rows or (DEPTH if keys.kind == "channel" else 2 * DEPTH)
-        if not fits(keys, values, channels, run_tokens, rows):
+        if not fits(keys, values, channels, run_tokens, rows, turns):
             raise ValueError(
                 f"{run_tokens} tokens of {channels} channels in tiles of {rows} rows do not fit the kernel."
             )
         if num_stages is None:
-            # A tile of scales among what is loaded ahead would send all numbers through shared memory.
-            k_tile = keys.kind == "channel" and keys.group % (rows * keys.chunk(channels))
-            by_group = any(side.kind == "token" and side.group < channels for side in (keys, values))
-            num_stages = 1 if k_tile or by_group else 2
+            num_stages = _stages(keys, values, channels, rows)
         self.keys, self.values = keys, values  # whose memory the addresses point to
-        k_chunk, v_chunk = keys.chunk(channels), values.chunk(channels)
-        self.tile = rows * k_chunk if keys.kind == "channel" else rows
+        chunks = keys.chunk(channels), values.chunk(channels)
+        self.tile = _tile(keys, channels, rows)
         runs, tiles = len(keys.runs), run_tokens // self.tile
         if parts is None:
             parts = PROGRAMS // max(1, batch * heads * runs)
@@ -400,24 +494,28 @@ class DecodeAttention:
         self._partial = torch.empty(batch * query_heads, self.splits, channels, device=device)
         self._partial_lse = torch.empty(batch * query_heads, self.splits, device=device)
         self._grid = (batch * heads, self.splits)
+        inside, starts, rotated = empty, empty, 0
+        if turns is not None:
+            inside, starts = turns.tables(channels, rows, runs * run_tokens, chunks[0])
+            rotated = len(turns.inv_freq)
+        center, spread = (empty, empty) if keys.affine is None else keys.affine
         self._tensors = (
-            keys.pointers(device), empty if keys.lut is None else keys.lut,
-            values.pointers(device), empty if values.lut is None else values.lut,
+            keys.pointers(device), _table(keys, empty), values.pointers(device), _table(values, empty),
             torch.tensor([0, 24, 16, 8], dtype=torch.int32, device=device),
-            empty if sinks is None else sinks, empty if first is None else first,
+            empty if sinks is None else sinks, empty if first is None else first, center, spread, inside, starts,
         )  # fmt: skip
-        self._sizes = (runs, run_tokens, parts, each, heads, self.splits)
+        self._sizes = (runs, run_tokens, parts, each, heads, self.splits, rotated)
         dense = next((run[0].dtype for side in (keys, values) if side.kind == "dense" for run in side.runs), None)
         self._meta: dict[str, Any] = {
             "GROUP_HEADS": query_heads // heads, "M": max(HEADS, triton.next_power_of_2(query_heads // heads)),
             "D": channels, "R": rows, "SINKS": 0 if sinks is None else sinks.shape[1], "PADDED": first is not None,
-            "K_KIND": KINDS[keys.kind], "K_BITS": keys.num_bits, "K_PER": k_chunk, "K_BLOCK": keys.block,
-            "K_GROUP": keys.group, "K_OFFSET": len(keys.runs[0]) > 2,
-            "V_KIND": KINDS[values.kind], "V_BITS": values.num_bits, "V_PER": v_chunk, "V_GROUP": values.group,
-            "V_OFFSET": len(values.runs[0]) > 2, "NUMBERS": NUMBERS[dense or torch.float16],
-            "PAIRS": not isinstance(_split, InterpretedFunction), "STAGES": num_stages, "num_warps": num_warps,
-            "num_stages": num_stages,
+            "ROPE": turns is not None, "NUMBERS": NUMBERS[dense or torch.float16],
+            "PAIRS": not isinstance(_split, InterpretedFunction), "STAGES": num_stages,
+            **_options("K", keys, chunks[0]), **_options("V", values, chunks[1]),
+            "num_warps": num_warps, "num_stages": num_stages,
         }  # fmt: skip
+        for name in ("V_SCALE", "V_AFFINE"):
+            del self._meta[name]
         if registers is not None:
             self._meta["maxnreg"] = registers
 
@@ -430,3 +528,23 @@ class DecodeAttention:
         heads, channels = self._partial.shape[0], self._partial.shape[2]
         _merge[(heads,)](self._partial, self._partial_lse, self.out, self.lse, self.splits, D=channels, S=32)
         return self.out, self.lse
+
+
+def _table(side: Tiles, empty: Tensor) -> Tensor:
+    """The table as the kernel reads it: of codebooks, two numbers of an entry at once."""
+    if side.lut is None:
+        return empty
+    return side.lut.half().contiguous().view(torch.int32) if side.kind == "product" else side.lut
+
+
+def _options(prefix: str, side: Tiles, chunk: int) -> dict[str, Any]:
+    """What the kernel is compiled for, of one side."""
+    outliers = side.outliers
+    found = {
+        "KIND": KINDS[side.kind], "BITS": side.num_bits, "PER": chunk, "BLOCK": side.block, "GROUP": side.group,
+        "SCALE": len(side.runs[0]) > 1, "OFFSET": len(side.runs[0]) > 2, "JOINED": side.joined,
+        "AFFINE": side.affine is not None, "ENTRIES": 0 if outliers is None else outliers.count,
+        "INDEX": tl.uint8 if outliers is None else INDICES[outliers.runs[0][1].dtype],
+        "RANK": 0 if side.low_rank is None else side.low_rank.rank,
+    }  # fmt: skip
+    return {f"{prefix}_{name}": value for name, value in found.items()}

@@ -1,0 +1,184 @@
+"""What attention reads of coded keys and values, and how a Triton program gets numbers out of it.
+
+Codes are bit streams of ``packing.pack_bits``, read in *chunks* of a few codes. The codes at one *slot* of all chunks
+of a tile are one operand of a tensor-core product, so that no code ever changes its lane: a chunk stays where it was
+loaded, and its slots are taken out of it one after another. A uniform code becomes the float16 ``1 + code / 2 ** bits``
+by two bit operations for two codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DENSE, CHANNEL, TOKEN, TABLE, PRODUCT = 0, 1, 2, 3, 4
+KINDS = {"dense": DENSE, "channel": CHANNEL, "token": TOKEN, "table": TABLE, "product": PRODUCT}
+DEPTH = 16  # the fewest numbers of a product that a tensor core adds up
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Numbers to be added: for each run ``values`` float16 and ``indices`` (uint8 or int16) ``[B, H or 1, ...,
+    vectors, count]``, a vector being a token's channels or a channel's tokens of a block (``axis``)."""
+
+    runs: tuple[tuple[Tensor, Tensor], ...]
+    axis: Literal["token", "channel"]
+
+    @property
+    def count(self) -> int:
+        return self.runs[0][0].shape[-1]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """For each run float16 ``[B, H, blocks, block, rank]`` and ``[B, H, blocks, rank, D]``, whose product is added."""
+
+    runs: tuple[tuple[Tensor, Tensor], ...]
+
+    @property
+    def rank(self) -> int:
+        return self.runs[0][0].shape[-1]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Keys or values of all runs. ``runs``: for each run the tensors of its codes (or numbers), scale and zero (or
+    offset), contiguous, ``[B, H, ...]``, or ``[B, 1, ...]`` if a token's row is that of all heads ``joined``.
+
+    ``block``: tokens of a block of ``channel`` codes and of corrections. ``group``: tokens or channels that share a
+    scale. ``lut``: float32 table of ``table`` codes; of ``product`` codes float16 ``[parts, entries, width]``.
+    ``affine``: center and scale float32 ``[H, D]`` of what a table gives for keys.
+    """
+
+    kind: str
+    runs: tuple[tuple[Tensor, ...], ...]
+    num_bits: int = 16
+    block: int = 1
+    group: int = 1
+    lut: Tensor | None = None
+    joined: bool = False
+    affine: tuple[Tensor, Tensor] | None = None
+    outliers: Outliers | None = None
+    low_rank: LowRank | None = None
+
+    def pointers(self, device: torch.device) -> Tensor:
+        """Addresses int64 ``[7, runs]``: codes, scale, zero; outliers and their indices; both factors."""
+        rows = []
+        for number, run in enumerate(self.runs):
+            more = [(None, None) if part is None else part.runs[number] for part in (self.outliers, self.low_rank)]
+            tensors = [*run, *[None] * (3 - len(run)), *more[0], *more[1]]
+            rows.append([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+        return torch.tensor(rows, dtype=torch.int64).T.contiguous().to(device)
+
+    def chunk(self, channels: int) -> int:
+        """Codes of a chunk: 8, or fewer where their bits are not loaded at once, a row of ``channels`` has fewer chunks
+        than a product adds up, or a tile would reach beyond a block of corrections; 0 where nothing fits."""
+        if self.kind == "dense":
+            return 1
+        if self.kind == "product":
+            assert self.lut is not None
+            width = self.lut.shape[-1]
+            return width if width % 2 == 0 and channels // width >= DEPTH else 0
+        most = 8 if self.num_bits == 3 else 32 // self.num_bits
+        if self.kind != "channel":
+            most = min(most, channels // DEPTH)
+        elif self.outliers is not None or self.low_rank is not None:
+            most = min(most, self.block // DEPTH)
+        return next((per for per in (8, 4, 2) if per <= most and per * self.num_bits in (8, 16, 24, 32)), 0)
+
+
+@triton.jit
+def pointer(address, DTYPE: tl.constexpr):
+    """A pointer to memory that torch allocated, hence aligned."""
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+
+
+@triton.jit
+def load_chunks(address, base, inner, phase, shifts, BITS: tl.constexpr, PER: tl.constexpr):
+    """Chunks ``base + inner`` of a stream, each of ``PER`` codes in the low bits of an integer. ``phase``: the number
+    of a chunk among the four that fill three words, where codes have 3 bits."""
+    WIDTH: tl.constexpr = BITS * PER
+    if WIDTH == 32:
+        return tl.load(pointer(address, tl.int32) + base + inner)
+    elif WIDTH == 16:
+        return tl.load(pointer(address, tl.int16) + base + inner)
+    elif WIDTH == 8:
+        return tl.load(pointer(address, tl.int8) + base + inner).to(tl.int32)
+    else:
+        words = pointer(address, tl.int32) + base // 4 * 3
+        # Shifts are loaded, since numbers that a program computes would not move to where products want them.
+        shift = tl.load(shifts + phase)
+        low = tl.load(words + inner * 3 // 4).to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)
+        high = tl.load(words + (inner * 3 + 2) // 4) << 1
+        return low.to(tl.int32, bitcast=True) | (high << (31 - shift))
+
+
+@triton.jit
+def load_entries(address, base, inner, part, codebook, word, BITS: tl.constexpr, WIDTH: tl.constexpr):
+    """Channels ``2 * word`` and the next of the entries that codes ``base + inner`` of ``part`` name, as int32."""
+    if BITS == 8:
+        codes = tl.load(pointer(address, tl.uint8) + base + inner).to(tl.int32)
+    else:
+        words = pointer(address, tl.int32) + base * BITS // 32  # base is a multiple of 32
+        bit = inner * BITS
+        shift = bit % 32
+        low = tl.load(words + bit // 32).to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)
+        high = tl.load(words + (bit + BITS - 1) // 32) << 1
+        codes = (low.to(tl.int32, bitcast=True) | (high << (31 - shift))) & ((1 << BITS) - 1)
+    return tl.load(codebook + ((part << BITS) + codes) * (WIDTH // 2) + word)
+
+
+@triton.constexpr_function
+def _two_halves(slot: int, bits: int, width: int) -> str:
+    """Instructions that make two float16 ``1 + code / 2 ** bits`` of the codes at ``slot`` of two chunks."""
+    up, place = 10 - bits, slot * bits
+    mask = ((1 << bits) - 1) << up
+    if width == 16:
+        words = "mov.b32 t, $1;"
+    else:
+        words = f"prmt.b32 t, $1, $2, {0x5410 if place + bits <= 16 else 0x7632};"
+        place %= 16
+    move = f"shr.b32 t, t, {place - up};" if place > up else f"shl.b32 t, t, {up - place};"
+    return f"{{ .reg .b32 t; {words} {move} lop3.b32 $0, t, {mask << 16 | mask}, {0x3C003C00}, 0xea; }}"
+
+
+@triton.jit
+def halves(chunks, SLOT: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr):
+    """float16 ``1 + code / 2 ** BITS`` of the codes at ``SLOT``; ``PAIRS``: two at once, with instructions of a GPU."""
+    STRADDLES: tl.constexpr = WIDTH != 16 and (SLOT * BITS) // 16 != ((SLOT + 1) * BITS - 1) // 16
+    if PAIRS and not STRADDLES:
+        if WIDTH == 16:
+            return tl.inline_asm_elementwise(
+                _two_halves(SLOT, BITS, WIDTH), "=r,r", [chunks], dtype=tl.float16, is_pure=True, pack=2
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                _two_halves(SLOT, BITS, WIDTH), "=r,r,r", [chunks], dtype=tl.float16, is_pure=True, pack=2
+            )
+    else:
+        up = _codes(chunks, SLOT, BITS) << (10 - BITS)
+        return (up | 0x3C00).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _codes(chunks, SLOT: tl.constexpr, BITS: tl.constexpr):
+    return (chunks.to(tl.int32) >> (SLOT * BITS)) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def numbers(chunks, lut, SLOT: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr,
+            PAIRS: tl.constexpr):  # fmt: skip
+    """float16 of the codes at ``SLOT``, without their scales."""
+    if KIND == 0:
+        return chunks
+    elif KIND == 3:
+        return tl.load(lut + _codes(chunks, SLOT, BITS)).to(tl.float16)
+    elif KIND == 4:
+        return (chunks[SLOT // 2] >> (SLOT % 2 * 16)).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        return halves(chunks, SLOT, BITS, BITS * PER, PAIRS)

@@ -27,7 +27,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rarefy.kernels.triton.decode_attention import DecodeAttention
 from rarefy.kernels.triton.tiles import Tiles
-from rarefy.recipes.kv.turbo_quant import gaussian_table
 
 KEY = ("job", "tokens")
 HEADS, QUERY_HEADS, CHANNELS = 8, 32, 128
@@ -83,7 +82,8 @@ class Job:
         codes = torch.randint(-(2**31), 2**31 - 1, words, device="cuda", dtype=torch.int32)
         scale = (0.5 + torch.rand(1, HEADS, tokens * CHANNELS // self.group, device="cuda")) / 2 ** (self.num_bits - 1)
         if kind == "table":
-            lut = gaussian_table(self.num_bits).cuda()
+            entries = 1 << self.num_bits
+            lut = torch.special.ndtri((torch.arange(entries, device="cuda") + 0.5) / entries)
             return Tiles("table", ((codes, scale[:, :, :tokens].half().contiguous()),), self.num_bits, 1, 1, lut)
         zero = 2 ** (self.num_bits - 1) + torch.randn_like(scale)
         block = 128 if kind == "channel" else 1

@@ -122,33 +122,35 @@ def decoded(tiles: Tiles, tokens: int) -> Tensor:
     return values.unflatten(-1, (-1, CHANNELS, tiles.block)).transpose(-1, -2).flatten(2, 3)
 
 
-def graph_of(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """All calls, warmed up, as one graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
+class Captured:
+    """Calls as one CUDA graph, which reads their memory: so they live as long as it."""
+
+    def __init__(self, calls: list[Callable[[], Any]]):
+        self.calls = calls
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for call in calls:
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for call in calls:
+                call()
 
 
-def microseconds(graphs: dict[Any, tuple[torch.cuda.CUDAGraph, int]], rounds: int) -> dict[Any, float]:
-    """Median time of one call in each graph (of so many), in turn."""
+def microseconds(graphs: dict[Any, Captured], rounds: int) -> dict[Any, float]:
+    """Median time of one call in each graph, in turn."""
     times: dict[Any, list[float]] = {name: [] for name in graphs}
     for number in range(rounds + 2):
-        for name, (graph, count) in graphs.items():
+        for name, captured in graphs.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            graph.replay()
+            captured.graph.replay()
             end.record()
             torch.cuda.synchronize()
             if number >= 2:
-                times[name].append(begin.elapsed_time(end) * 1e3 / count)
+                times[name].append(begin.elapsed_time(end) * 1e3 / len(captured.calls))
     return {name: statistics.median(each) for name, each in times.items()}
 
 
@@ -165,7 +167,7 @@ def copies(job: Job, tokens: int) -> list[tuple[Tiles, Tiles]]:
     return [first, *(job.tiles(tokens) for _ in range(min(15, int(BEYOND_CACHE) // nbytes(*first))))]
 
 
-def peers(tokens: int, query: Tensor) -> dict[str, tuple[torch.cuda.CUDAGraph, int]]:
+def peers(tokens: int, query: Tensor) -> dict[str, Captured]:
     """Torch's kernels over a bf16 cache."""
     count = max(1, -(-int(BEYOND_CACHE) // (2 * HEADS * tokens * CHANNELS * 2)))
     pairs = [
@@ -181,7 +183,7 @@ def peers(tokens: int, query: Tensor) -> dict[str, tuple[torch.cuda.CUDAGraph, i
                 return torch.nn.functional.scaled_dot_product_attention(wide, k, v, scale=SCALING, enable_gqa=True)
 
         try:
-            found[name] = graph_of([lambda k=k, v=v: call(k, v) for k, v in pairs]), count  # type: ignore[misc]
+            found[name] = Captured([lambda k=k, v=v: call(k, v) for k, v in pairs])  # type: ignore[misc]
         except RuntimeError as failure:
             print(f"{name}: {str(failure).splitlines()[0]}")
     return found
@@ -191,8 +193,7 @@ def bandwidth() -> float:
     """Bytes per microsecond that a copy reads and writes."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    graph = graph_of([lambda: target.copy_(source)])
-    return 2 * source.numel() / microseconds({"copy": (graph, 1)}, 10)["copy"]
+    return 2 * source.numel() / microseconds({"copy": Captured([lambda: target.copy_(source)])}, 10)["copy"]
 
 
 def check(name: str, shape: Shape, tokens: int = 8192) -> tuple[str, Shape, float | str]:
@@ -231,7 +232,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=200, help="begin no context after so many")
     options = parser.parse_args()
     begin = time.monotonic()
-    lengths = [8192, 131072] if options.quick else [131072, 8192, 32768, 524288, 1048576]
+    lengths = [8192, 131072] if options.quick else [131072, 8192, 32768, 1048576, 524288]
     errors = checked(JOBS, options.quick)
     print(f"{len(errors)} kernels checked, {time.monotonic() - begin:.0f} s", flush=True)
     torch.manual_seed(0)
@@ -244,7 +245,7 @@ def main() -> None:
         if time.monotonic() - begin > options.seconds:
             print(f"No time for {tokens} tokens.", flush=True)
             break
-        graphs: dict[Any, tuple[torch.cuda.CUDAGraph, int]] = dict(peers(tokens, query))
+        graphs: dict[Any, Captured] = dict(peers(tokens, query))
         torch_times = microseconds(graphs, 15)
         peer = min(torch_times, key=lambda name: torch_times[name])
         print(tokens, {name: round(each, 1) for name, each in torch_times.items()}, flush=True)
@@ -261,9 +262,7 @@ def main() -> None:
                     calls = [attention(each, tokens, shape, programs) for each in caches]
                     key = shape, calls[0].splits
                     if key not in graphs:
-                        graphs[key] = (
-                            graph_of([lambda call=call: call(query, SCALING) for call in calls]), len(calls)  # type: ignore[misc]
-                        )  # fmt: skip
+                        graphs[key] = Captured([lambda call=call: call(query, SCALING) for call in calls])  # type: ignore[misc]
             times = microseconds(graphs, 7)
             order = sorted(times, key=lambda key: times[key])
             trials += [

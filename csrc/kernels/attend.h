@@ -1,0 +1,375 @@
+// Attention of up to four query heads over one stretch of coded keys and values; see attend.h.
+//
+// 16 lanes hold 16 chunks of 8 codes (4 of 8 bits). Where a row (a channel's tokens of a block, or a token's channels)
+// has fewer chunks, several rows share the lanes, and what belongs to a row is looked up for each lane.
+#pragma once
+#include <cmath>
+
+#include "../attend.h"
+#include "attend_table.h"
+#include "heads.h"
+
+namespace RAREFY_NS {
+
+// How rows of chunks lie in lanes.
+struct Lanes {
+  int64_t per, chunks, wide, rows, vectors;  // codes of a chunk; chunks of a row; lanes of a row; rows of 16 lanes
+
+  Lanes(int32_t bits, int64_t codes)
+      : per(bits == 8 ? 4 : 8), chunks(codes / per), wide(chunks < 16 ? chunks : 16), rows(16 / wide),
+        vectors(chunks / wide) {}
+  // For each lane of vector `vector`: the place of its scale, from the first one that these lanes need.
+  I scales(int64_t vector, int64_t group, int64_t groups) const {
+    alignas(64) int32_t at[16];
+    for (int64_t lane = 0; lane < 16; ++lane)
+      at[lane] = int32_t(lane / wide * groups + (vector * 16 + lane % wide) * per / group - first(vector, group));
+    return load_i(at);
+  }
+  int64_t first(int64_t vector, int64_t group) const { return vector * 16 * per / group; }
+};
+
+template <int BITS> static inline I load_chunks(const uint8_t *p, const uint8_t *end) {
+  if constexpr (BITS == 2) return load_words(p);
+  if constexpr (BITS == 3) {
+    constexpr uint64_t three_of_four = 0x7777777777777777u;
+    if (p + 64 <= end) return as_lanes(expand_b(p, three_of_four, set_b(0)));
+    alignas(64) uint8_t last[64] = {};
+    __builtin_memcpy(last, p, 48);
+    return as_lanes(expand_b(last, three_of_four, set_b(0)));
+  }
+  return load_i(p);
+}
+
+template <int BITS, int PLACE> static inline F number(I chunks, Table table) {
+  if constexpr (BITS == 8) return to_f(and_i(shr_i<8 * PLACE>(chunks), 255));
+  if constexpr (BITS != 8) return lookup_f(table, shr_i<BITS * PLACE>(chunks));
+}
+
+// Halves as floats; `count` rounded up to 16 are written.
+static inline void widen(const uint16_t *from, int64_t count, float *to) {
+  int64_t k = 0;
+  for (; k + 16 <= count; k += 16) store_f(to + k, load_half(from + k));
+  for (; k < count; ++k) to[k] = rarefy_scalar::half_to_float(from[k]);
+}
+
+struct Scratch {
+  float *scores;         // [4, stretch and 16 to spare]
+  float *lanes, *query;  // [width / rows, 4, 16] as lanes want it, and as it is for these scales; [8 * vectors, 4, 16]
+  float *scale, *zero;   // of a block or tile, with 16 to spare
+  float *weights;        // [tile tokens, 4, 16] (several rows to 16 lanes: fewer)
+  float *sums;           // [8 * vectors, 4, 16]
+  float *mixed;          // [4, width]
+};
+constexpr int64_t tile_tokens = 32;
+
+template <int BITS, int G, int HALF>
+static inline void score_block(const uint8_t *codes, const uint8_t *end, int64_t stride, int64_t count, Table table,
+                               const float *query, const F below[G], const Lanes &lay, float *scores, int64_t padded,
+                               float factor) {
+  constexpr int places = 4;
+  F sums[places][G];
+  for (int s = 0; s < places; ++s)
+    for (int g = 0; g < G; ++g) sums[s][g] = zero_f();
+  for (int64_t i = 0; i < count; ++i) {
+    I chunks = load_chunks<BITS>(codes + i * stride, end);
+    F x[places] = {number<BITS, 4 * HALF>(chunks, table), number<BITS, 4 * HALF + 1>(chunks, table),
+                   number<BITS, 4 * HALF + 2>(chunks, table), number<BITS, 4 * HALF + 3>(chunks, table)};
+    for (int g = 0; g < G; ++g) {
+      F q = load_f(query + (i * G + g) * 16);
+      for (int s = 0; s < places; ++s) sums[s][g] = fma_f(x[s], q, sums[s][g]);
+    }
+  }
+  alignas(64) float lane[16];
+  for (int g = 0; g < G; ++g)
+    for (int s = 0; s < places; ++s) {
+      store_f(lane, sub_f(sums[s][g], below[g]));
+      float *to = scores + g * padded + 4 * HALF + s;
+      for (int64_t w = 0; w < lay.wide; ++w) {
+        float sum = 0;
+        for (int64_t r = w; r < 16; r += lay.wide) sum += lane[r];
+        to[w * lay.per] = sum * factor;
+      }
+    }
+}
+
+template <int BITS, int G>
+static void score_by_channel(const rarefy_side &k, int64_t head, const float *q, int64_t width,
+                             float factor, float *scores, int64_t padded, const Scratch &s) {
+  Lanes lay(BITS, k.block);
+  const uint8_t *codes = static_cast<const uint8_t *>(k.codes) + head * k.code_bytes;
+  const uint8_t *end = codes + k.tokens * width * BITS / 8;
+  Table table = table_f(k.table);
+  int64_t groups = k.block / k.group, vectors = width / lay.rows, chunk = lay.per * BITS / 8;
+  for (int64_t i = 0; i < vectors; ++i)
+    for (int g = 0; g < G; ++g)
+      for (int64_t lane = 0; lane < 16; ++lane)
+        s.lanes[(i * G + g) * 16 + lane] = q[g * width + i * lay.rows + lane / lay.wide];
+  for (int64_t block = 0; block < k.tokens / k.block; ++block) {
+    int64_t at = head * k.scales + block * width * groups;
+    widen(k.scale + at, width * groups, s.scale);
+    widen(k.zero + at, width * groups, s.zero);
+    for (int64_t column = 0; column < lay.vectors; ++column) {
+      I places = lay.scales(column, k.group, groups);
+      F below[G];
+      for (int g = 0; g < G; ++g) below[g] = zero_f();
+      for (int64_t i = 0; i < vectors; ++i) {
+        int64_t from = i * lay.rows * groups + lay.first(column, k.group);
+        F step = lookup_f(table_f(s.scale + from), places), zero = lookup_f(table_f(s.zero + from), places);
+        for (int g = 0; g < G; ++g) {
+          F scaled = mul_f(load_f(s.lanes + (i * G + g) * 16), step);
+          store_f(s.query + (i * G + g) * 16, scaled);
+          below[g] = fma_f(scaled, zero, below[g]);
+        }
+      }
+      const uint8_t *first = codes + ((block * width) * lay.chunks + column * 16) * chunk;
+      float *to = scores + block * k.block + column * 16 * lay.per;
+      int64_t stride = lay.rows * lay.chunks * chunk;
+      score_block<BITS, G, 0>(first, end, stride, vectors, table, s.query, below, lay, to, padded, factor);
+      if constexpr (BITS != 8)
+        score_block<BITS, G, 1>(first, end, stride, vectors, table, s.query, below, lay, to, padded, factor);
+    }
+  }
+}
+
+// The query [G, width] as lanes of a token's chunks: [vectors, places, G, 16].
+template <int G> static void query_lanes(const float *q, int64_t width, const Lanes &lay, float *to) {
+  for (int64_t v = 0; v < lay.vectors; ++v)
+    for (int64_t place = 0; place < lay.per; ++place)
+      for (int g = 0; g < G; ++g)
+        for (int64_t lane = 0; lane < 16; ++lane)
+          to[((v * lay.per + place) * G + g) * 16 + lane] =
+              q[g * width + (v * 16 + lane % lay.wide) * lay.per + place];
+}
+
+template <int BITS, int G, int PLACE>
+static inline void dot_places(I chunks, Table table, const float *query, F sums[G]) {
+  F x = number<BITS, PLACE>(chunks, table);
+  for (int g = 0; g < G; ++g) sums[g] = fma_f(x, load_f(query + (PLACE * G + g) * 16), sums[g]);
+  if constexpr (PLACE + 1 < (BITS == 8 ? 4 : 8)) dot_places<BITS, G, PLACE + 1>(chunks, table, query, sums);
+}
+
+template <int BITS, int G>
+static void score_by_token(const rarefy_side &k, int64_t head, const float *q, int64_t width,
+                           float factor, float *scores, int64_t padded, const Scratch &s) {
+  int64_t tokens = k.tokens;
+  Lanes lay(BITS, width);
+  const uint8_t *codes = static_cast<const uint8_t *>(k.codes) + head * k.code_bytes;
+  const uint8_t *end = codes + k.tokens * width * BITS / 8;
+  Table table = table_f(k.table);
+  int64_t groups = width / k.group, chunk = lay.per * BITS / 8;
+  query_lanes<G>(q, width, lay, s.query);
+  alignas(64) float lane[16];
+  for (int64_t t = 0; t < tokens; t += lay.rows) {
+    if (t % tile_tokens == 0) {
+      int64_t count = (tokens - t < tile_tokens ? tokens - t : tile_tokens) * groups;
+      widen(k.scale + head * k.scales + t * groups, count, s.scale);
+      if (k.zero) widen(k.zero + head * k.scales + t * groups, count, s.zero);
+    }
+    F found[G];
+    for (int g = 0; g < G; ++g) found[g] = zero_f();
+    for (int64_t v = 0; v < lay.vectors; ++v) {
+      I chunks = load_chunks<BITS>(codes + (t * lay.chunks + v * 16) * chunk, end), places = lay.scales(v, k.group, groups);
+      int64_t from = t % tile_tokens * groups + lay.first(v, k.group);
+      F step = lookup_f(table_f(s.scale + from), places);
+      F zero = k.zero ? lookup_f(table_f(s.zero + from), places) : zero_f();
+      F sums[G];
+      for (int g = 0; g < G; ++g) sums[g] = zero_f();
+      const float *query = s.query + v * lay.per * G * 16;
+      dot_places<BITS, G, 0>(chunks, table, query, sums);
+      for (int g = 0; g < G; ++g) {
+        F all = zero_f();
+        if (k.zero)
+          for (int64_t place = 0; place < lay.per; ++place) all = add_f(all, load_f(query + (place * G + g) * 16));
+        found[g] = k.added ? fma_f(all, zero, fma_f(sums[g], step, found[g]))
+                           : fma_f(sub_f(sums[g], mul_f(all, zero)), step, found[g]);
+      }
+    }
+    for (int g = 0; g < G; ++g) {
+      if (lay.rows == 1) {
+        scores[g * padded + t] = sum_f(found[g]) * factor;
+        continue;
+      }
+      store_f(lane, found[g]);
+      for (int64_t r = 0; r < lay.rows && t + r < tokens; ++r) {
+        float sum = 0;
+        for (int64_t w = 0; w < lay.wide; ++w) sum += lane[r * lay.wide + w];
+        scores[g * padded + t + r] = sum * factor;
+      }
+    }
+  }
+}
+
+template <int BITS, int G, int HALF>
+static inline void mix_tile(const uint8_t *codes, const uint8_t *end, int64_t stride, int64_t count, Table table,
+                            const float *weights, int64_t weights_stride, float *sums) {
+  constexpr int places = 4;
+  F own[places][G];
+  for (int s = 0; s < places; ++s)
+    for (int g = 0; g < G; ++g) own[s][g] = load_f(sums + ((4 * HALF + s) * G + g) * 16);
+  for (int64_t i = 0; i < count; ++i) {
+    I chunks = load_chunks<BITS>(codes + i * stride, end);
+    F x[places] = {number<BITS, 4 * HALF>(chunks, table), number<BITS, 4 * HALF + 1>(chunks, table),
+                   number<BITS, 4 * HALF + 2>(chunks, table), number<BITS, 4 * HALF + 3>(chunks, table)};
+    for (int g = 0; g < G; ++g) {
+      F w = load_f(weights + i * weights_stride + g * 16);
+      for (int s = 0; s < places; ++s) own[s][g] = fma_f(x[s], w, own[s][g]);
+    }
+  }
+  for (int s = 0; s < places; ++s)
+    for (int g = 0; g < G; ++g) store_f(sums + ((4 * HALF + s) * G + g) * 16, own[s][g]);
+}
+
+// Values of a head, mixed by `weights` [G, padded], which may be read up to 15 beyond.
+template <int BITS, int G>
+static void mix_by_token(const rarefy_side &v, int64_t head, const float *weights, int64_t padded, int64_t width,
+                         float *out, const Scratch &s) {
+  int64_t tokens = v.tokens;
+  Lanes lay(BITS, width);
+  const uint8_t *codes = static_cast<const uint8_t *>(v.codes) + head * v.code_bytes;
+  const uint8_t *end = codes + v.tokens * width * BITS / 8;
+  Table table = table_f(v.table);
+  int64_t groups = width / v.group, chunk = lay.per * BITS / 8, all = lay.vectors * lay.per * G * 16;
+  alignas(64) int32_t row[16];
+  for (int64_t lane = 0; lane < 16; ++lane) row[lane] = int32_t(lane / lay.wide);
+  I rows = load_i(row);
+  for (int64_t i = 0; i < all; ++i) s.sums[i] = 0;
+  F lift[RAREFY_WIDTH / 64][G];  // by vectors of a row
+  for (int64_t i = 0; i < lay.vectors; ++i)
+    for (int g = 0; g < G; ++g) lift[i][g] = zero_f();
+  for (int64_t t = 0; t < tokens; t += tile_tokens) {
+    int64_t count = tokens - t < tile_tokens ? tokens - t : tile_tokens, steps = count / lay.rows;
+    widen(v.scale + head * v.scales + t * groups, count * groups, s.scale);
+    if (v.zero) widen(v.zero + head * v.scales + t * groups, count * groups, s.zero);
+    for (int64_t vector = 0; vector < lay.vectors; ++vector) {
+      I places = lay.scales(vector, v.group, groups);
+      for (int64_t i = 0; i < steps; ++i) {
+        int64_t from = i * lay.rows * groups + lay.first(vector, v.group);
+        F step = lookup_f(table_f(s.scale + from), places);
+        F zero = v.zero ? lookup_f(table_f(s.zero + from), places) : zero_f();
+        for (int g = 0; g < G; ++g) {
+          const float *share = weights + g * padded + t + i * lay.rows;
+          F w = lay.rows == 1 ? set_f(*share) : lookup_f(table_f(share), rows);
+          F scaled = mul_f(w, step);
+          store_f(s.weights + (i * G + g) * 16, scaled);
+          if (v.zero) lift[vector][g] = v.added ? fma_f(w, zero, lift[vector][g]) : sub_f(lift[vector][g], mul_f(scaled, zero));
+        }
+      }
+      const uint8_t *first = codes + (t * lay.chunks + vector * 16) * chunk;
+      int64_t stride = lay.rows * lay.chunks * chunk;
+      float *sums = s.sums + vector * lay.per * G * 16;
+      mix_tile<BITS, G, 0>(first, end, stride, steps, table, s.weights, G * 16, sums);
+      if constexpr (BITS != 8) mix_tile<BITS, G, 1>(first, end, stride, steps, table, s.weights, G * 16, sums);
+    }
+  }
+  alignas(64) float lane[16];
+  for (int64_t vector = 0; vector < lay.vectors; ++vector)
+    for (int64_t place = 0; place < lay.per; ++place)
+      for (int g = 0; g < G; ++g) {
+        store_f(lane, add_f(load_f(s.sums + ((vector * lay.per + place) * G + g) * 16), lift[vector][g]));
+        for (int64_t w = 0; w < lay.wide; ++w) {
+          float sum = 0;
+          for (int64_t r = w; r < 16; r += lay.wide) sum += lane[r];
+          out[g * width + (vector * 16 + w) * lay.per + place] = sum;
+        }
+      }
+}
+
+template <int G>
+static void scores_of(const rarefy_side &k, int64_t head, const float *q, int64_t width, float factor, float *scores,
+                      int64_t padded, const Scratch &s) {
+  if (k.kind == RAREFY_PLAIN) {
+    const char *keys = static_cast<const char *>(k.codes) + head * k.code_bytes;
+    return score<G>(q, width, keys, k.type, 0, k.tokens, factor, scores, padded);
+  }
+  bool across = k.kind == RAREFY_BY_CHANNEL;
+  auto own = k.bits == 2   ? (across ? score_by_channel<2, G> : score_by_token<2, G>)
+             : k.bits == 3 ? (across ? score_by_channel<3, G> : score_by_token<3, G>)
+             : k.bits == 4 ? (across ? score_by_channel<4, G> : score_by_token<4, G>)
+                           : (across ? score_by_channel<8, G> : score_by_token<8, G>);
+  own(k, head, q, width, factor, scores, padded, s);
+}
+
+template <int G>
+static void mixed_of(const rarefy_side &v, int64_t head, const float *weights, int64_t padded, int64_t width,
+                     float *out, const Scratch &s) {
+  if (v.kind == RAREFY_PLAIN) {
+    const char *values = static_cast<const char *>(v.codes) + head * v.code_bytes;
+    float whole[G];
+    for (int g = 0; g < G; ++g) whole[g] = 1.f;
+    int64_t k = 0;
+    for (; k + 64 <= width; k += 64) mix<G, 4>(weights, padded, whole, values, v.type, 0, v.tokens, width, k, out);
+    for (; k < width; k += 16) mix<G, 1>(weights, padded, whole, values, v.type, 0, v.tokens, width, k, out);
+    return;
+  }
+  auto own = v.bits == 2   ? mix_by_token<2, G>
+             : v.bits == 3 ? mix_by_token<3, G>
+             : v.bits == 4 ? mix_by_token<4, G>
+                           : mix_by_token<8, G>;
+  own(v, head, weights, padded, width, out, s);
+}
+
+template <int G>
+static void stretch_heads(const rarefy_stretch &stretch, int64_t head, const float *q, int64_t width, float factor,
+                          const int64_t *hidden, int64_t hidden_each, float *out, float *lse, const Scratch &s) {
+  constexpr int64_t padded = RAREFY_STRETCH + 16;
+  for (int64_t i = 0; i < stretch.key_sides; ++i)
+    scores_of<G>(stretch.keys[i], head, q, width, factor, s.scores + stretch.keys[i].first, padded, s);
+  float inverse[G];
+  for (int g = 0; g < G; ++g) {
+    float *row = s.scores + g * padded, top = -INFINITY, total = 0;
+    for (int64_t i = 0; i < hidden_each; ++i)
+      if (hidden[i] >= stretch.first && hidden[i] < stretch.first + stretch.tokens)
+        row[hidden[i] - stretch.first] = -INFINITY;
+    for (int64_t t = 0; t < stretch.tokens; ++t) top = row[t] > top ? row[t] : top;
+    float from = top == -INFINITY ? 0.f : top;
+    for (int64_t t = 0; t < stretch.tokens; t += 16) {
+      for (int i = 0; i < 16; ++i) row[t + i] -= from;
+      exp_lanes(row + t);
+    }
+    for (int64_t t = 0; t < stretch.tokens; ++t) total += row[t];
+    for (int64_t t = stretch.tokens; t < padded; ++t) row[t] = 0;
+    inverse[g] = total > 0 ? 1.f / total : 0.f;
+    lse[g] = total > 0 ? from + std::log(total) : -INFINITY;
+  }
+  for (int64_t k = 0; k < G * width; ++k) out[k] = 0;
+  for (int64_t i = 0; i < stretch.value_sides; ++i) {
+    const rarefy_side &v = stretch.values[i];
+    mixed_of<G>(v, head, s.scores + v.first, padded, width, s.mixed, s);
+    for (int64_t k = 0; k < G * width; ++k) out[k] += s.mixed[k];
+  }
+  for (int g = 0; g < G; ++g)
+    for (int64_t k = 0; k < width; ++k) out[g * width + k] *= inverse[g];
+}
+
+static int64_t attend_floats() {
+  constexpr int64_t width = RAREFY_WIDTH, each = width * 4 * 16;
+  return 4 * (RAREFY_STRETCH + 16) + 2 * each + 2 * (width * 16 + 32 * 64 + 32) + tile_tokens * 64 + each + 4 * width;
+}
+
+static void attend_stretch(const rarefy_stretch &stretch, int64_t head, const float *q, int64_t group, int64_t width,
+                           float factor, const int64_t *hidden, int64_t hidden_each, float *out, float *lse,
+                           float *memory) {
+  constexpr int64_t each = RAREFY_WIDTH * 4 * 16, scales = RAREFY_WIDTH * 16 + 32 * 64 + 32;
+  Scratch s;
+  s.scores = memory, memory += 4 * (RAREFY_STRETCH + 16);
+  s.lanes = memory, memory += each;
+  s.query = memory, memory += each;
+  s.scale = memory, memory += scales;
+  s.zero = memory, memory += scales;
+  s.weights = memory, memory += tile_tokens * 64;
+  s.sums = memory, memory += each;
+  s.mixed = memory;
+  while (group > 0) {
+    auto heads = group >= 4   ? stretch_heads<4>
+                 : group == 3 ? stretch_heads<3>
+                 : group == 2 ? stretch_heads<2>
+                              : stretch_heads<1>;
+    int64_t taken = group >= 4 ? 4 : group;
+    heads(stretch, head, q, width, factor, hidden, hidden_each, out, lse, s);
+    group -= taken, q += taken * width, out += taken * width, lse += taken;
+  }
+}
+
+static constexpr rarefy::AttendKernels attend_table = {attend_floats, attend_stretch};
+
+}  // namespace RAREFY_NS

@@ -1,0 +1,80 @@
+"""The coded tokens of a store through the native library, for a new token on the CPU; the rest is the reference's."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rarefy.formats.grids import IntegerGrid
+from rarefy.formats.scales import SingleScale
+from rarefy.kernels.cpu.attend import STRETCH, WIDTH, Half, Stretch, attend, available, fits
+from rarefy.kv.codec import Codec, Payload
+from rarefy.kv.codecs import Exact, Gridded, NormTable, RangeTable, Rotated, Trimmed
+from rarefy.kv.side import SEGMENT, Side
+from rarefy.kv.store import LayerStore
+
+
+def usable(query: Tensor) -> bool:
+    """Whether the library runs where ``query`` is."""
+    return query.device.type == "cpu" and available()
+
+
+def coded_tokens(store: LayerStore, query: Tensor, scaling: float) -> tuple[Tensor, Tensor, int] | None:
+    """Attention of ``query [B, Hq, 1, D]`` over all tokens that both keys and values have in whole blocks, without
+    their sinks: float32 ``[B, Hq, 1, D]``, its log-sum-exp ``[B, Hq, 1]``, and how many tokens that are. None where
+    there are none or the library cannot read them."""
+    assert store.keys is not None and store.values is not None
+    count, channels = min(store.keys.coded, store.values.coded), store.keys.tail.shape[3]
+    count -= count % max(store.keys.codec.tokens, store.values.codec.tokens)
+    if not count or store.codecs.pre_rope or channels != store.values.tail.shape[3] or channels > WIDTH:
+        return None
+    if channels % 16 or SEGMENT > STRETCH:
+        return None
+    found = []
+    for start in range(0, count, SEGMENT):
+        stop = min(start + SEGMENT, count)
+        keys, values = (_halves(side, start, stop) for side in (store.keys, store.values))
+        if keys is None or values is None:
+            return None
+        found.append(Stretch(start, stop - start, keys, values))
+    batch, heads = store.keys.tail.shape[:2]
+    turn, back = store.codecs.keys, store.codecs.values
+    one = turn.turn(query.float()) if isinstance(turn, Rotated) else query.float()
+    hidden = None if store.sink is None else store.sink.index
+    out, lse = attend(found, one.reshape(batch, heads, -1, channels), scaling, hidden)
+    out = out.reshape(batch, -1, 1, channels)
+    return back.back(out) if isinstance(back, Rotated) else out, lse.reshape(batch, -1, 1), count
+
+
+def _halves(side: Side, start: int, stop: int) -> tuple[Half, ...] | None:
+    """The runs of a side that hold tokens ``[start, stop)`` of one segment."""
+    found = []
+    for run in side.runs:
+        if run.start < stop and run.stop > start:
+            half = half_of(side.codec, run.payload, run.start - start, run.stop - run.start)
+            if half is None or not fits(half, side.tail.shape[3]):
+                return None
+            found.append(half)
+    return tuple(found)
+
+
+def half_of(codec: Codec, payload: Payload, first: int, tokens: int) -> Half | None:
+    """What the library reads of a run; None where it knows no such codec."""
+
+    def numbers(*names: str) -> tuple[Tensor, ...]:
+        return tuple(payload[name].contiguous() for name in names)
+
+    match codec:
+        case Rotated() | Trimmed():
+            return half_of(codec.inner, payload, first, tokens)
+        case Exact():
+            return Half("dense", first, tokens, numbers("exact"))
+        case Gridded(grid=IntegerGrid(zero="float", scales=SingleScale(dtype="float16")) as grid):
+            length = codec.tokens if codec.axis == "channel" else codec.channels
+            group = min(grid.group_size or length, length)
+            stored = numbers("codes", "scale", "zero_point")
+            return Half(codec.axis, first, tokens, stored, grid.num_bits, codec.tokens, group)
+        case NormTable() | RangeTable():
+            names = ("codes", "scale") if isinstance(codec, NormTable) else ("codes", "scale", "offset")
+            stored, table = numbers(*names), codec.decoded
+            return Half("token", first, tokens, stored, codec.num_bits, 1, codec.channels, table, added=True)
+    return None

@@ -60,12 +60,11 @@ struct Scratch {
   float *sums;           // [8 * vectors, 4, 16]
   float *mixed;          // [4, width]
 };
-constexpr int64_t tile_tokens = 32;
+constexpr int64_t tile_tokens = 64;
 
 template <int BITS, int G, int HALF>
 static inline void score_block(const uint8_t *codes, const uint8_t *end, int64_t stride, int64_t count, Table table,
-                               const float *query, const F below[G], const Lanes &lay, float *scores, int64_t padded,
-                               float factor) {
+                               const float *query, const F below[G], float *by_place, float factor) {
   constexpr int places = 4;
   F sums[places][G];
   for (int s = 0; s < places; ++s)
@@ -79,16 +78,22 @@ static inline void score_block(const uint8_t *codes, const uint8_t *end, int64_t
       for (int s = 0; s < places; ++s) sums[s][g] = fma_f(x[s], q, sums[s][g]);
     }
   }
-  alignas(64) float lane[16];
   for (int g = 0; g < G; ++g)
-    for (int s = 0; s < places; ++s) {
-      store_f(lane, sub_f(sums[s][g], below[g]));
-      float *to = scores + g * padded + 4 * HALF + s;
-      for (int64_t w = 0; w < lay.wide; ++w) {
-        float sum = 0;
-        for (int64_t r = w; r < 16; r += lay.wide) sum += lane[r];
-        to[w * lay.per] = sum * factor;
-      }
+    for (int s = 0; s < places; ++s)
+      store_f(by_place + (g * 8 + 4 * HALF + s) * 16, mul_f(sub_f(sums[s][g], below[g]), set_f(factor)));
+}
+
+// Scores [places, lanes] in the order of tokens: several rows add up, and token = lane * per + place.
+static inline void in_order(const float *by_place, const Lanes &lay, I order, float *to) {
+  if (lay.wide == 16) {
+    for (int64_t t = 0; t < 16 * lay.per; t += 16) store_f(to + t, gather_f(by_place + t / lay.per, order));
+    return;
+  }
+  for (int64_t w = 0; w < lay.wide; ++w)
+    for (int64_t place = 0; place < lay.per; ++place) {
+      float sum = 0;
+      for (int64_t r = w; r < 16; r += lay.wide) sum += by_place[place * 16 + r];
+      to[w * lay.per + place] = sum;
     }
 }
 
@@ -104,6 +109,9 @@ static void score_by_channel(const rarefy_side &k, int64_t head, const float *q,
     for (int g = 0; g < G; ++g)
       for (int64_t lane = 0; lane < 16; ++lane)
         s.lanes[(i * G + g) * 16 + lane] = q[g * width + i * lay.rows + lane / lay.wide];
+  alignas(64) int32_t places_first[16];
+  for (int64_t i = 0; i < 16; ++i) places_first[i] = int32_t(i % lay.per * 16 + i / lay.per);
+  I order = load_i(places_first);
   for (int64_t block = 0; block < k.tokens / k.block; ++block) {
     int64_t at = head * k.scales + block * width * groups;
     widen(k.scale + at, width * groups, s.scale);
@@ -124,9 +132,11 @@ static void score_by_channel(const rarefy_side &k, int64_t head, const float *q,
       const uint8_t *first = codes + ((block * width) * lay.chunks + column * 16) * chunk;
       float *to = scores + block * k.block + column * 16 * lay.per;
       int64_t stride = lay.rows * lay.chunks * chunk;
-      score_block<BITS, G, 0>(first, end, stride, vectors, table, s.query, below, lay, to, padded, factor);
+      alignas(64) float by_place[G * 8 * 16];
+      score_block<BITS, G, 0>(first, end, stride, vectors, table, s.query, below, by_place, factor);
       if constexpr (BITS != 8)
-        score_block<BITS, G, 1>(first, end, stride, vectors, table, s.query, below, lay, to, padded, factor);
+        score_block<BITS, G, 1>(first, end, stride, vectors, table, s.query, below, by_place, factor);
+      for (int g = 0; g < G; ++g) in_order(by_place + g * 8 * 16, lay, order, to + g * padded);
     }
   }
 }
@@ -316,20 +326,14 @@ static void stretch_heads(const rarefy_stretch &stretch, int64_t head, const flo
     scores_of<G>(stretch.keys[i], head, q, width, factor, s.scores + stretch.keys[i].first, padded, s);
   float inverse[G];
   for (int g = 0; g < G; ++g) {
-    float *row = s.scores + g * padded, top = -INFINITY, total = 0;
+    float *row = s.scores + g * padded, top;
     for (int64_t i = 0; i < hidden_each; ++i)
       if (hidden[i] >= stretch.first && hidden[i] < stretch.first + stretch.tokens)
         row[hidden[i] - stretch.first] = -INFINITY;
-    for (int64_t t = 0; t < stretch.tokens; ++t) top = row[t] > top ? row[t] : top;
-    float from = top == -INFINITY ? 0.f : top;
-    for (int64_t t = 0; t < stretch.tokens; t += 16) {
-      for (int i = 0; i < 16; ++i) row[t + i] -= from;
-      exp_lanes(row + t);
-    }
-    for (int64_t t = 0; t < stretch.tokens; ++t) total += row[t];
+    float total = soften(row, stretch.tokens, top);
     for (int64_t t = stretch.tokens; t < padded; ++t) row[t] = 0;
     inverse[g] = total > 0 ? 1.f / total : 0.f;
-    lse[g] = total > 0 ? from + std::log(total) : -INFINITY;
+    lse[g] = total > 0 ? top + std::log(total) : -INFINITY;
   }
   for (int64_t k = 0; k < G * width; ++k) out[k] = 0;
   for (int64_t i = 0; i < stretch.value_sides; ++i) {
@@ -343,13 +347,13 @@ static void stretch_heads(const rarefy_stretch &stretch, int64_t head, const flo
 
 static int64_t attend_floats() {
   constexpr int64_t width = RAREFY_WIDTH, each = width * 4 * 16;
-  return 4 * (RAREFY_STRETCH + 16) + 2 * each + 2 * (width * 16 + 32 * 64 + 32) + tile_tokens * 64 + each + 4 * width;
+  return 4 * (RAREFY_STRETCH + 16) + 2 * each + 2 * (width * 16 + 64 * 64 + 32) + tile_tokens * 64 + each + 4 * width;
 }
 
 static void attend_stretch(const rarefy_stretch &stretch, int64_t head, const float *q, int64_t group, int64_t width,
                            float factor, const int64_t *hidden, int64_t hidden_each, float *out, float *lse,
                            float *memory) {
-  constexpr int64_t each = RAREFY_WIDTH * 4 * 16, scales = RAREFY_WIDTH * 16 + 32 * 64 + 32;
+  constexpr int64_t each = RAREFY_WIDTH * 4 * 16, scales = RAREFY_WIDTH * 16 + 64 * 64 + 32;
   Scratch s;
   s.scores = memory, memory += 4 * (RAREFY_STRETCH + 16);
   s.lanes = memory, memory += each;

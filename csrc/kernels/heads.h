@@ -1,5 +1,7 @@
 // Attention heads over numbers of any float type, for one instruction set: scores, weights and mixed values.
 #pragma once
+#include <cmath>
+
 #include "../internal.h"
 
 namespace RAREFY_NS {
@@ -41,6 +43,25 @@ static inline void exp_lanes(float *x) {
     __builtin_memcpy(&power, &bits, 4);
     x[i] = p * power * keep;
   }
+}
+
+// Scores become weights e^(score - top), in place; `row` holds 16 numbers for each 16 of `count` begun, of which those
+// beyond become 0. The largest score goes to `top` (0 where all are -infinity), the sum of weights is returned.
+static inline float soften(float *row, int64_t count, float &top) {
+  int64_t padded = (count + 15) / 16 * 16;
+  for (int64_t t = count; t < padded; ++t) row[t] = -INFINITY;
+  F most = set_f(-INFINITY);
+  for (int64_t t = 0; t < padded; t += 16) most = max_f(most, load_f(row + t));
+  top = most_f(most);
+  float from = top == -INFINITY ? 0.f : top;
+  top = from;
+  F total = zero_f();
+  for (int64_t t = 0; t < padded; t += 16) {
+    for (int i = 0; i < 16; ++i) row[t + i] -= from;
+    exp_lanes(row + t);
+    total = add_f(total, load_f(row + t));
+  }
+  return sum_f(total);
 }
 
 // Scores of G query heads against keys [0, count): `scores` [G, padded].

@@ -133,16 +133,9 @@ static void attend_heads(const float *q, int64_t width, const void *keys, const 
   float inverse[G];
   score<G>(q, width, keys, type, first, count, scale, scores, padded);
   for (int g = 0; g < G; ++g) {
-    float *row = scores + g * padded, top = -INFINITY, total = 0;
+    float *row = scores + g * padded, top;
     if (softcap > 0) cap(row, count, softcap);
-    for (int64_t t = 0; t < count; ++t) top = row[t] > top ? row[t] : top;
-    for (int64_t t = count; t < padded; ++t) row[t] = -INFINITY;
-    for (int64_t t = 0; t < padded; t += 16) {
-      for (int i = 0; i < 16; ++i) row[t + i] -= top;
-      exp_lanes(row + t);
-    }
-    for (int64_t t = 0; t < count; ++t) total += row[t];
-    inverse[g] = 1.f / total;
+    inverse[g] = 1.f / soften(row, count, top);
   }
   int64_t k = 0;
   for (; k + 64 <= width; k += 64) mix<G, 4>(scores, padded, inverse, values, type, first, count, width, k, out);

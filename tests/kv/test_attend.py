@@ -81,7 +81,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_tensor_grows_with_the_past(name: str) -> None:
-    """The largest tensor of a decoding step is as large after four segments as after one, but for a few sums of each."""
+    """The largest tensor of a decoding step is as large after four segments as after one but for a few sums."""
     key, value = tokens(4 * SEGMENT + 40, rows=1)
     sizes = []
     for count in (SEGMENT + 40, 4 * SEGMENT + 40):

@@ -45,7 +45,7 @@ def attend(
         if fused or available(query):
             done = fused_segments(store, query, scaling)
         elif native.usable(query):
-            done = native.coded_tokens(store, query, scaling)
+            done = native.attended(store, query, scaling)
         if done is not None:
             return _attend(store, query, scaling, None, None, store.length - 1, done)
     per_query = query.shape[0] * query.shape[1] * min(SEGMENT, store.length)
@@ -83,8 +83,9 @@ def _attend(
         output, top = done[0].reshape(output.shape), done[1].reshape(top.shape)
         total, begin = torch.where(top == -torch.inf, 0.0, 1.0), done[2]
         output, top, total = _with_sinks(store, packed, scaling, begin, output, top, total)
-    for low in range(begin // SEGMENT * SEGMENT, store.length, SEGMENT):
-        start, stop = max(low, begin), min(low + SEGMENT, store.length)
+    while begin < store.length:
+        start, stop = begin, min((begin // SEGMENT + 1) * SEGMENT, store.length)
+        begin = stop
         scores = _scores(store, store.keys, packed, start, stop) * scaling
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)

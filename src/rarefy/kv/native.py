@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rarefy.formats.grids import IntegerGrid
 from rarefy.formats.scales import SingleScale
-from rarefy.kernels.cpu.attend import STRETCH, WIDTH, Half, Stretch, attend, available, fits
+from rarefy.kernels.cpu.attend import WIDTH, Half, Stretch, attend, available, fits
 from rarefy.kv.codec import Codec, Payload
 from rarefy.kv.codecs import Exact, Gridded, NormTable, RangeTable, Rotated, Trimmed
 from rarefy.kv.side import SEGMENT, Side
@@ -18,17 +18,18 @@ def usable(query: Tensor) -> bool:
     return query.device.type == "cpu" and available()
 
 
-def coded_tokens(store: LayerStore, query: Tensor, scaling: float) -> tuple[Tensor, Tensor, int] | None:
-    """Attention of ``query [B, Hq, 1, D]`` over all tokens that both keys and values have in whole blocks, without
-    their sinks: float32 ``[B, Hq, 1, D]``, its log-sum-exp ``[B, Hq, 1]``, and how many tokens that are. None where
-    there are none or the library cannot read them."""
+def attended(store: LayerStore, query: Tensor, scaling: float) -> tuple[Tensor, Tensor, int] | None:
+    """Attention of ``query [B, Hq, 1, D]`` over the first tokens of a store without its sinks: float32
+    ``[B, Hq, 1, D]``, its log-sum-exp ``[B, Hq, 1]``, and how many tokens that are: all, or where codes are rotated
+    those that both keys and values have in whole blocks. None where the library cannot read them."""
     assert store.keys is not None and store.values is not None
-    count, channels = min(store.keys.coded, store.values.coded), store.keys.tail.shape[3]
-    count -= count % max(store.keys.codec.tokens, store.values.codec.tokens)
-    if not count or store.codecs.pre_rope or channels != store.values.tail.shape[3] or channels > WIDTH:
+    channels, turn, back = store.keys.tail.shape[3], store.codecs.keys, store.codecs.values
+    if store.codecs.pre_rope or channels != store.values.tail.shape[3] or channels > WIDTH or channels % 16:
         return None
-    if channels % 16 or SEGMENT > STRETCH:
-        return None
+    count = store.length
+    if isinstance(turn, Rotated) or isinstance(back, Rotated):
+        count = min(store.keys.coded, store.values.coded)
+        count -= count % max(turn.tokens, back.tokens)
     found = []
     for start in range(0, count, SEGMENT):
         stop = min(start + SEGMENT, count)
@@ -36,8 +37,9 @@ def coded_tokens(store: LayerStore, query: Tensor, scaling: float) -> tuple[Tens
         if keys is None or values is None:
             return None
         found.append(Stretch(start, stop - start, keys, values))
+    if not found:
+        return None
     batch, heads = store.keys.tail.shape[:2]
-    turn, back = store.codecs.keys, store.codecs.values
     one = turn.turn(query.float()) if isinstance(turn, Rotated) else query.float()
     hidden = None if store.sink is None else store.sink.index
     out, lse = attend(found, one.reshape(batch, heads, -1, channels), scaling, hidden)
@@ -46,7 +48,7 @@ def coded_tokens(store: LayerStore, query: Tensor, scaling: float) -> tuple[Tens
 
 
 def _halves(side: Side, start: int, stop: int) -> tuple[Half, ...] | None:
-    """The runs of a side that hold tokens ``[start, stop)`` of one segment."""
+    """What holds tokens ``[start, stop)`` of one segment: runs, and tokens of the tail."""
     found = []
     for run in side.runs:
         if run.start < stop and run.stop > start:
@@ -54,6 +56,10 @@ def _halves(side: Side, start: int, stop: int) -> tuple[Half, ...] | None:
             if half is None or not fits(half, side.tail.shape[3]):
                 return None
             found.append(half)
+    low = max(start, side.coded)
+    if low < stop:
+        tail = side.tail.contiguous()
+        found.append(Half("dense", low - start, stop - low, (tail,), skip=low - side.coded))
     return tuple(found)
 
 

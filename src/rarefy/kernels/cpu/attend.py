@@ -27,8 +27,9 @@ _STRETCH = struct.Struct("2q2P2q")
 
 @dataclass(frozen=True)
 class Half:
-    """Keys or values of ``tokens`` tokens from the stretch's token ``first`` on: as ``numbers`` the codes (or plain
-    numbers), scale and zero, contiguous ``[B, H, ...]``; ``kind`` as in csrc/attend.h. ``table`` float32 of
+    """Keys or values of ``tokens`` tokens from the stretch's token ``first`` on: as ``numbers`` the codes, scale and
+    zero, contiguous ``[B, H, ...]``, or plain numbers ``[B, H, ...]`` of at least as many tokens from ``skip`` on;
+    ``kind`` as in csrc/attend.h. ``table`` float32 of
     ``2 ** num_bits`` entries; None: codes stand for themselves. ``added``: the zero is added after the scale."""
 
     kind: str
@@ -40,6 +41,7 @@ class Half:
     group: int = 1
     table: Tensor | None = None
     added: bool = False
+    skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,10 @@ def _side(half: Half, query: Tensor, tables: list[Tensor]) -> bytes:
     batch, heads, _, channels = query.shape
     tokens = half.tokens
     codes, *rest = half.numbers
-    wanted = [tokens * channels * (1 if half.kind == "dense" else half.num_bits)]
-    each = codes.element_size() * 8 if half.kind != "dense" else 1
+    if half.kind == "dense":
+        return _plain(half, codes, batch * heads, channels)
+    wanted = [tokens * channels * half.num_bits]
+    each = codes.element_size() * 8
     wanted += [tokens * channels // half.group] * len(rest)
     for tensor, count, unit in zip(half.numbers, wanted, [each] + [1] * len(rest), strict=True):
         if tensor.numel() * unit != count * batch * heads or not tensor.is_contiguous() or tensor.device.type != "cpu":
@@ -120,10 +124,21 @@ def _side(half: Half, query: Tensor, tables: list[Tensor]) -> bytes:
     tables.append(table)
     pairs = batch * heads
     return _SIDE.pack(
-        KINDS[half.kind], half.num_bits, TYPES.get(codes.dtype, 0), half.added, half.first, half.tokens, half.block,
+        KINDS[half.kind], half.num_bits, 0, half.added, half.first, half.tokens, half.block,
         half.group, codes.numel() * codes.element_size() // pairs, rest[0].numel() // pairs if rest else 0,
         codes.data_ptr(),
         rest[0].data_ptr() if rest else 0, rest[1].data_ptr() if len(rest) > 1 else 0, table.data_ptr(),
+    )  # fmt: skip
+
+
+def _plain(half: Half, numbers: Tensor, pairs: int, channels: int) -> bytes:
+    tokens = numbers.numel() // (pairs * channels)
+    if tokens < half.skip + half.tokens or not numbers.is_contiguous() or numbers.device.type != "cpu":
+        raise FormatError(f"{half.skip + half.tokens} tokens are read of plain numbers for {tokens}.")
+    size = numbers.element_size()
+    return _SIDE.pack(
+        KINDS["dense"], 16, TYPES[numbers.dtype], 0, half.first, half.tokens, 1, 1, tokens * channels * size, 0,
+        numbers.data_ptr() + half.skip * channels * size, 0, 0, 0,
     )  # fmt: skip
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from rarefy.core.errors import OptionError
 from rarefy.kv.codec import Codec, Payload, apply, blocks_of, join
+from rarefy.kv.later import Encoder, Pending
 
 SEGMENT = 2048
 
@@ -31,13 +33,15 @@ class Run:
 @dataclass
 class Side:
     """Tokens ``[0, coded)`` in ``runs`` and those after them in ``tail [B, H, t, D]``, together with which of them are
-    ``valid [B, t]`` (padding is not). The last ``recent`` tokens always stay in the tail."""
+    ``valid [B, t]`` (padding is not). The last ``recent`` tokens always stay in the tail, and so do those that are
+    being encoded until `settle` finds that they are."""
 
     codec: Codec
     recent: int
     tail: Tensor
     valid: Tensor
     runs: list[Run] = field(default_factory=list)
+    pending: Pending | None = None
 
     def __post_init__(self) -> None:
         if SEGMENT % self.codec.tokens:
@@ -62,22 +66,34 @@ class Side:
         """How many tokens of the tail fill whole blocks and are not recent."""
         return max(0, self.tail.shape[2] - self.recent) // self.codec.tokens * self.codec.tokens
 
-    def seal(self, exempt: Tensor) -> None:
-        """Encode all whole blocks of the tail that are not recent, each block once.
+    def seal(self, exempt: Tensor, x: Tensor | None = None, encoder: Encoder | None = None) -> None:
+        """Encode all whole blocks of the tail that are not recent, each block once; with an ``encoder``, later.
 
         ``exempt`` bool ``[B, t]``: tokens of the tail that are kept elsewhere. They and padding take the place of their
-        neighbour while a block's parameters are found, so that they do not change them.
+        neighbour while a block's parameters are found, so that they do not change them. ``x``: what is encoded, if not
+        the tail.
         """
         count = self.sealable()
-        start, done = self.coded, 0
-        while done < count:
-            size = min(count - done, SEGMENT - (start + done) % SEGMENT)
-            counts = (self.valid & ~exempt)[:, done : done + size]
-            x = _stand_in(self.tail[:, :, done : done + size].float(), counts, self.codec.tokens)
-            payload = self.codec.encode(x.unflatten(2, (-1, self.codec.tokens)))
-            self.runs.append(Run(start + done, start + done + size, payload))
+        if not count:
+            return
+        counts = (self.valid & ~exempt)[:, :count]
+        x = (self.tail if x is None else x)[:, :, :count]
+        work = partial(_encoded, self.codec, counts, self.coded)
+        if encoder is None:
+            self._adopt(work(x), count)
+        else:
+            self.pending = encoder.submit(work, x, count)
+
+    def settle(self, wait: bool = True) -> None:
+        """Take over what has been encoded meanwhile; without ``wait``, if it has."""
+        if self.pending is not None and (wait or self.pending.done()):
+            pending, self.pending = self.pending, None
+            self._adopt(pending.runs(), pending.count)
+
+    def _adopt(self, runs: list[Run], count: int) -> None:
+        for run in runs:
+            self.runs.append(run)
             self._merge()
-            done += size
         # Copies, so that the memory of what is now in code is given back.
         self.tail, self.valid = self.tail[:, :, count:].clone(), self.valid[:, count:].clone()
 
@@ -145,6 +161,19 @@ class Side:
         for low in range(0, blocks, at_once):
             part = apply(lambda tensor, low=low: tensor[:, :, low : low + at_once].clone(), payload)  # type: ignore[misc]
             self.runs.append(Run(low * tokens, (low + blocks_of(part)) * tokens, part))
+
+
+def _encoded(codec: Codec, counts: Tensor, start: int, x: Tensor) -> list[Run]:
+    """Whole blocks ``x [B, H, n, D]`` of tokens from ``start`` on, of which ``counts [B, n]``, as runs that cross no
+    segment."""
+    runs, done = [], 0
+    while done < x.shape[2]:
+        size = min(x.shape[2] - done, SEGMENT - (start + done) % SEGMENT)
+        piece = _stand_in(x[:, :, done : done + size].float(), counts[:, done : done + size], codec.tokens)
+        payload = codec.encode(piece.unflatten(2, (-1, codec.tokens)))
+        runs.append(Run(start + done, start + done + size, payload))
+        done += size
+    return runs
 
 
 def _stand_in(x: Tensor, counts: Tensor, tokens: int) -> Tensor:

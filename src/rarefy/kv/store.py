@@ -13,6 +13,7 @@ from torch import Tensor
 from rarefy.core.errors import FormatError, UnsupportedError
 from rarefy.formats.bytes import ByteCount
 from rarefy.kv.codec import Payload, nbytes, part_of, prefixed
+from rarefy.kv.later import Encoder
 from rarefy.kv.plan import LayerCodecs
 from rarefy.kv.rotary import Rotary, unrotate
 from rarefy.kv.side import Side
@@ -55,7 +56,8 @@ class LayerStore:
     """Keys and values of one layer. Nothing is kept until the first tokens say which shapes, dtype and device.
 
     ``exact_arrival``: tokens are attended to exactly in the pass that brings them; otherwise every whole block is read
-    from its codes at once, which is what simulations of a codec in one pass measure.
+    from its codes at once, which is what simulations of a codec in one pass measure. ``encoder``: blocks are encoded
+    aside, and read exactly until they are; what is stored in the end is the same.
     """
 
     codecs: LayerCodecs
@@ -69,6 +71,7 @@ class LayerStore:
     started: Tensor | None = None  # bool [B]: whether a row has had a token that tells its shift
     gaps: Tensor | None = None  # bool []: whether a token was not where it tells
     state: dict[str, SideState] = field(default_factory=dict)
+    encoder: Encoder | None = None
     plans: dict[str, Any] = field(default_factory=dict)  # what executors keep from step to step, also over `copy`
 
     @property
@@ -82,6 +85,9 @@ class LayerStore:
         positions have gaps and keys are stored without them; not before, since looking makes a GPU wait.
         """
         arrival = arrival or Arrival()
+        for side in (self.keys, self.values):
+            if side is not None:
+                side.settle(wait=False)
         valid = arrival.valid
         if valid is None:
             valid = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
@@ -106,16 +112,22 @@ class LayerStore:
         assert self.keys is not None and self.values is not None
         keys = self.keys
         for side, what in ((keys, "keys"), (self.values, "values")):
-            if count := side.sealable():
+            if side.pending is None and (count := side.sealable()):
                 _check_finite(side.tail[:, :, :count], side.valid[:, :count], f"{what} of {self.name}", side.coded)
-        if self.codecs.pre_rope and keys.sealable():
-            self._seal_without_rope(keys, first, arrival)
-        else:
-            keys.seal(self._exempt(keys))
-        self.values.seal(self._exempt(self.values))
+        if keys.pending is None and keys.sealable():
+            plain = self._without_rope(keys, first, arrival) if self.codecs.pre_rope else None
+            keys.seal(self._exempt(keys), plain, self.encoder)
+        if self.values.pending is None:
+            self.values.seal(self._exempt(self.values), None, self.encoder)
 
-    def _seal_without_rope(self, keys: Side, first: int, arrival: Arrival) -> None:
-        """Undo RoPE where blocks are encoded, so that the tail stays what attention reads."""
+    def settle(self) -> None:
+        """Wait for what is being encoded aside."""
+        for side in (self.keys, self.values):
+            if side is not None:
+                side.settle()
+
+    def _without_rope(self, keys: Side, first: int, arrival: Arrival) -> Tensor:
+        """The tail of the keys with RoPE undone; it stays itself what attention reads."""
         if self.gaps is not None and bool(self.gaps):
             raise UnsupportedError(
                 f"Positions of {self.name} do not follow each other, and its keys are to be stored without them; use a "
@@ -130,10 +142,7 @@ class LayerStore:
             rows = rotated.shape[0]
             cos = torch.cat([cos, new_cos.float().expand(rows, -1, -1)], 1)
             sin = torch.cat([sin, new_sin.float().expand(rows, -1, -1)], 1)
-        count = keys.sealable()
-        keys.tail = unrotate(rotated, cos.unsqueeze(1), sin.unsqueeze(1))
-        keys.seal(self._exempt(keys))
-        keys.tail = rotated[:, :, count:].clone()
+        return unrotate(rotated, cos.unsqueeze(1), sin.unsqueeze(1))
 
     def _angles(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         assert self.rotary is not None
@@ -202,6 +211,7 @@ class LayerStore:
         """Forget the last ``remove`` tokens."""
         if self.keys is None or self.values is None or remove <= 0:
             return
+        self.settle()
         keep = max(0, self.length - remove)
         before = self.keys.coded
         self.keys.crop(self.length - keep)
@@ -233,6 +243,7 @@ class LayerStore:
     def map_(self, function: Callable[[Tensor], Tensor]) -> None:
         """Put ``function`` of every tensor that has a row for each sequence in its place."""
         self.plans = {}
+        self.settle()
         for part in (self.keys, self.values, self.sink):
             if part is not None:
                 part.map_(function)
@@ -243,7 +254,7 @@ class LayerStore:
 
     def copy(self) -> LayerStore:
         """Another store of the same tokens that goes its own way; blocks are shared, since they never change."""
-        twin = LayerStore(self.codecs, self.name, self.exact_arrival)
+        twin = LayerStore(self.codecs, self.name, self.exact_arrival, encoder=self.encoder)
         twin.keys = None if self.keys is None else self.keys.copy()
         twin.values = None if self.values is None else self.values.copy()
         twin.sink = None if self.sink is None else Sink(self.sink.keys, self.sink.values, self.sink.index)
@@ -254,6 +265,7 @@ class LayerStore:
 
     def nbytes(self) -> ByteCount:
         """Bytes of everything that is kept for these tokens; tables that codecs share are not among them."""
+        self.settle()
         if self.keys is None or self.values is None:
             return ByteCount()
         parts = [nbytes(run.payload) for side in (self.keys, self.values) for run in side.runs]
@@ -274,6 +286,7 @@ class LayerStore:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that `restore_` needs, by name."""
+        self.settle()
         if self.keys is None or self.values is None:
             return {}
         found: dict[str, Tensor] = {}

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from rarefy.core.errors import OptionError, UnsupportedError
 from rarefy.formats.bytes import ByteCount, total
+from rarefy.kv.later import Encoder
 from rarefy.kv.plan import HeadShape, LayerCodecs
 from rarefy.kv.rotary import Rotary
 from rarefy.kv.store import Arrival, LayerStore
@@ -27,9 +28,12 @@ class CodedLayer(DynamicLayer):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, plan: Callable[[HeadShape], LayerCodecs], layer: int, layers: int, exact_arrival: bool):
+    def __init__(
+        self, plan: Callable[[HeadShape], LayerCodecs], layer: int, layers: int, exact_arrival: bool,
+        encoder: Encoder | None = None,
+    ):  # fmt: skip
         super().__init__()
-        self._plan, self._place, self._exact_arrival = plan, (layer, layers), exact_arrival
+        self._plan, self._place, self._exact_arrival, self._encoder = plan, (layer, layers), exact_arrival, encoder
         self._arrival: Arrival | None = None
         self._store: LayerStore | None = None
 
@@ -54,7 +58,7 @@ class CodedLayer(DynamicLayer):
         shape = HeadShape(
             key_states.shape[1], key_states.shape[3], value_states.shape[3], key_states.dtype, layer, layers
         )
-        self._store = LayerStore(self._plan(shape), f"layer {layer}", self._exact_arrival)
+        self._store = LayerStore(self._plan(shape), f"layer {layer}", self._exact_arrival, encoder=self._encoder)
         self.device = key_states.device
         self.is_initialized = True
 
@@ -103,8 +107,9 @@ class CodedLayer(DynamicLayer):
 
     def fork(self) -> CodedLayer:
         """Another layer of the same tokens that goes its own way."""
-        twin = CodedLayer(self._plan, *self._place, self._exact_arrival)
+        twin = CodedLayer(self._plan, *self._place, self._exact_arrival, self._encoder)
         if self._store is not None:
+            self._store.settle()
             twin._store, twin.device, twin.is_initialized = self._store.copy(), self.device, True
             twin._store.plans = {}
         return twin
@@ -124,6 +129,7 @@ class CodedCache(Cache):
         plan: Callable[[HeadShape], LayerCodecs],
         exact_arrival: bool = True,
         about: dict[str, Any] | None = None,
+        encoder: Encoder | None = None,
     ):
         text = config.get_text_config(decoder=True)
         own = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(text.num_hidden_layers)]
@@ -135,7 +141,7 @@ class CodedCache(Cache):
                 "nothing to code; leave it out."
             )
         for number, index in enumerate(places):
-            own[index] = CodedLayer(plan, number, len(places), exact_arrival)
+            own[index] = CodedLayer(plan, number, len(places), exact_arrival, encoder)
         super().__init__(layers=own)
         self._about = about or {}
 

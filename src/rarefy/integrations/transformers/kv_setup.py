@@ -20,6 +20,7 @@ from rarefy.evaluation.forward import cache_argument
 from rarefy.integrations.transformers import attention
 from rarefy.integrations.transformers.kv_cache import ROTARY, CodedCache, announce_tokens
 from rarefy.kv.codecs import Exact
+from rarefy.kv.later import Encoder
 from rarefy.kv.plan import HeadShape, LayerCodecs
 from rarefy.layers.manifest import KvEntry
 from rarefy.recipes import discover
@@ -44,12 +45,16 @@ class KvSetup:
             found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         self._fingerprint = found.hexdigest()
 
-    def __call__(self, model: Any, *, exact_arrival: bool = True) -> CodedCache:
+    def __call__(self, model: Any, *, exact_arrival: bool = True, aside: bool = False) -> CodedCache:
         """An empty cache for ``model``, which is prepared for it (`prepare_`). Unless ``exact_arrival``, whole blocks
-        are read from their codes already in the pass that brings them."""
+        are read from their codes already in the pass that brings them. ``aside``: blocks are encoded by a thread (and
+        stream) of their own and read exactly until they are; what is stored is the same. Raises OptionError for both.
+        """
+        if aside and not exact_arrival:
+            raise OptionError("Blocks that are read from their codes at once cannot be encoded aside; choose one.")
         prepare_(model)
         about = {**self.describe(), "params": self._fingerprint}
-        return CodedCache(model.config, self.plan, exact_arrival, about)
+        return CodedCache(model.config, self.plan, exact_arrival, about, Encoder() if aside else None)
 
     def plan(self, shape: HeadShape) -> LayerCodecs:
         """How a layer is stored."""

@@ -33,7 +33,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from rarefy.kernels.triton.tiles import DEPTH, KINDS, Tiles, halves, load_chunks, load_entries, numbers, pointer
+from rarefy.kernels.triton.tiles import (
+    DEPTH,
+    KINDS,
+    Tiles,
+    halves,
+    load_chunks,
+    load_entries,
+    load_table,
+    numbers,
+    pointer,
+)
 
 NUMBERS = {
     torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32,
@@ -41,7 +51,10 @@ NUMBERS = {
 }  # fmt: skip
 INDICES = {torch.uint8: tl.uint8, torch.int16: tl.int16}
 HEADS = 8  # the fewest columns that a tensor core multiplies
-PROGRAMS = 132 * 8 * 2  # that keep a large GPU busy to the end
+COLUMNS = 16  # the most that heads of several groups of tokens take
+MERGED, STRETCHES = 16, 128  # channels of a program that merges, and the stretches that it reads at once
+PROGRAMS = {"channel": 132 * 8, "token": 132 * 12}  # that a large GPU runs at once; a second round waits for the first
+ROWS = {"channel": DEPTH, "token": 4 * DEPTH}  # of a tile
 
 
 @dataclass(frozen=True)
@@ -84,8 +97,9 @@ def _is_hidden(position, batch, sinks, first, SINKS: tl.constexpr, PADDED: tl.co
 def _split(
     query, k_table, k_lut, v_table, v_lut, shifts, sinks, first, k_center, k_spread, turns, starts, part_out, part_lse,
     runs, run_tokens, parts, tiles, heads, splits, rotated, scaling,
-    GROUP_HEADS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SINKS: tl.constexpr,
-    PADDED: tl.constexpr, ROPE: tl.constexpr, NUMBERS: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr,
+    GROUP_HEADS: tl.constexpr, PITCH: tl.constexpr, VIRTUAL: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+    R: tl.constexpr, SINKS: tl.constexpr, PADDED: tl.constexpr, ROPE: tl.constexpr, NUMBERS: tl.constexpr,
+    PAIRS: tl.constexpr, STAGES: tl.constexpr,
     K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_PER: tl.constexpr, K_BLOCK: tl.constexpr, K_GROUP: tl.constexpr,
     K_SCALE: tl.constexpr, K_OFFSET: tl.constexpr, K_JOINED: tl.constexpr, K_AFFINE: tl.constexpr,
     K_ENTRIES: tl.constexpr, K_INDEX: tl.constexpr, K_RANK: tl.constexpr,
@@ -101,18 +115,23 @@ def _split(
     v_codes, v_scale, v_zero = tl.load(v_table + run), tl.load(v_table + runs + run), tl.load(v_table + 2 * runs + run)
     SLOTS: tl.constexpr = K_PER if K_KIND == 1 else 1
     N: tl.constexpr = R * SLOTS  # tokens of a tile; token r * SLOTS + slot is row r of a slot
-    K_SLOTS: tl.constexpr = 1 if K_KIND == 1 else K_PER  # parts of a key by channels
+    K_SLOTS: tl.constexpr = (2 if K_BITS == 3 else 1) if K_KIND == 1 else K_PER  # parts of a key by channels
     KX: tl.constexpr = D // K_SLOTS
+    K_NEXT: tl.constexpr = 1 if K_KIND == 1 else K_SLOTS  # from one channel of a part to the next
+    K_FIRST: tl.constexpr = KX if K_KIND == 1 else 1  # from one part's first channel to the next's
     VX: tl.constexpr = D // V_PER
     K_UNIT: tl.constexpr = 1 << K_BITS if K_KIND != 0 else 1
     V_UNIT: tl.constexpr = 1 << V_BITS if V_KIND != 0 else 1
     K_GROUPS: tl.constexpr = D // K_GROUP
     V_GROUPS: tl.constexpr = D // V_GROUP
-    FOLDED: tl.constexpr = K_KIND == 1 and K_GROUP % N == 0  # a tile's keys share their scales
+    FOLDED: tl.constexpr = K_KIND == 1 and (K_GROUP % N == 0 or VIRTUAL > 1)  # scales go into the query
+    V_PARTS: tl.constexpr = V_GROUPS if V_KIND == 2 and V_GROUPS <= 2 else 1  # scales go into as many weights
     DEEP: tl.constexpr = 16
-    member, r, kx, vx = tl.arange(0, M), tl.arange(0, R), tl.arange(0, KX), tl.arange(0, VX)
+    r, kx, vx = tl.arange(0, R), tl.arange(0, KX), tl.arange(0, VX)
     deep = tl.arange(0, DEEP)
-    real = member < GROUP_HEADS
+    # A column is a head and, where groups are shorter than a tile, the group of tokens that it sees.
+    member, virtual = tl.arange(0, M) % PITCH, tl.arange(0, M) // PITCH
+    real = (member < GROUP_HEADS) & (virtual < VIRTUAL)
     unit = scaling * 1.4426950408889634  # scores are in units of log 2
     asked = query + (pair * GROUP_HEADS + member) * D
     q = ()  # float32, by slots
@@ -120,20 +139,22 @@ def _split(
     partner = ()
     q_sum = tl.zeros((KX, M), tl.float32)
     for slot in tl.static_range(K_SLOTS):
-        at = kx * K_SLOTS + slot
-        numbers_of = tl.load(asked[None, :] + at[:, None], mask=real[None, :], other=0.0).to(tl.float32) * unit
+        own_channel = kx * K_NEXT + slot * K_FIRST
+        numbers_of = tl.load(asked[None, :] + own_channel[:, None], mask=real[None, :], other=0.0).to(tl.float32) * unit
         q = q + (numbers_of,)
         q16 = q16 + (numbers_of.to(tl.float16),)
         q_sum += q16[slot].to(tl.float32)
         if ROPE:
-            opposite = tl.where(at < rotated, at + rotated, at - rotated)
-            has_one = (at < 2 * rotated)[:, None] & real[None, :]
+            opposite = tl.where(own_channel < rotated, own_channel + rotated, own_channel - rotated)
+            has_one = (own_channel < 2 * rotated)[:, None] & real[None, :]
             numbers_of = tl.load(asked[None, :] + opposite[:, None], mask=has_one, other=0.0).to(tl.float32) * unit
-            partner = partner + (tl.where((at < rotated)[:, None], numbers_of, -numbers_of),)
+            partner = partner + (tl.where((own_channel < rotated)[:, None], numbers_of, -numbers_of),)
+    k_entries = load_table(k_lut, K_KIND, K_BITS, PAIRS)
+    v_entries = load_table(v_lut, V_KIND, V_BITS, PAIRS)
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
-    lift = tl.zeros((M,), tl.float32)
-    mixed = (tl.zeros((VX, M), tl.float32),) * V_PER
+    lift = (tl.zeros((M,), tl.float32),) * V_PARTS
+    mixed = (tl.zeros((VX, M), tl.float32),) * (V_PER * V_PARTS)
     for tile in tl.range(part * tiles, min((part + 1) * tiles, run_tokens // N), num_stages=STAGES):
         start = tile * N
         row = pair * run_tokens + start  # of tensors that lie token by token
@@ -144,47 +165,64 @@ def _split(
             PER_BLOCK: tl.constexpr = K_BLOCK // K_PER
             GROUPS: tl.constexpr = K_BLOCK // K_GROUP
             block = pair * (run_tokens // K_BLOCK) + start // K_BLOCK
-            if K_BLOCK >= N:
-                inside = start % K_BLOCK
-                chunk = kx[None, :] * PER_BLOCK + r[:, None]
-                group = kx[None, :] * GROUPS + (r[:, None] * K_PER) // K_GROUP
-            else:
-                inside = 0
-                chunk = (r[:, None] // PER_BLOCK * D + kx[None, :]) * PER_BLOCK + r[:, None] % PER_BLOCK
-                token = r[:, None] * K_PER
-                group = (token // K_BLOCK * D + kx[None, :]) * GROUPS + token % K_BLOCK // K_GROUP
-            base = block * D * PER_BLOCK + inside // K_PER
-            chunks = load_chunks(k_codes, base, chunk, r[:, None] % 4, shifts, K_BITS, K_PER)
-            base = block * D * GROUPS + inside // K_GROUP
-            if FOLDED:
-                steps = tl.load(pointer(k_scale, tl.float16) + base + kx * GROUPS).to(tl.float32) * K_UNIT
-                zeros = tl.load(pointer(k_zero, tl.float16) + base + kx * GROUPS).to(tl.float32) * (1 / K_UNIT) + 1
-                # Both terms use the query as rounded here, so a large zero does not magnify its rounding.
-                scaled = (q[0] * steps[:, None]).to(tl.float16)
-                below = tl.sum(scaled.to(tl.float32) * zeros[:, None], 0)[None, :]
-                for slot in tl.static_range(SLOTS):
-                    keys = halves(chunks, slot, K_BITS, K_BITS * K_PER, PAIRS)
-                    scores = scores + (tl.dot(keys, scaled) - below,)
-            else:
-                steps = tl.load(pointer(k_scale, tl.float16) + base + group) * K_UNIT
-                zeros = tl.load(pointer(k_zero, tl.float16) + base + group) * (1 / K_UNIT)
-                below = steps + zeros * steps
-                for slot in tl.static_range(SLOTS):
-                    keys = halves(chunks, slot, K_BITS, K_BITS * K_PER, PAIRS) * steps - below
-                    scores = scores + (tl.dot(keys, q16[0]),)
+            inside = start % K_BLOCK if K_BLOCK >= N else 0
+            for half in tl.static_range(K_SLOTS):
+                at = half * KX + kx
+                if K_BLOCK >= N:
+                    chunk = at[None, :] * PER_BLOCK + r[:, None]
+                    group = at[None, :] * GROUPS + (r[:, None] * K_PER) // K_GROUP
+                    column = at[:, None] * GROUPS + virtual[None, :]
+                else:
+                    chunk = (r[:, None] // PER_BLOCK * D + at[None, :]) * PER_BLOCK + r[:, None] % PER_BLOCK
+                    token = r[:, None] * K_PER
+                    group = (token // K_BLOCK * D + at[None, :]) * GROUPS + token % K_BLOCK // K_GROUP
+                    token = virtual[None, :] * K_GROUP
+                    column = (token // K_BLOCK * D + at[:, None]) * GROUPS + token % K_BLOCK // K_GROUP
+                base = block * D * PER_BLOCK + inside // K_PER
+                chunks = load_chunks(k_codes, base, chunk, r[:, None] % 4, shifts, K_BITS, K_PER)
+                base = block * D * GROUPS + inside // K_GROUP
+                more = ()
+                if FOLDED:
+                    if VIRTUAL > 1:
+                        steps = tl.load(pointer(k_scale, tl.float16) + base + column, mask=real[None, :], other=0.0)
+                        zeros = tl.load(pointer(k_zero, tl.float16) + base + column, mask=real[None, :], other=0.0)
+                    else:
+                        steps = tl.load(pointer(k_scale, tl.float16) + base + at * GROUPS)[:, None]
+                        zeros = tl.load(pointer(k_zero, tl.float16) + base + at * GROUPS)[:, None]
+                    # Both terms use the query as rounded here, so a large zero does not magnify its rounding.
+                    scaled = (q[half] * (steps.to(tl.float32) * K_UNIT)).to(tl.float16)
+                    below = tl.sum(scaled.to(tl.float32) * (zeros.to(tl.float32) * (1 / K_UNIT) + 1), 0)[None, :]
+                    for slot in tl.static_range(SLOTS):
+                        keys = halves(chunks, slot, K_BITS, K_BITS * K_PER, PAIRS)
+                        if half == 0:
+                            more = more + (tl.dot(keys, scaled) - below,)
+                        else:
+                            more = more + (tl.dot(keys, scaled, scores[slot]) - below,)
+                else:
+                    steps = tl.load(pointer(k_scale, tl.float16) + base + group) * K_UNIT
+                    zeros = tl.load(pointer(k_zero, tl.float16) + base + group) * (1 / K_UNIT)
+                    below = steps + zeros * steps
+                    for slot in tl.static_range(SLOTS):
+                        keys = halves(chunks, slot, K_BITS, K_BITS * K_PER, PAIRS) * steps - below
+                        if half == 0:
+                            more = more + (tl.dot(keys, q16[half]),)
+                        else:
+                            more = more + (tl.dot(keys, q16[half], scores[slot]),)
+                scores = more
             if K_ENTRIES > 0:
                 # Outliers of channels: a tile that is zero but for them.
-                entries = (block * D + kx) * K_ENTRIES
-                more = ()
-                for slot in tl.static_range(SLOTS):
-                    extra = tl.zeros((R, KX), tl.float16)
-                    for entry in tl.static_range(K_ENTRIES):
-                        place = tl.load(pointer(tl.load(k_table + 4 * runs + run), K_INDEX) + entries + entry)
-                        value = tl.load(pointer(tl.load(k_table + 3 * runs + run), tl.float16) + entries + entry)
-                        here = (inside + r * SLOTS + slot)[:, None] == place.to(tl.int32)[None, :]
-                        extra += tl.where(here, value[None, :], 0.0)
-                    more = more + (tl.dot(extra, q16[0], scores[slot]),)
-                scores = more
+                for half in tl.static_range(K_SLOTS):
+                    entries = (block * D + half * KX + kx) * K_ENTRIES
+                    more = ()
+                    for slot in tl.static_range(SLOTS):
+                        extra = tl.zeros((R, KX), tl.float16)
+                        for entry in tl.static_range(K_ENTRIES):
+                            place = tl.load(pointer(tl.load(k_table + 4 * runs + run), K_INDEX) + entries + entry)
+                            value = tl.load(pointer(tl.load(k_table + 3 * runs + run), tl.float16) + entries + entry)
+                            here = (inside + r * SLOTS + slot)[:, None] == place.to(tl.int32)[None, :]
+                            extra += tl.where(here, value[None, :], 0.0)
+                        more = more + (tl.dot(extra, q16[half], scores[slot]),)
+                    scores = more
         else:
             WIDE: tl.constexpr = KX
             wide = heads * KX if K_JOINED else WIDE  # chunks of a token's row
@@ -202,7 +240,7 @@ def _split(
                 chunks = load_chunks(k_codes, base, place, kx[None, :] % 4, shifts, K_BITS, K_PER)
             found = tl.zeros((R, M), tl.float32)
             for slot in tl.static_range(K_SLOTS):
-                keys = numbers(chunks, k_lut, slot, K_KIND, K_BITS, K_PER, PAIRS)
+                keys = numbers(chunks, k_entries, slot, K_KIND, K_BITS, K_PER, PAIRS)
                 if K_KIND == 2 and K_GROUP < D:
                     if slot == 0:
                         group = r[:, None] * K_GROUPS + (kx[None, :] * K_PER) // K_GROUP
@@ -276,7 +314,7 @@ def _split(
             right = pointer(tl.load(k_table + 6 * runs + run), tl.float16) + block * K_RANK * D
             met = tl.zeros((DEEP, M), tl.float32)
             for slot in tl.static_range(K_SLOTS):
-                factor = tl.load(right + deep[:, None] * D + (kx * K_SLOTS + slot)[None, :],
+                factor = tl.load(right + deep[:, None] * D + (kx * K_NEXT + slot * K_FIRST)[None, :],
                                  mask=(deep < K_RANK)[:, None], other=0.0)  # fmt: skip
                 met = tl.dot(factor, q16[slot], met)
             left = pointer(tl.load(k_table + 5 * runs + run), tl.float16) + row * K_RANK
@@ -286,12 +324,14 @@ def _split(
                                  mask=(deep < K_RANK)[None, :], other=0.0)  # fmt: skip
                 more = more + (tl.dot(factor, met.to(tl.float16), scores[slot]),)
             scores = more
-        if SINKS > 0 or PADDED:
+        if SINKS > 0 or PADDED or VIRTUAL > 1:
             more = ()
             for slot in tl.static_range(SLOTS):
                 position = run * run_tokens + start + r * SLOTS + slot
-                hidden = _is_hidden(position, batch, sinks, first, SINKS, PADDED)
-                more = more + (tl.where(hidden[:, None], float("-inf"), scores[slot]),)
+                hidden = _is_hidden(position, batch, sinks, first, SINKS, PADDED)[:, None]
+                if VIRTUAL > 1:
+                    hidden = hidden | ((r * SLOTS // K_GROUP)[:, None] != virtual[None, :])
+                more = more + (tl.where(hidden, float("-inf"), scores[slot]),)
             scores = more
         peaks = scores[0]
         for slot in tl.static_range(1, SLOTS):
@@ -301,11 +341,10 @@ def _split(
         fade = tl.exp2(top - safe)
         top = peak
         faded = ()
-        for slot in tl.static_range(V_PER):
+        for slot in tl.static_range(V_PER * V_PARTS):
             faded = faded + (mixed[slot] * fade[None, :],)
-        lift *= fade
         shares = tl.zeros((R, M), tl.float32)
-        lifts = tl.zeros((R, M), tl.float32)
+        lifts = (tl.zeros((R, M), tl.float32),) * V_PARTS
         ranked = tl.zeros((DEEP, M), tl.float32)
         for slot in tl.static_range(SLOTS):
             share = tl.exp2(scores[slot] - safe[None, :])
@@ -327,28 +366,33 @@ def _split(
                     )
             else:
                 chunks = load_chunks(v_codes, base, place, vx[:, None] % 4, shifts, V_BITS, V_PER)
-            if V_KIND == 2 and V_GROUP < D:
+            weighted = (weights,)
+            if V_KIND == 2 and V_GROUPS > V_PARTS:
                 group = token[None, :] * V_GROUPS + (vx[:, None] * V_PER) // V_GROUP
                 steps = tl.load(pointer(v_scale, tl.float16) + row * V_GROUPS + group) * V_UNIT
                 zeros = tl.load(pointer(v_zero, tl.float16) + row * V_GROUPS + group) * (1 / V_UNIT)
                 below = steps + zeros * steps
             elif V_KIND == 2:
-                steps = tl.load(pointer(v_scale, tl.float16) + v_row + token).to(tl.float32) * V_UNIT
-                zeros = tl.load(pointer(v_zero, tl.float16) + v_row + token).to(tl.float32) * (1 / V_UNIT) + 1
-                weights = (share * steps[:, None]).to(tl.float16)
-                lifts -= weights.to(tl.float32) * zeros[:, None]
+                weighted = ()
+                lower = ()
+                for half in tl.static_range(V_PARTS):
+                    place = (row + token) * V_GROUPS + half
+                    steps = tl.load(pointer(v_scale, tl.float16) + place).to(tl.float32) * V_UNIT
+                    zeros = tl.load(pointer(v_zero, tl.float16) + place).to(tl.float32) * (1 / V_UNIT) + 1
+                    weighted = weighted + ((share * steps[:, None]).to(tl.float16),)
+                    lower = lower + (lifts[half] - weighted[half].to(tl.float32) * zeros[:, None],)
+                lifts = lower
             elif V_KIND == 3:
                 steps = tl.load(pointer(v_scale, tl.float16) + v_row + token).to(tl.float32)
-                weights = (share * steps[:, None]).to(tl.float16)
+                weighted = ((share * steps[:, None]).to(tl.float16),)
                 if V_OFFSET:
                     offsets = tl.load(pointer(v_zero, tl.float16) + v_row + token).to(tl.float32)
-                    lifts += share * offsets[:, None]
+                    lifts = (lifts[0] + share * offsets[:, None],)
             summed = ()
             for part_of in tl.static_range(V_PER):
-                values = numbers(chunks, v_lut, part_of, V_KIND, V_BITS, V_PER, PAIRS)
-                if V_KIND == 2 and V_GROUP < D:
+                values = numbers(chunks, v_entries, part_of, V_KIND, V_BITS, V_PER, PAIRS)
+                if V_KIND == 2 and V_GROUPS > V_PARTS:
                     values = values * steps - below
-                sums = tl.dot(values, weights, faded[part_of])
                 if V_ENTRIES > 0:
                     channel = vx * V_PER + part_of + (head * D if V_JOINED else 0)
                     extra = tl.zeros((VX, R), tl.float16)
@@ -358,8 +402,11 @@ def _split(
                         value = tl.load(pointer(tl.load(v_table + 3 * runs + run), tl.float16) + entries)
                         here = channel[:, None] == index.to(tl.int32)[None, :]
                         extra += tl.where(here, value[None, :], 0.0)
-                    sums = tl.dot(extra, plain, sums)
-                summed = summed + (sums,)
+                for half in tl.static_range(V_PARTS):
+                    sums = tl.dot(values, weighted[half], faded[part_of * V_PARTS + half])
+                    if V_ENTRIES > 0:
+                        sums = tl.dot(extra, plain, sums)
+                    summed = summed + (sums,)
             faded = summed
             if V_RANK > 0:
                 left = pointer(tl.load(v_table + 5 * runs + run), tl.float16) + row * V_RANK
@@ -373,42 +420,51 @@ def _split(
             for part_of in tl.static_range(V_PER):
                 factor = tl.load(right + deep[None, :] * D + (vx * V_PER + part_of)[:, None],
                                  mask=(deep < V_RANK)[None, :], other=0.0)  # fmt: skip
-                summed = summed + (tl.dot(factor, ranked.to(tl.float16), faded[part_of]),)
+                for half in tl.static_range(V_PARTS):
+                    sums = tl.dot(factor, ranked.to(tl.float16), faded[part_of * V_PARTS + half])
+                    summed = summed + (sums,)
             faded = summed
         total = total * fade + tl.sum(shares, 0)
-        lift += tl.sum(lifts, 0)
+        lower = ()
+        for half in tl.static_range(V_PARTS):
+            lower = lower + (lift[half] * fade + tl.sum(lifts[half], 0),)
+        lift = lower
         mixed = faded
     whole = tl.where(total == 0.0, 1.0, total)
-    out = (pair * GROUP_HEADS + member) * splits + split
+    out = ((pair * GROUP_HEADS + member) * splits + split) * VIRTUAL + virtual
     for slot in tl.static_range(V_PER):
         to = part_out + out[None, :] * D + (vx * V_PER + slot)[:, None]
-        tl.store(to, (mixed[slot] + lift[None, :]) / whole[None, :], mask=real[None, :])
+        sums = mixed[slot * V_PARTS] + lift[0][None, :]
+        if V_PARTS > 1:
+            here = (vx * V_PER // V_GROUP == 1)[:, None]
+            sums = tl.where(here, mixed[slot * V_PARTS + 1] + lift[1][None, :], sums)
+        tl.store(to, sums / whole[None, :], mask=real[None, :])
     tl.store(part_lse + out, tl.where(total == 0.0, float("-inf"), top + tl.log2(whole)), mask=real)
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _merge(part_out, part_lse, out, lse, splits, D: tl.constexpr, S: tl.constexpr):
-    """Stretches of one head; log-sum-exps come in units of log 2."""
-    head, channel = tl.program_id(0).to(tl.int64), tl.arange(0, D)
+def _merge(part_out, part_lse, out, lse, splits, D: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
+    """``C`` channels of all stretches of one head, ``S`` at a time; log-sum-exps come in units of log 2."""
+    head, channel = tl.program_id(0).to(tl.int64), tl.program_id(1) * C + tl.arange(0, C)
     top = tl.full((), float("-inf"), tl.float32)
-    for start in range(0, splits, S):
-        split = start + tl.arange(0, S)
-        own = tl.load(part_lse + head * splits + split, mask=split < splits, other=float("-inf"))
-        top = tl.maximum(top, tl.max(own, 0))
-    safe = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros((), tl.float32)
-    mixed = tl.zeros((D,), tl.float32)
+    mixed = tl.zeros((C,), tl.float32)
     for start in range(0, splits, S):
         split = start + tl.arange(0, S)
         here = split < splits
-        share = tl.exp2(tl.load(part_lse + head * splits + split, mask=here, other=float("-inf")) - safe)
+        own = tl.load(part_lse + head * splits + split, mask=here, other=float("-inf"))
         place = (head * splits + split)[:, None] * D + channel[None, :]
         rows = tl.load(part_out + place, mask=here[:, None], other=0.0)
-        mixed += tl.sum(rows * share[:, None], 0)
-        total += tl.sum(share, 0)
+        peak = tl.maximum(top, tl.max(own, 0))
+        safe = tl.where(peak == float("-inf"), 0.0, peak)
+        share, fade = tl.exp2(own - safe), tl.exp2(top - safe)
+        mixed = mixed * fade + tl.sum(rows * share[:, None], 0)
+        total = total * fade + tl.sum(share, 0)
+        top = peak
     sums = tl.where(total == 0.0, 1.0, total)
     tl.store(out + head * D + channel, mixed / sums)
-    tl.store(lse + head, tl.where(total == 0.0, float("-inf"), (safe + tl.log2(sums)) * 0.6931471805599453))
+    if tl.program_id(1) == 0:
+        tl.store(lse + head, tl.where(total == 0.0, float("-inf"), (top + tl.log2(sums)) * 0.6931471805599453))
 
 
 def _power(*sizes: int) -> bool:
@@ -448,13 +504,21 @@ def fits(
     return run_tokens % max(tile, keys.block, values.block) == 0
 
 
-def _stages(keys: Tiles, values: Tiles, channels: int, rows: int) -> int:
+def _virtual(keys: Tiles, tile: int, pitch: int) -> int:
+    """How many groups of a tile's keys have columns of their own, one if scales belong to whole tiles or to too many
+    groups. ``pitch``: columns of a group."""
+    groups = tile // keys.group if keys.kind == "channel" and tile % keys.group == 0 else 1
+    return groups if pitch * groups <= COLUMNS else 1
+
+
+def _stages(keys: Tiles, values: Tiles, channels: int, tile: int, virtual: int) -> int:
     """How many tiles are loaded ahead. Tiles of scales or corrections among them would send all numbers through shared
     memory, and entries of tables are no tiles."""
-    by_group = keys.kind == "channel" and keys.group % _tile(keys, channels, rows) != 0
-    by_group |= any(side.kind == "token" and side.group < channels for side in (keys, values))
+    by_group = keys.kind == "channel" and keys.group % tile != 0 and virtual == 1
+    by_group |= keys.kind == "token" and keys.group < channels
+    by_group |= values.kind == "token" and 2 * values.group < channels
     corrected = any(side.outliers is not None or side.low_rank is not None for side in (keys, values))
-    in_table = any(side.kind in ("table", "product") for side in (keys, values))
+    in_table = any(side.kind == "product" or (side.kind == "table" and side.num_bits > 4) for side in (keys, values))
     return 1 if by_group or corrected or in_table else 2
 
 
@@ -472,45 +536,49 @@ class DecodeAttention:
         GPU). ``sinks`` int64 ``[B, S]``: tokens that are left out; ``first`` int64 ``[B]``: tokens before it are.
         ``turns``: keys are without RoPE. ``rows``: chunks (of keys by channel) or tokens of a tile. ``registers``: the
         most that a thread may have. Raises ValueError where sizes do not fit the kernel (see `fits`)."""
-        rows = rows or (DEPTH if keys.kind == "channel" else 2 * DEPTH)
+        rows = rows or ROWS.get(keys.kind, 2 * DEPTH)
         if not fits(keys, values, channels, run_tokens, rows, turns):
             raise ValueError(
                 f"{run_tokens} tokens of {channels} channels in tiles of {rows} rows do not fit the kernel."
             )
-        if num_stages is None:
-            num_stages = _stages(keys, values, channels, rows)
         self.keys, self.values = keys, values  # whose memory the addresses point to
         chunks = keys.chunk(channels), values.chunk(channels)
         self.tile = _tile(keys, channels, rows)
         runs, tiles = len(keys.runs), run_tokens // self.tile
         if parts is None:
-            parts = PROGRAMS // max(1, batch * heads * runs)
+            parts = PROGRAMS.get(keys.kind, PROGRAMS["token"]) // max(1, batch * heads * runs)
         each = -(-tiles // max(1, parts))
         parts = -(-tiles // each)
         self.splits = runs * parts
+        pitch = triton.next_power_of_2(query_heads // heads)
+        virtual = _virtual(keys, self.tile, pitch)
         empty = torch.zeros(1, device=device)
         self.out = torch.empty(batch, query_heads, channels, device=device)
         self.lse = torch.empty(batch, query_heads, device=device)
-        self._partial = torch.empty(batch * query_heads, self.splits, channels, device=device)
-        self._partial_lse = torch.empty(batch * query_heads, self.splits, device=device)
+        self._partial = torch.empty(batch * query_heads, self.splits * virtual, channels, device=device)
+        self._partial_lse = torch.empty(batch * query_heads, self.splits * virtual, device=device)
         self._grid = (batch * heads, self.splits)
+        if num_stages is None:
+            num_stages = _stages(keys, values, channels, self.tile, virtual)
+        pairs = not isinstance(_split, InterpretedFunction)
         inside, starts, rotated = empty, empty, 0
         if turns is not None:
             inside, starts = turns.tables(channels, rows, runs * run_tokens, chunks[0])
             rotated = len(turns.inv_freq)
         center, spread = (empty, empty) if keys.affine is None else keys.affine
         self._tensors = (
-            keys.pointers(device), _table(keys, empty), values.pointers(device), _table(values, empty),
+            keys.pointers(device), _table(keys, empty, pairs), values.pointers(device), _table(values, empty, pairs),
             torch.tensor([0, 24, 16, 8], dtype=torch.int32, device=device),
             empty if sinks is None else sinks, empty if first is None else first, center, spread, inside, starts,
         )  # fmt: skip
         self._sizes = (runs, run_tokens, parts, each, heads, self.splits, rotated)
         dense = next((run[0].dtype for side in (keys, values) if side.kind == "dense" for run in side.runs), None)
         self._meta: dict[str, Any] = {
-            "GROUP_HEADS": query_heads // heads, "M": max(HEADS, triton.next_power_of_2(query_heads // heads)),
-            "D": channels, "R": rows, "SINKS": 0 if sinks is None else sinks.shape[1], "PADDED": first is not None,
+            "GROUP_HEADS": query_heads // heads, "PITCH": pitch, "VIRTUAL": virtual,
+            "M": max(HEADS, pitch * virtual), "D": channels, "R": rows,
+            "SINKS": 0 if sinks is None else sinks.shape[1], "PADDED": first is not None,
             "ROPE": turns is not None, "NUMBERS": NUMBERS[dense or torch.float16],
-            "PAIRS": not isinstance(_split, InterpretedFunction), "STAGES": num_stages,
+            "PAIRS": pairs, "STAGES": num_stages,
             **_options("K", keys, chunks[0]), **_options("V", values, chunks[1]),
             "num_warps": num_warps, "num_stages": num_stages,
         }  # fmt: skip
@@ -526,15 +594,24 @@ class DecodeAttention:
             query.contiguous(), *self._tensors, self._partial, self._partial_lse, *self._sizes, scaling, **self._meta
         )
         heads, channels = self._partial.shape[0], self._partial.shape[2]
-        _merge[(heads,)](self._partial, self._partial_lse, self.out, self.lse, self.splits, D=channels, S=32)
+        _merge[(heads, channels // MERGED)](
+            self._partial, self._partial_lse, self.out, self.lse, self._partial.shape[1], D=channels, C=MERGED,
+            S=STRETCHES, num_warps=4,
+        )  # fmt: skip
         return self.out, self.lse
 
 
-def _table(side: Tiles, empty: Tensor) -> Tensor:
-    """The table as the kernel reads it: of codebooks, two numbers of an entry at once."""
+def _table(side: Tiles, empty: Tensor, pairs: bool) -> Tensor:
+    """The table as the kernel reads it: of codebooks, two numbers of an entry at once; of others on a GPU, int32 words
+    of all lower bytes, then of all upper ones."""
     if side.lut is None:
         return empty
-    return side.lut.half().contiguous().view(torch.int32) if side.kind == "product" else side.lut
+    if side.kind == "product":
+        return side.lut.half().contiguous().view(torch.int32)
+    if not pairs or side.num_bits > 4:
+        return side.lut
+    whole = side.lut.half().repeat(16 // len(side.lut))
+    return whole.view(torch.uint8).unflatten(0, (16, 2)).T.contiguous().view(torch.int32).flatten()
 
 
 def _options(prefix: str, side: Tiles, chunk: int) -> dict[str, Any]:

@@ -6,6 +6,10 @@ loaded, and its slots are taken out of it one after another. A uniform code beco
 by two bit operations for two codes.
 """
 
+# Tuples in Triton know addition only, and may grow.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -165,6 +169,47 @@ def halves(chunks, SLOT: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, 
         return (up | 0x3C00).to(tl.int16).to(tl.float16, bitcast=True)
 
 
+@triton.constexpr_function
+def _two_entries(slot: int, bits: int, width: int) -> str:
+    """Instructions that look up the codes at ``slot`` of two chunks in a table of up to 16 float16, which lies in eight
+    words: four of lower and four of upper bytes. Three bits of a code choose one of eight bytes, the fourth between two
+    such choices."""
+    place, table = slot * bits, 2 if width == 16 else 3
+    if width == 16:
+        both = f"shr.b32 a, $1, {place}; shr.b32 b, $1, {place + 16};"
+    else:
+        both = f"shr.b32 a, $1, {place}; shr.b32 b, $2, {place};"
+    word = [f"${table + 2 * number}" for number in range(8)]
+    both += f" and.b32 a, a, {(1 << bits) - 1}; and.b32 b, b, {(1 << bits) - 1}; shl.b32 b, b, 4; or.b32 a, a, b;"
+    if bits < 4:
+        chosen = f"prmt.b32 l, {word[0]}, {word[1]}, a; prmt.b32 h, {word[4]}, {word[5]}, a;"
+    else:
+        chosen = (
+            f"and.b32 b, a, {0x77}; and.b32 m, a, {0x88}; shr.b32 m, m, 1; prmt.b32 m, 0, {0xFFFFFFFF}, m;"
+            f" prmt.b32 l, {word[0]}, {word[1]}, b; prmt.b32 c, {word[2]}, {word[3]}, b; lop3.b32 l, m, c, l, 0xca;"
+            f" prmt.b32 h, {word[4]}, {word[5]}, b; prmt.b32 c, {word[6]}, {word[7]}, b; lop3.b32 h, m, c, h, 0xca;"
+        )
+    return f"{{ .reg .b32 a, b, c, h, l, m; {both} {chosen} prmt.b32 $0, l, h, {0x5140}; }}"
+
+
+@triton.constexpr_function
+def _registers(count: int) -> str:
+    return "=r" + ",r" * count
+
+
+@triton.jit
+def load_table(lut, KIND: tl.constexpr, BITS: tl.constexpr, PAIRS: tl.constexpr):
+    """What `numbers` looks codes up in: eight words in registers, or where the table is."""
+    if KIND == 3 and PAIRS and BITS <= 4:
+        one = tl.zeros((1, 1), tl.int32)
+        words = ()
+        for number in tl.static_range(8):
+            words = words + (tl.load(lut + number + one),)
+        return words
+    else:
+        return lut
+
+
 @triton.jit
 def _codes(chunks, SLOT: tl.constexpr, BITS: tl.constexpr):
     return (chunks.to(tl.int32) >> (SLOT * BITS)) & ((1 << BITS) - 1)
@@ -173,9 +218,15 @@ def _codes(chunks, SLOT: tl.constexpr, BITS: tl.constexpr):
 @triton.jit
 def numbers(chunks, lut, SLOT: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr,
             PAIRS: tl.constexpr):  # fmt: skip
-    """float16 of the codes at ``SLOT``, without their scales."""
+    """float16 of the codes at ``SLOT``, without their scales; ``lut`` as `load_table` gave it."""
     if KIND == 0:
         return chunks
+    elif KIND == 3 and PAIRS and BITS <= 4:
+        return tl.inline_asm_elementwise(
+            _two_entries(SLOT, BITS, BITS * PER), _registers(17 if BITS * PER == 16 else 18),
+            [chunks, lut[0], lut[1], lut[2], lut[3], lut[4], lut[5], lut[6], lut[7]],
+            dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
     elif KIND == 3:
         return tl.load(lut + _codes(chunks, SLOT, BITS)).to(tl.float16)
     elif KIND == 4:

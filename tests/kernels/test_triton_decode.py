@@ -119,11 +119,11 @@ def narrow_store(name: str, **changes: Any) -> LayerStore:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_whole_segments_of_a_store_go_through_the_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments of 128 tokens here: the kernel's part, the rest and sinks are one attention."""
+    """Segments of 256 tokens here: one of them, a piece of 128 tokens, the rest and sinks are one attention."""
     for module in (side, fused, attend):
-        monkeypatch.setattr(module, "SEGMENT", RUN)
+        monkeypatch.setattr(module, "SEGMENT", 2 * RUN)
     store = narrow_store(name)
-    for count in (150, 180, 1):
+    for count in (150, 330, 1):
         key, value = (torch.randn(BATCH, HEADS, count, NARROW) for _ in range(2))
         key[:, :, :2] *= 3
         key[:, :, 5:9, :3] *= 8  # outliers
@@ -132,7 +132,7 @@ def test_whole_segments_of_a_store_go_through_the_kernel(name: str, monkeypatch:
         store.append(key.to(DEVICE), value.to(DEVICE), Arrival(None, positions, cos, sin, ROTARY))
     query = torch.randn(BATCH, HEADS * 3, 1, NARROW).to(DEVICE)
     done = fused.fused_segments(store, query, 0.1)
-    assert done is not None and done[2] == 2 * RUN
+    assert done is not None and done[2] == 3 * RUN and set(store.plans) == {"segments", "pieces"}
     for _ in range(2):  # the second time with the plan that was kept
         found = attend.attend(store, query, scaling=0.1, fused=True)
         expected = attend.attend(store, query, scaling=0.1, fused=False)

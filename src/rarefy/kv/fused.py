@@ -1,4 +1,4 @@
-"""The whole segments of a store through the decode kernel, for one new token on a GPU; the rest is the reference's."""
+"""The coded tokens of a store through the decode kernel, for one new token on a GPU; the rest is the reference's."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ from rarefy.kv.codecs import (
 from rarefy.kv.side import SEGMENT, Run, Side
 from rarefy.kv.store import LayerStore
 
+PIECE = 128  # tokens after the last whole segment that the kernel reads at once
+
 if TYPE_CHECKING:
     from rarefy.kernels.triton.decode_attention import DecodeAttention
     from rarefy.kernels.triton.tiles import Tiles
@@ -42,64 +44,106 @@ class Plan:
     attention: DecodeAttention
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of one run that a kernel reads as a run of its own: ``skip`` of its tokens come before them."""
+
+    run: Run
+    skip: int = 0
+
+
 def available(query: Tensor) -> bool:
     """Whether the kernel runs where ``query`` is."""
     return query.is_cuda and find_spec("triton") is not None
 
 
 def fused_segments(store: LayerStore, query: Tensor, scaling: float) -> tuple[Tensor, Tensor, int] | None:
-    """Attention of ``query [B, Hq, 1, D]`` over whole coded segments without their sinks: float32 ``[B, Hq, 1, D]``,
-    its log-sum-exp ``[B, Hq, 1]``, and how many tokens that are. None where a codec has no tile loader or no segment is
-    full."""
+    """Attention of ``query [B, Hq, 1, D]`` over the first coded tokens without their sinks: float32 ``[B, Hq, 1, D]``,
+    its log-sum-exp ``[B, Hq, 1]``, and how many tokens that are: whole segments, and after them whole pieces. None
+    where a codec has no tile loader or no piece is full."""
     assert store.keys is not None and store.values is not None
     if store.keys.tail.shape[3] != store.values.tail.shape[3]:
         return None
-    runs = [_whole(side) for side in (store.keys, store.values)]
-    count = min(map(len, runs))
-    if not count:
-        return None
-    keys, values = (own[:count] for own in runs)
-    key = tuple(id(run.payload) for run in (*keys, *values))
-    plan = store.plans.get("decode")
-    if plan is None or plan.key != key:
-        attention = _build(store, keys, values, query)
+    sides = store.keys, store.values
+    whole = [_pieces(side, 0, SEGMENT) for side in sides]
+    begin = min(map(len, whole)) * SEGMENT
+    size = max(PIECE, *(side.codec.tokens for side in sides))
+    rest = [_pieces(side, begin, size) if begin % size == 0 else [] for side in sides]
+    turn, back = store.codecs.keys, store.codecs.values
+    one = (turn.turn(query.float()) if isinstance(turn, Rotated) else query)[:, :, 0]
+    found, count = [], 0
+    for name, pieces, tokens in (("segments", whole, SEGMENT), ("pieces", rest, size)):
+        runs = min(map(len, pieces))
+        if not runs:
+            continue
+        attention = _plan(store, name, pieces[0][:runs], pieces[1][:runs], tokens, count, query)
         if attention is None:
             return None
-        plan = store.plans["decode"] = Plan(key, attention)
-    turn, back = store.codecs.keys, store.codecs.values
-    one = turn.turn(query.float()) if isinstance(turn, Rotated) else query
-    out, lse = plan.attention(one[:, :, 0], scaling)
-    out = back.back(out) if isinstance(back, Rotated) else out.clone()
-    return out.unsqueeze(2), lse.clone().unsqueeze(2), count * SEGMENT
+        out, lse = attention(one, scaling)
+        found.append((out.clone(), lse.clone()))
+        count += runs * tokens
+    if not found:
+        return None
+    out, lse = found[0] if len(found) == 1 else _joined(*found)
+    out = back.back(out) if isinstance(back, Rotated) else out
+    return out.unsqueeze(2), lse.unsqueeze(2), count
 
 
-def _whole(side: Side) -> list[Run]:
-    """The runs of a side's full segments, one for each."""
-    found: list[Run] = []
+def _joined(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Weighted sums ``[B, Hq, D]`` of different tokens, with their log-sum-exp, as one."""
+    lse = torch.logaddexp(left[1], right[1])
+    safe = torch.where(lse == -torch.inf, 0.0, lse)
+    return sum((out * (own - safe).exp().unsqueeze(-1) for out, own in (left, right)), torch.zeros_like(left[0])), lse
+
+
+def _pieces(side: Side, start: int, size: int) -> list[Piece]:
+    """Pieces of ``size`` tokens from ``start`` on, as many as lie within a run each."""
+    found: list[Piece] = []
     for run in side.runs:
-        if run.start != len(found) * SEGMENT or run.stop - run.start != SEGMENT:
-            break
-        found.append(run)
+        while run.start <= start and start + size <= run.stop:
+            found.append(Piece(run, start - run.start))
+            start += size
     return found
 
 
-def _build(store: LayerStore, keys: list[Run], values: list[Run], query: Tensor) -> DecodeAttention | None:
+def _plan(
+    store: LayerStore, name: str, keys: list[Piece], values: list[Piece], tokens: int, origin: int, query: Tensor
+) -> DecodeAttention | None:
+    """The kernel over these pieces, which is kept until they are others."""
+    key = tuple(number for piece in (*keys, *values) for number in (id(piece.run.payload), piece.skip))
+    plan = store.plans.get(name)
+    if plan is None or plan.key != key:
+        attention = _build(store, keys, values, tokens, origin, query)
+        if attention is None:
+            return None
+        plan = store.plans[name] = Plan(key, attention)
+    return plan.attention
+
+
+def _build(
+    store: LayerStore, keys: list[Piece], values: list[Piece], tokens: int, origin: int, query: Tensor
+) -> DecodeAttention | None:
     from rarefy.kernels.triton.decode_attention import DecodeAttention, Turns, fits
 
     assert store.keys is not None
     batch, heads, _, channels = store.keys.tail.shape
-    sides = ((store.codecs.keys, keys), (store.codecs.values, values))
-    tiles = [tiles_of(codec, [run.payload for run in runs], heads) for codec, runs in sides]
+    both = []
+    for codec, pieces in ((store.codecs.keys, keys), (store.codecs.values, values)):
+        tiles = tiles_of(codec, [piece.run.payload for piece in pieces], heads)
+        if tiles is None:
+            return None
+        spans = tuple((piece.skip, piece.run.stop - piece.run.start) for piece in pieces)
+        both.append(replace(tiles, spans=spans))
     turns = None
     if store.codecs.pre_rope:
         assert store.rotary is not None and store.shift is not None
         turns = Turns(store.rotary.inv_freq.to(query.device), store.rotary.factor, store.shift)
-    if tiles[0] is None or tiles[1] is None or not fits(tiles[0], tiles[1], channels, SEGMENT, turns=turns):
+    if not fits(both[0], both[1], channels, tokens, turns=turns):
         return None
     sinks = None if store.sink is None else store.sink.index.to(query.device)
     return DecodeAttention(
-        tiles[0], tiles[1], batch, heads, query.shape[1], channels, SEGMENT, device=query.device, sinks=sinks,
-        turns=turns,
+        both[0], both[1], batch, heads, query.shape[1], channels, tokens, device=query.device, sinks=sinks,
+        turns=turns, origin=origin,
     )  # fmt: skip
 
 

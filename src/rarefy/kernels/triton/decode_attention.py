@@ -66,12 +66,13 @@ class Turns:
     factor: float
     shift: Tensor
 
-    def tables(self, channels: int, rows: int, tokens: int, slots: int) -> tuple[Tensor, Tensor]:
+    def tables(self, channels: int, rows: int, origin: int, tokens: int, slots: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the places in a tile, float16 ``[slots, 2, rows, D / slots]``, and of the first
-        positions of all tiles, float32 ``[B, tiles, 2, D]``; channels without RoPE have 1 and 0."""
+        positions of all tiles of ``tokens`` from ``origin`` on, float32 ``[B, tiles, 2, D]``; channels without RoPE
+        have 1 and 0."""
         device = self.inv_freq.device
         inside = self._both(torch.arange(rows, device=device), channels)  # [2, rows, D]
-        first = torch.arange(0, tokens, rows, device=device) + self.shift.to(device)[:, None]
+        first = torch.arange(origin, origin + tokens, rows, device=device) + self.shift.to(device)[:, None]
         starts = self._both(first, channels)
         starts[..., : 2 * len(self.inv_freq)] *= self.factor
         inside = inside.unflatten(-1, (-1, slots)).permute(3, 0, 1, 2)
@@ -93,10 +94,10 @@ def _is_hidden(position, batch, sinks, first, SINKS: tl.constexpr, PADDED: tl.co
     return hidden
 
 
-@triton.jit(do_not_specialize=["runs", "run_tokens", "parts", "tiles", "heads", "splits", "rotated"])
+@triton.jit(do_not_specialize=["runs", "run_tokens", "parts", "tiles", "heads", "splits", "rotated", "origin"])
 def _split(
     query, k_table, k_lut, v_table, v_lut, shifts, sinks, first, k_center, k_spread, turns, starts, part_out, part_lse,
-    runs, run_tokens, parts, tiles, heads, splits, rotated, scaling,
+    runs, run_tokens, parts, tiles, heads, splits, rotated, origin, scaling,
     GROUP_HEADS: tl.constexpr, PITCH: tl.constexpr, VIRTUAL: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
     R: tl.constexpr, SINKS: tl.constexpr, PADDED: tl.constexpr, ROPE: tl.constexpr, NUMBERS: tl.constexpr,
     PAIRS: tl.constexpr, STAGES: tl.constexpr,
@@ -113,6 +114,8 @@ def _split(
     batch, head = pair // heads, pair % heads
     k_codes, k_scale, k_zero = tl.load(k_table + run), tl.load(k_table + runs + run), tl.load(k_table + 2 * runs + run)
     v_codes, v_scale, v_zero = tl.load(v_table + run), tl.load(v_table + runs + run), tl.load(v_table + 2 * runs + run)
+    k_tokens = tl.multiple_of(tl.load(k_table + 7 * runs + run), 16)  # from one head to the next
+    v_tokens = tl.multiple_of(tl.load(v_table + 7 * runs + run), 16)
     SLOTS: tl.constexpr = K_PER if K_KIND == 1 else 1
     N: tl.constexpr = R * SLOTS  # tokens of a tile; token r * SLOTS + slot is row r of a slot
     K_SLOTS: tl.constexpr = (2 if K_BITS == 3 else 1) if K_KIND == 1 else K_PER  # parts of a key by channels
@@ -157,14 +160,14 @@ def _split(
     mixed = (tl.zeros((VX, M), tl.float32),) * (V_PER * V_PARTS)
     for tile in tl.range(part * tiles, min((part + 1) * tiles, run_tokens // N), num_stages=STAGES):
         start = tile * N
-        row = pair * run_tokens + start  # of tensors that lie token by token
-        k_row = batch * run_tokens + start if K_JOINED else row
-        v_row = batch * run_tokens + start if V_JOINED else row
+        # Rows of tensors that lie token by token.
+        k_row = (batch if K_JOINED else pair) * k_tokens + start
+        v_row = (batch if V_JOINED else pair) * v_tokens + start
         scores = ()
         if K_KIND == 1:
             PER_BLOCK: tl.constexpr = K_BLOCK // K_PER
             GROUPS: tl.constexpr = K_BLOCK // K_GROUP
-            block = pair * (run_tokens // K_BLOCK) + start // K_BLOCK
+            block = pair * (k_tokens // K_BLOCK) + start // K_BLOCK
             inside = start % K_BLOCK if K_BLOCK >= N else 0
             for half in tl.static_range(K_SLOTS):
                 at = half * KX + kx
@@ -244,8 +247,8 @@ def _split(
                 if K_KIND == 2 and K_GROUP < D:
                     if slot == 0:
                         group = r[:, None] * K_GROUPS + (kx[None, :] * K_PER) // K_GROUP
-                        steps = tl.load(pointer(k_scale, tl.float16) + row * K_GROUPS + group) * K_UNIT
-                        zeros = tl.load(pointer(k_zero, tl.float16) + row * K_GROUPS + group) * (1 / K_UNIT)
+                        steps = tl.load(pointer(k_scale, tl.float16) + k_row * K_GROUPS + group) * K_UNIT
+                        zeros = tl.load(pointer(k_zero, tl.float16) + k_row * K_GROUPS + group) * (1 / K_UNIT)
                         below = steps + zeros * steps
                     keys = keys * steps - below
                 if ROPE:
@@ -310,14 +313,14 @@ def _split(
                 found += tl.sum(own * value[:, :, None], 1)
             scores = scores + (found,)
         if K_RANK > 0:
-            block = pair * (run_tokens // K_BLOCK) + start // K_BLOCK
+            block = pair * (k_tokens // K_BLOCK) + start // K_BLOCK
             right = pointer(tl.load(k_table + 6 * runs + run), tl.float16) + block * K_RANK * D
             met = tl.zeros((DEEP, M), tl.float32)
             for slot in tl.static_range(K_SLOTS):
                 factor = tl.load(right + deep[:, None] * D + (kx * K_NEXT + slot * K_FIRST)[None, :],
                                  mask=(deep < K_RANK)[:, None], other=0.0)  # fmt: skip
                 met = tl.dot(factor, q16[slot], met)
-            left = pointer(tl.load(k_table + 5 * runs + run), tl.float16) + row * K_RANK
+            left = pointer(tl.load(k_table + 5 * runs + run), tl.float16) + k_row * K_RANK
             more = ()
             for slot in tl.static_range(SLOTS):
                 factor = tl.load(left + (r * SLOTS + slot)[:, None] * K_RANK + deep[None, :],
@@ -327,7 +330,7 @@ def _split(
         if SINKS > 0 or PADDED or VIRTUAL > 1:
             more = ()
             for slot in tl.static_range(SLOTS):
-                position = run * run_tokens + start + r * SLOTS + slot
+                position = origin + run * run_tokens + start + r * SLOTS + slot
                 hidden = _is_hidden(position, batch, sinks, first, SINKS, PADDED)[:, None]
                 if VIRTUAL > 1:
                     hidden = hidden | ((r * SLOTS // K_GROUP)[:, None] != virtual[None, :])
@@ -369,14 +372,14 @@ def _split(
             weighted = (weights,)
             if V_KIND == 2 and V_GROUPS > V_PARTS:
                 group = token[None, :] * V_GROUPS + (vx[:, None] * V_PER) // V_GROUP
-                steps = tl.load(pointer(v_scale, tl.float16) + row * V_GROUPS + group) * V_UNIT
-                zeros = tl.load(pointer(v_zero, tl.float16) + row * V_GROUPS + group) * (1 / V_UNIT)
+                steps = tl.load(pointer(v_scale, tl.float16) + v_row * V_GROUPS + group) * V_UNIT
+                zeros = tl.load(pointer(v_zero, tl.float16) + v_row * V_GROUPS + group) * (1 / V_UNIT)
                 below = steps + zeros * steps
             elif V_KIND == 2:
                 weighted = ()
                 lower = ()
                 for half in tl.static_range(V_PARTS):
-                    place = (row + token) * V_GROUPS + half
+                    place = (v_row + token) * V_GROUPS + half
                     steps = tl.load(pointer(v_scale, tl.float16) + place).to(tl.float32) * V_UNIT
                     zeros = tl.load(pointer(v_zero, tl.float16) + place).to(tl.float32) * (1 / V_UNIT) + 1
                     weighted = weighted + ((share * steps[:, None]).to(tl.float16),)
@@ -409,12 +412,12 @@ def _split(
                     summed = summed + (sums,)
             faded = summed
             if V_RANK > 0:
-                left = pointer(tl.load(v_table + 5 * runs + run), tl.float16) + row * V_RANK
+                left = pointer(tl.load(v_table + 5 * runs + run), tl.float16) + v_row * V_RANK
                 factor = tl.load(left + token[None, :] * V_RANK + deep[:, None],
                                  mask=(deep < V_RANK)[:, None], other=0.0)  # fmt: skip
                 ranked = tl.dot(factor, plain, ranked)
         if V_RANK > 0:
-            block = pair * (run_tokens // V_BLOCK) + start // V_BLOCK
+            block = pair * (v_tokens // V_BLOCK) + start // V_BLOCK
             right = pointer(tl.load(v_table + 6 * runs + run), tl.float16) + block * V_RANK * D
             summed = ()
             for part_of in tl.static_range(V_PER):
@@ -529,13 +532,14 @@ class DecodeAttention:
     def __init__(
         self, keys: Tiles, values: Tiles, batch: int, heads: int, query_heads: int, channels: int, run_tokens: int, *,
         device: torch.device, parts: int | None = None, sinks: Tensor | None = None, first: Tensor | None = None,
-        turns: Turns | None = None, rows: int | None = None, num_warps: int = 1, num_stages: int | None = None,
-        registers: int | None = None,
+        turns: Turns | None = None, origin: int = 0, rows: int | None = None, num_warps: int = 1,
+        num_stages: int | None = None, registers: int | None = None,
     ):  # fmt: skip
         """``run_tokens``: tokens of each run. ``parts``: programs for each run and KV head (None: enough to fill the
         GPU). ``sinks`` int64 ``[B, S]``: tokens that are left out; ``first`` int64 ``[B]``: tokens before it are.
-        ``turns``: keys are without RoPE. ``rows``: chunks (of keys by channel) or tokens of a tile. ``registers``: the
-        most that a thread may have. Raises ValueError where sizes do not fit the kernel (see `fits`)."""
+        ``turns``: keys are without RoPE. ``origin``: the first run's first token. ``rows``: chunks (of keys by channel)
+        or tokens of a tile. ``registers``: the most that a thread may have. Raises ValueError where sizes do not fit
+        the kernel (see `fits`)."""
         rows = rows or ROWS.get(keys.kind, 2 * DEPTH)
         if not fits(keys, values, channels, run_tokens, rows, turns):
             raise ValueError(
@@ -563,15 +567,16 @@ class DecodeAttention:
         pairs = not isinstance(_split, InterpretedFunction)
         inside, starts, rotated = empty, empty, 0
         if turns is not None:
-            inside, starts = turns.tables(channels, rows, runs * run_tokens, chunks[0])
+            inside, starts = turns.tables(channels, rows, origin, runs * run_tokens, chunks[0])
             rotated = len(turns.inv_freq)
         center, spread = (empty, empty) if keys.affine is None else keys.affine
         self._tensors = (
-            keys.pointers(device), _table(keys, empty, pairs), values.pointers(device), _table(values, empty, pairs),
+            keys.pointers(device, run_tokens), _table(keys, empty, pairs),
+            values.pointers(device, run_tokens), _table(values, empty, pairs),
             torch.tensor([0, 24, 16, 8], dtype=torch.int32, device=device),
             empty if sinks is None else sinks, empty if first is None else first, center, spread, inside, starts,
         )  # fmt: skip
-        self._sizes = (runs, run_tokens, parts, each, heads, self.splits, rotated)
+        self._sizes = (runs, run_tokens, parts, each, heads, self.splits, rotated, origin)
         dense = next((run[0].dtype for side in (keys, values) if side.kind == "dense" for run in side.runs), None)
         self._meta: dict[str, Any] = {
             "GROUP_HEADS": query_heads // heads, "PITCH": pitch, "VIRTUAL": virtual,

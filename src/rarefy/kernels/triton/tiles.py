@@ -56,7 +56,8 @@ class Tiles:
 
     ``block``: tokens of a block of ``channel`` codes and of corrections. ``group``: tokens or channels that share a
     scale. ``lut``: float32 table of ``table`` codes; of ``product`` codes float16 ``[parts, entries, width]``.
-    ``affine``: center and scale float32 ``[H, D]`` of what a table gives for keys.
+    ``affine``: center and scale float32 ``[H, D]`` of what a table gives for keys. ``spans``: of each run, how many
+    tokens are skipped and how many there are in memory, where that is not just what is read.
     """
 
     kind: str
@@ -69,14 +70,17 @@ class Tiles:
     affine: tuple[Tensor, Tensor] | None = None
     outliers: Outliers | None = None
     low_rank: LowRank | None = None
+    spans: tuple[tuple[int, int], ...] | None = None
 
-    def pointers(self, device: torch.device) -> Tensor:
-        """Addresses int64 ``[7, runs]``: codes, scale, zero; outliers and their indices; both factors."""
+    def pointers(self, device: torch.device, run_tokens: int) -> Tensor:
+        """Addresses int64 ``[8, runs]``: codes, scale, zero; outliers and their indices; both factors. The last row
+        says how many tokens of a head are in memory, which ``run_tokens`` are unless ``spans`` says otherwise."""
         rows = []
         for number, run in enumerate(self.runs):
+            skip, length = self.spans[number] if self.spans else (0, run_tokens)
             more = [(None, None) if part is None else part.runs[number] for part in (self.outliers, self.low_rank)]
             tensors = [*run, *[None] * (3 - len(run)), *more[0], *more[1]]
-            rows.append([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+            rows.append([0 if tensor is None else _address(tensor, skip, length) for tensor in tensors] + [length])
         return torch.tensor(rows, dtype=torch.int64).T.contiguous().to(device)
 
     def chunk(self, channels: int) -> int:
@@ -94,6 +98,12 @@ class Tiles:
         elif self.outliers is not None or self.low_rank is not None:
             most = min(most, self.block // DEPTH)
         return next((per for per in (8, 4, 2) if per <= most and per * self.num_bits in (8, 16, 24, 32)), 0)
+
+
+def _address(tensor: Tensor, skip: int, length: int) -> int:
+    """Where token ``skip`` of the first head's ``length`` begins."""
+    size = tensor.numel() * tensor.element_size() // (tensor.shape[0] * tensor.shape[1])
+    return int(tensor.data_ptr()) + skip * size // length
 
 
 @triton.jit

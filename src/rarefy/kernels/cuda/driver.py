@@ -1,4 +1,4 @@
-"""Kernels compiled where they are used, by the compiler that PyTorch brings along (NVRTC), and launched by the driver."""
+"""Kernels compiled where they are used, by the compiler that PyTorch brings along (NVRTC), and their launch."""
 
 from __future__ import annotations
 

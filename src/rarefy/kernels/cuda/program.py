@@ -15,13 +15,13 @@ from rarefy.kernels.cuda import driver
 from rarefy.kernels.cuda.layout import TILE, step_of
 
 SOURCE = Path(__file__).with_name("linear.cu")
-NUMBERS = {None: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}  # SCALE and ZERO of the source
+NUMBERS = {None: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}  # in the source
 
 
 @dataclass(frozen=True)
 class Code:
-    """What is stored. ``group``: columns of a scale, 0 for the whole row; ``table``: codes are looked up in one table of
-    16-bit numbers; ``scale``, ``zero``: their types; without a zero, ``center`` is the code that means zero."""
+    """What is stored. ``group``: columns of a scale, 0 for the whole row; ``table``: codes are looked up in one table
+    of 16-bit numbers; ``scale``, ``zero``: their types; without a zero, ``center`` is the code that means zero."""
 
     bits: int
     group: int = 0
@@ -39,9 +39,10 @@ class Code:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the work is cut up. A warp computes ``16 * tiles`` rows for ``8 * tokens`` tokens; a block has ``across`` warps
-    over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps of weights are
-    loaded ahead into registers. ``stages`` steps of activations go through shared memory (0: read from memory)."""
+    """How the work is cut up. A warp computes ``16 * tiles`` rows for ``8 * tokens`` tokens; a block has ``across``
+    warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps of
+    weights are loaded ahead into registers. ``stages`` steps of activations go through shared memory (0: read from
+    memory)."""
 
     tiles: int = 1
     tokens: int = 1
@@ -106,7 +107,7 @@ def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
     return -(-rows // tuning.rows), tuning.split, -(-tokens // (8 * tuning.tokens))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def kernel(device: int, code: Code, tuning: Tuning, half: bool) -> driver.Kernel:
     """Compiled for ``device``, once in a process. Raises UnsupportedError where that fails."""
     macros = [f"-D{name}={value}" for name, value in definitions(code, tuning, half).items()]

@@ -1,0 +1,135 @@
+"""Execution layouts of ``linear.cu`` in terms of tensors, and back. Nothing is lost either way; any device.
+
+A warp takes 16 rows (a tile) and ``step`` columns at once. Lane ``4 g + t`` holds, for each block of 16 columns, the
+codes of rows ``g`` and ``g + 8`` in four columns, as four pairs: an operand of ``mma.m16n8k16`` whose columns are
+reordered so that the lane's columns are neighbours (``span`` of them: a block's own four, or the eight of two blocks).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TILE, BLOCK = 16, 16
+BITS = (1, 2, 3, 4, 8)
+
+
+def step_of(bits: int) -> int:
+    """Columns of a step: whole 16-byte loads of a lane, and 128 where that is possible."""
+    return 256 if bits in (1, 3) else 128
+
+
+def pack_codes(codes: Tensor, bits: int, span: int, together: bool) -> Tensor:
+    """Codes uint8 ``[rows, columns]`` as int32 ``[tiles, steps, loads, 32, 4]``.
+
+    Pairs of a lane follow each other in a word, ``16 // bits`` of them: the first code of each in the lower half of the
+    word and the second in the upper half, or ``together`` in neighbouring bits. Three bits make 5 pairs a word and
+    leave a bit of each half of three words (or two bits of each word) to a sixteenth pair.
+    """
+    step = step_of(bits)
+    lanes = _lanes(_pad(_pad(codes, 0, TILE), 1, step), step, span)  # [tiles, steps, 32, pairs, 2]
+    if bits == 3:
+        words = _words_of_three(lanes, together)
+    else:
+        words = _words(lanes, bits, together)
+    return words.unflatten(-1, (-1, 4)).transpose(2, 3).contiguous()
+
+
+def unpack_codes(packed: Tensor, bits: int, span: int, together: bool, rows: int, columns: int) -> Tensor:
+    """Inverse of ``pack_codes``: uint8 ``[rows, columns]``."""
+    words = packed.transpose(2, 3).flatten(-2)
+    lanes = _lanes_of_three(words, together) if bits == 3 else _lanes_of(words, bits, together)
+    tiles, steps = packed.shape[:2]
+    step = step_of(bits)
+    parts = lanes.reshape(tiles, steps, 8, 4, *_inner(step, span), 2, 2, 2)  # t's own columns, q, h, f
+    if span == 8:  # tiles, steps, g, t, p, e, q, h, f
+        dense = parts.permute(0, 7, 2, 1, 4, 3, 5, 6, 8)
+    else:  # tiles, steps, g, t, b, q, h, f
+        dense = parts.permute(0, 6, 2, 1, 4, 3, 5, 7)
+    return dense.reshape(tiles * TILE, steps * step)[:rows, :columns].contiguous()
+
+
+def pack_pairs(numbers: Tensor) -> Tensor:
+    """Numbers of rows and groups ``[rows, groups]`` as ``[tiles, groups, 8, 2]``, rows ``g`` and ``g + 8`` together."""
+    return _pad(numbers, 0, TILE).unflatten(0, (-1, 2, 8)).permute(0, 3, 2, 1).contiguous()
+
+
+def unpack_pairs(pairs: Tensor, rows: int) -> Tensor:
+    """Inverse of ``pack_pairs``."""
+    return pairs.permute(0, 3, 2, 1).flatten(0, 2)[:rows].contiguous()
+
+
+def pair_table(table: Tensor) -> Tensor:
+    """A table ``[entries]`` of 16-bit floats as that of two codes at once, int32 ``[entries ** 2]``."""
+    low = table.view(torch.int16).to(torch.int32) & 0xFFFF
+    return (low[None, :] | (low[:, None] << 16)).flatten().contiguous()
+
+
+def _inner(step: int, span: int) -> tuple[int, ...]:
+    return (step // 32, 2) if span == 8 else (step // BLOCK,)
+
+
+def _lanes(codes: Tensor, step: int, span: int) -> Tensor:
+    """``[rows, columns]`` to ``[tiles, steps, 32, pairs, 2]``."""
+    tiles, steps = codes.shape[0] // TILE, codes.shape[1] // step
+    if span == 8:
+        parts = codes.reshape(tiles, 2, 8, steps, step // 32, 4, 2, 2, 2)  # h, g, steps, p, t, e, q, f
+        lanes = parts.permute(0, 3, 2, 5, 4, 6, 7, 1, 8)
+    else:
+        parts = codes.reshape(tiles, 2, 8, steps, step // BLOCK, 4, 2, 2)  # h, g, steps, b, t, q, f
+        lanes = parts.permute(0, 3, 2, 5, 4, 6, 1, 7)
+    return lanes.reshape(tiles, steps, 32, step // 4, 2)
+
+
+def _places(bits: int, together: bool, device: torch.device) -> Tensor:
+    """Where the two codes of each pair of a word start, int32 ``[pairs, 2]``."""
+    pairs = torch.arange(16 // bits if bits != 3 else 5, dtype=torch.int32, device=device)[:, None]
+    second = torch.arange(2, dtype=torch.int32, device=device)
+    return pairs * 2 * bits + second * bits if together or bits == 8 else pairs * bits + second * 16
+
+
+def _words(lanes: Tensor, bits: int, together: bool) -> Tensor:
+    shifts = _places(bits, together, lanes.device)
+    parts = lanes.unflatten(3, (-1, shifts.shape[0])).to(torch.int32) << shifts
+    return parts.sum((-2, -1), dtype=torch.int32)
+
+
+def _lanes_of(words: Tensor, bits: int, together: bool) -> Tensor:
+    shifts = _places(bits, together, words.device)
+    return ((words[..., None, None] >> shifts) & ((1 << bits) - 1)).to(torch.uint8).flatten(3, 4)
+
+
+def _words_of_three(lanes: Tensor, together: bool) -> Tensor:
+    parts = lanes.unflatten(3, (-1, 16)).to(torch.int32)  # sixteen pairs to three words
+    first, last = parts[..., :15, :].unflatten(-2, (3, 5)), parts[..., 15, :]
+    words = (first << _places(3, together, lanes.device)).sum((-2, -1), dtype=torch.int32)
+    number = torch.arange(3, dtype=torch.int32, device=lanes.device)
+    if together:
+        index = (last[..., 0] | (last[..., 1] << 3)).unsqueeze(-1)
+        words |= ((index >> 2 * number) & 3) << 30
+    else:
+        bit = (last.unsqueeze(-2) >> number[:, None]) & 1
+        words |= (bit << torch.tensor([15, 31], dtype=torch.int32, device=lanes.device)).sum(-1, dtype=torch.int32)
+    return words.flatten(-2)
+
+
+def _lanes_of_three(words: Tensor, together: bool) -> Tensor:
+    threes = words.unflatten(-1, (-1, 3))
+    first = ((threes[..., None, None] >> _places(3, together, words.device)) & 7).flatten(-3, -2)
+    number = torch.arange(3, dtype=torch.int32, device=words.device)
+    if together:
+        index = (((threes >> 30) & 3) << 2 * number).sum(-1, dtype=torch.int32)
+        last = torch.stack([index & 7, index >> 3], -1)
+    else:
+        places = torch.tensor([15, 31], dtype=torch.int32, device=words.device)
+        last = (((threes.unsqueeze(-1) >> places) & 1) << number[:, None]).sum(-2, dtype=torch.int32)
+    return torch.cat([first, last.unsqueeze(-2)], -2).flatten(3, 4).to(torch.uint8)
+
+
+def _pad(values: Tensor, dim: int, multiple: int) -> Tensor:
+    missing = -values.shape[dim] % multiple
+    if not missing:
+        return values
+    shape = list(values.shape)
+    shape[dim] = missing
+    return torch.cat([values, values.new_zeros(shape)], dim)

@@ -1,0 +1,337 @@
+// Y[token][row] = sum over columns of X[token][column] * W[row][column], W in code, on tensor cores (mma.m16n8k16).
+//
+// Weights are the 16-row side of the product, so that a token costs an eighth of a tile and codes become operands in
+// the registers they were loaded into: layout.py stores them in the order in which a warp's lanes want them. A code is
+// turned into a small whole number by putting it into the mantissa of a power of two and subtracting; scales and zeros
+// enter afterwards, on float32 sums over a group, so no weight is ever rounded to 16 bits.
+//
+// The macros below are given at compile time (see tuning.py for what is chosen when).
+//   BITS, GROUP (columns of a scale; 0: the whole row), STEP (columns that a warp takes at once), SPAN (neighbouring
+//   columns of a lane), TABLE (codes are looked up), SCALE, ZERO (types), CENTER (what is subtracted from a code),
+//   HALF (float16 activations, else bfloat16),
+//   TILES (of 16 rows for a warp), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns),
+//   DEPTH (steps loaded ahead), STAGED (activations go through shared memory), STAGES, SPLIT (blocks over columns)
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef long long i64;
+
+enum { NONE = 0, F32 = 1, F16 = 2, BF16 = 3, U8 = 4 };
+
+struct Arguments {
+  const uint4* codes;
+  const void* scale;    // [tiles][groups][8][2]: rows g and g + 8 of a tile beside each other
+  const void* zero;     // likewise
+  const u32* table;     // pairs of 16-bit numbers, [1 << 2 * BITS]
+  const u16* x;         // [tokens][stride]
+  u16* y;               // [tokens][rows]
+  float* partial;       // [SPLIT][tokens][rows]
+  u32* arrived;         // [blocks], zero before and after
+  int rows, columns, steps, groups, tokens, stride;
+  float multiplier;
+};
+
+#ifndef RAREFY_EMULATED
+#include "machine.cuh"
+#endif
+
+constexpr int LOADS = STEP * BITS / 256;  // of 16 bytes, for a lane, tile and step
+constexpr int BLOCKS = STEP / 16;         // of 16 columns
+constexpr int PART = GROUP == 0 || GROUP > STEP ? BLOCKS : GROUP / 16;  // blocks that share a scale
+constexpr int PARTS = BLOCKS / PART;
+constexpr int THREADS = 32 * ACROSS * ALONG;
+constexpr int ROWS = 16 * TILES * ACROSS, COLUMNS = STEP * ALONG, WIDTH = 8 * TOKENS;
+constexpr int PITCH = 2 * COLUMNS + 64;   // bytes of a staged token; 64 keep the banks apart
+constexpr int SUM_PITCH = ROWS + 4;
+constexpr int COPIES = TABLE ? 32 : 0;    // of the table: each lane has a bank to itself
+constexpr int TABLE_BYTES = TABLE ? (4 * COPIES) << (2 * BITS) : 0;
+constexpr u32 MAGIC = HALF ? 0x64006400u : 0x43004300u;  // 1024 or 128, twice: codes fit below their mantissas' ends
+constexpr u32 MAGIC_VALUE = HALF ? 1024 : 128;
+constexpr u32 ONES = HALF ? 0x3C003C00u : 0x3F803F80u;
+
+// Minus a whole number below 256 (HALF: 2048) and 2 to the power -n as 16-bit floats, twice.
+device constexpr u32 minus(u32 number) {
+  u32 exponent = 0;
+  while (number >> (exponent + 1)) ++exponent;
+  const u32 fraction = HALF ? number << 10 >> exponent & 1023 : number << 7 >> exponent & 127;
+  return (0x8000u | (HALF ? 15 + exponent << 10 : 127 + exponent << 7) | fraction) * 0x10001u;
+}
+device constexpr u32 inverse_power(u32 n) { return (HALF ? 15 - n << 10 : 127 - n << 7) * 0x10001u; }
+
+// ---- A pair of scales or zeros.
+
+template <int TYPE> struct Pair { u32 raw; };
+template <> struct Pair<F32> { uint2 raw; };
+template <> struct Pair<U8> { u16 raw; };
+template <> struct Pair<NONE> {};
+
+template <int TYPE> device void load(Pair<TYPE>& pair, const void* base, i64 index) {
+  if constexpr (TYPE == F32) pair.raw = load_once(static_cast<const uint2*>(base) + index);
+  else if constexpr (TYPE == U8) pair.raw = load_once(static_cast<const u16*>(base) + index);
+  else if constexpr (TYPE != NONE) pair.raw = load_once(static_cast<const u32*>(base) + index);
+}
+
+template <int TYPE> device float number(const Pair<TYPE>& pair, int which) {
+  if constexpr (TYPE == F32) return as_float(which ? pair.raw.y : pair.raw.x);
+  else if constexpr (TYPE == U8) return float(which ? pair.raw >> 8 : pair.raw & 255);
+  else if constexpr (TYPE == F16) return half_value(u16(which ? pair.raw >> 16 : pair.raw));
+  else if constexpr (TYPE == BF16) return as_float(which ? pair.raw & 0xFFFF0000u : pair.raw << 16);
+  else return 1.0f;
+}
+
+// ---- From codes to operands.
+
+// The 16-bit numbers of pair i (0..3) of block b. Both codes of a pair lie at the same place of a word's two halves, or
+// for a table beside each other, so that together they are one index.
+device u32 operand(const u32* words, int b, int i, const u32* table) {
+  if constexpr (TABLE) {
+    u32 index;
+    if constexpr (BITS == 3) {
+      const u32* own = words + 3 * (b / 4);
+      const int pair = 4 * (b % 4) + i;
+      index = pair < 15 ? own[pair / 5] >> 6 * (pair % 5)
+                        : own[0] >> 30 | own[1] >> 30 << 2 | own[2] >> 30 << 4;
+    } else {
+      constexpr int PAIRS = 16 / BITS;  // in a word
+      const int pair = 4 * b + i;
+      index = words[pair / PAIRS] >> 2 * BITS * (pair % PAIRS);
+    }
+    return table[(index & ((1u << 2 * BITS) - 1)) * COPIES];
+  } else if constexpr (BITS == 8) {
+    const u32 word = words[2 * b + i / 2];
+    if constexpr (HALF) return fused(permuted(word, MAGIC, i % 2 ? 0x5352 : 0x5150), ONES, minus(MAGIC_VALUE + CENTER));
+    const float low = as_float(permuted(word, 0x4B000000u, i % 2 ? 0x7442 : 0x7440)) - (8388608.0f + CENTER);
+    const float high = as_float(permuted(word, 0x4B000000u, i % 2 ? 0x7443 : 0x7441)) - (8388608.0f + CENTER);
+    return bf16_pair(low, high);
+  } else {
+    // Places of a 16-bit half that lie below the mantissa's end need no shift: the product takes their factor out.
+    constexpr int PLACES = BITS == 4 ? 1 : BITS == 3 ? 2 : BITS == 2 ? 3 : 7;
+    constexpr u32 MASK = ((1u << BITS) - 1) * 0x10001u;
+    u32 found;
+    int place = 0;
+    const int pair = BITS == 4 ? i : BITS == 2 ? 4 * (b % 2) + i : 4 * (b % 4) + i;
+    if (BITS == 3 && pair == 15) {
+      const u32* own = words + 3 * (b / 4);
+      found = (own[0] >> 15 & 0x10001u) | (own[1] >> 14 & 0x20002u) | (own[2] >> 13 & 0x40004u) | MAGIC;
+    } else {
+      const u32 word = words[BITS == 4 ? b : BITS == 2 ? b / 2 : BITS == 3 ? 3 * (b / 4) + pair / 5 : b / 4];
+      const int own = BITS == 3 ? pair % 5 : pair;
+      place = BITS * (own % PLACES);
+      found = chosen(word >> BITS * (own / PLACES * PLACES), MASK << place, MAGIC);
+    }
+    return fused(found, inverse_power(place), minus((MAGIC_VALUE >> place) + CENTER));
+  }
+}
+
+// ---- Activations: four words of one token for two blocks.
+
+struct Words { u32 at[4]; };
+
+device Words columns_of(const u8* token, int pair, int t) {
+  Words found;
+  if constexpr (SPAN == 8) {
+    const uint4 all = *reinterpret_cast<const uint4*>(token + 64 * pair + 16 * t);
+    found.at[0] = all.x, found.at[1] = all.y, found.at[2] = all.z, found.at[3] = all.w;
+  } else {
+    const uint2 first = *reinterpret_cast<const uint2*>(token + 64 * pair + 8 * t);
+    const uint2 second = *reinterpret_cast<const uint2*>(token + 64 * pair + 32 + 8 * t);
+    found.at[0] = first.x, found.at[1] = first.y, found.at[2] = second.x, found.at[3] = second.y;
+  }
+  return found;
+}
+
+device Words columns_of_memory(const Arguments& a, int token, int column, int pair, int t) {
+  const u16* row = a.x + i64(token) * a.stride + column;
+  const int first = 32 * pair + SPAN * t, last = first + (SPAN == 8 ? 4 : 16);
+  const bool known = token < a.tokens;
+  Words found;
+  if constexpr (SPAN == 8) {
+    const uint4 all = load_shared_by_all(reinterpret_cast<const uint4*>(row + first), known && column + first < a.columns);
+    found.at[0] = all.x, found.at[1] = all.y, found.at[2] = all.z, found.at[3] = all.w;
+  } else {
+    const uint2 half = load_shared_by_all(reinterpret_cast<const uint2*>(row + first), known && column + first < a.columns);
+    const uint2 more = load_shared_by_all(reinterpret_cast<const uint2*>(row + last), known && column + last < a.columns);
+    found.at[0] = half.x, found.at[1] = half.y, found.at[2] = more.x, found.at[3] = more.y;
+  }
+  return found;
+}
+
+// ---- What a warp has loaded ahead of one step.
+
+struct Slot {
+  u32 words[TILES][4 * LOADS];
+  Pair<SCALE> scale[TILES][PARTS];
+  Pair<ZERO> zero[TILES][PARTS];
+};
+
+device void fetch(Slot& slot, const Arguments& a, int first_tile, int step, int lane) {
+  const int tiles = (a.rows + 15) / 16;
+#pragma unroll
+  for (int r = 0; r < TILES; ++r) {
+    const i64 tile = first_tile + r < tiles ? first_tile + r : tiles - 1;
+    const uint4* codes = a.codes + (tile * a.steps + step) * LOADS * 32 + lane;
+#pragma unroll
+    for (int l = 0; l < LOADS; ++l) {
+      const uint4 loaded = load_once(codes + 32 * l);
+      slot.words[r][4 * l] = loaded.x, slot.words[r][4 * l + 1] = loaded.y;
+      slot.words[r][4 * l + 2] = loaded.z, slot.words[r][4 * l + 3] = loaded.w;
+    }
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p) {
+      int group = GROUP == 0 ? 0 : GROUP > STEP ? step / (GROUP > STEP ? GROUP / STEP : 1) : step * PARTS + p;
+      group = group < a.groups ? group : a.groups - 1;  // columns that fill up the last step
+      const i64 index = (tile * a.groups + group) * 8 + lane / 4;
+      load(slot.scale[r][p], a.scale, index);
+      load(slot.zero[r][p], a.zero, index);
+    }
+  }
+}
+
+extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments a) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int across = warp % ACROSS, along = warp / ACROSS, g = lane / 4, t = lane % 4;
+  const int first_tile = (blockIdx.x * ACROSS + across) * TILES;
+  const int first_row = blockIdx.x * ROWS, first_token = blockIdx.z * WIDTH;
+  const int share = (a.steps + SPLIT - 1) / SPLIT;
+  const int begin = blockIdx.y * share, end = begin + share < a.steps ? begin + share : a.steps;
+  const int rounds = end > begin ? (end - begin + ALONG - 1) / ALONG : 0;
+  shared_memory(pool);
+  u8* stages = pool + TABLE_BYTES;
+
+  Slot slots[DEPTH];
+#pragma unroll
+  for (int d = 0; d < DEPTH; ++d)
+    if (begin + d * ALONG + along < end) fetch(slots[d], a, first_tile, begin + d * ALONG + along, lane);
+
+  const u32* table = nullptr;
+  if constexpr (COPIES > 0) {
+    u32* copies = reinterpret_cast<u32*>(pool);
+    for (int n = threadIdx.x; n < COPIES << (2 * BITS); n += THREADS) copies[n] = a.table[n / 32];
+    table = copies + lane;
+    block_barrier();
+  }
+  wait_for_earlier_kernels();  // weights never depend on them
+
+  auto stage = [&](int round) {
+    if (round < rounds) {
+      u8* target = stages + round % STAGES * (WIDTH * PITCH);
+      const int first = (begin + round * ALONG) * STEP;
+      for (int n = threadIdx.x; n < WIDTH * (COLUMNS / 8); n += THREADS) {
+        const int token = n / (COLUMNS / 8), column = n % (COLUMNS / 8) * 8;
+        const bool real = first_token + token < a.tokens && first + column < a.columns;
+        const u16* source = a.x + i64(first_token + token) * a.stride + first + column;
+        copy_async(target + token * PITCH + 2 * column, real ? source : a.x, real);
+      }
+    }
+    commit_copies();
+  };
+  if constexpr (STAGED)
+    for (int round = 0; round < STAGES - 1; ++round) stage(round);
+
+  float sums[TILES][TOKENS][4] = {};
+  for (int base = 0; base < rounds; base += DEPTH) {
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d) {
+      const int round = base + d, step = begin + round * ALONG + along;
+      if (DEPTH > 1 && round >= rounds) break;
+      const u8* tokens = nullptr;
+      if constexpr (STAGED) {
+        wait_for_copies<STAGES - 2>();
+        block_barrier();
+        stage(round + STAGES - 1);
+        tokens = stages + round % STAGES * (WIDTH * PITCH) + g * PITCH + along * STEP * 2;
+      }
+      if (step < end) {
+        float part[TILES][TOKENS][4], ones[TOKENS][4];
+        Words x[TOKENS];
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b) {
+          if (b % 2 == 0) {
+#pragma unroll
+            for (int n = 0; n < TOKENS; ++n) {
+              if constexpr (STAGED) x[n] = columns_of(tokens + 8 * n * PITCH, b / 2, t);
+              else x[n] = columns_of_memory(a, first_token + 8 * n + g, step * STEP, b / 2, t);
+            }
+          }
+          if (b % PART == 0) {
+#pragma unroll
+            for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+              for (int j = 0; j < 4; ++j) {
+                ones[n][j] = 0.0f;
+#pragma unroll
+                for (int r = 0; r < TILES; ++r) part[r][n][j] = 0.0f;
+              }
+          }
+#pragma unroll
+          for (int r = 0; r < TILES; ++r) {
+            u32 weights[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) weights[i] = operand(slots[d].words[r], b, i, table);
+#pragma unroll
+            for (int n = 0; n < TOKENS; ++n) multiply(part[r][n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
+          }
+          if constexpr (ZERO != NONE) {
+            const u32 weights[4] = {ONES, ONES, ONES, ONES};
+#pragma unroll
+            for (int n = 0; n < TOKENS; ++n) multiply(ones[n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
+          }
+          if (b % PART == PART - 1) {
+#pragma unroll
+            for (int r = 0; r < TILES; ++r)
+#pragma unroll
+              for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                  float value = part[r][n][j];
+                  if constexpr (ZERO != NONE) value += (CENTER - number(slots[d].zero[r][b / PART], j / 2)) * ones[n][j];
+                  sums[r][n][j] += number(slots[d].scale[r][b / PART], j / 2) * value;
+                }
+          }
+        }
+      }
+      const int next = step + DEPTH * ALONG;
+      if (next < end) fetch(slots[d], a, first_tile, next, lane);
+    }
+  }
+
+  // Warps along the columns meet in shared memory, blocks along the columns in device memory, always in one order.
+  if constexpr (STAGED) {
+    wait_for_copies<0>();
+    block_barrier();
+  }
+  float* meeting = reinterpret_cast<float*>(stages);
+#pragma unroll
+  for (int r = 0; r < TILES; ++r)
+#pragma unroll
+    for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int row = (across * TILES + r) * 16 + g + j / 2 * 8, token = 8 * n + 2 * t + j % 2;
+        meeting[(along * WIDTH + token) * SUM_PITCH + row] = sums[r][n][j];
+      }
+  block_barrier();
+  for (int n = threadIdx.x; n < WIDTH * ROWS; n += THREADS) {
+    const int token = n / ROWS, row = n % ROWS;
+    float sum = 0.0f;
+#pragma unroll
+    for (int k = 0; k < ALONG; ++k) sum += meeting[(k * WIDTH + token) * SUM_PITCH + row];
+    if (first_token + token >= a.tokens || first_row + row >= a.rows) continue;
+    const i64 place = i64(first_token + token) * a.rows + first_row + row;
+    if constexpr (SPLIT == 1) a.y[place] = rounded<HALF>(sum * a.multiplier);
+    else a.partial[i64(blockIdx.y) * a.tokens * a.rows + place] = sum;
+  }
+  if constexpr (SPLIT > 1) {
+    if (!last_to_arrive(a.arrived + blockIdx.z * gridDim.x + blockIdx.x, SPLIT)) return;
+    for (int n = threadIdx.x; n < WIDTH * ROWS; n += THREADS) {
+      const int token = n / ROWS, row = n % ROWS;
+      if (first_token + token >= a.tokens || first_row + row >= a.rows) continue;
+      const i64 place = i64(first_token + token) * a.rows + first_row + row;
+      float sum = 0.0f;
+#pragma unroll
+      for (int k = 0; k < SPLIT; ++k) sum += load_fresh(a.partial + i64(k) * a.tokens * a.rows + place);
+      a.y[place] = rounded<HALF>(sum * a.multiplier);
+    }
+  }
+}

@@ -1,0 +1,132 @@
+// What the kernels ask of the machine, in PTX; tests put a processor's answer in its place. No header is needed, so
+// that the compiler which PyTorch brings along is enough.
+
+#define device __device__ __forceinline__
+#define global __global__
+#define shared_memory(name) extern __shared__ __align__(128) u8 name[]
+
+#if __CUDA_ARCH__ >= 900
+#define ORDERED 1
+#else
+#define ORDERED 0
+#endif
+
+// ---- Memory.
+
+// Read once by the whole grid: not worth a place in the first cache.
+device uint4 load_once(const uint4* from) {
+  uint4 to;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w) : "l"(from));
+  return to;
+}
+device uint2 load_once(const uint2* from) {
+  uint2 to;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(to.x), "=r"(to.y) : "l"(from));
+  return to;
+}
+device u32 load_once(const u32* from) {
+  u32 to;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(to) : "l"(from));
+  return to;
+}
+device u16 load_once(const u16* from) {
+  u16 to;
+  asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(to) : "l"(from));
+  return to;
+}
+// Read by many blocks, or zeros.
+device uint4 load_shared_by_all(const uint4* from, bool real) {
+  uint4 to = {0, 0, 0, 0};
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0;\n"
+               "@p ld.global.nc.L1::evict_last.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+               : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w) : "l"(from), "r"(u32(real)));
+  return to;
+}
+device uint2 load_shared_by_all(const uint2* from, bool real) {
+  uint2 to = {0, 0};
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0;\n"
+               "@p ld.global.nc.L1::evict_last.v2.u32 {%0, %1}, [%2]; }"
+               : "+r"(to.x), "+r"(to.y) : "l"(from), "r"(u32(real)));
+  return to;
+}
+device float load_fresh(const float* from) {
+  float to;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(to) : "l"(from) : "memory");
+  return to;
+}
+// Sixteen bytes into shared memory, or zeros.
+device void copy_async(u8* to, const u16* from, bool real) {
+  const u32 address = static_cast<u32>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(real ? 16 : 0) : "memory");
+}
+device void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> device void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+// ---- Order.
+
+device void block_barrier() { __syncthreads(); }
+device void wait_for_earlier_kernels() {
+#if ORDERED
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Whether this block is the last of `count` to come here; what the others wrote before is then visible.
+device bool last_to_arrive(u32* arrived, u32 count) {
+  __shared__ u32 before;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    before = atomicAdd(arrived, 1u);
+    if (before == count - 1) *arrived = 0;
+  }
+  __syncthreads();
+  if (before != count - 1) return false;
+  __threadfence();
+  return true;
+}
+
+// ---- Numbers.
+
+device float as_float(u32 bits) { return __uint_as_float(bits); }
+device float half_value(u16 bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+template <bool HALF_> device u16 rounded(float value) {
+  u16 bits;
+  if constexpr (HALF_) asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  else asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+device u32 bf16_pair(float low, float high) {
+  u32 pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+// a * b + c on two 16-bit numbers each.
+device u32 fused(u32 a, u32 b, u32 c) {
+  u32 d;
+  if constexpr (HALF) asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  else asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+// (word & mask) | others
+device u32 chosen(u32 word, u32 mask, u32 others) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(word), "r"(mask), "r"(others));
+  return d;
+}
+device u32 permuted(u32 a, u32 b, u32 bytes) { return __byte_perm(a, b, bytes); }
+device void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  if constexpr (HALF)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}

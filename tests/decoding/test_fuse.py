@@ -36,12 +36,12 @@ def test_every_operation_is_there_once_and_in_order(family: str) -> None:
 def test_a_layer_is_seven_operations() -> None:
     program = build(build_model("llama"))
     kinds = [type(operation) for operation in fuse(program.operations)]
-    assert kinds == [Embed, AddNorm, *(LAYER + [AddNorm]) * program.layers, Projects]
+    assert kinds == [Embed, AddNorm, *[*LAYER, AddNorm] * program.layers, Projects]
     sizes = [len(operation.parts) for operation in fuse(program.operations) if isinstance(operation, Projects)]
     assert sizes == [*[3, 1, 2, 1] * program.layers, 1]
     sandwich = build(build_model("gemma2"))
     kinds = [type(operation) for operation in fuse(sandwich.operations)]
-    assert kinds == [Embed, AddNorm, *(LAYER + [AddNorm]) * sandwich.layers, Projects, Cap]
+    assert kinds == [Embed, AddNorm, *[*LAYER, AddNorm] * sandwich.layers, Projects, Cap]
 
 
 def test_what_is_no_neighbour_stays_apart() -> None:

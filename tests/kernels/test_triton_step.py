@@ -8,6 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from rarefy.kernels.triton import step
+from rarefy.kernels.triton.pick import Picker
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, GROUP, CHANNELS = 2, 3, 24
@@ -72,7 +73,7 @@ def test_the_token_of_the_largest_logit_the_first_of_equal_ones() -> None:
     logits[1, [17, 8999]] = 9.0
     logits[2] = -torch.inf
     logits[2, 4242] = -1.0
-    pick = step.Picker(3, vocabulary, 8, DEVICE)
+    pick = Picker(3, vocabulary, 8, DEVICE)
     tokens = torch.zeros(3, dtype=torch.int64, device=DEVICE)
     positions = torch.tensor([0, 6, 7], dtype=torch.int32, device=DEVICE)
     for _ in range(2):
@@ -112,7 +113,7 @@ def test_draws_are_from_what_the_warpers_leave(
 ) -> None:
     vocabulary = 40
     logits = random(2, vocabulary, dtype=dtype) * 2
-    pick = step.Picker(2, vocabulary, 4, DEVICE)
+    pick = Picker(2, vocabulary, 4, DEVICE)
     pick.settings.copy_(torch.tensor([1 / temperature, top_k, top_p]))
     tokens = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     positions = torch.zeros(2, dtype=torch.int32, device=DEVICE)
@@ -124,7 +125,7 @@ def test_draws_are_from_what_the_warpers_leave(
 
 def test_draws_have_the_shares_of_the_softmax() -> None:
     draws, logits = 500, torch.tensor([1.0, -1.0, 0.5, 2.0], device=DEVICE)
-    pick = step.Picker(draws, 4, 4, DEVICE)
+    pick = Picker(draws, 4, 4, DEVICE)
     pick.settings.fill_(0.8)
     tokens = torch.zeros(draws, dtype=torch.int64, device=DEVICE)
     positions = torch.zeros(draws, dtype=torch.int32, device=DEVICE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from rarefy.decoding.fuse import AddNorm, Attention, Fused, Projects, fuse
 from rarefy.decoding.program import Add, Cap, Embed, Gate, Norm, Program, Rotate
 from rarefy.decoding.sampling import Sampling
 from rarefy.kernels.triton import step
+from rarefy.kernels.triton.pick import Picker
 
 WRITTEN = 1024  # tokens that can be written without the host
 # How a step ends: with its logits, or by picking tokens: (draw, of the top k, of the top p).
@@ -31,7 +32,7 @@ class _Step:
     tokens: Tensor
     positions: Tensor
     attend: step.Attention
-    pick: step.Picker
+    pick: Picker
     place: tuple[int, ...] = ()  # of the cache that the graphs read
     graphs: dict[Ending, tuple[Callable[[], None], Tensor]] = field(default_factory=dict)
 
@@ -158,7 +159,7 @@ class GraphExecutor:
                 torch.zeros(sequences, dtype=torch.int64, device=device),
                 torch.zeros(sequences, dtype=torch.int32, device=device),
                 step.Attention(sequences, program.heads, program.kv_heads, program.head_dim, device),
-                step.Picker(sequences, program.vocabulary, WRITTEN, device),
+                Picker(sequences, program.vocabulary, WRITTEN, device),
             )
         place = keys.data_ptr(), values.data_ptr(), capacity
         if at.place != place:
@@ -226,7 +227,7 @@ class GraphExecutor:
                     at[out] = step.embed(at["tokens"], table.weight, scale)
                 case AddNorm(norm, add, branch):
                     added = None if add is None else at[add.y]
-                    at[norm.out] = step.add_norm(at[norm.x], _gain(norm), added, branch and _gain(branch))
+                    at[norm.out] = step.add_norm(at[norm.x], _gain(norm), added, _gain(branch))
                 case Projects(parts):
                     for part, made in zip(parts, self._products[parts[0].name](at[parts[0].x]), strict=True):
                         at[part.out] = made
@@ -245,7 +246,7 @@ class GraphExecutor:
         return step.Heads(
             program.heads, program.kv_heads, program.head_dim, attend.scale,
             self._turned(operation.q_rotate, capacity), attend.window, attend.softcap,
-            operation.q_norm and _gain(operation.q_norm), operation.k_norm and _gain(operation.k_norm),
+            _gain(operation.q_norm), _gain(operation.k_norm),
         )  # fmt: skip
 
     def _turned(self, rotate: Rotate, capacity: int) -> Tensor:
@@ -268,7 +269,15 @@ def _mix(operation: Attention, q: Tensor, keys: Tensor, values: Tensor) -> Tenso
     )[0]  # fmt: skip
 
 
-def _gain(norm: Norm) -> step.Gain:
+@overload
+def _gain(norm: Norm) -> step.Gain: ...
+@overload
+def _gain(norm: None) -> None: ...
+@overload
+def _gain(norm: Norm | None) -> step.Gain | None: ...
+def _gain(norm: Norm | None) -> step.Gain | None:
+    if norm is None:
+        return None
     return step.Gain(norm.weight, norm.eps, step.CENTRED if norm.centred else step.PLAIN)
 
 

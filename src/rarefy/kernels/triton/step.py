@@ -29,7 +29,7 @@ _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 
 
 @triton.jit
-def _begin(EARLY: tl.constexpr):
+def begin(EARLY: tl.constexpr):
     """Let the next launch begin, and wait for what the one before has written."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -52,7 +52,7 @@ def _normed(x, gain, width, eps, KIND: tl.constexpr):
 
 @triton.jit
 def _embed(tokens, table, out, width, scale, SCALED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    _begin(EARLY)
+    begin(EARLY)
     row, channel = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = channel < width
     x = tl.load(table + tl.load(tokens + row) * width + channel, mask=here)
@@ -69,7 +69,7 @@ def _add_norm(
     row, channel = tl.program_id(0).to(tl.int64) * width, tl.arange(0, BLOCK)
     here = channel < width
     weight = tl.load(gain + channel, mask=here, other=0.0)  # which no launch writes
-    _begin(EARLY)
+    begin(EARLY)
     x = tl.load(hidden + row + channel, mask=here, other=0.0)
     if ADD:
         y = tl.load(branch + row + channel, mask=here, other=0.0)
@@ -85,7 +85,7 @@ def _gate(
     gate, up, out, width, gate_stride, up_stride,
     KIND: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    _begin(EARLY)
+    begin(EARLY)
     row, channel = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = channel < width
     narrow = tl.load(gate + row * gate_stride + channel, mask=here, other=0.0)
@@ -141,7 +141,7 @@ def _attend(
     SPLITS: tl.constexpr, Q_KIND: tl.constexpr, K_KIND: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr,
     DOT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    _begin(EARLY)
+    begin(EARLY)
     pair, split = tl.program_id(0), tl.program_id(1)
     sequence, head = (pair // heads).to(tl.int64), pair % heads
     position = tl.load(positions + sequence)
@@ -244,105 +244,13 @@ def _place(
     tl.store(values + place, value.to(values.dtype.element_ty), mask=here)
 
 
-@triton.jit
-def _ordered(x):
-    """Whole numbers that are in the order of the floats ``x``."""
-    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
-
-
-@triton.jit
-def _keep(
-    logits, settings, kept, vocabulary, BITS: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
-    BLOCK: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """The least logit, as an ordered number, that top-k and top-p leave: found bit by bit from the highest."""
-    _begin(EARLY)
-    sequence = tl.program_id(0)
-    row = logits + sequence.to(tl.int64) * vocabulary
-    sharpness, top_k, top_p = tl.load(settings), tl.load(settings + 1).to(tl.int32), tl.load(settings + 2)
-    least = tl.zeros((), tl.uint32)
-    if TOP_K:
-        for number in range(BITS):
-            candidate = least | (tl.full((), 0x80000000, tl.uint32) >> number)
-            count = tl.zeros((), tl.int32)
-            for begin in range(0, vocabulary, BLOCK):
-                at = begin + tl.arange(0, BLOCK)
-                x = tl.load(row + at, mask=at < vocabulary, other=float("-inf"))
-                count += tl.sum(((_ordered(x) >= candidate) & (at < vocabulary)).to(tl.int32), 0)
-            least = tl.where(count >= top_k, candidate, least)
-    if TOP_P:
-        peak = tl.full((), float("-inf"), tl.float32)
-        for begin in range(0, vocabulary, BLOCK):
-            at = begin + tl.arange(0, BLOCK)
-            x = tl.load(row + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
-            peak = tl.maximum(peak, tl.max(x, 0))
-        bottom, needed = least, tl.zeros((), tl.float32)
-        least = tl.zeros((), tl.uint32)
-        for number in range(BITS + 1):
-            # The first pass weighs all that top-k left.
-            bit = tl.where(number == 0, 0, tl.full((), 0x80000000, tl.uint32) >> tl.maximum(number - 1, 0))
-            candidate = least | bit
-            mass = tl.zeros((), tl.float32)
-            for begin in range(0, vocabulary, BLOCK):
-                at = begin + tl.arange(0, BLOCK)
-                x = tl.load(row + at, mask=at < vocabulary, other=float("-inf"))
-                order = _ordered(x)
-                heavy = tl.exp((x.to(tl.float32) - peak) * sharpness)
-                mass += tl.sum(tl.where((order >= candidate) & (order >= bottom), heavy, 0.0), 0)
-            needed = tl.where(number == 0, mass * top_p, needed)
-            least = tl.where(mass >= needed, candidate, least)
-        least = tl.maximum(least, bottom)
-    tl.store(kept + sequence, least.to(tl.int32, bitcast=True))
-
-
-@triton.jit
-def _pick(
-    logits, settings, seed, kept, tokens, positions, written, part, part_token, arrived, vocabulary, length,
-    DRAW: tl.constexpr, KEPT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """The token of the largest logit; with ``DRAW`` of the largest sum with noise, which draws from the softmax."""
-    _begin(EARLY)
-    sequence, number = tl.program_id(0), tl.program_id(1)
-    row = logits + sequence.to(tl.int64) * vocabulary
-    position = tl.load(positions + sequence)
-    best, token = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.int32)
-    each = tl.cdiv(tl.cdiv(vocabulary, BLOCK), PARTS) * BLOCK
-    for begin in range(number * each, tl.minimum((number + 1) * each, vocabulary), BLOCK):
-        at = begin + tl.arange(0, BLOCK)
-        x = tl.load(row + at, mask=at < vocabulary, other=float("-inf"))
-        scores = x.to(tl.float32)
-        if DRAW:
-            random, _, _, _ = tl.philox(tl.load(seed), at, position, sequence, 0)
-            scores = scores * tl.load(settings) - tl.log(-tl.log(tl.uint_to_uniform_float(random)))
-            if KEPT:
-                allowed = _ordered(x) >= tl.load(kept + sequence).to(tl.uint32, bitcast=True)
-                scores = tl.where(allowed, scores, float("-inf"))
-        peak, index = tl.max(scores, 0, return_indices=True)
-        token = tl.where(peak > best, begin + index, token)
-        best = tl.maximum(best, peak)
-    tl.store(part + sequence * PARTS + number, best)
-    tl.store(part_token + sequence * PARTS + number, token)
-    tl.debug_barrier()
-    if tl.atomic_add(arrived + sequence, 1) < PARTS - 1:
-        return
-    tl.store(arrived + sequence, 0)
-    tl.debug_barrier()
-    place = sequence * PARTS + tl.arange(0, PARTS)
-    _, winner = tl.max(tl.load(part + place, cache_modifier=".cg"), 0, return_indices=True)
-    token = tl.load(part_token + sequence * PARTS + winner, cache_modifier=".cg").to(tl.int64)
-    tl.store(tokens + sequence, token)
-    tl.store(written + sequence.to(tl.int64) * length + (position + 1) % length, token)
-    tl.store(positions + sequence, position + 1)
-
-
 @cache
 def _early(device: torch.device) -> bool:
     """Whether launches on ``device`` may begin before those before them have ended."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
     early = _early(device)
     if early:
         options["launch_pdl"] = True
@@ -363,7 +271,7 @@ def embed(tokens: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
     width, block = table.shape[1], 1024
     out = table.new_empty(len(tokens), width)
     rounded = float(torch.tensor(scale, dtype=table.dtype))
-    _launch(
+    launch(
         _embed, (len(tokens), triton.cdiv(width, block)), table.device, tokens, table, out, width, rounded,
         SCALED=scale != 1.0, BLOCK=block,
     )  # fmt: skip
@@ -375,7 +283,7 @@ def add_norm(hidden: Tensor, gain: Gain, branch: Tensor | None = None, branch_ga
     rows, width = hidden.shape
     out = torch.empty_like(hidden)
     own = branch_gain or gain
-    _launch(
+    launch(
         _add_norm, (rows,), hidden.device, hidden, hidden if branch is None else branch, own.weight, gain.weight, out,
         width, gain.eps, own.eps, ADD=branch is not None, BRANCH=branch_gain.kind if branch_gain else 0,
         KIND=gain.kind, BLOCK=triton.next_power_of_2(width), num_warps=4 if width <= 2048 else 8,
@@ -387,7 +295,7 @@ def gated(gate: Tensor, up: Tensor, activation: Literal["silu", "gelu", "gelu_ta
     """``activation(gate) * up`` for ``[M, width]`` whose rows may lie apart."""
     rows, width = gate.shape
     out, block = gate.new_empty(rows, width), 1024
-    _launch(
+    launch(
         _gate, (rows, triton.cdiv(width, block)), gate.device, gate, up, out, width, gate.stride(0), up.stride(0),
         KIND=ACTIVATIONS[activation], BLOCK=block,
     )  # fmt: skip
@@ -440,7 +348,7 @@ class Attention:
         out = q.new_empty(sequences, layer.query_heads * layer.channels)
         q_weight, k_weight, q_eps, k_eps, q_kind, k_kind = layer.norms()
         group = layer.query_heads // layer.heads
-        _launch(
+        launch(
             _attend, (sequences * layer.heads, self.splits), q.device, q, k, v, keys, values, positions, layer.turns,
             q_weight, k_weight, out, self.part, self.part_lse, self.arrived, q.stride(0), k.stride(0), v.stride(0),
             keys.stride(0), keys.stride(1), layer.heads, q_eps, k_eps, layer.scale, layer.softcap or 0.0,
@@ -466,39 +374,3 @@ def place(
         WIDTH=triton.next_power_of_2(layer.channels), Q_KIND=q_kind, K_KIND=k_kind, num_warps=1,
     )  # fmt: skip
     return out
-
-
-class Picker:
-    """Chooses the next token of M sequences on the GPU, and writes it down.
-
-    ``settings`` float32 ``[3]``: 1 / temperature, top-k, top-p; ``seed`` int64 ``[1]``. A token drawn depends on the
-    seed, its position and its sequence's number alone. ``written`` int64 ``[M, length]``: the token of position ``p``
-    stands at ``p % length``.
-    """
-
-    def __init__(self, sequences: int, vocabulary: int, length: int, device: torch.device):
-        self.vocabulary, self.length = vocabulary, length
-        self.parts = max(1, min(32, triton.next_power_of_2(vocabulary // 4096)))
-        self.settings = torch.ones(3, dtype=torch.float32, device=device)
-        self.seed = torch.zeros(1, dtype=torch.int64, device=device)
-        self.written = torch.zeros(sequences, length, dtype=torch.int64, device=device)
-        self._kept = torch.zeros(sequences, dtype=torch.int32, device=device)
-        self._part = torch.empty(sequences, self.parts, dtype=torch.float32, device=device)
-        self._part_token = torch.empty(sequences, self.parts, dtype=torch.int32, device=device)
-        self._arrived = torch.zeros(sequences, dtype=torch.int32, device=device)
-
-    def __call__(
-        self, logits: Tensor, tokens: Tensor, positions: Tensor, *, draw: bool, top_k: bool, top_p: bool
-    ) -> None:
-        """Put what follows ``logits [M, vocabulary]`` into ``tokens`` int64 ``[M]``, and its position into
-        ``positions`` int32 ``[M]``. Without ``draw`` the largest logit wins, the first of equal ones."""
-        if draw and (top_k or top_p):
-            _launch(
-                _keep, (len(logits),), logits.device, logits, self.settings, self._kept, self.vocabulary,
-                BITS=16 if logits.dtype == torch.bfloat16 else 32, TOP_K=top_k, TOP_P=top_p, BLOCK=min(8192, triton.next_power_of_2(self.vocabulary)), num_warps=16,
-            )  # fmt: skip
-        _launch(
-            _pick, (len(logits), self.parts), logits.device, logits, self.settings, self.seed, self._kept, tokens,
-            positions, self.written, self._part, self._part_token, self._arrived, self.vocabulary, self.length,
-            DRAW=draw, KEPT=draw and (top_k or top_p), PARTS=self.parts, BLOCK=1024,
-        )  # fmt: skip

@@ -8,16 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
+import rarefy
 from rarefy.core.errors import OptionError, UnsupportedError
 from rarefy.decoding import interpreter
 from rarefy.decoding.build import build
 from rarefy.decoding.cache import KeyValues, Sequences
 from rarefy.decoding.program import Program
+from rarefy.decoding.runner import Runner
 from rarefy.decoding.sampling import Sampling
 from tests.decoding.models import DECODERS, build_model, compress, prompt
 
 pytest.importorskip("triton")
-from rarefy.decoding.graph import WRITTEN, GraphExecutor
+from rarefy.decoding.graph import GraphExecutor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -172,9 +174,8 @@ def test_what_cannot_be_is_refused() -> None:
     model = small()
     program = build(model)
     executor, cache = GraphExecutor(program), kept(program)
-    for count in (0, WRITTEN + 1):
-        with pytest.raises(OptionError, match=f"{count} tokens cannot be written at once"):
-            executor.write(torch.tensor([1]), cache, count)
+    with pytest.raises(OptionError, match="0 tokens cannot be written"):
+        executor.write(torch.tensor([1]), cache, 0)
     with pytest.raises(OptionError, match="66 tokens do not fit the model's 64 positions"):
         executor.write(torch.tensor([1]), cache, 66)
     for options in ({"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}):
@@ -184,3 +185,74 @@ def test_what_cannot_be_is_refused() -> None:
     table.weight.data = table.weight.data.T.contiguous().T
     with pytest.raises(UnsupportedError, match="an embedding whose rows lie together"):
         GraphExecutor(program)
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+        self.ended = False
+
+    def put(self, tokens: Tensor) -> None:
+        self.seen += tokens.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runners of models on the CPU take this executor too, in pieces of three tokens."""
+    monkeypatch.setattr(Runner, "_executor", lambda self: GraphExecutor(self.program))
+    monkeypatch.setattr("rarefy.integrations.transformers.generation.EVERY", 3)
+
+
+def test_generate_writes_the_models_text(graphs: None) -> None:
+    model, ids = small(), prompt(6)[None].to(DEVICE)
+    runner = rarefy.runner(model)
+    assert runner.name == "cuda graph" and runner.writes
+    given = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    wanted = model.generate(ids, **given)
+    recorder = Recorder()
+    assert torch.equal(runner.generate(ids, streamer=recorder, **given), wanted)
+    assert recorder.seen == wanted[0].tolist() and recorder.ended
+    for end in wanted[0, 6:9].tolist():  # at the start, within and at the end of a piece
+        given["eos_token_id"] = end
+        stopped = model.generate(ids, **given)
+        assert torch.equal(runner.generate(ids, **given), stopped)
+        assert runner.tokens == stopped[0, :-1].tolist()
+    more = torch.cat([stopped, ids], 1)
+    given["eos_token_id"] = None
+    assert torch.equal(runner.generate(more, **given), model.generate(more, **given))
+    assert torch.equal(runner.generate(ids[:, :1], **given), model.generate(ids[:, :1], **given))
+    given["repetition_penalty"] = 1.5  # which needs the logits
+    assert torch.equal(runner.generate(ids, **given), model.generate(ids, **given))
+
+
+def test_generate_draws_on_the_gpu(graphs: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = small(), prompt(6)[None].to(DEVICE)
+    runner = rarefy.runner(model)
+    asked: list[Any] = []
+    write = Runner.write
+    monkeypatch.setattr(Runner, "write", lambda self, *given: [asked.append(given), write(self, *given)][1])
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(
+            runner.generate(ids, max_new_tokens=6, do_sample=True, temperature=2.0, top_k=20, top_p=0.9, pad_token_id=0)
+        )
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert len({sampling for *_, sampling in asked}) == 2
+    assert {(each.temperature, each.top_k, each.top_p) for *_, each in asked} == {(2.0, 20, 0.9)}
+    asked.clear()
+    runner.generate(ids, max_new_tokens=2, do_sample=True, min_p=0.1, pad_token_id=0)
+    assert not asked
+
+
+def test_more_than_is_remembered_is_written_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rarefy.decoding.graph.WRITTEN", 4)
+    program = build(small(num_hidden_layers=1))
+    executor, part = GraphExecutor(program), prompt(5).to(DEVICE)
+    cache = kept(program)
+    first = executor(part, cache).argmax(-1)
+    assert [*first.tolist(), *executor.write(first, cache, 6)[0].tolist()] == alone(program, part, 7)
+    assert cache.length == 11

@@ -20,7 +20,7 @@ from rarefy.decoding.sampling import Sampling
 from rarefy.kernels.triton import step
 from rarefy.kernels.triton.pick import Picker
 
-WRITTEN = 1024  # tokens that can be written without the host
+WRITTEN = 1024  # tokens that are remembered on the GPU
 # How a step ends: with its logits, or by picking tokens: (draw, of the top k, of the top p).
 Ending: TypeAlias = tuple[bool, bool, bool] | None
 
@@ -109,9 +109,12 @@ class GraphExecutor:
     def write(self, tokens: Tensor, cache: KeyValues, count: int, sampling: Sampling | None = None) -> Tensor:
         """The ``count`` tokens ``[M, count]`` that follow ``tokens`` [M], the last ones of each sequence of ``cache``,
         which it does not hold yet. All but the last of them are in the cache afterwards. Without ``sampling`` the most
-        likely. Nothing waits for the host. Raises OptionError for more than `WRITTEN` of them."""
-        if not 0 < count <= WRITTEN:
-            raise OptionError(f"{count} tokens cannot be written at once; ask for 1 to {WRITTEN}.")
+        likely. Nothing waits for the host. Raises OptionError for less than one."""
+        if count < 1:
+            raise OptionError(f"{count} tokens cannot be written; ask for some.")
+        if count > WRITTEN:
+            first = self.write(tokens, cache, WRITTEN, sampling)
+            return torch.cat([first, self.write(first[:, -1], cache, count - WRITTEN, sampling)], 1)
         many = isinstance(cache, Sequences)
         lengths = cache.lengths if isinstance(cache, Sequences) else [cache.length]
         cache.reserve(max(lengths) + count)

@@ -222,6 +222,21 @@ def decode_table() -> str:
     return "\n\n".join(parts) or UNMEASURED
 
 
+def gpu_decode_table() -> str:
+    """Whole-model decoding on GPUs, one table for each device."""
+    parts = []
+    for data in results("*/gpu_decode.json"):
+        lines = ["| weights | batch | tokens/s | of the byte limit | peer | peer's time / ours |", "|---" * 6 + "|"]
+        for row in data["rows"]:
+            if row["job"] != row["peer"]:
+                lines.append(
+                    f"| {row['job']}, {row['bits_per_weight']:.2f} bits | {row['batch']} | "
+                    f"{row['tokens_per_second']:,.0f} | {row['fraction_of_limit']:.2f} | {row['peer']} | {row['ratio']:.2f} |"
+                )
+        parts.append("\n".join([*lines, "", f"{data['rows'][0]['note']}; {measured_on(data)}"]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
 def term_table() -> str:
     sys.path.insert(0, str(ROOT / "src"))
     from rarefy.formats import terms
@@ -245,6 +260,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv-demo": partial(cache_table, "SmolLM2-135M-Instruct"),
     "kv-lab": partial(cache_table, LAB),
     "kv-decode": decode_table,
+    "gpu-decode": gpu_decode_table,
 }
 
 

@@ -229,9 +229,9 @@ def gpu_decode_table() -> str:
         lines = ["| weights | batch | tokens/s | of the byte limit | peer | peer's time / ours |", "|---" * 6 + "|"]
         for row in data["rows"]:
             if row["job"] != row["peer"]:
-                ours = f"{row['job']}, {row['bits_per_weight']:.2f} bits | {row['batch']} | {row['tokens_per_second']:,.0f}"
-                peer = f"{row['peer']} | {row['ratio']:.2f}"
-                lines.append(f"| {ours} | {row['fraction_of_limit']:.2f} | {peer} |")
+                weights = f"{row['job']}, {row['bits_per_weight']:.2f} bits"
+                speed = f"{row['tokens_per_second']:,.0f} | {row['fraction_of_limit']:.2f}"
+                lines.append(f"| {weights} | {row['batch']} | {speed} | {row['peer']} | {row['ratio']:.2f} |")
         parts.append("\n".join([*lines, "", f"{data['rows'][0]['note']}; {measured_on(data)}"]))
     return "\n\n".join(parts) or UNMEASURED
 

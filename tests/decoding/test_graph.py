@@ -11,6 +11,7 @@ from torch import Tensor
 import rarefy
 from rarefy.core.errors import OptionError, UnsupportedError
 from rarefy.decoding import interpreter
+from rarefy.decoding.batch import Batch
 from rarefy.decoding.build import build
 from rarefy.decoding.cache import KeyValues, Sequences
 from rarefy.decoding.program import Program
@@ -256,3 +257,33 @@ def test_more_than_is_remembered_is_written_in_pieces(monkeypatch: pytest.Monkey
     first = executor(part, cache).argmax(-1)
     assert [*first.tolist(), *executor.write(first, cache, 6)[0].tolist()] == alone(program, part, 7)
     assert cache.length == 11
+
+
+def test_generate_takes_several_prompts_of_several_lengths(graphs: None) -> None:
+    model = small()
+    ids = torch.stack([torch.nn.functional.pad(prompt(length, length), (7 - length, 0)) for length in (7, 3, 5)])
+    ids, mask = ids.to(DEVICE), torch.tensor([[1] * 7, [0] * 4 + [1] * 3, [0] * 2 + [1] * 5], device=DEVICE)
+    runner = rarefy.runner(model)
+    given = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    wanted = model.generate(ids, **given)
+    assert torch.equal(runner.generate(ids, **given), wanted)
+    for ends in ([int(wanted[0, 8])], wanted[:, 9].tolist(), wanted[:, 7].tolist()):  # of one, and of all of them
+        given["eos_token_id"] = ends
+        assert torch.equal(runner.generate(ids, **given), model.generate(ids, **given))
+    with pytest.raises(UnsupportedError, match="drawn by temperature, top-k and top-p alone"):
+        runner.generate(ids, repetition_penalty=2.0, **given)
+    given["attention_mask"] = mask.flip(1)
+    with pytest.raises(UnsupportedError, match="attention_mask hides some"):
+        runner.generate(ids, **given)
+
+
+def test_places_that_nobody_asked_for_change_nothing() -> None:
+    program = build(small(num_hidden_layers=1))
+    executor, parts = GraphExecutor(program), [prompt(1 + number, number).to(DEVICE) for number in range(9)]
+    batch = Batch(executor, program, parts, torch.float32, DEVICE)
+    written = torch.cat([batch.write(2), batch.write(2)], 1)
+    assert written.shape == (9, 4)
+    for part, row in list(zip(parts, written, strict=True))[::4]:
+        assert row.tolist() == alone(program, part, 4)
+    with pytest.raises(OptionError, match="at least one token"):
+        Batch(executor, program, [torch.tensor([], dtype=torch.int64)], torch.float32, DEVICE)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from rarefy.core.errors import OptionError, UnsupportedError
 from rarefy.core.logs import logger
 from rarefy.decoding import interpreter
+from rarefy.decoding.batch import Batch, BatchExecutor
 from rarefy.decoding.build import build
 from rarefy.decoding.cache import KeyValues
 from rarefy.decoding.native import Mode, NativeExecutor
@@ -34,14 +36,6 @@ class Executor(Protocol):
 
     def __call__(self, tokens: Tensor, cache: KeyValues, *, every: bool = False) -> Tensor:
         """As ``interpreter.run``."""
-
-
-@runtime_checkable
-class Writer(Protocol):
-    """An executor that chooses tokens itself."""
-
-    def write(self, tokens: Tensor, cache: KeyValues, count: int, sampling: Sampling | None = None) -> Tensor:
-        """The ``count`` tokens int64 ``[M, count]`` that follow ``tokens`` [M], of each sequence of ``cache``."""
 
 
 class Interpreter:
@@ -120,7 +114,7 @@ class Runner:
     @property
     def writes(self) -> bool:
         """Whether the executor chooses tokens itself, as `write` needs."""
-        return isinstance(self._execute, Writer)
+        return isinstance(self._execute, BatchExecutor)
 
     def write(self, token: int, count: int, sampling: Sampling | None = None) -> list[int]:
         """``token``, which follows the sequence, and then the ``count`` tokens after it, chosen without the host; all
@@ -128,7 +122,7 @@ class Runner:
 
         Raises OptionError when they do not fit, UnsupportedError where the executor does not choose (see `writes`).
         """
-        if not isinstance(self._execute, Writer):
+        if not isinstance(self._execute, BatchExecutor):
             raise UnsupportedError(f"'{self.name}' does not choose tokens; use extend.")
         given = torch.tensor([token])
         self._check(given)
@@ -136,6 +130,20 @@ class Runner:
         written: list[int] = self._execute.write(given, self.cache, count, sampling)[0].tolist()
         self._tokens += [token, *written[:-1]]
         return written
+
+    def batch(self, prompts: Sequence[Tensor]) -> Batch:
+        """Several sequences beside this runner's own, each from its row of tokens on.
+
+        Raises OptionError as ``start``, UnsupportedError where the executor does not choose tokens (see `writes`).
+        """
+        if not isinstance(self._execute, BatchExecutor):
+            raise UnsupportedError(f"'{self.name}' takes one sequence; several need a GPU.")
+        if self._state() != self._built_from:
+            self._build()
+        for prompt in prompts:
+            self._check(prompt)
+        device = self.model.device
+        return Batch(self._execute, self.program, [each.to(device) for each in prompts], self.cache.keys.dtype, device)
 
     def crop(self, length: int) -> None:
         """Go back to the first ``length`` tokens."""

@@ -50,12 +50,20 @@ class GenerateRunner(Runner):
     ) -> Tensor:
         """The loop that ``generate`` calls once it has prepared everything."""
         self._check_request(model, input_ids, generation_config, model_kwargs)
-        logits = self.start(input_ids[0])
         stop = stop_of(stopping_criteria) if self.writes else None
-        if stop is not None:
-            sampling = sampling_of(logits_processor) if generation_config.do_sample else None
-            if sampling is not None or not (generation_config.do_sample or logits_processor):
-                return self._write_until(input_ids, *stop, sampling, stream_to)
+        sampling = sampling_of(logits_processor) if stop is not None and generation_config.do_sample else None
+        chosen = sampling is not None or not (generation_config.do_sample or logits_processor)
+        if input_ids.shape[0] > 1:
+            if stop is None or not chosen:
+                raise UnsupportedError(
+                    f"The decode runner takes one sequence, not {input_ids.shape[0]}, or on a GPU several that are "
+                    "searched greedily or drawn by temperature, top-k and top-p alone; use the model."
+                )
+            mask = model_kwargs.get("attention_mask")
+            return self._write_batch(input_ids, mask, *stop, generation_config._pad_token_tensor, sampling)
+        logits = self.start(input_ids[0])
+        if stop is not None and chosen:
+            return self._write_until(input_ids, *stop, sampling, stream_to)
         while True:
             scores = logits_processor(input_ids, logits.float())
             if generation_config.do_sample:
@@ -91,20 +99,45 @@ class GenerateRunner(Runner):
             stream_to.end()
         return ids.new_tensor(tokens)[None]
 
+    def _write_batch(
+        self, ids: Tensor, mask: Tensor | None, length: int, ends: Sequence[int], fill: Tensor | None,
+        sampling: Sampling | None,
+    ) -> Tensor:  # fmt: skip
+        """As `_write_until` for several sequences, hidden on the left where ``mask`` is 0, filled on the right."""
+        shown = torch.ones_like(ids).bool() if mask is None else mask.bool()
+        batch = self.batch([row[kept] for row, kept in zip(ids, shown, strict=True)])
+        stops = torch.tensor(list(ends), dtype=torch.int64, device=ids.device)
+        over = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        while ids.shape[1] < length and not bool(over.all()):
+            written = batch.write(min(EVERY, length - ids.shape[1]), sampling)
+            ends_here = torch.isin(written, stops).int()
+            ended = ends_here.cumsum(1)
+            after = (ended > ends_here) | over[:, None]  # what follows an end
+            if fill is not None:
+                written = torch.where(after, fill.to(written), written)
+            over |= ended[:, -1] > 0
+            if bool(over.all()):  # nothing but filling is left from some column on
+                written = written[:, : int((~after).sum(1).max())]
+            ids = torch.cat([ids, written], 1)
+        return ids
+
     def _check_request(self, model: Any, input_ids: Tensor, config: Any, extra: dict[str, Any]) -> None:
         if model is not self.model:
             raise OptionError("This runner was made for another model; call rarefy.runner with this one.")
         if (config.num_beams or 1) != 1 or (config.num_return_sequences or 1) != 1:
             raise UnsupportedError("The decode runner searches greedily or samples; use model.generate for beams.")
-        if input_ids.shape[0] != 1:
+        several = input_ids.shape[0] > 1
+        if several and not self.writes:
             raise UnsupportedError(f"The decode runner takes one sequence, not {input_ids.shape[0]}; use the model.")
         mask, embeddings = extra.get("attention_mask"), extra.get("inputs_embeds")
         if embeddings is not None or input_ids.shape[1] == 0:
             raise UnsupportedError("The decode runner needs at least one token and no inputs_embeds.")
-        if mask is not None and not bool(mask.all()):
+        shown = torch.ones_like(input_ids) if mask is None else mask.long()
+        padded_left = bool((shown.diff(dim=1) >= 0).all() and shown[:, -1].all())
+        if not padded_left or not (several or bool(shown.all())):
             raise UnsupportedError("The decode runner reads every token, but attention_mask hides some; drop padding.")
         positions = extra.get("position_ids")
-        if positions is not None and positions[0].tolist() != list(range(input_ids.shape[1])):
+        if positions is not None and bool(((positions - shown.cumsum(1) + 1) * shown).any()):
             raise UnsupportedError("The decode runner counts positions from 0; leave position_ids out.")
         past = extra.get("cache", extra.get("past_key_values"))
         if past is not None and past.get_seq_length() > 0:
@@ -154,7 +187,7 @@ def runner(
     """The decode runner of a loaded ``model``: ``runner(model).generate(**inputs, max_new_tokens=20)``.
 
     ``generate`` takes what ``model.generate`` does; one sequence at a time, greedy or sampled. On a GPU a step is one
-    CUDA graph; tokens are chosen there too, drawn with its own generator, unless something is asked for that needs
+    CUDA graph, several sequences may take it together, and tokens are chosen there too, drawn with its own generator, unless something is asked for that needs
     each token's logits. ``executor="fast"`` may quantize activations to 8 bits on the CPU. ``cache_dtype``: of the keys
     and values it keeps, by default the model's. Kept between calls: a prompt that begins like the last sequence is read
     from where it differs. Raises UnsupportedError that names what it does not know.

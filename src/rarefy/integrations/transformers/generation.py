@@ -186,10 +186,11 @@ def runner(
 ) -> GenerateRunner:
     """The decode runner of a loaded ``model``: ``runner(model).generate(**inputs, max_new_tokens=20)``.
 
-    ``generate`` takes what ``model.generate`` does; one sequence at a time, greedy or sampled. On a GPU a step is one
-    CUDA graph, several sequences may take it together, and tokens are chosen there too, drawn with its own generator, unless something is asked for that needs
-    each token's logits. ``executor="fast"`` may quantize activations to 8 bits on the CPU. ``cache_dtype``: of the keys
-    and values it keeps, by default the model's. Kept between calls: a prompt that begins like the last sequence is read
-    from where it differs. Raises UnsupportedError that names what it does not know.
+    ``generate`` takes what ``model.generate`` does, greedy or sampled. The CPU serves one sequence. On a GPU a step is
+    one CUDA graph, which several may take together; tokens are chosen there too, drawn with its own generator, unless
+    something is asked for that needs each token's logits. ``executor="fast"`` may quantize activations to 8 bits on the
+    CPU. ``cache_dtype``: of the keys and values it keeps, by default the model's. Kept between calls: a prompt that
+    begins like the last sequence is read from where it differs. Raises UnsupportedError that names what it does not
+    know.
     """
     return GenerateRunner(model, mode=executor, cache_dtype=cache_dtype)

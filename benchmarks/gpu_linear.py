@@ -88,11 +88,15 @@ class Weights:
                 across, _, deep = program.grid(tuning, self.rows, x.shape[0])
                 partial = torch.empty(tuning.split, x.shape[0], self.rows, device="cuda")
                 arrived = torch.zeros(across * deep, dtype=torch.int32, device="cuda")
-            given = program.arguments(self.code, codes, scale, zero, self.pair_table, x, y, partial, arrived)
+            tensors = {"codes": codes, "scale": scale, "zero": zero, "table": self.pair_table, "x": x, "y": y,
+                       "partial": partial, "arrived": arrived}  # fmt: skip
+            given = program.arguments(
+                tensors, rows=self.rows, columns=self.columns, tokens=x.shape[0], stride=x.stride(0)
+            )
             outs.append((y, partial, arrived))
 
             def call(given: program.Arguments = given) -> None:
-                program.launch(self.code, tuning, given, x.dtype == torch.float16, x.device, overlap)
+                program.linear(self.code, tuning, given, x.dtype == torch.float16, x.device, overlap)
 
             call.keep = (x, outs)  # type: ignore[attr-defined]
             found.append(call)
@@ -170,7 +174,7 @@ class Trials:
 
 def _compiles(code: Code, tuning: Tuning, dtype: torch.dtype) -> None:
     try:
-        program.kernel(0, code, tuning, dtype == torch.float16)
+        program.kernel(0, "linear", code, tuning, dtype == torch.float16)
     except Exception:  # said when it is run
         return
 

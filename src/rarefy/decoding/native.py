@@ -16,7 +16,7 @@ from rarefy.formats.terms import Term
 from rarefy.kernels.cpu import library
 from rarefy.kernels.cpu.linear import TERM_BYTES, packed
 from rarefy.kernels.cpu.memory import gather_
-from rarefy.kernels.cpu.prepared import Prepared
+from rarefy.kernels.prepared import Prepared
 from rarefy.layers.linear import CompressedLinear
 
 Mode = Literal["exact", "fast"]

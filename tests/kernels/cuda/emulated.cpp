@@ -20,6 +20,7 @@ extern "C" void run(const Arguments* given, int x, int y, int z, int threads, in
   emulator::threads = threads;
   std::vector<char> stacks(STACK * threads);
   operands.assign(threads, {});
+  floats.assign(threads, 0);
   for (int block = 0; block < x * y * z; ++block) {
     blockIdx = {block % x, block / x % y, block / x / y};
     pool.assign(shared, 0xAB);

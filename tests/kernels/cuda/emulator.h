@@ -27,6 +27,7 @@ std::vector<ucontext_t> fibers;
 std::vector<char> finished;
 std::vector<Barrier> barriers;  // of the block, then of each warp
 std::vector<Operands> operands;
+std::vector<float> floats;
 ucontext_t scheduler;
 int current, threads;
 
@@ -85,14 +86,21 @@ template <bool HALF_> device unsigned short rounded(float value) {
   memcpy(&bits, &value, 4);
   return (unsigned short)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
-template <bool HALF_> device float widened(unsigned short bits) {
-  return HALF_ ? half_value(bits) : as_float(unsigned(bits) << 16);
+device float widened(unsigned short bits) { return HALF ? half_value(bits) : as_float(unsigned(bits) << 16); }
+device float sum_of_eight(float value) {
+  const int thread = threadIdx.x, first = thread / 8 * 8;
+  emulator::floats[thread] = value;
+  warp_barrier();
+  float sum = 0;
+  for (int n = 0; n < 8; ++n) sum += emulator::floats[first + n];
+  warp_barrier();
+  return sum;
 }
 device unsigned bf16_pair(float low, float high) { return rounded<false>(low) | unsigned(rounded<false>(high)) << 16; }
 device unsigned fused(unsigned a, unsigned b, unsigned c) {
   unsigned d = 0;
   for (int k = 0; k < 32; k += 16) {
-    const double exact = double(widened<HALF>(a >> k)) * widened<HALF>(b >> k) + widened<HALF>(c >> k);
+    const double exact = double(widened(a >> k)) * widened(b >> k) + widened(c >> k);
     d |= unsigned(rounded<HALF>(float(exact))) << k;
   }
   return d;
@@ -114,7 +122,7 @@ device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsig
       const emulator::Operands& weights = emulator::operands[warp + 4 * g + k % 8 / 2];
       const emulator::Operands& tokens = emulator::operands[warp + 4 * column + k % 8 / 2];
       const unsigned w = weights.a[j / 2 + k / 8 * 2] >> k % 2 * 16, x = tokens.b[k / 8] >> k % 2 * 16;
-      sum[j] += widened<HALF>(w) * widened<HALF>(x);
+      sum[j] += widened(w) * widened(x);
     }
   }
   warp_barrier();

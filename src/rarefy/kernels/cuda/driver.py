@@ -114,3 +114,9 @@ def _answer(code: int, what: str) -> None:
         name = ctypes.c_char_p()
         _driver().cuGetErrorName(code, ctypes.byref(name))
         raise UnsupportedError(f"CUDA answers {(name.value or b'an unknown error').decode()} when {what}.")
+
+
+def check() -> None:
+    """Raise UnsupportedError where kernels cannot be compiled or launched."""
+    _driver()
+    _nvrtc()

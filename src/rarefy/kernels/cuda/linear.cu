@@ -8,7 +8,7 @@
 // The macros below are given at compile time (see tuning.py for what is chosen when).
 //   BITS, GROUP (columns of a scale; 0: the whole row), STEP (columns that a warp takes at once), SPAN (neighbouring
 //   columns of a lane), TABLE (codes are looked up), SCALE, ZERO (types), CENTER (what is subtracted from a code),
-//   HALF (float16 activations, else bfloat16),
+//   OUTLIERS (type of single values that are added to the weight), HALF (float16 activations, else bfloat16),
 //   TILES (of 16 rows for a warp), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns),
 //   DEPTH (steps loaded ahead), STAGED (activations go through shared memory), STAGES, SPLIT (blocks over columns)
 
@@ -17,18 +17,23 @@ typedef unsigned short u16;
 typedef unsigned char u8;
 typedef long long i64;
 
-enum { NONE = 0, F32 = 1, F16 = 2, BF16 = 3, U8 = 4 };
+// PAIRS: instead of a scale, the two numbers that the codes 0 and 1 stand for. BILEVEL: codes of 4 bits of a scale and
+// of a zero, with a step and a zero of their own for a tile of both; LEVEL: without the zero.
+enum { NONE = 0, F32 = 1, F16 = 2, BF16 = 3, U8 = 4, PAIRS = 5, BILEVEL = 6, LEVEL = 7 };
 
 struct Arguments {
   const uint4* codes;
   const void* scale;    // [tiles][groups][8][2]: rows g and g + 8 of a tile beside each other
   const void* zero;     // likewise
+  const uint2* second;  // [tiles / second_rows][groups / second_groups], of BILEVEL and LEVEL: four float16
   const u32* table;     // pairs of 16-bit numbers, [1 << 2 * BITS]
   const u16* x;         // [tokens][stride]
   u16* y;               // [tokens][rows]
   float* partial;       // [SPLIT][tokens][rows]
   u32* arrived;         // [blocks], zero before and after
-  int rows, columns, steps, groups, tokens, stride;
+  const u32* entries;   // outliers by row: a 16-bit value above its column
+  const u32* row_ptr;   // [rows + 1]
+  int rows, columns, steps, groups, tokens, stride, second_rows, second_groups;
   float multiplier;
 };
 
@@ -59,25 +64,56 @@ device constexpr u32 minus(u32 number) {
 }
 device constexpr u32 inverse_power(u32 n) { return (HALF ? 15 - n << 10 : 127 - n << 7) * 0x10001u; }
 
-// ---- A pair of scales or zeros.
+constexpr bool SUMS = ZERO != NONE || SCALE == PAIRS || SCALE == BILEVEL;  // whether activations are summed up too
+
+// ---- Scales and zeros of rows g and g + 8.
 
 template <int TYPE> struct Pair { u32 raw; };
 template <> struct Pair<F32> { uint2 raw; };
 template <> struct Pair<U8> { u16 raw; };
 template <> struct Pair<NONE> {};
+template <> struct Pair<PAIRS> { uint2 raw; };
+template <> struct Pair<BILEVEL> { u16 raw; uint2 second; };
+template <> struct Pair<LEVEL> { u16 raw; uint2 second; };
 
-template <int TYPE> device void load(Pair<TYPE>& pair, const void* base, i64 index) {
-  if constexpr (TYPE == F32) pair.raw = load_once(static_cast<const uint2*>(base) + index);
-  else if constexpr (TYPE == U8) pair.raw = load_once(static_cast<const u16*>(base) + index);
-  else if constexpr (TYPE != NONE) pair.raw = load_once(static_cast<const u32*>(base) + index);
+template <int TYPE> device void load(Pair<TYPE>& pair, const void* base, i64 index, const Arguments& a, i64 tile, int group) {
+  if constexpr (TYPE == F32 || TYPE == PAIRS) {
+    pair.raw = load_once(static_cast<const uint2*>(base) + index);
+  } else if constexpr (TYPE == BILEVEL || TYPE == LEVEL) {
+    pair.raw = load_once(static_cast<const u16*>(base) + index);
+    const int across = (a.groups + a.second_groups - 1) / a.second_groups;
+    pair.second = load_once(a.second + tile / a.second_rows * across + group / a.second_groups);
+  } else if constexpr (TYPE == U8) {
+    pair.raw = load_once(static_cast<const u16*>(base) + index);
+  } else if constexpr (TYPE != NONE) {
+    pair.raw = load_once(static_cast<const u32*>(base) + index);
+  }
 }
+
+device float half_of(u32 word, int which) { return half_value(u16(which ? word >> 16 : word)); }
 
 template <int TYPE> device float number(const Pair<TYPE>& pair, int which) {
   if constexpr (TYPE == F32) return as_float(which ? pair.raw.y : pair.raw.x);
   else if constexpr (TYPE == U8) return float(which ? pair.raw >> 8 : pair.raw & 255);
-  else if constexpr (TYPE == F16) return half_value(u16(which ? pair.raw >> 16 : pair.raw));
+  else if constexpr (TYPE == F16) return half_of(pair.raw, which);
   else if constexpr (TYPE == BF16) return as_float(which ? pair.raw & 0xFFFF0000u : pair.raw << 16);
+  else if constexpr (TYPE == BILEVEL || TYPE == LEVEL)
+    return half_of(pair.second.x, 0) * (float(pair.raw >> 8 * which & 15) - half_of(pair.second.x, 1));
   else return 1.0f;
+}
+
+// What one group adds to the sum of a row: `part` over (code - CENTER) * x, `ones` over x.
+template <class S, class Z> device float contribution(const S& scale, const Z& zero, int which, float part, float ones) {
+  if constexpr (SCALE == PAIRS) {
+    const u32 values = which ? scale.raw.y : scale.raw.x;
+    const float first = half_of(values, 0);
+    return first * ones + (half_of(values, 1) - first) * part;
+  } else {
+    if constexpr (SCALE == BILEVEL)
+      part += (CENTER - half_of(scale.second.y, 0) * (float(scale.raw >> (8 * which + 4) & 15) - half_of(scale.second.y, 1))) * ones;
+    else if constexpr (ZERO != NONE) part += (CENTER - number(zero, which)) * ones;
+    return number(scale, which) * part;
+  }
 }
 
 // ---- From codes to operands.
@@ -182,9 +218,46 @@ device void fetch(Slot& slot, const Arguments& a, int first_tile, int step, int 
       int group = GROUP == 0 ? 0 : GROUP > STEP ? step / (GROUP > STEP ? GROUP / STEP : 1) : step * PARTS + p;
       group = group < a.groups ? group : a.groups - 1;  // columns that fill up the last step
       const i64 index = (tile * a.groups + group) * 8 + lane / 4;
-      load(slot.scale[r][p], a.scale, index);
-      load(slot.zero[r][p], a.zero, index);
+      load(slot.scale[r][p], a.scale, index, a, tile, group);
+      load(slot.zero[r][p], a.zero, index, a, tile, group);
     }
+  }
+}
+
+// ---- Outliers: eight lanes a row, each with every eighth entry; the block's first share of columns takes them all.
+
+constexpr int TURNS = (ROWS * 8 + THREADS - 1) / THREADS;
+constexpr int EXTRA = OUTLIERS != NONE ? TURNS * WIDTH : 1;
+
+device void add_outliers(float (&extra)[EXTRA], const Arguments& a, int first_row, int first_token) {
+#pragma unroll
+  for (int turn = 0; turn < TURNS; ++turn) {
+    const int row = first_row + (turn * THREADS + threadIdx.x) / 8;
+    float* own = extra + turn * WIDTH;
+#pragma unroll
+    for (int n = 0; n < WIDTH; ++n) own[n] = 0.0f;
+    const bool real = row < a.rows && row < first_row + ROWS && blockIdx.y == 0;
+    const u32 end = real ? a.row_ptr[row + 1] : 0;
+    for (u32 at = (real ? a.row_ptr[row] : 0) + threadIdx.x % 8; at < end; at += 8) {
+      const u32 entry = load_once(a.entries + at);
+      const float value = OUTLIERS == F16 ? half_value(u16(entry >> 16)) : as_float(entry & 0xFFFF0000u);
+      const u16* x = a.x + i64(first_token) * a.stride + (entry & 0xFFFF);
+#pragma unroll
+      for (int n = 0; n < WIDTH; ++n)
+        if (first_token + n < a.tokens) own[n] += value * widened(x[i64(n) * a.stride]);
+    }
+#pragma unroll
+    for (int n = 0; n < WIDTH; ++n) own[n] = sum_of_eight(own[n]);
+  }
+}
+
+device void leave_outliers(const float (&extra)[EXTRA], float* meeting) {
+#pragma unroll
+  for (int turn = 0; turn < TURNS; ++turn) {
+    const int row = (turn * THREADS + threadIdx.x) / 8;
+    if (row >= ROWS || threadIdx.x % 8) continue;
+#pragma unroll
+    for (int n = 0; n < WIDTH; ++n) meeting[n * SUM_PITCH + row] = extra[turn * WIDTH + n];
   }
 }
 
@@ -212,6 +285,8 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
     block_barrier();
   }
   wait_for_earlier_kernels();  // weights never depend on them
+  float extra[EXTRA];
+  if constexpr (OUTLIERS != NONE) add_outliers(extra, a, first_row, first_token);
 
   auto stage = [&](int round) {
     if (round < rounds) {
@@ -272,7 +347,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
 #pragma unroll
             for (int n = 0; n < TOKENS; ++n) multiply(part[r][n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
           }
-          if constexpr (ZERO != NONE) {
+          if constexpr (SUMS) {
             const u32 weights[4] = {ONES, ONES, ONES, ONES};
 #pragma unroll
             for (int n = 0; n < TOKENS; ++n) multiply(ones[n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
@@ -283,11 +358,9 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
 #pragma unroll
               for (int n = 0; n < TOKENS; ++n)
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                  float value = part[r][n][j];
-                  if constexpr (ZERO != NONE) value += (CENTER - number(slots[d].zero[r][b / PART], j / 2)) * ones[n][j];
-                  sums[r][n][j] += number(slots[d].scale[r][b / PART], j / 2) * value;
-                }
+                for (int j = 0; j < 4; ++j)
+                  sums[r][n][j] += contribution(
+                      slots[d].scale[r][b / PART], slots[d].zero[r][b / PART], j / 2, part[r][n][j], ones[n][j]);
           }
         }
       }
@@ -311,12 +384,13 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
         const int row = (across * TILES + r) * 16 + g + j / 2 * 8, token = 8 * n + 2 * t + j % 2;
         meeting[(along * WIDTH + token) * SUM_PITCH + row] = sums[r][n][j];
       }
+  if constexpr (OUTLIERS != NONE) leave_outliers(extra, meeting + ALONG * WIDTH * SUM_PITCH);
   block_barrier();
   for (int n = threadIdx.x; n < WIDTH * ROWS; n += THREADS) {
     const int token = n / ROWS, row = n % ROWS;
     float sum = 0.0f;
 #pragma unroll
-    for (int k = 0; k < ALONG; ++k) sum += meeting[(k * WIDTH + token) * SUM_PITCH + row];
+    for (int k = 0; k < ALONG + (OUTLIERS != NONE); ++k) sum += meeting[(k * WIDTH + token) * SUM_PITCH + row];
     if (first_token + token >= a.tokens || first_row + row >= a.rows) continue;
     const i64 place = i64(first_token + token) * a.rows + first_row + row;
     if constexpr (SPLIT == 1) a.y[place] = rounded<HALF>(sum * a.multiplier);
@@ -332,6 +406,45 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
 #pragma unroll
       for (int k = 0; k < SPLIT; ++k) sum += load_fresh(a.partial + i64(k) * a.tokens * a.rows + place);
       a.y[place] = rounded<HALF>(sum * a.multiplier);
+    }
+  }
+}
+
+// The weight in the type of the activations, [rows][columns] at `y`; what many tokens are multiplied by. A warp takes
+// one step of a tile.
+extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Arguments a) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const i64 unit = i64(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
+  shared_memory(pool);
+  const u32* table = nullptr;
+  if constexpr (COPIES > 0) {
+    u32* copies = reinterpret_cast<u32*>(pool);
+    for (int n = threadIdx.x; n < COPIES << (2 * BITS); n += THREADS) copies[n] = a.table[n / 32];
+    table = copies + lane;
+    block_barrier();
+  }
+  const int tile = unit / a.steps, step = unit % a.steps;
+  if (tile * 16 >= a.rows) return;
+  Slot slot;
+  fetch(slot, a, tile, step, lane);
+#pragma unroll
+  for (int b = 0; b < BLOCKS; ++b) {
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const int row = tile * 16 + g + 8 * which;
+      const int column = step * STEP + (SPAN == 8 ? b / 2 * 32 + 8 * t + b % 2 * 4 : b * 16 + 4 * t);
+      u32 pairs[2];
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        const u32 codes = operand(slot.words[0], b, which + 2 * q, table);
+        float values[2];
+#pragma unroll
+        for (int f = 0; f < 2; ++f)
+          values[f] = contribution(slot.scale[0][b / PART], slot.zero[0][b / PART], which, widened(u16(codes >> 16 * f)), 1.0f);
+        pairs[q] = rounded<HALF>(values[0] * a.multiplier) | u32(rounded<HALF>(values[1] * a.multiplier)) << 16;
+      }
+      if (row < a.rows && column < a.columns)
+        *reinterpret_cast<uint2*>(a.y + i64(row) * a.columns + column) = {pairs[0], pairs[1]};
     }
   }
 }

@@ -101,6 +101,13 @@ template <bool HALF_> device u16 rounded(float value) {
   else asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
 }
+device float widened(u16 bits) { return HALF ? half_value(bits) : as_float(u32(bits) << 16); }
+// The sum over eight neighbouring lanes, in all of them.
+device float sum_of_eight(float value) {
+#pragma unroll
+  for (int distance = 4; distance > 0; distance /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
+  return value;
+}
 device u32 bf16_pair(float low, float high) {
   u32 pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));

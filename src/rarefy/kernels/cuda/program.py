@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,21 +16,27 @@ from rarefy.kernels.cuda import driver
 from rarefy.kernels.cuda.layout import TILE, step_of
 
 SOURCE = Path(__file__).with_name("linear.cu")
-NUMBERS = {None: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}  # in the source
+TYPES: dict[Any, int] = {
+    None: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4,
+    "pairs": 5, "bilevel": 6, "level": 7,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Code:
     """What is stored. ``group``: columns of a scale, 0 for the whole row; ``table``: codes are looked up in one table
-    of 16-bit numbers; ``scale``, ``zero``: their types; without a zero, ``center`` is the code that means zero."""
+    of 16-bit numbers; ``scale``, ``zero``: their types, or that a "scale" holds the values of two codes (``pairs``),
+    or codes of 4 bits of a scale and a zero (``bilevel``) or of a scale only (``level``); without a zero, ``center`` is
+    the code that means zero. ``outliers``: the type of single values that are added to the weight."""
 
     bits: int
     group: int = 0
     span: int = 8
     table: bool = False
-    scale: torch.dtype | None = torch.float16
+    scale: torch.dtype | Literal["pairs", "bilevel", "level"] | None = torch.float16
     zero: torch.dtype | None = None
     center: int = 0
+    outliers: torch.dtype | None = None
 
     @property
     def step(self) -> int:
@@ -66,15 +73,19 @@ class Tuning:
         width = 8 * self.tokens
         table = 32 * 4 << 2 * code.bits if code.table else 0
         staged = self.stages * width * (2 * code.step * self.along + 64)
-        return table + max(staged, 4 * self.along * width * (self.rows + 4))
+        meeting = 4 * (self.along + (code.outliers is not None)) * width * (self.rows + 4)
+        return table + max(staged, meeting)
+
+
+_POINTERS = "codes scale zero second table x y partial arrived entries row_ptr".split()
 
 
 class Arguments(ctypes.Structure):
     """``Arguments`` of the source."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "table", "x", "y", "partial", "arrived")),
-        *((name, ctypes.c_int) for name in ("rows", "columns", "steps", "groups", "tokens", "stride")),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int) for name in "rows columns steps groups tokens stride second_rows second_groups".split()),
         ("multiplier", ctypes.c_float),
     ]
 
@@ -84,22 +95,24 @@ def definitions(code: Code, tuning: Tuning, half: bool) -> dict[str, int]:
     found = {field.name.upper(): int(getattr(tuning, field.name)) for field in fields(tuning)}
     found.update(
         BITS=code.bits, GROUP=code.group, SPAN=code.span, STEP=code.step, TABLE=int(code.table), CENTER=code.center,
-        SCALE=NUMBERS[code.scale], ZERO=NUMBERS[code.zero], HALF=int(half), STAGED=int(tuning.stages > 0),
+        SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half),
+        STAGED=int(tuning.stages > 0),
     )  # fmt: skip
     return found
 
 
 def arguments(
-    code: Code, codes: Tensor, scale: Tensor | None, zero: Tensor | None, table: Tensor | None,
-    x: Tensor, y: Tensor, partial: Tensor | None, arrived: Tensor | None, multiplier: float = 1.0,
+    tensors: Mapping[str, Tensor | None], *, rows: int, columns: int, tokens: int = 0, stride: int = 0,
+    second: tuple[int, int] = (1, 1), multiplier: float = 1.0,
 ) -> Arguments:  # fmt: skip
-    """``codes [tiles, steps, loads, 32, 4]``, ``scale`` and ``zero [tiles, groups, 8, 2]`` of layout.py, ``x [M, K]``,
-    ``y [M, N]``; what is absent is a null pointer."""
+    """``tensors``: ``codes [tiles, steps, loads, 32, 4]``, ``scale`` and ``zero [tiles, groups, 8, 2]`` of layout.py,
+    ``x [tokens, columns]`` with rows ``stride`` apart, ``y [tokens, rows]`` and so on; what is absent is a null
+    pointer. ``second``: how many tiles and groups share second-order numbers."""
+    scale, codes = tensors.get("scale"), tensors["codes"]
+    assert codes is not None
     groups = 1 if scale is None else scale.shape[1]
-    pointers = [0 if each is None else each.data_ptr() for each in (codes, scale, zero, table, x, y, partial, arrived)]
-    return Arguments(
-        *pointers, y.shape[1], x.shape[1], codes.shape[1], groups, x.shape[0], x.stride(0), multiplier,
-    )  # fmt: skip
+    pointers = [0 if (own := tensors.get(name)) is None else own.data_ptr() for name in _POINTERS]
+    return Arguments(*pointers, rows, columns, codes.shape[1], groups, tokens, stride, *second, multiplier)
 
 
 def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
@@ -108,20 +121,30 @@ def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
 
 
 @functools.cache
-def kernel(device: int, code: Code, tuning: Tuning, half: bool) -> driver.Kernel:
-    """Compiled for ``device``, once in a process. Raises UnsupportedError where that fails."""
-    macros = [f"-D{name}={value}" for name, value in definitions(code, tuning, half).items()]
+def kernel(device: int, name: str, code: Code, tuning: Tuning, half: bool) -> driver.Kernel:
+    """``rarefy_<name>`` of the source for ``device``, compiled once in a process. Raises UnsupportedError where that
+    fails."""
+    macros = [f"-D{macro}={value}" for macro, value in definitions(code, tuning, half).items()]
     with torch.cuda.device(device):
-        return driver.Kernel(SOURCE, "rarefy_linear", macros, tuning.shared_memory(code))
+        return driver.Kernel(SOURCE, f"rarefy_{name}", macros, tuning.shared_memory(code))
 
 
-def launch(
+def linear(
     code: Code, tuning: Tuning, given: Arguments, half: bool, device: torch.device, overlap: bool = False
 ) -> None:
-    """Run on the current stream of ``device``."""
-    program = kernel(_index(device), code, tuning, half)
+    """The product, on the current stream of ``device``."""
+    program = kernel(_index(device), "linear", code, tuning, half)
     stream = torch.cuda.current_stream(device).cuda_stream
     program(grid(tuning, given.rows, given.tokens), tuning.threads, given, stream, overlap)
+
+
+def dequantize(code: Code, given: Arguments, half: bool, device: torch.device) -> None:
+    """The weight at ``y [rows, columns]``, on the current stream of ``device``."""
+    tuning = Tuning()
+    program = kernel(_index(device), "dequantize", code, tuning, half)
+    units = -(-given.rows // TILE) * given.steps
+    stream = torch.cuda.current_stream(device).cuda_stream
+    program((-(-units * 32 // tuning.threads), 1, 1), tuning.threads, given, stream)
 
 
 def _index(device: torch.device) -> int:

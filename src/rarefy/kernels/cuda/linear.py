@@ -1,0 +1,200 @@
+"""The ops over execution layouts (``kernels/prepared.py``) on GPUs, with activations in 16 bits.
+
+Up to ``MOST_TOKENS`` tokens a kernel multiplies by codes; beyond, the weight is dequantized for the library's product.
+The kernel is ``linear.cu`` where PyTorch's CUDA compiler is at hand, otherwise its portable form in Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from rarefy.core.errors import FormatError, UnsupportedError
+from rarefy.kernels.cuda import layout, program, tuning
+from rarefy.kernels.cuda.prepared import BILEVEL, CODES, LEVEL, PAIRS, Prepared, code_of
+from rarefy.kernels.prepared import library
+from rarefy.kernels.reference import decode
+
+ACTIVATIONS = (torch.float16, torch.bfloat16)
+MOST_TOKENS = 256
+MOST_TOKENS_OF_OUTLIERS = 16  # beyond, their gathered activations cost more than a dense weight
+
+Term = tuple[dict[str, Tensor], dict[str, int], float]  # tensors, numbers, multiplier
+
+
+@functools.cache
+def available() -> bool:
+    """Whether kernels can be run here."""
+    return torch.cuda.is_available() and torch.version.hip is None and (_compiles() or find_spec("triton") is not None)
+
+
+@functools.cache
+def _compiles() -> bool:
+    from rarefy.kernels.cuda import driver
+
+    try:
+        driver.check()
+    except UnsupportedError:
+        return False
+    return True
+
+
+def _terms(tensors: Sequence[Tensor], numbers: Sequence[int], factors: Sequence[float]) -> list[Term]:
+    count = len(factors) // 2
+    slots, names = Prepared.SLOTS, Prepared.NUMBERS
+    if len(tensors) != count * len(slots) or len(numbers) != count * len(names):
+        raise FormatError(f"{len(tensors)} tensors and {len(numbers)} numbers do not describe {count} terms.")
+    return [
+        (
+            dict(zip(slots, tensors[index * len(slots) : (index + 1) * len(slots)], strict=True)),
+            dict(zip(names, numbers[index * len(names) : (index + 1) * len(names)], strict=True)),
+            factors[2 * index + 1],
+        )
+        for index in range(count)
+    ]
+
+
+def _linear(
+    x: Tensor, tensors: list[Tensor], numbers: list[int], factors: list[float], rows: int, columns: int, fast: bool
+) -> Tensor:
+    if x.shape[-1] != columns:
+        raise FormatError(f"The input has {x.shape[-1]} channels, but the weight has {columns} columns.")
+    if x.dtype not in ACTIVATIONS:
+        raise FormatError(f"The input is {x.dtype}; these kernels take float16 or bfloat16.")
+    terms = _terms(tensors, numbers, factors)
+    flat = x.reshape(-1, columns)
+    tokens = flat.shape[0]
+    codes = [term for term in terms if term[1]["kind"] == CODES]
+    lists = [term for term in terms if term[1]["kind"] != CODES]
+    fused = codes[0] if len(codes) == 1 and len(lists) == 1 else None
+    if tokens == 0:
+        y = x.new_empty(0, rows)
+    elif tokens > (MOST_TOKENS_OF_OUTLIERS if lists else MOST_TOKENS) or (lists and fused is None):
+        y = torch.nn.functional.linear(flat, _dense(terms, rows, columns, x.dtype))
+    else:
+        flat = _aligned(flat)
+        parts = [_product(flat, term, lists[0] if term is fused else None) for term in codes]
+        y = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    return y.reshape(*x.shape[:-1], rows)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x [tokens, columns]`` so that eight columns are one load; columns that are added hold zeros."""
+    missing = -x.shape[1] % 8
+    if missing:
+        return torch.nn.functional.pad(x, (0, missing))
+    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _product(x: Tensor, term: Term, outliers: Term | None) -> Tensor:
+    tensors, numbers, multiplier = term
+    code, tokens, rows = code_of(tensors, numbers), x.shape[0], numbers["rows"]
+    half = x.dtype == torch.float16
+    if not _compiles():
+        return _portable(x, code, term, outliers)
+    entries: dict[str, Tensor] = {}
+    if outliers is not None:
+        code = replace(code, outliers=torch.float16 if outliers[1]["half"] else torch.bfloat16)
+        entries = {"entries": outliers[0]["entries"], "row_ptr": outliers[0]["row_ptr"]}
+    chosen = tuning.choose(code, rows, x.shape[1], tokens, x.device)
+    y = x.new_empty(tokens, rows)
+    partial, arrived = program.workspace(chosen, rows, tokens, x.device)
+    given = program.arguments(
+        {**_pointed(term, half), **entries, "x": x, "y": y, "partial": partial, "arrived": arrived},
+        rows=rows, columns=x.shape[1], tokens=tokens, stride=x.stride(0),
+        second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
+    )  # fmt: skip
+    program.linear(code, chosen, given, half, x.device, overlap=tuning.overlaps(x.device))
+    return y
+
+
+def _pointed(term: Term, half: bool) -> dict[str, Tensor | None]:
+    tensors = term[0]
+    present = {name: tensor if tensor.numel() else None for name, tensor in tensors.items()}
+    return {
+        "codes": tensors["codes"], "scale": present["scale"], "zero": present["zero_point"],
+        "second": present["second_order"], "table": present["pairs_half" if half else "pairs_bfloat16"],
+    }  # fmt: skip
+
+
+def _portable(x: Tensor, code: program.Code, term: Term, outliers: Term | None) -> Tensor:
+    from rarefy.kernels.triton import linear as portable
+
+    tensors, numbers, multiplier = term
+    if outliers is not None or not portable.fits(code):
+        terms = [term] if outliers is None else [term, outliers]
+        return torch.nn.functional.linear(x, _dense(terms, numbers["rows"], x.shape[1], x.dtype))
+    zero = tensors["zero_point"] if tensors["zero_point"].numel() else None
+    chosen = portable.Tuning(tokens=max(16, min(128, 1 << (x.shape[0] - 1).bit_length())))
+    return portable.linear(
+        code, chosen, x, tensors["codes"], tensors["scale"], zero, numbers["rows"], multiplier
+    )
+
+
+def _dense(terms: Sequence[Term], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The weight in ``dtype``: by the kernel where it is one term of codes, else in torch."""
+    if len(terms) == 1 and terms[0][1]["kind"] == CODES and columns % 4 == 0 and _compiles():
+        tensors, numbers, multiplier = terms[0]
+        weight = tensors["codes"].new_empty(rows, columns, dtype=dtype)
+        half = dtype == torch.float16
+        given = program.arguments(
+            {**_pointed(terms[0], half), "y": weight}, rows=rows, columns=columns,
+            second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
+        )  # fmt: skip
+        program.dequantize(code_of(tensors, numbers), given, half, weight.device)
+        return weight
+    return _sum(terms).to(dtype)
+
+
+def _decode(tensors: list[Tensor], numbers: list[int], factors: list[float], rows: int, columns: int) -> Tensor:
+    return _sum(_terms(tensors, numbers, factors))
+
+
+def _sum(terms: Sequence[Term]) -> Tensor:
+    weights = [_values(*term) for term in terms]
+    return torch.stack(weights).sum(0) if len(weights) > 1 else weights[0]
+
+
+def _values(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: float) -> Tensor:
+    """The dense weight of one term, float32, with the operations of the reference in their order."""
+    rows, columns = numbers["rows"], numbers["columns"]
+    if numbers["kind"] != CODES:
+        return decode.decode_csr(tensors["entries"], tensors["row_ptr"], bool(numbers["half"]), rows, columns)
+    size = numbers["group_size"] or columns
+    together = tensors["table"].numel() > 0
+
+    def spread(numbers_of_groups: Tensor) -> Tensor:
+        return numbers_of_groups.float().repeat_interleave(size, dim=1)[:, :columns]
+
+    codes = layout.unpack_codes(tensors["codes"], numbers["bits"], numbers["span"], together, rows, columns)
+    values = tensors["table"][codes.long()] if together else codes.float()
+    kind = numbers["scale_layout"]
+    scale = layout.unpack_pairs(tensors["scale"], rows) if tensors["scale"].numel() else None
+    if kind == PAIRS:
+        assert scale is not None
+        first, second = (spread(part) for part in scale.unsqueeze(-1).view(torch.float16).unbind(-1))
+        weight = torch.where(codes > 0, second, first)
+    else:
+        zero: Tensor | float = float(numbers["center"])
+        if kind in (BILEVEL, LEVEL):
+            assert scale is not None
+            tile = [layout.TILE * numbers["second_rows"], numbers["second_groups"]]
+            order = tensors["second_order"]
+            scale, zeros = decode.group_scales(scale, order if kind == BILEVEL else order[..., :2], tile)
+            zero = zero if zeros is None else spread(zeros)
+        elif tensors["zero_point"].numel():
+            zero = spread(layout.unpack_pairs(tensors["zero_point"], rows))
+        weight = values if together else values - zero
+        weight = weight if scale is None else weight * spread(scale)
+    return weight if multiplier == 1.0 else weight * multiplier
+
+
+library.impl("linear_prepared", _linear, "CUDA")
+library.impl("decode_prepared", _decode, "CUDA")

@@ -1,0 +1,245 @@
+"""Stored tensors of one op family (``kernels/ops.py``) in the layouts of ``linear.cu``, and back, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rarefy import packing
+from rarefy.kernels import prepared
+from rarefy.kernels.cuda import layout
+from rarefy.kernels.cuda.program import Code
+from rarefy.kernels.prepared import Arguments, NotCovered, filled, plain
+from rarefy.kernels.reference import tables
+
+CODES, ENTRIES = range(2)  # kinds
+SINGLE, PAIRS, BILEVEL, LEVEL = range(4)  # what a scale is
+SCALES = {PAIRS: "pairs", BILEVEL: "bilevel", LEVEL: "level"}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass
+class Prepared(prepared.Prepared):
+    """One term for the kernels of this package. ``table``: float32; ``pairs_half`` and ``pairs_bfloat16``: that of two
+    codes at once, rounded for activations of either type."""
+
+    SLOTS: ClassVar[tuple[str, ...]] = (
+        "codes", "scale", "zero_point", "second_order", "table", "pairs_half", "pairs_bfloat16", "entries", "row_ptr",
+    )  # fmt: skip
+    NUMBERS: ClassVar[tuple[str, ...]] = (
+        "kind", "bits", "group_size", "span", "scale_layout", "center", "half", "rows", "columns", "second_rows",
+        "second_groups",
+    )  # fmt: skip
+
+
+def code_of(tensors: dict[str, Tensor], numbers: dict[str, int]) -> Code:
+    """What the kernel is told of a term of CODES."""
+    scale, zero = tensors["scale"], tensors["zero_point"]
+    named = SCALES.get(numbers["scale_layout"], scale.dtype if scale.numel() else None)
+    return Code(
+        bits=numbers["bits"], group=numbers["group_size"], span=numbers["span"], table=tensors["table"].numel() > 0,
+        scale=named, zero=zero.dtype if zero.numel() else None, center=numbers["center"],  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def prepare(family: str, arguments: Arguments, multiplier: float = 1.0) -> Prepared:
+    """The execution layout of ``arguments`` of ``rarefy::linear_<family>`` (without ``x``), all on one device.
+
+    Raises NotCovered, saying why, for what no kernel reads. Verified: ``canonical()`` gives back equal tensors.
+    """
+    if family not in _PREPARE:
+        raise NotCovered(f"the family '{family}'")
+    made = _PREPARE[family](arguments)
+    made.multiplier = multiplier
+    made.verify(arguments)
+    return made
+
+
+def _numbers(kind: int, rows: int, columns: int, **others: int) -> dict[str, int]:
+    if rows < 1 or columns < 1:
+        raise NotCovered("an empty weight")
+    found = dict.fromkeys(Prepared.NUMBERS, 0)
+    found.update({"kind": kind, "rows": rows, "columns": columns, "second_rows": 1, "second_groups": 1, **others})
+    return found
+
+
+def _groups(group_size: int, bits: int, columns: int) -> dict[str, int]:
+    """Numbers of groups that a step holds whole, or that hold whole steps."""
+    step = layout.step_of(bits)
+    size = 0 if group_size >= columns else group_size
+    if size and (size % step if size > step else size % layout.BLOCK or step % size):
+        raise NotCovered(f"groups of {size} columns, where a step is {step}")
+    return {"group_size": size, "span": 4 if 0 < size < 32 else 8}
+
+
+# ---- Codes.
+
+
+def _bits(levels: int) -> int:
+    bits = max(1, (levels - 1).bit_length())
+    if bits not in layout.BITS:
+        raise NotCovered(f"codes of {bits} bits")
+    return bits
+
+
+def _put_codes(codes: Tensor, name: str, bits: int, levels: int, columns: int, span: int, together: bool) -> Tensor:
+    if name == "radix":
+        dense = packing.unpack_radix(codes, levels, columns)
+    elif name == "planes":
+        dense = packing.unpack_planes(codes, bits, columns)
+    else:
+        dense = packing.unpack_bits(codes, bits, columns)
+    return layout.pack_codes(dense, bits, span, together)
+
+
+def _take_codes(made: Prepared, name: str, levels: int) -> Tensor:
+    numbers = made.numbers
+    bits, together = numbers["bits"], "table" in made.tensors
+    dense = layout.unpack_codes(made.tensors["codes"], bits, numbers["span"], together, made.rows, made.columns)
+    if name == "radix":
+        return packing.pack_radix(dense, levels)
+    return packing.pack_planes(dense, bits) if name == "planes" else packing.pack_bits(dense, bits)
+
+
+def _only_full(pattern: str) -> None:
+    if pattern != "full":
+        raise NotCovered(f"codes under pattern '{pattern}'")
+
+
+def _put_scales(
+    scale: Tensor, second: Tensor | None, tile: list[int]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    if scale.dim() != 2:
+        raise NotCovered("a scale for each sign, or two bytes of scale and zero")
+    made = {"scale": layout.pack_pairs(scale)}
+    if second is None:
+        return made, {"scale_layout": SINGLE}
+    if tile[0] % layout.TILE or second.dtype != torch.float16:
+        raise NotCovered(f"two-level scales in tiles of {tile[0]} rows, of {second.dtype}")
+    four = torch.nn.functional.pad(second, (0, 4 - second.shape[-1])).contiguous()
+    own = BILEVEL if second.shape[-1] == 4 else LEVEL
+    return {**made, "second_order": four}, {
+        "scale_layout": own, "second_rows": tile[0] // layout.TILE, "second_groups": tile[1],
+    }  # fmt: skip
+
+
+def _take_scales(made: Prepared) -> tuple[Tensor, Tensor | None]:
+    second = made.tensors.get("second_order")
+    if second is not None and made.numbers["scale_layout"] == LEVEL:
+        second = second[..., :2].contiguous()
+    return layout.unpack_pairs(made.tensors["scale"], made.rows), second
+
+
+def _integer(arguments: Arguments) -> Prepared:
+    codes, scale, zero_point, second, _, _, pattern, _, name, levels, size, tile, rows, columns = arguments
+    _only_full(pattern)
+    bits = _bits(levels)
+    groups = _groups(size or columns, bits, columns)
+    tensors, more = _put_scales(scale, second, tile)
+    if zero_point is not None:
+        if second is not None:
+            raise NotCovered("two-level scales beside zero points of their own")
+        if not zero_point.is_floating_point():
+            zero_point = packing.unpack_bits(zero_point, bits, scale.numel()).reshape(scale.shape)
+        tensors["zero_point"] = layout.pack_pairs(zero_point)
+    tensors["codes"] = _put_codes(codes, name, bits, levels, columns, groups["span"], False)
+    centered = zero_point is None and more["scale_layout"] != BILEVEL
+    center = levels // 2 if centered else 0
+    return Prepared(
+        tensors, _numbers(CODES, rows, columns, bits=bits, center=center, **groups, **more), _undo_integer,
+        plain(arguments), zero=float(center),
+    )  # fmt: skip
+
+
+def _undo_integer(made: Prepared) -> Arguments:
+    name, levels = made.plain[8:10]
+    scale, second = _take_scales(made)
+    zeros = made.tensors.get("zero_point")
+    if zeros is not None:
+        zeros = layout.unpack_pairs(zeros, made.rows)
+        if not zeros.is_floating_point():
+            zeros = packing.pack_bits(zeros.flatten(), (levels - 1).bit_length())
+    return filled(made.plain, {0: _take_codes(made, name, levels), 1: scale, 2: zeros, 3: second})
+
+
+def _table(values: Tensor, bits: int) -> dict[str, Tensor]:
+    whole = torch.zeros(1 << bits, device=values.device)
+    whole[: values.numel()] = values.flatten().float()
+    return {
+        "table": whole, "pairs_half": layout.pair_table(whole.half()),
+        "pairs_bfloat16": layout.pair_table(whole.bfloat16()),
+    }  # fmt: skip
+
+
+def _float(arguments: Arguments) -> Prepared:
+    codes, scale, second, _, _, pattern, _, name, format, size, tile, rows, columns = arguments
+    _only_full(pattern)
+    bits = _bits(1 << tables.FORMATS[format])
+    if bits > 4:
+        raise NotCovered(f"tables of {1 << bits} entries")
+    groups = _groups(size or columns, bits, columns)
+    tensors, more = _put_scales(scale, second, tile)
+    tensors.update(_table(tables.table(format, codes.device), bits))
+    tensors["codes"] = _put_codes(codes, name, bits, 1 << bits, columns, groups["span"], True)
+    return Prepared(tensors, _numbers(CODES, rows, columns, bits=bits, **groups, **more), _undo_float, plain(arguments))
+
+
+def _undo_float(made: Prepared) -> Arguments:
+    scale, second = _take_scales(made)
+    codes = _take_codes(made, made.plain[7], 1 << made.numbers["bits"])
+    return filled(made.plain, {0: codes, 1: scale, 2: second})
+
+
+def _lut(arguments: Arguments) -> Prepared:
+    codes, lut, _, _, pattern, _, name, bits, rows_per_lut, size, rows, columns = arguments
+    _only_full(pattern)
+    across, groups, entries = lut.shape
+    kept = {"lut": lut.new_empty(0, entries)}
+    if across == 1 and groups == 1 and bits <= 4:
+        tensors = {"codes": _put_codes(codes, name, bits, 1 << bits, columns, 8, True), **_table(lut, bits)}
+        numbers = _numbers(CODES, rows, columns, bits=bits, span=8)
+        return Prepared(tensors, numbers, _undo_lut, plain(arguments), kept=kept)
+    if entries != 2 or bits != 1 or lut.dtype != torch.float16:
+        raise NotCovered(f"tables of {entries} entries of {lut.dtype} for each row")
+    own = _groups(size or columns, bits, columns)
+    spread = lut.repeat_interleave(rows_per_lut, dim=0)[:rows]
+    tensors = {
+        "codes": _put_codes(codes, name, bits, 2, columns, own["span"], False),
+        "scale": layout.pack_pairs(spread.contiguous().view(torch.int32).squeeze(-1)),
+    }
+    numbers = _numbers(CODES, rows, columns, bits=bits, scale_layout=PAIRS, **own)
+    return Prepared(tensors, numbers, _undo_lut, plain(arguments), kept=kept)
+
+
+def _undo_lut(made: Prepared) -> Arguments:
+    name, bits, rows_per_lut = made.plain[6:9]
+    dtype, entries = made.kept["lut"].dtype, made.kept["lut"].shape[1]
+    if "table" in made.tensors:
+        lut = made.tensors["table"][:entries].to(dtype).reshape(1, 1, -1)
+    else:
+        lut = layout.unpack_pairs(made.tensors["scale"], made.rows)[::rows_per_lut].unsqueeze(-1).view(dtype)
+    return filled(made.plain, {0: _take_codes(made, name, 1 << bits), 1: lut.contiguous()})
+
+
+# ---- Outliers.
+
+
+def _csr(arguments: Arguments) -> Prepared:
+    entries, row_ptr, half, rows, columns = arguments
+    if row_ptr.shape[0] != 1:
+        raise NotCovered(f"outliers in {columns} columns")
+    tensors = {"entries": entries.contiguous(), "row_ptr": row_ptr.contiguous()}
+    return Prepared(tensors, _numbers(ENTRIES, rows, columns, half=int(half)), _undo_csr, plain(arguments))
+
+
+def _undo_csr(made: Prepared) -> Arguments:
+    return filled(made.plain, {0: made.tensors["entries"], 1: made.tensors["row_ptr"]})
+
+
+_PREPARE: dict[str, Callable[[Arguments], Prepared]] = {
+    "integer": _integer, "float": _float, "lut": _lut, "csr": _csr,
+}  # fmt: skip

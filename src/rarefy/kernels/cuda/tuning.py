@@ -1,0 +1,75 @@
+"""How work is cut up on a GPU: from the table that ``rarefy tune`` measured there, or by rule."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rarefy.kernels.cuda.program import Code, Tuning
+
+FOLDER = Path(__file__).with_name("tables")
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens that are told apart
+
+
+def choose(code: Code, rows: int, columns: int, tokens: int, device: torch.device) -> Tuning:
+    """What to compile for ``tokens`` of ``columns`` against ``rows``."""
+    bucket = next((each for each in BUCKETS if tokens <= each), BUCKETS[-1])
+    return _chosen(code, rows, columns, bucket, _name(device))
+
+
+@functools.cache
+def _chosen(code: Code, rows: int, columns: int, bucket: int, name: str) -> Tuning:
+    known = [entry for entry in table(name) if (entry["bits"], entry["tokens"]) == (code.bits, bucket)]
+    if known:
+        # The nearest size by the number of weights, then by proportion.
+        def distance(entry: dict[str, Any]) -> tuple[float, float]:
+            size = entry["rows"] * entry["columns"] / (rows * columns)
+            shape = entry["rows"] / entry["columns"] / (rows / columns)
+            return max(size, 1 / size), max(shape, 1 / shape)
+
+        found = Tuning(**min(known, key=distance)["tuning"])
+        if found.shared_memory(code) <= 200 * 1024:
+            return found
+    return by_rule(code, rows, columns, bucket)
+
+
+def by_rule(code: Code, rows: int, columns: int, tokens: int) -> Tuning:
+    """A fair choice where nobody measured."""
+    loads = code.step * code.bits // 256
+    if tokens <= 16:
+        return Tuning(tiles=1, tokens=-(-tokens // 8), along=8, depth=max(1, min(2, 8 // loads)))
+    wide = min(8, -(-tokens // 8))
+    tiles = 2 if wide <= 4 and rows >= 8192 else 1
+    blocks = -(-rows // (16 * tiles * 4)) * -(-tokens // (8 * wide))
+    split = next((each for each in (1, 2, 4) if blocks * each >= 264), 4)
+    return Tuning(tiles, wide, across=4, along=1, depth=1, stages=3, split=split)
+
+
+@functools.cache
+def table(name: str) -> list[dict[str, Any]]:
+    """Measured entries for the GPU of this name: bits, tokens, rows, columns and the fields of a Tuning."""
+    path = FOLDER / f"{name}.json"
+    if not path.is_file():
+        return []
+    found: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["entries"]
+    return found
+
+
+def entry(code: Code, rows: int, columns: int, tokens: int, tuning: Tuning) -> dict[str, Any]:
+    """What a table says of one measurement."""
+    return {"bits": code.bits, "tokens": tokens, "rows": rows, "columns": columns, "tuning": asdict(tuning)}
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel may load its weights while its forerunner still runs (compute capability 9 and later)."""
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@functools.cache
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device).lower().replace(" ", "-")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
@@ -15,6 +15,7 @@ from rarefy.core.errors import OptionError, UnsupportedError
 from rarefy.decoding import interpreter
 from rarefy.decoding.cache import KeyValues, Sequences
 from rarefy.decoding.fuse import AddNorm, Attention, Fused, Projects, fuse
+from rarefy.decoding.products import together_
 from rarefy.decoding.program import Add, Cap, Embed, Gate, Norm, Program, Rotate
 from rarefy.decoding.sampling import Sampling
 from rarefy.kernels.triton import step
@@ -58,7 +59,7 @@ class GraphExecutor:
         self.device, self.dtype = embed.table.weight.device, embed.table.weight.dtype
         with torch.inference_mode(False), torch.no_grad():  # what weights become is theirs to keep
             self._products = {
-                operation.parts[0].name: _together_([part.linear for part in operation.parts])
+                operation.parts[0].name: together_([part.linear for part in operation.parts])
                 for operation in (*self._whole, *self._head)
                 if isinstance(operation, Projects)
             }
@@ -282,39 +283,3 @@ def _gain(norm: Norm | None) -> step.Gain | None:
     if norm is None:
         return None
     return step.Gain(norm.weight, norm.eps, step.CENTRED if norm.centred else step.PLAIN)
-
-
-def _together_(linears: Sequence[nn.Linear]) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """What computes ``linears`` of the same input, as one product where their weights can be made to lie together."""
-    if len(linears) > 1 and _alike(linears):
-        weight = _adjacent_([linear.weight for linear in linears])
-        biases = [linear.bias for linear in linears if linear.bias is not None]
-        bias = _adjacent_(biases) if biases else None
-        rows = [linear.out_features for linear in linears]
-        return lambda x: F.linear(x, weight, bias).split(rows, -1)
-    return lambda x: tuple(linear(x) for linear in linears)
-
-
-def _alike(linears: Sequence[nn.Linear]) -> bool:
-    first = linears[0]
-    return all(
-        type(linear) is nn.Linear
-        and linear.weight.dtype == first.weight.dtype
-        and (linear.bias is None) == (first.bias is None)
-        for linear in linears
-    )
-
-
-def _adjacent_(tensors: Sequence[Tensor]) -> Tensor:
-    """``tensors`` as one, along their first dimension; they become views of it unless they are that already."""
-    first = tensors[0]
-    place, storage = first.data_ptr(), first.untyped_storage().data_ptr()
-    for tensor in tensors:
-        here = tensor.data_ptr() == place and tensor.untyped_storage().data_ptr() == storage
-        if not here or not tensor.is_contiguous():
-            whole = torch.cat([each.data for each in tensors])
-            for each, part in zip(tensors, whole.split([len(each) for each in tensors]), strict=True):
-                each.data = part
-            return whole
-        place += tensor.numel() * tensor.element_size()
-    return first.data.as_strided((sum(len(each) for each in tensors), *first.shape[1:]), first.stride())

@@ -34,6 +34,7 @@ struct Arguments {
   const u32* entries;   // outliers by row: a 16-bit value above its column
   const u32* row_ptr;   // [rows + 1]
   int rows, columns, steps, groups, tokens, stride, second_rows, second_groups;
+  int ahead;            // whether codes are brought to the second cache while earlier kernels still run
   float multiplier;
 };
 
@@ -272,6 +273,10 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   shared_memory(pool);
   u8* stages = pool + TABLE_BYTES;
 
+  if (a.ahead && threadIdx.x < ACROSS * TILES && end > begin) {
+    const i64 tile = blockIdx.x * ACROSS * TILES + threadIdx.x;
+    if (tile * 16 < a.rows) bring_closer(a.codes + (tile * a.steps + begin) * LOADS * 32, (end - begin) * LOADS * 512);
+  }
   Slot slots[DEPTH];
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d)

@@ -79,13 +79,15 @@ class Tuning:
 
 _POINTERS = "codes scale zero second table x y partial arrived entries row_ptr".split()
 
+_NUMBERS = "rows columns steps groups tokens stride second_rows second_groups ahead".split()
+
 
 class Arguments(ctypes.Structure):
     """``Arguments`` of the source."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int) for name in "rows columns steps groups tokens stride second_rows second_groups".split()),
+        *((name, ctypes.c_int) for name in _NUMBERS),
         ("multiplier", ctypes.c_float),
     ]
 
@@ -103,16 +105,17 @@ def definitions(code: Code, tuning: Tuning, half: bool) -> dict[str, int]:
 
 def arguments(
     tensors: Mapping[str, Tensor | None], *, rows: int, columns: int, tokens: int = 0, stride: int = 0,
-    second: tuple[int, int] = (1, 1), multiplier: float = 1.0,
+    second: tuple[int, int] = (1, 1), ahead: bool = False, multiplier: float = 1.0,
 ) -> Arguments:  # fmt: skip
     """``tensors``: ``codes [tiles, steps, loads, 32, 4]``, ``scale`` and ``zero [tiles, groups, 8, 2]`` of layout.py,
     ``x [tokens, columns]`` with rows ``stride`` apart, ``y [tokens, rows]`` and so on; what is absent is a null
-    pointer. ``second``: how many tiles and groups share second-order numbers."""
+    pointer. ``second``: how many tiles and groups share second-order numbers. ``ahead``: fetch codes into the second
+    cache while the kernel waits for those before it."""
     scale, codes = tensors.get("scale"), tensors["codes"]
     assert codes is not None
     groups = 1 if scale is None else scale.shape[1]
     pointers = [0 if (own := tensors.get(name)) is None else own.data_ptr() for name in _POINTERS]
-    return Arguments(*pointers, rows, columns, codes.shape[1], groups, tokens, stride, *second, multiplier)
+    return Arguments(*pointers, rows, columns, codes.shape[1], groups, tokens, stride, *second, ahead, multiplier)
 
 
 def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:

@@ -259,8 +259,8 @@ def attempt(name: str, make: Callable[[], Decoder]) -> list[Decoder]:
         made = make()
         made.run()
         torch.cuda.synchronize()
-    except Exception as failure:  # a peer that does not run here must not lose the others
-        print(f"{name}: {type(failure).__name__}: {str(failure).splitlines()[0][:200]}", flush=True)
+    except (Exception, KeyboardInterrupt) as failure:  # a peer that does not run, or not in time, loses no other
+        print(f"{name}: {type(failure).__name__}: {str(failure).partition(chr(10))[0][:200]}", flush=True)
         return []
     print(f"{name}: ready in {time.monotonic() - begin:.0f} s, error {made.error:.1e}", flush=True)
     return [made]

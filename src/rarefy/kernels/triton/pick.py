@@ -35,31 +35,33 @@ def _keep(
     if TOP_K:
         for number in range(BITS):
             candidate = least | (tl.full((), 0x80000000, tl.uint32) >> number)
-            count = tl.zeros((), tl.int32)
+            count = tl.zeros((BLOCK,), tl.int32)
             for first in range(0, vocabulary, BLOCK):
                 at = first + tl.arange(0, BLOCK)
                 x = tl.load(row + at, mask=at < vocabulary, other=float("-inf"))
-                count += tl.sum(((_ordered(x) >= candidate) & (at < vocabulary)).to(tl.int32), 0)
-            least = tl.where(count >= top_k, candidate, least)
+                count += ((_ordered(x) >= candidate) & (at < vocabulary)).to(tl.int32)
+            least = tl.where(tl.sum(count, 0) >= top_k, candidate, least)
     if TOP_P:
-        peak = tl.full((), float("-inf"), tl.float32)
+        highest = tl.full((BLOCK,), float("-inf"), tl.float32)
         for first in range(0, vocabulary, BLOCK):
             at = first + tl.arange(0, BLOCK)
-            x = tl.load(row + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
-            peak = tl.maximum(peak, tl.max(x, 0))
+            x = tl.load(row + at, mask=at < vocabulary, other=float("-inf"))
+            highest = tl.maximum(highest, x.to(tl.float32))
+        peak = tl.max(highest, 0)
         bottom, needed = least, tl.zeros((), tl.float32)
         least = tl.zeros((), tl.uint32)
         for number in range(BITS + 1):
             # The first pass weighs all that top-k left.
             bit = tl.where(number == 0, 0, tl.full((), 0x80000000, tl.uint32) >> tl.maximum(number - 1, 0))
             candidate = least | bit
-            mass = tl.zeros((), tl.float32)
+            from_here = tl.maximum(candidate, bottom)
+            masses = tl.zeros((BLOCK,), tl.float32)
             for first in range(0, vocabulary, BLOCK):
                 at = first + tl.arange(0, BLOCK)
                 x = tl.load(row + at, mask=at < vocabulary, other=float("-inf"))
-                order = _ordered(x)
                 heavy = tl.exp((x.to(tl.float32) - peak) * sharpness)
-                mass += tl.sum(tl.where((order >= candidate) & (order >= bottom), heavy, 0.0), 0)
+                masses += tl.where(_ordered(x) >= from_here, heavy, 0.0)
+            mass = tl.sum(masses, 0)
             needed = tl.where(number == 0, mass * top_p, needed)
             least = tl.where(mass >= needed, candidate, least)
         least = tl.maximum(least, bottom)

@@ -155,8 +155,8 @@ def _attend(
     member, channel = tl.arange(0, M), tl.arange(0, WIDTH)
     real, here = member < GROUP, channel < CHANNELS
     turn = turns + position.to(tl.int64) * CHANNELS
-    row = q + sequence * q_stride + (head * GROUP + member) * CHANNELS
-    query = _heads(row, real, q_gain, turn, q_eps, CHANNELS, WIDTH, Q_KIND)
+    queries = q + sequence * q_stride + (head * GROUP + member) * CHANNELS
+    query = _heads(queries, real, q_gain, turn, q_eps, CHANNELS, WIDTH, Q_KIND)
     key_base = keys + sequence * sequence_stride + head.to(tl.int64) * head_stride
     value_base = values + sequence * sequence_stride + head.to(tl.int64) * head_stride
     top = tl.full((M,), float("-inf"), tl.float32)
@@ -208,17 +208,17 @@ def _attend(
     tl.store(arrived + pair, 0)  # the last one merges, and leaves the counter as it was
     tl.debug_barrier()
     number = tl.arange(0, SPLITS)
+    counted = number < active
     for which in range(GROUP):
-        place = (pair * GROUP + which).to(tl.int64) * SPLITS + number
-        lse = tl.load(part_lse + place, mask=number < active, other=float("-inf"), cache_modifier=".cg")
+        row = (pair * GROUP + which).to(tl.int64)
+        lse = tl.load(part_lse + row * SPLITS + number, mask=counted, other=float("-inf"), cache_modifier=".cg")
         share = tl.exp(lse - tl.max(lse, 0))
-        rows = tl.load(
-            part + place[:, None] * WIDTH + channel[None, :], mask=(number < active)[:, None], other=0.0,
+        parts = tl.load(
+            part + (row * SPLITS + number)[:, None] * WIDTH + channel[None, :], mask=counted[:, None], other=0.0,
             cache_modifier=".cg",
         )  # fmt: skip
-        merged = tl.sum(rows * share[:, None], 0) / tl.sum(share, 0)
-        target = (pair * GROUP + which).to(tl.int64) * CHANNELS + channel
-        tl.store(out + target, merged.to(out.dtype.element_ty), mask=here)
+        merged = tl.sum(parts * share[:, None], 0) / tl.sum(share, 0)
+        tl.store(out + row * CHANNELS + channel, merged.to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ std::vector<unsigned char> pool;
 std::vector<ucontext_t> fibers;
 std::vector<char> finished;
 std::vector<Barrier> barriers;  // of the block, then of each warp
-std::vector<Operands> operands;
+std::vector<Operands> exchanged;
 std::vector<float> floats;
 ucontext_t scheduler;
 int current, threads;
@@ -114,13 +114,13 @@ device unsigned permuted(unsigned a, unsigned b, unsigned bytes) {
 }
 device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   const int thread = threadIdx.x, warp = thread / 32 * 32, g = thread % 32 / 4, t = thread % 4;
-  emulator::operands[thread] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  emulator::exchanged[thread] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
   warp_barrier();
   for (int j = 0; j < 4; ++j) {
     const int column = 2 * t + j % 2;
     for (int k = 0; k < 16; ++k) {
-      const emulator::Operands& weights = emulator::operands[warp + 4 * g + k % 8 / 2];
-      const emulator::Operands& tokens = emulator::operands[warp + 4 * column + k % 8 / 2];
+      const emulator::Operands& weights = emulator::exchanged[warp + 4 * g + k % 8 / 2];
+      const emulator::Operands& tokens = emulator::exchanged[warp + 4 * column + k % 8 / 2];
       const unsigned w = weights.a[j / 2 + k / 8 * 2] >> k % 2 * 16, x = tokens.b[k / 8] >> k % 2 * 16;
       sum[j] += widened(w) * widened(x);
     }

@@ -7,7 +7,7 @@
 //
 // The macros below are given at compile time (see tuning.py for what is chosen when).
 //   BITS, GROUP (columns of a scale; 0: the whole row), STEP (columns that a warp takes at once), SPAN (neighbouring
-//   columns of a lane), TABLE (codes are looked up), SCALE, ZERO (types), CENTER (what is subtracted from a code),
+//   columns of a lane), TABLE (codes are looked up: SHARED by all, or BY_ROW), SCALE, ZERO (types), CENTER (what is subtracted from a code),
 //   OUTLIERS (type of single values that are added to the weight), HALF (float16 activations, else bfloat16),
 //   TILES (of 16 rows for a warp), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns),
 //   DEPTH (steps loaded ahead), STAGED (activations go through shared memory), STAGES, SPLIT (blocks over columns)
@@ -19,6 +19,7 @@ typedef long long i64;
 
 // PAIRS: instead of a scale, the two numbers that the codes 0 and 1 stand for. BILEVEL: codes of 4 bits of a scale and
 // of a zero, with a step and a zero of their own for a tile of both; LEVEL: without the zero.
+enum { SHARED = 1, BY_ROW = 2 };
 enum { NONE = 0, F32 = 1, F16 = 2, BF16 = 3, U8 = 4, PAIRS = 5, BILEVEL = 6, LEVEL = 7 };
 
 struct Arguments {
@@ -26,7 +27,7 @@ struct Arguments {
   const void* scale;    // [tiles][groups][8][2]: rows g and g + 8 of a tile beside each other
   const void* zero;     // likewise
   const uint2* second;  // [tiles / second_rows][groups / second_groups], of BILEVEL and LEVEL: four float16
-  const u32* table;     // pairs of 16-bit numbers, [1 << 2 * BITS]
+  const u32* table;     // SHARED: pairs of 16-bit numbers [1 << 2 * BITS]; BY_ROW: bytes [tiles][groups][8][2]
   const u16* x;         // [tokens][stride]
   u16* y;               // [tokens][rows]
   float* partial;       // [SPLIT][tokens][rows]
@@ -49,8 +50,9 @@ constexpr int THREADS = 32 * ACROSS * ALONG;
 constexpr int ROWS = 16 * TILES * ACROSS, COLUMNS = STEP * ALONG, WIDTH = 8 * TOKENS;
 constexpr int PITCH = 2 * COLUMNS + 64;   // bytes of a staged token; 64 keep the banks apart
 constexpr int SUM_PITCH = ROWS + 4;
-constexpr int COPIES = TABLE ? 32 : 0;    // of the table: each lane has a bank to itself
-constexpr int TABLE_BYTES = TABLE ? (4 * COPIES) << (2 * BITS) : 0;
+constexpr int COPIES = TABLE == SHARED ? 32 : 0;  // of the table: each lane has a bank to itself
+constexpr int TABLE_BYTES = (4 * COPIES) << (2 * BITS);
+constexpr int ENTRIES = TABLE == BY_ROW ? 1 << (BITS - 1) : 1;  // words of a row's table
 constexpr u32 MAGIC = HALF ? 0x64006400u : 0x43004300u;  // 1024 or 128, twice: codes fit below their mantissas' ends
 constexpr u32 MAGIC_VALUE = HALF ? 1024 : 128;
 constexpr u32 ONES = HALF ? 0x3C003C00u : 0x3F803F80u;
@@ -121,7 +123,7 @@ template <class S, class Z> device float contribution(const S& scale, const Z& z
 // The 16-bit numbers of pair i (0..3) of block b. Both codes of a pair lie at the same place of a word's two halves, or
 // for a table beside each other, so that together they are one index.
 device u32 operand(const u32* words, int b, int i, const u32* table) {
-  if constexpr (TABLE) {
+  if constexpr (TABLE == SHARED) {
     u32 index;
     if constexpr (BITS == 3) {
       const u32* own = words + 3 * (b / 4);
@@ -157,6 +159,54 @@ device u32 operand(const u32* words, int b, int i, const u32* table) {
       found = chosen(word >> BITS * (own / PLACES * PLACES), MASK << place, MAGIC);
     }
     return fused(found, inverse_power(place), minus((MAGIC_VALUE >> place) + CENTER));
+  }
+}
+
+// Tables of the rows g and g + 8: of all entries the low bytes, then the high ones.
+struct Tables { u32 at[2][ENTRIES]; };
+
+device void load(Tables& tables, const Arguments& a, i64 tile, int group, int g) {
+  if constexpr (TABLE == BY_ROW) {
+    const uint4* from = reinterpret_cast<const uint4*>(a.table) + ((tile * a.groups + group) * 8 + g) * (ENTRIES / 2);
+#pragma unroll
+    for (int n = 0; n < ENTRIES / 2; ++n) {
+      const uint4 all = load_shared_by_all(from + n, true);
+      u32* to = tables.at[n * 4 / ENTRIES] + n * 4 % ENTRIES;
+      to[0] = all.x, to[1] = all.y, to[2] = all.z, to[3] = all.w;
+    }
+  }
+}
+
+// The four operands of block b. A byte permutation looks up four codes among eight bytes.
+device void operands(u32 (&weights)[4], const u32* words, int b, const u32* table, const Tables& tables) {
+  if constexpr (TABLE == BY_ROW) {
+    u32 codes, halves = 0;
+    if constexpr (BITS == 4) {
+      codes = words[b];
+      halves = chosen(codes >> 1, 0x44444444u, 0x32103210u);  // which eight of sixteen
+    } else {
+      const u32* own = words + 3 * (b / 4);
+      codes = b % 4 < 3 ? own[b % 4]
+                        : chosen(own[0] >> 3, 0x11111111u, chosen(own[1] >> 2, 0x22222222u, own[2] >> 1 & 0x44444444u));
+    }
+    codes &= 0x77777777u;
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const u32* own = tables.at[which];
+      u32 found[2];
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        const u32* bytes = own + part * ENTRIES / 2;
+        found[part] = permuted(bytes[0], bytes[1], codes >> 16 * which);
+        if constexpr (BITS == 4)
+          found[part] = permuted(found[part], permuted(bytes[2], bytes[3], codes >> 16 * which), halves >> 16 * which);
+      }
+      weights[which] = permuted(found[0], found[1], 0x5140);
+      weights[which + 2] = permuted(found[0], found[1], 0x7362);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) weights[i] = operand(words, b, i, table);
   }
 }
 
@@ -201,11 +251,20 @@ struct Slot {
   Pair<ZERO> zero[TILES][PARTS];
 };
 
-device void fetch(Slot& slot, const Arguments& a, int first_tile, int step, int lane) {
+device i64 tile_of(const Arguments& a, int tile) {
   const int tiles = (a.rows + 15) / 16;
+  return tile < tiles ? tile : tiles - 1;
+}
+
+device int group_of(const Arguments& a, int step, int part) {
+  const int group = GROUP == 0 ? 0 : GROUP > STEP ? step / (GROUP > STEP ? GROUP / STEP : 1) : step * PARTS + part;
+  return group < a.groups ? group : a.groups - 1;  // columns that fill up the last step
+}
+
+device void fetch(Slot& slot, const Arguments& a, int first_tile, int step, int lane) {
 #pragma unroll
   for (int r = 0; r < TILES; ++r) {
-    const i64 tile = first_tile + r < tiles ? first_tile + r : tiles - 1;
+    const i64 tile = tile_of(a, first_tile + r);
     const uint4* codes = a.codes + (tile * a.steps + step) * LOADS * 32 + lane;
 #pragma unroll
     for (int l = 0; l < LOADS; ++l) {
@@ -215,8 +274,7 @@ device void fetch(Slot& slot, const Arguments& a, int first_tile, int step, int 
     }
 #pragma unroll
     for (int p = 0; p < PARTS; ++p) {
-      int group = GROUP == 0 ? 0 : GROUP > STEP ? step / (GROUP > STEP ? GROUP / STEP : 1) : step * PARTS + p;
-      group = group < a.groups ? group : a.groups - 1;  // columns that fill up the last step
+      const int group = group_of(a, step, p);
       const i64 index = (tile * a.groups + group) * 8 + lane / 4;
       load(slot.scale[r][p], a.scale, index, a, tile, group);
       load(slot.zero[r][p], a.zero, index, a, tile, group);
@@ -284,6 +342,11 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
     table = copies + lane;
     block_barrier();
   }
+  Tables tables[TILES];
+  if constexpr (GROUP == 0) {
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) load(tables[r], a, tile_of(a, first_tile + r), 0, g);
+  }
   wait_for_earlier_kernels();  // weights never depend on them
   float extra[EXTRA];
   if constexpr (OUTLIERS != NONE) add_outliers(extra, a, first_row, first_token);
@@ -342,8 +405,8 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
 #pragma unroll
           for (int r = 0; r < TILES; ++r) {
             u32 weights[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) weights[i] = operand(slots[d].words[r], b, i, table);
+            if (GROUP != 0 && b % PART == 0) load(tables[r], a, tile_of(a, first_tile + r), group_of(a, step, b / PART), g);
+            operands(weights, slots[d].words[r], b, table, tables[r]);
 #pragma unroll
             for (int n = 0; n < TOKENS; ++n) multiply(part[r][n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
           }
@@ -427,8 +490,12 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Argume
   if (tile * 16 >= a.rows) return;
   Slot slot;
   fetch(slot, a, tile, step, lane);
+  Tables tables;
 #pragma unroll
   for (int b = 0; b < BLOCKS; ++b) {
+    if (b % PART == 0) load(tables, a, tile, group_of(a, step, b / PART), g);
+    u32 weights[4];
+    operands(weights, slot.words[0], b, table, tables);
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       const int row = tile * 16 + g + 8 * which;
@@ -436,12 +503,13 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Argume
       u32 pairs[2];
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
-        const u32 codes = operand(slot.words[0], b, which + 2 * q, table);
         float values[2];
 #pragma unroll
-        for (int f = 0; f < 2; ++f)
-          values[f] = contribution(slot.scale[0][b / PART], slot.zero[0][b / PART], which, widened(u16(codes >> 16 * f)), 1.0f);
-        pairs[q] = rounded<HALF>(values[0] * a.multiplier) | u32(rounded<HALF>(values[1] * a.multiplier)) << 16;
+        for (int f = 0; f < 2; ++f) {
+          const float code = widened(u16(weights[which + 2 * q] >> 16 * f));
+          values[f] = contribution(slot.scale[0][b / PART], slot.zero[0][b / PART], which, code, 1.0f) * a.multiplier;
+        }
+        pairs[q] = rounded<HALF>(values[0]) | u32(rounded<HALF>(values[1])) << 16;
       }
       if (row < a.rows && column < a.columns)
         *reinterpret_cast<uint2*>(a.y + i64(row) * a.columns + column) = {pairs[0], pairs[1]};

@@ -168,12 +168,19 @@ def _values(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: flo
     if numbers["kind"] != CODES:
         return decode.decode_csr(tensors["entries"], tensors["row_ptr"], bool(numbers["half"]), rows, columns)
     size = numbers["group_size"] or columns
-    together = tensors["table"].numel() > 0
+    code = code_of(tensors, numbers)
 
     def spread(numbers_of_groups: Tensor) -> Tensor:
         return numbers_of_groups.float().repeat_interleave(size, dim=1)[:, :columns]
 
-    codes = layout.unpack_codes(tensors["codes"], numbers["bits"], numbers["span"], together, rows, columns)
+    codes = layout.unpack_codes(tensors["codes"], code.bits, code.span, code.order, rows, columns)
+    if code.table == "rows":
+        lut = layout.unpack_tables(tensors["pairs_half"], rows, torch.float16)
+        other = layout.unpack_tables(tensors["pairs_bfloat16"], rows, torch.bfloat16)
+        exact = lut.float() if numbers["half"] else other.float()
+        group = torch.arange(columns, device=codes.device) // size
+        return exact[torch.arange(rows, device=codes.device)[:, None], group, codes.long()]
+    together = code.table == "shared"
     values = tensors["table"][codes.long()] if together else codes.float()
     kind = numbers["scale_layout"]
     scale = layout.unpack_pairs(tensors["scale"], rows) if tensors["scale"].numel() else None

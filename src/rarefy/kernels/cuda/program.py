@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rarefy.kernels.cuda import driver
-from rarefy.kernels.cuda.layout import TILE, step_of
+from rarefy.kernels.cuda.layout import TILE, Order, step_of
 
 SOURCE = Path(__file__).with_name("linear.cu")
 TYPES: dict[Any, int] = {
@@ -24,19 +24,25 @@ TYPES: dict[Any, int] = {
 
 @dataclass(frozen=True)
 class Code:
-    """What is stored. ``group``: columns of a scale, 0 for the whole row; ``table``: codes are looked up in one table
-    of 16-bit numbers; ``scale``, ``zero``: their types, or that a "scale" holds the values of two codes (``pairs``),
-    or codes of 4 bits of a scale and a zero (``bilevel``) or of a scale only (``level``); without a zero, ``center`` is
-    the code that means zero. ``outliers``: the type of single values that are added to the weight."""
+    """What is stored. ``group``: columns of a scale, 0 for the whole row; ``table``: codes are looked up in a table of
+    16-bit numbers, one that all rows share or one of each row; ``scale``, ``zero``: their types, or that a "scale"
+    holds the values of two codes (``pairs``), or codes of 4 bits of a scale and a zero (``bilevel``) or of a scale only
+    (``level``); without a zero, ``center`` is the code that means zero. ``outliers``: the type of single values that
+    are added to the weight."""
 
     bits: int
     group: int = 0
     span: int = 8
-    table: bool = False
+    table: Literal["", "shared", "rows"] = ""
     scale: torch.dtype | Literal["pairs", "bilevel", "level"] | None = torch.float16
     zero: torch.dtype | None = None
     center: int = 0
     outliers: torch.dtype | None = None
+
+    @property
+    def order(self) -> Order:
+        """How codes lie in their words."""
+        return {"": "halves", "shared": "pairs", "rows": "nibbles"}[self.table]  # type: ignore[return-value]
 
     @property
     def step(self) -> int:
@@ -71,7 +77,7 @@ class Tuning:
     def shared_memory(self, code: Code) -> int:
         """Bytes of a block."""
         width = 8 * self.tokens
-        table = 32 * 4 << 2 * code.bits if code.table else 0
+        table = 32 * 4 << 2 * code.bits if code.table == "shared" else 0
         staged = self.stages * width * (2 * code.step * self.along + 64)
         meeting = 4 * (self.along + (code.outliers is not None)) * width * (self.rows + 4)
         return table + max(staged, meeting)
@@ -94,7 +100,8 @@ def definitions(code: Code, tuning: Tuning, half: bool) -> dict[str, int]:
     """The macros of the source."""
     found = {field.name.upper(): int(getattr(tuning, field.name)) for field in fields(tuning)}
     found.update(
-        BITS=code.bits, GROUP=code.group, SPAN=code.span, STEP=code.step, TABLE=int(code.table), CENTER=code.center,
+        BITS=code.bits, GROUP=code.group, SPAN=code.span, STEP=code.step, CENTER=code.center,
+        TABLE=("", "shared", "rows").index(code.table),
         SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half),
         STAGED=int(tuning.stages > 0),
     )  # fmt: skip
@@ -108,9 +115,9 @@ def arguments(
     """``tensors``: ``codes [tiles, steps, loads, 32, 4]``, ``scale`` and ``zero [tiles, groups, 8, 2]`` of layout.py,
     ``x [tokens, columns]`` with rows ``stride`` apart, ``y [tokens, rows]`` and so on; what is absent is a null
     pointer. ``second``: how many tiles and groups share second-order numbers."""
-    scale, codes = tensors.get("scale"), tensors["codes"]
+    scale, table, codes = tensors.get("scale"), tensors.get("table"), tensors["codes"]
     assert codes is not None
-    groups = 1 if scale is None else scale.shape[1]
+    groups = scale.shape[1] if scale is not None else table.shape[1] if table is not None and table.dim() > 1 else 1
     pointers = [0 if (own := tensors.get(name)) is None else own.data_ptr() for name in _POINTERS]
     return Arguments(*pointers, rows, columns, codes.shape[1], groups, tokens, stride, *second, multiplier)
 

@@ -13,11 +13,14 @@ void thread() {
 }
 }  // namespace
 
-extern "C" void run(int dequantize, const Arguments* given, int x, int y, int z, int threads, int shared) {
+extern "C" void run(int which, const Arguments* given, int x, int y, int z, int threads, int shared) {
   using namespace emulator;
   constexpr size_t STACK = 1 << 16;
   arguments = *given;
-  kernel = dequantize ? rarefy_dequantize : rarefy_linear;
+#if FLOAT8
+  if (which == 2) kernel = rarefy_quantize;
+#endif
+  if (which < 2) kernel = which ? rarefy_dequantize : rarefy_linear;
   gridDim = {x, y, z};
   emulator::threads = threads;
   std::vector<char> stacks(STACK * threads);

@@ -39,7 +39,8 @@ def _run(
 ) -> None:  # fmt: skip
     macros = [f"-D{macro}={value}" for macro, value in program.definitions(code, tuning, half).items()]
     run = _library(tuple(macros)).run
-    run(int(name == "dequantize"), ctypes.byref(given), *grid, tuning.threads, tuning.shared_memory(code))
+    which = ["linear", "dequantize", "quantize"].index(name)
+    run(which, ctypes.byref(given), *grid, tuning.threads, tuning.shared_memory(code))
 
 
 def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> Tensor:
@@ -76,3 +77,15 @@ def dequantize(prepared: Prepared, dtype: torch.dtype) -> Tensor:
     units = -(-numbers["rows"] // 16) * given.steps
     _run("dequantize", code_of(tensors, numbers), tuning, half, given, (-(-units * 32 // tuning.threads), 1, 1))
     return weight
+
+
+def quantize_tokens(x: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """As ``kernels/activations.py`` says."""
+    codes, step = torch.zeros(x.shape, dtype=torch.uint8), torch.full(x.shape[:1], torch.nan)
+    given = program.arguments(
+        {"codes": codes, "scale": gain, "x": x, "y": codes, "partial": step}, rows=0, columns=x.shape[1],
+        tokens=x.shape[0], stride=x.stride(0), multiplier=eps,
+    )  # fmt: skip
+    code, tuning = program.Code(8, span=16, float8=True), program.Tuning()
+    _run("quantize", code, tuning, x.dtype == torch.float16, given, (x.shape[0], 1, 1))
+    return codes.view(torch.float8_e4m3fn), step

@@ -45,6 +45,7 @@ void arrive(Barrier& barrier, int count) {
 static emulator::Position threadIdx, blockIdx, gridDim;
 
 device uint4 load_once(const uint4* from) { return *from; }
+device uint4 load_once(const uint4* from, bool real) { return real ? *from : uint4{0, 0, 0, 0}; }
 device uint2 load_once(const uint2* from) { return *from; }
 device unsigned load_once(const unsigned* from) { return *from; }
 device unsigned short load_once(const unsigned short* from) { return *from; }
@@ -126,4 +127,23 @@ device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsig
     }
   }
   warp_barrier();
+}
+device float absolute(float value) { return std::fabs(value); }
+device float max_of(float a, float b) { return std::fmax(a, b); }
+device float inverse_root(float value) { return 1.0f / std::sqrt(value); }
+device unsigned char e4m3(float value) {
+  const float size = std::fmin(std::fabs(value), 448.0f);
+  int exponent = size > 0 ? std::ilogb(size) : -6;
+  exponent = exponent < -6 ? -6 : exponent;
+  const int code = int(std::nearbyint(std::ldexp(size, 3 - exponent))) + 8 * (exponent + 6);
+  return (unsigned char)(code | (std::signbit(value) ? 128 : 0));
+}
+device void reduce_over_block(float& sum, float& most, float*) {
+  static float sums, maxima;
+  block_barrier();
+  if (threadIdx.x == 0) sums = maxima = 0;
+  block_barrier();
+  sums += sum, maxima = std::fmax(maxima, most);
+  block_barrier();
+  sum = sums, most = maxima;
 }

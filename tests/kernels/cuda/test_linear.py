@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rarefy.formats.grids import Grid, IntegerGrid, LutGrid
+from rarefy.formats.grids import FloatGrid, Grid, IntegerGrid, LutGrid
 from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms import Term
+from rarefy.kernels.activations import quantize_tokens
 from rarefy.kernels.cuda.linear import _decode
 from rarefy.kernels.cuda.prepared import NotCovered, prepare
 from rarefy.kernels.cuda.program import Tuning
@@ -22,6 +23,7 @@ COVERED = [
     *(f"int{bits}-{zero}" for bits in (2, 3, 4, 8) for zero in ("none", "integer", "float")),
     "int1-integer", "int1-float", "int4-bfloat16", "int4-float32", "int4-long", "int4-row", "level3-none",
     "level5-float", "binary1", "fp3", "fp4", "nf4", "nf4-row", "lut4-tensor", "lut3-row", "lut4-groups",
+    "int8-g128", "int8-g128-integer", "int8-row", "fp8_e4m3-row", "fp8_e4m3-g64",
 ]  # fmt: skip
 BILEVEL = {
     f"int{bits}-bilevel-{zero}": IntegerGrid(
@@ -29,7 +31,12 @@ BILEVEL = {
     )
     for bits, zero, rows, groups in ((3, "float", 16, 1), (3, "none", 16, 2), (4, "float", 32, 3))
 }
-OTHERS: dict[str, Grid] = {"lut4-groups": LutGrid(num_bits=4, group_size=32), **BILEVEL}
+OTHERS: dict[str, Grid] = {
+    "lut4-groups": LutGrid(num_bits=4, group_size=32), "int8-g128": IntegerGrid(num_bits=8, group_size=128),
+    "int8-g128-integer": IntegerGrid(num_bits=8, group_size=128, zero="integer"), "int8-row": IntegerGrid(num_bits=8),
+    "fp8_e4m3-row": FloatGrid(format="fp8_e4m3"), "fp8_e4m3-g64": FloatGrid(format="fp8_e4m3", group_size=64),
+    **BILEVEL,
+}  # fmt: skip
 SMALL = Tuning(along=2, depth=1)
 
 
@@ -86,3 +93,15 @@ def test_what_no_kernel_reads_is_named() -> None:
             prepare(*quantized(GRIDS[name], PATTERNS["full"], 8, 64).operation())
     with pytest.raises(NotCovered, match="pattern"):
         prepare(*quantized(GRIDS["int4-none"], PATTERNS["bitmap"], 4, 64).operation())
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_tokens_in_eight_bits(normed: bool) -> None:
+    x = torch.randn(3, 520).bfloat16() * torch.tensor([[1.0], [1e-4], [0.0]]).bfloat16()
+    gain = torch.rand(520).bfloat16() + 0.5 if normed else None
+    (codes, step), (wanted, wanted_step) = (f(x, gain, 1e-6) for f in (emulation.quantize_tokens, quantize_tokens))
+    torch.testing.assert_close(step, wanted_step, rtol=1e-5, atol=0)
+    same = codes.view(torch.uint8) == wanted.view(torch.uint8)
+    assert float(same.float().mean()) > 0.99  # others lie at the middle between two numbers
+    values, wanted_values = (c.float() * s[:, None] for c, s in ((codes, step), (wanted, wanted_step)))
+    torch.testing.assert_close(values, wanted_values, rtol=0.13, atol=1e-9)

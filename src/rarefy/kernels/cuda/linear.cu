@@ -7,7 +7,7 @@
 //
 // The macros below are given at compile time (see tuning.py for what is chosen when).
 //   BITS, GROUP (columns of a scale; 0: the whole row), STEP (columns that a warp takes at once), SPAN (neighbouring
-//   columns of a lane), TABLE (codes are looked up: SHARED by all, or BY_ROW), SCALE, ZERO (types), CENTER (what is subtracted from a code),
+//   columns of a lane; 16: bytes, row by row as they are stored), FLOAT8 (a byte is a number in E4M3), TABLE (codes are looked up: SHARED by all, or BY_ROW), SCALE, ZERO (types), CENTER (what is subtracted from a code),
 //   OUTLIERS (type of single values that are added to the weight), HALF (float16 activations, else bfloat16),
 //   TILES (of 16 rows for a warp), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns),
 //   DEPTH (steps loaded ahead), STAGED (activations go through shared memory), STAGES, SPLIT (blocks over columns)
@@ -23,7 +23,7 @@ enum { SHARED = 1, BY_ROW = 2 };
 enum { NONE = 0, F32 = 1, F16 = 2, BF16 = 3, U8 = 4, PAIRS = 5, BILEVEL = 6, LEVEL = 7 };
 
 struct Arguments {
-  const uint4* codes;
+  const uint4* codes;   // [tiles][steps][LOADS][32], or bytes [rows][pitch]
   const void* scale;    // [tiles][groups][8][2]: rows g and g + 8 of a tile beside each other
   const void* zero;     // likewise
   const uint2* second;  // [tiles / second_rows][groups / second_groups], of BILEVEL and LEVEL: four float16
@@ -34,7 +34,7 @@ struct Arguments {
   u32* arrived;         // [blocks], zero before and after
   const u32* entries;   // outliers by row: a 16-bit value above its column
   const u32* row_ptr;   // [rows + 1]
-  int rows, columns, steps, groups, tokens, stride, second_rows, second_groups;
+  int rows, columns, steps, groups, tokens, stride, second_rows, second_groups, pitch;
   float multiplier;
 };
 
@@ -48,7 +48,7 @@ constexpr int PART = GROUP == 0 || GROUP > STEP ? BLOCKS : GROUP / 16;  // block
 constexpr int PARTS = BLOCKS / PART;
 constexpr int THREADS = 32 * ACROSS * ALONG;
 constexpr int ROWS = 16 * TILES * ACROSS, COLUMNS = STEP * ALONG, WIDTH = 8 * TOKENS;
-constexpr int PITCH = 2 * COLUMNS + 64;   // bytes of a staged token; 64 keep the banks apart
+constexpr int PITCH = 2 * COLUMNS + (SPAN == 16 ? 16 : 64);  // bytes of a staged token; the rest keeps banks apart
 constexpr int SUM_PITCH = ROWS + 4;
 constexpr int COPIES = TABLE == SHARED ? 32 : 0;  // of the table: each lane has a bank to itself
 constexpr int TABLE_BYTES = (4 * COPIES) << (2 * BITS);
@@ -57,14 +57,14 @@ constexpr u32 MAGIC = HALF ? 0x64006400u : 0x43004300u;  // 1024 or 128, twice: 
 constexpr u32 MAGIC_VALUE = HALF ? 1024 : 128;
 constexpr u32 ONES = HALF ? 0x3C003C00u : 0x3F803F80u;
 
-// Minus a whole number below 256 (HALF: 2048) and 2 to the power -n as 16-bit floats, twice.
+// Minus a whole number below 256 (HALF: 2048) and 2 to the power n as 16-bit floats, twice.
 device constexpr u32 minus(u32 number) {
   u32 exponent = 0;
   while (number >> (exponent + 1)) ++exponent;
   const u32 fraction = HALF ? number << 10 >> exponent & 1023 : number << 7 >> exponent & 127;
   return (0x8000u | (HALF ? 15 + exponent << 10 : 127 + exponent << 7) | fraction) * 0x10001u;
 }
-device constexpr u32 inverse_power(u32 n) { return (HALF ? 15 - n << 10 : 127 - n << 7) * 0x10001u; }
+device constexpr u32 power(int n) { return u32(HALF ? 15 + n << 10 : 127 + n << 7) * 0x10001u; }
 
 constexpr bool SUMS = ZERO != NONE || SCALE == PAIRS || SCALE == BILEVEL;  // whether activations are summed up too
 
@@ -120,6 +120,20 @@ template <class S, class Z> device float contribution(const S& scale, const Z& z
 
 // ---- From codes to operands.
 
+// Two of the four bytes of one row.
+device u32 bytes_as_numbers(u32 word, int pair) {
+  if constexpr (FLOAT8) {
+    const u32 high = permuted(word, 0, pair ? 0x3424 : 0x1404);  // exponents differ by a constant
+    return fused(chosen(high >> (HALF ? 1 : 4), HALF ? 0x3F803F80u : 0x07F007F0u, high & 0x80008000u), power(HALF ? 8 : 120), 0x80008000u);
+  } else if constexpr (HALF) {
+    return fused(permuted(word, MAGIC, pair ? 0x5352 : 0x5150), ONES, minus(MAGIC_VALUE + CENTER));
+  } else {
+    const float low = as_float(permuted(word, 0x4B000000u, pair ? 0x7442 : 0x7440)) - (8388608.0f + CENTER);
+    const float high = as_float(permuted(word, 0x4B000000u, pair ? 0x7443 : 0x7441)) - (8388608.0f + CENTER);
+    return bf16_pair(low, high);
+  }
+}
+
 // The 16-bit numbers of pair i (0..3) of block b. Both codes of a pair lie at the same place of a word's two halves, or
 // for a table beside each other, so that together they are one index.
 device u32 operand(const u32* words, int b, int i, const u32* table) {
@@ -137,11 +151,7 @@ device u32 operand(const u32* words, int b, int i, const u32* table) {
     }
     return table[(index & ((1u << 2 * BITS) - 1)) * COPIES];
   } else if constexpr (BITS == 8) {
-    const u32 word = words[2 * b + i / 2];
-    if constexpr (HALF) return fused(permuted(word, MAGIC, i % 2 ? 0x5352 : 0x5150), ONES, minus(MAGIC_VALUE + CENTER));
-    const float low = as_float(permuted(word, 0x4B000000u, i % 2 ? 0x7442 : 0x7440)) - (8388608.0f + CENTER);
-    const float high = as_float(permuted(word, 0x4B000000u, i % 2 ? 0x7443 : 0x7441)) - (8388608.0f + CENTER);
-    return bf16_pair(low, high);
+    return bytes_as_numbers(words[2 * b + i / 2], i % 2);
   } else {
     // Places of a 16-bit half that lie below the mantissa's end need no shift: the product takes their factor out.
     constexpr int PLACES = BITS == 4 ? 1 : BITS == 3 ? 2 : BITS == 2 ? 3 : 7;
@@ -158,7 +168,7 @@ device u32 operand(const u32* words, int b, int i, const u32* table) {
       place = BITS * (own % PLACES);
       found = chosen(word >> BITS * (own / PLACES * PLACES), MASK << place, MAGIC);
     }
-    return fused(found, inverse_power(place), minus((MAGIC_VALUE >> place) + CENTER));
+    return fused(found, power(-place), minus((MAGIC_VALUE >> place) + CENTER));
   }
 }
 
@@ -204,6 +214,9 @@ device void operands(u32 (&weights)[4], const u32* words, int b, const u32* tabl
       weights[which] = permuted(found[0], found[1], 0x5140);
       weights[which + 2] = permuted(found[0], found[1], 0x7362);
     }
+  } else if constexpr (SPAN == 16) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) weights[i] = bytes_as_numbers(words[4 * (b / 4 * 2 + i % 2) + b % 4], i / 2);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) weights[i] = operand(words, b, i, table);
@@ -214,10 +227,15 @@ device void operands(u32 (&weights)[4], const u32* words, int b, const u32* tabl
 
 struct Words { u32 at[4]; };
 
+// The first column of a lane in a pair of blocks.
+device int first_of(int pair, int t) {
+  return SPAN == 16 ? pair / 2 * 64 + 16 * t + pair % 2 * 8 : 32 * pair + SPAN * t;
+}
+
 device Words columns_of(const u8* token, int pair, int t) {
   Words found;
-  if constexpr (SPAN == 8) {
-    const uint4 all = *reinterpret_cast<const uint4*>(token + 64 * pair + 16 * t);
+  if constexpr (SPAN != 4) {
+    const uint4 all = *reinterpret_cast<const uint4*>(token + 2 * first_of(pair, t));
     found.at[0] = all.x, found.at[1] = all.y, found.at[2] = all.z, found.at[3] = all.w;
   } else {
     const uint2 first = *reinterpret_cast<const uint2*>(token + 64 * pair + 8 * t);
@@ -229,10 +247,10 @@ device Words columns_of(const u8* token, int pair, int t) {
 
 device Words columns_of_memory(const Arguments& a, int token, int column, int pair, int t) {
   const u16* row = a.x + i64(token) * a.stride + column;
-  const int first = 32 * pair + SPAN * t, last = first + (SPAN == 8 ? 4 : 16);
+  const int first = first_of(pair, t), last = first + 16;
   const bool known = token < a.tokens;
   Words found;
-  if constexpr (SPAN == 8) {
+  if constexpr (SPAN != 4) {
     const uint4 all = load_shared_by_all(reinterpret_cast<const uint4*>(row + first), known && column + first < a.columns);
     found.at[0] = all.x, found.at[1] = all.y, found.at[2] = all.z, found.at[3] = all.w;
   } else {
@@ -268,7 +286,14 @@ device void fetch(Slot& slot, const Arguments& a, int first_tile, int step, int 
     const uint4* codes = a.codes + (tile * a.steps + step) * LOADS * 32 + lane;
 #pragma unroll
     for (int l = 0; l < LOADS; ++l) {
-      const uint4 loaded = load_once(codes + 32 * l);
+      uint4 loaded;
+      if constexpr (SPAN == 16) {
+        const int row = tile * 16 + lane / 4 + l % 2 * 8, column = step * STEP + l / 2 * 64 + lane % 4 * 16;
+        const u8* bytes = reinterpret_cast<const u8*>(a.codes) + i64(row) * a.pitch + column;
+        loaded = load_once(reinterpret_cast<const uint4*>(bytes), row < a.rows && column < a.pitch);
+      } else {
+        loaded = load_once(codes + 32 * l);
+      }
       slot.words[r][4 * l] = loaded.x, slot.words[r][4 * l + 1] = loaded.y;
       slot.words[r][4 * l + 2] = loaded.z, slot.words[r][4 * l + 3] = loaded.w;
     }
@@ -499,7 +524,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Argume
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       const int row = tile * 16 + g + 8 * which;
-      const int column = step * STEP + (SPAN == 8 ? b / 2 * 32 + 8 * t + b % 2 * 4 : b * 16 + 4 * t);
+      const int column = step * STEP + (SPAN == 4 ? b * 16 + 4 * t : first_of(b / 2, t) + b % 2 * 4);
       u32 pairs[2];
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
@@ -516,3 +541,45 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Argume
     }
   }
 }
+
+// ---- Activations in 8 bits, for products of bytes.
+
+#if FLOAT8
+// Tokens [tokens][columns] as bytes in E4M3 at `y` and what they are multiplied by, float32 [tokens] at `partial`. With a
+// `scale` [columns] they are normalized first, by the root of their mean square plus `multiplier`.
+extern "C" global __launch_bounds__(THREADS) void rarefy_quantize(const Arguments a) {
+  shared_memory(pool);
+  float* shared = reinterpret_cast<float*>(pool);
+  const u16* x = a.x + i64(blockIdx.x) * a.stride;
+  const u16* gain = static_cast<const u16*>(a.scale);
+  wait_for_earlier_kernels();
+  float squares = 0.0f, most = 0.0f;
+  for (int first = threadIdx.x * 8; first < a.columns; first += THREADS * 8) {
+    const uint4 all = load_shared_by_all(reinterpret_cast<const uint4*>(x + first), true);
+    const u32 words[4] = {all.x, all.y, all.z, all.w};
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const float value = widened(u16(words[n / 2] >> 16 * (n % 2)));
+      squares += value * value;
+      most = max_of(most, absolute(gain ? value * widened(gain[first + n]) : value));
+    }
+  }
+  reduce_over_block(squares, most, shared);
+  const float norm = gain ? inverse_root(squares / a.columns + a.multiplier) : 1.0f;
+  const float step = max_of(most * norm, 1e-12f) / 448.0f;
+  if (threadIdx.x == 0) a.partial[blockIdx.x] = step;
+  uint2* y = reinterpret_cast<uint2*>(a.y) + i64(blockIdx.x) * (a.columns / 8);
+  for (int first = threadIdx.x * 8; first < a.columns; first += THREADS * 8) {
+    const uint4 all = load_shared_by_all(reinterpret_cast<const uint4*>(x + first), true);
+    const u32 words[4] = {all.x, all.y, all.z, all.w};
+    u32 bytes[2] = {0, 0};
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      float value = widened(u16(words[n / 2] >> 16 * (n % 2))) * norm;
+      if (gain) value *= widened(gain[first + n]);
+      bytes[n / 4] |= u32(e4m3(value / step)) << 8 * (n % 4);
+    }
+    y[first / 8] = {bytes[0], bytes[1]};
+  }
+}
+#endif

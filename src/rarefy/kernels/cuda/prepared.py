@@ -19,7 +19,8 @@ from rarefy.kernels.reference import tables
 CODES, ENTRIES = range(2)  # kinds
 SINGLE, PAIRS, BILEVEL, LEVEL = range(4)  # what a scale is
 SCALES = {PAIRS: "pairs", BILEVEL: "bilevel", LEVEL: "level"}
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+BYTES_OF_A_LANE = 64  # columns of a group whose bytes can stay row by row
+NOT_A_NUMBER = 0x7F  # of E4M3, whatever the sign
 
 
 @dataclass
@@ -29,11 +30,16 @@ class Prepared(prepared.Prepared):
 
     SLOTS: ClassVar[tuple[str, ...]] = (
         "codes", "scale", "zero_point", "second_order", "table", "pairs_half", "pairs_bfloat16", "entries", "row_ptr",
+        "row_scale",
     )  # fmt: skip
     NUMBERS: ClassVar[tuple[str, ...]] = (
         "kind", "bits", "group_size", "span", "scale_layout", "center", "half", "rows", "columns", "second_rows",
-        "second_groups",
+        "second_groups", "float8",
     )  # fmt: skip
+
+    @property
+    def multiplies_bytes(self) -> bool:
+        return "row_scale" in self.tensors
 
 
 def code_of(tensors: dict[str, Tensor], numbers: dict[str, int]) -> Code:
@@ -43,6 +49,7 @@ def code_of(tensors: dict[str, Tensor], numbers: dict[str, int]) -> Code:
     return Code(
         bits=numbers["bits"], group=numbers["group_size"], span=numbers["span"], table=_table_of(tensors),
         scale=named, zero=zero.dtype if zero.numel() else None, center=numbers["center"],  # type: ignore[arg-type]
+        float8=bool(numbers["float8"]),
     )  # fmt: skip
 
 
@@ -77,12 +84,14 @@ def _numbers(kind: int, rows: int, columns: int, **others: int) -> dict[str, int
     return found
 
 
-def _groups(group_size: int, bits: int, columns: int) -> dict[str, int]:
-    """Numbers of groups that a step holds whole, or that hold whole steps."""
+def _groups(group_size: int, bits: int, columns: int, plain_bytes: bool = False) -> dict[str, int]:
+    """Numbers of groups that a step holds whole, or that hold whole steps; ``plain_bytes`` may stay as they are."""
     step = layout.step_of(bits)
     size = 0 if group_size >= columns else group_size
     if size and (size % step if size > step else size % layout.BLOCK or step % size):
         raise NotCovered(f"groups of {size} columns, where a step is {step}")
+    if bits == 8 and plain_bytes and size % BYTES_OF_A_LANE == 0:
+        return {"group_size": size, "span": 16}
     return {"group_size": size, "span": 4 if 0 < size < 32 else 8}
 
 
@@ -99,6 +108,8 @@ def _bits(levels: int) -> int:
 def _put_codes(
     codes: Tensor, name: str, bits: int, levels: int, columns: int, span: int, order: layout.Order
 ) -> Tensor:
+    if span == 16 and name == "bitstream":
+        return codes.contiguous().view(torch.uint8).flatten(1)
     if name == "radix":
         dense = packing.unpack_radix(codes, levels, columns)
     elif name == "planes":
@@ -111,6 +122,8 @@ def _put_codes(
 def _take_codes(made: Prepared, name: str, levels: int) -> Tensor:
     numbers = made.numbers
     bits, order = numbers["bits"], _ORDERS[_table_of(made.tensors)]
+    if numbers["span"] == 16:
+        return made.tensors["codes"].view(torch.int32).unflatten(1, (-1, 8))
     dense = layout.unpack_codes(made.tensors["codes"], bits, numbers["span"], order, made.rows, made.columns)
     if name == "radix":
         return packing.pack_radix(dense, levels)
@@ -150,7 +163,7 @@ def _integer(arguments: Arguments) -> Prepared:
     codes, scale, zero_point, second, _, _, pattern, _, name, levels, size, tile, rows, columns = arguments
     _only_full(pattern)
     bits = _bits(levels)
-    groups = _groups(size or columns, bits, columns)
+    groups = _groups(size or columns, bits, columns, name == "bitstream")
     tensors, more = _put_scales(scale, second, tile)
     if zero_point is not None:
         if second is not None:
@@ -190,14 +203,31 @@ def _table(values: Tensor, bits: int) -> dict[str, Tensor]:
 def _float(arguments: Arguments) -> Prepared:
     codes, scale, second, _, _, pattern, _, name, format, size, tile, rows, columns = arguments
     _only_full(pattern)
+    if format == "fp8_e4m3":
+        return _float8(arguments)
     bits = _bits(1 << tables.FORMATS[format])
     if bits > 4:
-        raise NotCovered(f"tables of {1 << bits} entries")
+        raise NotCovered(f"'{format}'")
     groups = _groups(size or columns, bits, columns)
     tensors, more = _put_scales(scale, second, tile)
     tensors.update(_table(tables.table(format, codes.device), bits))
     tensors["codes"] = _put_codes(codes, name, bits, 1 << bits, columns, groups["span"], "pairs")
     return Prepared(tensors, _numbers(CODES, rows, columns, bits=bits, **groups, **more), _undo_float, plain(arguments))
+
+
+def _float8(arguments: Arguments) -> Prepared:
+    codes, scale, second, _, _, _, _, name, _, size, tile, rows, columns = arguments
+    groups = _groups(size or columns, 8, columns, name == "bitstream")
+    tensors, more = _put_scales(scale, second, tile)
+    if groups["span"] != 16:
+        raise NotCovered(f"E4M3 in groups of {size} columns")
+    tensors["codes"] = _put_codes(codes, name, 8, 256, columns, 16, "halves")
+    if bool((tensors["codes"] & 0x7F == NOT_A_NUMBER).any()):
+        raise NotCovered("codes of E4M3 that are no numbers")
+    if more["scale_layout"] == SINGLE and not groups["group_size"]:
+        tensors["row_scale"] = scale.flatten().float()
+    numbers = _numbers(CODES, rows, columns, bits=8, float8=1, **groups, **more)
+    return Prepared(tensors, numbers, _undo_float, plain(arguments))
 
 
 def _undo_float(made: Prepared) -> Arguments:

@@ -31,8 +31,8 @@ SHAPES = [(14336, 4096), (4096, 14336), (28672, 4096), (4096, 4096)]
 CODES = {
     "W4": Code(4, 128, center=8), "W3": Code(3, 128, center=4), "W2": Code(2, 128, center=2),
     "W8": Code(8, 128, center=128), "W1": Code(1, 128, center=1),
-    "W4 zero": Code(4, 128, zero=torch.uint8), "LUT4": Code(4, 0, table=True, scale=None),
-    "FP4 g32": Code(4, 32, table=True), "W4 g32": Code(4, 32, center=8),
+    "W4 zero": Code(4, 128, zero=torch.uint8), "LUT4": Code(4, 0, table="shared", scale=None),
+    "FP4 g32": Code(4, 32, table="shared"), "W4 g32": Code(4, 32, center=8),
 }  # fmt: skip
 
 
@@ -64,7 +64,7 @@ class Weights:
     def product(self, x: Tensor) -> Tensor:
         """``x`` times the first copy in float64, by rows."""
         code = self.code
-        codes = layout.unpack_codes(self.codes[0], code.bits, code.span, code.table, self.rows, self.columns)
+        codes = layout.unpack_codes(self.codes[0], code.bits, code.span, code.order, self.rows, self.columns)
 
         def spread(pairs: Tensor | None) -> Tensor | float:
             if pairs is None:

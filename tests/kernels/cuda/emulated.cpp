@@ -3,23 +3,28 @@
 
 namespace {
 Arguments arguments;
+void (*kernel)(const Arguments);
 
 void thread() {
   threadIdx.x = emulator::current;
-  ENTRY(arguments);
+  kernel(arguments);
   emulator::finished[emulator::current] = 1;
   while (true) swapcontext(&emulator::fibers[emulator::current], &emulator::scheduler);
 }
 }  // namespace
 
-extern "C" void run(const Arguments* given, int x, int y, int z, int threads, int shared) {
+extern "C" void run(int which, const Arguments* given, int x, int y, int z, int threads, int shared) {
   using namespace emulator;
   constexpr size_t STACK = 1 << 16;
   arguments = *given;
+#if FLOAT8
+  if (which == 2) kernel = rarefy_quantize;
+#endif
+  if (which < 2) kernel = which ? rarefy_dequantize : rarefy_linear;
   gridDim = {x, y, z};
   emulator::threads = threads;
   std::vector<char> stacks(STACK * threads);
-  operands.assign(threads, {});
+  exchanged.assign(threads, {});
   floats.assign(threads, 0);
   for (int block = 0; block < x * y * z; ++block) {
     blockIdx = {block % x, block / x % y, block / x / y};

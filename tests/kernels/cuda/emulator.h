@@ -26,7 +26,7 @@ std::vector<unsigned char> pool;
 std::vector<ucontext_t> fibers;
 std::vector<char> finished;
 std::vector<Barrier> barriers;  // of the block, then of each warp
-std::vector<Operands> operands;
+std::vector<Operands> exchanged;
 std::vector<float> floats;
 ucontext_t scheduler;
 int current, threads;
@@ -45,6 +45,7 @@ void arrive(Barrier& barrier, int count) {
 static emulator::Position threadIdx, blockIdx, gridDim;
 
 device uint4 load_once(const uint4* from) { return *from; }
+device uint4 load_once(const uint4* from, bool real) { return real ? *from : uint4{0, 0, 0, 0}; }
 device uint2 load_once(const uint2* from) { return *from; }
 device unsigned load_once(const unsigned* from) { return *from; }
 device unsigned short load_once(const unsigned short* from) { return *from; }
@@ -118,16 +119,35 @@ device unsigned permuted(unsigned a, unsigned b, unsigned bytes) {
 }
 device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   const int thread = threadIdx.x, warp = thread / 32 * 32, g = thread % 32 / 4, t = thread % 4;
-  emulator::operands[thread] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  emulator::exchanged[thread] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
   warp_barrier();
   for (int j = 0; j < 4; ++j) {
     const int column = 2 * t + j % 2;
     for (int k = 0; k < 16; ++k) {
-      const emulator::Operands& weights = emulator::operands[warp + 4 * g + k % 8 / 2];
-      const emulator::Operands& tokens = emulator::operands[warp + 4 * column + k % 8 / 2];
+      const emulator::Operands& weights = emulator::exchanged[warp + 4 * g + k % 8 / 2];
+      const emulator::Operands& tokens = emulator::exchanged[warp + 4 * column + k % 8 / 2];
       const unsigned w = weights.a[j / 2 + k / 8 * 2] >> k % 2 * 16, x = tokens.b[k / 8] >> k % 2 * 16;
       sum[j] += widened(w) * widened(x);
     }
   }
   warp_barrier();
+}
+device float absolute(float value) { return std::fabs(value); }
+device float max_of(float a, float b) { return std::fmax(a, b); }
+device float inverse_root(float value) { return 1.0f / std::sqrt(value); }
+device unsigned char e4m3(float value) {
+  const float size = std::fmin(std::fabs(value), 448.0f);
+  int exponent = size > 0 ? std::ilogb(size) : -6;
+  exponent = exponent < -6 ? -6 : exponent;
+  const int code = int(std::nearbyint(std::ldexp(size, 3 - exponent))) + 8 * (exponent + 6);
+  return (unsigned char)(code | (std::signbit(value) ? 128 : 0));
+}
+device void reduce_over_block(float& sum, float& most, float*) {
+  static float sums, maxima;
+  block_barrier();
+  if (threadIdx.x == 0) sums = maxima = 0;
+  block_barrier();
+  sums += sum, maxima = std::fmax(maxima, most);
+  block_barrier();
+  sum = sums, most = maxima;
 }

@@ -20,6 +20,9 @@ GRIDS: dict[str, Any] = {
     "int4": IntegerGrid(num_bits=4, group_size=128),
     "int3 with zeros": IntegerGrid(num_bits=3, group_size=64, zero="integer"),
     "bilevel": IntegerGrid(num_bits=3, group_size=16, zero="float", scales=BilevelScale(rows=16)),
+    "lut3": LutGrid(num_bits=3, dtype="bfloat16"),
+    "int8": IntegerGrid(num_bits=8, group_size=64),
+    "fp8": FloatGrid(format="fp8_e4m3"),
     "fp4": FloatGrid(format="fp4", group_size=32),
     "binary": BinaryGrid(group_size=128),
 }

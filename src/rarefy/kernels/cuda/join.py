@@ -15,8 +15,7 @@ from rarefy.kernels.adjacent import together
 from rarefy.kernels.cuda.layout import TILE
 from rarefy.kernels.cuda.prepared import CODES, Prepared
 
-_BY_ROWS = ("codes", "scale", "zero_point", "second_order", "entries")  # along their first dimension
-_SHARED = ("table", "pairs_half", "pairs_bfloat16")
+_TABLES = ("table", "pairs_half", "pairs_bfloat16")  # of one dimension where all rows share them
 
 
 def join_(parts: Sequence[Prepared]) -> Prepared | None:
@@ -28,14 +27,14 @@ def join_(parts: Sequence[Prepared]) -> Prepared | None:
     tall = TILE * (first.numbers["second_rows"] if "second_order" in first.tensors else 1)
     if first.numbers["kind"] == CODES and any(part.rows % tall for part in parts[:-1]):
         return None
-    tensors = {name: tensor for name, tensor in first.tensors.items() if name in _SHARED}
-    for name in first.tensors:
-        if name in _BY_ROWS:
+    tensors = dict(first.tensors)
+    for name, tensor in first.tensors.items():
+        if name == "row_ptr":
+            tensors[name] = _pointers([part.tensors[name] for part in parts])
+        elif not _shared(name, tensor):
             tensors[name], places = together([part.tensors[name] for part in parts])
             for part, place in zip(parts, places, strict=True):
                 part.tensors[name] = place
-    if "row_ptr" in first.tensors:
-        tensors["row_ptr"] = _pointers([part.tensors["row_ptr"] for part in parts])
     rows = sum(part.rows for part in parts)
     plain = (*first.plain[:-2], rows, first.columns)
     return replace(first, tensors=tensors, numbers={**first.numbers, "rows": rows}, plain=plain)
@@ -47,8 +46,16 @@ def _alike(one: Prepared, other: Prepared) -> bool:
         and (one.multiplier, one.plain[:-2]) == (other.multiplier, other.plain[:-2])
         and list(one.tensors) == list(other.tensors)
         and all(one.tensors[name].dtype == other.tensors[name].dtype for name in one.tensors)
-        and all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors if name in _SHARED)
+        and all(
+            torch.equal(one.tensors[name], other.tensors[name])
+            for name in one.tensors
+            if _shared(name, one.tensors[name])
+        )
     )
+
+
+def _shared(name: str, tensor: Tensor) -> bool:
+    return name in _TABLES and tensor.dim() == 1
 
 
 def _pointers(parts: Sequence[Tensor]) -> Tensor:

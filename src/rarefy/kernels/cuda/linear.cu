@@ -7,7 +7,7 @@
 //
 // The macros below are given at compile time (see tuning.py for what is chosen when).
 //   BITS, GROUP (columns of a scale; 0: the whole row), STEP (columns that a warp takes at once), SPAN (neighbouring
-//   columns of a lane), TABLE (codes are looked up), SCALE, ZERO (types), CENTER (what is subtracted from a code),
+//   columns of a lane; 16: bytes, row by row as they are stored), FLOAT8 (a byte is a number in E4M3), TABLE (codes are looked up: SHARED by all, or BY_ROW), SCALE, ZERO (types), CENTER (what is subtracted from a code),
 //   OUTLIERS (type of single values that are added to the weight), HALF (float16 activations, else bfloat16),
 //   TILES (of 16 rows for a warp), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns),
 //   DEPTH (steps loaded ahead), STAGED (activations go through shared memory), STAGES, SPLIT (blocks over columns)
@@ -19,21 +19,22 @@ typedef long long i64;
 
 // PAIRS: instead of a scale, the two numbers that the codes 0 and 1 stand for. BILEVEL: codes of 4 bits of a scale and
 // of a zero, with a step and a zero of their own for a tile of both; LEVEL: without the zero.
+enum { SHARED = 1, BY_ROW = 2 };
 enum { NONE = 0, F32 = 1, F16 = 2, BF16 = 3, U8 = 4, PAIRS = 5, BILEVEL = 6, LEVEL = 7 };
 
 struct Arguments {
-  const uint4* codes;
+  const uint4* codes;   // [tiles][steps][LOADS][32], or bytes [rows][pitch]
   const void* scale;    // [tiles][groups][8][2]: rows g and g + 8 of a tile beside each other
   const void* zero;     // likewise
   const uint2* second;  // [tiles / second_rows][groups / second_groups], of BILEVEL and LEVEL: four float16
-  const u32* table;     // pairs of 16-bit numbers, [1 << 2 * BITS]
+  const u32* table;     // SHARED: pairs of 16-bit numbers [1 << 2 * BITS]; BY_ROW: bytes [tiles][groups][8][2]
   const u16* x;         // [tokens][stride]
   u16* y;               // [tokens][rows]
   float* partial;       // [SPLIT][tokens][rows]
   u32* arrived;         // [blocks], zero before and after
   const u32* entries;   // outliers by row: a 16-bit value above its column
   const u32* row_ptr;   // [rows + 1]
-  int rows, columns, steps, groups, tokens, stride, second_rows, second_groups;
+  int rows, columns, steps, groups, tokens, stride, second_rows, second_groups, pitch;
   int ahead;            // whether codes are brought to the second cache while earlier kernels still run
   float multiplier;
 };
@@ -48,22 +49,23 @@ constexpr int PART = GROUP == 0 || GROUP > STEP ? BLOCKS : GROUP / 16;  // block
 constexpr int PARTS = BLOCKS / PART;
 constexpr int THREADS = 32 * ACROSS * ALONG;
 constexpr int ROWS = 16 * TILES * ACROSS, COLUMNS = STEP * ALONG, WIDTH = 8 * TOKENS;
-constexpr int PITCH = 2 * COLUMNS + 64;   // bytes of a staged token; 64 keep the banks apart
+constexpr int PITCH = 2 * COLUMNS + (SPAN == 16 ? 16 : 64);  // bytes of a staged token; the rest keeps banks apart
 constexpr int SUM_PITCH = ROWS + 4;
-constexpr int COPIES = TABLE ? 32 : 0;    // of the table: each lane has a bank to itself
-constexpr int TABLE_BYTES = TABLE ? (4 * COPIES) << (2 * BITS) : 0;
+constexpr int COPIES = TABLE == SHARED ? 32 : 0;  // of the table: each lane has a bank to itself
+constexpr int TABLE_BYTES = (4 * COPIES) << (2 * BITS);
+constexpr int ENTRIES = TABLE == BY_ROW ? 1 << (BITS - 1) : 1;  // words of a row's table
 constexpr u32 MAGIC = HALF ? 0x64006400u : 0x43004300u;  // 1024 or 128, twice: codes fit below their mantissas' ends
 constexpr u32 MAGIC_VALUE = HALF ? 1024 : 128;
 constexpr u32 ONES = HALF ? 0x3C003C00u : 0x3F803F80u;
 
-// Minus a whole number below 256 (HALF: 2048) and 2 to the power -n as 16-bit floats, twice.
+// Minus a whole number below 256 (HALF: 2048) and 2 to the power n as 16-bit floats, twice.
 device constexpr u32 minus(u32 number) {
   u32 exponent = 0;
   while (number >> (exponent + 1)) ++exponent;
   const u32 fraction = HALF ? number << 10 >> exponent & 1023 : number << 7 >> exponent & 127;
   return (0x8000u | (HALF ? 15 + exponent << 10 : 127 + exponent << 7) | fraction) * 0x10001u;
 }
-device constexpr u32 inverse_power(u32 n) { return (HALF ? 15 - n << 10 : 127 - n << 7) * 0x10001u; }
+device constexpr u32 power(int n) { return u32(HALF ? 15 + n << 10 : 127 + n << 7) * 0x10001u; }
 
 constexpr bool SUMS = ZERO != NONE || SCALE == PAIRS || SCALE == BILEVEL;  // whether activations are summed up too
 
@@ -119,10 +121,24 @@ template <class S, class Z> device float contribution(const S& scale, const Z& z
 
 // ---- From codes to operands.
 
+// Two of the four bytes of one row.
+device u32 bytes_as_numbers(u32 word, int pair) {
+  if constexpr (FLOAT8) {
+    const u32 high = permuted(word, 0, pair ? 0x3424 : 0x1404);  // exponents differ by a constant
+    return fused(chosen(high >> (HALF ? 1 : 4), HALF ? 0x3F803F80u : 0x07F007F0u, high & 0x80008000u), power(HALF ? 8 : 120), 0x80008000u);
+  } else if constexpr (HALF) {
+    return fused(permuted(word, MAGIC, pair ? 0x5352 : 0x5150), ONES, minus(MAGIC_VALUE + CENTER));
+  } else {
+    const float low = as_float(permuted(word, 0x4B000000u, pair ? 0x7442 : 0x7440)) - (8388608.0f + CENTER);
+    const float high = as_float(permuted(word, 0x4B000000u, pair ? 0x7443 : 0x7441)) - (8388608.0f + CENTER);
+    return bf16_pair(low, high);
+  }
+}
+
 // The 16-bit numbers of pair i (0..3) of block b. Both codes of a pair lie at the same place of a word's two halves, or
 // for a table beside each other, so that together they are one index.
 device u32 operand(const u32* words, int b, int i, const u32* table) {
-  if constexpr (TABLE) {
+  if constexpr (TABLE == SHARED) {
     u32 index;
     if constexpr (BITS == 3) {
       const u32* own = words + 3 * (b / 4);
@@ -136,11 +152,7 @@ device u32 operand(const u32* words, int b, int i, const u32* table) {
     }
     return table[(index & ((1u << 2 * BITS) - 1)) * COPIES];
   } else if constexpr (BITS == 8) {
-    const u32 word = words[2 * b + i / 2];
-    if constexpr (HALF) return fused(permuted(word, MAGIC, i % 2 ? 0x5352 : 0x5150), ONES, minus(MAGIC_VALUE + CENTER));
-    const float low = as_float(permuted(word, 0x4B000000u, i % 2 ? 0x7442 : 0x7440)) - (8388608.0f + CENTER);
-    const float high = as_float(permuted(word, 0x4B000000u, i % 2 ? 0x7443 : 0x7441)) - (8388608.0f + CENTER);
-    return bf16_pair(low, high);
+    return bytes_as_numbers(words[2 * b + i / 2], i % 2);
   } else {
     // Places of a 16-bit half that lie below the mantissa's end need no shift: the product takes their factor out.
     constexpr int PLACES = BITS == 4 ? 1 : BITS == 3 ? 2 : BITS == 2 ? 3 : 7;
@@ -157,7 +169,58 @@ device u32 operand(const u32* words, int b, int i, const u32* table) {
       place = BITS * (own % PLACES);
       found = chosen(word >> BITS * (own / PLACES * PLACES), MASK << place, MAGIC);
     }
-    return fused(found, inverse_power(place), minus((MAGIC_VALUE >> place) + CENTER));
+    return fused(found, power(-place), minus((MAGIC_VALUE >> place) + CENTER));
+  }
+}
+
+// Tables of the rows g and g + 8: of all entries the low bytes, then the high ones.
+struct Tables { u32 at[2][ENTRIES]; };
+
+device void load(Tables& tables, const Arguments& a, i64 tile, int group, int g) {
+  if constexpr (TABLE == BY_ROW) {
+    const uint4* from = reinterpret_cast<const uint4*>(a.table) + ((tile * a.groups + group) * 8 + g) * (ENTRIES / 2);
+#pragma unroll
+    for (int n = 0; n < ENTRIES / 2; ++n) {
+      const uint4 all = load_shared_by_all(from + n, true);
+      u32* to = tables.at[n * 4 / ENTRIES] + n * 4 % ENTRIES;
+      to[0] = all.x, to[1] = all.y, to[2] = all.z, to[3] = all.w;
+    }
+  }
+}
+
+// The four operands of block b. A byte permutation looks up four codes among eight bytes.
+device void operands(u32 (&weights)[4], const u32* words, int b, const u32* table, const Tables& tables) {
+  if constexpr (TABLE == BY_ROW) {
+    u32 codes, halves = 0;
+    if constexpr (BITS == 4) {
+      codes = words[b];
+      halves = chosen(codes >> 1, 0x44444444u, 0x32103210u);  // which eight of sixteen
+    } else {
+      const u32* own = words + 3 * (b / 4);
+      codes = b % 4 < 3 ? own[b % 4]
+                        : chosen(own[0] >> 3, 0x11111111u, chosen(own[1] >> 2, 0x22222222u, own[2] >> 1 & 0x44444444u));
+    }
+    codes &= 0x77777777u;
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const u32* own = tables.at[which];
+      u32 found[2];
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        const u32* bytes = own + part * ENTRIES / 2;
+        found[part] = permuted(bytes[0], bytes[1], codes >> 16 * which);
+        if constexpr (BITS == 4)
+          found[part] = permuted(found[part], permuted(bytes[2], bytes[3], codes >> 16 * which), halves >> 16 * which);
+      }
+      weights[which] = permuted(found[0], found[1], 0x5140);
+      weights[which + 2] = permuted(found[0], found[1], 0x7362);
+    }
+  } else if constexpr (SPAN == 16) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) weights[i] = bytes_as_numbers(words[4 * (b / 4 * 2 + i % 2) + b % 4], i / 2);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) weights[i] = operand(words, b, i, table);
   }
 }
 
@@ -165,10 +228,15 @@ device u32 operand(const u32* words, int b, int i, const u32* table) {
 
 struct Words { u32 at[4]; };
 
+// The first column of a lane in a pair of blocks.
+device int first_of(int pair, int t) {
+  return SPAN == 16 ? pair / 2 * 64 + 16 * t + pair % 2 * 8 : 32 * pair + SPAN * t;
+}
+
 device Words columns_of(const u8* token, int pair, int t) {
   Words found;
-  if constexpr (SPAN == 8) {
-    const uint4 all = *reinterpret_cast<const uint4*>(token + 64 * pair + 16 * t);
+  if constexpr (SPAN != 4) {
+    const uint4 all = *reinterpret_cast<const uint4*>(token + 2 * first_of(pair, t));
     found.at[0] = all.x, found.at[1] = all.y, found.at[2] = all.z, found.at[3] = all.w;
   } else {
     const uint2 first = *reinterpret_cast<const uint2*>(token + 64 * pair + 8 * t);
@@ -180,10 +248,10 @@ device Words columns_of(const u8* token, int pair, int t) {
 
 device Words columns_of_memory(const Arguments& a, int token, int column, int pair, int t) {
   const u16* row = a.x + i64(token) * a.stride + column;
-  const int first = 32 * pair + SPAN * t, last = first + (SPAN == 8 ? 4 : 16);
+  const int first = first_of(pair, t), last = first + 16;
   const bool known = token < a.tokens;
   Words found;
-  if constexpr (SPAN == 8) {
+  if constexpr (SPAN != 4) {
     const uint4 all = load_shared_by_all(reinterpret_cast<const uint4*>(row + first), known && column + first < a.columns);
     found.at[0] = all.x, found.at[1] = all.y, found.at[2] = all.z, found.at[3] = all.w;
   } else {
@@ -202,22 +270,37 @@ struct Slot {
   Pair<ZERO> zero[TILES][PARTS];
 };
 
-device void fetch(Slot& slot, const Arguments& a, int first_tile, int step, int lane) {
+device i64 tile_of(const Arguments& a, int tile) {
   const int tiles = (a.rows + 15) / 16;
+  return tile < tiles ? tile : tiles - 1;
+}
+
+device int group_of(const Arguments& a, int step, int part) {
+  const int group = GROUP == 0 ? 0 : GROUP > STEP ? step / (GROUP > STEP ? GROUP / STEP : 1) : step * PARTS + part;
+  return group < a.groups ? group : a.groups - 1;  // columns that fill up the last step
+}
+
+device void fetch(Slot& slot, const Arguments& a, int first_tile, int step, int lane) {
 #pragma unroll
   for (int r = 0; r < TILES; ++r) {
-    const i64 tile = first_tile + r < tiles ? first_tile + r : tiles - 1;
+    const i64 tile = tile_of(a, first_tile + r);
     const uint4* codes = a.codes + (tile * a.steps + step) * LOADS * 32 + lane;
 #pragma unroll
     for (int l = 0; l < LOADS; ++l) {
-      const uint4 loaded = load_once(codes + 32 * l);
+      uint4 loaded;
+      if constexpr (SPAN == 16) {
+        const int row = tile * 16 + lane / 4 + l % 2 * 8, column = step * STEP + l / 2 * 64 + lane % 4 * 16;
+        const u8* bytes = reinterpret_cast<const u8*>(a.codes) + i64(row) * a.pitch + column;
+        loaded = load_once(reinterpret_cast<const uint4*>(bytes), row < a.rows && column < a.pitch);
+      } else {
+        loaded = load_once(codes + 32 * l);
+      }
       slot.words[r][4 * l] = loaded.x, slot.words[r][4 * l + 1] = loaded.y;
       slot.words[r][4 * l + 2] = loaded.z, slot.words[r][4 * l + 3] = loaded.w;
     }
 #pragma unroll
     for (int p = 0; p < PARTS; ++p) {
-      int group = GROUP == 0 ? 0 : GROUP > STEP ? step / (GROUP > STEP ? GROUP / STEP : 1) : step * PARTS + p;
-      group = group < a.groups ? group : a.groups - 1;  // columns that fill up the last step
+      const int group = group_of(a, step, p);
       const i64 index = (tile * a.groups + group) * 8 + lane / 4;
       load(slot.scale[r][p], a.scale, index, a, tile, group);
       load(slot.zero[r][p], a.zero, index, a, tile, group);
@@ -273,7 +356,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   shared_memory(pool);
   u8* stages = pool + TABLE_BYTES;
 
-  if (a.ahead && threadIdx.x < ACROSS * TILES && end > begin) {
+  if (SPAN < 16 && a.ahead && threadIdx.x < ACROSS * TILES && end > begin) {
     const i64 tile = blockIdx.x * ACROSS * TILES + threadIdx.x;
     if (tile * 16 < a.rows) bring_closer(a.codes + (tile * a.steps + begin) * LOADS * 32, (end - begin) * LOADS * 512);
   }
@@ -288,6 +371,11 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
     for (int n = threadIdx.x; n < COPIES << (2 * BITS); n += THREADS) copies[n] = a.table[n / 32];
     table = copies + lane;
     block_barrier();
+  }
+  Tables tables[TILES];
+  if constexpr (GROUP == 0) {
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) load(tables[r], a, tile_of(a, first_tile + r), 0, g);
   }
   wait_for_earlier_kernels();  // weights never depend on them
   float extra[EXTRA];
@@ -347,8 +435,8 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
 #pragma unroll
           for (int r = 0; r < TILES; ++r) {
             u32 weights[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) weights[i] = operand(slots[d].words[r], b, i, table);
+            if (GROUP != 0 && b % PART == 0) load(tables[r], a, tile_of(a, first_tile + r), group_of(a, step, b / PART), g);
+            operands(weights, slots[d].words[r], b, table, tables[r]);
 #pragma unroll
             for (int n = 0; n < TOKENS; ++n) multiply(part[r][n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
           }
@@ -432,24 +520,71 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Argume
   if (tile * 16 >= a.rows) return;
   Slot slot;
   fetch(slot, a, tile, step, lane);
+  Tables tables;
 #pragma unroll
   for (int b = 0; b < BLOCKS; ++b) {
+    if (b % PART == 0) load(tables, a, tile, group_of(a, step, b / PART), g);
+    u32 weights[4];
+    operands(weights, slot.words[0], b, table, tables);
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       const int row = tile * 16 + g + 8 * which;
-      const int column = step * STEP + (SPAN == 8 ? b / 2 * 32 + 8 * t + b % 2 * 4 : b * 16 + 4 * t);
+      const int column = step * STEP + (SPAN == 4 ? b * 16 + 4 * t : first_of(b / 2, t) + b % 2 * 4);
       u32 pairs[2];
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
-        const u32 codes = operand(slot.words[0], b, which + 2 * q, table);
         float values[2];
 #pragma unroll
-        for (int f = 0; f < 2; ++f)
-          values[f] = contribution(slot.scale[0][b / PART], slot.zero[0][b / PART], which, widened(u16(codes >> 16 * f)), 1.0f);
-        pairs[q] = rounded<HALF>(values[0] * a.multiplier) | u32(rounded<HALF>(values[1] * a.multiplier)) << 16;
+        for (int f = 0; f < 2; ++f) {
+          const float code = widened(u16(weights[which + 2 * q] >> 16 * f));
+          values[f] = contribution(slot.scale[0][b / PART], slot.zero[0][b / PART], which, code, 1.0f) * a.multiplier;
+        }
+        pairs[q] = rounded<HALF>(values[0]) | u32(rounded<HALF>(values[1])) << 16;
       }
       if (row < a.rows && column < a.columns)
         *reinterpret_cast<uint2*>(a.y + i64(row) * a.columns + column) = {pairs[0], pairs[1]};
     }
   }
 }
+
+// ---- Activations in 8 bits, for products of bytes.
+
+#if FLOAT8
+// Tokens [tokens][columns] as bytes in E4M3 at `y` and what they are multiplied by, float32 [tokens] at `partial`. With a
+// `scale` [columns] they are normalized first, by the root of their mean square plus `multiplier`.
+extern "C" global __launch_bounds__(THREADS) void rarefy_quantize(const Arguments a) {
+  shared_memory(pool);
+  float* shared = reinterpret_cast<float*>(pool);
+  const u16* x = a.x + i64(blockIdx.x) * a.stride;
+  const u16* gain = static_cast<const u16*>(a.scale);
+  wait_for_earlier_kernels();
+  float squares = 0.0f, most = 0.0f;
+  for (int first = threadIdx.x * 8; first < a.columns; first += THREADS * 8) {
+    const uint4 all = load_shared_by_all(reinterpret_cast<const uint4*>(x + first), true);
+    const u32 words[4] = {all.x, all.y, all.z, all.w};
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const float value = widened(u16(words[n / 2] >> 16 * (n % 2)));
+      squares += value * value;
+      most = max_of(most, absolute(gain ? value * widened(gain[first + n]) : value));
+    }
+  }
+  reduce_over_block(squares, most, shared);
+  const float norm = gain ? inverse_root(squares / a.columns + a.multiplier) : 1.0f;
+  const float step = max_of(most * norm, 1e-12f) / 448.0f;
+  if (threadIdx.x == 0) a.partial[blockIdx.x] = step;
+  uint2* y = reinterpret_cast<uint2*>(a.y) + i64(blockIdx.x) * (a.columns / 8);
+  for (int first = threadIdx.x * 8; first < a.columns; first += THREADS * 8) {
+    const uint4 all = load_shared_by_all(reinterpret_cast<const uint4*>(x + first), true);
+    const u32 words[4] = {all.x, all.y, all.z, all.w};
+    u32 bytes[2] = {0, 0};
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      float value = widened(u16(words[n / 2] >> 16 * (n % 2))) * norm;
+      if (gain) value *= widened(gain[first + n]);
+      bytes[n / 4] |= u32(e4m3(value / step)) << 8 * (n % 4);
+    }
+    y[first / 8] = {bytes[0], bytes[1]};
+  }
+}
+#endif

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import FormatError, UnsupportedError
+from rarefy.kernels import activations
 from rarefy.kernels.cuda import layout, program, tuning
 from rarefy.kernels.cuda.prepared import BILEVEL, CODES, LEVEL, PAIRS, Prepared, code_of
 from rarefy.kernels.prepared import library
@@ -23,6 +24,7 @@ from rarefy.kernels.reference import decode
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 MOST_TOKENS = 256
 AHEAD = True  # whether a kernel that waits for another brings its codes closer meanwhile
+MOST_TOKENS_OF_16_BITS = 64  # up to which reading the weight is all that counts, so that activations stay exact
 MOST_TOKENS_OF_OUTLIERS = 16  # beyond, their gathered activations cost more than a dense weight
 
 Term = tuple[dict[str, Tensor], dict[str, int], float]  # tensors, numbers, multiplier
@@ -75,6 +77,8 @@ def _linear(
     fused = codes[0] if len(codes) == 1 and len(lists) == 1 else None
     if tokens == 0:
         y = x.new_empty(0, rows)
+    elif fast and tokens > MOST_TOKENS_OF_16_BITS and len(terms) == 1 and _multiplies_bytes(terms[0], x.device):
+        y = _product_of_bytes(flat, terms[0])
     elif tokens > (MOST_TOKENS_OF_OUTLIERS if lists else MOST_TOKENS) or (lists and fused is None):
         y = torch.nn.functional.linear(flat, _dense(terms, rows, columns, x.dtype))
     else:
@@ -82,6 +86,36 @@ def _linear(
         parts = [_product(flat, term, lists[0] if term is fused else None) for term in codes]
         y = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     return y.reshape(*x.shape[:-1], rows)
+
+
+def _multiplies_bytes(term: Term, device: torch.device) -> bool:
+    """Whether the library has a product for these bytes."""
+    tensors, numbers, _ = term
+    whole = numbers["rows"] % 16 == 0 and numbers["columns"] % 32 == 0
+    return whole and tensors["row_scale"].numel() > 0 and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _product_of_bytes(x: Tensor, term: Term) -> Tensor:
+    """With activations in E4M3, a step for each token."""
+    tensors, _, multiplier = term
+    codes, step = activations.quantize_tokens(x)
+    weight = tensors["codes"].view(torch.float8_e4m3fn).t()
+    y = torch._scaled_mm(
+        codes, weight, step.unsqueeze(1), tensors["row_scale"].unsqueeze(0), out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )  # fmt: skip
+    return (y if multiplier == 1.0 else y * multiplier).to(x.dtype)
+
+
+def _quantize_tokens(x: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    fits = x.dim() == 2 and x.shape[1] % 8 == 0 and x.dtype in ACTIVATIONS and x.numel() > 0 and _compiles()
+    if not fits or (gain is not None and gain.dtype != x.dtype) or torch.cuda.get_device_capability(x.device) < (8, 9):
+        return activations.reference(x, gain, eps)
+    x = _aligned(x)
+    codes = torch.empty_like(x, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format)
+    step = x.new_empty(x.shape[0], dtype=torch.float32)
+    program.quantize(x, None if gain is None else gain.contiguous(), eps, codes, step)
+    return codes, step
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -169,12 +203,23 @@ def _values(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: flo
     if numbers["kind"] != CODES:
         return decode.decode_csr(tensors["entries"], tensors["row_ptr"], bool(numbers["half"]), rows, columns)
     size = numbers["group_size"] or columns
-    together = tensors["table"].numel() > 0
+    code = code_of(tensors, numbers)
 
     def spread(numbers_of_groups: Tensor) -> Tensor:
         return numbers_of_groups.float().repeat_interleave(size, dim=1)[:, :columns]
 
-    codes = layout.unpack_codes(tensors["codes"], numbers["bits"], numbers["span"], together, rows, columns)
+    if code.span == 16:
+        codes = tensors["codes"][:, :columns]
+        codes = codes.view(torch.float8_e4m3fn).float() if code.float8 else codes
+    else:
+        codes = layout.unpack_codes(tensors["codes"], code.bits, code.span, code.order, rows, columns)
+    if code.table == "rows":
+        lut = layout.unpack_tables(tensors["pairs_half"], rows, torch.float16)
+        other = layout.unpack_tables(tensors["pairs_bfloat16"], rows, torch.bfloat16)
+        exact = lut.float() if numbers["half"] else other.float()
+        group = torch.arange(columns, device=codes.device) // size
+        return exact[torch.arange(rows, device=codes.device)[:, None], group, codes.long()]
+    together = code.table == "shared"
     values = tensors["table"][codes.long()] if together else codes.float()
     kind = numbers["scale_layout"]
     scale = layout.unpack_pairs(tensors["scale"], rows) if tensors["scale"].numel() else None
@@ -199,3 +244,4 @@ def _values(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: flo
 
 library.impl("linear_prepared", _linear, "CUDA")
 library.impl("decode_prepared", _decode, "CUDA")
+activations.library.impl("quantize_tokens", _quantize_tokens, "CUDA")

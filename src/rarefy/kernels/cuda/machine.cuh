@@ -20,6 +20,13 @@ device uint4 load_once(const uint4* from) {
                : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w) : "l"(from));
   return to;
 }
+device uint4 load_once(const uint4* from, bool real) {
+  uint4 to = {0, 0, 0, 0};
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0;\n"
+               "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+               : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w) : "l"(from), "r"(u32(real)));
+  return to;
+}
 device uint2 load_once(const uint2* from) {
   uint2 to;
   asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(to.x), "=r"(to.y) : "l"(from));
@@ -114,6 +121,30 @@ device float sum_of_eight(float value) {
 #pragma unroll
   for (int distance = 4; distance > 0; distance /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
   return value;
+}
+device float absolute(float value) { return fabsf(value); }
+device float max_of(float a, float b) { return fmaxf(a, b); }
+device float inverse_root(float value) { return rsqrtf(value); }
+#if FLOAT8
+// The nearest number of E4M3, never infinite.
+device u8 e4m3(float value) {
+  u16 pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(value));
+  return u8(pair);
+}
+#endif
+// The sum of one number and the maximum of another over all threads, in all of them; `shared` holds 64 numbers.
+device void reduce_over_block(float& sum, float& most, float* shared) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
+    most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, distance));
+  }
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  shared[warp] = sum, shared[32 + warp] = most;
+  __syncthreads();
+  sum = 0.0f, most = 0.0f;
+  for (int n = 0; n < warps; ++n) sum += shared[n], most = fmaxf(most, shared[32 + n]);
 }
 device u32 bf16_pair(float low, float high) {
   u32 pair;

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,21 +19,27 @@ from rarefy.kernels.reference import tables
 CODES, ENTRIES = range(2)  # kinds
 SINGLE, PAIRS, BILEVEL, LEVEL = range(4)  # what a scale is
 SCALES = {PAIRS: "pairs", BILEVEL: "bilevel", LEVEL: "level"}
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+BYTES_OF_A_LANE = 64  # columns of a group whose bytes can stay row by row
+NOT_A_NUMBER = 0x7F  # of E4M3, whatever the sign
 
 
 @dataclass
 class Prepared(prepared.Prepared):
-    """One term for the kernels of this package. ``table``: float32; ``pairs_half`` and ``pairs_bfloat16``: that of two
-    codes at once, rounded for activations of either type."""
+    """One term for the kernels of this package. ``table``: float32, shared by all rows; ``pairs_half`` and
+    ``pairs_bfloat16``: that of two codes at once, or tables of each row, rounded for activations of either type."""
 
     SLOTS: ClassVar[tuple[str, ...]] = (
         "codes", "scale", "zero_point", "second_order", "table", "pairs_half", "pairs_bfloat16", "entries", "row_ptr",
+        "row_scale",
     )  # fmt: skip
     NUMBERS: ClassVar[tuple[str, ...]] = (
         "kind", "bits", "group_size", "span", "scale_layout", "center", "half", "rows", "columns", "second_rows",
-        "second_groups",
+        "second_groups", "float8",
     )  # fmt: skip
+
+    @property
+    def multiplies_bytes(self) -> bool:
+        return "row_scale" in self.tensors
 
 
 def code_of(tensors: dict[str, Tensor], numbers: dict[str, int]) -> Code:
@@ -41,9 +47,20 @@ def code_of(tensors: dict[str, Tensor], numbers: dict[str, int]) -> Code:
     scale, zero = tensors["scale"], tensors["zero_point"]
     named = SCALES.get(numbers["scale_layout"], scale.dtype if scale.numel() else None)
     return Code(
-        bits=numbers["bits"], group=numbers["group_size"], span=numbers["span"], table=tensors["table"].numel() > 0,
+        bits=numbers["bits"], group=numbers["group_size"], span=numbers["span"], table=_table_of(tensors),
         scale=named, zero=zero.dtype if zero.numel() else None, center=numbers["center"],  # type: ignore[arg-type]
+        float8=bool(numbers["float8"]),
     )  # fmt: skip
+
+
+def _table_of(tensors: Mapping[str, Tensor]) -> Literal["", "shared", "rows"]:
+    pairs = tensors.get("pairs_half")
+    if pairs is None or not pairs.numel():
+        return ""
+    return "shared" if pairs.dim() == 1 else "rows"
+
+
+_ORDERS: dict[str, layout.Order] = {"": "halves", "shared": "pairs", "rows": "nibbles"}
 
 
 def prepare(family: str, arguments: Arguments, multiplier: float = 1.0) -> Prepared:
@@ -67,12 +84,14 @@ def _numbers(kind: int, rows: int, columns: int, **others: int) -> dict[str, int
     return found
 
 
-def _groups(group_size: int, bits: int, columns: int) -> dict[str, int]:
-    """Numbers of groups that a step holds whole, or that hold whole steps."""
+def _groups(group_size: int, bits: int, columns: int, plain_bytes: bool = False) -> dict[str, int]:
+    """Numbers of groups that a step holds whole, or that hold whole steps; ``plain_bytes`` may stay as they are."""
     step = layout.step_of(bits)
     size = 0 if group_size >= columns else group_size
     if size and (size % step if size > step else size % layout.BLOCK or step % size):
         raise NotCovered(f"groups of {size} columns, where a step is {step}")
+    if bits == 8 and plain_bytes and size % BYTES_OF_A_LANE == 0:
+        return {"group_size": size, "span": 16}
     return {"group_size": size, "span": 4 if 0 < size < 32 else 8}
 
 
@@ -86,20 +105,26 @@ def _bits(levels: int) -> int:
     return bits
 
 
-def _put_codes(codes: Tensor, name: str, bits: int, levels: int, columns: int, span: int, together: bool) -> Tensor:
+def _put_codes(
+    codes: Tensor, name: str, bits: int, levels: int, columns: int, span: int, order: layout.Order
+) -> Tensor:
+    if span == 16 and name == "bitstream":
+        return codes.contiguous().view(torch.uint8).flatten(1)
     if name == "radix":
         dense = packing.unpack_radix(codes, levels, columns)
     elif name == "planes":
         dense = packing.unpack_planes(codes, bits, columns)
     else:
         dense = packing.unpack_bits(codes, bits, columns)
-    return layout.pack_codes(dense, bits, span, together)
+    return layout.pack_codes(dense, bits, span, order)
 
 
 def _take_codes(made: Prepared, name: str, levels: int) -> Tensor:
     numbers = made.numbers
-    bits, together = numbers["bits"], "table" in made.tensors
-    dense = layout.unpack_codes(made.tensors["codes"], bits, numbers["span"], together, made.rows, made.columns)
+    bits, order = numbers["bits"], _ORDERS[_table_of(made.tensors)]
+    if numbers["span"] == 16:
+        return made.tensors["codes"].view(torch.int32).unflatten(1, (-1, 8))
+    dense = layout.unpack_codes(made.tensors["codes"], bits, numbers["span"], order, made.rows, made.columns)
     if name == "radix":
         return packing.pack_radix(dense, levels)
     return packing.pack_planes(dense, bits) if name == "planes" else packing.pack_bits(dense, bits)
@@ -138,7 +163,7 @@ def _integer(arguments: Arguments) -> Prepared:
     codes, scale, zero_point, second, _, _, pattern, _, name, levels, size, tile, rows, columns = arguments
     _only_full(pattern)
     bits = _bits(levels)
-    groups = _groups(size or columns, bits, columns)
+    groups = _groups(size or columns, bits, columns, name == "bitstream")
     tensors, more = _put_scales(scale, second, tile)
     if zero_point is not None:
         if second is not None:
@@ -146,7 +171,7 @@ def _integer(arguments: Arguments) -> Prepared:
         if not zero_point.is_floating_point():
             zero_point = packing.unpack_bits(zero_point, bits, scale.numel()).reshape(scale.shape)
         tensors["zero_point"] = layout.pack_pairs(zero_point)
-    tensors["codes"] = _put_codes(codes, name, bits, levels, columns, groups["span"], False)
+    tensors["codes"] = _put_codes(codes, name, bits, levels, columns, groups["span"], "halves")
     centered = zero_point is None and more["scale_layout"] != BILEVEL
     center = levels // 2 if centered else 0
     return Prepared(
@@ -178,14 +203,31 @@ def _table(values: Tensor, bits: int) -> dict[str, Tensor]:
 def _float(arguments: Arguments) -> Prepared:
     codes, scale, second, _, _, pattern, _, name, format, size, tile, rows, columns = arguments
     _only_full(pattern)
+    if format == "fp8_e4m3":
+        return _float8(arguments)
     bits = _bits(1 << tables.FORMATS[format])
     if bits > 4:
-        raise NotCovered(f"tables of {1 << bits} entries")
+        raise NotCovered(f"'{format}'")
     groups = _groups(size or columns, bits, columns)
     tensors, more = _put_scales(scale, second, tile)
     tensors.update(_table(tables.table(format, codes.device), bits))
-    tensors["codes"] = _put_codes(codes, name, bits, 1 << bits, columns, groups["span"], True)
+    tensors["codes"] = _put_codes(codes, name, bits, 1 << bits, columns, groups["span"], "pairs")
     return Prepared(tensors, _numbers(CODES, rows, columns, bits=bits, **groups, **more), _undo_float, plain(arguments))
+
+
+def _float8(arguments: Arguments) -> Prepared:
+    codes, scale, second, _, _, _, _, name, _, size, tile, rows, columns = arguments
+    groups = _groups(size or columns, 8, columns, name == "bitstream")
+    tensors, more = _put_scales(scale, second, tile)
+    if groups["span"] != 16:
+        raise NotCovered(f"E4M3 in groups of {size} columns")
+    tensors["codes"] = _put_codes(codes, name, 8, 256, columns, 16, "halves")
+    if bool((tensors["codes"] & 0x7F == NOT_A_NUMBER).any()):
+        raise NotCovered("codes of E4M3 that are no numbers")
+    if more["scale_layout"] == SINGLE and not groups["group_size"]:
+        tensors["row_scale"] = scale.flatten().float()
+    numbers = _numbers(CODES, rows, columns, bits=8, float8=1, **groups, **more)
+    return Prepared(tensors, numbers, _undo_float, plain(arguments))
 
 
 def _undo_float(made: Prepared) -> Arguments:
@@ -200,15 +242,23 @@ def _lut(arguments: Arguments) -> Prepared:
     across, groups, entries = lut.shape
     kept = {"lut": lut.new_empty(0, entries)}
     if across == 1 and groups == 1 and bits <= 4:
-        tensors = {"codes": _put_codes(codes, name, bits, 1 << bits, columns, 8, True), **_table(lut, bits)}
+        tensors = {"codes": _put_codes(codes, name, bits, 1 << bits, columns, 8, "pairs"), **_table(lut, bits)}
         numbers = _numbers(CODES, rows, columns, bits=bits, span=8)
+        return Prepared(tensors, numbers, _undo_lut, plain(arguments), kept=kept)
+    own = _groups(size or columns, bits, columns)
+    spread = lut.repeat_interleave(rows_per_lut, dim=0)[:rows]
+    if bits in (3, 4) and lut.dtype != torch.float32:
+        whole = torch.nn.functional.pad(spread, (0, (1 << bits) - entries))
+        tensors = {
+            "codes": _put_codes(codes, name, bits, 1 << bits, columns, own["span"], "nibbles"),
+            "pairs_half": layout.pack_tables(whole.half()), "pairs_bfloat16": layout.pack_tables(whole.bfloat16()),
+        }  # fmt: skip
+        numbers = _numbers(CODES, rows, columns, bits=bits, half=int(lut.dtype == torch.float16), **own)
         return Prepared(tensors, numbers, _undo_lut, plain(arguments), kept=kept)
     if entries != 2 or bits != 1 or lut.dtype != torch.float16:
         raise NotCovered(f"tables of {entries} entries of {lut.dtype} for each row")
-    own = _groups(size or columns, bits, columns)
-    spread = lut.repeat_interleave(rows_per_lut, dim=0)[:rows]
     tensors = {
-        "codes": _put_codes(codes, name, bits, 2, columns, own["span"], False),
+        "codes": _put_codes(codes, name, bits, 2, columns, own["span"], "halves"),
         "scale": layout.pack_pairs(spread.contiguous().view(torch.int32).squeeze(-1)),
     }
     numbers = _numbers(CODES, rows, columns, bits=bits, scale_layout=PAIRS, **own)
@@ -218,7 +268,10 @@ def _lut(arguments: Arguments) -> Prepared:
 def _undo_lut(made: Prepared) -> Arguments:
     name, bits, rows_per_lut = made.plain[6:9]
     dtype, entries = made.kept["lut"].dtype, made.kept["lut"].shape[1]
-    if "table" in made.tensors:
+    if _table_of(made.tensors) == "rows":
+        name_of = "pairs_half" if dtype == torch.float16 else "pairs_bfloat16"
+        lut = layout.unpack_tables(made.tensors[name_of], made.rows, dtype)[::rows_per_lut, :, :entries]
+    elif "table" in made.tensors:
         lut = made.tensors["table"][:entries].to(dtype).reshape(1, 1, -1)
     else:
         lut = layout.unpack_pairs(made.tensors["scale"], made.rows)[::rows_per_lut].unsqueeze(-1).view(dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rarefy.kernels.cuda import driver
-from rarefy.kernels.cuda.layout import TILE, step_of
+from rarefy.kernels.cuda.layout import TILE, Order, step_of
 
 SOURCE = Path(__file__).with_name("linear.cu")
 TYPES: dict[Any, int] = {
@@ -24,19 +24,26 @@ TYPES: dict[Any, int] = {
 
 @dataclass(frozen=True)
 class Code:
-    """What is stored. ``group``: columns of a scale, 0 for the whole row; ``table``: codes are looked up in one table
-    of 16-bit numbers; ``scale``, ``zero``: their types, or that a "scale" holds the values of two codes (``pairs``),
-    or codes of 4 bits of a scale and a zero (``bilevel``) or of a scale only (``level``); without a zero, ``center`` is
-    the code that means zero. ``outliers``: the type of single values that are added to the weight."""
+    """What is stored. ``group``: columns of a scale, 0 for the whole row; ``table``: codes are looked up in a table of
+    16-bit numbers, one that all rows share or one of each row; ``scale``, ``zero``: their types, or that a "scale"
+    holds the values of two codes (``pairs``), or codes of 4 bits of a scale and a zero (``bilevel``) or of a scale only
+    (``level``); without a zero, ``center`` is the code that means zero. ``outliers``: the type of single values that
+    are added to the weight. ``float8``: codes of 8 bits are numbers in E4M3."""
 
     bits: int
     group: int = 0
     span: int = 8
-    table: bool = False
+    table: Literal["", "shared", "rows"] = ""
     scale: torch.dtype | Literal["pairs", "bilevel", "level"] | None = torch.float16
     zero: torch.dtype | None = None
     center: int = 0
     outliers: torch.dtype | None = None
+    float8: bool = False
+
+    @property
+    def order(self) -> Order:
+        """How codes lie in their words."""
+        return {"": "halves", "shared": "pairs", "rows": "nibbles"}[self.table]  # type: ignore[return-value]
 
     @property
     def step(self) -> int:
@@ -71,15 +78,14 @@ class Tuning:
     def shared_memory(self, code: Code) -> int:
         """Bytes of a block."""
         width = 8 * self.tokens
-        table = 32 * 4 << 2 * code.bits if code.table else 0
-        staged = self.stages * width * (2 * code.step * self.along + 64)
+        table = 32 * 4 << 2 * code.bits if code.table == "shared" else 0
+        staged = self.stages * width * (2 * code.step * self.along + (16 if code.span == 16 else 64))
         meeting = 4 * (self.along + (code.outliers is not None)) * width * (self.rows + 4)
         return table + max(staged, meeting)
 
 
+_NUMBERS = "rows columns steps groups tokens stride second_rows second_groups pitch ahead".split()
 _POINTERS = "codes scale zero second table x y partial arrived entries row_ptr".split()
-
-_NUMBERS = "rows columns steps groups tokens stride second_rows second_groups ahead".split()
 
 
 class Arguments(ctypes.Structure):
@@ -96,9 +102,10 @@ def definitions(code: Code, tuning: Tuning, half: bool) -> dict[str, int]:
     """The macros of the source."""
     found = {field.name.upper(): int(getattr(tuning, field.name)) for field in fields(tuning)}
     found.update(
-        BITS=code.bits, GROUP=code.group, SPAN=code.span, STEP=code.step, TABLE=int(code.table), CENTER=code.center,
+        BITS=code.bits, GROUP=code.group, SPAN=code.span, STEP=code.step, CENTER=code.center,
+        TABLE=("", "shared", "rows").index(code.table),
         SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half),
-        STAGED=int(tuning.stages > 0),
+        STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8),
     )  # fmt: skip
     return found
 
@@ -107,15 +114,19 @@ def arguments(
     tensors: Mapping[str, Tensor | None], *, rows: int, columns: int, tokens: int = 0, stride: int = 0,
     second: tuple[int, int] = (1, 1), ahead: bool = False, multiplier: float = 1.0,
 ) -> Arguments:  # fmt: skip
-    """``tensors``: ``codes [tiles, steps, loads, 32, 4]``, ``scale`` and ``zero [tiles, groups, 8, 2]`` of layout.py,
-    ``x [tokens, columns]`` with rows ``stride`` apart, ``y [tokens, rows]`` and so on; what is absent is a null
-    pointer. ``second``: how many tiles and groups share second-order numbers. ``ahead``: fetch codes into the second
-    cache while the kernel waits for those before it."""
-    scale, codes = tensors.get("scale"), tensors["codes"]
+    """``tensors``: ``codes [tiles, steps, loads, 32, 4]`` or bytes ``[rows, pitch]``, ``scale`` and ``zero [tiles,
+    groups, 8, 2]`` of layout.py, ``x [tokens, columns]`` with rows ``stride`` apart, ``y [tokens, rows]`` and so on;
+    what is absent is a null pointer. ``second``: how many tiles and groups share second-order numbers.
+    ``ahead``: fetch codes into the second cache while the kernel waits for those before it."""
+    codes = tensors["codes"]
     assert codes is not None
-    groups = 1 if scale is None else scale.shape[1]
+    grouped = (tensors.get(name) for name in ("scale", "table"))
+    groups = next((each.shape[1] for each in grouped if each is not None and each.dim() > 1), 1)
     pointers = [0 if (own := tensors.get(name)) is None else own.data_ptr() for name in _POINTERS]
-    return Arguments(*pointers, rows, columns, codes.shape[1], groups, tokens, stride, *second, ahead, multiplier)
+    steps, pitch = codes.shape[1], 0
+    if codes.dim() == 2:  # bytes as they are stored
+        steps, pitch = -(-columns // step_of(8)), codes.shape[1]
+    return Arguments(*pointers, rows, columns, steps, groups, tokens, stride, *second, pitch, ahead, multiplier)
 
 
 def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
@@ -148,6 +159,17 @@ def dequantize(code: Code, given: Arguments, half: bool, device: torch.device) -
     units = -(-given.rows // TILE) * given.steps
     stream = torch.cuda.current_stream(device).cuda_stream
     program((-(-units * 32 // tuning.threads), 1, 1), tuning.threads, given, stream)
+
+
+def quantize(x: Tensor, gain: Tensor | None, eps: float, codes: Tensor, step: Tensor) -> None:
+    """``x [tokens, columns]`` as E4M3, on the current stream of its device; see ``kernels/activations.py``."""
+    code, tuning = Code(8, span=16, float8=True), Tuning()
+    given = arguments(
+        {"codes": codes, "scale": gain, "x": x, "y": codes, "partial": step}, rows=0, columns=x.shape[1],
+        tokens=x.shape[0], stride=x.stride(0), multiplier=eps,
+    )  # fmt: skip
+    program = kernel(_index(x.device), "quantize", code, tuning, x.dtype == torch.float16)
+    program((x.shape[0], 1, 1), tuning.threads, given, torch.cuda.current_stream(x.device).cuda_stream)
 
 
 def _index(device: torch.device) -> int:

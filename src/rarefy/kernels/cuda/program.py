@@ -185,13 +185,15 @@ def workspace(tuning: Tuning, rows: int, tokens: int, device: torch.device) -> t
     return partial, _counters(device, across * deep)
 
 
-_arrived: dict[Any, Tensor] = {}
+_arrived: dict[Any, list[Tensor]] = {}
 
 
 def _counters(device: torch.device, count: int) -> Tensor:
-    """Counters of this device and stream: kernels of a stream follow each other, and each leaves them at zero."""
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    found = _arrived.get(key)
-    if found is None or found.numel() < count:
-        found = _arrived[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-    return found
+    """Counters of this device and stream: kernels of a stream follow each other, and each leaves them at zero.
+
+    Those that have become too few are kept, since a captured graph may count in them.
+    """
+    found = _arrived.setdefault((device, torch.cuda.current_stream(device).cuda_stream), [])
+    if not found or found[-1].numel() < count:
+        found.append(torch.zeros(max(count, 4096), dtype=torch.int32, device=device))
+    return found[-1]

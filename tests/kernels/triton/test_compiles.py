@@ -67,7 +67,7 @@ def test_every_kernel_of_a_step_compiles() -> None:
         [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert set(done.stdout.split()) == {"_attend", "_embed", "_add_norm", "_gate", "_keep", "_pick"}
+    assert set(done.stdout.split()) == {"_attend", "_embed", "_add_norm", "_gate", "_weigh", "_narrow", "_pick"}
 
 
 if __name__ == "__main__":

@@ -117,10 +117,12 @@ def test_draws_are_from_what_the_warpers_leave(
     pick.settings.copy_(torch.tensor([1 / temperature, top_k, top_p]))
     tokens = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     positions = torch.zeros(2, dtype=torch.int32, device=DEVICE)
-    pick(logits, tokens, positions, draw=True, top_k=top_k > 0, top_p=top_p < 1)
-    for row, least, token in zip(logits, pick._kept.tolist(), tokens.tolist(), strict=True):
+    for some in ((True, True), (top_k > 0, top_p < 1)):  # whatever the workspace was used for before
+        pick(logits, tokens, positions, draw=True, top_k=some[0], top_p=some[1])
+    least = torch.maximum(*(kept.long() % (1 << 32) for kept in (pick._least, pick._bottom)))
+    for row, own, token in zip(logits, least.cpu(), tokens.tolist(), strict=True):
         wanted = allowed(row, temperature, top_k, top_p).isfinite()
-        assert torch.equal(ordered(row) >= least % (1 << 32), wanted) and bool(wanted[token])
+        assert torch.equal(ordered(row) >= own, wanted) and bool(wanted[token])
 
 
 def test_draws_have_the_shares_of_the_softmax() -> None:

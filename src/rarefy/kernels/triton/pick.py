@@ -1,10 +1,12 @@
 """Choosing the next token on the GPU: the largest logit, or a draw from those that top-k and top-p leave.
 
 A draw is the largest sum of logit and Gumbel noise, so no running sum over the vocabulary is needed. What top-k and
-top-p leave is everything from some logit on; that logit is found bit by bit, with a pass over the logits for each.
+top-p leave is everything from some logit on; that logit is found two bits at a time, with a launch for each two.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -12,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rarefy.kernels.triton.step import begin, launch
+
+BLOCK = 1024
 
 
 @triton.jit
@@ -22,55 +26,96 @@ def _ordered(x):
 
 
 @triton.jit
-def _keep(
-    logits, settings, kept, vocabulary, BITS: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
-    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+def _last(arrived, PARTS: tl.constexpr):
+    """Whether this program is the last of ``PARTS`` to come here; what the others wrote is then visible."""
+    tl.debug_barrier()  # so that all of the program's numbers are written when it is counted
+    last = tl.atomic_add(arrived, 1) == PARTS - 1
+    if last:
+        tl.store(arrived, 0)
+    tl.debug_barrier()
+    return last
+
+
+@triton.jit
+def _weigh(
+    logits, settings, bottom, peak, needed, part, arrived, vocabulary,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The least logit, as an ordered number, that top-k and top-p leave: found bit by bit from the highest."""
+    """The largest logit, and which mass, relative to its own, top-p wants of all from ``bottom`` on."""
     begin(EARLY)
-    sequence = tl.program_id(0)
+    sequence, number = tl.program_id(0), tl.program_id(1)
     row = logits + sequence.to(tl.int64) * vocabulary
-    sharpness, top_k, top_p = tl.load(settings), tl.load(settings + 1).to(tl.int32), tl.load(settings + 2)
-    least = tl.zeros((), tl.uint32)
-    if TOP_K:
-        for number in range(BITS):
-            candidate = least | (tl.full((), 0x80000000, tl.uint32) >> number)
-            count = tl.zeros((BLOCK,), tl.int32)
-            for first in range(0, vocabulary, BLOCK):
-                at = first + tl.arange(0, BLOCK)
-                x = tl.load(row + at, mask=at < vocabulary, other=float("-inf"))
-                count += ((_ordered(x) >= candidate) & (at < vocabulary)).to(tl.int32)
-            least = tl.where(tl.sum(count, 0) >= top_k, candidate, least)
-    if TOP_P:
-        highest = tl.full((BLOCK,), float("-inf"), tl.float32)
-        for first in range(0, vocabulary, BLOCK):
-            at = first + tl.arange(0, BLOCK)
-            x = tl.load(row + at, mask=at < vocabulary, other=float("-inf"))
-            highest = tl.maximum(highest, x.to(tl.float32))
-        peak = tl.max(highest, 0)
-        bottom, needed = least, tl.zeros((), tl.float32)
-        least = tl.zeros((), tl.uint32)
-        for number in range(BITS + 1):
-            # The first pass weighs all that top-k left.
-            bit = tl.where(number == 0, 0, tl.full((), 0x80000000, tl.uint32) >> tl.maximum(number - 1, 0))
-            candidate = least | bit
-            from_here = tl.maximum(candidate, bottom)
-            masses = tl.zeros((BLOCK,), tl.float32)
-            for first in range(0, vocabulary, BLOCK):
-                at = first + tl.arange(0, BLOCK)
-                x = tl.load(row + at, mask=at < vocabulary, other=float("-inf"))
-                heavy = tl.exp((x.to(tl.float32) - peak) * sharpness)
-                masses += tl.where(_ordered(x) >= from_here, heavy, 0.0)
-            mass = tl.sum(masses, 0)
-            needed = tl.where(number == 0, mass * top_p, needed)
-            least = tl.where(mass >= needed, candidate, least)
-        least = tl.maximum(least, bottom)
-    tl.store(kept + sequence, least.to(tl.int32, bitcast=True))
+    sharpness, floor = tl.load(settings), tl.load(bottom + sequence).to(tl.uint32, bitcast=True)
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK,), tl.float32)
+    each = tl.cdiv(tl.cdiv(vocabulary, BLOCK), PARTS) * BLOCK
+    for first in range(number * each, tl.minimum((number + 1) * each, vocabulary), BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        x = tl.load(row + at, mask=at < vocabulary, other=float("-inf"))
+        x = tl.where(_ordered(x) >= floor, x.to(tl.float32) * sharpness, float("-inf"))
+        higher = tl.maximum(top, x)
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        mass = mass * tl.exp(top - safe) + tl.exp(x - safe)
+        top = higher
+    highest = tl.max(top, 0)
+    safe = tl.where(highest == float("-inf"), 0.0, highest)
+    own = part + (sequence * PARTS + number) * 4
+    tl.store(own, highest)
+    tl.store(own + 1, tl.sum(mass * tl.exp(top - safe), 0))
+    if _last(arrived + sequence, PARTS):
+        place = part + (sequence * PARTS + tl.arange(0, PARTS)) * 4
+        tops = tl.load(place, cache_modifier=".cg")
+        peak_of_all = tl.max(tops, 0)
+        total = tl.sum(tl.load(place + 1, cache_modifier=".cg") * tl.exp(tops - peak_of_all), 0)
+        tl.store(peak + sequence, peak_of_all)
+        tl.store(needed + sequence, total * tl.load(settings + 2))
+
+
+@triton.jit
+def _narrow(
+    logits, settings, least, bottom, peak, needed, part, arrived, vocabulary, shift,
+    MASS: tl.constexpr, FIRST: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Two more bits of the largest number ``least`` from which on there are still as many logits as top-k wants, or,
+    with ``MASS``, as much mass as top-p does."""
+    begin(EARLY)
+    sequence, number = tl.program_id(0), tl.program_id(1)
+    row = logits + sequence.to(tl.int64) * vocabulary
+    known = tl.zeros((), tl.uint32)
+    if not FIRST:
+        known = tl.load(least + sequence).to(tl.uint32, bitcast=True)
+    step = tl.full((), 1, tl.uint32) << shift
+    sharpness, highest = tl.load(settings), tl.load(peak + sequence)
+    floor = tl.load(bottom + sequence).to(tl.uint32, bitcast=True)
+    one, two, three = (tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32))
+    each = tl.cdiv(tl.cdiv(vocabulary, BLOCK), PARTS) * BLOCK
+    for first in range(number * each, tl.minimum((number + 1) * each, vocabulary), BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        x = tl.load(row + at, mask=at < vocabulary, other=float("-inf"))
+        order = _ordered(x)
+        here = at < vocabulary
+        weight = here.to(tl.float32)
+        if MASS:
+            weight = tl.where(here & (order >= floor), tl.exp(x.to(tl.float32) * sharpness - highest), 0.0)
+        one += tl.where(order >= known + step, weight, 0.0)
+        two += tl.where(order >= known + 2 * step, weight, 0.0)
+        three += tl.where(order >= known + 3 * step, weight, 0.0)
+    own = part + (sequence * PARTS + number) * 4
+    tl.store(own, tl.sum(one, 0))
+    tl.store(own + 1, tl.sum(two, 0))
+    tl.store(own + 2, tl.sum(three, 0))
+    if _last(arrived + sequence, PARTS):
+        place = part + (sequence * PARTS + tl.arange(0, PARTS)) * 4
+        wanted = tl.load(needed + sequence) if MASS else tl.load(settings + 1)
+        enough = (tl.sum(tl.load(place, cache_modifier=".cg"), 0) >= wanted).to(tl.uint32)
+        enough += (tl.sum(tl.load(place + 1, cache_modifier=".cg"), 0) >= wanted).to(tl.uint32)
+        enough += (tl.sum(tl.load(place + 2, cache_modifier=".cg"), 0) >= wanted).to(tl.uint32)
+        tl.store(least + sequence, (known + enough * step).to(tl.int32, bitcast=True))
 
 
 @triton.jit
 def _pick(
-    logits, settings, seed, kept, tokens, positions, written, part, part_token, arrived, vocabulary, length,
+    logits, settings, seed, kept, bottom, tokens, positions, written, part, part_token, arrived, vocabulary, length,
     DRAW: tl.constexpr, KEPT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The token of the largest logit; with ``DRAW`` of the largest sum with noise, which draws from the softmax."""
@@ -88,18 +133,16 @@ def _pick(
             random, _, _, _ = tl.philox(tl.load(seed), at, position, sequence, 0)
             scores = scores * tl.load(settings) - tl.log(-tl.log(tl.uint_to_uniform_float(random)))
             if KEPT:
-                allowed = _ordered(x) >= tl.load(kept + sequence).to(tl.uint32, bitcast=True)
-                scores = tl.where(allowed, scores, float("-inf"))
+                least = tl.load(kept + sequence).to(tl.uint32, bitcast=True)
+                least = tl.maximum(least, tl.load(bottom + sequence).to(tl.uint32, bitcast=True))
+                scores = tl.where(_ordered(x) >= least, scores, float("-inf"))
         peak, index = tl.max(scores, 0, return_indices=True)
         token = tl.where(peak > best, first + index, token)
         best = tl.maximum(best, peak)
     tl.store(part + sequence * PARTS + number, best)
     tl.store(part_token + sequence * PARTS + number, token)
-    tl.debug_barrier()
-    if tl.atomic_add(arrived + sequence, 1) < PARTS - 1:
+    if not _last(arrived + sequence, PARTS):
         return
-    tl.store(arrived + sequence, 0)
-    tl.debug_barrier()
     place = sequence * PARTS + tl.arange(0, PARTS)
     _, winner = tl.max(tl.load(part + place, cache_modifier=".cg"), 0, return_indices=True)
     token = tl.load(part_token + sequence * PARTS + winner, cache_modifier=".cg").to(tl.int64)
@@ -118,29 +161,42 @@ class Picker:
 
     def __init__(self, sequences: int, vocabulary: int, length: int, device: torch.device):
         self.vocabulary, self.length = vocabulary, length
-        self._block = min(8192, triton.next_power_of_2(vocabulary))
         self.parts = max(1, min(32, triton.next_power_of_2(vocabulary // 4096)))
         self.settings = torch.ones(3, dtype=torch.float32, device=device)
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
         self.written = torch.zeros(sequences, length, dtype=torch.int64, device=device)
-        self._kept = torch.zeros(sequences, dtype=torch.int32, device=device)
-        self._part = torch.empty(sequences, self.parts, dtype=torch.float32, device=device)
-        self._part_token = torch.empty(sequences, self.parts, dtype=torch.int32, device=device)
-        self._arrived = torch.zeros(sequences, dtype=torch.int32, device=device)
+        # The least logits of top-p and of top-k, as ordered numbers.
+        self._least, self._bottom, self._part_token, self._arrived = (
+            torch.zeros(sequences * size, dtype=torch.int32, device=device) for size in (1, 1, self.parts, 1)
+        )
+        self._peak, self._needed, self._part = (
+            torch.zeros(sequences * size, dtype=torch.float32, device=device) for size in (1, 1, 4 * self.parts)
+        )
 
     def __call__(
         self, logits: Tensor, tokens: Tensor, positions: Tensor, *, draw: bool, top_k: bool, top_p: bool
     ) -> None:
         """Put what follows ``logits [M, vocabulary]`` into ``tokens`` int64 ``[M]``, and its position into
         ``positions`` int32 ``[M]``. Without ``draw`` the largest logit wins, the first of equal ones."""
-        if draw and (top_k or top_p):
-            launch(
-                _keep, (len(logits),), logits.device, logits, self.settings, self._kept, self.vocabulary,
-                BITS=16 if logits.dtype == torch.bfloat16 else 32, TOP_K=top_k, TOP_P=top_p, BLOCK=self._block,
-                num_warps=16,
-            )  # fmt: skip
+        grid, device = (len(logits), self.parts), logits.device
+        shared = (self._peak, self._needed, self._part, self._arrived, self.vocabulary)
+        cut: dict[str, Any] = {"PARTS": self.parts, "BLOCK": BLOCK}
+        last = 16 if logits.dtype == torch.bfloat16 else 0  # bits below are none of the logits'
+        for wanted, least in ((top_k, self._bottom), (top_p, self._least)):
+            if draw and (top_k or top_p) and not wanted:
+                least.zero_()  # of an earlier draw that wanted more
+        for mass, least in ((False, self._bottom), (True, self._least)):
+            if not draw or not (top_p if mass else top_k):
+                continue
+            if mass:
+                launch(_weigh, grid, device, logits, self.settings, self._bottom, *shared, **cut)
+            for shift in range(30, last - 1, -2):
+                launch(
+                    _narrow, grid, device, logits, self.settings, least, self._bottom, *shared, shift,
+                    MASS=mass, FIRST=shift == 30, **cut,
+                )  # fmt: skip
         launch(
-            _pick, (len(logits), self.parts), logits.device, logits, self.settings, self.seed, self._kept, tokens,
-            positions, self.written, self._part, self._part_token, self._arrived, self.vocabulary, self.length,
-            DRAW=draw, KEPT=draw and (top_k or top_p), PARTS=self.parts, BLOCK=1024,
+            _pick, grid, device, logits, self.settings, self.seed, self._least, self._bottom, tokens, positions,
+            self.written, self._part, self._part_token, self._arrived, self.vocabulary, self.length,
+            DRAW=draw, KEPT=draw and (top_k or top_p), **cut,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from rarefy.formats.terms.plain import ResidualSpec
 from rarefy.formats.terms.quantized import QuantizedSpec
 from rarefy.kernels import cuda
 from rarefy.kernels.activations import quantize_tokens
-from rarefy.kernels.cuda import program
+from rarefy.kernels.cuda import measure, program
 from rarefy.kernels.cuda import tuning as tuning_tables
 from rarefy.kernels.cuda.linear import dense_sum, pointed, terms_of
 from rarefy.kernels.cuda.prepared import code_of
@@ -109,8 +109,10 @@ class Weights:
             own.update(entries=entries["entries"], row_ptr=entries["row_ptr"])
         self._dense = dense_sum([self.term, *lists]).bfloat16()
         self._dense_error = dense_sum([self.term, *lists]) - self._dense
-        count = max(2, -(-int(EVERYWHERE) // self.nbytes))
-        self.copies = [own, *({name: tensor.clone() for name, tensor in own.items()} for _ in range(count - 1))]
+        numbers = self.term[1]
+        second = numbers["second_rows"], numbers["second_groups"]
+        self.problem = measure.Problem(self.code, own, rows, columns, second)
+        self.copies = self.problem.copies(EVERYWHERE)
 
     def product(self, x: Tensor) -> Tensor:
         """``x`` times the weight in float64."""
@@ -118,48 +120,9 @@ class Weights:
 
     def calls(self, tuning: Tuning, x: Tensor, overlap: bool) -> tuple[list[Callable[[], Any]], Tensor]:
         """A call for each copy, and where the first leaves its result."""
-        numbers = self.term[1]
-        found: list[Callable[[], Any]] = []
-        outs = []
-        for copy in self.copies:
-            y = torch.full((x.shape[0], self.rows), torch.nan, device="cuda", dtype=x.dtype)
-            partial, arrived = None, None
-            if tuning.split > 1:
-                across, _, deep = program.grid(tuning, self.rows, x.shape[0])
-                partial = torch.empty(tuning.split, x.shape[0], self.rows, device="cuda")
-                arrived = torch.zeros(across * deep, dtype=torch.int32, device="cuda")
-            given = program.arguments(
-                {**copy, "x": x, "y": y, "partial": partial, "arrived": arrived}, rows=self.rows, columns=self.columns,
-                tokens=x.shape[0], stride=x.stride(0), second=(numbers["second_rows"], numbers["second_groups"]),
-            )  # fmt: skip
-            outs.append((y, partial, arrived))
-
-            def call(given: program.Arguments = given) -> None:
-                program.linear(self.code, tuning, given, x.dtype == torch.float16, x.device, overlap)
-
-            call.keep = (x, outs)  # type: ignore[attr-defined]
-            found.append(call)
-        return found, outs[0][0]
-
-
-def candidates(code: Code, tokens: int) -> Iterator[Tuning]:
-    """What may be fastest."""
-    loads = code.step * code.bits // 256
-    width = -(-tokens // 8)
-    if tokens <= 16:
-        for tiles, depth in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (1, 4)):
-            for across, along in ((1, 8), (2, 8), (1, 4), (2, 4), (1, 16), (4, 4)):
-                if tiles * depth * loads <= 12 and (loads < 4 or tiles < 4):
-                    yield Tuning(tiles, width, across, along, depth)
-    if tokens > 4:
-        for wide in sorted({min(width, most) for most in (16, 8, 4)}, reverse=True):
-            for tiles in (1, 2, 4):
-                if tiles * wide > 16 or (tokens > 32 and tiles * wide < 8):
-                    continue
-                for across, along in ((4, 1), (8, 1), (4, 2), (2, 2), (2, 4)):
-                    for stages in (3, 4):
-                        for split in (1, 2, 4) if stages == 4 else (1,):
-                            yield Tuning(tiles, wide, across, along, 1, stages, split)
+        calls, results = self.problem.calls(self.copies, tuning, x, overlap)
+        calls[0].results = results  # type: ignore[attr-defined]
+        return calls, results[0]  # type: ignore[return-value]
 
 
 @dataclass
@@ -173,7 +136,7 @@ class Trials:
     def best(self, name: str, weights: Weights, x: Tensor, most: int) -> Tuning | None:
         """The fastest tuning that computes the right thing."""
         code, tokens = weights.code, x.shape[0]
-        tried = [each for each in candidates(code, tokens) if each.shared_memory(code) <= 220 * 1024]
+        tried = list(measure.candidates(code, tokens))
         if len(tried) > most:
             tried = [tried[index * len(tried) // most] for index in range(most)]
         with ThreadPoolExecutor(16) as pool:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import FormatError, UnsupportedError
-from rarefy.kernels import activations
+from rarefy.kernels import activations, prepared
 from rarefy.kernels.cuda import layout, program, tuning
+from rarefy.kernels.cuda.measure import Problem
 from rarefy.kernels.cuda.prepared import BILEVEL, CODES, LEVEL, PAIRS, Prepared, code_of
-from rarefy.kernels.prepared import library
+from rarefy.kernels.prepared import flat, library
 from rarefy.kernels.reference import decode
 
 ACTIVATIONS = (torch.float16, torch.bfloat16)
@@ -156,6 +157,17 @@ def pointed(term: Term, half: bool) -> dict[str, Tensor | None]:
         "codes": tensors["codes"], "scale": present["scale"], "zero": present["zero_point"],
         "second": present["second_order"], "table": present["pairs_half" if half else "pairs_bfloat16"],
     }  # fmt: skip
+
+
+def problem_of(made: prepared.Prepared) -> Problem | None:
+    """What is measured of a term; None for one that is no codes."""
+    (term,) = terms_of(*flat([made])[:3])
+    tensors, numbers, _ = term
+    if numbers["kind"] != CODES:
+        return None
+    own = {name: tensor for name, tensor in pointed(term, False).items() if tensor is not None}
+    second = numbers["second_rows"], numbers["second_groups"]
+    return Problem(code_of(tensors, numbers), own, numbers["rows"], numbers["columns"], second)
 
 
 def _portable(x: Tensor, code: program.Code, term: Term, outliers: Term | None) -> Tensor:

@@ -12,124 +12,117 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from graphs import BEYOND_CACHE, bandwidth, graph_of, microseconds
+from graphs import bandwidth, graph_of, microseconds
 from harness import Row, arguments, write
 from torch import Tensor
 
-from rarefy.kernels.cuda import layout, program
+from rarefy import packing
+from rarefy.formats.grids import BinaryGrid, FloatGrid, Grid, IntegerGrid, LutGrid
+from rarefy.formats.scales import BilevelScale
+from rarefy.formats.terms import Term
+from rarefy.formats.terms.plain import ResidualSpec
+from rarefy.formats.terms.quantized import QuantizedSpec
+from rarefy.kernels import cuda
+from rarefy.kernels.activations import quantize_tokens
+from rarefy.kernels.cuda import measure, program
+from rarefy.kernels.cuda import tuning as tuning_tables
+from rarefy.kernels.cuda.linear import dense_sum, pointed, terms_of
+from rarefy.kernels.cuda.prepared import code_of
 from rarefy.kernels.cuda.program import Code, Tuning
+from rarefy.kernels.prepared import flat
 
 KEY = ("job", "rows", "columns", "tokens")
 SHAPES = [(14336, 4096), (4096, 14336), (28672, 4096), (4096, 4096)]
-CODES = {
-    "W4": Code(4, 128, center=8), "W3": Code(3, 128, center=4), "W2": Code(2, 128, center=2),
-    "W8": Code(8, 128, center=128), "W1": Code(1, 128, center=1),
-    "W4 zero": Code(4, 128, zero=torch.uint8), "LUT4": Code(4, 0, table="shared", scale=None),
-    "FP4 g32": Code(4, 32, table="shared"), "W4 g32": Code(4, 32, center=8),
+EVERYWHERE = 800e6  # bytes of all copies, of which the GPU's cache may keep a few percent
+
+
+@dataclass(frozen=True)
+class Job:
+    grid: Grid
+    outliers: float = 0.0  # share of weights
+    goals: tuple[str, str, str, str] = ("G5", "G5", "G5", "G5")  # for 1, up to 16, 64 and more tokens
+
+
+SPQR = BilevelScale(rows=16, groups=1, scale_bits=3, zero_bits=3)
+JOBS = {
+    "W4": Job(IntegerGrid(num_bits=4, group_size=128), goals=("G1", "G2", "G3", "G4")),
+    "W3": Job(IntegerGrid(num_bits=3, group_size=128)), "W2": Job(IntegerGrid(num_bits=2, group_size=128)),
+    "W8": Job(IntegerGrid(num_bits=8, group_size=128)),
+    "W4 zero": Job(IntegerGrid(num_bits=4, group_size=128, zero="integer")),
+    "LUT4": Job(LutGrid(num_bits=4, rows_per_lut=None), goals=("G6",) * 4),
+    "LUT4 rows": Job(LutGrid(num_bits=4), goals=("G6",) * 4), "LUT3 rows": Job(LutGrid(num_bits=3), goals=("G6",) * 4),
+    "NF4 g64": Job(FloatGrid(format="nf4", group_size=64), goals=("G6",) * 4),
+    "W3 + 0.45%": Job(IntegerGrid(num_bits=3, group_size=128), 0.0045, ("G7",) * 4),
+    "W3 + 1%": Job(IntegerGrid(num_bits=3, group_size=128), 0.01, ("G7",) * 4),
+    "SpQR": Job(IntegerGrid(num_bits=3, group_size=16, zero="float", scales=SPQR), 0.0045, ("G7",) * 4),
+    "binary": Job(BinaryGrid(group_size=128), goals=("G8",) * 4),
+    "fp8": Job(FloatGrid(format="fp8_e4m3")),
 }  # fmt: skip
 
 
-class Weights:
-    """Random weights of one code, in copies; the last one's dense meaning in float64 on demand."""
+def random_term(grid: Grid, rows: int, columns: int) -> Term:
+    """Codes and parameters of a grid, drawn as they would be stored."""
+    spec = QuantizedSpec(grid=grid)  # type: ignore[arg-type]
+    tensors = {}
+    for name, entry in spec.layout((rows, columns)).items():
+        shape, dtype = [int(size) for size in entry.shape], entry.dtype
+        if dtype.is_floating_point:
+            tensors[name] = ((0.5 + torch.rand(shape, device="cuda")) / 64).to(dtype)
+        else:
+            octets = torch.randint(0, 256, (*shape, dtype.itemsize), device="cuda", dtype=torch.uint8)
+            if name == "codes" and grid.code_bits == 8:
+                octets &= 0x77  # not all bytes are numbers of E4M3
+            tensors[name] = octets.view(dtype)[..., 0]
+    return spec.build((rows, columns), tensors)
 
-    def __init__(self, code: Code, rows: int, columns: int):
-        self.code, self.rows, self.columns = code, rows, columns
-        tiles, steps, groups = -(-rows // 16), -(-columns // code.step), -(-columns // (code.group or columns))
-        shape = tiles, steps, code.step * code.bits // 256, 32, 4
-        words = tiles * steps * 32 * code.step * code.bits // 64
-        self.nbytes = words * 4 + (0 if code.scale is None else 2 * rows * groups) + (rows * groups if code.zero else 0)
-        self.count = max(2, -(-int(BEYOND_CACHE) // self.nbytes))
-        pairs = tiles, groups, 8, 2
-        self.codes = [
-            torch.randint(-(2**31), 2**31, shape, device="cuda", dtype=torch.int64).int() for _ in range(self.count)
-        ]
-        self.scales: list[Tensor | None] = [None] * self.count
-        self.zeros: list[Tensor | None] = [None] * self.count
-        if code.scale is not None:
-            self.scales = [((0.5 + torch.rand(pairs, device="cuda")) / 64).to(code.scale) for _ in range(self.count)]
-        if code.zero is not None:
-            self.zeros = [
-                torch.randint(0, 1 << code.bits, pairs, device="cuda").to(code.zero) for _ in range(self.count)
-            ]
-        self.table = torch.randn(1 << code.bits, device="cuda").bfloat16() / 8 if code.table else None
-        self.pair_table = None if self.table is None else layout.pair_table(self.table)
+
+def random_outliers(share: float, rows: int, columns: int) -> Term:
+    count = round(share * columns)
+    numbers = torch.rand(rows, columns, device="cuda").topk(count).indices.sort().values
+    entries = packing.pack_entries(torch.randn(rows * count, device="cuda").half(), numbers.flatten())
+    row_ptr = torch.arange(rows + 1, device="cuda", dtype=torch.int32).unsqueeze(0) * count
+    return ResidualSpec().build((rows, columns), {"entries": entries, "row_ptr": row_ptr})
+
+
+class Weights:
+    """Random weights of a job in the layout of the kernels, in copies that no cache holds."""
+
+    def __init__(self, job: Job, rows: int, columns: int):
+        self.rows, self.columns = rows, columns
+        terms = [random_term(job.grid, rows, columns)]
+        if job.outliers:
+            terms.append(random_outliers(job.outliers, rows, columns))
+        self.nbytes = sum(term.byte_count().total for term in terms)
+        prepared = [cuda.prepare(*term.operation()) for term in terms]  # type: ignore[misc]
+        (self.term, *lists) = terms_of(*flat(prepared)[:3])
+        self.code = code_of(*self.term[:2])
+        own = {name: tensor for name, tensor in pointed(self.term, False).items() if tensor is not None}
+        for entries, _, _ in lists:
+            self.code = replace(self.code, outliers=torch.float16)
+            own.update(entries=entries["entries"], row_ptr=entries["row_ptr"])
+        self._dense = dense_sum([self.term, *lists]).bfloat16()
+        self._dense_error = dense_sum([self.term, *lists]) - self._dense
+        numbers = self.term[1]
+        second = numbers["second_rows"], numbers["second_groups"]
+        self.problem = measure.Problem(self.code, own, rows, columns, second)
+        self.copies = self.problem.copies(EVERYWHERE)
 
     def product(self, x: Tensor) -> Tensor:
-        """``x`` times the first copy in float64, by rows."""
-        code = self.code
-        codes = layout.unpack_codes(self.codes[0], code.bits, code.span, code.order, self.rows, self.columns)
-
-        def spread(pairs: Tensor | None) -> Tensor | float:
-            if pairs is None:
-                return float(code.center)
-            numbers = layout.unpack_pairs(pairs, self.rows).double()
-            return numbers.repeat_interleave(code.group or self.columns, 1)[:, : self.columns]
-
-        values = codes.double() - spread(self.zeros[0]) if self.table is None else self.table.double()[codes.long()]
-        if self.scales[0] is not None:
-            values *= spread(self.scales[0])
-        return x.double() @ values.T
+        """``x`` times the weight in float64."""
+        return x.double() @ (self._dense.double() + self._dense_error.double()).T
 
     def calls(self, tuning: Tuning, x: Tensor, overlap: bool) -> tuple[list[Callable[[], Any]], Tensor]:
         """A call for each copy, and where the first leaves its result."""
-        found: list[Callable[[], Any]] = []
-        outs = []
-        for codes, scale, zero in zip(self.codes, self.scales, self.zeros, strict=True):
-            y = torch.full((x.shape[0], self.rows), torch.nan, device="cuda", dtype=x.dtype)
-            partial, arrived = None, None
-            if tuning.split > 1:
-                across, _, deep = program.grid(tuning, self.rows, x.shape[0])
-                partial = torch.empty(tuning.split, x.shape[0], self.rows, device="cuda")
-                arrived = torch.zeros(across * deep, dtype=torch.int32, device="cuda")
-            tensors = {"codes": codes, "scale": scale, "zero": zero, "table": self.pair_table, "x": x, "y": y,
-                       "partial": partial, "arrived": arrived}  # fmt: skip
-            given = program.arguments(
-                tensors, rows=self.rows, columns=self.columns, tokens=x.shape[0], stride=x.stride(0)
-            )
-            outs.append((y, partial, arrived))
-
-            def call(given: program.Arguments = given) -> None:
-                program.linear(self.code, tuning, given, x.dtype == torch.float16, x.device, overlap)
-
-            call.keep = (x, outs)  # type: ignore[attr-defined]
-            found.append(call)
-        return found, outs[0][0]
-
-
-def candidates(code: Code, tokens: int) -> Iterator[Tuning]:
-    """What may be fastest."""
-    loads = code.step * code.bits // 256
-    if tokens <= 16:
-        for tiles in (1, 2, 4):
-            for across, along in ((1, 4), (1, 8), (1, 16), (2, 4), (2, 8), (4, 2), (4, 4)):
-                for depth in (1, 2, 4):
-                    if tiles * depth * loads <= 12:
-                        yield Tuning(tiles, -(-tokens // 8), across, along, depth)
-        if tokens > 4:
-            for tiles in (1, 2, 4):
-                for across, along in ((2, 4), (4, 2), (4, 1), (8, 1)):
-                    for split in (1, 2, 4):
-                        yield Tuning(tiles, -(-tokens // 8), across, along, 2 if tiles * loads <= 4 else 1, 3, split)
-        return
-    width = min(8, -(-tokens // 8))
-    for tokens_at_once in sorted({width, max(1, width // 2), min(16, -(-tokens // 8))}):
-        for tiles in (1, 2, 4):
-            if tiles * tokens_at_once > 16:
-                continue
-            for across, along in ((4, 1), (8, 1), (4, 2), (2, 2)):
-                for depth in (1, 2):
-                    if tiles * loads * depth > 8 or (tiles * tokens_at_once == 16 and depth > 1):
-                        continue
-                    for stages in (2, 3, 4):
-                        for split in (1, 2, 4):
-                            yield Tuning(tiles, tokens_at_once, across, along, depth, stages, split)
+        calls, results = self.problem.calls(self.copies, tuning, x, overlap)
+        calls[0].results = results  # type: ignore[attr-defined]
+        return calls, results[0]  # type: ignore[return-value]
 
 
 @dataclass
@@ -138,14 +131,14 @@ class Trials:
 
     rows: list[dict[str, Any]]
     deadline: float
+    entries: list[dict[str, Any]] = field(default_factory=list)
 
     def best(self, name: str, weights: Weights, x: Tensor, most: int) -> Tuning | None:
         """The fastest tuning that computes the right thing."""
         code, tokens = weights.code, x.shape[0]
-        tried = list(candidates(code, tokens))
+        tried = list(measure.candidates(code, tokens))
         if len(tried) > most:
             tried = [tried[index * len(tried) // most] for index in range(most)]
-        tried = [each for each in tried if each.shared_memory(code) <= 220 * 1024]
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda each: _compiles(code, each, x.dtype), tried))
         expected = weights.product(x)
@@ -169,7 +162,11 @@ class Trials:
         failed = [row for row in self.rows[-len(tried) :] if "failure" in row]
         if wrong or failed:
             print(f"  {name} M={tokens}: {len(wrong)} wrong, {len(failed)} failed: {(wrong + failed)[0]}", flush=True)
-        return min(times, key=lambda each: times[each]) if times else None
+        if not times:
+            return None
+        found = min(times, key=lambda each: times[each])
+        self.entries.append(tuning_tables.entry(code, weights.rows, weights.columns, tokens, found))
+        return found
 
 
 def _compiles(code: Code, tuning: Tuning, dtype: torch.dtype) -> None:
@@ -184,13 +181,13 @@ def relative(y: Tensor, expected: Tensor) -> float:
 
 
 def bf16_calls(rows: int, columns: int, x: Tensor) -> list[Callable[[], Any]]:
-    count = max(2, -(-int(BEYOND_CACHE) // (rows * columns * 2)))
+    count = max(2, -(-int(EVERYWHERE) // (rows * columns * 2)))
     weights = [torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
     return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]  # type: ignore[misc]
 
 
 def tinygemm_calls(rows: int, columns: int, x: Tensor) -> list[Callable[[], Any]]:
-    count = max(2, -(-int(BEYOND_CACHE) // (rows * columns // 2)))
+    count = max(2, -(-int(EVERYWHERE) // (rows * columns // 2)))
     packed = [
         torch._convert_weight_to_int4pack(
             torch.randint(0, 256, (rows, columns // 2), device="cuda", dtype=torch.uint8), 8
@@ -204,7 +201,7 @@ def tinygemm_calls(rows: int, columns: int, x: Tensor) -> list[Callable[[], Any]
 def gemlite_calls(bits: int, rows: int, columns: int, x: Tensor) -> list[Callable[[], Any]]:
     from gemlite.helper import A16Wn
 
-    count = max(2, -(-int(BEYOND_CACHE) * 8 // (rows * columns * bits)))
+    count = max(2, -(-int(EVERYWHERE) * 8 // (rows * columns * bits)))
     layers = []
     for _ in range(count):
         codes = torch.randint(0, 1 << bits, (rows, columns), device="cuda", dtype=torch.uint8)
@@ -214,35 +211,59 @@ def gemlite_calls(bits: int, rows: int, columns: int, x: Tensor) -> list[Callabl
     return [lambda layer=layer: layer(x) for layer in layers]  # type: ignore[misc]
 
 
-def triton_times(weights: Weights, x: Tensor, trials: Trials) -> tuple[float, str] | None:
+def triton_time(weights: Weights, x: Tensor) -> float | None:
+    """The best time of the portable kernel."""
     from rarefy.kernels.triton import linear as portable
 
     if not portable.fits(weights.code):
         return None
-    tokens = max(16, 1 << (x.shape[0] - 1).bit_length())
-    tried = [
-        portable.Tuning(tiles, min(tokens, 64 if tiles == 16 else 128), split, warps, stages)
-        for tiles, split, warps, stages in ((8, 1, 4, 3), (8, 2, 4, 4), (16, 2, 8, 3), (2, 1, 4, 4), (8, 4, 4, 3))
-    ]
-    expected, best = weights.product(x), None
-    for tuning in tried:
-        if time.monotonic() > trials.deadline:
-            break
-        try:
-            calls = [
-                functools.partial(portable.linear, weights.code, tuning, x, codes, scale, zero, weights.rows)
-                for codes, scale, zero in zip(weights.codes, weights.scales, weights.zeros, strict=True)
-            ]
-            error = relative(calls[0](), expected)
-            took = microseconds({"": (graph_of(calls), len(calls))}, 5)[""]
-        except Exception as failure:
-            print(f"  triton {tuning}: {str(failure).splitlines()[0][:160]}", flush=True)
-            continue
-        trials.rows.append({"code": "triton", "rows": weights.rows, "columns": weights.columns, "tokens": x.shape[0],
-                            **asdict(tuning), "error": error, "microseconds": took})  # fmt: skip
-        if error < 1e-2 and (best is None or took < best[0]):
-            best = took, str(tuning)
-    return best
+    expected, times = weights.product(x), []
+    for tiles, split, warps, stages in ((8, 4, 4, 3), (16, 2, 8, 3)):
+        tuning = portable.Tuning(tiles, max(16, min(64, 1 << (x.shape[0] - 1).bit_length())), split, warps, stages)
+        calls = [
+            functools.partial(
+                portable.linear, weights.code, tuning, x, copy["codes"], copy["scale"], copy.get("zero"), weights.rows
+            )
+            for copy in weights.copies
+        ]
+        if relative(calls[0](), expected) < 1e-2:
+            times.append(microseconds({"": (graph_of(calls), len(calls))}, 5)[""])
+    return min(times, default=None)
+
+
+def float8_rows(tokens: int, rows: int, columns: int, limit: float) -> list[Row]:
+    """Activations quantized, then multiplied as bytes, against the bf16 layer."""
+    term = random_term(JOBS["fp8"].grid, rows, columns)
+    made = cuda.prepare(*term.operation())  # type: ignore[misc]
+    x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+    expected = x.double() @ term.decode().double().T
+    y = cuda.linear(x, [made], True)
+    codes, step = quantize_tokens(x)
+    ours = [lambda: cuda.linear(x, [made], True)] * 4
+    peers = {
+        "bf16": (graph_of(bf16_calls(rows, columns, x)[:4]), 4),
+        "_scaled_mm alone": (graph_of([lambda: _scaled(codes, step, made)] * 4), 4),
+    }
+    times = microseconds({**peers, "ours": (graph_of(ours), 4)}, 15)
+    print(f"fp8 {rows}x{columns} M={tokens}", {name: round(each, 1) for name, each in times.items()}, flush=True)
+    flops = 2 * tokens * rows * columns
+    return [{
+        "goal": "G10", "job": "fp8 activations and weights", "rows": rows, "columns": columns, "tokens": tokens,
+        "peer": "bf16", "microseconds": round(times["ours"], 2), "peer_microseconds": round(times["bf16"], 2),
+        "ratio": round(times["bf16"] / times["ours"], 3), "ratio_to_bf16": round(times["bf16"] / times["ours"], 3),
+        "fraction_of_limit": round(times["_scaled_mm alone"] / times["ours"], 3),
+        "max_rel_error": relative(y, expected), "bits_per_weight": 8.0,
+        "note": f"quantizing activations included; the limit is the library's product without it; "
+                f"{flops / times['ours'] / 1e6:.0f} TFLOP/s",
+    }]  # fmt: skip
+
+
+def _scaled(codes: Tensor, step: Tensor, made: Any) -> Tensor:
+    weight = made.tensors["codes"].view(torch.float8_e4m3fn).t()
+    return torch._scaled_mm(
+        codes, weight, step.unsqueeze(1), made.tensors["row_scale"].unsqueeze(0), out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -250,10 +271,12 @@ def main() -> None:
     parser.add_argument("--trials", type=Path, help="keep the times of everything that was tried here")
     parser.add_argument("--seconds", type=float, default=200, help="stop trying after so many")
     parser.add_argument("--most", type=int, default=60, help="tunings to try for a job")
-    parser.add_argument("--codes", default=",".join(CODES), help="which, by name")
+    parser.add_argument("--codes", default=",".join(JOBS), help="which, by name")
     parser.add_argument("--tokens", default="1,4,8,16,32,64,128,256")
     parser.add_argument("--shapes", type=int, default=len(SHAPES))
     parser.add_argument("--triton", action="store_true", help="time the portable kernel too")
+    parser.add_argument("--fp8", action="store_true", help="time products of 8-bit activations too")
+    parser.add_argument("--tune", type=Path, help="write the best of what was tried there, as a table of the package")
     options = parser.parse_args()
     torch.manual_seed(0)
     trials = Trials([], time.monotonic() + options.seconds)
@@ -262,6 +285,10 @@ def main() -> None:
     print(f"copy {limit / 1e6:.2f} TB/s", flush=True)
     rows: list[Row] = []
     try:
+        if options.fp8:
+            for tokens in (512, 2048, 4096, 8192):
+                for shape in ((4096, 4096), (14336, 4096)):
+                    rows += float8_rows(tokens, *shape, limit)
         for shape in SHAPES[: 1 if options.quick else options.shapes]:
             for tokens in counts:
                 rows += measured(shape, tokens, options, trials, limit)
@@ -271,6 +298,8 @@ def main() -> None:
     finally:
         if options.trials:
             options.trials.write_text(json.dumps(trials.rows) + "\n", "utf-8")
+        if options.tune:
+            options.tune.write_text(json.dumps({"entries": trials.entries}, indent=1) + "\n", "utf-8")
         write(options, rows, KEY)
 
 
@@ -294,7 +323,7 @@ def measured(shape: tuple[int, int], tokens: int, options: Any, trials: Trials, 
     peers = list(graphs)
     found: dict[str, tuple[Weights, Tuning, float, str]] = {}
     for name in options.codes.split(","):
-        weights = Weights(CODES[name], height, width)
+        weights = Weights(JOBS[name], height, width)
         tuning = trials.best(name, weights, x, 20 if options.quick else options.most)
         if tuning is None:
             continue
@@ -304,16 +333,11 @@ def measured(shape: tuple[int, int], tokens: int, options: Any, trials: Trials, 
         graphs[name] = graph_of(calls), len(calls)
         kept.append(calls)
         found[name] = weights, tuning, error, "cuda"
-        for overlapped in (tuning, replace(tuning, depth=max(1, tuning.depth // 2))):
-            try:
-                calls, _ = weights.calls(overlapped, x, overlap=True)
-                label = f"{name}+overlap" if overlapped == tuning else f"{name}+overlap/2"
-                graphs[label] = graph_of(calls), len(calls)
-                kept.append(calls)
-            except Exception as failure:
-                print(f"  overlap: {str(failure).splitlines()[0][:160]}", flush=True)
-        if options.triton and (portable := triton_times(weights, x, trials)):
-            print(f"  triton {name} M={tokens} {shape}: {portable[0]:.1f} us {portable[1]}", flush=True)
+        calls, _ = weights.calls(tuning, x, overlap=True)
+        graphs[f"{name}+overlap"] = graph_of(calls), len(calls)
+        kept.append(calls)
+        if options.triton and (portable := triton_time(weights, x)):
+            print(f"  triton {name} M={tokens} {shape}: {portable:.1f} us", flush=True)
     times = microseconds(graphs, 9)
     print(shape, f"M={tokens}", {name: round(each, 1) for name, each in times.items()}, flush=True)
     rows: list[Row] = []
@@ -322,7 +346,8 @@ def measured(shape: tuple[int, int], tokens: int, options: Any, trials: Trials, 
         ours = min(times[each] for each in times if each == name or each.startswith(f"{name}+"))
         peer = min((each for each in peers), key=lambda each: times[each])
         rows.append({
-            "goal": goal_of(name, tokens), "job": name, "rows": height, "columns": width, "tokens": tokens,
+            "goal": JOBS[name].goals[sum(tokens > most for most in (1, 16, 64))], "job": name, "rows": height,
+            "columns": width, "tokens": tokens,
             "peer": peer, "microseconds": round(ours, 2), "without_overlap": round(times[name], 2),
             "peer_microseconds": round(times[peer], 2), "ratio": round(times[peer] / ours, 3),
             "ratio_to_bf16": round(times["bf16"] / ours, 3), "fraction_of_limit": round(size / limit / ours, 3),
@@ -332,12 +357,6 @@ def measured(shape: tuple[int, int], tokens: int, options: Any, trials: Trials, 
         print(f"  {name}: {ours:.1f} us, {rows[-1]['fraction_of_limit']} of limit, {rows[-1]['ratio']}x {peer}, "
               f"{rows[-1]['ratio_to_bf16']}x bf16, error {error:.1e}, {tuning}", flush=True)  # fmt: skip
     return rows
-
-
-def goal_of(name: str, tokens: int) -> str:
-    if name != "W4":
-        return {"LUT4": "G6", "FP4 g32": "G6", "W1": "G8"}.get(name, "G5")
-    return "G1" if tokens == 1 else "G2" if tokens <= 16 else "G3" if tokens <= 64 else "G4"
 
 
 if __name__ == "__main__":

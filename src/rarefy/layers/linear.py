@@ -63,8 +63,8 @@ class CompressedLinear(nn.Linear):
     @property
     def device(self) -> torch.device:
         for part in self.terms.modules():  # where layouts are; what they replaced has no place
-            if isinstance(part, Term) and (device := part.prepared_on) is not None:
-                return device
+            if isinstance(part, Term) and part.prepared is not None:
+                return part.prepared.device
         return next((buffer.device for buffer in self.buffers()), torch.device("cpu"))
 
     @property

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rarefy.kernels.cuda import program
-from rarefy.kernels.cuda.linear import _aligned, _pointed, _terms
+from rarefy.kernels.cuda.linear import aligned, pointed, terms_of
 from rarefy.kernels.cuda.prepared import code_of
 from rarefy.kernels.prepared import Prepared, flat
 
@@ -45,13 +45,13 @@ def _run(
 
 def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> Tensor:
     """``x [tokens, columns]`` times a term of codes, with or without one of outliers."""
-    (codes, *lists), half, tokens = _terms(*flat(prepared)[:3]), x.dtype == torch.float16, x.shape[0]
+    (codes, *lists), half, tokens = terms_of(*flat(prepared)[:3]), x.dtype == torch.float16, x.shape[0]
     tensors, numbers, multiplier = codes
-    code, rows, own = code_of(tensors, numbers), numbers["rows"], _pointed(codes, half)
+    code, rows, own = code_of(tensors, numbers), numbers["rows"], pointed(codes, half)
     for entries, more, _ in lists:
         code = replace(code, outliers=torch.float16 if more["half"] else torch.bfloat16)
         own.update(entries=entries["entries"], row_ptr=entries["row_ptr"])
-    x, y = _aligned(x), torch.full((tokens, rows), torch.nan, dtype=x.dtype)
+    x, y = aligned(x), torch.full((tokens, rows), torch.nan, dtype=x.dtype)
     grid = program.grid(tuning, rows, tokens)
     arrived = torch.zeros(grid[0] * grid[2], dtype=torch.int32)
     partial = torch.full((tuning.split, tokens, rows), torch.nan)
@@ -67,11 +67,11 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> T
 
 def dequantize(prepared: Prepared, dtype: torch.dtype) -> Tensor:
     """The weight of a term of codes, ``[rows, columns]``."""
-    (codes,), half = _terms(*flat([prepared])[:3]), dtype == torch.float16
+    (codes,), half = terms_of(*flat([prepared])[:3]), dtype == torch.float16
     tensors, numbers, multiplier = codes
     weight = torch.full((numbers["rows"], numbers["columns"]), torch.nan, dtype=dtype)
     given = program.arguments(
-        {**_pointed(codes, half), "y": weight}, rows=numbers["rows"], columns=numbers["columns"],
+        {**pointed(codes, half), "y": weight}, rows=numbers["rows"], columns=numbers["columns"],
         second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
     )  # fmt: skip
     tuning = program.Tuning()

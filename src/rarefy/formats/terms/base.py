@@ -140,9 +140,9 @@ class Term(nn.Module, ABC):
         return self._prepared is not None
 
     @property
-    def prepared_on(self) -> torch.device | None:
-        """The device of that layout."""
-        return None if self._prepared is None else self._prepared.device
+    def prepared(self) -> native.Prepared | None:
+        """That layout."""
+        return self._prepared
 
     @property
     def quantizes_activations(self) -> bool:

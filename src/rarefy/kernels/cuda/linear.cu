@@ -10,7 +10,8 @@
 //   columns of a lane; 16: bytes, row by row as they are stored), FLOAT8 (a byte is a number in E4M3), TABLE (codes are looked up: SHARED by all, or BY_ROW), SCALE, ZERO (types), CENTER (what is subtracted from a code),
 //   OUTLIERS (type of single values that are added to the weight), HALF (float16 activations, else bfloat16),
 //   TILES (of 16 rows for a warp), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns),
-//   DEPTH (steps loaded ahead), STAGED (activations go through shared memory), STAGES, SPLIT (blocks over columns)
+//   DEPTH (steps loaded ahead into registers), STAGED (codes and activations go through shared memory instead, STAGES
+//   steps of them), SPLIT (blocks over columns)
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -50,9 +51,10 @@ constexpr int PARTS = BLOCKS / PART;
 constexpr int THREADS = 32 * ACROSS * ALONG;
 constexpr int ROWS = 16 * TILES * ACROSS, COLUMNS = STEP * ALONG, WIDTH = 8 * TOKENS;
 constexpr int PITCH = 2 * COLUMNS + (SPAN == 16 ? 16 : 64);  // bytes of a staged token; the rest keeps banks apart
+constexpr int STAGE_CODES = STAGED ? ROWS / 16 * ALONG * LOADS * 512 : 0;  // bytes
+constexpr int STAGE = WIDTH * PITCH + STAGE_CODES;
 constexpr int SUM_PITCH = ROWS + 4;
-constexpr int COPIES = TABLE == SHARED ? 32 : 0;  // of the table: each lane has a bank to itself
-constexpr int TABLE_BYTES = (4 * COPIES) << (2 * BITS);
+constexpr int TABLE_BYTES = TABLE == SHARED ? 128 << (2 * BITS) : 0;  // 32 copies: each lane has a bank to itself
 constexpr int ENTRIES = TABLE == BY_ROW ? 1 << (BITS - 1) : 1;  // words of a row's table
 constexpr u32 MAGIC = HALF ? 0x64006400u : 0x43004300u;  // 1024 or 128, twice: codes fit below their mantissas' ends
 constexpr u32 MAGIC_VALUE = HALF ? 1024 : 128;
@@ -137,20 +139,22 @@ device u32 bytes_as_numbers(u32 word, int pair) {
 
 // The 16-bit numbers of pair i (0..3) of block b. Both codes of a pair lie at the same place of a word's two halves, or
 // for a table beside each other, so that together they are one index.
-device u32 operand(const u32* words, int b, int i, const u32* table) {
+device u32 operand(const u32* words, int b, int i, u32 bank) {
   if constexpr (TABLE == SHARED) {
+    // Copies of an entry fill 128 bytes, so an index is wanted seven bits up; `bank` is the lane's place among them.
+    shared_memory(pool);
+    constexpr u32 MASK = ((1u << 2 * BITS) - 1) << 7;
+    constexpr int PAIRS = BITS == 3 ? 5 : 16 / BITS;  // in a word
+    const int pair = BITS == 3 ? 4 * (b % 4) + i : 4 * b + i;
+    const u32* own = words + (BITS == 3 ? 3 * (b / 4) : 0);
     u32 index;
-    if constexpr (BITS == 3) {
-      const u32* own = words + 3 * (b / 4);
-      const int pair = 4 * (b % 4) + i;
-      index = pair < 15 ? own[pair / 5] >> 6 * (pair % 5)
-                        : own[0] >> 30 | own[1] >> 30 << 2 | own[2] >> 30 << 4;
+    if (BITS == 3 && pair == 15) {
+      index = (own[0] >> 30 | own[1] >> 30 << 2 | own[2] >> 30 << 4) << 7;
     } else {
-      constexpr int PAIRS = 16 / BITS;  // in a word
-      const int pair = 4 * b + i;
-      index = words[pair / PAIRS] >> 2 * BITS * (pair % PAIRS);
+      const int place = 2 * BITS * (pair % PAIRS);
+      index = place < 7 ? own[pair / PAIRS] << (7 - place) : own[pair / PAIRS] >> (place - 7);
     }
-    return table[(index & ((1u << 2 * BITS) - 1)) * COPIES];
+    return *reinterpret_cast<const u32*>(pool + chosen(index, MASK, bank));
   } else if constexpr (BITS == 8) {
     return bytes_as_numbers(words[2 * b + i / 2], i % 2);
   } else {
@@ -173,6 +177,17 @@ device u32 operand(const u32* words, int b, int i, const u32* table) {
   }
 }
 
+// The table to the start of shared memory, an entry's copies in an order that keeps threads in different banks.
+device void copy_table(const Arguments& a) {
+  shared_memory(pool);
+  for (int entry = threadIdx.x; entry < 1 << (2 * BITS); entry += THREADS) {
+    const u32 word = a.table[entry];
+    uint4* copies = reinterpret_cast<uint4*>(pool) + 8 * entry;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) copies[(n + entry) % 8] = {word, word, word, word};
+  }
+}
+
 // Tables of the rows g and g + 8: of all entries the low bytes, then the high ones.
 struct Tables { u32 at[2][ENTRIES]; };
 
@@ -189,7 +204,7 @@ device void load(Tables& tables, const Arguments& a, i64 tile, int group, int g)
 }
 
 // The four operands of block b. A byte permutation looks up four codes among eight bytes.
-device void operands(u32 (&weights)[4], const u32* words, int b, const u32* table, const Tables& tables) {
+device void operands(u32 (&weights)[4], const u32* words, int b, u32 bank, const Tables& tables) {
   if constexpr (TABLE == BY_ROW) {
     u32 codes, halves = 0;
     if constexpr (BITS == 4) {
@@ -220,7 +235,7 @@ device void operands(u32 (&weights)[4], const u32* words, int b, const u32* tabl
     for (int i = 0; i < 4; ++i) weights[i] = bytes_as_numbers(words[4 * (b / 4 * 2 + i % 2) + b % 4], i / 2);
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) weights[i] = operand(words, b, i, table);
+    for (int i = 0; i < 4; ++i) weights[i] = operand(words, b, i, bank);
   }
 }
 
@@ -262,13 +277,7 @@ device Words columns_of_memory(const Arguments& a, int token, int column, int pa
   return found;
 }
 
-// ---- What a warp has loaded ahead of one step.
-
-struct Slot {
-  u32 words[TILES][4 * LOADS];
-  Pair<SCALE> scale[TILES][PARTS];
-  Pair<ZERO> zero[TILES][PARTS];
-};
+// ---- What a warp needs of one step.
 
 device i64 tile_of(const Arguments& a, int tile) {
   const int tiles = (a.rows + 15) / 16;
@@ -280,30 +289,105 @@ device int group_of(const Arguments& a, int step, int part) {
   return group < a.groups ? group : a.groups - 1;  // columns that fill up the last step
 }
 
-device void fetch(Slot& slot, const Arguments& a, int first_tile, int step, int lane) {
+// Where a lane's load of the codes of a tile and step begins; null where a row or its bytes end.
+device const uint4* codes_of(const Arguments& a, i64 tile, int step, int load, int lane) {
+  if constexpr (SPAN != 16) return a.codes + ((tile * a.steps + step) * LOADS + load) * 32 + lane;
+  const int row = tile * 16 + lane / 4 + load % 2 * 8, column = step * STEP + load / 2 * 64 + lane % 4 * 16;
+  const u8* bytes = reinterpret_cast<const u8*>(a.codes) + i64(row) * a.pitch + column;
+  return row < a.rows && column < a.pitch ? reinterpret_cast<const uint4*>(bytes) : nullptr;
+}
+
+struct Codes { u32 at[TILES][4 * LOADS]; };
+
+device void put(Codes& codes, int tile, int load, const uint4& words) {
+  u32* to = codes.at[tile] + 4 * load;
+  to[0] = words.x, to[1] = words.y, to[2] = words.z, to[3] = words.w;
+}
+
+device void fetch(Codes& codes, const Arguments& a, int first_tile, int step, int lane) {
 #pragma unroll
-  for (int r = 0; r < TILES; ++r) {
-    const i64 tile = tile_of(a, first_tile + r);
-    const uint4* codes = a.codes + (tile * a.steps + step) * LOADS * 32 + lane;
+  for (int r = 0; r < TILES; ++r)
 #pragma unroll
     for (int l = 0; l < LOADS; ++l) {
-      uint4 loaded;
-      if constexpr (SPAN == 16) {
-        const int row = tile * 16 + lane / 4 + l % 2 * 8, column = step * STEP + l / 2 * 64 + lane % 4 * 16;
-        const u8* bytes = reinterpret_cast<const u8*>(a.codes) + i64(row) * a.pitch + column;
-        loaded = load_once(reinterpret_cast<const uint4*>(bytes), row < a.rows && column < a.pitch);
-      } else {
-        loaded = load_once(codes + 32 * l);
-      }
-      slot.words[r][4 * l] = loaded.x, slot.words[r][4 * l + 1] = loaded.y;
-      slot.words[r][4 * l + 2] = loaded.z, slot.words[r][4 * l + 3] = loaded.w;
+      const uint4* from = codes_of(a, tile_of(a, first_tile + r), step, l, lane);
+      put(codes, r, l, SPAN == 16 ? load_once(from ? from : a.codes, from != nullptr) : load_once(from));
     }
+}
+
+struct Scales {
+  Pair<SCALE> scale[TILES][PARTS];
+  Pair<ZERO> zero[TILES][PARTS];
+};
+
+device void fetch(Scales& scales, const Arguments& a, int first_tile, int step, int lane) {
+#pragma unroll
+  for (int r = 0; r < TILES; ++r)
 #pragma unroll
     for (int p = 0; p < PARTS; ++p) {
+      const i64 tile = tile_of(a, first_tile + r);
       const int group = group_of(a, step, p);
       const i64 index = (tile * a.groups + group) * 8 + lane / 4;
-      load(slot.scale[r][p], a.scale, index, a, tile, group);
-      load(slot.zero[r][p], a.zero, index, a, tile, group);
+      load(scales.scale[r][p], a.scale, index, a, tile, group);
+      load(scales.zero[r][p], a.zero, index, a, tile, group);
+    }
+}
+
+struct Activations { Words at[TOKENS][BLOCKS / 2]; };
+
+device void fetch(Activations& x, const Arguments& a, int first_token, int step, int lane) {
+#pragma unroll
+  for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+    for (int pair = 0; pair < BLOCKS / 2; ++pair)
+      x.at[n][pair] = columns_of_memory(a, first_token + 8 * n + lane / 4, step * STEP, pair, lane % 4);
+}
+
+// Adds the product of one step to `sums`; `tokens(n, pair)` answers with the words of eight tokens.
+template <class Tokens>
+device void multiply_step(
+    float (&sums)[TILES][TOKENS][4], const Codes& codes, const Scales& scales, const Tokens& tokens,
+    Tables (&tables)[TILES], const Arguments& a, int first_tile, int step, int lane) {
+  float part[TILES][TOKENS][4], ones[TOKENS][4];
+  Words x[TOKENS];
+#pragma unroll
+  for (int b = 0; b < BLOCKS; ++b) {
+    if (b % 2 == 0) {
+#pragma unroll
+      for (int n = 0; n < TOKENS; ++n) x[n] = tokens(n, b / 2);
+    }
+    if (b % PART == 0) {
+#pragma unroll
+      for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          ones[n][j] = 0.0f;
+#pragma unroll
+          for (int r = 0; r < TILES; ++r) part[r][n][j] = 0.0f;
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) {
+      u32 weights[4];
+      if (GROUP != 0 && b % PART == 0)
+        load(tables[r], a, tile_of(a, first_tile + r), group_of(a, step, b / PART), lane / 4);
+      operands(weights, codes.at[r], b, 4 * lane, tables[r]);
+#pragma unroll
+      for (int n = 0; n < TOKENS; ++n) multiply(part[r][n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
+    }
+    if constexpr (SUMS) {
+      const u32 weights[4] = {ONES, ONES, ONES, ONES};
+#pragma unroll
+      for (int n = 0; n < TOKENS; ++n) multiply(ones[n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
+    }
+    if (b % PART == PART - 1) {
+#pragma unroll
+      for (int r = 0; r < TILES; ++r)
+#pragma unroll
+        for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            sums[r][n][j] += contribution(
+                scales.scale[r][b / PART], scales.zero[r][b / PART], j / 2, part[r][n][j], ones[n][j]);
     }
   }
 }
@@ -360,16 +444,34 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
     const i64 tile = blockIdx.x * ACROSS * TILES + threadIdx.x;
     if (tile * 16 < a.rows) bring_closer(a.codes + (tile * a.steps + begin) * LOADS * 32, (end - begin) * LOADS * 512);
   }
-  Slot slots[DEPTH];
-#pragma unroll
-  for (int d = 0; d < DEPTH; ++d)
-    if (begin + d * ALONG + along < end) fetch(slots[d], a, first_tile, begin + d * ALONG + along, lane);
+  const auto step_at = [&](int round) { return begin + round * ALONG + along; };
 
-  const u32* table = nullptr;
-  if constexpr (COPIES > 0) {
-    u32* copies = reinterpret_cast<u32*>(pool);
-    for (int n = threadIdx.x; n < COPIES << (2 * BITS); n += THREADS) copies[n] = a.table[n / 32];
-    table = copies + lane;
+  // What the weights are is on its way before anything is waited for.
+  Codes codes[DEPTH];
+  Scales scales[DEPTH];
+  const auto stage_codes = [&](int round) {
+    u8* target = stages + round % STAGES * STAGE + WIDTH * PITCH;
+    for (int n = threadIdx.x; round < rounds && n < STAGE_CODES / 16; n += THREADS) {
+      const int tile = n / (ALONG * LOADS * 32), step = n / (LOADS * 32) % ALONG, load = n / 32 % LOADS;
+      const int at = begin + round * ALONG + step;
+      const uint4* from = at < end ? codes_of(a, tile_of(a, blockIdx.x * TILES * ACROSS + tile), at, load, n % 32) : nullptr;
+      copy_async(target + 16 * n, from ? from : a.codes, from != nullptr);
+    }
+  };
+  if constexpr (STAGED) {
+    for (int round = 0; round < STAGES - 1; ++round) stage_codes(round);
+    if (step_at(0) < end) fetch(scales[0], a, first_tile, step_at(0), lane);
+  } else {
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d)
+      if (step_at(d) < end) {
+        fetch(codes[d], a, first_tile, step_at(d), lane);
+        fetch(scales[d], a, first_tile, step_at(d), lane);
+      }
+  }
+
+  if constexpr (TABLE == SHARED) {
+    copy_table(a);
     block_barrier();
   }
   Tables tables[TILES];
@@ -381,84 +483,58 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   float extra[EXTRA];
   if constexpr (OUTLIERS != NONE) add_outliers(extra, a, first_row, first_token);
 
-  auto stage = [&](int round) {
-    if (round < rounds) {
-      u8* target = stages + round % STAGES * (WIDTH * PITCH);
+  float sums[TILES][TOKENS][4] = {};
+  if constexpr (STAGED) {
+    const auto stage_tokens = [&](int round) {
+      u8* target = stages + round % STAGES * STAGE;
       const int first = (begin + round * ALONG) * STEP;
-      for (int n = threadIdx.x; n < WIDTH * (COLUMNS / 8); n += THREADS) {
+      for (int n = threadIdx.x; round < rounds && n < WIDTH * (COLUMNS / 8); n += THREADS) {
         const int token = n / (COLUMNS / 8), column = n % (COLUMNS / 8) * 8;
         const bool real = first_token + token < a.tokens && first + column < a.columns;
         const u16* source = a.x + i64(first_token + token) * a.stride + first + column;
         copy_async(target + token * PITCH + 2 * column, real ? source : a.x, real);
       }
+      commit_copies();
+    };
+    for (int round = 0; round < STAGES - 1; ++round) stage_tokens(round);
+    for (int round = 0; round < rounds; ++round) {
+      wait_for_copies<STAGES - 2>();
+      block_barrier();
+      stage_codes(round + STAGES - 1);
+      stage_tokens(round + STAGES - 1);
+      if (step_at(round) >= end) continue;
+      const Scales now = scales[0];
+      if (step_at(round + 1) < end) fetch(scales[0], a, first_tile, step_at(round + 1), lane);
+      const u8* stage = stages + round % STAGES * STAGE;
+#pragma unroll
+      for (int r = 0; r < TILES; ++r)
+#pragma unroll
+        for (int l = 0; l < LOADS; ++l) {
+          const int place = (((across * TILES + r) * ALONG + along) * LOADS + l) * 32 + lane;
+          put(codes[0], r, l, reinterpret_cast<const uint4*>(stage + WIDTH * PITCH)[place]);
+        }
+      const u8* own = stage + g * PITCH + along * STEP * 2;
+      const auto tokens = [&](int n, int pair) { return columns_of(own + 8 * n * PITCH, pair, t); };
+      multiply_step(sums, codes[0], now, tokens, tables, a, first_tile, step_at(round), lane);
     }
-    commit_copies();
-  };
-  if constexpr (STAGED)
-    for (int round = 0; round < STAGES - 1; ++round) stage(round);
-
-  float sums[TILES][TOKENS][4] = {};
-  for (int base = 0; base < rounds; base += DEPTH) {
+  } else {
+    Activations x[DEPTH];
 #pragma unroll
-    for (int d = 0; d < DEPTH; ++d) {
-      const int round = base + d, step = begin + round * ALONG + along;
-      if (DEPTH > 1 && round >= rounds) break;
-      const u8* tokens = nullptr;
-      if constexpr (STAGED) {
-        wait_for_copies<STAGES - 2>();
-        block_barrier();
-        stage(round + STAGES - 1);
-        tokens = stages + round % STAGES * (WIDTH * PITCH) + g * PITCH + along * STEP * 2;
-      }
-      if (step < end) {
-        float part[TILES][TOKENS][4], ones[TOKENS][4];
-        Words x[TOKENS];
+    for (int d = 0; d < DEPTH; ++d)
+      if (step_at(d) < end) fetch(x[d], a, first_token, step_at(d), lane);
+    for (int base = 0; base < rounds; base += DEPTH) {
 #pragma unroll
-        for (int b = 0; b < BLOCKS; ++b) {
-          if (b % 2 == 0) {
-#pragma unroll
-            for (int n = 0; n < TOKENS; ++n) {
-              if constexpr (STAGED) x[n] = columns_of(tokens + 8 * n * PITCH, b / 2, t);
-              else x[n] = columns_of_memory(a, first_token + 8 * n + g, step * STEP, b / 2, t);
-            }
-          }
-          if (b % PART == 0) {
-#pragma unroll
-            for (int n = 0; n < TOKENS; ++n)
-#pragma unroll
-              for (int j = 0; j < 4; ++j) {
-                ones[n][j] = 0.0f;
-#pragma unroll
-                for (int r = 0; r < TILES; ++r) part[r][n][j] = 0.0f;
-              }
-          }
-#pragma unroll
-          for (int r = 0; r < TILES; ++r) {
-            u32 weights[4];
-            if (GROUP != 0 && b % PART == 0) load(tables[r], a, tile_of(a, first_tile + r), group_of(a, step, b / PART), g);
-            operands(weights, slots[d].words[r], b, table, tables[r]);
-#pragma unroll
-            for (int n = 0; n < TOKENS; ++n) multiply(part[r][n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
-          }
-          if constexpr (SUMS) {
-            const u32 weights[4] = {ONES, ONES, ONES, ONES};
-#pragma unroll
-            for (int n = 0; n < TOKENS; ++n) multiply(ones[n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
-          }
-          if (b % PART == PART - 1) {
-#pragma unroll
-            for (int r = 0; r < TILES; ++r)
-#pragma unroll
-              for (int n = 0; n < TOKENS; ++n)
-#pragma unroll
-                for (int j = 0; j < 4; ++j)
-                  sums[r][n][j] += contribution(
-                      slots[d].scale[r][b / PART], slots[d].zero[r][b / PART], j / 2, part[r][n][j], ones[n][j]);
-          }
+      for (int d = 0; d < DEPTH; ++d) {
+        if (step_at(base + d) >= end) break;
+        const auto tokens = [&](int n, int pair) { return x[d].at[n][pair]; };
+        multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(base + d), lane);
+        const int next = step_at(base + d + DEPTH);
+        if (next < end) {
+          fetch(codes[d], a, first_tile, next, lane);
+          fetch(scales[d], a, first_tile, next, lane);
+          fetch(x[d], a, first_token, next, lane);
         }
       }
-      const int next = step + DEPTH * ALONG;
-      if (next < end) fetch(slots[d], a, first_tile, next, lane);
     }
   }
 
@@ -509,23 +585,22 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Argume
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const i64 unit = i64(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
   shared_memory(pool);
-  const u32* table = nullptr;
-  if constexpr (COPIES > 0) {
-    u32* copies = reinterpret_cast<u32*>(pool);
-    for (int n = threadIdx.x; n < COPIES << (2 * BITS); n += THREADS) copies[n] = a.table[n / 32];
-    table = copies + lane;
+  if constexpr (TABLE == SHARED) {
+    copy_table(a);
     block_barrier();
   }
   const int tile = unit / a.steps, step = unit % a.steps;
   if (tile * 16 >= a.rows) return;
-  Slot slot;
-  fetch(slot, a, tile, step, lane);
+  Codes codes;
+  Scales scales;
+  fetch(codes, a, tile, step, lane);
+  fetch(scales, a, tile, step, lane);
   Tables tables;
 #pragma unroll
   for (int b = 0; b < BLOCKS; ++b) {
     if (b % PART == 0) load(tables, a, tile, group_of(a, step, b / PART), g);
     u32 weights[4];
-    operands(weights, slot.words[0], b, table, tables);
+    operands(weights, codes.at[0], b, 4 * lane, tables);
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       const int row = tile * 16 + g + 8 * which;
@@ -537,7 +612,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Argume
 #pragma unroll
         for (int f = 0; f < 2; ++f) {
           const float code = widened(u16(weights[which + 2 * q] >> 16 * f));
-          values[f] = contribution(slot.scale[0][b / PART], slot.zero[0][b / PART], which, code, 1.0f) * a.multiplier;
+          values[f] = contribution(scales.scale[0][b / PART], scales.zero[0][b / PART], which, code, 1.0f) * a.multiplier;
         }
         pairs[q] = rounded<HALF>(values[0]) | u32(rounded<HALF>(values[1])) << 16;
       }

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import FormatError, UnsupportedError
-from rarefy.kernels import activations
+from rarefy.kernels import activations, prepared
 from rarefy.kernels.cuda import layout, program, tuning
+from rarefy.kernels.cuda.measure import Problem
 from rarefy.kernels.cuda.prepared import BILEVEL, CODES, LEVEL, PAIRS, Prepared, code_of
-from rarefy.kernels.prepared import library
+from rarefy.kernels.prepared import flat, library
 from rarefy.kernels.reference import decode
 
 ACTIVATIONS = (torch.float16, torch.bfloat16)
@@ -47,7 +48,7 @@ def _compiles() -> bool:
     return True
 
 
-def _terms(tensors: Sequence[Tensor], numbers: Sequence[int], factors: Sequence[float]) -> list[Term]:
+def terms_of(tensors: Sequence[Tensor], numbers: Sequence[int], factors: Sequence[float]) -> list[Term]:
     count = len(factors) // 2
     slots, names = Prepared.SLOTS, Prepared.NUMBERS
     if len(tensors) != count * len(slots) or len(numbers) != count * len(names):
@@ -69,7 +70,7 @@ def _linear(
         raise FormatError(f"The input has {x.shape[-1]} channels, but the weight has {columns} columns.")
     if x.dtype not in ACTIVATIONS:
         raise FormatError(f"The input is {x.dtype}; these kernels take float16 or bfloat16.")
-    terms = _terms(tensors, numbers, factors)
+    terms = terms_of(tensors, numbers, factors)
     flat = x.reshape(-1, columns)
     tokens = flat.shape[0]
     codes = [term for term in terms if term[1]["kind"] == CODES]
@@ -82,7 +83,7 @@ def _linear(
     elif tokens > (MOST_TOKENS_OF_OUTLIERS if lists else MOST_TOKENS) or (lists and fused is None):
         y = torch.nn.functional.linear(flat, _dense(terms, rows, columns, x.dtype))
     else:
-        flat = _aligned(flat)
+        flat = aligned(flat)
         parts = [_product(flat, term, lists[0] if term is fused else None) for term in codes]
         y = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     return y.reshape(*x.shape[:-1], rows)
@@ -111,14 +112,14 @@ def _quantize_tokens(x: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor
     fits = x.dim() == 2 and x.shape[1] % 8 == 0 and x.dtype in ACTIVATIONS and x.numel() > 0 and _compiles()
     if not fits or (gain is not None and gain.dtype != x.dtype) or torch.cuda.get_device_capability(x.device) < (8, 9):
         return activations.reference(x, gain, eps)
-    x = _aligned(x)
+    x = aligned(x)
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format)
     step = x.new_empty(x.shape[0], dtype=torch.float32)
     program.quantize(x, None if gain is None else gain.contiguous(), eps, codes, step)
     return codes, step
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
     """``x [tokens, columns]`` so that eight columns are one load; columns that are added hold zeros."""
     missing = -x.shape[1] % 8
     if missing:
@@ -142,7 +143,7 @@ def _product(x: Tensor, term: Term, outliers: Term | None) -> Tensor:
     y = x.new_empty(tokens, rows)
     partial, arrived = program.workspace(chosen, rows, tokens, x.device)
     given = program.arguments(
-        {**_pointed(term, half), **entries, "x": x, "y": y, "partial": partial, "arrived": arrived},
+        {**pointed(term, half), **entries, "x": x, "y": y, "partial": partial, "arrived": arrived},
         rows=rows, columns=x.shape[1], tokens=tokens, stride=x.stride(0),
         second=(numbers["second_rows"], numbers["second_groups"]), ahead=overlap and AHEAD, multiplier=multiplier,
     )  # fmt: skip
@@ -150,13 +151,24 @@ def _product(x: Tensor, term: Term, outliers: Term | None) -> Tensor:
     return y
 
 
-def _pointed(term: Term, half: bool) -> dict[str, Tensor | None]:
+def pointed(term: Term, half: bool) -> dict[str, Tensor | None]:
     tensors = term[0]
     present = {name: tensor if tensor.numel() else None for name, tensor in tensors.items()}
     return {
         "codes": tensors["codes"], "scale": present["scale"], "zero": present["zero_point"],
         "second": present["second_order"], "table": present["pairs_half" if half else "pairs_bfloat16"],
     }  # fmt: skip
+
+
+def problem_of(made: prepared.Prepared) -> Problem | None:
+    """What is measured of a term; None for one that is no codes."""
+    (term,) = terms_of(*flat([made])[:3])
+    tensors, numbers, _ = term
+    if numbers["kind"] != CODES:
+        return None
+    own = {name: tensor for name, tensor in pointed(term, False).items() if tensor is not None}
+    second = numbers["second_rows"], numbers["second_groups"]
+    return Problem(code_of(tensors, numbers), own, numbers["rows"], numbers["columns"], second)
 
 
 def _portable(x: Tensor, code: program.Code, term: Term, outliers: Term | None) -> Tensor:
@@ -180,19 +192,19 @@ def _dense(terms: Sequence[Term], rows: int, columns: int, dtype: torch.dtype) -
         weight = tensors["codes"].new_empty(rows, columns, dtype=dtype)
         half = dtype == torch.float16
         given = program.arguments(
-            {**_pointed(terms[0], half), "y": weight}, rows=rows, columns=columns,
+            {**pointed(terms[0], half), "y": weight}, rows=rows, columns=columns,
             second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
         )  # fmt: skip
         program.dequantize(code_of(tensors, numbers), given, half, weight.device)
         return weight
-    return _sum(terms).to(dtype)
+    return dense_sum(terms).to(dtype)
 
 
 def _decode(tensors: list[Tensor], numbers: list[int], factors: list[float], rows: int, columns: int) -> Tensor:
-    return _sum(_terms(tensors, numbers, factors))
+    return dense_sum(terms_of(tensors, numbers, factors))
 
 
-def _sum(terms: Sequence[Term]) -> Tensor:
+def dense_sum(terms: Sequence[Term]) -> Tensor:
     weights = [_values(*term) for term in terms]
     return torch.stack(weights).sum(0) if len(weights) > 1 else weights[0]
 

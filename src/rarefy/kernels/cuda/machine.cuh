@@ -63,7 +63,7 @@ device float load_fresh(const float* from) {
   return to;
 }
 // Sixteen bytes into shared memory, or zeros.
-device void copy_async(u8* to, const u16* from, bool real) {
+device void copy_async(u8* to, const void* from, bool real) {
   const u32 address = static_cast<u32>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(real ? 16 : 0) : "memory");
 }

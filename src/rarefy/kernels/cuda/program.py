@@ -54,9 +54,8 @@ class Code:
 @dataclass(frozen=True)
 class Tuning:
     """How the work is cut up. A warp computes ``16 * tiles`` rows for ``8 * tokens`` tokens; a block has ``across``
-    warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps of
-    weights are loaded ahead into registers. ``stages`` steps of activations go through shared memory (0: read from
-    memory)."""
+    warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps are
+    loaded ahead into registers, or ``stages`` steps go through shared memory (0: none)."""
 
     tiles: int = 1
     tokens: int = 1
@@ -79,7 +78,8 @@ class Tuning:
         """Bytes of a block."""
         width = 8 * self.tokens
         table = 32 * 4 << 2 * code.bits if code.table == "shared" else 0
-        staged = self.stages * width * (2 * code.step * self.along + (16 if code.span == 16 else 64))
+        token = 2 * code.step * self.along + (16 if code.span == 16 else 64)
+        staged = self.stages * (width * token + self.rows * self.along * code.step * code.bits // 8)
         meeting = 4 * (self.along + (code.outliers is not None)) * width * (self.rows + 4)
         return table + max(staged, meeting)
 

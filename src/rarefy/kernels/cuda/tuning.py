@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
+from rarefy.core.files import write_text
 from rarefy.kernels.cuda.program import Code, Tuning
+from rarefy.sources.cache import cache_root
 
 FOLDER = Path(__file__).with_name("tables")
+KEY = ("bits", "table", "rows", "columns", "tokens")  # of a measurement
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens that are told apart
 
 
@@ -24,7 +28,8 @@ def choose(code: Code, rows: int, columns: int, tokens: int, device: torch.devic
 
 @functools.cache
 def _chosen(code: Code, rows: int, columns: int, bucket: int, name: str) -> Tuning:
-    known = [entry for entry in table(name) if (entry["bits"], entry["tokens"]) == (code.bits, bucket)]
+    kind = {"bits": code.bits, "table": code.table, "tokens": bucket}
+    known = [entry for entry in table(name) if all(entry[key] == value for key, value in kind.items())]
     if known:
         # The nearest size by the number of weights, then by proportion.
         def distance(entry: dict[str, Any]) -> tuple[float, float]:
@@ -52,17 +57,36 @@ def by_rule(code: Code, rows: int, columns: int, tokens: int) -> Tuning:
 
 @functools.cache
 def table(name: str) -> list[dict[str, Any]]:
-    """Measured entries for the GPU of this name: bits, tokens, rows, columns and the fields of a Tuning."""
-    path = FOLDER / f"{name}.json"
-    if not path.is_file():
-        return []
-    found: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["entries"]
+    """Measured entries for the GPU of this name, those measured here first."""
+    found: list[dict[str, Any]] = []
+    for path in (_own(name), FOLDER / f"{name}.json"):
+        if path.is_file():
+            found += json.loads(path.read_text("utf-8"))["entries"]
     return found
+
+
+def keep(entries: list[dict[str, Any]], device: torch.device) -> Path:
+    """Put ``entries`` into the table of this machine, in the place of those of the same product; returns its path."""
+    name = _name(device)
+    path = _own(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        known = json.loads(path.read_text("utf-8"))["entries"] if path.is_file() else []
+        merged = {tuple(each[key] for key in KEY): each for each in (*known, *entries)}
+        write_text(path, json.dumps({"entries": list(merged.values())}, indent=1) + "\n")
+    table.cache_clear()
+    _chosen.cache_clear()
+    return path
 
 
 def entry(code: Code, rows: int, columns: int, tokens: int, tuning: Tuning) -> dict[str, Any]:
     """What a table says of one measurement."""
-    return {"bits": code.bits, "tokens": tokens, "rows": rows, "columns": columns, "tuning": asdict(tuning)}
+    own = {"bits": code.bits, "table": code.table, "rows": rows, "columns": columns, "tokens": tokens}
+    return {**own, "tuning": asdict(tuning)}
+
+
+def _own(name: str) -> Path:
+    return cache_root() / "kernels" / f"{name}.json"
 
 
 def overlaps(device: torch.device) -> bool:

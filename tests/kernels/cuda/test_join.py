@@ -12,7 +12,7 @@ from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms.plain import Residual
 from rarefy.formats.terms.quantized import Quantized
 from rarefy.kernels.cuda.join import join_
-from rarefy.kernels.cuda.linear import _sum
+from rarefy.kernels.cuda.linear import dense_sum
 from rarefy.kernels.cuda.prepared import Prepared, prepare
 
 COLUMNS = 256
@@ -47,7 +47,7 @@ def outliers(rows: int, share: float = 0.05) -> Prepared:
 def dense(made: Prepared) -> torch.Tensor:
     nothing = torch.empty(0)
     tensors = {name: made.tensors.get(name, nothing) for name in Prepared.SLOTS}
-    return _sum([(tensors, made.numbers, made.multiplier)])
+    return dense_sum([(tensors, made.numbers, made.multiplier)])
 
 
 @pytest.mark.parametrize("name", GRIDS)

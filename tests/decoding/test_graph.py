@@ -30,6 +30,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs are run one by one here, even those that find nothing to do."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr("rarefy.kernels.triton.step.FILL", 8)
+        monkeypatch.setattr("rarefy.kernels.triton.step.LEAST", 1)
 
 
 def small(family: str = "llama", **changes: Any) -> Any:

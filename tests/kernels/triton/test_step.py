@@ -32,8 +32,11 @@ def layer() -> step.Heads:
 
 
 @pytest.mark.parametrize("lengths", [[0, 1], [64, 65], [200, 3]])
-@pytest.mark.parametrize("splits", [1, 4])
-def test_attention_over_what_is_cached(layer: step.Heads, lengths: list[int], splits: int) -> None:
+@pytest.mark.parametrize(("splits", "least"), [(1, 1), (4, 1), (4, 2)])
+def test_attention_over_what_is_cached(
+    layer: step.Heads, lengths: list[int], splits: int, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "LEAST", least)
     attention = step.Attention(2, HEADS * GROUP, HEADS, CHANNELS, DEVICE)
     attention.splits = splits
     keys, values = random(2, HEADS, 300, CHANNELS), random(2, HEADS, 300, CHANNELS)

@@ -22,7 +22,9 @@ from torch import Tensor
 
 ROWS = 16  # the fewest rows that a tensor core multiplies
 TILE = 64  # tokens of the cache that are read together
+LEAST = 2  # tiles that are worth a program of their own
 FILL = 264  # programs that keep a large GPU busy
+WARPS, STAGES = 4, 2
 PLAIN, CENTRED = 1, 2  # what a norm multiplies by: weight, 1 + weight
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -138,7 +140,7 @@ def _attend(
     q, k, v, keys, values, positions, turns, q_gain, k_gain, out, part, part_lse, arrived,
     q_stride, k_stride, v_stride, sequence_stride, head_stride, heads, q_eps, k_eps, scale, softcap, window,
     GROUP: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    SPLITS: tl.constexpr, Q_KIND: tl.constexpr, K_KIND: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr,
+    SPLITS: tl.constexpr, LEAST: tl.constexpr, Q_KIND: tl.constexpr, K_KIND: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr,
     DOT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     begin(EARLY)
@@ -148,7 +150,7 @@ def _attend(
     first = tl.maximum(position - window + 1, 0) if WINDOW else 0
     start = first // N
     tiles = tl.cdiv(position, N) - start  # of tokens before this one
-    each = tl.maximum(tl.cdiv(tiles, SPLITS), 1)
+    each = tl.maximum(tl.cdiv(tiles, SPLITS), LEAST)
     active = tl.maximum(tl.cdiv(tiles, each), 1)
     if split >= active:
         return
@@ -353,10 +355,10 @@ class Attention:
             q_weight, k_weight, out, self.part, self.part_lse, self.arrived, q.stride(0), k.stride(0), v.stride(0),
             keys.stride(0), keys.stride(1), layer.heads, q_eps, k_eps, layer.scale, layer.softcap or 0.0,
             layer.window or 0, GROUP=group, CHANNELS=layer.channels, WIDTH=self.width,
-            M=max(ROWS, triton.next_power_of_2(group)), N=TILE, SPLITS=self.splits, Q_KIND=q_kind, K_KIND=k_kind,
+            M=max(ROWS, triton.next_power_of_2(group)), N=TILE, SPLITS=self.splits, LEAST=LEAST, Q_KIND=q_kind, K_KIND=k_kind,
             CAPPED=layer.softcap is not None, WINDOW=layer.window is not None,
             DOT=_TYPES[q.dtype] if q.is_cuda else tl.float32,  # the interpreter multiplies the bits of bfloat16
-            num_warps=4, num_stages=2,
+            num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         return out
 

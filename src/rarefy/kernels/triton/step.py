@@ -140,8 +140,8 @@ def _attend(
     q, k, v, keys, values, positions, turns, q_gain, k_gain, out, part, part_lse, arrived,
     q_stride, k_stride, v_stride, sequence_stride, head_stride, heads, q_eps, k_eps, scale, softcap, window,
     GROUP: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    SPLITS: tl.constexpr, LEAST: tl.constexpr, Q_KIND: tl.constexpr, K_KIND: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr,
-    DOT: tl.constexpr, EARLY: tl.constexpr,
+    SPLITS: tl.constexpr, LEAST: tl.constexpr, Q_KIND: tl.constexpr, K_KIND: tl.constexpr, CAPPED: tl.constexpr,
+    WINDOW: tl.constexpr, DOT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     begin(EARLY)
     pair, split = tl.program_id(0), tl.program_id(1)
@@ -355,8 +355,8 @@ class Attention:
             q_weight, k_weight, out, self.part, self.part_lse, self.arrived, q.stride(0), k.stride(0), v.stride(0),
             keys.stride(0), keys.stride(1), layer.heads, q_eps, k_eps, layer.scale, layer.softcap or 0.0,
             layer.window or 0, GROUP=group, CHANNELS=layer.channels, WIDTH=self.width,
-            M=max(ROWS, triton.next_power_of_2(group)), N=TILE, SPLITS=self.splits, LEAST=LEAST, Q_KIND=q_kind, K_KIND=k_kind,
-            CAPPED=layer.softcap is not None, WINDOW=layer.window is not None,
+            M=max(ROWS, triton.next_power_of_2(group)), N=TILE, SPLITS=self.splits, LEAST=LEAST,
+            Q_KIND=q_kind, K_KIND=k_kind, CAPPED=layer.softcap is not None, WINDOW=layer.window is not None,
             DOT=_TYPES[q.dtype] if q.is_cuda else tl.float32,  # the interpreter multiplies the bits of bfloat16
             num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip

@@ -17,10 +17,14 @@ extern "C" void run(int which, const Arguments* given, int x, int y, int z, int 
   using namespace emulator;
   constexpr size_t STACK = 1 << 16;
   arguments = *given;
+#ifdef GROUPS
+  kernel = rarefy_groups;
+#else
 #if FLOAT8
   if (which == 2) kernel = rarefy_quantize;
 #endif
   if (which < 2) kernel = which ? rarefy_dequantize : rarefy_linear;
+#endif
   gridDim = {x, y, z};
   emulator::threads = threads;
   std::vector<char> stacks(STACK * threads);

@@ -88,15 +88,27 @@ template <bool HALF_> device unsigned short rounded(float value) {
   return (unsigned short)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 device float widened(unsigned short bits) { return HALF ? half_value(bits) : as_float(unsigned(bits) << 16); }
-device float sum_of_eight(float value) {
-  const int thread = threadIdx.x, first = thread / 8 * 8;
+device float sum_of(int count, float value) {
+  const int thread = threadIdx.x, first = thread / count * count;
   emulator::floats[thread] = value;
   warp_barrier();
   float sum = 0;
-  for (int n = 0; n < 8; ++n) sum += emulator::floats[first + n];
+  for (int n = 0; n < count; ++n) sum += emulator::floats[first + n];
   warp_barrier();
   return sum;
 }
+device float sum_of_eight(float value) { return sum_of(8, value); }
+device float sum_of_warp(float value) { return sum_of(32, value); }
+device unsigned of_lane(unsigned value, int lane) {
+  const int thread = threadIdx.x;
+  emulator::exchanged[thread].a[0] = value;
+  warp_barrier();
+  const unsigned found = emulator::exchanged[thread / 32 * 32 + lane].a[0];
+  warp_barrier();
+  return found;
+}
+device int ones_of(unsigned word) { return __builtin_popcount(word); }
+device unsigned bits_of(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
 device unsigned bf16_pair(float low, float high) { return rounded<false>(low) | unsigned(rounded<false>(high)) << 16; }
 device unsigned fused(unsigned a, unsigned b, unsigned c) {
   unsigned d = 0;

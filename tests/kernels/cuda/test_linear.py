@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rarefy.formats.grids import FloatGrid, Grid, IntegerGrid, LutGrid
+from rarefy.formats.patterns import Groups
 from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms import Term
 from rarefy.kernels.activations import quantize_tokens
@@ -105,3 +106,16 @@ def test_tokens_in_eight_bits(normed: bool) -> None:
     assert float(same.float().mean()) > 0.99  # others lie at the middle between two numbers
     values, wanted_values = (c.float() * s[:, None] for c, s in ((codes, step), (wanted, wanted_step)))
     torch.testing.assert_close(values, wanted_values, rtol=0.13, atol=1e-9)
+
+
+@pytest.mark.parametrize("index", ["ids", "csr", "bitmap"])
+@pytest.mark.parametrize("zero", ["none", "integer", "float"])
+@pytest.mark.parametrize("size", [16, 32])
+def test_kept_groups(index: str, zero: str, size: int) -> None:
+    grid = IntegerGrid(num_bits=4, group_size=size, zero=zero)  # type: ignore[arg-type]
+    term = quantized(grid, Groups(size=size, index=index), 43, 37 * 32)  # type: ignore[arg-type]
+    made = prepare(*term.operation())
+    assert torch.equal(_decode(*flat([made])), term.decode())
+    for tokens, dtype, most in ((1, torch.bfloat16, 4e-3), (3, torch.float16, 1e-3)):
+        x = (torch.randn(tokens, term.columns) * 50).to(dtype)
+        assert relative(emulation.groups(x, made), x.double() @ term.decode().double().T) < most

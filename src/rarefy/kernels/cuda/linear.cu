@@ -619,7 +619,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Argume
 
 // ---- Activations in 8 bits, for products of bytes.
 
-#if FLOAT8
+#if FLOAT8 && (defined(RAREFY_EMULATED) || __CUDA_ARCH__ >= 890)
 // Tokens [tokens][columns] as bytes in E4M3 at `y` and what they are multiplied by, float32 [tokens] at `partial`. With a
 // `scale` [columns] they are normalized first, by the root of their mean square plus `multiplier`.
 extern "C" global __launch_bounds__(THREADS) void rarefy_quantize(const Arguments a) {

@@ -73,6 +73,7 @@ template <int PENDING> device void wait_for_copies() { asm volatile("cp.async.wa
 // ---- Order.
 
 device void block_barrier() { __syncthreads(); }
+device void warp_barrier() { __syncwarp(); }
 device void wait_for_earlier_kernels() {
 #if ORDERED
   asm volatile("griddepcontrol.launch_dependents;");
@@ -118,7 +119,7 @@ device float sum_of_eight(float value) {
 device float absolute(float value) { return fabsf(value); }
 device float max_of(float a, float b) { return fmaxf(a, b); }
 device float inverse_root(float value) { return rsqrtf(value); }
-#if FLOAT8
+#if defined(FLOAT8) && FLOAT8 && __CUDA_ARCH__ >= 890
 // The nearest number of E4M3, never infinite.
 device u8 e4m3(float value) {
   u16 pair;
@@ -139,6 +140,14 @@ device void reduce_over_block(float& sum, float& most, float* shared) {
   sum = 0.0f, most = 0.0f;
   for (int n = 0; n < warps; ++n) sum += shared[n], most = fmaxf(most, shared[32 + n]);
 }
+device float sum_of_warp(float value) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
+  return value;
+}
+device u32 of_lane(u32 value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
+device int ones_of(u32 word) { return __popc(word); }
+device u32 bits_of(float value) { return __float_as_uint(value); }
 device u32 bf16_pair(float low, float high) {
   u32 pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));

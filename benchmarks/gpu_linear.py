@@ -39,7 +39,7 @@ from rarefy.kernels.cuda.prepared import code_of
 from rarefy.kernels.cuda.program import Code, Tuning
 from rarefy.kernels.prepared import flat
 
-KEY = ("job", "rows", "columns", "tokens", "peer")
+KEY = ("job", "rows", "columns", "tokens")
 SHAPES = [(14336, 4096), (4096, 14336), (28672, 4096), (4096, 4096)]
 EVERYWHERE = 800e6  # bytes of all copies, of which the GPU's cache may keep a few percent
 
@@ -137,7 +137,7 @@ class Trials:
     def best(self, name: str, weights: Weights, x: Tensor, most: int) -> Tuning | None:
         """The fastest tuning that computes the right thing."""
         code, tokens = weights.code, x.shape[0]
-        tried = list(measure.candidates(code, tokens))
+        tried = list(measure.candidates(code, tokens, measure.takes_wide(x.device)))
         if len(tried) > most:
             tried = [tried[index * len(tried) // most] for index in range(most)]
         with ThreadPoolExecutor(16) as pool:
@@ -284,7 +284,8 @@ def group_rows(rows: int, columns: int, limit: float) -> list[Row]:
     times = microseconds(graphs, 9)
     print(f"kept groups {rows}x{columns}", {name: round(each, 1) for name, each in times.items()}, error, flush=True)
     return [{
-        "goal": "G8", "job": "W4, half of the groups of 16 kept", "rows": rows, "columns": columns, "tokens": 1,
+        "goal": "G8", "job": f"W4, half of the groups of 16 kept, beside {name}", "rows": rows,
+        "columns": columns, "tokens": 1,
         "peer": f"own dense W4 {name}", "microseconds": round(times["half"], 2),
         "peer_microseconds": round(times[name], 2), "ratio": round(times[name] / times["half"], 3),
         "fraction_of_limit": round(size / limit / times["half"], 3), "max_rel_error": error,

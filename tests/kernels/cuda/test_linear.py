@@ -72,6 +72,7 @@ def test_every_covered_grid(name: str) -> None:
     [
         Tuning(1, 1, 1, 4, 2), Tuning(2, 1, 2, 1, 3), Tuning(4, 2, 1, 2, 1), Tuning(1, 2, 2, 2, 1, 2),
         Tuning(2, 1, 1, 2, 2, 3, 2), Tuning(1, 1, 1, 1, 4, 0, 3), Tuning(2, 2, 2, 1, 1, 4, 4),
+        Tuning(1, 2, 4, 1, 1, 3, 2, True), Tuning(2, 1, 4, 2, 1, 2, 1, True),
     ],
     ids=str,
 )  # fmt: skip
@@ -80,6 +81,12 @@ def test_every_way_to_cut_the_work_up(tuning: Tuning, tokens: int) -> None:
     term = quantized(GRIDS["int4-integer"], PATTERNS["full"], 50, 700)
     assert product([term], tuning, tokens, torch.bfloat16) < 4e-3
     assert product([term, residual(50, 700)], tuning, tokens) < 6e-4
+
+
+@pytest.mark.parametrize("name", ["int3-float", "int8-g128", "int4-none", "lut4-groups", "nf4"])
+def test_four_warps_at_once(name: str) -> None:
+    grid = {**GRIDS, **OTHERS}[name]
+    assert product([quantized(grid, PATTERNS["full"], 70, 300)], Tuning(1, 2, 4, 1, 1, 2, wide=True), 13) < 6e-4
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 128), (17, 129), (3, 263)])

@@ -31,6 +31,8 @@ struct Arguments {
 #include "machine.cuh"
 #endif
 
+shared_memory(pool);
+
 constexpr int THREADS = 32 * WARPS, PIECES = GROUP / 16;
 constexpr int AHEAD = 4;  // loads of a lane before the first is used
 constexpr u32 MAGIC = 0x64006400u, ONES = 0x3C003C00u;
@@ -107,7 +109,6 @@ device float stage(uint4* tokens, float* totals, float* shared, int halves, cons
 }
 
 extern "C" global __launch_bounds__(THREADS) void rarefy_groups(const Arguments a) {
-  shared_memory(pool);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int halves = (a.columns + 15) / 16 * 2, stride = gridDim.x * WARPS;
   uint4* tokens = reinterpret_cast<uint4*>(pool);                       // [TOKENS][halves of 16 columns]

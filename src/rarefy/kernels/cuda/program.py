@@ -56,7 +56,8 @@ class Code:
 class Tuning:
     """How the work is cut up. A warp computes ``16 * tiles`` rows for ``8 * tokens`` tokens; a block has ``across``
     warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps are
-    loaded ahead into registers, or ``stages`` steps go through shared memory (0: none)."""
+    loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``wide``: four warps multiply
+    together, which takes stages, ``across`` a multiple of 4 and compute capability 9.0."""
 
     tiles: int = 1
     tokens: int = 1
@@ -65,6 +66,7 @@ class Tuning:
     depth: int = 2
     stages: int = 0
     split: int = 1
+    wide: bool = False
 
     @property
     def threads(self) -> int:
@@ -79,8 +81,10 @@ class Tuning:
         """Bytes of a block."""
         width = 8 * self.tokens
         table = 32 * 4 << 2 * code.bits if code.table == "shared" else 0
-        token = 2 * code.step * self.along + (16 if code.span == 16 else 64)
-        staged = self.stages * (width * token + self.rows * self.along * code.step * code.bits // 8)
+        tokens = width * (2 * code.step * self.along + (16 if code.span == 16 else 64))
+        if self.wide:
+            tokens = self.along * code.step // 8 * (width * 16 + 16)
+        staged = self.stages * (tokens + self.rows * self.along * code.step * code.bits // 8)
         meeting = 4 * (self.along + (code.outliers is not None)) * width * (self.rows + 4)
         return table + max(staged, meeting)
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from rarefy.core.errors import UnsupportedError
 from rarefy.kernels.cuda import program
 from rarefy.kernels.cuda.program import Code, Tuning
+from rarefy.kernels.cuda.tuning import MOST_SHARED
 
 BEYOND_CACHE = 400e6  # bytes of copies that no GPU keeps on the chip
-MOST_SHARED = 220 * 1024  # bytes of a block
 ROUNDS = 7
 
 

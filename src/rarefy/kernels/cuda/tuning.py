@@ -17,6 +17,7 @@ from rarefy.sources.cache import cache_root
 
 FOLDER = Path(__file__).with_name("tables")
 KEY = ("bits", "table", "rows", "columns", "tokens")  # of a measurement
+MOST_SHARED = 200 * 1024  # bytes of a block's shared memory
 BLOCKS = 132  # that keep a large GPU busy
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens that are told apart
 
@@ -40,7 +41,7 @@ def _chosen(code: Code, rows: int, columns: int, bucket: int, name: str, wide: b
             return max(size, 1 / size), max(shape, 1 / shape)
 
         found = Tuning(**min(known, key=distance)["tuning"])
-        if found.shared_memory(code) <= 200 * 1024:
+        if found.shared_memory(code) <= MOST_SHARED and (wide or not found.wide):
             return found
     return by_rule(code, rows, columns, bucket, wide)
 
@@ -54,7 +55,10 @@ def by_rule(code: Code, rows: int, columns: int, tokens: int, wide: bool = False
     across = 8 if wide else 4
     blocks = -(-rows // (16 * across)) * -(-tokens // (8 * at_once))
     split = next((each for each in (1, 2, 4) if blocks * each >= BLOCKS), 4)
-    return Tuning(1, at_once, across=across, along=1, depth=1, stages=3, split=split, wide=wide)
+    deep = [
+        Tuning(1, at_once, across=across, along=1, depth=1, stages=stages, split=split, wide=wide) for stages in (4, 3, 2)
+    ]
+    return next((each for each in deep if each.shared_memory(code) <= MOST_SHARED), deep[-1])
 
 
 @functools.cache

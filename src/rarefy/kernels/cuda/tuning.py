@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,9 @@ def by_rule(code: Code, rows: int, columns: int, tokens: int, wide: bool = False
     across = 8 if wide else 4
     blocks = -(-rows // (16 * across)) * -(-tokens // (8 * at_once))
     split = next((each for each in (1, 2, 4) if blocks * each >= BLOCKS), 4)
-    deep = [
-        Tuning(1, at_once, across=across, along=1, depth=1, stages=stages, split=split, wide=wide) for stages in (4, 3, 2)
-    ]
-    return next((each for each in deep if each.shared_memory(code) <= MOST_SHARED), deep[-1])
+    deepest = Tuning(1, at_once, across=across, along=1, depth=1, stages=4, split=split, wide=wide)
+    fitting = (replace(deepest, stages=stages) for stages in (4, 3, 2))
+    return next((each for each in fitting if each.shared_memory(code) <= MOST_SHARED), replace(deepest, stages=2))
 
 
 @functools.cache

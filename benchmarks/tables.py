@@ -222,6 +222,20 @@ def decode_table() -> str:
     return "\n\n".join(parts) or UNMEASURED
 
 
+def linear_table() -> str:
+    """Single layers in code on GPUs, one table for each device."""
+    parts = []
+    for data in results("*/gpu_linear.json"):
+        lines = ["| weights | shape | tokens | us | of the limit | times bf16 | times the best peer |", "|---" * 7 + "|"]
+        for row in sorted(data["rows"], key=lambda row: (row["rows"], row["columns"], row["job"], row["tokens"])):
+            lines.append(
+                f"| {row['job']} | {row['rows']}x{row['columns']} | {row['tokens']} | {row['microseconds']:.1f} | "
+                f"{row['fraction_of_limit']:.2f} | {row.get('ratio_to_bf16', '-')} | {row['ratio']} ({row['peer']}) |"
+            )
+        parts.append("\n".join([*lines, "", measured_on(data)]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
 def term_table() -> str:
     sys.path.insert(0, str(ROOT / "src"))
     from rarefy.formats import terms
@@ -245,6 +259,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv-demo": partial(cache_table, "SmolLM2-135M-Instruct"),
     "kv-lab": partial(cache_table, LAB),
     "kv-decode": decode_table,
+    "gpu-linear": linear_table,
 }
 
 

@@ -226,7 +226,8 @@ def linear_table() -> str:
     """Single layers in code on GPUs, one table for each device."""
     parts = []
     for data in results("*/gpu_linear.json"):
-        lines = ["| weights | shape | tokens | us | of the limit | times bf16 | times the best peer |", "|---" * 7 + "|"]
+        names = ("weights", "shape", "tokens", "us", "of the limit", "times bf16", "times the best peer")
+        lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
         for row in sorted(data["rows"], key=lambda row: (row["rows"], row["columns"], row["job"], row["tokens"])):
             lines.append(
                 f"| {row['job']} | {row['rows']}x{row['columns']} | {row['tokens']} | {row['microseconds']:.1f} | "

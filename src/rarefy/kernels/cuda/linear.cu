@@ -143,6 +143,9 @@ device u32 bytes_as_numbers(u32 word, int pair) {
   }
 }
 
+// A word whose bit `from` is to be bit `to`.
+device u32 moved(u32 word, int from, int to) { return from < to ? word << (to - from) : word >> (from - to); }
+
 // The 16-bit numbers of pair i (0..3) of block b. Both codes of a pair lie at the same place of a word's two halves, or
 // for a table beside each other, so that together they are one index.
 device u32 operand(const u32* words, int b, int i, u32 bank) {
@@ -162,6 +165,17 @@ device u32 operand(const u32* words, int b, int i, u32 bank) {
     return *reinterpret_cast<const u32*>(pool + chosen(index, MASK, bank));
   } else if constexpr (BITS == 8) {
     return bytes_as_numbers(words[2 * b + i / 2], i % 2);
+  } else if constexpr (BITS > 4) {
+    // Words of the low four bits, of the next two, of the last one: put together below the mantissa's end.
+    u32 found = chosen(words[b] >> 4 * i, 0x000F000Fu, MAGIC);
+    const u32* rest = words + BLOCKS;
+    if constexpr (BITS > 5) {
+      const int place = 2 * (4 * (b % 2) + i);
+      found = chosen(moved(rest[b / 2], place, 4), 0x00300030u, found);
+      rest += BLOCKS / 2;
+    }
+    if constexpr (BITS % 2 == 1) found = chosen(moved(rest[b / 4], 4 * (b % 4) + i, BITS - 1), 0x10001u << (BITS - 1), found);
+    return fused(found, ONES, minus(MAGIC_VALUE + CENTER));
   } else {
     // Places of a 16-bit half that lie below the mantissa's end need no shift: the product takes their factor out.
     constexpr int PLACES = BITS == 4 ? 1 : BITS == 3 ? 2 : BITS == 2 ? 3 : 7;

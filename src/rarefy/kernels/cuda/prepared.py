@@ -107,10 +107,7 @@ def _groups(group_size: int, bits: int, columns: int, plain_bytes: bool = False)
 
 
 def _bits(levels: int) -> int:
-    bits = max(1, (levels - 1).bit_length())
-    if bits not in layout.BITS:
-        raise NotCovered(f"codes of {bits} bits")
-    return bits
+    return max(1, (levels - 1).bit_length())
 
 
 def _put_codes(

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from rarefy import packing
 from rarefy.formats.grids import BinaryGrid, FloatGrid, Grid, IntegerGrid, LutGrid
+from rarefy.formats.patterns import Groups
 from rarefy.formats.scales import BilevelScale
-from rarefy.formats.terms import Term
+from rarefy.formats.terms import Quantized, Term
 from rarefy.formats.terms.plain import ResidualSpec
 from rarefy.formats.terms.quantized import QuantizedSpec
 from rarefy.kernels import cuda
@@ -136,7 +137,7 @@ class Trials:
     def best(self, name: str, weights: Weights, x: Tensor, most: int) -> Tuning | None:
         """The fastest tuning that computes the right thing."""
         code, tokens = weights.code, x.shape[0]
-        tried = list(measure.candidates(code, tokens))
+        tried = list(measure.candidates(code, tokens, measure.takes_wide(x.device)))
         if len(tried) > most:
             tried = [tried[index * len(tried) // most] for index in range(most)]
         with ThreadPoolExecutor(16) as pool:
@@ -258,6 +259,40 @@ def float8_rows(tokens: int, rows: int, columns: int, limit: float) -> list[Row]
     }]  # fmt: skip
 
 
+def group_rows(rows: int, columns: int, limit: float) -> list[Row]:
+    """Half of the groups of 16 columns kept, against all weights in groups of 128 and of 16."""
+    mask = torch.rand(rows, columns // 16, device="cuda").argsort(1).argsort(1) < columns // 32
+    grid = IntegerGrid(num_bits=4, group_size=16)
+    codes = torch.randint(0, 16, (rows, columns), device="cuda", dtype=torch.uint8)
+    scale = ((0.5 + torch.rand(rows, columns // 16, device="cuda")) / 64).half()
+    term = Quantized.from_codes(
+        codes, {"scale": scale}, grid, pattern=Groups(size=16, index="bitmap"), mask=mask.repeat_interleave(16, 1)
+    )
+    made = cuda.prepare(*term.operation())
+    x = torch.randn(1, columns, device="cuda", dtype=torch.bfloat16)
+    error = relative(cuda.linear(x, [made]), x.double() @ term.decode().double().T)
+    size = term.byte_count().total
+    copies = []
+    for _ in range(max(2, -(-int(EVERYWHERE) // size))):
+        copies.append(replace(made, tensors={name: tensor.clone() for name, tensor in made.tensors.items()}))
+    graphs = {"half": (graph_of([lambda own=own: cuda.linear(x, [own]) for own in copies]), len(copies))}  # type: ignore[misc]
+    for name, group in (("g128", 128), ("g16", 16)):
+        weights = Weights(Job(IntegerGrid(num_bits=4, group_size=group)), rows, columns)
+        best, _ = measure.fastest(weights.problem, x, 24)
+        calls, _ = weights.calls(best, x, overlap=True)
+        graphs[name] = graph_of(calls), len(calls)
+    times = microseconds(graphs, 9)
+    print(f"kept groups {rows}x{columns}", {name: round(each, 1) for name, each in times.items()}, error, flush=True)
+    return [{
+        "goal": "G8", "job": f"W4, half of the groups of 16 kept, beside {name}", "rows": rows,
+        "columns": columns, "tokens": 1,
+        "peer": f"own dense W4 {name}", "microseconds": round(times["half"], 2),
+        "peer_microseconds": round(times[name], 2), "ratio": round(times[name] / times["half"], 3),
+        "fraction_of_limit": round(size / limit / times["half"], 3), "max_rel_error": error,
+        "bits_per_weight": round(size * 8 / rows / columns, 3), "note": "bitmap of groups",
+    } for name in ("g128", "g16")]  # fmt: skip
+
+
 def _scaled(codes: Tensor, step: Tensor, made: Any) -> Tensor:
     weight = made.tensors["codes"].view(torch.float8_e4m3fn).t()
     return torch._scaled_mm(
@@ -276,6 +311,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, default=len(SHAPES))
     parser.add_argument("--triton", action="store_true", help="time the portable kernel too")
     parser.add_argument("--fp8", action="store_true", help="time products of 8-bit activations too")
+    parser.add_argument("--groups", action="store_true", help="time kept groups too")
     parser.add_argument("--tune", type=Path, help="write the best of what was tried there, as a table of the package")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -289,6 +325,9 @@ def main() -> None:
             for tokens in (512, 2048, 4096, 8192):
                 for shape in ((4096, 4096), (14336, 4096)):
                     rows += float8_rows(tokens, *shape, limit)
+        if options.groups:
+            for shape in SHAPES[:2]:
+                rows += group_rows(*shape, limit)
         for shape in SHAPES[: 1 if options.quick else options.shapes]:
             for tokens in counts:
                 rows += measured(shape, tokens, options, trials, limit)

@@ -151,6 +151,26 @@ def similarity_table() -> str:
     return "\n\n".join(parts) or UNMEASURED
 
 
+def map_table() -> str:
+    """Maps of a vision transformer by recipe, one table per device."""
+    parts = []
+    for data in results("*/map_fidelity.json"):
+        lines = ["| weights | bits/weight | error | output error | map error | correlation | cosine of features |"]
+        lines += ["|---" * 7 + "|"]
+        for row in sorted(data["rows"], key=lambda row: (-row["bits_per_weight"], row["map_error"])):
+            output = row.get("output_error")
+            lines.append(
+                f"| {row['job']} | {row['bits_per_weight']:.3f} | {row['relative_error']:.4f} | "
+                f"{'-' if output is None else f'{output:.4f}'} | {row['map_error']:.4f} | {row['correlation']:.4f} | "
+                f"{row['cosine']:.4f} |"
+            )
+        first = data["rows"][0]
+        samples = " and ".join(dict.fromkeys(row["calibration"] for row in data["rows"] if row.get("calibration")))
+        facts = f"{first['model']}, {first['pictures']}; calibrated on {samples};"
+        parts.append("\n".join([*lines, "", f"{facts} {measured_on(data)}"]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
 def speed_table() -> str:
     """What calibration takes, one table per device."""
     parts = []
@@ -236,6 +256,21 @@ def gpu_decode_table() -> str:
     return "\n\n".join(parts) or UNMEASURED
 
 
+def linear_table() -> str:
+    """Single layers in code on GPUs, one table for each device."""
+    parts = []
+    for data in results("*/gpu_linear.json"):
+        names = ("weights", "shape", "tokens", "us", "of the limit", "times bf16", "times the best peer")
+        lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        for row in sorted(data["rows"], key=lambda row: (row["rows"], row["columns"], row["job"], row["tokens"])):
+            lines.append(
+                f"| {row['job']} | {row['rows']}x{row['columns']} | {row['tokens']} | {row['microseconds']:.1f} | "
+                f"{row['fraction_of_limit']:.2f} | {row.get('ratio_to_bf16', '-')} | {row['ratio']} ({row['peer']}) |"
+            )
+        parts.append("\n".join([*lines, "", measured_on(data)]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
 def term_table() -> str:
     sys.path.insert(0, str(ROOT / "src"))
     from rarefy.formats import terms
@@ -253,6 +288,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "grids-lab": lambda: accuracy_table(GRIDS, LAB, layout=side_by_side),
     "folded": lambda: accuracy_table("", FOLDED),
     "sentence-similarity": similarity_table,
+    "maps": map_table,
     "calibration-speed": speed_table,
     "cpu-decode": cpu_decode_table,
     "terms": term_table,
@@ -260,6 +296,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv-lab": partial(cache_table, LAB),
     "kv-decode": decode_table,
     "gpu-decode": gpu_decode_table,
+    "gpu-linear": linear_table,
 }
 
 

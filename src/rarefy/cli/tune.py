@@ -35,7 +35,7 @@ def tune(
     if counts[0] < 1 or counts[-1] > tuning.BUCKETS[-1]:
         raise OptionError(f"--tokens go from 1 to {tuning.BUCKETS[-1]}; beyond, weights are dequantized.")
     loaded = load_folder(open_model(model, revision).folder, dtype=torch.bfloat16)
-    loaded.cuda()
+    torch.nn.Module.cuda(loaded)
     entries = tune_layers(loaded, counts, torch.bfloat16, most)
     path = tuning.keep(entries, torch.device("cuda", 0))
     if as_json:

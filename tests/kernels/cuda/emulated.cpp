@@ -13,14 +13,18 @@ void thread() {
 }
 }  // namespace
 
-extern "C" void run(int which, const Arguments* given, int x, int y, int z, int threads, int shared) {
+extern "C" void run(int which, const Arguments* given, int x, int y, int z, int threads, int size) {
   using namespace emulator;
   constexpr size_t STACK = 1 << 16;
   arguments = *given;
+#ifdef GROUPS
+  kernel = rarefy_groups;
+#else
 #if FLOAT8
   if (which == 2) kernel = rarefy_quantize;
 #endif
   if (which < 2) kernel = which ? rarefy_dequantize : rarefy_linear;
+#endif
   gridDim = {x, y, z};
   emulator::threads = threads;
   std::vector<char> stacks(STACK * threads);
@@ -28,7 +32,8 @@ extern "C" void run(int which, const Arguments* given, int x, int y, int z, int 
   floats.assign(threads, 0);
   for (int block = 0; block < x * y * z; ++block) {
     blockIdx = {block % x, block / x % y, block / x / y};
-    pool.assign(shared, 0xAB);
+    memory.assign(size, 0xAB);
+    emulator::shared = memory.data();
     barriers.assign(1 + threads / 32, {});
     finished.assign(threads, 0);
     fibers.assign(threads, {});

@@ -12,7 +12,7 @@
 #define device static inline
 #define global
 #define __launch_bounds__(threads)
-#define shared_memory(name) unsigned char* name = emulator::pool.data()
+#define shared_memory(name) static unsigned char*& name = emulator::shared
 
 struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
@@ -22,7 +22,8 @@ struct Position { int x, y, z; };
 struct Barrier { int waiting = 0; unsigned generation = 0; };
 struct Operands { unsigned a[4], b[2]; };
 
-std::vector<unsigned char> pool;
+std::vector<unsigned char> memory;
+unsigned char* shared;
 std::vector<ucontext_t> fibers;
 std::vector<char> finished;
 std::vector<Barrier> barriers;  // of the block, then of each warp
@@ -55,6 +56,13 @@ device float load_fresh(const float* from) { return *from; }
 device void copy_async(unsigned char* to, const void* from, bool real) {
   if (real) memcpy(to, from, 16); else memset(to, 0, 16);
 }
+device void copy_word_async(unsigned char* to, const void* from, bool real) {
+  if (real) memcpy(to, from, 4); else memset(to, 0, 4);
+}
+device void begin_wide() {}
+device void end_wide() {}
+device void show_copies() {}
+device void settle(float&) {}
 device void commit_copies() {}
 template <int PENDING> device void wait_for_copies() {}
 device void block_barrier() {
@@ -92,15 +100,27 @@ template <bool HALF_> device unsigned short rounded(float value) {
   return (unsigned short)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 device float widened(unsigned short bits) { return HALF ? half_value(bits) : as_float(unsigned(bits) << 16); }
-device float sum_of_eight(float value) {
-  const int thread = threadIdx.x, first = thread / 8 * 8;
+device float sum_of(int count, float value) {
+  const int thread = threadIdx.x, first = thread / count * count;
   emulator::floats[thread] = value;
   warp_barrier();
   float sum = 0;
-  for (int n = 0; n < 8; ++n) sum += emulator::floats[first + n];
+  for (int n = 0; n < count; ++n) sum += emulator::floats[first + n];
   warp_barrier();
   return sum;
 }
+device float sum_of_eight(float value) { return sum_of(8, value); }
+device float sum_of_warp(float value) { return sum_of(32, value); }
+device unsigned of_lane(unsigned value, int lane) {
+  const int thread = threadIdx.x;
+  emulator::exchanged[thread].a[0] = value;
+  warp_barrier();
+  const unsigned found = emulator::exchanged[thread / 32 * 32 + lane].a[0];
+  warp_barrier();
+  return found;
+}
+device int ones_of(unsigned word) { return __builtin_popcount(word); }
+device unsigned bits_of(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
 device unsigned bf16_pair(float low, float high) { return rounded<false>(low) | unsigned(rounded<false>(high)) << 16; }
 device unsigned fused(unsigned a, unsigned b, unsigned c) {
   unsigned d = 0;
@@ -150,4 +170,14 @@ device void reduce_over_block(float& sum, float& most, float*) {
   sums += sum, maxima = std::fmax(maxima, most);
   block_barrier();
   sum = sums, most = maxima;
+}
+template <int N>
+device void multiply_wide(float (&d)[N][4], const unsigned (&a)[4], const unsigned char* block, unsigned leading, bool add) {
+  const int t = threadIdx.x % 4, n = threadIdx.x % 32 / 4;
+  for (int first = 0; first < N; ++first) {
+    if (!add) memset(d[first], 0, 16);
+    unsigned b[2];
+    for (int half = 0; half < 2; ++half) memcpy(&b[half], block + half * leading + first * 128 + n * 16 + 4 * t, 4);
+    multiply(d[first], a, b[0], b[1]);
+  }
 }

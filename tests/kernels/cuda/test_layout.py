@@ -17,7 +17,7 @@ from rarefy.kernels.cuda import layout
     seed=st.integers(0, 3),
 )  # fmt: skip
 def test_codes_come_back(bits: int, span: int, order: layout.Order, rows: int, columns: int, seed: int) -> None:
-    if (order == "pairs" and bits == 8) or (order == "nibbles" and bits not in (3, 4)):
+    if (order == "pairs" and bits > 4) or (order == "nibbles" and bits not in (3, 4)):
         return
     codes = torch.randint(0, 1 << bits, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
     packed = layout.pack_codes(codes, bits, span, order)

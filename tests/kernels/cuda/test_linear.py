@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rarefy.formats.grids import FloatGrid, Grid, IntegerGrid, LutGrid
+from rarefy.formats.patterns import Groups
 from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms import Term
 from rarefy.kernels.activations import quantize_tokens
@@ -20,7 +21,7 @@ from tests.kernels.cuda import emulation
 pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="there is no C++ compiler")
 
 COVERED = [
-    *(f"int{bits}-{zero}" for bits in (2, 3, 4, 8) for zero in ("none", "integer", "float")),
+    *(f"int{bits}-{zero}" for bits in range(2, 9) for zero in ("none", "integer", "float")),
     "int1-integer", "int1-float", "int4-bfloat16", "int4-float32", "int4-long", "int4-row", "level3-none",
     "level5-float", "binary1", "fp3", "fp4", "nf4", "nf4-row", "lut4-tensor", "lut3-row", "lut4-groups",
     "int8-g128", "int8-g128-integer", "int8-row", "fp8_e4m3-row", "fp8_e4m3-g64",
@@ -71,6 +72,7 @@ def test_every_covered_grid(name: str) -> None:
     [
         Tuning(1, 1, 1, 4, 2), Tuning(2, 1, 2, 1, 3), Tuning(4, 2, 1, 2, 1), Tuning(1, 2, 2, 2, 1, 2),
         Tuning(2, 1, 1, 2, 2, 3, 2), Tuning(1, 1, 1, 1, 4, 0, 3), Tuning(2, 2, 2, 1, 1, 4, 4),
+        Tuning(1, 2, 4, 1, 1, 3, 2, True), Tuning(2, 1, 4, 2, 1, 2, 1, True),
     ],
     ids=str,
 )  # fmt: skip
@@ -81,6 +83,12 @@ def test_every_way_to_cut_the_work_up(tuning: Tuning, tokens: int) -> None:
     assert product([term, residual(50, 700)], tuning, tokens) < 6e-4
 
 
+@pytest.mark.parametrize("name", ["int3-float", "int8-g128", "int4-none", "lut4-groups", "nf4"])
+def test_four_warps_at_once(name: str) -> None:
+    grid = {**GRIDS, **OTHERS}[name]
+    assert product([quantized(grid, PATTERNS["full"], 70, 300)], Tuning(1, 2, 4, 1, 1, 2, wide=True), 13) < 6e-4
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 128), (17, 129), (3, 263)])
 def test_odd_shapes(rows: int, columns: int) -> None:
     for name in ("int3-float", "int8-none"):
@@ -88,7 +96,7 @@ def test_odd_shapes(rows: int, columns: int) -> None:
 
 
 def test_what_no_kernel_reads_is_named() -> None:
-    for name, reason in (("int5-none", "5 bits"), ("lut2-rows", "tables of 4 entries"), ("fp4-two", "each sign")):
+    for name, reason in (("fp6_e2m3", "fp6"), ("lut2-rows", "tables of 4 entries"), ("fp4-two", "each sign")):
         with pytest.raises(NotCovered, match=reason):
             prepare(*quantized(GRIDS[name], PATTERNS["full"], 8, 64).operation())
     with pytest.raises(NotCovered, match="pattern"):
@@ -105,3 +113,16 @@ def test_tokens_in_eight_bits(normed: bool) -> None:
     assert float(same.float().mean()) > 0.99  # others lie at the middle between two numbers
     values, wanted_values = (c.float() * s[:, None] for c, s in ((codes, step), (wanted, wanted_step)))
     torch.testing.assert_close(values, wanted_values, rtol=0.13, atol=1e-9)
+
+
+@pytest.mark.parametrize("index", ["ids", "csr", "bitmap"])
+@pytest.mark.parametrize("zero", ["none", "integer", "float"])
+@pytest.mark.parametrize("size", [16, 32])
+def test_kept_groups(index: str, zero: str, size: int) -> None:
+    grid = IntegerGrid(num_bits=4, group_size=size, zero=zero)  # type: ignore[arg-type]
+    term = quantized(grid, Groups(size=size, index=index), 43, 37 * 32)  # type: ignore[arg-type]
+    made = prepare(*term.operation())
+    assert torch.equal(_decode(*flat([made])), term.decode())
+    for tokens, dtype, most in ((1, torch.bfloat16, 4e-3), (3, torch.float16, 1e-3)):
+        x = (torch.randn(tokens, term.columns) * 50).to(dtype)
+        assert relative(emulation.groups(x, made), x.double() @ term.decode().double().T) < most

@@ -70,7 +70,9 @@ def compiled(source: Path, capability: tuple[int, int], options: Sequence[str]) 
     if created != 0:
         raise UnsupportedError(f"CUDA's run-time compiler answers {created} when it is given {source.name}.")
     try:
-        every = [f"-arch=sm_{capability[0]}{capability[1]}", "-std=c++17", "-default-device", *options]
+        # The instructions of 9.0 that no other has go by the letter.
+        suffix = "a" if capability == (9, 0) else ""
+        every = [f"-arch=sm_{capability[0]}{capability[1]}{suffix}", "-std=c++17", "-default-device", *options]
         given = (ctypes.c_char_p * len(every))(*(option.encode() for option in every))
         if nvrtc.nvrtcCompileProgram(program, len(every), given) != 0:
             size = ctypes.c_size_t()

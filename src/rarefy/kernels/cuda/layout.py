@@ -14,12 +14,12 @@ from torch import Tensor
 
 Order = Literal["halves", "pairs", "nibbles"]
 TILE, BLOCK = 16, 16
-BITS = (1, 2, 3, 4, 8)
+BITS = range(1, 9)
 
 
 def step_of(bits: int) -> int:
     """Columns of a step: whole 16-byte loads of a lane, and 128 where that is possible."""
-    return 256 if bits in (1, 3) else 128
+    return 256 if bits % 2 else 128
 
 
 def pack_codes(codes: Tensor, bits: int, span: int, order: Order) -> Tensor:
@@ -31,6 +31,7 @@ def pack_codes(codes: Tensor, bits: int, span: int, order: Order) -> Tensor:
     * ``pairs``: both in neighbouring bits, together an index;
     * ``nibbles`` (3 and 4 bits): a word is one block, row ``g`` in the lower half, a code in every four bits.
 
+    Codes of 5, 6 and 7 bits are words of their low 4 bits, then of the next 2, then of the last one, each in halves.
     Three bits make 5 pairs a word and leave a bit of each half of three words (or two bits of each word) to a sixteenth
     pair; or, in nibbles, the highest bits of three words make a fourth.
     """
@@ -39,16 +40,24 @@ def pack_codes(codes: Tensor, bits: int, span: int, order: Order) -> Tensor:
     if bits == 3:
         words = _words_of_three(lanes, order)
     else:
-        words = _words(lanes, bits, order)
+        parts = [_words((lanes >> low) & ((1 << width) - 1), width, order) for low, width in _planes(bits)]
+        words = torch.cat(parts, -1)
     return words.unflatten(-1, (-1, 4)).transpose(2, 3).contiguous()
 
 
 def unpack_codes(packed: Tensor, bits: int, span: int, order: Order, rows: int, columns: int) -> Tensor:
     """Inverse of ``pack_codes``: uint8 ``[rows, columns]``."""
     words = packed.transpose(2, 3).flatten(-2)
-    lanes = _lanes_of_three(words, order) if bits == 3 else _lanes_of(words, bits, order)
     tiles, steps = packed.shape[:2]
     step = step_of(bits)
+    if bits == 3:
+        lanes = _lanes_of_three(words, order)
+    else:
+        planes = _planes(bits)
+        parts_of = words.split([step * width // 64 for _, width in planes], -1)
+        lanes = torch.zeros(tiles, steps, 32, step // 4, 2, dtype=torch.uint8, device=packed.device)
+        for (low, width), own in zip(planes, parts_of, strict=True):
+            lanes |= _lanes_of(own, width, order) << low
     parts = lanes.reshape(tiles, steps, 8, 4, *_inner(step, span), 2, 2, 2)  # t's own columns, q, h, f
     if span == 8:  # tiles, steps, g, t, p, e, q, h, f
         dense = parts.permute(0, 7, 2, 1, 4, 3, 5, 6, 8)
@@ -103,6 +112,13 @@ def _lanes(codes: Tensor, step: int, span: int) -> Tensor:
         parts = codes.reshape(tiles, 2, 8, steps, step // BLOCK, 4, 2, 2)  # h, g, steps, b, t, q, f
         lanes = parts.permute(0, 3, 2, 5, 4, 6, 1, 7)
     return lanes.reshape(tiles, steps, 32, step // 4, 2)
+
+
+def _planes(bits: int) -> list[tuple[int, int]]:
+    """The first bit and the width of each part of a code that has words of its own."""
+    if bits <= 4 or bits == 8:
+        return [(0, bits)]
+    return {5: [(0, 4), (4, 1)], 6: [(0, 4), (4, 2)], 7: [(0, 4), (4, 2), (6, 1)]}[bits]
 
 
 def _places(bits: int, order: Order, device: torch.device) -> Tensor:

@@ -11,7 +11,8 @@
 //   OUTLIERS (type of single values that are added to the weight), HALF (float16 activations, else bfloat16),
 //   TILES (of 16 rows for a warp), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns),
 //   DEPTH (steps loaded ahead into registers), STAGED (codes and activations go through shared memory instead, STAGES
-//   steps of them), SPLIT (blocks over columns)
+//   steps of them), WIDE (four warps multiply together, wgmma, which takes tokens from shared memory; compute capability
+//   9.0 only), SPLIT (blocks over columns)
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -44,6 +45,8 @@ struct Arguments {
 #include "machine.cuh"
 #endif
 
+shared_memory(pool);
+
 constexpr int LOADS = STEP * BITS / 256;  // of 16 bytes, for a lane, tile and step
 constexpr int BLOCKS = STEP / 16;         // of 16 columns
 constexpr int PART = GROUP == 0 || GROUP > STEP ? BLOCKS : GROUP / 16;  // blocks that share a scale
@@ -51,8 +54,12 @@ constexpr int PARTS = BLOCKS / PART;
 constexpr int THREADS = 32 * ACROSS * ALONG;
 constexpr int ROWS = 16 * TILES * ACROSS, COLUMNS = STEP * ALONG, WIDTH = 8 * TOKENS;
 constexpr int PITCH = 2 * COLUMNS + (SPAN == 16 ? 16 : 64);  // bytes of a staged token; the rest keeps banks apart
+// WIDE: tokens lie in pieces of 8 columns x 8 tokens, the columns in the order of the operands; between neighbours along
+// the columns there are LEADING bytes, whose last 16 keep banks apart.
+constexpr int LEADING = WIDTH * 16 + 16;
+constexpr int STAGE_TOKENS = WIDE ? ALONG * STEP / 8 * LEADING : WIDTH * PITCH;  // bytes
 constexpr int STAGE_CODES = STAGED ? ROWS / 16 * ALONG * LOADS * 512 : 0;  // bytes
-constexpr int STAGE = WIDTH * PITCH + STAGE_CODES;
+constexpr int STAGE = STAGE_TOKENS + STAGE_CODES;
 constexpr int SUM_PITCH = ROWS + 4;
 constexpr int TABLE_BYTES = TABLE == SHARED ? 128 << (2 * BITS) : 0;  // 32 copies: each lane has a bank to itself
 constexpr int ENTRIES = TABLE == BY_ROW ? 1 << (BITS - 1) : 1;  // words of a row's table
@@ -137,12 +144,14 @@ device u32 bytes_as_numbers(u32 word, int pair) {
   }
 }
 
+// A word whose bit `from` is to be bit `to`.
+device u32 moved(u32 word, int from, int to) { return from < to ? word << (to - from) : word >> (from - to); }
+
 // The 16-bit numbers of pair i (0..3) of block b. Both codes of a pair lie at the same place of a word's two halves, or
 // for a table beside each other, so that together they are one index.
 device u32 operand(const u32* words, int b, int i, u32 bank) {
   if constexpr (TABLE == SHARED) {
     // Copies of an entry fill 128 bytes, so an index is wanted seven bits up; `bank` is the lane's place among them.
-    shared_memory(pool);
     constexpr u32 MASK = ((1u << 2 * BITS) - 1) << 7;
     constexpr int PAIRS = BITS == 3 ? 5 : 16 / BITS;  // in a word
     const int pair = BITS == 3 ? 4 * (b % 4) + i : 4 * b + i;
@@ -157,6 +166,17 @@ device u32 operand(const u32* words, int b, int i, u32 bank) {
     return *reinterpret_cast<const u32*>(pool + chosen(index, MASK, bank));
   } else if constexpr (BITS == 8) {
     return bytes_as_numbers(words[2 * b + i / 2], i % 2);
+  } else if constexpr (BITS > 4) {
+    // Words of the low four bits, of the next two, of the last one: put together below the mantissa's end.
+    u32 found = chosen(words[b] >> 4 * i, 0x000F000Fu, MAGIC);
+    const u32* rest = words + BLOCKS;
+    if constexpr (BITS > 5) {
+      const int place = 2 * (4 * (b % 2) + i);
+      found = chosen(moved(rest[b / 2], place, 4), 0x00300030u, found);
+      rest += BLOCKS / 2;
+    }
+    if constexpr (BITS % 2 == 1) found = chosen(moved(rest[b / 4], 4 * (b % 4) + i, BITS - 1), 0x10001u << (BITS - 1), found);
+    return fused(found, ONES, minus(MAGIC_VALUE + CENTER));
   } else {
     // Places of a 16-bit half that lie below the mantissa's end need no shift: the product takes their factor out.
     constexpr int PLACES = BITS == 4 ? 1 : BITS == 3 ? 2 : BITS == 2 ? 3 : 7;
@@ -179,7 +199,6 @@ device u32 operand(const u32* words, int b, int i, u32 bank) {
 
 // The table to the start of shared memory, an entry's copies in an order that keeps threads in different banks.
 device void copy_table(const Arguments& a) {
-  shared_memory(pool);
   for (int entry = threadIdx.x; entry < 1 << (2 * BITS); entry += THREADS) {
     const u32 word = a.table[entry];
     uint4* copies = reinterpret_cast<uint4*>(pool) + 8 * entry;
@@ -392,6 +411,46 @@ device void multiply_step(
   }
 }
 
+// The same with four warps at once and tokens from shared memory.
+device void multiply_step_wide(
+    float (&sums)[TILES][TOKENS][4], const Codes& codes, const Scales& scales, const u8* tokens, Tables (&tables)[TILES],
+    const Arguments& a, int first_tile, int step, int lane) {
+#pragma unroll
+  for (int p = 0; p < PARTS; ++p) {
+    u32 weights[TILES][PART][4];
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) {
+      if (GROUP != 0) load(tables[r], a, tile_of(a, first_tile + r), group_of(a, step, p), lane / 4);
+#pragma unroll
+      for (int b = 0; b < PART; ++b) operands(weights[r][b], codes.at[r], p * PART + b, 4 * lane, tables[r]);
+    }
+    float part[TILES][TOKENS][4], ones[TOKENS][4];
+    begin_wide();
+#pragma unroll
+    for (int b = 0; b < PART; ++b) {
+      const u8* block = tokens + (p * PART + b) * 2 * LEADING;
+#pragma unroll
+      for (int r = 0; r < TILES; ++r) multiply_wide<TOKENS>(part[r], weights[r][b], block, LEADING, b > 0);
+      if constexpr (SUMS) {
+        const u32 constant[4] = {ONES, ONES, ONES, ONES};
+        multiply_wide<TOKENS>(ones, constant, block, LEADING, b > 0);
+      }
+    }
+    end_wide();
+#pragma unroll
+    for (int r = 0; r < TILES; ++r)
+#pragma unroll
+      for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          settle(part[r][n][j]);
+          if constexpr (SUMS) settle(ones[n][j]);
+          sums[r][n][j] += contribution(
+              scales.scale[r][p], scales.zero[r][p], j / 2, part[r][n][j], SUMS ? ones[n][j] : 0.0f);
+        }
+  }
+}
+
 // ---- Outliers: eight lanes a row, each with every eighth entry; the block's first share of columns takes them all.
 
 constexpr int TURNS = (ROWS * 8 + THREADS - 1) / THREADS;
@@ -437,7 +496,6 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   const int share = (a.steps + SPLIT - 1) / SPLIT;
   const int begin = blockIdx.y * share, end = begin + share < a.steps ? begin + share : a.steps;
   const int rounds = end > begin ? (end - begin + ALONG - 1) / ALONG : 0;
-  shared_memory(pool);
   u8* stages = pool + TABLE_BYTES;
 
   if (SPAN < 16 && a.ahead && threadIdx.x < ACROSS * TILES && end > begin) {
@@ -450,7 +508,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   Codes codes[DEPTH];
   Scales scales[DEPTH];
   const auto stage_codes = [&](int round) {
-    u8* target = stages + round % STAGES * STAGE + WIDTH * PITCH;
+    u8* target = stages + round % STAGES * STAGE + STAGE_TOKENS;
     for (int n = threadIdx.x; round < rounds && n < STAGE_CODES / 16; n += THREADS) {
       const int tile = n / (ALONG * LOADS * 32), step = n / (LOADS * 32) % ALONG, load = n / 32 % LOADS;
       const int at = begin + round * ALONG + step;
@@ -488,17 +546,26 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
     const auto stage_tokens = [&](int round) {
       u8* target = stages + round % STAGES * STAGE;
       const int first = (begin + round * ALONG) * STEP;
-      for (int n = threadIdx.x; round < rounds && n < WIDTH * (COLUMNS / 8); n += THREADS) {
-        const int token = n / (COLUMNS / 8), column = n % (COLUMNS / 8) * 8;
+      constexpr int UNIT = WIDE ? 2 : 8;  // columns of a copy
+      for (int n = threadIdx.x; round < rounds && n < WIDTH * (COLUMNS / UNIT); n += THREADS) {
+        const int token = n / (COLUMNS / UNIT), unit = n % (COLUMNS / UNIT), column = unit * UNIT;
         const bool real = first_token + token < a.tokens && first + column < a.columns;
-        const u16* source = a.x + i64(first_token + token) * a.stride + first + column;
-        copy_async(target + token * PITCH + 2 * column, real ? source : a.x, real);
+        const u16* source = real ? a.x + i64(first_token + token) * a.stride + first + column : a.x;
+        if constexpr (WIDE) {
+          // The pair of columns that a lane t of block b multiplies first or second.
+          const int own = unit % (STEP / 2), b = own / (2 * SPAN) * (SPAN / 4) + own % (SPAN / 2) / 2;
+          const int piece = unit / (STEP / 2) * (STEP / 8) + 2 * b + own % 2, t = own % (2 * SPAN) / (SPAN / 2);
+          copy_word_async(target + piece * LEADING + token * 16 + 4 * t, source, real);
+        } else {
+          copy_async(target + token * PITCH + 2 * column, source, real);
+        }
       }
       commit_copies();
     };
     for (int round = 0; round < STAGES - 1; ++round) stage_tokens(round);
     for (int round = 0; round < rounds; ++round) {
       wait_for_copies<STAGES - 2>();
+      if constexpr (WIDE) show_copies();
       block_barrier();
       stage_codes(round + STAGES - 1);
       stage_tokens(round + STAGES - 1);
@@ -511,11 +578,16 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
 #pragma unroll
         for (int l = 0; l < LOADS; ++l) {
           const int place = (((across * TILES + r) * ALONG + along) * LOADS + l) * 32 + lane;
-          put(codes[0], r, l, reinterpret_cast<const uint4*>(stage + WIDTH * PITCH)[place]);
+          put(codes[0], r, l, reinterpret_cast<const uint4*>(stage + STAGE_TOKENS)[place]);
         }
-      const u8* own = stage + g * PITCH + along * STEP * 2;
-      const auto tokens = [&](int n, int pair) { return columns_of(own + 8 * n * PITCH, pair, t); };
-      multiply_step(sums, codes[0], now, tokens, tables, a, first_tile, step_at(round), lane);
+      if constexpr (WIDE) {
+        const u8* own = stage + along * (STEP / 8) * LEADING;
+        multiply_step_wide(sums, codes[0], now, own, tables, a, first_tile, step_at(round), lane);
+      } else {
+        const u8* own = stage + g * PITCH + along * STEP * 2;
+        const auto tokens = [&](int n, int pair) { return columns_of(own + 8 * n * PITCH, pair, t); };
+        multiply_step(sums, codes[0], now, tokens, tables, a, first_tile, step_at(round), lane);
+      }
     }
   } else {
     Activations x[DEPTH];
@@ -584,7 +656,6 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
 extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Arguments a) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const i64 unit = i64(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
-  shared_memory(pool);
   if constexpr (TABLE == SHARED) {
     copy_table(a);
     block_barrier();
@@ -624,11 +695,10 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Argume
 
 // ---- Activations in 8 bits, for products of bytes.
 
-#if FLOAT8
+#if FLOAT8 && (defined(RAREFY_EMULATED) || __CUDA_ARCH__ >= 890)
 // Tokens [tokens][columns] as bytes in E4M3 at `y` and what they are multiplied by, float32 [tokens] at `partial`. With a
 // `scale` [columns] they are normalized first, by the root of their mean square plus `multiplier`.
 extern "C" global __launch_bounds__(THREADS) void rarefy_quantize(const Arguments a) {
-  shared_memory(pool);
   float* shared = reinterpret_cast<float*>(pool);
   const u16* x = a.x + i64(blockIdx.x) * a.stride;
   const u16* gain = static_cast<const u16*>(a.scale);

@@ -14,11 +14,12 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from rarefy import packing
 from rarefy.core.errors import FormatError, UnsupportedError
 from rarefy.kernels import activations, prepared
 from rarefy.kernels.cuda import layout, program, tuning
 from rarefy.kernels.cuda.measure import Problem
-from rarefy.kernels.cuda.prepared import BILEVEL, CODES, LEVEL, PAIRS, Prepared, code_of
+from rarefy.kernels.cuda.prepared import BILEVEL, CODES, GROUPS, LEVEL, PAIRS, Prepared, code_of, group_code_of
 from rarefy.kernels.prepared import flat, library
 from rarefy.kernels.reference import decode
 
@@ -26,6 +27,7 @@ ACTIVATIONS = (torch.float16, torch.bfloat16)
 MOST_TOKENS = 256
 AHEAD = True  # whether a kernel that waits for another brings its codes closer meanwhile
 MOST_TOKENS_OF_16_BITS = 64  # up to which reading the weight is all that counts, so that activations stay exact
+MOST_TOKENS_OF_GROUPS = 4
 MOST_TOKENS_OF_OUTLIERS = 16  # beyond, their gathered activations cost more than a dense weight
 
 Term = tuple[dict[str, Tensor], dict[str, int], float]  # tensors, numbers, multiplier
@@ -78,6 +80,8 @@ def _linear(
     fused = codes[0] if len(codes) == 1 and len(lists) == 1 else None
     if tokens == 0:
         y = x.new_empty(0, rows)
+    elif len(terms) == 1 and terms[0][1]["kind"] == GROUPS and tokens <= MOST_TOKENS_OF_GROUPS and _compiles():
+        y = _product_of_groups(aligned(flat), terms[0])
     elif fast and tokens > MOST_TOKENS_OF_16_BITS and len(terms) == 1 and _multiplies_bytes(terms[0], x.device):
         y = _product_of_bytes(flat, terms[0])
     elif tokens > (MOST_TOKENS_OF_OUTLIERS if lists else MOST_TOKENS) or (lists and fused is None):
@@ -106,6 +110,25 @@ def _product_of_bytes(x: Tensor, term: Term) -> Tensor:
         use_fast_accum=True,
     )  # fmt: skip
     return (y if multiplier == 1.0 else y * multiplier).to(x.dtype)
+
+
+def _product_of_groups(x: Tensor, term: Term) -> Tensor:
+    tensors, numbers, multiplier = term
+    y = x.new_empty(x.shape[0], numbers["rows"])
+    given = program.group_arguments(pointed_groups(term), x, y, multiplier)
+    half = x.dtype == torch.float16
+    program.groups(group_code_of(tensors, numbers), given, half, x.device, overlap=tuning.overlaps(x.device))
+    return y
+
+
+def pointed_groups(term: Term) -> dict[str, Tensor | None]:
+    """The tensors that the kernel of kept groups reads, by its names."""
+    tensors = term[0]
+    zero = tensors["zero_point"]
+    return {
+        **{name: tensors[name] for name in ("codes", "scale", "bitmap", "row_ptr")},
+        "zero": zero if zero.numel() else None,
+    }  # fmt: skip
 
 
 def _quantize_tokens(x: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -212,6 +235,8 @@ def dense_sum(terms: Sequence[Term]) -> Tensor:
 def _values(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: float) -> Tensor:
     """The dense weight of one term, float32, with the operations of the reference in their order."""
     rows, columns = numbers["rows"], numbers["columns"]
+    if numbers["kind"] == GROUPS:
+        return _values_of_groups(tensors, numbers, multiplier)
     if numbers["kind"] != CODES:
         return decode.decode_csr(tensors["entries"], tensors["row_ptr"], bool(numbers["half"]), rows, columns)
     size = numbers["group_size"] or columns
@@ -252,6 +277,18 @@ def _values(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: flo
         weight = values if together else values - zero
         weight = weight if scale is None else weight * spread(scale)
     return weight if multiplier == 1.0 else weight * multiplier
+
+
+def _values_of_groups(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: float) -> Tensor:
+    size, columns = numbers["group_size"], numbers["columns"]
+    octets = tensors["codes"]
+    codes = torch.stack([octets & 15, octets >> 4], -1).flatten(1).float()
+    zero = tensors["zero_point"]
+    values = codes - (zero.float().unsqueeze(1) if zero.numel() else numbers["center"])
+    chosen = packing.unpack_bitmap(tensors["bitmap"], columns // size)
+    weight = torch.zeros(*chosen.shape, size, device=octets.device)
+    weight[chosen] = values * tensors["scale"].float().unsqueeze(1) * multiplier
+    return weight.flatten(1)
 
 
 library.impl("linear_prepared", _linear, "CUDA")

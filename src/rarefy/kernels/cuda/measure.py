@@ -13,9 +13,9 @@ from torch import Tensor
 from rarefy.core.errors import UnsupportedError
 from rarefy.kernels.cuda import program
 from rarefy.kernels.cuda.program import Code, Tuning
+from rarefy.kernels.cuda.tuning import MOST_SHARED
 
 BEYOND_CACHE = 400e6  # bytes of copies that no GPU keeps on the chip
-MOST_SHARED = 220 * 1024  # bytes of a block
 ROUNDS = 7
 
 
@@ -59,25 +59,42 @@ class Problem:
         return found, results
 
 
-def candidates(code: Code, tokens: int) -> Iterator[Tuning]:
-    """What may be fastest for so many tokens."""
+def candidates(code: Code, tokens: int, wide: bool = False) -> Iterator[Tuning]:
+    """What may be fastest for so many tokens; ``wide`` where four warps can multiply together."""
+    for tuning in _candidates(code, tokens, wide):
+        if tuning.shared_memory(code) <= MOST_SHARED:
+            yield tuning
+
+
+def _candidates(code: Code, tokens: int, wide: bool) -> Iterator[Tuning]:
     loads, width = code.step * code.bits // 256, -(-tokens // 8)
     if tokens <= 16:
         for tiles, depth in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (1, 4)):
             for across, along in ((1, 8), (2, 8), (1, 4), (2, 4), (1, 16), (4, 4)):
                 if tiles * depth * loads <= 12 and (loads < 4 or tiles < 4):
                     yield Tuning(tiles, width, across, along, depth)
-    if tokens > 4:
-        for wide in sorted({min(width, most) for most in (16, 8, 4)}, reverse=True):
+    if tokens > 4 and wide:
+        for at_once in sorted({min(width, most) for most in (16, 8)}, reverse=True):
+            for tiles in (1, 2):
+                if tiles * at_once > 16:
+                    continue
+                for across, along in ((8, 1), (4, 1), (4, 2), (8, 2)):
+                    for stages in (3, 4):
+                        for split in (1, 2, 4):
+                            yield Tuning(tiles, at_once, across, along, 1, stages, split, True)
+    if tokens > 4 and (not wide or tokens <= 64):
+        for at_once in sorted({min(width, most) for most in (8, 4)}, reverse=True):
             for tiles in (1, 2, 4):
-                if tiles * wide > 16 or (tokens > 32 and tiles * wide < 8):
+                if tiles * at_once > 16 or (tokens > 32 and tiles * at_once < 8):
                     continue
                 for across, along in ((4, 1), (8, 1), (4, 2), (2, 2), (2, 4)):
-                    for stages in (3, 4):
-                        for split in (1, 2, 4) if stages == 4 else (1,):
-                            tuning = Tuning(tiles, wide, across, along, 1, stages, split)
-                            if tuning.shared_memory(code) <= MOST_SHARED:
-                                yield tuning
+                    for split in (1, 2):
+                        yield Tuning(tiles, at_once, across, along, 1, 4, split)
+
+
+def takes_wide(device: torch.device) -> bool:
+    """Whether four warps can multiply together."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def fastest(problem: Problem, x: Tensor, most: int = 64) -> tuple[Tuning, dict[Tuning, float]]:
@@ -85,7 +102,7 @@ def fastest(problem: Problem, x: Tensor, most: int = 64) -> tuple[Tuning, dict[T
 
     Raises UnsupportedError when none of them compiles.
     """
-    tried = list(candidates(problem.code, x.shape[0]))
+    tried = list(candidates(problem.code, x.shape[0], takes_wide(x.device)))
     if len(tried) > most:
         tried = [tried[index * len(tried) // most] for index in range(most)]
     half, index = x.dtype == torch.float16, x.get_device()

@@ -12,11 +12,11 @@ from torch import Tensor
 from rarefy import packing
 from rarefy.kernels import prepared
 from rarefy.kernels.cuda import layout
-from rarefy.kernels.cuda.program import Code
+from rarefy.kernels.cuda.program import Code, GroupCode
 from rarefy.kernels.prepared import Arguments, NotCovered, filled, plain
-from rarefy.kernels.reference import tables
+from rarefy.kernels.reference import patterns, tables
 
-CODES, ENTRIES = range(2)  # kinds
+CODES, ENTRIES, GROUPS = range(3)  # kinds
 SINGLE, PAIRS, BILEVEL, LEVEL = range(4)  # what a scale is
 SCALES = {PAIRS: "pairs", BILEVEL: "bilevel", LEVEL: "level"}
 BYTES_OF_A_LANE = 64  # columns of a group whose bytes can stay row by row
@@ -30,7 +30,7 @@ class Prepared(prepared.Prepared):
 
     SLOTS: ClassVar[tuple[str, ...]] = (
         "codes", "scale", "zero_point", "second_order", "table", "pairs_half", "pairs_bfloat16", "entries", "row_ptr",
-        "row_scale",
+        "row_scale", "bitmap",
     )  # fmt: skip
     NUMBERS: ClassVar[tuple[str, ...]] = (
         "kind", "bits", "group_size", "span", "scale_layout", "center", "half", "rows", "columns", "second_rows",
@@ -51,6 +51,14 @@ def code_of(tensors: dict[str, Tensor], numbers: dict[str, int]) -> Code:
         scale=named, zero=zero.dtype if zero.numel() else None, center=numbers["center"],  # type: ignore[arg-type]
         float8=bool(numbers["float8"]),
     )  # fmt: skip
+
+
+def group_code_of(tensors: dict[str, Tensor], numbers: dict[str, int]) -> GroupCode:
+    """What the kernel is told of a term of GROUPS."""
+    zero = tensors["zero_point"]
+    return GroupCode(
+        numbers["group_size"], tensors["scale"].dtype, zero.dtype if zero.numel() else None, numbers["center"]
+    )
 
 
 def _table_of(tensors: Mapping[str, Tensor]) -> Literal["", "shared", "rows"]:
@@ -99,10 +107,7 @@ def _groups(group_size: int, bits: int, columns: int, plain_bytes: bool = False)
 
 
 def _bits(levels: int) -> int:
-    bits = max(1, (levels - 1).bit_length())
-    if bits not in layout.BITS:
-        raise NotCovered(f"codes of {bits} bits")
-    return bits
+    return max(1, (levels - 1).bit_length())
 
 
 def _put_codes(
@@ -161,6 +166,8 @@ def _take_scales(made: Prepared) -> tuple[Tensor, Tensor | None]:
 
 def _integer(arguments: Arguments) -> Prepared:
     codes, scale, zero_point, second, _, _, pattern, _, name, levels, size, tile, rows, columns = arguments
+    if pattern in patterns.GROUP_PATTERNS:
+        return _kept_groups(arguments)
     _only_full(pattern)
     bits = _bits(levels)
     groups = _groups(size or columns, bits, columns, name == "bitstream")
@@ -189,6 +196,55 @@ def _undo_integer(made: Prepared) -> Arguments:
         if not zeros.is_floating_point():
             zeros = packing.pack_bits(zeros.flatten(), (levels - 1).bit_length())
     return filled(made.plain, {0: _take_codes(made, name, levels), 1: scale, 2: zeros, 3: second})
+
+
+def _kept_groups(arguments: Arguments) -> Prepared:
+    codes, scale, zero_point, second, positions, row_ptr, pattern, block, name, levels, size, _, rows, columns = (
+        arguments
+    )
+    if second is not None or name != "bitstream" or levels != 16 or size % 16 or size != block[0] or columns % size:
+        raise NotCovered(f"kept groups of {size} columns and {levels} levels")
+    chosen = patterns.group_mask(pattern, block, positions, row_ptr, rows, columns)
+    counts = chosen.sum(1)
+    total = int(counts.sum())
+    if total != scale.numel():
+        raise NotCovered("kept groups followed by the filling of a stack")
+    lead = rows if pattern == "groups" else 1
+    octets = codes.contiguous().view(torch.uint8).reshape(lead, -1)[:, : total // max(lead, 1) * size // 2]
+    tensors = {
+        "codes": octets.contiguous().reshape(total, size // 2), "scale": scale.flatten(),
+        "bitmap": packing.pack_bitmap(chosen),
+        "row_ptr": torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32),
+    }  # fmt: skip
+    if zero_point is not None:
+        if not zero_point.is_floating_point():
+            zero_point = packing.unpack_bits(zero_point, 4, total)
+        tensors["zero_point"] = zero_point.flatten()
+    center = levels // 2 if zero_point is None else 0
+    numbers = _numbers(GROUPS, rows, columns, bits=4, group_size=size, center=center)
+    return Prepared(tensors, numbers, _undo_groups, plain(arguments), zero=float(center))
+
+
+def _undo_groups(made: Prepared) -> Arguments:
+    pattern, block = made.plain[6:8]
+    tensors, lead = made.tensors, made.rows if pattern == "groups" else 1
+    octets = tensors["codes"].reshape(lead, -1)
+    octets = torch.nn.functional.pad(octets, (0, -octets.shape[1] % 16)).contiguous()
+    codes = octets.view(torch.int32).unflatten(1, (-1, 4))
+    chosen = packing.unpack_bitmap(tensors["bitmap"], made.columns // block[0])
+    positions, row_ptr = tensors["bitmap"], None
+    if pattern != "groups_bitmap":
+        positions = packing.pack_uint16(chosen.nonzero()[:, 1])
+        row_ptr = tensors["row_ptr"] if pattern == "groups_csr" else None
+    scale, zeros = tensors["scale"], tensors.get("zero_point")
+    if pattern == "groups":
+        positions, scale = positions.unflatten(0, (lead, -1)), scale.unflatten(0, (lead, -1))
+    else:
+        codes = codes.squeeze(0)
+    if zeros is not None:
+        floating = zeros.is_floating_point()
+        zeros = zeros.reshape(scale.shape) if floating else packing.pack_bits(zeros, 4)
+    return filled(made.plain, {0: codes, 1: scale, 2: zeros, 4: positions, 5: row_ptr})
 
 
 def _table(values: Tensor, bits: int) -> dict[str, Tensor]:

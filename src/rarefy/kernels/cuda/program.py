@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from rarefy.kernels.cuda import driver
 from rarefy.kernels.cuda.layout import TILE, Order, step_of
 
 SOURCE = Path(__file__).with_name("linear.cu")
+GROUPS = Path(__file__).with_name("groups.cu")
 TYPES: dict[Any, int] = {
     None: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4,
     "pairs": 5, "bilevel": 6, "level": 7,
@@ -55,7 +56,8 @@ class Code:
 class Tuning:
     """How the work is cut up. A warp computes ``16 * tiles`` rows for ``8 * tokens`` tokens; a block has ``across``
     warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps are
-    loaded ahead into registers, or ``stages`` steps go through shared memory (0: none)."""
+    loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``wide``: four warps multiply
+    together, which takes stages, ``across`` a multiple of 4 and compute capability 9.0."""
 
     tiles: int = 1
     tokens: int = 1
@@ -64,6 +66,7 @@ class Tuning:
     depth: int = 2
     stages: int = 0
     split: int = 1
+    wide: bool = False
 
     @property
     def threads(self) -> int:
@@ -78,8 +81,10 @@ class Tuning:
         """Bytes of a block."""
         width = 8 * self.tokens
         table = 32 * 4 << 2 * code.bits if code.table == "shared" else 0
-        token = 2 * code.step * self.along + (16 if code.span == 16 else 64)
-        staged = self.stages * (width * token + self.rows * self.along * code.step * code.bits // 8)
+        tokens = width * (2 * code.step * self.along + (16 if code.span == 16 else 64))
+        if self.wide:
+            tokens = self.along * code.step // 8 * (width * 16 + 16)
+        staged = self.stages * (tokens + self.rows * self.along * code.step * code.bits // 8)
         meeting = 4 * (self.along + (code.outliers is not None)) * width * (self.rows + 4)
         return table + max(staged, meeting)
 
@@ -159,6 +164,71 @@ def dequantize(code: Code, given: Arguments, half: bool, device: torch.device) -
     units = -(-given.rows // TILE) * given.steps
     stream = torch.cuda.current_stream(device).cuda_stream
     program((-(-units * 32 // tuning.threads), 1, 1), tuning.threads, given, stream)
+
+
+class GroupArguments(ctypes.Structure):
+    """``Arguments`` of ``groups.cu``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "codes scale zero bitmap row_ptr x y".split()),
+        *((name, ctypes.c_int) for name in "rows columns words tokens stride".split()),
+        ("multiplier", ctypes.c_float),
+    ]
+
+
+@dataclass(frozen=True)
+class GroupCode:
+    """Kept groups of columns in 4 bits; names as in ``Code``."""
+
+    group: int
+    scale: torch.dtype
+    zero: torch.dtype | None
+    center: int
+
+    WARPS: ClassVar[int] = 16  # of a block
+
+    def definitions(self, tokens: int, half: bool) -> dict[str, int]:
+        """The macros of the source."""
+        return {
+            "GROUP": self.group, "SCALE": TYPES[self.scale], "ZERO": TYPES[self.zero], "CENTER": self.center,
+            "TOKENS": tokens, "WARPS": self.WARPS, "X_HALF": int(half), "HALF": 1,
+        }  # fmt: skip
+
+    def shared_memory(self, tokens: int, columns: int) -> int:
+        """Bytes of a block."""
+        halves, words = -(-columns // 16) * 2, -(-columns // self.group // 32)
+        return tokens * halves * 20 + 256 + self.WARPS * 64 * words
+
+    def grid(self, rows: int, most: int) -> tuple[int, int, int]:
+        """Blocks, ``most`` of them, which take row after row."""
+        return min(most, -(-rows // self.WARPS)), 1, 1
+
+
+def group_arguments(tensors: Mapping[str, Tensor | None], x: Tensor, y: Tensor, multiplier: float) -> GroupArguments:
+    """``codes``, ``scale``, ``zero``, ``bitmap [rows, words]`` and ``row_ptr [rows + 1]`` of kept groups, ``x [tokens,
+    columns]`` and ``y [tokens, rows]``."""
+    bitmap = tensors["bitmap"]
+    assert bitmap is not None
+    names = ("codes", "scale", "zero", "bitmap", "row_ptr")
+    pointers = [0 if (own := tensors.get(name)) is None else own.data_ptr() for name in names]
+    sizes = (y.shape[1], x.shape[1], bitmap.shape[1], x.shape[0], x.stride(0))
+    return GroupArguments(*pointers, x.data_ptr(), y.data_ptr(), *sizes, multiplier)
+
+
+@functools.cache
+def _group_kernel(device: int, code: GroupCode, tokens: int, half: bool, shared: int) -> driver.Kernel:
+    macros = [f"-D{macro}={value}" for macro, value in code.definitions(tokens, half).items()]
+    with torch.cuda.device(device):
+        return driver.Kernel(GROUPS, "rarefy_groups", macros, shared)
+
+
+def groups(code: GroupCode, given: GroupArguments, half: bool, device: torch.device, overlap: bool = False) -> None:
+    """The product with kept groups, on the current stream of ``device``."""
+    tokens = 1 << (given.tokens - 1).bit_length()
+    program = _group_kernel(_index(device), code, tokens, half, code.shared_memory(tokens, given.columns))
+    most = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    stream = torch.cuda.current_stream(device).cuda_stream
+    program(code.grid(given.rows, most), 32 * code.WARPS, given, stream, overlap)
 
 
 def quantize(x: Tensor, gain: Tensor | None, eps: float, codes: Tensor, step: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,20 @@ from rarefy.sources.cache import cache_root
 
 FOLDER = Path(__file__).with_name("tables")
 KEY = ("bits", "table", "rows", "columns", "tokens")  # of a measurement
+MOST_SHARED = 200 * 1024  # bytes of a block's shared memory
+BLOCKS = 132  # that keep a large GPU busy
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens that are told apart
 
 
 def choose(code: Code, rows: int, columns: int, tokens: int, device: torch.device) -> Tuning:
     """What to compile for ``tokens`` of ``columns`` against ``rows``."""
     bucket = next((each for each in BUCKETS if tokens <= each), BUCKETS[-1])
-    return _chosen(code, rows, columns, bucket, _name(device))
+    wide = torch.cuda.get_device_capability(device) == (9, 0)
+    return _chosen(code, rows, columns, bucket, _name(device), wide)
 
 
 @functools.cache
-def _chosen(code: Code, rows: int, columns: int, bucket: int, name: str) -> Tuning:
+def _chosen(code: Code, rows: int, columns: int, bucket: int, name: str, wide: bool) -> Tuning:
     kind = {"bits": code.bits, "table": code.table, "tokens": bucket}
     known = [entry for entry in table(name) if all(entry[key] == value for key, value in kind.items())]
     if known:
@@ -38,21 +41,23 @@ def _chosen(code: Code, rows: int, columns: int, bucket: int, name: str) -> Tuni
             return max(size, 1 / size), max(shape, 1 / shape)
 
         found = Tuning(**min(known, key=distance)["tuning"])
-        if found.shared_memory(code) <= 200 * 1024:
+        if found.shared_memory(code) <= MOST_SHARED and (wide or not found.wide):
             return found
-    return by_rule(code, rows, columns, bucket)
+    return by_rule(code, rows, columns, bucket, wide)
 
 
-def by_rule(code: Code, rows: int, columns: int, tokens: int) -> Tuning:
-    """A fair choice where nobody measured."""
+def by_rule(code: Code, rows: int, columns: int, tokens: int, wide: bool = False) -> Tuning:
+    """A fair choice where nobody measured; ``wide`` where four warps can multiply together."""
     loads = code.step * code.bits // 256
     if tokens <= 16:
-        return Tuning(tiles=1, tokens=-(-tokens // 8), along=8, depth=max(1, min(2, 8 // loads)))
-    wide = min(8, -(-tokens // 8))
-    tiles = 2 if wide <= 4 and rows >= 8192 else 1
-    blocks = -(-rows // (16 * tiles * 4)) * -(-tokens // (8 * wide))
-    split = next((each for each in (1, 2, 4) if blocks * each >= 264), 4)
-    return Tuning(tiles, wide, across=4, along=1, depth=1, stages=3, split=split)
+        return Tuning(tiles=2 if loads < 4 else 1, tokens=-(-tokens // 8), along=8, depth=1)
+    at_once = min(16 if wide else 8, -(-tokens // 8))
+    across = 8 if wide else 4
+    blocks = -(-rows // (16 * across)) * -(-tokens // (8 * at_once))
+    split = next((each for each in (1, 2, 4) if blocks * each >= BLOCKS), 4)
+    deepest = Tuning(1, at_once, across=across, along=1, depth=1, stages=4, split=split, wide=wide)
+    fitting = (replace(deepest, stages=stages) for stages in (4, 3, 2))
+    return next((each for each in fitting if each.shared_memory(code) <= MOST_SHARED), replace(deepest, stages=2))
 
 
 @functools.cache

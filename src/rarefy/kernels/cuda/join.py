@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rarefy.kernels.adjacent import together
 from rarefy.kernels.cuda.layout import TILE
-from rarefy.kernels.cuda.prepared import CODES, Prepared
+from rarefy.kernels.cuda.prepared import CODES, ENTRIES, Prepared
 
 _TABLES = ("table", "pairs_half", "pairs_bfloat16")  # of one dimension where all rows share them
 
@@ -22,7 +22,7 @@ def join_(parts: Sequence[Prepared]) -> Prepared | None:
     """The weight ``[sum of rows, columns]`` of ``parts``, one term of each of several layers; None where their codes
     differ or rows do not fill tiles."""
     first = parts[0]
-    if not all(_alike(first, part) for part in parts):
+    if first.numbers["kind"] not in (CODES, ENTRIES) or not all(_alike(first, part) for part in parts):
         return None
     tall = TILE * (first.numbers["second_rows"] if "second_order" in first.tensors else 1)
     if first.numbers["kind"] == CODES and any(part.rows % tall for part in parts[:-1]):

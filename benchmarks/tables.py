@@ -254,6 +254,35 @@ def decode_table() -> str:
     return "\n\n".join(parts) or UNMEASURED
 
 
+def gpu_decode_table() -> str:
+    """Whole-model decoding on GPUs, one table for each device."""
+    parts = []
+    for data in results("*/gpu_decode.json"):
+        lines = ["| weights | batch | tokens/s | of the byte limit | peer | peer's time / ours |", "|---" * 6 + "|"]
+        for row in data["rows"]:
+            if row["job"] != row["peer"]:
+                weights = f"{row['job']}, {row['bits_per_weight']:.2f} bits"
+                speed = f"{row['tokens_per_second']:,.0f} | {row['fraction_of_limit']:.2f}"
+                lines.append(f"| {weights} | {row['batch']} | {speed} | {row['peer']} | {row['ratio']:.2f} |")
+        parts.append("\n".join([*lines, "", f"{data['rows'][0]['note']}; {measured_on(data)}"]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def linear_table() -> str:
+    """Single layers in code on GPUs, one table for each device."""
+    parts = []
+    for data in results("*/gpu_linear.json"):
+        names = ("weights", "shape", "tokens", "us", "of the limit", "times bf16", "times the best peer")
+        lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        for row in sorted(data["rows"], key=lambda row: (row["rows"], row["columns"], row["job"], row["tokens"])):
+            lines.append(
+                f"| {row['job']} | {row['rows']}x{row['columns']} | {row['tokens']} | {row['microseconds']:.1f} | "
+                f"{row['fraction_of_limit']:.2f} | {row.get('ratio_to_bf16', '-')} | {row['ratio']} ({row['peer']}) |"
+            )
+        parts.append("\n".join([*lines, "", measured_on(data)]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
 def term_table() -> str:
     sys.path.insert(0, str(ROOT / "src"))
     from rarefy.formats import terms
@@ -278,6 +307,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv-demo": partial(cache_table, "SmolLM2-135M-Instruct"),
     "kv-lab": partial(cache_table, LAB),
     "kv-decode": decode_table,
+    "gpu-decode": gpu_decode_table,
+    "gpu-linear": linear_table,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from rarefy.cli import bench, chat, compare, compress, demo, evaluate, info, inspect, recipes, report
+from rarefy.cli import bench, chat, compare, compress, demo, evaluate, info, inspect, recipes, report, tune
 
 app = typer.Typer(
     name="rarefy",
@@ -21,6 +21,7 @@ for _name, _command in (
     ("report", report.report),
     ("chat", chat.chat),
     ("bench", bench.bench),
+    ("tune", tune.tune),
     ("inspect", inspect.inspect),
     ("recipes", recipes.recipes),
     ("info", info.info),

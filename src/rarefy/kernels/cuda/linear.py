@@ -19,7 +19,7 @@ from rarefy.core.errors import FormatError, UnsupportedError
 from rarefy.kernels import activations, prepared
 from rarefy.kernels.cuda import layout, program, tuning
 from rarefy.kernels.cuda.measure import Problem
-from rarefy.kernels.cuda.prepared import BILEVEL, CODES, GROUPS, LEVEL, PAIRS, Prepared, code_of, group_code_of
+from rarefy.kernels.cuda.prepared import BILEVEL, CODES, ENTRIES, GROUPS, LEVEL, PAIRS, Prepared, code_of, group_code_of
 from rarefy.kernels.prepared import flat, library
 from rarefy.kernels.reference import decode
 
@@ -209,18 +209,29 @@ def _portable(x: Tensor, code: program.Code, term: Term, outliers: Term | None) 
 
 
 def _dense(terms: Sequence[Term], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """The weight in ``dtype``: by the kernel where it is one term of codes, else in torch."""
-    if len(terms) == 1 and terms[0][1]["kind"] == CODES and columns % 4 == 0 and _compiles():
-        tensors, numbers, multiplier = terms[0]
-        weight = tensors["codes"].new_empty(rows, columns, dtype=dtype)
-        half = dtype == torch.float16
-        given = program.arguments(
-            {**pointed(terms[0], half), "y": weight}, rows=rows, columns=columns,
-            second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
-        )  # fmt: skip
-        program.dequantize(code_of(tensors, numbers), given, half, weight.device)
-        return weight
-    return dense_sum(terms).to(dtype)
+    """The weight in ``dtype``: codes by the kernel where one reads them, outliers added to it, all else in torch."""
+    codes = [term for term in terms if term[1]["kind"] == CODES]
+    lists = [term for term in terms if term[1]["kind"] == ENTRIES]
+    if len(codes) != 1 or len(codes) + len(lists) < len(terms) or columns % 4 or not _compiles():
+        return dense_sum(terms).to(dtype)
+    tensors, numbers, multiplier = codes[0]
+    weight = tensors["codes"].new_empty(rows, columns, dtype=dtype)
+    half = dtype == torch.float16
+    given = program.arguments(
+        {**pointed(codes[0], half), "y": weight}, rows=rows, columns=columns,
+        second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
+    )  # fmt: skip
+    program.dequantize(code_of(tensors, numbers), given, half, weight.device)
+    for own, more, _ in lists:
+        values, column = packing.unpack_entries(own["entries"], torch.float16 if more["half"] else torch.bfloat16)
+        counts = own["row_ptr"][0].diff()
+        row = torch.repeat_interleave(
+            torch.arange(rows, device=column.device), counts, output_size=column.numel()
+        )
+        place = row * columns + column  # each but once
+        flat_weight = weight.view(-1)
+        flat_weight[place] = (flat_weight[place].float() + values.float()).to(dtype)
+    return weight
 
 
 def _decode(tensors: list[Tensor], numbers: list[int], factors: list[float], rows: int, columns: int) -> Tensor:

@@ -25,11 +25,12 @@ if TYPE_CHECKING:
         merge_adapter,
         runner,
         save,
+        set_attention,
     )
 
 __all__ = [
     "compare", "compare_caches", "compress", "evaluate", "evaluate_long", "evaluate_tasks", "kv_cache", "load",
-    "load_tokenizer", "merge_adapter", "runner", "save",
+    "load_tokenizer", "merge_adapter", "runner", "save", "set_attention",
 ]  # fmt: skip
 
 

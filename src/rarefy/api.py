@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from rarefy.evaluation.long.results import LongComparison
     from rarefy.evaluation.tasks.results import TaskComparison
     from rarefy.integrations.transformers.kv_setup import KvSetup
+    from rarefy.integrations.transformers.plan_setup import AttentionSetup
 
 log = logger(__name__)
 
@@ -293,6 +294,24 @@ def kv_cache(
         return None
     given = {"data": data, "samples": samples, "seq_len": seq_len, "tokenizer": tokenizer, "seed": seed}
     return install_(model, open_kv(model, recipe, params=params, options=options, **given))
+
+
+def set_attention(
+    model: PreTrainedModel, recipe: str | None = "xattention", *, params: str | Path | None = None, **options: Any
+) -> AttentionSetup | None:
+    """Let ``model`` attend sparsely from now on, by the plan that ``recipe`` makes with ``options`` for every layer.
+
+    ``recipe``: an id such as ``"xattention"``; ``"dense"`` or None goes back. A recipe with parameters reads them from
+    the file ``params``. What its plans do is counted in the result's ``report``: density, time by part, and every pass
+    that stayed dense with the reason. ``save`` writes recipe and parameters. Raises RecipeError, OptionError,
+    CheckpointError (parameters of another model), UnsupportedError.
+    """
+    from rarefy.integrations.transformers.plan_setup import install_, open_attention, uninstall_
+
+    if recipe is None or recipe == "dense":
+        uninstall_(model)
+        return None
+    return install_(model, open_attention(model, recipe, params=params, options=options))
 
 
 def evaluate_long(

@@ -11,6 +11,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
+from rarefy.attention.estimators import Estimator, Even
+from rarefy.attention.plan import AttentionPlan, AttentionShape
+from rarefy.attention.policy import Policy
+from rarefy.attention.selectors import Selector
 from rarefy.core.config import StrictModel, parse
 from rarefy.core.errors import RecipeError
 from rarefy.core.registry import Registry
@@ -129,6 +133,47 @@ class KvRecipe(StrictModel, ABC):
 
 
 kv_recipes: Registry[KvRecipe] = Registry("KV cache recipe", RecipeError)
+
+
+class AttentionRecipe(Policy, ABC):
+    """A method that decides which blocks of keys a query reads; its fields, those of `Policy` among them, are the
+    options a user can set.
+
+    ``block_q``, ``block_k``: tokens of a block of queries and of keys. ``heads``: whether prefill has lists for each
+    ``query`` head, or shares them within each ``kv`` head as decoding always does. ``executor``: who computes attention
+    over the lists; ``auto`` takes the fastest that can. A recipe whose ``needs`` are not empty has parameters, which
+    training or calibration finds, by layer.
+    """
+
+    recipe_version: ClassVar[int] = 1
+
+    block_q: int = Field(64, ge=1)
+    block_k: int = Field(64, ge=1)
+    heads: Literal["query", "kv"] = "query"
+    executor: str = "auto"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What fitting its parameters takes: ``training`` or ``samples``; nothing for a recipe without any."""
+        return frozenset()
+
+    def estimator(self, shape: AttentionShape, params: Mapping[str, Tensor]) -> Estimator:
+        """What scores blocks in a layer of this shape, with the parameters that were found for it."""
+        return Even()
+
+    @abstractmethod
+    def selector(self, shape: AttentionShape, params: Mapping[str, Tensor]) -> Selector:
+        """What chooses among scored blocks."""
+
+    def plan(self, shape: AttentionShape, params: Mapping[str, Tensor]) -> AttentionPlan:
+        """How a layer of this shape attends."""
+        return AttentionPlan(
+            self.estimator(shape, params), self.selector(shape, params), self, self.block_q, self.block_k, self.heads,
+            self.executor, shape.layers,
+        )  # fmt: skip
+
+
+attention_recipes: Registry[AttentionRecipe] = Registry("attention recipe", RecipeError)
 
 
 class Rule(StrictModel):

@@ -90,7 +90,7 @@ def save_model(
 
 def write_model(model: PreTrainedModel, stage: Path, source: Path | None, base: str, max_shard_bytes: int) -> None:
     """``save_model`` into an existing empty folder."""
-    from rarefy.integrations.transformers.kv_setup import store_setup
+    from rarefy.integrations.transformers import kv_setup, plan_setup
 
     manifest = manifest_of(model)
     here, there = {name for name, _ in compressed(model)}, set(manifest.terms())
@@ -102,7 +102,8 @@ def write_model(model: PreTrainedModel, stage: Path, source: Path | None, base: 
     writer = ShardWriter(stage, WEIGHTS_NAME, max_shard_bytes)
     for name, tensor in stored_tensors(model):
         writer.add(name, tensor)
-    manifest = writer.finish(manifest.model_copy(update={"kv": store_setup(model, stage)}))
+    runtime = {"kv": kv_setup.store_setup(model, stage), "attention": plan_setup.store_setup(model, stage)}
+    manifest = writer.finish(manifest.model_copy(update=runtime))
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(stage)
     if source is not None:

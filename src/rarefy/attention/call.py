@@ -1,0 +1,87 @@
+"""One layer's attention in one pass, as estimators and executors are given it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from rarefy.attention.policy import Phase
+from rarefy.attention.reach import Reach
+from rarefy.attention.source import Source
+from rarefy.core.errors import UnsupportedError
+from rarefy.kv.rotary import unrotate
+
+
+@dataclass(frozen=True)
+class Call:
+    """``query [B, H, Q, D]`` after rotary embedding, and the keys and values that it may reach. ``angles``: cos and sin
+    ``[B or 1, Q, rotated channels]`` of the queries, which are the newest tokens; None where they are not known.
+    ``positions`` int64 ``[B or 1, Q]`` beside them. ``layer``: its number."""
+
+    query: Tensor
+    source: Source
+    reach: Reach
+    scaling: float
+    layer: int = 0
+    softcap: float | None = None
+    angles: tuple[Tensor, Tensor] | None = None
+    positions: Tensor | None = None
+    phase: Phase = "prefill"
+    mask_heads: int = 1  # lists of blocks: one for each query head, or one for each KV head
+
+    @property
+    def heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.query.shape[1] // self.source.heads
+
+    @cached_property
+    def valid(self) -> Tensor | None:
+        """Which keys are no padding, bool ``[B, keys]``; None where all are."""
+        first, stop = self.reach.first, self.reach.stop
+        if first is None and stop is None:
+            return None
+        place = torch.arange(self.reach.keys, device=self.query.device)
+        valid = torch.ones(1, self.reach.keys, dtype=torch.bool, device=self.query.device)
+        if first is not None:
+            valid = valid & (place >= first[:, None])
+        return valid if stop is None else valid & (place < stop[:, None])
+
+    def query_before_rope(self) -> Tensor:
+        """The queries as they were before rotary embedding, float32. Raises UnsupportedError where it is not known."""
+        cos, sin = self._angles()
+        return unrotate(self.query, cos, sin)
+
+    def new_keys_before_rope(self, start: int, stop: int) -> Tensor:
+        """Keys ``[start, stop)``, all of them new in this pass, as they were before rotary embedding, float32."""
+        cos, sin = self._angles()
+        old = self.source.length - self.query.shape[2]
+        if start < old:
+            raise UnsupportedError(f"Keys before {old} are not new, and their rotary embedding is not known any more.")
+        part = slice(start - old, stop - old)
+        return unrotate(self.source.keys(start, stop), cos[:, :, part], sin[:, :, part])
+
+    def _angles(self) -> tuple[Tensor, Tensor]:
+        if self.angles is None:
+            raise UnsupportedError(
+                f"Layer {self.layer} does not tell its rotary embedding, which this plan undoes; use another plan."
+            )
+        cos, sin = self.angles
+        return cos[:, None], sin[:, None]
+
+
+def by_mask_head(scores: Tensor, call: Call, how: str = "logsumexp") -> Tensor:
+    """``scores [B, H, ...]`` of query heads as those of the call's mask heads, joined by ``logsumexp``, ``max`` or
+    ``mean``."""
+    if scores.shape[1] == call.mask_heads:
+        return scores
+    grouped = scores.unflatten(1, (call.mask_heads, -1))
+    if how == "max":
+        return grouped.amax(2)
+    return grouped.mean(2) if how == "mean" else grouped.logsumexp(2)

@@ -1,0 +1,30 @@
+"""Executors: exact attention over the blocks of a map, all with the same result."""
+
+from torch import Tensor
+
+from rarefy.attention.block_map import BlockMap
+from rarefy.attention.executors.base import Executor, executors
+from rarefy.attention.executors.reference import Reference
+from rarefy.attention.source import Source
+from rarefy.core.errors import UnsupportedError
+
+__all__ = ["Executor", "Reference", "choose", "executors"]
+
+# Tried in this order where the measured table has no say.
+ORDER = ("reference",)
+
+
+def choose(name: str, query: Tensor, source: Source, block_map: BlockMap, softcap: float | None = None) -> Executor:
+    """The executor ``name``, or the fastest that can serve (``auto``). Raises UnsupportedError where ``name`` cannot,
+    and OptionError where there is no such executor."""
+    if name != "auto":
+        executor = executors.get(name)()
+        reason = executor.refusal(query, source, block_map, softcap)
+        if reason is not None:
+            raise UnsupportedError(f"Executor '{name}' cannot run this attention: {reason}; use 'auto'.")
+        return executor
+    for other in ORDER:
+        executor = executors.get(other)()
+        if executor.refusal(query, source, block_map, softcap) is None:
+            return executor
+    return Reference()

@@ -1,0 +1,95 @@
+"""A plan: estimate which blocks of keys matter, select among them, execute attention over those."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from torch import Tensor
+
+from rarefy.attention.block_map import BlockMap
+from rarefy.attention.call import Call
+from rarefy.attention.estimators import Estimator
+from rarefy.attention.executors import choose
+from rarefy.attention.policy import Phase, Policy
+from rarefy.attention.report import PlanReport
+from rarefy.attention.selectors import Selector
+
+FEW = 16  # queries of a pass that decodes, or checks what a draft proposed
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Attention of one layer: number ``layer`` of ``layers``, query heads, KV heads, channels of keys."""
+
+    heads: int
+    kv_heads: int
+    channels: int
+    layer: int = 0
+    layers: int = 1
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How one layer attends. ``heads``: whether lists are made for each ``query`` head, or for each ``kv`` head, which
+    decoding always does, since its time is that of reading keys and values. ``executor``: a name, or ``auto``.
+    ``layers``: how many the model has."""
+
+    estimator: Estimator
+    selector: Selector
+    policy: Policy = field(default_factory=Policy)
+    block_q: int = 64
+    block_k: int = 64
+    heads: Literal["query", "kv"] = "query"
+    executor: str = "auto"
+    layers: int = 1
+
+    def phase(self, queries: int) -> Phase:
+        return "decode" if queries <= FEW else "prefill"
+
+    def attend(self, call: Call, report: PlanReport | None = None) -> Tensor | None:
+        """Attention of ``call.query``, in its shape and dtype; None where it should be dense, which the report says."""
+        report = report or PlanReport()
+        found = self.map(call, report)
+        if found is None:
+            return None
+        executor = choose(self.executor, call.query, call.source, found, call.softcap)
+        with report.part(call.layer, "execute", call.query.device):
+            output, _ = executor.run(call.query, call.source, found, call.scaling, call.softcap)
+        report.layer(call.layer).executors[executor.name] += 1
+        return output
+
+    def map(self, call: Call, report: PlanReport | None = None) -> BlockMap | None:
+        """The blocks that ``call`` would read; None where it should be dense. What estimators keep is brought up to
+        date either way."""
+        report = report or PlanReport()
+        own, device = report.layer(call.layer), call.query.device
+        phase = self.phase(call.query.shape[2])
+        call = replace(
+            call,
+            phase=phase,
+            mask_heads=call.heads if self.heads == "query" and phase == "prefill" else call.source.heads,
+        )
+        reason = self.policy.dense(phase, call.reach.keys, call.layer, self.layers)
+        if reason is not None:
+            own.dense[reason] += 1
+            with report.part(call.layer, "estimate", device):
+                self.estimator.observe(call, self.block_k)
+            return None
+        block_q = min(self.block_q, call.query.shape[2])
+        blocks = call.reach.blocks(block_q, self.block_k, device)
+        with report.part(call.layer, "estimate", device):
+            scores = self.estimator.scores(call, blocks)
+        with report.part(call.layer, "select", device):
+            forced = self.policy.forced(call.reach, blocks, call.layer, call.mask_heads, call.heads)
+            keep = self.selector.select(scores, blocks.some, forced)
+            found = BlockMap.from_mask(keep, call.reach, blocks)
+            density = found.density()
+        own.densities.append(density)
+        if report.keep_maps:
+            report.maps[call.layer] = found
+        if phase == "prefill" and self.policy.max_density < 1 and float(density.mean()) > self.policy.max_density:
+            own.densities.pop()
+            own.dense[f"denser than {self.policy.max_density}"] += 1
+            return None
+        return found

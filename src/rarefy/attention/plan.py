@@ -59,17 +59,19 @@ class AttentionPlan:
         report.layer(call.layer).executors[executor.name] += 1
         return output
 
+    def prepared(self, call: Call) -> Call:
+        """``call`` with its phase and the heads that lists are made for."""
+        phase = self.phase(call.query.shape[2])
+        by_query = self.heads == "query" and phase == "prefill"
+        return replace(call, phase=phase, mask_heads=call.heads if by_query else call.source.heads)
+
     def map(self, call: Call, report: PlanReport | None = None) -> BlockMap | None:
         """The blocks that ``call`` would read; None where it should be dense. What estimators keep is brought up to
         date either way."""
         report = report or PlanReport()
         own, device = report.layer(call.layer), call.query.device
-        phase = self.phase(call.query.shape[2])
-        call = replace(
-            call,
-            phase=phase,
-            mask_heads=call.heads if self.heads == "query" and phase == "prefill" else call.source.heads,
-        )
+        call = self.prepared(call)
+        phase = call.phase
         reason = self.policy.dense(phase, call.reach.keys, call.layer, self.layers)
         if reason is not None:
             own.dense[reason] += 1

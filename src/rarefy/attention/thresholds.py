@@ -36,7 +36,7 @@ def head_errors(plans: Sequence[AttentionPlan], call: Call) -> tuple[Tensor, Ten
 
 
 def largest_within(levels: Tensor, errors: Tensor, budget: float) -> Tensor:
-    """For each head the first of ``levels [n]`` (falling) from which on no error of ``errors [n, H]`` exceeds ``budget``:
-    float32 ``[H]``. The last level is one without error."""
+    """For each head the first of ``levels [n]`` (falling) from which on no error of ``errors [n, H]`` exceeds
+    ``budget``: float32 ``[H]``. The last level is one without error."""
     within = (errors <= budget).flip(0).cumprod(0).flip(0)
     return levels.to(errors.device)[within.argmax(0)].float()

@@ -14,7 +14,7 @@ from rarefy.cli.common import Device, Json, Revision, command, parse_options, pr
 def train(
     model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf file, or 'demo'.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    recipe: Annotated[str, typer.Option(help="Recipe with something to learn; see 'rarefy recipes'.")] = "seer_attention",
+    recipe: Annotated[str, typer.Option(help="Recipe that has something to learn.")] = "seer_attention",
     option: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Recipe option.")] = None,
     data: Annotated[str, typer.Option(help="Training text: a file or 'demo'.")] = "demo",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the optimizer.")] = 500,

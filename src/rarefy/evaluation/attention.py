@@ -2,60 +2,87 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rarefy.attention.block_map import BlockMap
 from rarefy.attention.call import Call
 from rarefy.attention.estimators import true_blocks
 from rarefy.attention.executors import Reference
 from rarefy.attention.plan import AttentionPlan
-from rarefy.attention.report import PlanReport
 
 
 @dataclass(frozen=True)
-class HeadChoice:
+class Choice:
     """What a plan chose for one pass of one layer, by query head (``[H]``; maps ``[B, H, query blocks, key blocks]``).
 
     ``density``: share of the blocks in reach that are kept. ``recall``: share of attention's probability that lies in
-    them; ``best``: the most that as many blocks of each row could hold. ``error``: how far the result is from dense
-    attention's, relative to it (Frobenius norm). ``scores``: what the estimator said, for the plan's mask heads.
+    them; ``best``: the most that as many blocks of each row could hold. ``error``: how far the result is from that of
+    dense attention, relative to it (Frobenius norm). ``scores``: what the estimator said; ``mass``: probability, added
+    up over keys and averaged over queries; ``some``: which blocks are in reach.
     """
 
     density: Tensor
     recall: Tensor
     best: Tensor
     error: Tensor
+    scores: Tensor
     kept: Tensor
     mass: Tensor
-    scores: Tensor
+    some: Tensor
 
 
 @torch.no_grad()
-def examine(plan: AttentionPlan, call: Call) -> HeadChoice:
-    """Let ``plan`` choose for ``call`` whatever its policy says of short passes, and hold it against the truth."""
-    policy = plan.policy.model_copy(update={"dense_below": 0, "max_density": 1.0, "phases": "both", "dense_layers": ()})
-    report = PlanReport(keep_scores=True)
-    found = replace(plan, policy=policy).map(call, report)
-    assert found is not None
-    blocks = call.reach.blocks(found.block_q, found.block_k, call.query.device)
-    kept = found.per_head(call.heads).dense()
-    mass = true_blocks(call, blocks)
-    total = mass.sum((0, 2, 3)).clamp(min=1e-30)
-    count = kept.sum(-1, keepdim=True)
-    ranked = mass.sort(-1, descending=True).values
-    within = torch.arange(mass.shape[-1], device=mass.device) < count
-    sparse, _ = Reference().run(call.query, call.source, found, call.scaling, call.softcap)
-    whole = found.from_mask(blocks.some.expand(kept.shape), call.reach, blocks)
-    dense, _ = Reference().run(call.query, call.source, whole, call.scaling, call.softcap)
-    apart = (sparse.float() - dense.float()).square().sum((0, 2, 3)).sqrt()
-    return HeadChoice(
-        density=found.per_head(call.heads).density(),
-        recall=(mass * kept).sum((0, 2, 3)) / total,
-        best=(ranked * within).sum((0, 2, 3)) / total,
-        error=apart / dense.float().square().sum((0, 2, 3)).sqrt().clamp(min=1e-30),
-        kept=kept,
-        mass=mass,
-        scores=report.scores[call.layer],
+def examine(plan: AttentionPlan, call: Call) -> Choice:
+    """Let ``plan`` choose for ``call``, whatever its policy says of short passes, and hold it against the truth."""
+    call = plan.prepared(call)
+    blocks = call.reach.blocks(min(plan.block_q, call.query.shape[2]), plan.block_k, call.query.device)
+    scores = plan.estimator.scores(call, blocks)
+    forced = plan.policy.forced(call.reach, blocks, call.layer, call.mask_heads, call.heads)
+    chosen = BlockMap.from_mask(plan.selector.select(scores, blocks.some, forced), call.reach, blocks)
+    chosen = chosen.per_head(call.heads)
+    kept, mass = chosen.dense(), true_blocks(call, blocks)
+    whole = BlockMap.from_mask(blocks.some.expand(kept.shape), call.reach, blocks)
+    sparse, dense = (
+        Reference().run(call.query, call.source, each, call.scaling, call.softcap)[0].float()
+        for each in (chosen, whole)
     )
+    total = mass.sum((0, 2, 3)).clamp(min=torch.finfo(mass.dtype).tiny)
+    within = torch.arange(blocks.columns, device=mass.device) < kept.sum(-1, keepdim=True)
+    size = dense.square().sum((0, 2, 3)).sqrt().clamp(min=torch.finfo(mass.dtype).tiny)
+    queries = mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
+    return Choice(
+        density=chosen.density(),
+        recall=(mass * kept).sum((0, 2, 3)) / total,
+        best=(mass.sort(-1, descending=True).values * within).sum((0, 2, 3)) / total,
+        error=(sparse - dense).square().sum((0, 2, 3)).sqrt() / size,
+        scores=scores.repeat_interleave(call.heads // scores.shape[1], 1),
+        kept=kept,
+        mass=mass / queries,
+        some=blocks.some.expand(kept.shape),
+    )
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """What ``plan`` chose in every layer for ``tokens`` tokens of ``text``."""
+
+    model: str
+    plan: str
+    text: str
+    tokens: int
+    block_q: int
+    block_k: int
+    layers: dict[int, Choice]
+
+    def summary(self) -> dict[str, Any]:
+        """Means over layers and heads."""
+        found = self.layers.values()
+        means = {
+            name: float(torch.stack([getattr(choice, name).mean() for choice in found]).mean())
+            for name in ("density", "recall", "best", "error")
+        }
+        return {"model": self.model, "plan": self.plan, "text": self.text, "tokens": self.tokens, **means}

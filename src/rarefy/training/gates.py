@@ -10,6 +10,7 @@ from torch import Tensor
 from rarefy.attention.call import Call
 from rarefy.attention.estimators import query_blocks, true_blocks
 from rarefy.attention.gate import BlockGate
+from rarefy.attention.policy import Phase
 from rarefy.attention.pooling import pooled
 from rarefy.training.losses import row_divergence
 
@@ -17,7 +18,7 @@ from rarefy.training.losses import row_divergence
 UNTAUGHT = {"prefill": 0.25, "decode": 0.5}
 
 
-def gate_loss(call: Call, gates: Mapping[str, BlockGate], block: int) -> Tensor:
+def gate_loss(call: Call, gates: Mapping[Phase, BlockGate], block: int) -> Tensor:
     """The sum over ``gates``, by phase, of the divergence in nats of a gate's shares of key blocks from the truth.
 
     The truth of a query and a block is the largest probability that the query gives to a key of the block: of a

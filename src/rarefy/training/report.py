@@ -6,8 +6,8 @@ from rarefy.core.config import StrictModel
 
 
 class TrainingReport(StrictModel):
-    """``loss``: of the first and the last tenth of ``steps``, on average; ``tokens``: that were seen, repeated ones each
-    time; ``bytes``: of what was trained, as it is stored."""
+    """``loss``: of the first and the last tenth of ``steps``, on average; ``tokens``: that were seen, repeated ones
+    each time; ``bytes``: of what was trained, as it is stored."""
 
     model: str
     recipe: str

@@ -17,8 +17,9 @@ from rarefy.core.errors import OptionError
 
 
 class Gated(Estimator):
-    """Scores of one of ``gates``, by the phase of the call. Of a block of queries the mean is looked at. Keys are as they
-    were before rotary embedding; what stands for a block of them is kept in the cache's state, in the model's dtype."""
+    """Scores of one of ``gates``, by the phase of the call. Of a block of queries the mean is looked at. Keys are as
+    they were before rotary embedding; what stands for a block of them is kept in the cache's state, in the model's
+    dtype."""
 
     def __init__(self, gates: Mapping[Phase, BlockGate]):
         self.gates = gates

@@ -7,6 +7,8 @@ whose score is far below it can be left out without having seen the rest of the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -27,7 +29,9 @@ class LowBitProducts(Estimator):
     def __init__(
         self, *, num_bits: int | None = 4, sink: int = 32, local: int = 128, smooth: bool = True, every: int = 1
     ):
-        self.options = {"num_bits": num_bits, "sink": sink, "local": local, "smooth": smooth, "every": every}
+        self.options: dict[str, Any] = {
+            "num_bits": num_bits, "sink": sink, "local": local, "smooth": smooth, "every": every,
+        }  # fmt: skip
 
     def scores(self, call: Call, blocks: Blocks) -> Tensor:
         found = anchored_scores(
@@ -70,8 +74,8 @@ def anchored_scores(
     """
     kv_heads, blocks, rest = key.shape[1], -(-reach.keys // block_k), -reach.keys % block_k
     keys = key.float()
-    mean = query.float().mean(2, keepdim=True) if smooth else query.new_zeros(*query.shape[:2], 1, query.shape[3]).float()
-    keys = keys - keys.mean(2, keepdim=True) if smooth else keys
+    mean = query.float().mean(2, keepdim=True) * float(smooth)
+    keys = keys - keys.mean(2, keepdim=True) * float(smooth)
     turned = keys.mT.unsqueeze(2)
     bias = torch.matmul(mean.unflatten(1, (kv_heads, -1)), turned).flatten(1, 2)
     if num_bits is not None:
@@ -101,7 +105,8 @@ def anchored_scores(
 
 
 def _looked_at(low: int, high: int, count: int, block: int, every: int, device: torch.device) -> Tensor:
-    """Of each block of queries in ``[low, high)``, out of ``count``, the last and each ``every``-th before it, int64."""
+    """Of each block of queries in ``[low, high)``, out of ``count``, the last and each ``every``-th before it,
+    int64."""
     rows = torch.arange(low, high, device=device)
     last = ((rows // block + 1) * block).clamp(max=count) - 1
     return rows[(last - rows) % every == 0]

@@ -5,10 +5,11 @@ from torch import Tensor
 from rarefy.attention.block_map import BlockMap
 from rarefy.attention.executors.base import Executor, executors
 from rarefy.attention.executors.reference import Reference
+from rarefy.attention.executors.trainable import Trainable
 from rarefy.attention.source import Source
 from rarefy.core.errors import UnsupportedError
 
-__all__ = ["Executor", "Reference", "choose", "executors"]
+__all__ = ["Executor", "Reference", "Trainable", "choose", "executors"]
 
 # Tried in this order where the measured table has no say.
 ORDER = ("reference",)
@@ -23,6 +24,8 @@ def choose(name: str, query: Tensor, source: Source, block_map: BlockMap, softca
         if reason is not None:
             raise UnsupportedError(f"Executor '{name}' cannot run this attention: {reason}; use 'auto'.")
         return executor
+    if query.requires_grad:
+        return Trainable()
     for other in ORDER:
         executor = executors.get(other)()
         if executor.refusal(query, source, block_map, softcap) is None:

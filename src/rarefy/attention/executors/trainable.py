@@ -10,11 +10,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.attention.block_map import BlockMap
+from rarefy.attention.block_map import LEVEL_MASK, LEVEL_SHIFT, BlockMap
+from rarefy.attention.executors.base import Executor, executors
+from rarefy.attention.source import Source
 from rarefy.core.errors import UnsupportedError
 
 # Numbers of gathered keys of one piece: 32 MB in float32.
 GATHERED_AT_ONCE = 1 << 23
+
+
+@executors.register("trainable")
+class Trainable(Executor):
+    """What attends while a model is trained; `trainable_attention` behind the interface of executors."""
+
+    name = "trainable"
+
+    def refusal(self, query: Tensor, source: Source, block_map: BlockMap, softcap: float | None = None) -> str | None:
+        if softcap is not None:
+            return "it does not bend scores (softcap)"
+        if block_map.reach.mask is not None and block_map.reach.mask.shape[1] > 1:
+            return "its mask differs between heads"
+        levels = (block_map.flags >> LEVEL_SHIFT) & LEVEL_MASK
+        return "it has blocks whose keys are merged" if bool(levels.any()) else None
+
+    def run(
+        self, query: Tensor, source: Source, block_map: BlockMap, scaling: float, softcap: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        reason = self.refusal(query, source, block_map, softcap)
+        if reason is not None:
+            raise UnsupportedError(f"This model cannot be trained with sparse attention, since {reason}.")
+        return trainable_attention(query, source.keys(), source.values(), block_map, scaling)
 
 
 def trainable_attention(
@@ -24,10 +49,8 @@ def trainable_attention(
     names: the result ``[B, H, Q, D]`` in the query's dtype, and its log-sum-exp, float32 ``[B, H, Q]`` (no gradient).
 
     Differentiable once. Sums in float32 or the query's dtype, whichever is wider; on a GPU gradients of keys and values
-    are added in no fixed order. Raises UnsupportedError for masks that differ between heads, and for levels.
+    are added in no fixed order. Levels, and masks that differ between heads, are not served.
     """
-    if chosen.reach.mask is not None and chosen.reach.mask.shape[1] > 1:
-        raise UnsupportedError("Sparse attention is trained with masks that all heads share; train this model dense.")
     output, total = _Trainable.apply(query, key, value, chosen, scaling)
     return output, total
 
@@ -35,8 +58,8 @@ def trainable_attention(
 @dataclass(frozen=True)
 class _Piece:
     """Some query blocks with what they read. ``rows``: where their queries lie, int64 ``[blocks, block_q]``, and
-    ``real`` which exist; ``flat``: rows of ``[B * Hkv * T, D]`` that are read, int64 ``[B, M, blocks, keys]``; ``seen``:
-    which query may see which key, bool ``[B, M, blocks, block_q, keys]``."""
+    ``real`` which exist; ``flat``: rows of ``[B * Hkv * T, D]`` that are read, int64 ``[B, M, blocks, keys]``;
+    ``seen``: which query may see which key, bool ``[B, M, blocks, block_q, keys]``."""
 
     rows: Tensor
     real: Tensor

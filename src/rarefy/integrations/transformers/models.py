@@ -92,7 +92,7 @@ def write_model(model: PreTrainedModel, stage: Path, source: Path | None, base: 
     """``save_model`` into an existing empty folder."""
     from rarefy.integrations.transformers import kv_setup, plan_setup
 
-    manifest = manifest_of(model)
+    manifest = _manifest_to_write(model)
     here, there = {name for name, _ in compressed(model)}, set(manifest.terms())
     if here != there:
         raise OptionError(
@@ -123,6 +123,18 @@ def manifest_of(model: Any) -> Manifest:
     if not isinstance(manifest, Manifest):
         raise OptionError(f"This {type(model).__name__} is not compressed by rarefy; call rarefy.compress first.")
     return manifest
+
+
+def _manifest_to_write(model: Any) -> Manifest:
+    """That of a compressed model, or a bare one for a dense model that attends sparsely or keeps its cache in code."""
+    from rarefy.integrations.transformers import kv_setup, plan_setup
+    from rarefy.integrations.transformers.quantizer import attach_
+
+    added = [getattr(model, module.SETUP, None) for module in (plan_setup, kv_setup)]
+    names = [setup.name for setup in added if setup is not None]
+    if names and getattr(model.config, "quantization_config", None) is None:
+        attach_(model, Manifest(recipe=names[0], rules=()))
+    return manifest_of(model)
 
 
 def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,59 @@ from rarefy.attention.call import Call
 from rarefy.attention.gate import BlockGate
 from rarefy.attention.plan import AttentionShape
 from rarefy.attention.policy import Phase
+from rarefy.calibration.samples import open_samples
 from rarefy.contracts import AttentionRecipe, GatedRecipe
-from rarefy.core.errors import OptionError
+from rarefy.core.devices import Device, compute_dtype, device_of
+from rarefy.core.errors import OptionError, RecipeError
+from rarefy.core.files import check_out
 from rarefy.core.progress import progress
+from rarefy.integrations.transformers import models as folders
 from rarefy.integrations.transformers.kv_setup import Params, digest
 from rarefy.integrations.transformers.listening import listen
-from rarefy.integrations.transformers.plan_setup import AttentionSetup, prepared, shape_of
+from rarefy.integrations.transformers.plan_setup import (
+    AttentionSetup,
+    attention_recipe,
+    install_,
+    open_attention,
+    prepared,
+    shape_of,
+)
+from rarefy.integrations.transformers.subjects import name_of, shared_tokenizer
+from rarefy.sources.models import open_model
 from rarefy.training.gates import gate_loss
 from rarefy.training.loop import Schedule, train_
+from rarefy.training.report import TrainingReport, first_and_last
+
+# Options of `find_attention` that are no recipe's, with their usual values.
+CALIBRATION: dict[str, Any] = {"params": None, "data": "demo", "samples": 8, "seq_len": 2048, "seed": 0}
+
+
+def find_attention(
+    model: Any,
+    name: str,
+    *,
+    params: str | Path | None,
+    options: Mapping[str, Any],
+    data: Any,
+    samples: int,
+    seq_len: int,
+    tokenizer: Any,
+    seed: int,
+) -> AttentionSetup:
+    """The setup of recipe ``name`` for ``model``: read from ``params``, or calibrated on ``data`` if it has to be."""
+    if params is None:
+        recipe = attention_recipe(name, options)
+        if recipe.needs == {"samples"}:
+            known = tokenizer or (lambda: shared_tokenizer([model], [None]))
+            given = open_samples(data, known, model.config, samples, seq_len, seed)
+            rows = [row for batch in given.batches for row in batch["input_ids"]]
+            return calibrate(name, recipe, model, rows)
+    return open_attention(model, name, params=params, options=options)
 
 
 def calibrate(name: str, recipe: AttentionRecipe, model: Any, rows: Sequence[Tensor]) -> AttentionSetup:
-    """The setup of ``recipe`` on ``model``, fitted on what its layers are given for ``rows``, token ids ``[T]`` each."""
+    """The setup of ``recipe`` on ``model``, fitted on what its layers are given for ``rows``, token ids ``[T]``
+    each."""
     if not rows:
         raise OptionError("There is no calibration data; give at least one sequence.")
     shapes = _shapes(model)
@@ -48,8 +90,8 @@ def calibrate(name: str, recipe: AttentionRecipe, model: Any, rows: Sequence[Ten
 
 
 class GateTrainer:
-    """Gates of every layer of ``model``, which learn from what its attention looks at on ``rows`` (token ids ``[N, T]``),
-    ``batch`` of them a step, in an order drawn from ``seed`` that covers all rows again and again."""
+    """Gates of every layer of ``model``, which learn from what its attention looks at on ``rows`` (token ids ``[N,
+    T]``), ``batch`` of them a step, in an order drawn from ``seed`` that covers all rows again and again."""
 
     def __init__(self, name: str, recipe: GatedRecipe, model: Any, rows: Tensor, batch: int, seed: int):
         self.name, self.recipe, self.model, self.rows, self.batch, self.seed = name, recipe, model, rows, batch, seed
@@ -106,6 +148,62 @@ class GateTrainer:
         round_, place = divmod(index, len(self.rows))
         generator = torch.Generator().manual_seed(self.seed + round_)
         return int(torch.randperm(len(self.rows), generator=generator)[place])
+
+
+def train(
+    model: Any,
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    out: Path | None,
+    data: Any,
+    steps: int,
+    batch: int,
+    seq_len: int,
+    rate: float,
+    tokenizer: Any,
+    work: Path | None,
+    device: Device,
+    seed: int,
+    overwrite: bool,
+    revision: str | None,
+    save: Callable[..., None],
+) -> TrainingReport:
+    """``rarefy.train``."""
+    start = time.monotonic()
+    recipe = attention_recipe(name, options)
+    if not isinstance(recipe, GatedRecipe):
+        raise RecipeError(f"Recipe '{name}' has nothing to train; use it with rarefy.set_attention.")
+    if out is not None:
+        check_out(out, overwrite)
+    label, given = name_of(model) if not isinstance(model, str | Path) else str(model), None
+    if isinstance(model, str | Path):
+        if out is None:
+            raise OptionError("Say where to write the model and its gates: out=FOLDER (--out on the command line).")
+        source, place = open_model(model, revision), device_of(device)
+        label, given = source.name, folders.load_folder(source.folder, dtype="auto")
+        tokenizer = tokenizer or (lambda: folders.load_tokenizer(source.folder))
+    trained: Any = given if given is not None else model
+    stored = trained.dtype
+    if given is not None:
+        trained.to(place, compute_dtype(stored, place))
+    known = tokenizer or (lambda: shared_tokenizer([model], [None]))
+    texts = open_samples(data, known, trained.config, steps * batch, seq_len, seed)
+    rows = torch.cat([piece["input_ids"] for piece in texts.batches])
+    trainer = GateTrainer(name, recipe, trained.eval(), rows, batch, seed)
+    losses = trainer.train(Schedule(steps=steps, rate=rate), work)
+    if given is not None:
+        trained.to(stored)
+    setup = install_(trained, trainer.setup())
+    if out is not None:
+        save(trained, out, overwrite=overwrite)
+    tensors = [tensor for own in setup.params.values() for tensor in own.values()]
+    return TrainingReport(
+        model=label, recipe=name, out=None if out is None else str(out), data=texts.describe(), steps=steps,
+        tokens=steps * batch * rows.shape[1], loss=first_and_last(losses),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        seconds=time.monotonic() - start, notes=texts.notes,
+    )  # fmt: skip
 
 
 def _shapes(model: Any) -> dict[int, AttentionShape]:

@@ -1,8 +1,8 @@
 """SALE (2505.24179): every query meets every key in 4 bits, and a threshold for each head says what is worth reading.
 
 Queries and keys lose their means and are rounded to 4 bits (section 3.2); the mean of queries adds an exact number to
-each key's score. The first keys and the nearest ones are read exactly, and what they add up to is the measure: a tile of
-64 queries and 32 keys is read if any estimated weight in it exceeds the head's threshold, relative to that sum
+each key's score. The first keys and the nearest ones are read exactly, and what they add up to is the measure: a tile
+of 64 queries and 32 keys is read if any estimated weight in it exceeds the head's threshold, relative to that sum
 (section 3.3). Thresholds are calibrated layer by layer on dense attention: they start at ``start`` and are halved until
 the head's output is close enough to the dense one.
 
@@ -30,8 +30,8 @@ from rarefy.contracts import AttentionRecipe, attention_recipes
 
 @attention_recipes.register("sale")
 class Sale(AttentionRecipe):
-    """Thresholds on 4-bit scores, for prefill. ``num_bits`` of queries and keys; ``every``: of each block of queries only
-    each so many-th is looked at. ``budget``: error of a head's output that calibration allows; ``start`` and
+    """Thresholds on 4-bit scores, for prefill. ``num_bits`` of queries and keys; ``every``: of each block of queries
+    only each so many-th is looked at. ``budget``: error of a head's output that calibration allows; ``start`` and
     ``halvings``: the thresholds that it tries. ``threshold``: that one for all heads, without calibration."""
 
     block_k: int = Field(32, ge=1)
@@ -66,9 +66,7 @@ class Sale(AttentionRecipe):
         return Threshold(limit, normalized=False)
 
     def measure(self, shape: AttentionShape, call: Call) -> dict[str, Tensor]:
-        plans = [
-            self.model_copy(update={"threshold": level}).plan(shape, {}) for level in self.levels
-        ]
+        plans = [self.model_copy(update={"threshold": level}).plan(shape, {}) for level in self.levels]
         apart, whole = head_errors(plans, call)
         return {"apart": apart, "whole": whole}
 

@@ -21,25 +21,21 @@ from rarefy.attention.gate import BlockGate, Pool
 from rarefy.attention.plan import AttentionShape
 from rarefy.attention.policy import Phase
 from rarefy.attention.selectors import Mass, Selector, Threshold, TopK
-from rarefy.contracts import AttentionRecipe, attention_recipes
+from rarefy.contracts import GatedRecipe, attention_recipes
 from rarefy.core.errors import RecipeError
 
 
 @attention_recipes.register("seer_attention")
-class SeerAttention(AttentionRecipe):
-    """A trained gate for each layer. Of each row's blocks the best ``density`` are kept; or those whose share by the gate
-    exceeds ``threshold``; or as few as hold ``mass`` by it. ``pools``: what keys of a block are summed up by. The gates
-    themselves say for which phases there are any."""
+class SeerAttention(GatedRecipe):
+    """A trained gate for each layer. Of each row's blocks the best ``density`` are kept; or those whose share by the
+    gate exceeds ``threshold``; or as few as hold ``mass`` by it. ``pools``: what keys of a block are summed up by. The
+    gates themselves say for which phases there are any."""
 
     density: float = Field(0.1, gt=0, le=1)
     threshold: float | None = Field(None, gt=0, lt=1)
     mass: float | None = Field(None, gt=0, le=1)
     pools: tuple[Pool, ...] = Field(("max", "min", "mean"), min_length=1)
     last_rows: int = Field(2, ge=0)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"training"})
 
     @property
     def trained(self) -> tuple[Phase, ...]:

@@ -19,10 +19,11 @@ from rarefy.attention.plan import AttentionPlan
 class Choice:
     """What a plan chose for one pass of one layer, by query head (``[H]``; maps ``[B, H, query blocks, key blocks]``).
 
-    ``density``: share of the blocks in reach that are kept. ``recall``: share of attention's probability that lies in
-    them; ``best``: the most that as many blocks of each row could hold. ``error``: how far the result is from that of
-    dense attention, relative to it (Frobenius norm). ``scores``: what the estimator said; ``mass``: probability, added
-    up over keys and averaged over queries; ``some``: which blocks are in reach.
+    Numbers are those of the query blocks from ``first`` on. ``density``: share of the blocks in reach that are kept.
+    ``recall``: share of attention's probability that lies in them; ``best``: the most that as many blocks of each row
+    could hold. ``error``: how far the result is from that of dense attention, relative to it (Frobenius norm).
+    ``scores``: what the estimator said; ``mass``: probability, added up over keys and averaged over queries; ``some``:
+    which blocks are in reach.
     """
 
     density: Tensor
@@ -36,7 +37,7 @@ class Choice:
 
 
 @torch.no_grad()
-def examine(plan: AttentionPlan, call: Call) -> Choice:
+def examine(plan: AttentionPlan, call: Call, first: int = 0) -> Choice:
     """Let ``plan`` choose for ``call``, whatever its policy says of short passes, and hold it against the truth."""
     call = plan.prepared(call)
     blocks = call.reach.blocks(min(plan.block_q, call.query.shape[2]), plan.block_k, call.query.device)
@@ -46,23 +47,24 @@ def examine(plan: AttentionPlan, call: Call) -> Choice:
     chosen = chosen.per_head(call.heads)
     kept, mass = chosen.dense(), true_blocks(call, blocks)
     whole = BlockMap.from_mask(blocks.some.expand(kept.shape), call.reach, blocks)
+    tiny = torch.finfo(mass.dtype).tiny
     sparse, dense = (
-        Reference().run(call.query, call.source, each, call.scaling, call.softcap)[0].float()
+        Reference().run(call.query, call.source, each, call.scaling, call.softcap)[0][:, :, first * blocks.block_q :]
         for each in (chosen, whole)
     )
-    total = mass.sum((0, 2, 3)).clamp(min=torch.finfo(mass.dtype).tiny)
-    within = torch.arange(blocks.columns, device=mass.device) < kept.sum(-1, keepdim=True)
-    size = dense.square().sum((0, 2, 3)).sqrt().clamp(min=torch.finfo(mass.dtype).tiny)
-    queries = mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
+    size = dense.float().square().sum((0, 2, 3)).sqrt().clamp(min=tiny)
+    held, own, some = mass[:, :, first:], kept[:, :, first:], blocks.some.expand(kept.shape)
+    total = held.sum((0, 2, 3)).clamp(min=tiny)
+    within = torch.arange(blocks.columns, device=mass.device) < own.sum(-1, keepdim=True)
     return Choice(
-        density=chosen.density(),
-        recall=(mass * kept).sum((0, 2, 3)) / total,
-        best=(mass.sort(-1, descending=True).values * within).sum((0, 2, 3)) / total,
-        error=(sparse - dense).square().sum((0, 2, 3)).sqrt() / size,
+        density=own.sum((0, 2, 3)) / some[:, :, first:].sum((0, 2, 3)).clamp(min=1),
+        recall=(held * own).sum((0, 2, 3)) / total,
+        best=(held.sort(-1, descending=True).values * within).sum((0, 2, 3)) / total,
+        error=(sparse.float() - dense.float()).square().sum((0, 2, 3)).sqrt() / size,
         scores=scores.repeat_interleave(call.heads // scores.shape[1], 1),
         kept=kept,
-        mass=mass / queries,
-        some=blocks.some.expand(kept.shape),
+        mass=mass / mass.sum(-1, keepdim=True).clamp(min=tiny),
+        some=some,
     )
 
 

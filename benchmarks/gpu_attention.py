@@ -532,6 +532,8 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so long")
     parser.add_argument("--tune", action="store_true", help="try configurations of the kernels first")
+    parser.add_argument("--tokens", default="32768,8192,131072,16384,65536", help="lengths of prefill; 0 for none")
+    parser.add_argument("--decode", default="16x32768,1x32768,1x131072,4x32768,16x8192", help="batches and lengths")
     options = parser.parse_args()
     begin = time.monotonic()
     torch.manual_seed(0)
@@ -555,8 +557,12 @@ def main() -> None:
 
     if options.tune:
         attempt("tune", lambda: tune(clock, 32768, 10))
-    attempt("decode 16 x 32k", lambda: decode(clock, 16, 32768, 60, False))
-    for tokens, rounds in ((32768, 50), (8192, 50), (131072, 9 if options.quick else 50), (16384, 50), (65536, 50)):
+    for case in filter(None, options.decode.split(",")):
+        batch, length = (int(part) for part in case.split("x"))
+        few = options.quick or batch * length != 16 * 32768
+        attempt(f"decode {case}", lambda b=batch, n=length, few=few: decode(clock, b, n, 60, few))
+    for tokens in (int(part) for part in options.tokens.split(",") if int(part)):
+        rounds = 9 if options.quick and tokens > 65536 else 50
         peers: dict[str, float] = {}
 
         def measure(tokens: int = tokens, rounds: int = rounds, peers: dict[str, float] = peers) -> list[Row]:
@@ -571,8 +577,6 @@ def main() -> None:
         attempt(f"execution {tokens}", lambda t=tokens, r=rounds, p=peers: execution(clock, t, r // 2, found, p))  # type: ignore[misc]
         if tokens <= 32768:
             attempt(f"masses {tokens}", lambda t=tokens, p=peers: masses(clock, t, p, 10))  # type: ignore[misc]
-    for batch, tokens in ((1, 32768), (1, 131072), (4, 32768), (16, 8192)):
-        attempt(f"decode {batch} x {tokens}", lambda b=batch, t=tokens: decode(clock, b, t, 60, True))  # type: ignore[misc]
     if options.json is None:
         write(options, rows, KEY)
 

@@ -10,47 +10,49 @@ from torch import Tensor
 from rarefy.attention.reach import Blocks, Reach
 from rarefy.core.errors import FormatError
 
-PARTIAL = 1  # flag: tokens of the block have to be masked one by one
-LEVEL_SHIFT, LEVEL_MASK = 1, 7  # flag bits 1-3: log2 of how many neighbouring keys were made one
-
 
 @dataclass(frozen=True)
 class BlockMap:
     """Lists of key blocks in compressed sparse rows. Row ``(b, m, i)`` is query block ``i`` of mask head ``m``.
 
-    ``start``, ``count`` int32 ``[B, M, query blocks]``: a row's entries are ``columns[start : start + count]``. Rows
-    lie one after the other or, as kernels write them without waiting for a sum, at equal distances; what lies between
-    rows is never read. ``columns`` int32: key blocks, rising within a row, each once. ``flags`` uint8 beside
-    ``columns``: bit 0 (`PARTIAL`) where some token is out of reach, bits 1-3 the level. ``M`` divides the query heads:
-    mask head ``m`` serves ``H / M`` of them in a row.
+    ``start``, ``whole``, ``count`` int32 ``[B, M, query blocks]``: a row's entries are ``columns[start : start +
+    count]``. The first ``whole`` of them are blocks that each query of the row reaches as a whole; in those after them
+    tokens have to be masked one by one. Both parts rise, and no block comes twice. Rows lie one after the other or, as
+    kernels write them without waiting for a sum, at equal distances; what lies between rows is never read. ``columns``
+    int32, and beside it ``level`` uint8: log2 of how many neighbouring keys of the block become one (None: 0). ``M``
+    divides the query heads: mask head ``m`` serves ``H / M`` of them in a row.
     """
 
     block_q: int
     block_k: int
     start: Tensor
+    whole: Tensor
     count: Tensor
     columns: Tensor
-    flags: Tensor
     reach: Reach
+    level: Tensor | None = None
 
     @classmethod
-    def from_mask(cls, keep: Tensor, reach: Reach, blocks: Blocks, levels: Tensor | None = None) -> BlockMap:
-        """The map that keeps ``keep`` bool ``[B, M, query blocks, key blocks]`` as far as it is in reach. ``levels``
-        uint8 of the same shape: log2 of how many keys of a block become one."""
+    def from_mask(cls, keep: Tensor, reach: Reach, blocks: Blocks, level: Tensor | None = None) -> BlockMap:
+        """The map that keeps ``keep`` bool ``[B, M, query blocks, key blocks]`` as far as it is in reach, with
+        ``level`` uint8 of the same shape."""
         keep = keep & blocks.some
+        whole = keep & blocks.full
         count = keep.sum(-1, dtype=torch.int32)
-        flags = (~blocks.full).to(torch.uint8).expand(keep.shape)
-        if levels is not None:
-            flags = flags | (levels << LEVEL_SHIFT)
-        column = torch.arange(keep.shape[-1], device=keep.device, dtype=torch.int32).expand(keep.shape)
+        part = torch.where(whole, 0, torch.where(keep, 1, 2)).to(torch.uint8)
+        order = part.argsort(dim=-1, stable=True)
+        levels = None if level is None else level.gather(-1, order)
         if keep.is_cuda:  # at equal distances: the length of `columns` must not depend on the data
-            order = torch.argsort((~keep).to(torch.uint8), dim=-1, stable=True)
-            columns, flags = order.to(torch.int32).flatten(), flags.gather(-1, order).flatten()
+            columns, levels = order.flatten(), None if levels is None else levels.flatten()
             start = torch.arange(count.numel(), device=keep.device, dtype=torch.int32) * keep.shape[-1]
         else:
-            columns, flags = column[keep], flags[keep]
+            here = torch.arange(keep.shape[-1]) < count[..., None]
+            columns, levels = order[here], None if levels is None else levels[here]
             start = count.flatten().cumsum(0, dtype=torch.int32) - count.flatten()
-        return cls(blocks.block_q, blocks.block_k, start.reshape(count.shape), count, columns, flags, reach)
+        return cls(
+            blocks.block_q, blocks.block_k, start.reshape(count.shape), whole.sum(-1, dtype=torch.int32), count,
+            columns.to(torch.int32), reach, levels,
+        )  # fmt: skip
 
     @classmethod
     def from_lists(cls, lists: Tensor, reach: Reach, block_q: int, block_k: int) -> BlockMap:
@@ -76,21 +78,32 @@ class BlockMap:
     def key_blocks(self) -> int:
         return -(-self.reach.keys // self.block_k)
 
-    def lists(self, width: int | None = None, fill: int = -1) -> tuple[Tensor, Tensor]:
-        """Columns and flags of every row ``[B, M, query blocks, width]``, ``fill`` and 0 behind a row's end. Without
+    def lists(self, width: int | None = None, fill: int = -1) -> Tensor:
+        """The columns of every row, int32 ``[B, M, query blocks, width]``, ``fill`` behind a row's end. Without
         ``width`` as wide as the longest row (which makes a GPU wait)."""
-        width = int(self.count.max()) if width is None else width
-        place = torch.arange(width, device=self.count.device)
-        real = place < self.count[..., None]
-        index = torch.where(real, self.start[..., None] + place, 0)
-        if not self.columns.numel():
-            return torch.full_like(index, fill, dtype=torch.int32), torch.zeros_like(index, dtype=torch.uint8)
-        columns = torch.where(real, self.columns[index], fill)
-        return columns, torch.where(real, self.flags[index], 0)
+        return self._spread(self.columns, self.start, self.count, width, fill)
+
+    def partial_lists(self, width: int | None = None, fill: int = -1) -> tuple[Tensor, Tensor]:
+        """How many blocks of every row have to be masked token by token, int32 ``[B, M, query blocks]``, and which."""
+        count = self.count - self.whole
+        return count, self._spread(self.columns, self.start + self.whole, count, width, fill)
+
+    def levels(self, width: int | None = None) -> Tensor | None:
+        """``level`` in the shape of `lists`."""
+        return None if self.level is None else self._spread(self.level, self.start, self.count, width, 0)
+
+    @staticmethod
+    def _spread(entries: Tensor, start: Tensor, count: Tensor, width: int | None, fill: int) -> Tensor:
+        width = int(count.max()) if width is None else width
+        place = torch.arange(width, device=count.device)
+        index = (start[..., None] + place).clamp(max=max(entries.numel() - 1, 0))
+        if not entries.numel():
+            return torch.full(index.shape, fill, dtype=entries.dtype, device=entries.device)
+        return torch.where(place < count[..., None], entries[index], fill)
 
     def dense(self) -> Tensor:
         """Which blocks are kept, bool ``[B, M, query blocks, key blocks]``."""
-        columns, _ = self.lists()
+        columns = self.lists()
         shape = (*self.count.shape, self.key_blocks + 1)
         keep = torch.zeros(shape, dtype=torch.bool, device=columns.device)
         return keep.scatter_(-1, columns.long().where(columns >= 0, shape[-1] - 1), True)[..., :-1]
@@ -113,14 +126,14 @@ class BlockMap:
         repeats = heads // self.count.shape[1]
         if repeats == 1:
             return self
-        start, count = (part.repeat_interleave(repeats, 1) for part in (self.start, self.count))
-        return replace(self, start=start, count=count)
+        start, whole, count = (part.repeat_interleave(repeats, 1) for part in (self.start, self.whole, self.count))
+        return replace(self, start=start, whole=whole, count=count)
 
     def padded(self, width: int | None = None) -> PaddedMap:
         """The lists of a map with one block of queries."""
         if self.rows != 1:
             raise FormatError(f"A padded map has one block of queries, this map has {self.rows}.")
-        index, _ = self.lists(width)
+        index = self.lists(width)
         return PaddedMap(index[:, :, 0].contiguous(), self.count[:, :, 0].contiguous(), self.block_k)
 
     def check(self) -> None:
@@ -131,17 +144,17 @@ class BlockMap:
         if len(empty):
             row, head, block = empty[0].tolist()
             raise FormatError(f"Query block {block} of head {head} in row {row} reads no block of keys.")
-        columns, _ = self.lists()
-        gaps = columns.diff(dim=-1)
-        inside = torch.arange(1, columns.shape[-1], device=columns.device) < self.count[..., None]
-        if bool((columns >= self.key_blocks).any()) or bool(((gaps <= 0) & inside).any()):
+        columns = self.lists()
+        place = torch.arange(1, columns.shape[-1], device=columns.device)
+        inside = (place < self.count[..., None]) & (place != self.whole[..., None])
+        if bool((columns >= self.key_blocks).any()) or bool(((columns.diff(dim=-1) <= 0) & inside).any()):
             raise FormatError(f"Columns of a block map must rise within a row and stay below {self.key_blocks}.")
 
 
 @dataclass(frozen=True)
 class PaddedMap:
     """Key blocks that the newest queries read, of fixed size so that it can be made within a CUDA graph: ``index``
-    int32 ``[B, M, capacity]``, of which the first ``count`` int32 ``[B, M]`` are blocks (rising) and the others -1."""
+    int32 ``[B, M, capacity]``, of which the first ``count`` int32 ``[B, M]`` are blocks and the others -1."""
 
     index: Tensor
     count: Tensor

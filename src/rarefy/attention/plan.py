@@ -13,7 +13,7 @@ from rarefy.attention.estimators import Estimator
 from rarefy.attention.executors import choose
 from rarefy.attention.policy import Phase, Policy
 from rarefy.attention.report import PlanReport
-from rarefy.attention.selectors import Selector
+from rarefy.attention.selectors import Selector, select_map
 
 FEW = 16  # queries of a pass that decodes, or checks what a draft proposed
 
@@ -84,14 +84,15 @@ class AttentionPlan:
             scores = self.estimator.scores(call, blocks)
         with report.part(call.layer, "select", device):
             forced = self.policy.forced(call.reach, blocks, call.layer, call.mask_heads, call.heads)
-            keep = self.selector.select(scores, blocks.some, forced)
-            found = BlockMap.from_mask(keep, call.reach, blocks)
+            found = select_map(self.selector, scores, blocks, forced, call.reach)
             density = found.density()
         own.densities.append(density)
         if report.keep_maps:
             report.maps[call.layer] = found
-        if phase == "prefill" and self.policy.max_density < 1 and float(density.mean()) > self.policy.max_density:
+        known, limit = self.selector.density, self.policy.max_density
+        # To look at what was measured makes a GPU wait.
+        if phase == "prefill" and (known is None or known > limit) and limit < 1 and float(density.mean()) > limit:
             own.densities.pop()
-            own.dense[f"denser than {self.policy.max_density}"] += 1
+            own.dense[f"denser than {limit}"] += 1
             return None
         return found

@@ -11,9 +11,9 @@ from torch import Tensor
 from rarefy.attention.source import Source
 from rarefy.kv.store import SideState
 
-# Of tokens `[B, H, N, span, D]`, which of them count `[B or 1, 1, N, span, 1]` and where each block begins `[N]`:
-# tensors `[B, H, N, ...]` by name.
-Summary = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
+# Of tokens `[B, H, N, span, D]`, which of them count `[B or 1, 1, N, span, 1]` (None: all) and where each block begins
+# `[N]`: tensors `[B, H, N, ...]` by name.
+Summary = Callable[[Tensor, Tensor | None, Tensor], dict[str, Tensor]]
 
 
 def pooled(
@@ -68,28 +68,46 @@ def _blocks(
     """``make`` of blocks ``[low, high)``."""
     start, stop = low * tokens, (high - 1) * tokens + span
     x = read(start, min(stop, length))
-    counts = torch.ones(1, x.shape[2], dtype=torch.bool, device=x.device) if valid is None else valid[:, start:stop]
     missing = stop - start - x.shape[2]
-    if missing:
-        x = torch.nn.functional.pad(x, (0, 0, 0, missing))
+    counts = None
+    if missing or valid is not None:
+        counts = torch.ones(1, x.shape[2], dtype=torch.bool, device=x.device) if valid is None else valid[:, start:stop]
         counts = torch.nn.functional.pad(counts, (0, missing))
+        counts = counts.unfold(1, span, tokens)[:, None, :, :, None]
+        x = torch.nn.functional.pad(x, (0, 0, 0, missing))
     x = x.unfold(2, span, tokens).transpose(-1, -2) if span != tokens else x.unflatten(2, (-1, tokens))
-    counts = counts.unfold(1, span, tokens) if span != tokens else counts.unflatten(1, (-1, tokens))
-    return make(x, counts[:, None, :, :, None], torch.arange(low, high, device=x.device) * tokens)
+    return make(x, counts, torch.arange(low, high, device=x.device) * tokens)
 
 
-def mean(x: Tensor, counts: Tensor) -> Tensor:
+def mean(x: Tensor, counts: Tensor | None) -> Tensor:
     """Mean of the tokens that count, in the dtype of ``x [B, H, N, span, D]``; zero where none does."""
+    if counts is None:
+        return x.mean(3, dtype=torch.float32).to(x.dtype)
     total = counts.sum(3).clamp(min=1)
     return (x.float().masked_fill(~counts, 0.0).sum(3) / total).to(x.dtype)
 
 
-def lowest(x: Tensor, counts: Tensor) -> Tensor:
+def lowest(x: Tensor, counts: Tensor | None) -> Tensor:
     """Least number of each channel among tokens that count; zero where none does."""
+    if counts is None:
+        return x.amin(3)
     found = x.masked_fill(~counts, torch.inf).amin(3)
     return torch.where(counts.any(3), found, 0.0).to(x.dtype)
 
 
-def highest(x: Tensor, counts: Tensor) -> Tensor:
+def highest(x: Tensor, counts: Tensor | None) -> Tensor:
     """Greatest number of each channel among tokens that count; zero where none does."""
-    return -lowest(-x, counts)
+    if counts is None:
+        return x.amax(3)
+    found = x.masked_fill(~counts, -torch.inf).amax(3)
+    return torch.where(counts.any(3), found, 0.0).to(x.dtype)
+
+
+def similarity(x: Tensor, counts: Tensor | None) -> Tensor:
+    """Mean cosine between all pairs of tokens that count, float32 ``[B, H, N, 1]``; a token of zeros is like no
+    other."""
+    unit = torch.nn.functional.normalize(x.float(), dim=-1)
+    if counts is not None:
+        unit = unit.masked_fill(~counts, 0.0)
+    total = x.shape[3] if counts is None else counts.sum(3).clamp(min=1)
+    return unit.sum(3).square().sum(-1, keepdim=True) / total**2

@@ -26,11 +26,13 @@ class Estimator(ABC):
         long as it can be made of the keys in the source."""
 
 
-def query_blocks(x: Tensor, block_q: int) -> tuple[Tensor, Tensor]:
+def query_blocks(x: Tensor, block_q: int) -> tuple[Tensor, Tensor | None]:
     """``x [B, H, Q, D]`` in blocks ``[B, H, N, block_q, D]``, the last one filled with zeros, and which tokens are
-    real, bool ``[1, 1, N, block_q, 1]``."""
+    real, bool ``[1, 1, N, block_q, 1]`` (None: all)."""
     count = x.shape[2]
     rows = -(-count // block_q)
+    if count % block_q == 0:
+        return x.unflatten(2, (rows, block_q)), None
     padded = torch.nn.functional.pad(x, (0, 0, 0, rows * block_q - count))
     real = torch.arange(rows * block_q, device=x.device) < count
     return padded.unflatten(2, (rows, block_q)), real.view(1, 1, rows, block_q, 1)

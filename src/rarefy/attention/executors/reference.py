@@ -1,20 +1,22 @@
-"""The oracle of all executors: softmax in float32 over the tokens of the listed blocks, gathered row by row."""
+"""The oracle of all executors: softmax in float32 over tokens of the listed blocks, gathered row by row."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from rarefy.attention.block_map import LEVEL_MASK, LEVEL_SHIFT, BlockMap
+from rarefy.attention.block_map import BlockMap
 from rarefy.attention.executors.base import Executor, executors
 from rarefy.attention.source import Source
 
 
 @executors.register("reference")
 class Reference(Executor):
-    """Every map, dtype and device; slow. It masks each token by the map's reach and does not trust flags, but for the
-    level: a block of level ``f`` has means of ``2**f`` neighbouring keys and values in their place, each of which
-    counts as often as it has members (all of which the query must reach)."""
+    """Every map, dtype and device; slow. Each token is masked by the map's reach, wherever the map lists its block.
+
+    A block of level ``f`` has means of ``2**f`` neighbouring keys and values in their place, each of which counts as
+    often as it has members, all of which the query must reach.
+    """
 
     name = "reference"
 
@@ -29,18 +31,20 @@ class Reference(Executor):
         keys, values = source.keys(), source.values()
         own = torch.arange(heads, device=query.device) // (heads // kv_heads)
         size = block_map.block_k
-        lists, flags = block_map.lists()
+        lists, levels = block_map.lists(), block_map.levels()
         within = torch.arange(size, device=query.device)
         outputs, sums = [], []
         for row in range(block_map.rows):
             low, high = row * block_map.block_q, min((row + 1) * block_map.block_q, query.shape[2])
             width = int(block_map.count[:, :, row].max())
-            columns, own_flags = lists[:, :, row, :width].long(), flags[:, :, row, :width]
+            columns = lists[:, :, row, :width].long()
             tokens = torch.where(columns[..., None] >= 0, columns[..., None] * size + within, -1).flatten(2)
             tokens = torch.where(tokens < block_map.reach.keys, tokens, -1)
             k, v = (_gathered(side, tokens, own) for side in (keys, values))
             seen = block_map.reach.between(low, high, tokens)
-            bias, k, v, seen = _levels((own_flags >> LEVEL_SHIFT) & LEVEL_MASK, k, v, seen, size)
+            bias: Tensor | float = 0.0
+            if levels is not None:
+                bias, k, v, seen = _joined(levels[:, :, row, :width], k, v, seen, size)
             scores = torch.matmul(query[:, :, low:high].float(), k.mT) * scaling
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
@@ -60,13 +64,11 @@ def _gathered(side: Tensor, tokens: Tensor, own: Tensor) -> Tensor:
     return side[:, own].gather(2, index).float()
 
 
-def _levels(
+def _joined(
     level: Tensor, keys: Tensor, values: Tensor, seen: Tensor, size: int
-) -> tuple[Tensor | float, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Means of neighbours where a block's ``level [B, H, n]`` is above 0: the logarithm of how many each stands for,
     and what replaces keys, values ``[B, H, n * size, D]`` and ``seen [B, H, Q, n * size]``."""
-    if not bool(level.any()):
-        return 0.0, keys, values, seen
     bias = torch.zeros_like(keys[..., 0])
     for power in range(1, int(level.max()) + 1):
         many = 1 << power

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 class Selector(ABC):
-    """A rule from scores to kept blocks. Equal scores are told apart by their place: the first key block wins."""
+    """A rule from scores to kept blocks. Equal scores are told apart by their place: the first key block wins.
+
+    ``density``: the share of blocks that it will keep; None where that depends on the scores.
+    """
+
+    density: float | None = None
 
     @abstractmethod
     def select(self, scores: Tensor, some: Tensor, forced: Tensor) -> Tensor:
         """Which blocks are kept, bool like ``scores [B, M, query blocks, key blocks]``: of those in reach (``some``)
         all that are ``forced`` and those that the rule chooses. Both are bool and broadcast."""
 
+    def rule(self) -> dict[str, Any] | None:
+        """The same rule as options of the kernel ``select_blocks``; None where it has none."""
+        return None
+
 
 class Forced(Selector):
     """What is forced, and blocks whose score is infinite; nothing else."""
+
+    def rule(self) -> dict[str, Any]:
+        return {"rule": "cut", "share": torch.inf, "normalized": False}
 
     def select(self, scores: Tensor, some: Tensor, forced: Tensor) -> Tensor:
         return ((scores == torch.inf) | forced) & some
@@ -36,11 +49,16 @@ class TopK(Selector):
     ):
         assert (share is None) != (count is None)
         self.share, self.count, self.least, self.include_forced = share, count, least, include_forced
+        self.density = share
+
+    def rule(self) -> dict[str, Any]:
+        wanted = {"wanted": self.count} if self.share is None else {"share": self.share}
+        return {"rule": "top", "least": self.least, "include_forced": self.include_forced, **wanted}
 
     def select(self, scores: Tensor, some: Tensor, forced: Tensor) -> Tensor:
-        given = torch.where(forced & some, torch.inf, torch.where(some, scores, -torch.inf))
-        if not self.include_forced:
-            given = torch.where(forced & some, -torch.inf, given)
+        always = (forced | (scores == torch.inf)) & some
+        given = torch.where(always, torch.inf if self.include_forced else -torch.inf, scores)
+        given = given.masked_fill(~some, -torch.inf)
         seen = some.sum(-1, keepdim=True)
         if self.share is not None:
             wanted = (seen * self.share - 1e-6).ceil().long()
@@ -51,7 +69,7 @@ class TopK(Selector):
         rank = torch.empty_like(order).scatter_(
             -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
         )
-        return ((rank < wanted) & (given > -torch.inf) | forced | (scores == torch.inf)) & some
+        return (rank < wanted) & (given > -torch.inf) | always
 
 
 class Mass(Selector):
@@ -59,6 +77,9 @@ class Mass(Selector):
 
     def __init__(self, mass: float):
         self.mass = mass
+
+    def rule(self) -> dict[str, Any]:
+        return {"rule": "mass", "share": self.mass}
 
     def select(self, scores: Tensor, some: Tensor, forced: Tensor) -> Tensor:
         always = (forced | (scores == torch.inf)) & some
@@ -77,6 +98,13 @@ class Threshold(Selector):
 
     def __init__(self, threshold: float | Tensor, *, normalized: bool = True):
         self.threshold, self.normalized = threshold, normalized
+
+    def rule(self) -> dict[str, Any]:
+        limit = self.threshold
+        own: dict[str, Any] = (
+            {"limits": limit} if isinstance(limit, Tensor) and limit.dim() else {"share": float(limit)}
+        )
+        return {"rule": "cut", "normalized": self.normalized, **own}
 
     def select(self, scores: Tensor, some: Tensor, forced: Tensor) -> Tensor:
         limit = torch.as_tensor(self.threshold, device=scores.device, dtype=torch.float32)

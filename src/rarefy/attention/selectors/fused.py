@@ -1,0 +1,31 @@
+"""Selection and the making of lists in one kernel on a GPU, which nobody waits for."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from rarefy.attention.block_map import BlockMap
+from rarefy.attention.reach import Blocks, Reach
+from rarefy.attention.selectors.base import Selector
+
+WIDEST = 16384  # blocks of a row that one program holds
+
+
+def select_map(selector: Selector, scores: Tensor, blocks: Blocks, forced: Tensor, reach: Reach) -> BlockMap:
+    """The map of the blocks that ``selector`` chooses: by the kernel where there is one for its rule."""
+    rule = selector.rule()
+    if rule is None or not scores.is_cuda or find_spec("triton") is None or blocks.columns > WIDEST:
+        return BlockMap.from_mask(selector.select(scores, blocks.some, forced), reach, blocks)
+    return fused_map(rule, scores, blocks, forced, reach)
+
+
+def fused_map(rule: dict[str, object], scores: Tensor, blocks: Blocks, forced: Tensor, reach: Reach) -> BlockMap:
+    """The map of ``rule``, as `select_blocks` takes it."""
+    from rarefy.kernels.triton.block_select import select_blocks
+
+    given = scores.masked_fill(~blocks.some, -torch.inf)
+    start, whole, count, columns = select_blocks(given, blocks.full, forced, **rule)  # type: ignore[arg-type]
+    return BlockMap(blocks.block_q, blocks.block_k, start, whole, count, columns, reach)

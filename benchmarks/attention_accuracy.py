@@ -66,6 +66,8 @@ DECODE = ("oracle", "seer_attention", "infllm_v2", "sparge", "quest_pages", "sin
 SALE = [{"budget": budget} for budget in (0.02, 0.05, 0.1)]
 RETRIEVAL = ("passkey", "needle", "kv_easy")
 DECODED = 64  # tokens that are decoded one by one
+LEAD = 16  # tokens before the first answer that are decoded too: the question itself looks for it
+Setups = dict[str, tuple[AttentionSetup | None, dict[str, Any]]]
 
 
 class Bench:
@@ -115,7 +117,7 @@ class Bench:
     def setup(self, name: str, **own: Any) -> AttentionSetup:
         """The plan ``name`` with the options that all have."""
         method = IDS.get(name, name)
-        given = {**COMMON, **PREFILL.get(name, {}), **own}
+        given = {**COMMON, "executor": self.options.executor, **PREFILL.get(name, {}), **own}
         params = self.params if method == "seer_attention" else None
         data = {"data": self.options.train_text, "samples": 4, "seq_len": self.context}
         return find_attention(
@@ -170,7 +172,7 @@ class Bench:
         parts = [step(self.model, tokens[:, at : at + 1], cache) for at in range(-DECODED - 1, -1)]
         return torch.cat(parts, 1)[0]
 
-    def losses(self, kind: str, setups: dict[str, tuple[AttentionSetup, dict[str, Any]]]) -> None:
+    def losses(self, kind: str, setups: Setups) -> None:
         """Rows of all ``setups``: loss against the dense model's, and KL; window by window, so that the dense model
         runs once."""
         run = self.logits if kind == "prefill" else self.decoded
@@ -211,44 +213,51 @@ class Bench:
                 phase=kind, **facts,
             )  # fmt: skip
 
-    def retrieval(self, phase: str, setups: dict[str, tuple[AttentionSetup | None, dict[str, Any]]]) -> None:
-        """Rows of answers that are right, by task."""
+    def retrieval(self, phase: str, setups: Setups, tasks: Sequence[str], sessions: int) -> None:
+        """Rows of answers that are right, by task: of every session all questions, one after another."""
         material = Material(self.tokenizer, self.texts[0].text)
-        for task in self.options.tasks:
-            asked = []
-            for number in range(self.options.sessions):
-                dice = random.Random(f"{task} {number}")
-                session = TASKS[task](material, self.context - 96, dice)
-                asked += [(session.context + turn.prompt, turn.answer) for turn in session.turns[: self.options.turns]]
+        for task in tasks:
+            asked = [self.session(material, task, f"{task} {number}") for number in range(sessions)]
             for name, (setup, facts) in setups.items():
                 if self.left() <= 0:
                     return
-                right, density = 0, []
-                for prompt, answer in asked:
+                right: list[bool] = []
+                density = []
+                for tokens, answers in asked:
                     with self.using(setup):
-                        right += self.answers(prompt, answer, phase)
+                        right += self.answers(tokens, answers, phase)
                     density.append(1.0 if setup is None else setup.report.density())
                 self.row(
-                    "retrieval", name, task=task, phase=phase, accuracy=right / len(asked), answers=len(asked),
+                    "retrieval", name, task=task, phase=phase, accuracy=sum(right) / len(right), answers=len(right),
                     density=sum(density) / len(density), **facts,
                 )  # fmt: skip
 
+    def session(self, material: Material, task: str, seed: str) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Tokens of a context with all of its questions and answers, and where each answer lies."""
+        session = TASKS[task](material, self.context - 256, random.Random(seed))
+        parts, answers, length = [tokenize(self.tokenizer, session.context)], [], 0
+        for turn in session.turns:
+            length = sum(len(part) for part in parts)
+            prompt, answer = (tokenize(self.tokenizer, text) for text in (turn.prompt, turn.answer))
+            answers.append((length + len(prompt), length + len(prompt) + len(answer)))
+            parts += [prompt, answer]
+        return torch.cat(parts), answers
+
     @torch.inference_mode()
-    def answers(self, prompt: str, answer: str, phase: str) -> bool:
-        """Whether every token of ``answer`` is the most probable one after those before it."""
-        before, after = (tokenize(self.tokenizer, text) for text in (prompt, answer))
-        tokens = torch.cat([before, after])[None].to(self.model.device)
+    def answers(self, tokens: Tensor, answers: list[tuple[int, int]], phase: str) -> list[bool]:
+        """Whether every token of an answer is the most probable one after those before it."""
+        given = tokens[None].to(self.model.device)
+        first = answers[0][0] - LEAD
         if phase == "prefill":
-            body = self.model.base_model(input_ids=tokens, use_cache=False)
-            logits = self.model.get_output_embeddings()(body.last_hidden_state[:, len(before) - 1 : -1])
+            body = self.model.base_model(input_ids=given, use_cache=False)
+            logits = self.model.get_output_embeddings()(body.last_hidden_state[0, first:-1])
         else:
             cache = KvSetup("identity", kv_recipe("identity", {}))(self.model)
-            asked = 32  # of the prompt's end, by the plan too: the question itself looks for the answer
-            step(self.model, tokens[:, : len(before) - asked], cache, last=1)
-            rest = range(len(before) - asked, tokens.shape[1] - 1)
-            parts = [step(self.model, tokens[:, at : at + 1], cache) for at in rest]
-            logits = torch.cat(parts, 1)[:, asked - 1 :]
-        return bool((logits[0].argmax(-1).cpu() == after).all())
+            step(self.model, given[:, :first], cache, last=1)
+            parts = [step(self.model, given[:, at : at + 1], cache)[0] for at in range(first, given.shape[1] - 1)]
+            logits = torch.cat(parts)
+        said = logits.argmax(-1).cpu()
+        return [bool((said[low - first - 1 : high - first - 1] == tokens[low:high]).all()) for low, high in answers]
 
 
 def share_for(density: float, recipe: AttentionRecipe, context: int) -> float:
@@ -281,6 +290,13 @@ def train_gates(bench: Bench) -> None:
         options.train_text, bench.tokenizer, bench.model.config, options.steps, options.train_len or bench.context, 0
     )
     rows = torch.cat([batch["input_ids"] for batch in samples.batches])
+    if options.train_sessions:
+        # Texts alone teach little of questions whose answers lie far back.
+        material = Material(bench.tokenizer, open_text(options.train_text, "calibration").text)
+        asked = [bench.session(material, task, f"train {task} {n}")[0] for task in options.tasks
+                 for n in range(options.train_sessions)]  # fmt: skip
+        length = min(rows.shape[1], *(len(tokens) for tokens in asked))
+        rows = torch.cat([rows[:, :length], torch.stack([tokens[-length:] for tokens in asked])])
     recipe = attention_recipe("seer_attention", {})
     trainer = GateTrainer("seer_attention", recipe, bench.model, rows, 1, 0)
     losses: list[float] = []
@@ -311,7 +327,7 @@ def train_gates(bench: Bench) -> None:
     )  # fmt: skip
 
 
-def sale_rows(bench: Bench, own: dict[str, Any]) -> dict[str, tuple[AttentionSetup, dict[str, Any]]]:
+def sale_rows(bench: Bench, own: dict[str, Any]) -> Setups:
     """SALE at a budget, how well its thresholds keep it on held-out text, and the controls at the density it took."""
     from rarefy.attention.thresholds import head_errors
 
@@ -342,7 +358,7 @@ def sale_rows(bench: Bench, own: dict[str, Any]) -> dict[str, tuple[AttentionSet
     with bench.using(setup), torch.inference_mode():
         bench.logits(bench.windows[0])
         density = setup.report.density()
-    setups: dict[str, tuple[AttentionSetup, dict[str, Any]]] = {job: (setup, {})}
+    setups: Setups = {job: (setup, {})}
     if density >= 1:
         return setups
     share = share_for(density, setup.recipe, bench.context)
@@ -370,8 +386,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--looked", type=int, default=2, help="windows whose choices are examined")
     parser.add_argument("--decoded", type=int, default=4, help="windows whose end is decoded")
     parser.add_argument("--tasks", nargs="*", default=list(RETRIEVAL))
-    parser.add_argument("--sessions", type=int, default=4)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--sessions", type=int, default=8, help="of each task, five questions each")
+    parser.add_argument("--decoded-sessions", type=int, default=4, help="whose questions are decoded too")
+    parser.add_argument("--train-sessions", type=int, default=16, help="of each task, among the texts for gates")
+    parser.add_argument("--executor", default="reference")
     parser.add_argument("--gates", type=Path, help="trained gates")
     parser.add_argument("--keep", type=Path, default=Path("."), help="folder for gates that are trained here")
     parser.add_argument("--steps", type=int, default=300)
@@ -383,7 +401,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.quick:
         options.context, options.windows, options.looked, options.steps = min(1024, options.context), 1, 1, 30
-        options.densities, options.sessions, options.turns, options.decoded = options.densities[:1], 1, 2, 1
+        options.densities, options.sessions, options.decoded, options.decoded_sessions = options.densities[:1], 1, 1, 1
+        options.train_sessions = 1
     bench = Bench(options)
     bench.attempt("training", lambda: train_gates(bench))
     found: dict[str, tuple[AttentionSetup, dict[str, Any]]] = {}
@@ -404,25 +423,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "sale" in options.parts:
         for own in SALE[: 1 if options.quick else None]:
             bench.attempt(f"sale {own}", lambda own=own: bench.losses("prefill", sale_rows(bench, own)))
-    decoding: dict[str, tuple[AttentionSetup, dict[str, Any]]] = {}
-    for density in options.densities:
-        for name in DECODE:
+    middle = options.densities[len(options.densities) // 2]
+    if "retrieval" in options.parts:
+        chosen = {name: pair for name, pair in found.items() if name.endswith(f" {middle}")}
+        with_dense: Setups = {"dense": (None, {}), **chosen}
+        bench.attempt("retrieval", lambda: bench.retrieval("prefill", with_dense, options.tasks, options.sessions))
+    decoding: Setups = {}
+    for name in DECODE:
 
-            def add(name: str = name, density: float = density) -> None:
-                own = {"phases": "decode", "density": density}
-                if name == "quest_pages":
-                    own |= {"block_k": 64, "dense_layers": ()}
-                decoding[f"{name} {density}"] = bench.setup(name, **own), {"nominal": density}
+        def add_decoding(name: str = name) -> None:
+            own: dict[str, Any] = {"phases": "decode", "density": middle}
+            if name == "quest_pages":
+                own |= {"block_k": 64, "dense_layers": ()}
+            decoding[f"{name} {middle}"] = bench.setup(name, **own), {"nominal": middle}
 
-            bench.attempt(name, add)
+        bench.attempt(name, add_decoding)
     if "decode" in options.parts:
         bench.attempt("decode", lambda: bench.losses("decode", dict(decoding)))
     if "retrieval" in options.parts:
-        middle = f" {options.densities[len(options.densities) // 2]}"
-        chosen = {name: pair for name, pair in found.items() if name.endswith(middle)}
-        bench.attempt("retrieval", lambda: bench.retrieval("prefill", {"dense": (None, {}), **chosen}))
-        chosen = {name: pair for name, pair in decoding.items() if name.endswith(middle)}
-        bench.attempt("retrieval", lambda: bench.retrieval("decode", chosen))
+        asked = options.tasks[:1]
+        bench.attempt("retrieval", lambda: bench.retrieval("decode", decoding, asked, options.decoded_sessions))
 
 
 if __name__ == "__main__":

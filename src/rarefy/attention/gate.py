@@ -58,7 +58,7 @@ class BlockGate:
         found = {f"{lead}.keys": self.keys}
         return found if self.queries is None else {**found, f"{lead}.queries": self.queries}
 
-    def summarize(self, x: Tensor, counts: Tensor) -> Tensor:
+    def summarize(self, x: Tensor, counts: Tensor | None) -> Tensor:
         """Blocks of keys ``x [B, Hkv, N, block, D]`` summed up, float32 ``[B, Hkv, N, pools * D]``; ``counts`` as in
         ``pooling.pooled``."""
         return torch.cat([POOLS[kind](x.float(), counts) for kind in self.pools], -1)

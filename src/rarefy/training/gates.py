@@ -11,7 +11,7 @@ from rarefy.attention.call import Call
 from rarefy.attention.estimators import query_blocks, true_blocks
 from rarefy.attention.gate import BlockGate
 from rarefy.attention.policy import Phase
-from rarefy.attention.pooling import pooled
+from rarefy.attention.pooling import mean, pooled
 from rarefy.training.losses import row_divergence
 
 # The share of first queries that teach nothing: they see few blocks, and there is little to choose.
@@ -36,8 +36,7 @@ def gate_loss(call: Call, gates: Mapping[Phase, BlockGate], block: int) -> Tenso
         summary, begins = _summaries(call, gate, block)
         compressed = gate.compress(summary, begins, rotary)
         if phase == "prefill":
-            parts, real = query_blocks(query, block)
-            asked = gate.ask(parts.sum(3) / real.sum(3), begins, rotary)
+            asked = gate.ask(mean(*query_blocks(query, block)), begins, rotary)
             wanted, some = query_blocks(peaks, block)[0].amax(3), tiles.some
         else:
             asked = gate.ask(query, torch.arange(count, device=device), rotary)
@@ -54,7 +53,7 @@ def _summaries(call: Call, gate: BlockGate, block: int) -> tuple[Tensor, Tensor]
     """What sums up each block of keys, and where it begins."""
     begins = torch.arange(0, call.reach.keys, block, device=call.query.device)
 
-    def make(x: Tensor, counts: Tensor, places: Tensor) -> dict[str, Tensor]:
+    def make(x: Tensor, counts: Tensor | None, places: Tensor) -> dict[str, Tensor]:
         return {"summary": gate.summarize(x, counts)}
 
     name = f"summary {','.join(gate.pools)}"

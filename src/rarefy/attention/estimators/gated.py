@@ -11,7 +11,7 @@ from rarefy.attention.call import Call, by_mask_head
 from rarefy.attention.estimators.base import Estimator, query_blocks
 from rarefy.attention.gate import BlockGate
 from rarefy.attention.policy import Phase
-from rarefy.attention.pooling import pooled
+from rarefy.attention.pooling import mean, pooled
 from rarefy.attention.reach import Blocks
 from rarefy.core.errors import OptionError
 
@@ -30,8 +30,7 @@ class Gated(Estimator):
             raise OptionError(f"Layer {call.layer} has no trained gate for {call.phase}; train one, or leave it dense.")
         query = call.query_before_rope()
         if blocks.block_q > 1:
-            tiles, real = query_blocks(query, blocks.block_q)
-            query = tiles.sum(3) / real.sum(3)
+            query = mean(*query_blocks(query, blocks.block_q))
         places = call.reach.offset + blocks.block_q * torch.arange(query.shape[2], device=query.device)
         asked = gate.ask(query, places, call.rotary)
         return by_mask_head(gate.score(asked, self._compressed(call, gate, blocks.block_k)), call)
@@ -41,7 +40,7 @@ class Gated(Estimator):
             self._compressed(call, self.gates["decode"], block_k)
 
     def _compressed(self, call: Call, gate: BlockGate, block_k: int) -> Tensor:
-        def make(x: Tensor, counts: Tensor, begins: Tensor) -> dict[str, Tensor]:
+        def make(x: Tensor, counts: Tensor | None, begins: Tensor) -> dict[str, Tensor]:
             return {"key": gate.compress(gate.summarize(x, counts), begins, call.rotary).to(call.query.dtype)}
 
         name = "decode gate" if gate is self.gates.get("decode") else "prefill gate"

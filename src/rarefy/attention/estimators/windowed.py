@@ -43,7 +43,7 @@ class WindowMeans(Estimator):
         return found.repeat_interleave(call.mask_heads // found.shape[1], 1)
 
     def _means(self, call: Call, size: int, stride: int) -> Tensor:
-        def make(x: Tensor, counts: Tensor, begins: Tensor) -> dict[str, Tensor]:
+        def make(x: Tensor, counts: Tensor | None, begins: Tensor) -> dict[str, Tensor]:
             return {"mean": mean(x, counts)}
 
         kept = pooled(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.attention.block_map import LEVEL_MASK, LEVEL_SHIFT, BlockMap
+from rarefy.attention.block_map import BlockMap
 from rarefy.attention.executors.base import Executor, executors
 from rarefy.attention.source import Source
 from rarefy.core.errors import UnsupportedError
@@ -30,8 +30,7 @@ class Trainable(Executor):
             return "it does not bend scores (softcap)"
         if block_map.reach.mask is not None and block_map.reach.mask.shape[1] > 1:
             return "its mask differs between heads"
-        levels = (block_map.flags >> LEVEL_SHIFT) & LEVEL_MASK
-        return "it has blocks whose keys are merged" if bool(levels.any()) else None
+        return None if block_map.level is None else "it knows no levels"
 
     def run(
         self, query: Tensor, source: Source, block_map: BlockMap, scaling: float, softcap: float | None = None
@@ -69,7 +68,7 @@ class _Piece:
 
 def _pieces(chosen: BlockMap, kv_heads: int, channels: int) -> Iterator[_Piece]:
     """The query blocks of a map, as many at a time as fit."""
-    lists, _ = chosen.lists()
+    lists = chosen.lists()
     batch, maps, blocks, width = lists.shape
     reach, device = chosen.reach, lists.device
     at_once = max(1, GATHERED_AT_ONCE // max(1, batch * maps * width * chosen.block_k * channels))

@@ -62,7 +62,7 @@ class Sale(AttentionRecipe):
         )
 
     def selector(self, shape: AttentionShape, params: Mapping[str, Tensor]) -> Selector:
-        limit = params["threshold"] if self.threshold is None else torch.tensor(self.threshold)
+        limit = params["threshold"] if self.threshold is None else self.threshold
         return Threshold(limit, normalized=False)
 
     def measure(self, shape: AttentionShape, call: Call) -> dict[str, Tensor]:

@@ -217,7 +217,7 @@ class Bench:
         """Rows of answers that are right, by task: of every session all questions, one after another."""
         material = Material(self.tokenizer, self.texts[0].text)
         for task in tasks:
-            asked = [self.session(material, task, f"{task} {number}") for number in range(sessions)]
+            asked = [self.session(material, task, f"{task} {n}", self.context) for n in range(sessions)]
             for name, (setup, facts) in setups.items():
                 if self.left() <= 0:
                     return
@@ -232,14 +232,14 @@ class Bench:
                     density=sum(density) / len(density), **facts,
                 )  # fmt: skip
 
-    def session(self, material: Material, task: str, seed: str) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Tokens of a context with all of its questions and answers, and where each answer lies."""
-        session = TASKS[task](material, self.context - 256, random.Random(seed))
-        parts, answers, length = [tokenize(self.tokenizer, session.context)], [], 0
+    def session(self, material: Material, task: str, seed: str, length: int) -> tuple[Tensor, list[tuple[int, int]]]:
+        """At most ``length`` tokens: a context with all of its questions and answers, and where each answer lies."""
+        session = TASKS[task](material, length - 256, random.Random(seed))
+        parts, answers = [tokenize(self.tokenizer, session.context)], []
         for turn in session.turns:
-            length = sum(len(part) for part in parts)
+            begin = sum(len(part) for part in parts)
             prompt, answer = (tokenize(self.tokenizer, text) for text in (turn.prompt, turn.answer))
-            answers.append((length + len(prompt), length + len(prompt) + len(answer)))
+            answers.append((begin + len(prompt), begin + len(prompt) + len(answer)))
             parts += [prompt, answer]
         return torch.cat(parts), answers
 
@@ -293,28 +293,21 @@ def train_gates(bench: Bench) -> None:
     if options.train_sessions:
         # Texts alone teach little of questions whose answers lie far back.
         material = Material(bench.tokenizer, open_text(options.train_text, "calibration").text)
-        asked = [bench.session(material, task, f"train {task} {n}")[0] for task in options.tasks
-                 for n in range(options.train_sessions)]  # fmt: skip
+        asked = [
+            bench.session(material, task, f"train {task} {number}", rows.shape[1])[0]
+            for task in options.tasks
+            for number in range(options.train_sessions)
+        ]
         length = min(rows.shape[1], *(len(tokens) for tokens in asked))
         rows = torch.cat([rows[:, :length], torch.stack([tokens[-length:] for tokens in asked])])
     recipe = attention_recipe("seer_attention", {})
     trainer = GateTrainer("seer_attention", recipe, bench.model, rows, 1, 0)
-    losses: list[float] = []
-
-    class Over(Exception):
-        pass
-
-    def timed(number: int, step: Any = trainer.step) -> float:
-        if time.monotonic() - begin > options.train_seconds:
-            raise Over
-        losses.append(step(number))
-        return losses[-1]
-
-    trainer.step = timed  # type: ignore[method-assign]
-    try:
-        trainer.train(Schedule(steps=options.steps, rate=options.rate))
-    except Over:
-        print(f"training stopped after {len(losses)} of {options.steps} steps", flush=True)
+    trainer.step(0)  # the first one is slow
+    start = time.monotonic()
+    for _ in range(2):
+        trainer.step(0)
+    affordable = int(2 * options.train_seconds / (time.monotonic() - start))
+    losses = trainer.train(Schedule(steps=max(10, min(options.steps, affordable)), rate=options.rate))
     seconds = time.monotonic() - begin
     path = options.keep / f"{bench.name}-gates.safetensors"
     options.keep.mkdir(parents=True, exist_ok=True)

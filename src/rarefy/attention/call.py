@@ -58,21 +58,20 @@ class Call:
 
     def query_before_rope(self) -> Tensor:
         """The queries as they were before rotary embedding, float32. Raises UnsupportedError where it is not known."""
-        cos, sin = self._angles()
-        return unrotate(self.query, cos, sin)
+        cos, sin = self.query_angles()
+        return unrotate(self.query, cos[:, None], sin[:, None])
 
     def keys_before_rope(self, start: int, stop: int) -> Tensor:
         """Keys ``[start, stop)`` as they were before rotary embedding, float32. Raises UnsupportedError where it is not
         known, as for keys of earlier passes it may be."""
-        cos, sin = self._angles()
-        keys, old = self.source.keys(start, stop), self.source.length - self.query.shape[2]
-        if start < old:
-            places = torch.arange(start - old, stop - old, device=keys.device)
-            first = places.new_full((1, 1), old) if self.positions is None else self.positions[:, :1]
-            cos, sin = (part[:, None] for part in self.rotary.angles(first + places))
-        else:
-            cos, sin = cos[:, :, start - old : stop - old], sin[:, :, start - old : stop - old]
-        return unrotate(keys, cos, sin)
+        cos, sin = self.key_angles(torch.arange(start, stop, device=self.query.device))
+        return unrotate(self.source.keys(start, stop), cos[:, None], sin[:, None])
+
+    def key_angles(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Cos and sin ``[B or 1, n, rotated channels]``, float32, of the keys at ``places [n]``."""
+        old = self.source.length - self.query.shape[2]
+        first = places.new_full((1, 1), old) if self.positions is None else self.positions[:, :1]
+        return self.rotary.angles(first + places - old)
 
     @cached_property
     def rotary(self) -> Rotary:
@@ -84,13 +83,14 @@ class Call:
             )
         return found
 
-    def _angles(self) -> tuple[Tensor, Tensor]:
+    def query_angles(self) -> tuple[Tensor, Tensor]:
+        """Cos and sin ``[B or 1, Q, rotated channels]`` of the queries. Raises UnsupportedError where they are not
+        known."""
         if self.angles is None:
             raise UnsupportedError(
                 f"Layer {self.layer} does not tell its rotary embedding, which this plan undoes; use another plan."
             )
-        cos, sin = self.angles
-        return cos[:, None], sin[:, None]
+        return self.angles
 
 
 def by_mask_head(scores: Tensor, call: Call, how: str = "logsumexp") -> Tensor:

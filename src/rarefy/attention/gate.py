@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rarefy.attention.pooling import highest, lowest, mean
+from rarefy.attention.summaries import Pool
 from rarefy.kv.rotary import Rotary
 
 EPSILON = 1e-6
-Pool = Literal["max", "min", "mean"]
-POOLS = {"max": highest, "min": lowest, "mean": mean}
 
 
 @dataclass(frozen=True)
@@ -58,13 +55,9 @@ class BlockGate:
         found = {f"{lead}.keys": self.keys}
         return found if self.queries is None else {**found, f"{lead}.queries": self.queries}
 
-    def summarize(self, x: Tensor, counts: Tensor | None) -> Tensor:
-        """Blocks of keys ``x [B, Hkv, N, block, D]`` summed up, float32 ``[B, Hkv, N, pools * D]``; ``counts`` as in
-        ``pooling.pooled``."""
-        return torch.cat([POOLS[kind](x.float(), counts) for kind in self.pools], -1)
-
     def compress(self, summary: Tensor, places: Tensor, rotary: Rotary | None) -> Tensor:
-        """What stands for blocks with these summaries that begin at ``places [N]``: float32 ``[B, maps, N, D]``."""
+        """What stands for blocks with these ``summaries.summaries`` that begin at ``places [N]``: float32 ``[B, maps,
+        N, D]``."""
         wide = summary.repeat_interleave(self.maps // summary.shape[1], 1)
         return self._placed(torch.matmul(wide, self.keys.float()), places, rotary)
 

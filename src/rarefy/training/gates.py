@@ -12,6 +12,7 @@ from rarefy.attention.estimators import query_blocks, true_blocks
 from rarefy.attention.gate import BlockGate
 from rarefy.attention.policy import Phase
 from rarefy.attention.pooling import mean, pooled
+from rarefy.attention.summaries import summaries
 from rarefy.training.losses import row_divergence
 
 # The share of first queries that teach nothing: they see few blocks, and there is little to choose.
@@ -54,8 +55,8 @@ def _summaries(call: Call, gate: BlockGate, block: int) -> tuple[Tensor, Tensor]
     begins = torch.arange(0, call.reach.keys, block, device=call.query.device)
 
     def make(x: Tensor, counts: Tensor | None, places: Tensor) -> dict[str, Tensor]:
-        return {"summary": gate.summarize(x, counts)}
+        inside = (places[:, None] + torch.arange(block, device=x.device)).flatten()
+        return {"summary": summaries(x, counts, *call.key_angles(inside), gate.pools)}
 
-    name = f"summary {','.join(gate.pools)}"
-    kept = pooled(call.source, name, block, make, valid=call.valid, read=call.keys_before_rope)
+    kept = pooled(call.source, f"summary {','.join(gate.pools)}", block, make, valid=call.valid)
     return kept["summary"], begins

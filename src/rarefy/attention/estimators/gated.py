@@ -11,9 +11,11 @@ from rarefy.attention.call import Call, by_mask_head
 from rarefy.attention.estimators.base import Estimator, query_blocks
 from rarefy.attention.gate import BlockGate
 from rarefy.attention.policy import Phase
-from rarefy.attention.pooling import mean, pooled
+from rarefy.attention.pooling import pooled
 from rarefy.attention.reach import Blocks
+from rarefy.attention.summaries import summaries
 from rarefy.core.errors import OptionError
+from rarefy.kv.rotary import unrotate
 
 
 class Gated(Estimator):
@@ -28,9 +30,7 @@ class Gated(Estimator):
         gate = self.gates.get(call.phase)
         if gate is None:
             raise OptionError(f"Layer {call.layer} has no trained gate for {call.phase}; train one, or leave it dense.")
-        query = call.query_before_rope()
-        if blocks.block_q > 1:
-            query = mean(*query_blocks(query, blocks.block_q))
+        query = self._queries(call, blocks.block_q) if blocks.block_q > 1 else call.query_before_rope()
         places = call.reach.offset + blocks.block_q * torch.arange(query.shape[2], device=query.device)
         asked = gate.ask(query, places, call.rotary)
         return by_mask_head(gate.score(asked, self._compressed(call, gate, blocks.block_k)), call)
@@ -39,9 +39,22 @@ class Gated(Estimator):
         if "decode" in self.gates:  # the one whose state is worth its bytes: later steps read it again and again
             self._compressed(call, self.gates["decode"], block_k)
 
+    @staticmethod
+    def _queries(call: Call, block_q: int) -> Tensor:
+        """Mean queries of blocks, as they were before rotary embedding."""
+        whole = call.query.shape[2] // block_q * block_q
+        cos, sin = call.query_angles()
+        parts = [summaries(*query_blocks(call.query[:, :, :whole], block_q), cos[:, :whole], sin[:, :whole], ("mean",))]
+        if whole < call.query.shape[2]:
+            rest = unrotate(call.query[:, :, whole:], cos[:, None, whole:], sin[:, None, whole:])
+            parts.append(rest.mean(2, keepdim=True))
+        return torch.cat(parts, 2)
+
     def _compressed(self, call: Call, gate: BlockGate, block_k: int) -> Tensor:
         def make(x: Tensor, counts: Tensor | None, begins: Tensor) -> dict[str, Tensor]:
-            return {"key": gate.compress(gate.summarize(x, counts), begins, call.rotary).to(call.query.dtype)}
+            places = (begins[:, None] + torch.arange(block_k, device=x.device)).flatten()
+            pools = summaries(x, counts, *call.key_angles(places), gate.pools)
+            return {"key": gate.compress(pools, begins, call.rotary).to(call.query.dtype)}
 
         name = "decode gate" if gate is self.gates.get("decode") else "prefill gate"
-        return pooled(call.source, name, block_k, make, valid=call.valid, read=call.keys_before_rope)["key"]
+        return pooled(call.source, name, block_k, make, valid=call.valid)["key"]

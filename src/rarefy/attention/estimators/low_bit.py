@@ -7,6 +7,7 @@ whose score is far below it can be left out without having seen the rest of the 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 from rarefy.attention.call import Call, by_mask_head
 from rarefy.attention.estimators.base import Estimator
-from rarefy.attention.estimators.rows import by_blocks, pieces, seen
+from rarefy.attention.estimators.rows import by_blocks, kernel_serves, pieces, seen
 from rarefy.attention.reach import Blocks, Reach
 
 TINY = 1e-12
@@ -72,6 +73,8 @@ def anchored_scores(
     keys adds one number to each row, and what that of queries adds is exact. ``every``: of each block of queries the
     last and each so many-th before it are looked at. ``query [B, H, Q, D]``, ``key [B, Hkv, T, D]``.
     """
+    if kernel_serves(query, reach) and num_bits is not None and every == 1 and 16 <= block_q <= 128:
+        return _by_kernel(query, key, reach, scaling, block_q, block_k, sink, local, num_bits, smooth)
     kv_heads, blocks, rest = key.shape[1], -(-reach.keys // block_k), -reach.keys % block_k
     keys = key.float()
     mean = query.float().mean(2, keepdim=True) * float(smooth)
@@ -102,6 +105,31 @@ def anchored_scores(
         best = functional.pad(scores, (0, rest), value=-torch.inf).unflatten(-1, (blocks, block_k)).amax(-1)
         found.append(by_blocks(best, -(-block_q // every), -torch.inf).amax(3))
     return torch.cat(found, 2)
+
+
+def _by_kernel(
+    query: Tensor,
+    key: Tensor,
+    reach: Reach,
+    scaling: float,
+    block_q: int,
+    block_k: int,
+    sink: int,
+    local: int,
+    num_bits: int,
+    smooth: bool,
+) -> Tensor:
+    from rarefy.kernels.triton import anchored_scores as kernel
+
+    most = 2 ** (num_bits - 1) - 1
+    asked, kept = (x.mean(2, dtype=torch.float32) * float(smooth) for x in (query, key))
+    bias = torch.matmul(asked.unflatten(1, (key.shape[1], -1)), (key.float() - kept[:, :, None]).mT).flatten(1, 2)
+    found = kernel.anchored_scores(
+        query, key, kept, kernel.token_codes(query, asked, most), kernel.token_codes(key, kept, most), bias,
+        block_q=block_q, block_k=block_k, sink=sink, local=local, scaling=scaling, offset=reach.offset,
+        first=reach.first,
+    )  # fmt: skip
+    return found * math.log(2)
 
 
 def _looked_at(low: int, high: int, count: int, block: int, every: int, device: torch.device) -> Tensor:

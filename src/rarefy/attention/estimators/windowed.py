@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from rarefy.attention.call import Call
 from rarefy.attention.estimators.base import Estimator
-from rarefy.attention.estimators.rows import by_blocks, pieces, seen
+from rarefy.attention.estimators.rows import by_blocks, kernel_serves, pieces, seen
 from rarefy.attention.pooling import mean, pooled
 from rarefy.attention.reach import Blocks, Reach
 from rarefy.core.errors import OptionError
@@ -70,6 +70,8 @@ def window_shares(
     Each query has a softmax over the windows it sees whole; shares are added up over the heads that share keys and over
     the ``block_q`` queries of a block. ``coarse``: means of longer windows, with their size and stride.
     """
+    if kernel_serves(query, reach) and windows.shape[2]:
+        return _by_kernel(query, windows, reach, scaling, block_q, size, stride, coarse)
     kv_heads, number = windows.shape[1], windows.shape[2]
     keys = windows.float().mT.unsqueeze(2)
     found = []
@@ -90,6 +92,38 @@ def window_shares(
         reached = by_blocks(whole.float(), block_q, 0.0).amax(3) > 0
         found.append(torch.where(reached, by_blocks(shares, block_q, 0.0).sum(3), -torch.inf))
     return torch.cat(found, 2)
+
+
+def _by_kernel(
+    query: Tensor,
+    windows: Tensor,
+    reach: Reach,
+    scaling: float,
+    block_q: int,
+    size: int,
+    stride: int,
+    coarse: tuple[Tensor, int, int] | None,
+) -> Tensor:
+    from rarefy.kernels.triton.window_shares import window_shares as shares
+    from rarefy.kernels.triton.window_shares import window_totals as totals
+
+    def total(means: Tensor, long: int, step: int) -> Tensor:
+        more = math.log2(step / stride)
+        return totals(
+            query, means, size=long, stride=step, scaling=scaling, offset=reach.offset, first=reach.first, more=more
+        )
+
+    if coarse is None or not coarse[0].shape[2]:
+        found = total(windows, size, stride)
+    else:
+        found = total(*coarse)
+        # The first queries see no coarse window yet; all they see is within the first fine ones.
+        early = windows[:, :, : coarse[1] // stride]
+        found = torch.where(found == -torch.inf, total(early, size, stride), found)
+    return shares(
+        query, windows, found, block_q=block_q, size=size, stride=stride, scaling=scaling, offset=reach.offset,
+        first=reach.first,
+    )  # fmt: skip
 
 
 def _whole(reach: Reach, rows: Tensor, number: int, size: int, stride: int) -> Tensor:

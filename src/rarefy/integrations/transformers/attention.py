@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from rarefy.attention.call import Call
 from rarefy.attention.source import Plain, Stored
@@ -22,7 +22,8 @@ NAME = "rarefy"
 PLAN = "_rarefy_plan"  # attribute of attention modules: their plan and its report
 HOOK = "_rarefy_plan_hook"
 ANGLES, POSITIONS = "rarefy_angles", "rarefy_positions"  # arguments that attention modules pass on
-_rotaries: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by the cosines that they give
+# Attention module -> the state of the buffers that may hold its frequencies, and what was found among them.
+_rotaries: WeakKeyDictionary[Any, tuple[list[tuple[int, int]], Rotary | None]] = WeakKeyDictionary()
 
 
 def register_attention() -> None:
@@ -109,12 +110,15 @@ def _rotary_finder(
     def find() -> Rotary | None:
         from rarefy.integrations.transformers.kv_cache import ROTARY, rotary_of
 
-        cos = angles[0]
-        if cos not in _rotaries:
+        holders, cos = getattr(module, ROTARY, ()), angles[0]
+        # To look whether frequencies give these angles makes a GPU wait, so it is done once, and when they change.
+        state = [(buffer.data_ptr(), buffer._version) for holder in holders for buffer in holder.buffers(False)]
+        known = _rotaries.get(module)
+        if known is None or known[0] != state:
             places = torch.arange(first, first + cos.shape[1], device=cos.device)[None]
-            places = places if positions is None else positions
-            _rotaries[cos] = rotary_of(getattr(module, ROTARY, ()), places, cos)
-        return _rotaries[cos]
+            known = state, rotary_of(holders, places if positions is None else positions, cos)
+            _rotaries[module] = known
+        return known[1]
 
     return find
 

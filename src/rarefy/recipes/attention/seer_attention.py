@@ -17,10 +17,11 @@ from pydantic import Field
 from torch import Tensor
 
 from rarefy.attention.estimators.gated import Gated
-from rarefy.attention.gate import BlockGate, Pool
+from rarefy.attention.gate import BlockGate
 from rarefy.attention.plan import AttentionShape
 from rarefy.attention.policy import Phase
 from rarefy.attention.selectors import Mass, Selector, Threshold, TopK
+from rarefy.attention.summaries import Pool
 from rarefy.contracts import GatedRecipe, attention_recipes
 from rarefy.core.errors import RecipeError
 

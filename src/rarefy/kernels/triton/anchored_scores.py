@@ -135,8 +135,9 @@ def anchored_scores(
     out = torch.empty(batch, heads, rows, blocks, device=query.device)
     _anchored[(rows, batch * heads)](
         query, key, key_mean.contiguous(), *query_codes, *key_codes, bias.contiguous(), out,
-        out if first is None else first, *query.stride()[:3], *key.stride()[:3], queries, tokens, offset, scaling * LOG2E, sink, local, heads, rows,
-        blocks, GROUP=heads // key.shape[1], D=channels, DP=max(32, triton.next_power_of_2(channels)), BQ=block_q,
-        BK=block_k, BN=max(tile, block_k), FIRST=first is not None, num_warps=num_warps, num_stages=num_stages,
+        out if first is None else first, *query.stride()[:3], *key.stride()[:3], queries, tokens, offset,
+        scaling * LOG2E, sink, local, heads, rows, blocks, GROUP=heads // key.shape[1], D=channels,
+        DP=max(32, triton.next_power_of_2(channels)), BQ=block_q, BK=block_k, BN=max(tile, block_k),
+        FIRST=first is not None, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out

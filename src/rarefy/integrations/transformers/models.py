@@ -118,8 +118,13 @@ def write_model(model: PreTrainedModel, stage: Path, source: Path | None, base: 
 
 
 def manifest_of(model: Any) -> Manifest:
-    """The manifest of a compressed model. Raises OptionError when the model is dense."""
+    """The manifest of a model that is compressed, or attends or caches by a recipe. Raises OptionError for others."""
+    from rarefy.integrations.transformers import kv_setup, plan_setup
+
     manifest = getattr(getattr(getattr(model, "config", None), "quantization_config", None), "manifest", None)
+    runtime = any(getattr(model, module.SETUP, None) is not None for module in (kv_setup, plan_setup))
+    if runtime and getattr(getattr(model, "config", None), "quantization_config", None) is None:
+        return Manifest(recipe="dense", rules=())
     if not isinstance(manifest, Manifest):
         raise OptionError(f"This {type(model).__name__} is not compressed by rarefy; call rarefy.compress first.")
     return manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +138,10 @@ def install_(model: Any, setup: AttentionSetup) -> AttentionSetup:
     state: the 16-bit one of rarefy unless the model has another."""
     if setup.model is not None and setup.model != digest(model):
         raise CheckpointError(f"These attention parameters belong to another model than this {type(model).__name__}.")
-    if not hasattr(model, "set_attn_implementation") or getattr(model.config, "is_encoder_decoder", False):
+    config = getattr(model, "config", None)
+    if not hasattr(model, "set_attn_implementation") or getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(
-            f"An attention plan needs a decoder of Transformers, which {type(model).__name__} is not."
+            f"An attention plan needs a model of Transformers with one stack of layers, not {type(model).__name__}."
         )
     modules = attention_modules(model)
     if not modules:
@@ -155,7 +157,10 @@ def install_(model: Any, setup: AttentionSetup) -> AttentionSetup:
             )
     setattr(model, SETUP, setup)
     if setup.recipe.phases != "prefill" and getattr(model, kv_setup.SETUP, None) is None and model.can_generate():
-        kv_setup.install_(model, kv_setup.KvSetup("identity", kv_recipe("identity", {})))
+        cache = kv_setup.KvSetup("identity", kv_recipe("identity", {}))
+        with suppress(UnsupportedError):  # of a model that keeps few tokens or none; plans then have no state
+            cache(model)
+            kv_setup.install_(model, cache)
     return setup
 
 

@@ -203,28 +203,34 @@ def compare(
     tokenizer: Any = None,
     chunk: int | None = None,
     cache: CacheFactory | None = None,
+    attention: Sequence[str] = (),
 ) -> Comparison:
     """Evaluate several models on the same windows; the dense ``reference`` runs once for all of them.
 
     ``data``: ``"demo"`` or a text file. ``windows`` None takes the whole text. ``tokenizer``: needed only for models in
     memory whose folder is unknown. ``executor="fast"`` may quantize activations where a kernel does; where none does,
     the result says ``exact``. With ``chunk`` windows go through the models that many tokens at a time, each reading the
-    KV cache of those before; ``cache`` makes the one of the candidates (from the model; needs ``chunk``). Raises
-    SourceError, OptionError, UnsupportedError, CheckpointError.
+    KV cache of those before; ``cache`` makes the one of the candidates (from the model; needs ``chunk``).
+    ``attention``: plans such as ``"xattention:mass=0.9"``, each measured with every model (a single one is then its own
+    reference). Raises SourceError, OptionError, UnsupportedError, CheckpointError.
     """
     from rarefy.evaluation.runner import evaluate as run
+    from rarefy.integrations.transformers.plan_evaluation import with_plans
     from rarefy.sources.texts import open_text
     from rarefy.sources.windows import tokenize
     from rarefy.sources.windows import windows as cut
 
     requested = {"context": context, "windows": windows, "chunk": chunk, "executor": executor}
     protocol = parse(Protocol, requested, "Evaluation", OptionError)
+    if attention and reference is None and len(models) == 1:
+        reference = models[0]
     subjects = open_subjects(models, reference, dtype=dtype, device=device, tokenizer=tokenizer, cache=cache)
+    candidates = with_plans(subjects.candidates, attention)
     text = open_text(data, "evaluation")
     bos = bos_token(subjects.tokenizer, None)
     tokens = cut(tokenize(subjects.tokenizer, text.text), context, windows, bos)
     protocol = protocol.model_copy(update={"bos": bos is not None, "text": text.name, "form": text.form})
-    return run(subjects.candidates, tokens, protocol, reference=subjects.reference, free_bytes=subjects.free_bytes)
+    return run(candidates, tokens, protocol, reference=subjects.reference, free_bytes=subjects.free_bytes)
 
 
 def evaluate_tasks(

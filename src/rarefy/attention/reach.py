@@ -71,11 +71,12 @@ class Reach:
         real = (keys >= 0)[:, :, None]
         index = keys.clamp(min=0)[:, :, None]
         if self.mask is not None:
-            own = self.mask[:, :, low:high].expand(keys.shape[0], keys.shape[1], -1, -1)
-            return own.gather(3, index.expand(-1, -1, high - low, -1)) & real
+            rows, heads = (max(pair) for pair in zip(self.mask.shape[:2], keys.shape[:2], strict=True))
+            own = self.mask[:, :, low:high].expand(rows, heads, -1, -1)
+            return own.gather(3, index.expand(rows, heads, high - low, -1)) & real
         row = torch.arange(self.batch, device=keys.device)[:, None, None, None]
         query = torch.arange(low, high, device=keys.device)[None, None, :, None]
-        return self.allowed(row, query, index) & real
+        return (self.allowed(row, query, index) & real).expand(-1, -1, high - low, -1)
 
     def blocks(self, block_q: int, block_k: int, device: torch.device | None = None) -> Blocks:
         """The same for blocks of ``block_q`` queries and ``block_k`` keys."""
@@ -112,7 +113,8 @@ class Reach:
             q_low, q_high, k_low, k_high = ends[0][:, :, None], ends[1][:, :, None], ends[2][:, None], ends[3][:, None]
             some = some & (q_low <= k_high) & (k_low <= q_high)
             full = full & (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
-        return Blocks(block_q, block_k, some[:, None], full[:, None])
+        some, full = (part.expand(-1, rows, columns)[:, None] for part in (some, full))
+        return Blocks(block_q, block_k, some, full)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from rarefy.attention.block_map import BlockMap
 from rarefy.attention.executors.base import Executor, executors
+from rarefy.attention.executors.cpu import Cpu
 from rarefy.attention.executors.fa4 import FlashAttention4
 from rarefy.attention.executors.flex import Flex
 from rarefy.attention.executors.reference import Reference
@@ -12,10 +13,10 @@ from rarefy.attention.executors.triton import Triton
 from rarefy.attention.source import Source
 from rarefy.core.errors import UnsupportedError
 
-__all__ = ["Executor", "FlashAttention4", "Flex", "Reference", "Trainable", "Triton", "choose", "executors"]
+__all__ = ["Cpu", "Executor", "FlashAttention4", "Flex", "Reference", "Trainable", "Triton", "choose", "executors"]
 
 # Tried in this order where the measured table has no say.
-ORDER = ("fa4", "triton", "reference")
+ORDER = ("fa4", "triton", "cpu", "reference")
 
 
 def choose(name: str, query: Tensor, source: Source, block_map: BlockMap, softcap: float | None = None) -> Executor:

@@ -25,6 +25,8 @@ class Flex(Executor):
     def refusal(self, query: Tensor, source: Source, block_map: BlockMap, softcap: float | None = None) -> str | None:
         if block_map.reach.mask is not None or block_map.level is not None:
             return "it takes neither levels nor a mask of another kind"
+        if not query.is_cuda and query.requires_grad and torch.is_grad_enabled():
+            return "it has no gradients on a processor"
         size = block_map.block_k
         if query.is_cuda and (query.shape[2] < 128 or block_map.block_q < 64 or size < 64 or size & (size - 1)):
             return f"{query.shape[2]} queries in blocks of {block_map.block_q} by {size} do not fit its kernel"
@@ -35,7 +37,7 @@ class Flex(Executor):
     ) -> tuple[Tensor, Tensor]:
         heads, reach = query.shape[1], block_map.reach
         block_map = block_map.per_head(heads)
-        width = None if not query.is_cuda else block_map.key_blocks
+        width = block_map.key_blocks
         partial, partial_index = block_map.partial_lists(width, fill=0)
         keep = None if query.is_cuda else block_map.dense()
 

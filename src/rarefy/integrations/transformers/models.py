@@ -92,7 +92,7 @@ def write_model(model: PreTrainedModel, stage: Path, source: Path | None, base: 
     """``save_model`` into an existing empty folder."""
     from rarefy.integrations.transformers import kv_setup, plan_setup
 
-    manifest = _manifest_to_write(model)
+    manifest = manifest_of(model)
     here, there = {name for name, _ in compressed(model)}, set(manifest.terms())
     if here != there:
         raise OptionError(
@@ -118,23 +118,16 @@ def write_model(model: PreTrainedModel, stage: Path, source: Path | None, base: 
 
 
 def manifest_of(model: Any) -> Manifest:
-    """The manifest of a compressed model. Raises OptionError when the model is dense."""
+    """The manifest of a model that is compressed, or attends or caches by a recipe. Raises OptionError for others."""
+    from rarefy.integrations.transformers import kv_setup, plan_setup
+
     manifest = getattr(getattr(getattr(model, "config", None), "quantization_config", None), "manifest", None)
+    runtime = any(getattr(model, module.SETUP, None) is not None for module in (kv_setup, plan_setup))
+    if runtime and getattr(getattr(model, "config", None), "quantization_config", None) is None:
+        return Manifest(recipe="dense", rules=())
     if not isinstance(manifest, Manifest):
         raise OptionError(f"This {type(model).__name__} is not compressed by rarefy; call rarefy.compress first.")
     return manifest
-
-
-def _manifest_to_write(model: Any) -> Manifest:
-    """That of a compressed model, or a bare one for a dense model that attends sparsely or keeps its cache in code."""
-    from rarefy.integrations.transformers import kv_setup, plan_setup
-    from rarefy.integrations.transformers.quantizer import attach_
-
-    added = [getattr(model, module.SETUP, None) for module in (plan_setup, kv_setup)]
-    names = [setup.name for setup in added if setup is not None]
-    if names and getattr(model.config, "quantization_config", None) is None:
-        attach_(model, Manifest(recipe=names[0], rules=()))
-    return manifest_of(model)
 
 
 def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,10 @@ def shape_of(module: Any, model: Any, layers: int) -> AttentionShape:
 def prepared(model: Any) -> dict[int, nn.Module]:
     """The attention modules of ``model`` by layer, made ready for plans: the ``rarefy`` attention, and hooks that tell
     it of rotary embedding. Raises UnsupportedError for models that cannot have one."""
-    if not hasattr(model, "set_attn_implementation") or getattr(model.config, "is_encoder_decoder", False):
+    config = getattr(model, "config", None)
+    if not hasattr(model, "set_attn_implementation") or getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(
-            f"An attention plan needs a decoder of Transformers, which {type(model).__name__} is not."
+            f"An attention plan needs a model of Transformers with one stack of layers, not {type(model).__name__}."
         )
     modules = attention_modules(model)
     if not modules:
@@ -162,7 +164,10 @@ def install_(model: Any, setup: AttentionSetup) -> AttentionSetup:
         object.__setattr__(module, attention.PLAN, (setup.plan(shape, device), setup.report))
     setattr(model, SETUP, setup)
     if setup.recipe.phases != "prefill" and getattr(model, kv_setup.SETUP, None) is None and model.can_generate():
-        kv_setup.install_(model, kv_setup.KvSetup("identity", kv_recipe("identity", {})))
+        cache = kv_setup.KvSetup("identity", kv_recipe("identity", {}))
+        with suppress(UnsupportedError):  # of a model that keeps few tokens or none; plans then have no state
+            cache(model)
+            kv_setup.install_(model, cache)
     return setup
 
 

@@ -17,7 +17,8 @@ def reach_of(mask: Tensor | None, queries: int, keys: int, causal: bool, window:
     """What ``queries`` may see of ``keys`` by a mask ``[B, 1 or H, queries, keys]``: bool, or additive with 0 where
     they may. A mask of another kind is kept as it is. Raises UnsupportedError for additive masks that weigh keys."""
     if mask is None:
-        return Reach.last(queries, keys, causal)
+        # Left out of several queries, a mask is causal from the first key on: an empty buffer of fixed size follows.
+        return Reach(queries, keys, 0 if queries > 1 and causal else keys - queries, causal)
     key = (queries, keys, window)
     known = _known.get(mask)
     if known is not None and known[0] == key:
@@ -49,7 +50,7 @@ def _recognized(mask: Tensor, queries: int, keys: int, window: int | None) -> Re
     windows = [window] if window is not None and window < keys else []
     guesses = []
     # A buffer of fixed size is filled up to its newest token; right padding ends before the newest query.
-    for offset in dict.fromkeys((keys - queries, end - queries)):
+    for offset in dict.fromkeys((end - queries, keys - queries)):
         own_stop = None if int(stop.min()) == keys else stop
         for width in (None, *windows):
             guesses.append(Reach(queries, keys, offset, True, width, own_first, own_stop))

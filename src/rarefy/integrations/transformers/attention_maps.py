@@ -15,7 +15,7 @@ from rarefy.core.errors import OptionError
 from rarefy.evaluation.attention import AttentionMaps, Choice, examine
 from rarefy.evaluation.protocol import bos_token
 from rarefy.integrations.transformers import plan_setup
-from rarefy.integrations.transformers.kv_evaluation import parse_cache
+from rarefy.integrations.transformers.kv_evaluation import parse_choice
 from rarefy.integrations.transformers.listening import listen
 from rarefy.integrations.transformers.plan_fitting import CALIBRATION, find_attention
 from rarefy.integrations.transformers.subjects import open_subjects
@@ -39,9 +39,10 @@ def attention_maps(
     loaded = candidate.open()
     setup: plan_setup.AttentionSetup | None = getattr(loaded, plan_setup.SETUP, None)
     if plan is not None:
-        name, options = parse_cache(plan)
+        name, options = parse_choice("--plan", plan)
         given = {key: options.pop(key, usual) for key, usual in CALIBRATION.items()}
-        setup = find_attention(loaded, name, options=options, tokenizer=subjects.tokenizer, **given)
+        given["tokenizer"] = subjects.tokenizer
+        setup = find_attention(loaded, name, options=options, **given)
     if setup is None:
         raise OptionError(f"'{candidate.name}' has no attention plan of its own; name one, such as oracle (--plan).")
     modules = plan_setup.prepared(loaded)
@@ -61,6 +62,6 @@ def attention_maps(
     with torch.inference_mode():
         listen(loaded, row, hear)
     recipe = setup.recipe
-    options = recipe.model_dump(exclude_unset=True)
+    options = recipe.model_dump(exclude_defaults=True)
     shown = setup.name + (":" if options else "") + ",".join(f"{key}={value}" for key, value in options.items())
     return AttentionMaps(candidate.name, shown, source.name, tokens, recipe.block_q, recipe.block_k, found)

@@ -39,7 +39,9 @@ from rarefy.training.loop import Schedule, train_
 from rarefy.training.report import TrainingReport, first_and_last
 
 # Options of `find_attention` that are no recipe's, with their usual values.
-CALIBRATION: dict[str, Any] = {"params": None, "data": "demo", "samples": 8, "seq_len": 2048, "seed": 0}
+CALIBRATION: dict[str, Any] = {
+    "params": None, "data": "demo", "samples": 8, "seq_len": 2048, "tokenizer": None, "seed": 0,
+}  # fmt: skip
 
 
 def find_attention(

@@ -52,16 +52,18 @@ def train_(
     work: Path | None = None,
     identity: Mapping[str, Any] | None = None,
     label: str = "train",
-    keep_every: float = KEEP_EVERY,
+    keep_every: float | None = None,
 ) -> list[float]:
     """Train ``parameters`` in place; the losses of all steps.
 
     ``step(number)`` leaves gradients in the parameters and returns the loss; it must depend on its number and the
-    parameters only. ``work``: a folder that keeps parameters and moments every ``keep_every`` seconds and at the end;
-    a run on it that has the same ``identity`` goes on there, and ends in the bytes of one that was never interrupted.
-    Raises OptionError when the folder holds another run's state or is in use, and when a loss is not finite.
+    parameters only. ``work``: a folder that keeps parameters and moments every ``keep_every`` seconds (None:
+    ``KEEP_EVERY``) and at the end; a run on it that has the same ``identity`` goes on there, and ends in the bytes of
+    one that was never interrupted. Raises OptionError when the folder holds another run's state or is in use, and when
+    a loss is not finite.
     """
     marks = json.loads(json.dumps({**(identity or {}), "schedule": schedule.model_dump(), "torch": torch.__version__}))
+    pause = KEEP_EVERY if keep_every is None else keep_every
     optimizer = torch.optim.AdamW(list(parameters.values()), lr=schedule.rate, weight_decay=0.0)
     with ExitStack() as held:
         if work is not None:
@@ -79,7 +81,7 @@ def train_(
                     raise OptionError(f"The loss of step {number} is {losses[-1]}; use a smaller learning rate.")
                 optimizer.step()
                 advance(1, f"loss {losses[-1]:.4f}")
-                if work is not None and (time.monotonic() - last >= keep_every or number + 1 == schedule.steps):
+                if work is not None and (time.monotonic() - last >= pause or number + 1 == schedule.steps):
                     _keep(work / STATE, parameters, optimizer, losses, marks)
                     last = time.monotonic()
     return losses

@@ -107,7 +107,7 @@ class GateTrainer:
                 self.weights |= {f"layers.{layer}.{key}": weight for key, weight in own.items()}
                 self.gates[layer][phase] = BlockGate.of(own, phase, gate.pools, gate.normed)
 
-    def train(self, schedule: Schedule, work: Path | None = None, keep_every: float | None = None) -> list[float]:
+    def train(self, schedule: Schedule, work: Path | None = None) -> list[float]:
         """Losses of all steps, in nats a row, summed over phases and averaged over layers."""
         about = hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()
         identity: Mapping[str, Any] = {
@@ -115,8 +115,7 @@ class GateTrainer:
             "batch": self.batch, "seed": self.seed, "dtype": str(self.model.dtype), "device": self.model.device.type,
             "number of threads": torch.get_num_threads() if self.model.device.type == "cpu" else 0,
         }  # fmt: skip
-        options = {} if keep_every is None else {"keep_every": keep_every}
-        return train_(self.weights, self.step, schedule, work=work, identity=identity, label="train gates", **options)
+        return train_(self.weights, self.step, schedule, work=work, identity=identity, label="train gates")
 
     def step(self, number: int) -> float:
         """One step's gradients; its loss."""

@@ -47,7 +47,7 @@ def _totals(
     low = 0
     if FIRST:
         low = tl.load(first + row).to(tl.int32)
-    last = tl.minimum(number, tl.maximum(0, (block * BQ + BQ - 1 + offset - size + 1) // stride + 1))
+    last = tl.minimum(number, tl.maximum(0, block * BQ + BQ + offset - size + stride) // stride)
     top = tl.full((BQ,), float("-inf"), tl.float32)
     total = tl.zeros((BQ,), tl.float32)
     for begin in range(0, last, BN):
@@ -81,7 +81,7 @@ def _shares(
     if FIRST:
         low = tl.load(first + row).to(tl.int32)
     place = tl.minimum(block * BQ + BQ, queries) - 1 + offset
-    last = tl.minimum(number, tl.maximum(0, (place - size + 1) // stride + 1))
+    last = tl.minimum(number, tl.maximum(0, place + 1 - size + stride) // stride)
     end = out + ((row * kv_heads + kv_head) * rows + block) * number
     for begin in range(0, last, BN):
         window = begin + tl.arange(0, BN)

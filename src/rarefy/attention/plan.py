@@ -87,12 +87,8 @@ class AttentionPlan:
             report.maps[call.layer] = found
         known, limit = self.selector.density, self.policy.max_density
         # To look at what was measured makes a GPU wait.
-        if (
-            phase == "prefill"
-            and (known is None or known > limit)
-            and limit < 1
-            and float(found.density().mean()) > limit
-        ):
+        look = phase == "prefill" and limit < 1 and (known is None or known > limit)
+        if look and float(found.density().mean()) > limit:
             own.dense[f"denser than {limit}"] += 1
             return None
         own.count(found)

@@ -12,11 +12,14 @@ from rarefy.attention.block_map import BlockMap
 from rarefy.attention.call import Call
 from rarefy.attention.estimators import true_blocks
 from rarefy.attention.executors import Reference, Triton
-from rarefy.attention.executors.triton import unfit
+from rarefy.attention.executors.triton import _tables, unfit
 from rarefy.attention.reach import Reach
 from rarefy.attention.selectors import Forced, Mass, Selector, Threshold, TopK
 from rarefy.attention.selectors.fused import fused_map
-from rarefy.attention.source import Plain
+from rarefy.attention.source import Plain, Stored
+from rarefy.kv.codecs import Exact
+from rarefy.kv.plan import LayerCodecs
+from rarefy.kv.store import LayerStore
 
 pytest.importorskip("triton")
 from rarefy.kernels.triton.block_decode import BlockDecode, block_scores
@@ -153,3 +156,27 @@ def test_decoding_over_chosen_blocks(group: int) -> None:
     scores: Tensor = (wide @ key.mT * 0.2).masked_fill(~seen[:, :, None], -torch.inf)
     torch.testing.assert_close(found, (scores.softmax(-1) @ value).flatten(1, 2), rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(lse, scores.logsumexp(-1).flatten(1, 2), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_decoding_reads_a_store_where_its_blocks_lie(share: float) -> None:
+    """Runs of several lengths and a tail, padding on the left, with and without a copy of the past."""
+    store = LayerStore(LayerCodecs(Exact(torch.float32, 64), Exact(torch.float32, 64)))
+    for count in (150, 70, 1, 1):
+        seen = store.append(*(torch.randn(2, 2, count, 32, device=DEVICE) for _ in range(2)))
+    source = Stored(seen)
+    first = torch.tensor([0, 37], device=DEVICE)
+    block_map = random_map(Reach(1, 222, 221, first=first), 2, 2, 1, 32, share)
+    query = torch.randn(2, 6, 1, 32, device=DEVICE)
+    assert _tables(source, torch.float32) is not None and _tables(source, torch.bfloat16) is None
+    found, lse = Triton().run(query, source, block_map, 0.2)
+    expected, expected_lse = Reference().run(query, source, block_map, 0.2)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(lse, expected_lse, rtol=2e-3, atol=2e-3)
+    plain = Plain(source.keys(), source.values())
+    torch.testing.assert_close(Triton().run(query, plain, block_map, 0.2)[0], found, rtol=2e-3, atol=2e-3)
+    buffer = Plain(*(torch.nn.functional.pad(each, (0, 0, 0, 18)) for each in (plain.key, plain.value)))
+    filled = Reach(1, 240, 221, first=first, stop=torch.tensor([222, 222], device=DEVICE))
+    other = random_map(filled, 2, 2, 1, 16, share)
+    found, _ = Triton().run(query, buffer, other, 0.2)
+    torch.testing.assert_close(found, Reference().run(query, buffer, other, 0.2)[0], rtol=2e-3, atol=2e-3)

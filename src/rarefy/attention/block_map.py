@@ -112,10 +112,11 @@ class BlockMap:
         """Blocks that are kept, int64 ``[M]``."""
         return self.count.sum((0, 2))
 
-    def visible(self) -> int | Tensor:
-        """Blocks that could be kept, of one mask head and all rows of the batch."""
+    def visible(self) -> float:
+        """Blocks that could be kept, of one mask head and all rows of the batch (a GPU is waited for once a reach)."""
         some = self.reach.blocks(self.block_q, self.block_k, self.count.device).some
-        return some.sum() * (self.count.shape[0] // some.shape[0]) / some.shape[1]
+        total = self.reach.once(("visible", self.block_q, self.block_k), lambda: float(some.sum()))
+        return total * (self.count.shape[0] // some.shape[0]) / some.shape[1]
 
     def density(self) -> Tensor:
         """Share of the blocks in reach that is kept, by mask head, float32 ``[M]``."""

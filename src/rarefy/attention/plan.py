@@ -85,14 +85,13 @@ class AttentionPlan:
         with report.part(call.layer, "select", device):
             forced = self.policy.forced(call.reach, blocks, call.layer, call.mask_heads, call.heads)
             found = select_map(self.selector, scores, blocks, forced, call.reach)
-            density = found.density()
-        own.densities.append(density)
         if report.keep_maps:
             report.maps[call.layer] = found
         known, limit = self.selector.density, self.policy.max_density
         # To look at what was measured makes a GPU wait.
-        if phase == "prefill" and (known is None or known > limit) and limit < 1 and float(density.mean()) > limit:
-            own.densities.pop()
+        look = phase == "prefill" and limit < 1 and (known is None or known > limit)
+        if look and float(found.density().mean()) > limit:
             own.dense[f"denser than {limit}"] += 1
             return None
+        own.count(found)
         return found

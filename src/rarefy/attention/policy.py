@@ -41,6 +41,11 @@ class Policy(StrictModel):
 
     def forced(self, reach: Reach, blocks: Blocks, layer: int, mask_heads: int, heads: int) -> Tensor:
         """Blocks that are kept in any case, bool ``[B or 1, 1 or M, query blocks, key blocks]``, all in reach."""
+        own = tuple(head * mask_heads // heads for index, head in self.dense_heads if index == layer)
+        key = ("forced", self.sink, self.local, self.last_rows, own, mask_heads, blocks.block_q, blocks.block_k)
+        return reach.once(key, lambda: self._forced(reach, blocks, mask_heads, own))
+
+    def _forced(self, reach: Reach, blocks: Blocks, mask_heads: int, own: tuple[int, ...]) -> Tensor:
         some = blocks.some
         column = torch.arange(blocks.columns, device=some.device)
         begin = torch.arange(blocks.rows, device=some.device)[:, None] * blocks.block_q + reach.offset
@@ -51,9 +56,8 @@ class Policy(StrictModel):
             forced = forced | (column > begin // blocks.block_k - self.local)
         if self.last_rows:
             forced = forced | (torch.arange(blocks.rows, device=some.device)[:, None] >= blocks.rows - self.last_rows)
-        own = [head for index, head in self.dense_heads if index == layer]
         if own:
             whole = torch.zeros(mask_heads, dtype=torch.bool, device=some.device)
-            whole[[head * mask_heads // heads for head in own]] = True
+            whole[list(own)] = True
             forced = forced | whole[:, None, None]
         return forced & some

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Reach:
     stop: Tensor | None = None
     segment: Tensor | None = None
     mask: Tensor | None = None
+    _kept: dict[object, object] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def last(cls, queries: int, keys: int, causal: bool = True) -> Reach:
@@ -78,8 +83,17 @@ class Reach:
         query = torch.arange(low, high, device=keys.device)[None, None, :, None]
         return (self.allowed(row, query, index) & real).expand(-1, -1, high - low, -1)
 
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """What ``make`` gives, made only once for each ``key``: all layers of a pass share a reach."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]  # type: ignore[return-value]
+
     def blocks(self, block_q: int, block_k: int, device: torch.device | None = None) -> Blocks:
         """The same for blocks of ``block_q`` queries and ``block_k`` keys."""
+        return self.once(("blocks", block_q, block_k, device), lambda: self._blocks(block_q, block_k, device))
+
+    def _blocks(self, block_q: int, block_k: int, device: torch.device | None) -> Blocks:
         rows, columns = -(-self.queries // block_q), -(-self.keys // block_k)
         if self.mask is not None:
             mask = self.mask

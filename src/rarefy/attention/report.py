@@ -11,24 +11,31 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rarefy.attention.block_map import BlockMap
+
 PARTS = ("estimate", "select", "execute")
 
 
 @dataclass
 class LayerReport:
-    """One layer's passes. ``densities``: share of blocks in reach that were kept, for each pass and mask head;
-    ``seconds`` by part; ``executors`` and ``dense``: how often each ran, and why attention was dense."""
+    """One layer's passes. ``kept`` of ``visible`` blocks were read in those that were sparse; ``seconds`` by part;
+    ``executors`` and ``dense``: how often each ran, and why attention was dense."""
 
-    densities: list[Tensor] = field(default_factory=list)
+    kept: Tensor | None = None  # on the device, so that it is not waited for
+    visible: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     executors: Counter[str] = field(default_factory=Counter)
     dense: Counter[str] = field(default_factory=Counter)
 
+    def count(self, block_map: BlockMap) -> None:
+        """A pass that reads the blocks of this map."""
+        kept = block_map.count.sum()
+        self.kept = kept if self.kept is None else self.kept + kept
+        self.visible += block_map.visible() * block_map.count.shape[1]
+
     def density(self) -> float:
-        """Mean over passes that were sparse; 1 where none was."""
-        if not self.densities:
-            return 1.0
-        return float(torch.cat([density.float().cpu().flatten() for density in self.densities]).mean())
+        """Share of blocks in reach that were read in passes that were sparse; 1 where none was."""
+        return 1.0 if self.kept is None or not self.visible else float(self.kept) / self.visible
 
 
 @dataclass
@@ -39,7 +46,7 @@ class PlanReport:
     timed: bool = False
     keep_maps: bool = False
     layers: dict[int, LayerReport] = field(default_factory=dict)
-    maps: dict[int, object] = field(default_factory=dict)
+    maps: dict[int, BlockMap] = field(default_factory=dict)
 
     def layer(self, number: int) -> LayerReport:
         return self.layers.setdefault(number, LayerReport())
@@ -50,9 +57,10 @@ class PlanReport:
         self.maps.clear()
 
     def density(self) -> float:
-        """Mean over layers and passes that were sparse; 1 where none was."""
-        found = [layer.density() for layer in self.layers.values() if layer.densities]
-        return sum(found) / len(found) if found else 1.0
+        """Share of blocks in reach that were read in passes that were sparse; 1 where none was."""
+        visible = sum(layer.visible for layer in self.layers.values())
+        kept = sum(float(layer.kept) for layer in self.layers.values() if layer.kept is not None)
+        return kept / visible if visible else 1.0
 
     def seconds(self) -> dict[str, float]:
         """Seconds of all layers by part."""

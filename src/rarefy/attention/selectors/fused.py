@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +23,17 @@ def select_map(selector: Selector, scores: Tensor, blocks: Blocks, forced: Tenso
     return fused_map(rule, scores, blocks, forced, reach)
 
 
-def fused_map(rule: dict[str, object], scores: Tensor, blocks: Blocks, forced: Tensor, reach: Reach) -> BlockMap:
+def fused_map(rule: dict[str, Any], scores: Tensor, blocks: Blocks, forced: Tensor, reach: Reach) -> BlockMap:
     """The map of ``rule``, as `select_blocks` takes it."""
     from rarefy.kernels.triton.block_select import select_blocks
 
-    given = scores.masked_fill(~blocks.some, -torch.inf)
-    start, whole, count, columns = select_blocks(given, blocks.full, forced, **rule)  # type: ignore[arg-type]
+    # Of one reach the same tensors come again and again.
+    key = ("flags", blocks.block_q, blocks.block_k, id(forced))
+    flags, _ = reach.once(key, lambda: (_flags(blocks, forced), forced))
+    start, whole, count, columns = select_blocks(scores, flags, **rule)
     return BlockMap(blocks.block_q, blocks.block_k, start, whole, count, columns, reach)
+
+
+def _flags(blocks: Blocks, forced: Tensor) -> Tensor:
+    some, full, always = (part.to(torch.uint8) for part in (blocks.some, blocks.full, forced))
+    return some | (full << 1) | (always << 2)

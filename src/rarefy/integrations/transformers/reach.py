@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -18,7 +20,7 @@ def reach_of(mask: Tensor | None, queries: int, keys: int, causal: bool, window:
     they may. A mask of another kind is kept as it is. Raises UnsupportedError for additive masks that weigh keys."""
     if mask is None:
         # Left out of several queries, a mask is causal from the first key on: an empty buffer of fixed size follows.
-        return Reach(queries, keys, 0 if queries > 1 and causal else keys - queries, causal)
+        return _maskless(queries, keys, causal)
     key = (queries, keys, window)
     known = _known.get(mask)
     if known is not None and known[0] == key:
@@ -26,6 +28,11 @@ def reach_of(mask: Tensor | None, queries: int, keys: int, causal: bool, window:
     found = _recognized(_as_bool(mask), queries, keys, window)
     _known[mask] = (key, found)
     return found
+
+
+@functools.lru_cache(maxsize=4)
+def _maskless(queries: int, keys: int, causal: bool) -> Reach:
+    return Reach(queries, keys, 0 if queries > 1 and causal else keys - queries, causal)
 
 
 def _as_bool(mask: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 LOG2E = 1.4426950408889634
 # block_q * block_k -> warps, stages; others take the last.
-CONFIGURATIONS = {(128, 128): (8, 2), (128, 64): (8, 3), (64, 64): (4, 3), (64, 128): (4, 2)}
+CONFIGURATIONS = {(128, 128): (8, 3), (128, 64): (4, 2), (64, 64): (4, 3), (64, 128): (4, 2)}
 
 
 @triton.jit

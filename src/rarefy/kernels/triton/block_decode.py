@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rarefy.kernels.triton.decode_attention import ROWS, _merge
+from rarefy.kernels.triton.decode_attention import NUMBERS, ROWS, _merge, _pointer
 
 
 @triton.jit
@@ -77,10 +77,23 @@ def block_scores(
 
 
 @triton.jit
+def _tile_at(
+    side, row, head, token, pages, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr, NUMBERS: tl.constexpr
+):  # fmt: skip
+    """Where tokens ``[token, token + N)``, which lie in one page, are."""
+    page = token // PAGE
+    base = _pointer(tl.load(side + page), NUMBERS)
+    base += row * tl.load(side + pages + page) + head * tl.load(side + 2 * pages + page)
+    within = token % PAGE + tl.arange(0, N)
+    return base + within[:, None] * D + tl.arange(0, D)[None, :]
+
+
+@triton.jit
 def _chosen(
     query, key, value, index, count, first, length, part_out, part_lse,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, heads, capacity, splits, scaling,
     GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr,
+    PAGE: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, head = pair // heads, pair % heads
@@ -94,8 +107,6 @@ def _chosen(
     tokens, begin = tl.load(length + row), 0
     if FIRST:
         begin = tl.load(first + row).to(tl.int32)
-    k_base = key + row * stride_kb + head * stride_kh
-    v_base = value + row * stride_vb + head * stride_vh
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     mixed = tl.zeros((M, D), tl.float32)
@@ -103,8 +114,14 @@ def _chosen(
         column = tl.load(index + pair * capacity + tile // TILES)
         token = column * BK + (tile % TILES) * N + tl.arange(0, N)
         here = (token < tokens) & (token >= begin)
-        k_at = k_base + token[:, None].to(tl.int64) * stride_kn + channel[None, :]
-        v_at = v_base + token[:, None].to(tl.int64) * stride_vn + channel[None, :]
+        if PAGE:
+            start = column * BK + (tile % TILES) * N
+            k_at = _tile_at(key, row, head, start, stride_kn, D, N, PAGE, NUMBERS)
+            v_at = _tile_at(value, row, head, start, stride_vn, D, N, PAGE, NUMBERS)
+        else:
+            wide = token[:, None].to(tl.int64)
+            k_at = key + row * stride_kb + head * stride_kh + wide * stride_kn + channel[None, :]
+            v_at = value + row * stride_vb + head * stride_vh + wide * stride_vn + channel[None, :]
         k = tl.load(k_at, mask=here[:, None], other=0.0)
         v = tl.load(v_at, mask=here[:, None], other=0.0)
         scores = tl.dot(q, tl.trans(k)) * scaling
@@ -149,11 +166,30 @@ class BlockDecode:
         """``query [B, H, D]`` over ``key``, ``value [B, Hkv, L, D]`` of which ``length`` int32 ``[B]`` tokens are
         there, at blocks ``index`` int32 ``[B, Hkv, capacity]``, the first ``count`` int32 ``[B, Hkv]`` of them. The
         result float32 ``[B, H, D]`` and its log-sum-exp ``[B, H]``, overwritten by the next call."""
-        batch, heads = key.shape[:2]
+        strides = (*key.stride()[:3], *value.stride()[:3])
+        return self._run(query, key, value, index, count, length, scaling, first, strides, 0)
+
+    def paged(
+        self, query: Tensor, key: Tensor, value: Tensor, page: int, index: Tensor, count: Tensor, length: Tensor,
+        scaling: float, first: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The same where tokens lie in pages: ``key``, ``value`` int64 ``[3, pages]`` say where each page of ``page``
+        tokens begins (an address) and how far rows of the batch and heads lie apart (in numbers of the query's dtype).
+        Raises ValueError where a tile does not fit a page."""
+        if page % self._meta["N"]:
+            raise ValueError(f"Tiles of {self._meta['N']} tokens do not divide pages of {page}.")
+        strides = (0, 0, key.shape[1], 0, 0, value.shape[1])
+        return self._run(query, key, value, index, count, length, scaling, first, strides, page)
+
+    def _run(
+        self, query: Tensor, key: Tensor, value: Tensor, index: Tensor, count: Tensor, length: Tensor, scaling: float,
+        first: Tensor | None, strides: tuple[int, ...], page: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        batch, heads = index.shape[:2]
         _chosen[(batch * heads, self.splits)](
             query.contiguous(), key, value, index, count, count if first is None else first, length, self._partial,
-            self._partial_lse, *key.stride()[:3], *value.stride()[:3], heads, index.shape[-1], self.splits, scaling,
-            FIRST=first is not None, **self._meta,
+            self._partial_lse, *strides, heads, index.shape[-1], self.splits, scaling, FIRST=first is not None,
+            PAGE=page, NUMBERS=NUMBERS[query.dtype], **self._meta,
         )  # fmt: skip
         rows, _, channels = self._partial.shape
         _merge[(rows,)](self._partial, self._partial_lse, self.out, self.lse, self.splits, D=channels, S=32)

@@ -17,20 +17,23 @@ RULES = {"top": TOP, "mass": MASS, "cut": CUT}
 
 @triton.jit
 def _select(
-    scores, full, forced, limits, columns, start, whole, count, heads, rows, blocks,
-    stride_fb, stride_fh, stride_fr, stride_ab, stride_ah, stride_ar, share, wanted, least,
-    RULE: tl.constexpr, NORMALIZED: tl.constexpr, BY_HEAD: tl.constexpr, ON_TOP: tl.constexpr, FULL: tl.constexpr,
-    FORCED: tl.constexpr, N: tl.constexpr,
+    scores, flags, limits, columns, start, whole, count, heads, rows, blocks, stride_fb, stride_fh, stride_fr,
+    share, wanted, least,
+    RULE: tl.constexpr, NORMALIZED: tl.constexpr, BY_HEAD: tl.constexpr, ON_TOP: tl.constexpr, FLAGS: tl.constexpr,
+    N: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, N)
     here = block < blocks
     x = tl.load(scores + line * blocks + block, mask=here, other=float("-inf"))
     row, head, place = line // (rows * heads), (line // rows) % heads, line % rows
-    some, always = x > float("-inf"), x == float("inf")
-    if FORCED:
-        at = row * stride_ab + head * stride_ah + place * stride_ar
-        always = some & (always | (tl.load(forced + at + block, mask=here, other=0) != 0))
+    flag = tl.full((N,), 3, tl.int32)
+    if FLAGS:
+        at = row * stride_fb + head * stride_fh + place * stride_fr
+        flag = tl.load(flags + at + block, mask=here, other=0).to(tl.int32)
+        x = tl.where((flag & 1) != 0, x, float("-inf"))
+    some = x > float("-inf")
+    always = some & ((x == float("inf")) | ((flag & 4) != 0))
     shares = x
     if RULE == 1 or NORMALIZED:
         finite = some & (x < float("inf"))
@@ -79,10 +82,7 @@ def _select(
             limit = tl.load(limits + head)
         keep = tl.where(limit <= 0.0, some, shares > limit if NORMALIZED else x > tl.log(limit))
     keep = (keep | always) & some
-    seen_whole = keep
-    if FULL:
-        at = row * stride_fb + head * stride_fh + place * stride_fr
-        seen_whole = keep & (tl.load(full + at + block, mask=here, other=0) != 0)
+    seen_whole = keep & ((flag & 2) != 0)
     partial = keep & (seen_whole == 0)
     wholes, partials = seen_whole.to(tl.int32), partial.to(tl.int32)
     first = tl.sum(wholes, 0)
@@ -95,34 +95,32 @@ def _select(
 
 
 def select_blocks(
-    scores: Tensor, full: Tensor | None = None, forced: Tensor | None = None, *, rule: str = "top", share: float = 0.0,
-    wanted: int = 0, least: int = 1, limits: Tensor | None = None, normalized: bool = True, include_forced: bool = True,
+    scores: Tensor, flags: Tensor | None = None, *, rule: str = "top", share: float = 0.0, wanted: int = 0,
+    least: int = 1, limits: Tensor | None = None, normalized: bool = True, include_forced: bool = True,
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, num_warps: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Lists of the blocks that a rule keeps of ``scores`` float32 ``[B, M, rows, blocks]``: ``start``, ``whole``,
     ``count`` int32 ``[B, M, rows]`` and ``columns`` int32, as in a block map.
 
-    Blocks that are ``forced`` (bool, broadcast to ``scores``) or of score ``inf`` are kept, those of ``-inf`` are not.
-    ``rule``: ``top`` keeps the best ``share`` of blocks in reach (or ``wanted`` of them), at least ``least``, with
-    forced ones among them or on top (``include_forced``); ``mass`` the fewest whose softmax reaches ``share``, forced
-    ones first; ``cut`` those whose softmax (``normalized``; or whose ``exp``) exceeds ``share``, or ``limits`` float32
-    ``[M]``. ``full`` bool, broadcast to ``scores``: blocks that need no mask, which come first in a list (None: all
-    are).
+    ``flags`` uint8, broadcast to ``scores``: bit 0 where a block is in reach, 1 where it needs no mask (such blocks
+    come first in a list), 2 where it is kept in any case (None: all are in reach and need no mask). Blocks of score
+    ``inf`` are kept too, those of ``-inf`` are not. ``rule``: ``top`` keeps the best ``share`` of blocks in reach (or
+    ``wanted`` of them), at least ``least``, with forced ones among them or on top (``include_forced``); ``mass`` the
+    fewest whose softmax reaches ``share``, forced ones first; ``cut`` those whose softmax (``normalized``; or whose
+    ``exp``) exceeds ``share``, or ``limits`` float32 ``[M]``.
     """
     batch, heads, rows, blocks = scores.shape
     if out is None:
-        lines = [torch.empty(batch, heads, rows, dtype=torch.int32, device=scores.device) for _ in range(3)]
-        out = (*lines, torch.empty(scores.numel(), dtype=torch.int32, device=scores.device))  # type: ignore[assignment]
+        lines = torch.empty(3, batch, heads, rows, dtype=torch.int32, device=scores.device)
+        out = (*lines.unbind(), torch.empty(scores.numel(), dtype=torch.int32, device=scores.device))  # type: ignore[assignment]
     assert out is not None
     start, whole, count, columns = out
-    flags = [each if each is None else each.expand(scores.shape).view(torch.uint8) for each in (full, forced)]
-    strides = [stride for each in flags for stride in (each.stride()[:3] if each is not None else (0, 0, 0))]
-    first, always = (scores if each is None else each for each in flags)
+    wide = scores if flags is None else flags.expand(scores.shape)
     size = max(16, triton.next_power_of_2(blocks))
     _select[(batch * heads * rows,)](
-        scores.contiguous(), first, always, scores if limits is None else limits, columns, start, whole, count,
-        heads, rows, blocks, *strides, share, wanted, least, RULE=RULES[rule], NORMALIZED=normalized and rule == "cut",
-        BY_HEAD=limits is not None, ON_TOP=not include_forced, FULL=full is not None, FORCED=forced is not None, N=size,
+        scores.contiguous(), wide, scores if limits is None else limits, columns, start, whole, count, heads, rows,
+        blocks, *wide.stride()[:3], share, wanted, least, RULE=RULES[rule], NORMALIZED=normalized and rule == "cut",
+        BY_HEAD=limits is not None, ON_TOP=not include_forced, FLAGS=flags is not None, N=size,
         num_warps=num_warps or max(1, min(8, size // 512)),
     )  # fmt: skip
     return out

@@ -172,9 +172,9 @@ def test_calibrated_thresholds_keep_their_budget_on_what_they_saw(tmp_path: Path
     model = model_of()
     options = {**SMALL, "block_k": 4, "local": 2, "start": 0.5, "halvings": 12}
     del options["last_rows"]
-    given = tokens(4, 96)
+    given = topics(4, 96)
     densities = []
-    for budget in (0.3, 0.05):
+    for budget in (0.5, 0.02):
         setup = rarefy.set_attention(model, "sale", data=given, budget=budget, **options)
         assert setup is not None and setup.params[0]["threshold"].shape == (4,)
         from rarefy.attention.thresholds import head_errors

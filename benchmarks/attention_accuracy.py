@@ -178,39 +178,41 @@ class Bench:
         run = self.logits if kind == "prefill" else self.decoded
         windows = self.windows if kind == "prefill" else self.windows[: self.options.decoded]
         gaps: dict[str, list[float]] = {name: [] for name in setups}
-        sums = {name: torch.zeros(2, dtype=torch.float64) for name in setups}
+        sums = {name: torch.zeros(3, dtype=torch.float64) for name in setups}
         densities: dict[str, list[float]] = {name: [] for name in setups}
         dense_nll, tokens = 0.0, 0
         for window in windows:
+            if self.left() <= 0:
+                break
             with self.using(None):
                 dense = run(window)
             targets = window[-len(dense) :]
             reference = self.scorer.score(dense, targets).nll
             dense_nll, tokens = dense_nll + float(reference.sum()), tokens + len(targets)
-            for name in list(setups):
+            for name, (setup, _) in setups.items():
                 if self.left() <= 0:
-                    return
-                setup = setups[name][0]
+                    break
                 try:
                     with self.using(setup):
                         scores = self.scorer.score(run(window), targets, dense)
                 except Exception as failure:
                     print(f"FAILED {kind} {name}: {type(failure).__name__}: {failure}", flush=True)
-                    del setups[name]
                     continue
-                assert scores.kl is not None and scores.agree is not None
+                assert scores.kl is not None and scores.agree is not None and setup is not None
                 gaps[name].append(float((scores.nll - reference).mean()))
-                sums[name] += torch.tensor([float(scores.kl.sum()), float(scores.agree.sum())], dtype=torch.float64)
+                own = [float(scores.kl.sum()), float(scores.agree.sum()), len(targets)]
+                sums[name] += torch.tensor(own, dtype=torch.float64)
                 densities[name].append(setup.report.density())
         for name, (_, facts) in setups.items():
-            gap = mean_interval(gaps[name])
-            mean = sum(gaps[name]) / len(gaps[name])
-            kl, agree = (sums[name] / tokens).tolist()
+            if not gaps[name]:
+                continue
+            gap, mean = mean_interval(gaps[name]), sum(gaps[name]) / len(gaps[name])
+            kl, agree = (sums[name][:2] / sums[name][2]).tolist()
             self.row(
                 kind, name, density=sum(densities[name]) / len(densities[name]), dense_nll=dense_nll / tokens, gap=mean,
                 gap_low=None if gap is None else gap.low, gap_high=None if gap is None else gap.high,
-                perplexity_cost=float(torch.tensor(mean).expm1()), kl=kl, top1_agreement=agree, tokens=tokens,
-                phase=kind, **facts,
+                perplexity_cost=float(torch.tensor(mean).expm1()), kl=kl, top1_agreement=agree,
+                tokens=int(sums[name][2]), phase=kind, **facts,
             )  # fmt: skip
 
     def retrieval(self, phase: str, setups: Setups, tasks: Sequence[str], sessions: int) -> None:

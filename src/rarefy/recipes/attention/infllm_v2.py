@@ -1,10 +1,10 @@
 """InfLLM v2 (MiniCPM team 2025, 2509.24663): blocks are found by means of overlapping windows of keys.
 
-Keys are averaged over windows of 32, 16 apart (section 3.2); a query's softmax over those that it sees whole is added
-up over the heads that share keys, and each block of 64 keys gets the largest sum of the windows that touch it. The
-first block and the nearest ones are always read, besides the best others. The softmax's sum may come from longer
-windows, which spares a second pass over the short ones (section 4.2). Nothing is added to the model, so that it can be
-trained to attend like this and still attend densely: gradients go through the blocks that are read.
+Keys are averaged over windows of 32, 16 apart; a query's softmax over those that it sees whole is added up over the
+heads that share keys, and each block of 64 keys gets the largest sum of the windows that touch it. The first block and
+the nearest ones are always read, besides the best others. The softmax's sum may come from longer windows, which spares
+a second pass over the short ones. Nothing is added to the model, so that it can be trained to attend like this and
+still attend densely: gradients go through the blocks that are read.
 
 The paper lets each query choose for itself, in groups of 16 heads; with ``block_q`` 1 so does this. With fewer heads in
 a group that leaves a GPU idle, so by default the queries of a block choose together in prefill.

@@ -1,10 +1,10 @@
 """SALE (2505.24179): every query meets every key in 4 bits, and a threshold for each head says what is worth reading.
 
-Queries and keys lose their means and are rounded to 4 bits (section 3.2); the mean of queries adds an exact number to
-each key's score. The first keys and the nearest ones are read exactly, and what they add up to is the measure: a tile
-of 64 queries and 32 keys is read if any estimated weight in it exceeds the head's threshold, relative to that sum
-(section 3.3). Thresholds are calibrated layer by layer on dense attention: they start at ``start`` and are halved until
-the head's output is close enough to the dense one.
+Queries and keys lose their means and are rounded to 4 bits; the mean of queries adds an exact number to each key's
+score. The first keys and the nearest ones are read exactly, and what they add up to is the measure: a tile of 64
+queries and 32 keys is read if any estimated weight in it exceeds the head's threshold, relative to that sum. Thresholds
+are calibrated layer by layer on dense attention: they start at ``start`` and are halved until the head's output is
+close enough to the dense one.
 
 Closeness is relative here (sum of absolute differences over that of the dense output, below ``budget``): the paper's
 absolute bound is loose for heads with small values. And ``start`` is 16 times the paper's: at short lengths a relative

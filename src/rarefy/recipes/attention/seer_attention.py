@@ -1,11 +1,11 @@
 """SeerAttention (Gao et al. 2024) and SeerAttention-R (Gao et al. 2025): a small gate per layer learns where to look.
 
-Prefill (2410.13276, section 3): queries of a block are averaged, keys of a block pooled by their maximum, minimum and
-mean, both before rotary embedding; a matrix for each query head brings pooled keys to a head's width, both sides are
-rotated as the first token of their block, and a softmax over their products says which blocks matter. Decoding
-(2506.08889, section 3): one gate for each KV head, whose queries are the projected sum of the heads that share it, both
-sides normed. Gates are trained while the model stays as it is: their softmax is to be that of the largest probabilities
-that attention has within each block (for decoding: of each query, over the heads that share keys).
+Prefill (2410.13276): queries of a block are averaged, keys of a block pooled by their maximum, minimum and mean, both
+before rotary embedding; a matrix for each query head brings pooled keys to a head's width, both sides are rotated as
+the first token of their block, and a softmax over their products says which blocks matter. Decoding (2506.08889): one
+gate for each KV head, whose queries are the projected sum of the heads that share it, both sides normed. Gates are
+trained while the model stays as it is: their softmax is to be that of the largest probabilities that attention has
+within each block (for decoding: of each query, over the heads that share keys).
 """
 
 from __future__ import annotations

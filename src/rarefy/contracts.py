@@ -168,6 +168,10 @@ class AttentionRecipe(Policy, ABC):
     def selector(self, shape: AttentionShape, params: Mapping[str, Tensor]) -> Selector:
         """What chooses among scored blocks."""
 
+    def decode_selector(self, shape: AttentionShape, params: Mapping[str, Tensor]) -> Selector | None:
+        """What chooses while decoding; None: what chooses in prefill."""
+        return None
+
     def measure(self, shape: AttentionShape, call: Call) -> dict[str, Tensor]:
         """What calibration learns of a layer from one dense pass; added up over passes and given to `fit`."""
         return {}
@@ -180,7 +184,7 @@ class AttentionRecipe(Policy, ABC):
         """How a layer of this shape attends."""
         return AttentionPlan(
             self.estimator(shape, params), self.selector(shape, params), self, self.block_q, self.block_k, self.heads,
-            self.executor, shape.layers,
+            self.executor, shape.layers, self.decode_selector(shape, params),
         )  # fmt: skip
 
 

@@ -108,6 +108,11 @@ def test_gates_are_written_and_loaded_and_serve_every_phase(tmp_path: Path) -> N
     sparse = rarefy.set_attention(model, "seer_attention", params=tmp_path / "out" / PARAMS_NAME)
     assert sparse is not None and model.generate(**asked).shape == (2, 60)
     assert sparse.report.density() < 0.8 and sum(sparse.report.dense().values()) == 0
+    few = rarefy.set_attention(model, "seer_attention", params=tmp_path / "out" / PARAMS_NAME, budget=16, density=1.0)
+    assert few is not None
+    few.report.keep_maps = True
+    assert model.generate(**asked).shape == (2, 60)
+    assert [int(each.count.max()) for each in few.report.maps.values()] == [2, 2]  # the last step's
 
 
 def test_steps_with_a_cache_choose_as_one_pass_does(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class AttentionShape:
 class AttentionPlan:
     """How one layer attends. ``heads``: whether lists are made for each ``query`` head, or for each ``kv`` head, which
     decoding always does, since its time is that of reading keys and values. ``executor``: a name, or ``auto``.
-    ``layers``: how many the model has."""
+    ``layers``: how many the model has. ``decode_selector``: what chooses while decoding, if it is another rule."""
 
     estimator: Estimator
     selector: Selector
@@ -43,6 +43,7 @@ class AttentionPlan:
     heads: Literal["query", "kv"] = "query"
     executor: str = "auto"
     layers: int = 1
+    decode_selector: Selector | None = None
 
     def phase(self, queries: int) -> Phase:
         return "decode" if queries <= FEW else "prefill"
@@ -58,6 +59,10 @@ class AttentionPlan:
             output, _ = executor.run(call.query, call.source, found, call.scaling, call.softcap)
         report.layer(call.layer).executors[executor.name] += 1
         return output
+
+    def selector_of(self, phase: Phase) -> Selector:
+        """What chooses blocks in a phase."""
+        return self.selector if phase == "prefill" or self.decode_selector is None else self.decode_selector
 
     def prepared(self, call: Call) -> Call:
         """``call`` with its phase and the heads that lists are made for."""
@@ -82,12 +87,13 @@ class AttentionPlan:
         blocks = call.reach.blocks(block_q, self.block_k, device)
         with report.part(call.layer, "estimate", device):
             scores = self.estimator.scores(call, blocks)
+        selector = self.selector_of(phase)
         with report.part(call.layer, "select", device):
             forced = self.policy.forced(call.reach, blocks, call.layer, call.mask_heads, call.heads)
-            found = select_map(self.selector, scores, blocks, forced, call.reach)
+            found = select_map(selector, scores, blocks, forced, call.reach)
         if report.keep_maps:
             report.maps[call.layer] = found
-        known, limit = self.selector.density, self.policy.max_density
+        known, limit = selector.density, self.policy.max_density
         # To look at what was measured makes a GPU wait.
         look = phase == "prefill" and limit < 1 and (known is None or known > limit)
         if look and float(found.density().mean()) > limit:

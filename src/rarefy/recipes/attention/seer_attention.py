@@ -29,11 +29,12 @@ from rarefy.core.errors import RecipeError
 @attention_recipes.register("seer_attention")
 class SeerAttention(GatedRecipe):
     """A trained gate for each layer. Of each row's blocks the best ``density`` are kept; or those whose share by the
-    gate exceeds ``threshold``; or as few as hold ``mass`` by it. ``pools``: what keys of a block are summed up by. The
-    gates themselves say for which phases there are any."""
+    gate exceeds ``threshold``; or as few as hold ``mass`` by it. ``budget``: while decoding, as many blocks as hold
+    that many tokens instead (the paper has 4,096). ``pools``: what keys of a block are summed up by."""
 
     density: float = Field(0.1, gt=0, le=1)
     threshold: float | None = Field(None, gt=0, lt=1)
+    budget: int | None = Field(None, ge=1)
     mass: float | None = Field(None, gt=0, le=1)
     pools: tuple[Pool, ...] = Field(("max", "min", "mean"), min_length=1)
     last_rows: int = Field(2, ge=0)
@@ -68,6 +69,9 @@ class SeerAttention(GatedRecipe):
                     f"The {phase} gate of layer {shape.layer} was trained for other pools or heads; train it anew."
                 )
         return Gated(gates)
+
+    def decode_selector(self, shape: AttentionShape, params: Mapping[str, Tensor]) -> Selector | None:
+        return None if self.budget is None else TopK(count=-(-self.budget // self.block_k))
 
     def selector(self, shape: AttentionShape, params: Mapping[str, Tensor]) -> Selector:
         if self.threshold is not None:

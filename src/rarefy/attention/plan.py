@@ -11,6 +11,7 @@ from rarefy.attention.block_map import BlockMap
 from rarefy.attention.call import Call
 from rarefy.attention.estimators import Estimator
 from rarefy.attention.executors import choose
+from rarefy.attention.measured import measured
 from rarefy.attention.policy import Phase, Policy
 from rarefy.attention.report import PlanReport
 from rarefy.attention.selectors import Selector, select_map
@@ -53,7 +54,9 @@ class AttentionPlan:
         found = self.map(call, report)
         if found is None:
             return None
-        executor = choose(self.executor, call.query, call.source, found, call.softcap)
+        executor = choose(
+            self.executor, call.query, call.source, found, call.softcap, self.phase(call.query.shape[2])
+        )
         with report.part(call.layer, "execute", call.query.device):
             output, _ = executor.run(call.query, call.source, found, call.scaling, call.softcap)
         report.layer(call.layer).executors[executor.name] += 1
@@ -70,14 +73,18 @@ class AttentionPlan:
             phase=phase,
             mask_heads=call.heads if self.heads == "query" and phase == "prefill" else call.source.heads,
         )
+        block_q = min(self.block_q, call.query.shape[2])
+        blocks = call.reach.blocks(block_q, self.block_k, device)
+        limit = self.limit(call)
+        known = self.selector.expected(blocks.columns)
         reason = self.policy.dense(phase, call.reach.keys, call.layer, self.layers)
+        if reason is None and known is not None and known > limit:
+            reason = f"denser than {limit:g}"
         if reason is not None:
             own.dense[reason] += 1
             with report.part(call.layer, "estimate", device):
                 self.estimator.observe(call, self.block_k)
             return None
-        block_q = min(self.block_q, call.query.shape[2])
-        blocks = call.reach.blocks(block_q, self.block_k, device)
         with report.part(call.layer, "estimate", device):
             scores = self.estimator.scores(call, blocks)
         with report.part(call.layer, "select", device):
@@ -85,11 +92,16 @@ class AttentionPlan:
             found = select_map(self.selector, scores, blocks, forced, call.reach)
         if report.keep_maps:
             report.maps[call.layer] = found
-        known, limit = self.selector.density, self.policy.max_density
-        # To look at what was measured makes a GPU wait.
-        look = phase == "prefill" and limit < 1 and (known is None or known > limit)
-        if look and float(found.density().mean()) > limit:
-            own.dense[f"denser than {limit}"] += 1
+        # To look at what was chosen makes a GPU wait, which decoding cannot afford.
+        if phase == "prefill" and known is None and limit < 1 and float(found.density().mean()) > limit:
+            own.dense[f"denser than {limit:g}"] += 1
             return None
         own.count(found)
         return found
+
+    def limit(self, call: Call) -> float:
+        """The density above which ``call`` stays dense."""
+        if self.policy.max_density is not None:
+            return self.policy.max_density
+        rows = call.query.shape[0] if call.phase == "decode" else 1
+        return measured(call.query.device, call.phase, call.reach.keys * rows).max_density

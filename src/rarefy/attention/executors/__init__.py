@@ -9,25 +9,33 @@ from rarefy.attention.executors.fa4 import FlashAttention4
 from rarefy.attention.executors.flex import Flex
 from rarefy.attention.executors.reference import Reference
 from rarefy.attention.executors.triton import Triton
+from rarefy.attention.measured import DEFAULT, measured
+from rarefy.attention.policy import Phase
 from rarefy.attention.source import Source
 from rarefy.core.errors import UnsupportedError
 
 __all__ = ["Cpu", "Executor", "FlashAttention4", "Flex", "Reference", "Triton", "choose", "executors"]
 
-# Tried in this order where the measured table has no say.
-ORDER = ("fa4", "triton", "cpu", "reference")
 
 
-def choose(name: str, query: Tensor, source: Source, block_map: BlockMap, softcap: float | None = None) -> Executor:
-    """The executor ``name``, or the fastest that can serve (``auto``). Raises UnsupportedError where ``name`` cannot,
-    and OptionError where there is no such executor."""
+def choose(
+    name: str,
+    query: Tensor,
+    source: Source,
+    block_map: BlockMap,
+    softcap: float | None = None,
+    phase: Phase = "prefill",
+) -> Executor:
+    """The executor ``name``, or (``auto``) the fastest by the measured table that can serve. Raises UnsupportedError
+    where ``name`` cannot, and OptionError where there is no such executor."""
     if name != "auto":
         executor = executors.get(name)()
         reason = executor.refusal(query, source, block_map, softcap)
         if reason is not None:
             raise UnsupportedError(f"Executor '{name}' cannot run this attention: {reason}; use 'auto'.")
         return executor
-    for other in ORDER:
+    tokens = source.length * (query.shape[0] if phase == "decode" else 1)
+    for other in dict.fromkeys((*measured(query.device, phase, tokens).executors, *DEFAULT.executors)):
         executor = executors.get(other)()
         if executor.refusal(query, source, block_map, softcap) is None:
             return executor

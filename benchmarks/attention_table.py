@@ -2,8 +2,8 @@
 
 For each length of prefill: executors by their time on random maps of 10%, and the density at which the best of them,
 with what estimating and selecting takes, needs as long as torch's best dense kernel; between densities that were
-measured time is taken to be a line. Of decoding only 10% is measured: a step that is r times as fast there is not slower
-than dense at 10r%, since its fixed part does not grow.
+measured time is taken to be a line. Of decoding only 10% is measured: a step that is r times as fast there is not
+slower than dense at 10r%, since its fixed part does not grow.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def break_even(times: dict[float, float], extra: float, dense: float) -> float:
     known = sorted(times.items())
     if known[0][1] + extra >= dense:
         return 0.0
-    for (low, before), (high, after) in zip(known, known[1:], strict=False):
+    for (low, before), (high, after) in pairwise(known):
         if after + extra >= dense:
             return low + (high - low) * (dense - extra - before) / (after - before)
     (low, before), (high, after) = known[-2:]
@@ -37,23 +38,20 @@ def prefill(rows: list[Row], device: str, source: str) -> list[Measured]:
     alone: dict[int, dict[str, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         if row["goal"] == "execution":
-            name = row["job"].rpartition(", ")[2].split()[0]
-            own = alone[row["tokens"]][name]
-            density = row["measured_density"]
-            own[density] = min(row["milliseconds"], own.get(density, float("inf")))
+            alone[row["tokens"]][row["job"].rpartition(", ")[2]][row["measured_density"]] = row["milliseconds"]
     for tokens, times in sorted(alone.items()):
-        plans = [row for row in rows if row["job"] == PLAN and row["tokens"] == tokens]
-        peers = {row["peer"]: row for row in plans}
-        if not {"dense flash", "dense cudnn"} & peers.keys():
+        peers = {row["peer"]: row for row in rows if row["job"] == PLAN and row["tokens"] == tokens}
+        dense = [peers[name]["peer_milliseconds"] for name in ("dense flash", "dense cudnn") if name in peers]
+        if not dense:
             continue
         first = next(iter(peers.values()))
-        dense = min(row["peer_milliseconds"] for name, row in peers.items() if name in ("dense flash", "dense cudnn"))
         extra = first["estimator_and_selection_share"] * first["peer_milliseconds"]
-        middle = {name: min(own.items(), key=lambda pair: abs(pair[0] - 0.1))[1] for name, own in times.items()}
-        order = tuple(sorted(middle, key=lambda name: middle[name]))
-        limit = max(break_even(own, extra, dense) for own in times.values() if len(own) > 1)
-        found.append(Measured(device=device, phase="prefill", tokens=tokens, executors=order,
-                              max_density=round(limit, 3), source=source))  # fmt: skip
+        many = {name: own for name, own in times.items() if len(own) > 1}
+        order = sorted(many, key=lambda name: min(many[name].items(), key=lambda pair: abs(pair[0] - 0.1))[1])
+        limits: dict[str, float] = {}
+        for name in order:  # an executor goes by its fastest form
+            limits.setdefault(name.split()[0], round(break_even(many[name], extra, min(dense)), 3))
+        found.append(Measured(device=device, phase="prefill", tokens=tokens, executors=limits, source=source))
     return found
 
 
@@ -63,11 +61,11 @@ def decode(rows: list[Row], device: str, source: str) -> list[Measured]:
         if row["goal"] == "decode":
             tokens = row["batch"] * row["tokens"]
             best[tokens] = max(best.get(tokens, 0.0), row["ratio"])
+    limits = {tokens: round(min(1.0, 0.1 * ratio), 3) if ratio >= 1 else 0.0 for tokens, ratio in sorted(best.items())}
     return [
-        Measured(device=device, phase="decode", tokens=tokens, executors=("triton",), source=source,
-                 max_density=round(min(1.0, 0.1 * ratio), 3) if ratio >= 1 else 0.0)
-        for tokens, ratio in sorted(best.items())
-    ]  # fmt: skip
+        Measured(device=device, phase="decode", tokens=tokens, executors={"triton": most}, source=source)
+        for tokens, most in limits.items()
+    ]
 
 
 def main() -> None:

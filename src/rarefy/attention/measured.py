@@ -20,20 +20,19 @@ TABLE = Path(__file__).with_name("measured.json")
 
 
 class Measured(StrictModel):
-    """``executors`` from the fastest on, for passes of ``phase`` on ``device`` over at least ``tokens`` keys (of all
-    rows of the batch together in decoding). Attention that reads more than ``max_density`` of its blocks is faster
-    dense. ``source``: the results that say so."""
+    """For passes of ``phase`` on ``device`` over at least ``tokens`` keys (of all rows of the batch together in
+    decoding): ``executors`` from the fastest on, each with the density above which dense attention is faster.
+    ``source``: the results that say so."""
 
     device: str
     phase: Phase
     tokens: int
-    executors: tuple[str, ...]
-    max_density: float
+    executors: dict[str, float]
     source: str = ""
 
 
 DEFAULT = Measured(
-    device="", phase="prefill", tokens=0, executors=("fa4", "triton", "cpu", "reference"), max_density=0.6
+    device="", phase="prefill", tokens=0, executors={"fa4": 0.8, "triton": 0.5, "cpu": 0.6, "reference": 0.6}
 )
 
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from rarefy.attention.block_map import BlockMap
 from rarefy.attention.call import Call
 from rarefy.attention.estimators import Estimator
-from rarefy.attention.executors import choose
-from rarefy.attention.measured import measured
+from rarefy.attention.executors import choose, limit
 from rarefy.attention.policy import Phase, Policy
 from rarefy.attention.report import PlanReport
 from rarefy.attention.selectors import Selector, select_map
@@ -75,11 +74,11 @@ class AttentionPlan:
         )
         block_q = min(self.block_q, call.query.shape[2])
         blocks = call.reach.blocks(block_q, self.block_k, device)
-        limit = self.limit(call)
+        highest = self.limit(call)
         known = self.selector.expected(blocks.columns)
         reason = self.policy.dense(phase, call.reach.keys, call.layer, self.layers)
-        if reason is None and known is not None and known > limit:
-            reason = f"denser than {limit:g}"
+        if reason is None and known is not None and known > highest:
+            reason = f"denser than {highest:g}"
         if reason is not None:
             own.dense[reason] += 1
             with report.part(call.layer, "estimate", device):
@@ -93,8 +92,8 @@ class AttentionPlan:
         if report.keep_maps:
             report.maps[call.layer] = found
         # To look at what was chosen makes a GPU wait, which decoding cannot afford.
-        if phase == "prefill" and known is None and limit < 1 and float(found.density().mean()) > limit:
-            own.dense[f"denser than {limit:g}"] += 1
+        if phase == "prefill" and known is None and highest < 1 and float(found.density().mean()) > highest:
+            own.dense[f"denser than {highest:g}"] += 1
             return None
         own.count(found)
         return found
@@ -104,4 +103,4 @@ class AttentionPlan:
         if self.policy.max_density is not None:
             return self.policy.max_density
         rows = call.query.shape[0] if call.phase == "decode" else 1
-        return measured(call.query.device, call.phase, call.reach.keys * rows).max_density
+        return limit(call.query.device, call.phase, call.reach.keys * rows)

@@ -1,5 +1,6 @@
 """Executors: exact attention over the blocks of a map, all with the same result."""
 
+import torch
 from torch import Tensor
 
 from rarefy.attention.block_map import BlockMap
@@ -14,8 +15,17 @@ from rarefy.attention.policy import Phase
 from rarefy.attention.source import Source
 from rarefy.core.errors import UnsupportedError
 
-__all__ = ["Cpu", "Executor", "FlashAttention4", "Flex", "Reference", "Triton", "choose", "executors"]
+__all__ = ["Cpu", "Executor", "FlashAttention4", "Flex", "Reference", "Triton", "choose", "executors", "limit"]
 
+
+
+def limit(device: torch.device, phase: Phase, tokens: int) -> float:
+    """The density above which dense attention was measured to be faster than what is here."""
+    for table in (measured(device, phase, tokens).executors, DEFAULT.executors):
+        here = [density for name, density in table.items() if executors.get(name)().missing(device) is None]
+        if here:
+            return here[0]
+    return 1.0
 
 
 def choose(

@@ -24,9 +24,12 @@ class Cpu(Executor):
 
     name = "cpu"
 
+    def missing(self, device: torch.device) -> str | None:
+        return None if device.type == "cpu" else "it runs on a processor"
+
     def refusal(self, query: Tensor, source: Source, block_map: BlockMap, softcap: float | None = None) -> str | None:
-        if query.is_cuda:
-            return "it runs on a processor"
+        if (reason := self.missing(query.device)) is not None:
+            return reason
         if softcap is not None or block_map.level is not None:
             return "it does not bend scores and knows no levels"
         return "it keeps no gradients" if query.requires_grad and torch.is_grad_enabled() else None

@@ -332,6 +332,60 @@ def estimator_table() -> str:
     return "\n\n".join(parts) or UNMEASURED
 
 
+def plan_table(goal: str) -> str:
+    """Sparse attention beside dense kernels: whole plans (``prefill``), executors alone, or ``decode``."""
+    parts = []
+    for data in results("*/gpu_attention.json"):
+        rows = [row for row in data["rows"] if row["goal"] == goal]
+        if not rows:
+            continue
+        if goal == "prefill":
+            peers = list(dict.fromkeys(row["peer"] for row in rows))
+            heads = ["tokens", "plan", "density", "ms", "estimating", "and selecting"]
+            lines = [f"| {' | '.join([*heads, *(f'times {peer}' for peer in peers)])} |", "|---" * 10 + "|"]
+            lines[1] = "|---" * (len(heads) + len(peers)) + "|"
+            for tokens, job in sorted({(row["tokens"], row["job"]) for row in rows}):
+                own = {row["peer"]: row for row in rows if (row["tokens"], row["job"]) == (tokens, job)}
+                first = own.get("dense cudnn") or next(iter(own.values()))
+                ratios = " | ".join(f"{own[peer]['ratio']:.2f}" if peer in own else "-" for peer in peers)
+                lines.append(
+                    f"| {tokens:,} | {job.removeprefix('plan, ')} | {first['measured_density']:.3f} | "
+                    f"{first['milliseconds']:.2f} | {first['estimator_share']:.1%} | "
+                    f"{first['estimator_and_selection_share']:.1%} | {ratios} |"
+                )
+        elif goal == "execution":
+            lines = ["| tokens | executor | density | ms | times cuDNN | of its rate |", "|---" * 6 + "|"]
+            for row in sorted(rows, key=lambda row: (row["tokens"], row["job"], -row["measured_density"])):
+                lines.append(
+                    f"| {row['tokens']:,} | {row['job'].rpartition(', ')[2]} | {row['measured_density']:.3f} | "
+                    f"{row['milliseconds']:.2f} | {row['ratio']:.2f} | {row['kept_rate']:.2f} |"
+                )
+        else:
+            lines = ["| sequences | tokens | blocks | us | dense us | times dense | error |", "|---" * 7 + "|"]
+            for row in sorted(rows, key=lambda row: (-row["batch"], row["tokens"], row["microseconds"])):
+                lines.append(
+                    f"| {row['batch']} | {row['tokens']:,} | {row['job'].removeprefix('decode, ')} | "
+                    f"{row['microseconds']:.1f} | {row['peer_microseconds']:.1f} | {row['ratio']:.2f} | "
+                    f"{row['max_rel_error']:.1e} |"
+                )
+        parts.append("\n".join([*lines, "", measured_on({**data, "rows": rows})]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def cpu_plan_table() -> str:
+    """Prefill on a processor by sparse plans, one table per device."""
+    parts = []
+    for data in results("*/cpu_attention.json"):
+        lines = ["| model | tokens | threads | job | density | seconds | times dense | perplexity |", "|---" * 8 + "|"]
+        for row in data["rows"]:
+            lines.append(
+                f"| {row['model']} | {row['tokens']:,} | {row['threads']} | {row['job']} | {row['density']:.3f} | "
+                f"{row['seconds']:.2f} | {row['ratio']:.2f} | {row['perplexity_cost']:+.2%} |"
+            )
+        parts.append("\n".join([*lines, "", measured_on(data)]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
 def term_table() -> str:
     sys.path.insert(0, str(ROOT / "src"))
     from rarefy.formats import terms
@@ -367,6 +421,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-budget-demo": partial(attention_budgets, "SmolLM2"),
     "attention-training": sparse_training_table,
     "attention-estimators": estimator_table,
+    **{f"attention-{goal}": partial(plan_table, goal) for goal in ("prefill", "execution", "decode")},
+    "attention-cpu": cpu_plan_table,
 }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from rarefy.attention.block_map import BlockMap
 from rarefy.attention.call import Call
 from rarefy.attention.estimators import Estimator
-from rarefy.attention.executors import choose
+from rarefy.attention.executors import choose, limit
 from rarefy.attention.policy import Phase, Policy
 from rarefy.attention.report import PlanReport
 from rarefy.attention.selectors import Selector, select_map
@@ -54,7 +54,9 @@ class AttentionPlan:
         found = self.map(call, report)
         if found is None:
             return None
-        executor = choose(self.executor, call.query, call.source, found, call.softcap)
+        executor = choose(
+            self.executor, call.query, call.source, found, call.softcap, self.phase(call.query.shape[2])
+        )
         with report.part(call.layer, "execute", call.query.device):
             output, _ = executor.run(call.query, call.source, found, call.scaling, call.softcap)
         report.layer(call.layer).executors[executor.name] += 1
@@ -76,28 +78,36 @@ class AttentionPlan:
         report = report or PlanReport()
         own, device = report.layer(call.layer), call.query.device
         call = self.prepared(call)
-        phase = call.phase
+        phase, selector = call.phase, self.selector_of(call.phase)
+        block_q = min(self.block_q, call.query.shape[2])
+        blocks = call.reach.blocks(block_q, self.block_k, device)
+        highest = self.limit(call)
+        known = selector.expected(blocks.columns)
         reason = self.policy.dense(phase, call.reach.keys, call.layer, self.layers)
+        if reason is None and known is not None and known > highest:
+            reason = f"denser than {highest:g}"
         if reason is not None:
             own.dense[reason] += 1
             with report.part(call.layer, "estimate", device):
                 self.estimator.observe(call, self.block_k)
             return None
-        block_q = min(self.block_q, call.query.shape[2])
-        blocks = call.reach.blocks(block_q, self.block_k, device)
         with report.part(call.layer, "estimate", device):
             scores = self.estimator.scores(call, blocks)
-        selector = self.selector_of(phase)
         with report.part(call.layer, "select", device):
             forced = self.policy.forced(call.reach, blocks, call.layer, call.mask_heads, call.heads)
             found = select_map(selector, scores, blocks, forced, call.reach)
         if report.keep_maps:
             report.maps[call.layer] = found
-        known, limit = selector.density, self.policy.max_density
-        # To look at what was measured makes a GPU wait.
-        look = phase == "prefill" and limit < 1 and (known is None or known > limit)
-        if look and float(found.density().mean()) > limit:
-            own.dense[f"denser than {limit}"] += 1
+        # To look at what was chosen makes a GPU wait, which decoding cannot afford.
+        if phase == "prefill" and known is None and highest < 1 and float(found.density().mean()) > highest:
+            own.dense[f"denser than {highest:g}"] += 1
             return None
         own.count(found)
         return found
+
+    def limit(self, call: Call) -> float:
+        """The density above which ``call`` stays dense."""
+        if self.policy.max_density is not None:
+            return self.policy.max_density
+        rows = call.query.shape[0] if call.phase == "decode" else 1
+        return limit(call.query.device, call.phase, call.reach.keys * rows)

@@ -18,7 +18,8 @@ class Policy(StrictModel):
     """``dense_below``: keys up to which attention stays dense. ``dense_layers``: layers that do (negative: from the
     last). ``dense_heads``: pairs of layer and query head whose blocks are all kept. ``sink``: first blocks that a query
     may see, ``local``: blocks up to its own, which are always kept. ``last_rows``: last query blocks of a pass that
-    keep all. ``max_density``: above it the dense kernel is faster, so it runs. ``phases``: passes of many tokens, of
+    keep all. ``max_density``: above it attention stays dense (None: where that was measured
+    to be faster). ``phases``: passes of many tokens, of
     few, or both.
     """
 
@@ -28,7 +29,7 @@ class Policy(StrictModel):
     sink: int = Field(1, ge=0)
     local: int = Field(1, ge=1)
     last_rows: int = Field(0, ge=0)
-    max_density: float = Field(0.6, gt=0, le=1)
+    max_density: float | None = Field(None, ge=0, le=1)
     phases: Literal["both", "prefill", "decode"] = "both"
 
     def dense(self, phase: Phase, keys: int, layer: int, layers: int) -> str | None:

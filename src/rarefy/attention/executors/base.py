@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from rarefy.attention.block_map import BlockMap
@@ -17,6 +18,10 @@ class Executor(ABC):
     """Attention of queries over the blocks that a map lists. What it cannot do it says in `refusal`."""
 
     name: ClassVar[str]
+
+    def missing(self, device: torch.device) -> str | None:
+        """Why nothing can be executed on ``device``, as part of a sentence; None where something can."""
+        return None
 
     @abstractmethod
     def refusal(self, query: Tensor, source: Source, block_map: BlockMap, softcap: float | None = None) -> str | None:

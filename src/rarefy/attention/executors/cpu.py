@@ -24,9 +24,12 @@ class Cpu(Executor):
 
     name = "cpu"
 
+    def missing(self, device: torch.device) -> str | None:
+        return None if device.type == "cpu" else "it runs on a processor"
+
     def refusal(self, query: Tensor, source: Source, block_map: BlockMap, softcap: float | None = None) -> str | None:
-        if query.is_cuda:
-            return "it runs on a processor"
+        if (reason := self.missing(query.device)) is not None:
+            return reason
         if softcap is not None or block_map.level is not None:
             return "it does not bend scores and knows no levels"
         return "it keeps no gradients" if query.requires_grad and torch.is_grad_enabled() else None
@@ -39,20 +42,25 @@ class Cpu(Executor):
             block_map = block_map.per_head(heads)
         mask_heads = block_map.count.shape[1]
         keys, values = (_in_blocks(side, block_map.block_k) for side in (source.keys(), source.values()))
+        per_head = keys.shape[0] // (batch * source.heads)
         whole, partial = block_map.whole, block_map.count - block_map.whole
         lists = block_map.lists(fill=0)
         own = torch.arange(mask_heads) // (mask_heads // source.heads)
-        output = torch.empty(batch, count, heads, values.shape[-1], dtype=query.dtype).transpose(1, 2)
+        begin = (torch.arange(batch)[:, None] * source.heads + own)[..., None] * per_head
+        output = torch.empty(batch, count, heads, source.values(0, 0).shape[3], dtype=query.dtype).transpose(1, 2)
         lse = torch.empty(batch, heads, count)
 
         def row(index: int) -> None:
             low, high = index * block_map.block_q, min((index + 1) * block_map.block_q, count)
-            columns, bias = _row(block_map, lists, whole[:, :, index], partial[:, :, index], index, low, high)
+            columns, bias, blind = _row(block_map, lists, whole[:, :, index], partial[:, :, index], index, low, high)
             if columns.shape[2] == 0:
                 output[:, :, low:high], lse[:, :, low:high] = 0.0, -torch.inf
                 return
-            place = torch.arange(batch)[:, None, None], own[:, None], columns
-            k, v = keys[place].flatten(2, 3), values[place].flatten(2, 3)
+            place = (columns + begin).flatten()
+            k, v = (
+                side.index_select(0, place).view(batch, mask_heads, columns.shape[2] * block_map.block_k, -1)
+                for side in (keys, values)
+            )
             # Heads that share a list are rows of one product.
             q = query[:, :, low:high].reshape(batch, mask_heads, -1, channels)
             if q.shape[2] != high - low:
@@ -60,28 +68,28 @@ class Cpu(Executor):
             found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, False, attn_mask=bias.to(q.dtype), scale=scaling
             )
-            blind = (bias == -torch.inf).all(-1)
-            if bool(blind.any()):
+            found, sums = found.reshape(batch, heads, high - low, -1), sums.reshape(batch, heads, high - low)
+            if blind is not None and bool(blind.any()):
+                blind = blind.expand(batch, mask_heads, -1).repeat_interleave(heads // mask_heads, 1)
                 found, sums = found.masked_fill(blind[..., None], 0.0), sums.masked_fill(blind, -torch.inf)
-            output[:, :, low:high] = found.reshape(batch, heads, high - low, -1)
-            lse[:, :, low:high] = sums.reshape(batch, heads, high - low)
+            output[:, :, low:high], lse[:, :, low:high] = found, sums
 
         _each(row, block_map.rows)
         return output, lse
 
 
 def _in_blocks(side: Tensor, size: int) -> Tensor:
-    """``side [B, Hkv, L, D]`` as blocks ``[B, Hkv, N, size, D]``; a copy only where the last one is not whole."""
+    """``side [B, Hkv, L, D]`` as blocks in a row, ``[B * Hkv * N, size * D]``, which are gathered as a whole each."""
     missing = -side.shape[2] % size
-    whole = torch.nn.functional.pad(side, (0, 0, 0, missing)) if missing else side
-    return whole.unflatten(2, (-1, size))
+    whole = torch.nn.functional.pad(side, (0, 0, 0, missing)) if missing else side.contiguous()
+    return whole.view(-1, size * side.shape[3])
 
 
 def _row(
     block_map: BlockMap, lists: Tensor, whole: Tensor, partial: Tensor, index: int, low: int, high: int
-) -> tuple[Tensor, Tensor]:
-    """Blocks ``[B, M, n]`` that query block ``index`` reads, those that need a mask last, and what is added to its
-    scores: float32 ``[B or 1, M or 1, queries, n * block_k]``."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Blocks ``[B, M, n]`` that query block ``index`` reads, those that need a mask last, what is added to its scores
+    (float32 ``[B or 1, M or 1, queries, n * block_k]``), and which queries see nothing (None: each sees something)."""
     size, first, last = block_map.block_k, int(whole.max()), int(partial.max())
     own = lists[:, :, index]
     place = torch.arange(first)
@@ -104,7 +112,8 @@ def _row(
     if not bool(real.all()):
         bias = bias.expand(*whole.shape, -1, -1).clone() if alike else bias
         bias[..., : first * size].masked_fill_(~real.repeat_interleave(size, 2)[:, :, None], -torch.inf)
-    return torch.cat([full, edge], 2), bias
+    blind = None if first and bool((whole > 0).all()) else ~seen.any(-1) & (whole == 0)[..., None]
+    return torch.cat([full, edge], 2), bias, blind
 
 
 def _each(function: Callable[[int], None], rows: int) -> None:

@@ -24,10 +24,16 @@ class FlashAttention4(Executor):
 
     name = "fa4"
 
+    def missing(self, device: torch.device) -> str | None:
+        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+        return None if hopper and _installed() else "it needs a Hopper GPU and the package flash-attn-4"
+
     def refusal(self, query: Tensor, source: Source, block_map: BlockMap, softcap: float | None = None) -> str | None:
         reach = block_map.reach
-        if not query.is_cuda or torch.cuda.get_device_capability(query.device)[0] < 9 or not _installed():
-            return "it needs a Hopper GPU and the package flash-attn-4"
+        if (reason := self.missing(query.device)) is not None:
+            return reason
+        if query.requires_grad and torch.is_grad_enabled():
+            return "its gradients are not those of a map"
         if query.dtype not in (torch.float16, torch.bfloat16) or query.shape[3] not in (64, 96, 128):
             return f"it has no kernel for {query.shape[3]} channels of {query.dtype}"
         if softcap is not None or block_map.level is not None:
@@ -62,6 +68,7 @@ class FlashAttention4(Executor):
         return output.transpose(1, 2), lse
 
 
+@functools.cache
 def _installed() -> bool:
     try:
         return find_spec("flash_attn.cute.interface") is not None

@@ -28,9 +28,12 @@ class Triton(Executor):
 
     name = "triton"
 
+    def missing(self, device: torch.device) -> str | None:
+        return None if device.type == "cuda" and find_spec("triton") is not None else "it needs a GPU and Triton"
+
     def refusal(self, query: Tensor, source: Source, block_map: BlockMap, softcap: float | None = None) -> str | None:
-        if not query.is_cuda or find_spec("triton") is None:
-            return "it needs a GPU and Triton"
+        if (reason := self.missing(query.device)) is not None:
+            return reason
         if query.requires_grad and torch.is_grad_enabled():
             return "it keeps no gradients"
         return unfit(query, block_map, softcap)

@@ -10,12 +10,11 @@ from torch import Tensor
 
 
 class Selector(ABC):
-    """A rule from scores to kept blocks. Equal scores are told apart by their place: the first key block wins.
+    """A rule from scores to kept blocks. Equal scores are told apart by their place: the first key block wins."""
 
-    ``density``: the share of blocks that it will keep; None where that depends on the scores.
-    """
-
-    density: float | None = None
+    def expected(self, columns: int) -> float | None:
+        """The share of ``columns`` blocks that it will keep, but for forced ones; None where that depends on scores."""
+        return None
 
     @abstractmethod
     def select(self, scores: Tensor, some: Tensor, forced: Tensor) -> Tensor:
@@ -49,7 +48,9 @@ class TopK(Selector):
     ):
         assert (share is None) != (count is None)
         self.share, self.count, self.least, self.include_forced = share, count, least, include_forced
-        self.density = share
+
+    def expected(self, columns: int) -> float | None:
+        return self.share if self.share is not None else min(1.0, (self.count or 0) / max(columns, 1))
 
     def rule(self) -> dict[str, Any]:
         wanted = {"wanted": self.count} if self.share is None else {"share": self.share}

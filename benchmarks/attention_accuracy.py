@@ -384,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sessions", type=int, default=8, help="of each task, five questions each")
     parser.add_argument("--decoded-sessions", type=int, default=4, help="whose questions are decoded too")
     parser.add_argument("--train-sessions", type=int, default=16, help="of each task, among the texts for gates")
-    parser.add_argument("--executor", default="reference")
+    parser.add_argument("--executor", default="auto")
     parser.add_argument("--gates", type=Path, help="trained gates")
     parser.add_argument("--keep", type=Path, default=Path("."), help="folder for gates that are trained here")
     parser.add_argument("--steps", type=int, default=300)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rarefy.attention.block_map import BlockMap
 from rarefy.attention.call import Call
-from rarefy.attention.executors import Reference
+from rarefy.attention.executors import choose
 from rarefy.attention.plan import AttentionPlan
 
 
@@ -17,22 +17,26 @@ from rarefy.attention.plan import AttentionPlan
 def head_errors(plans: Sequence[AttentionPlan], call: Call) -> tuple[Tensor, Tensor]:
     """Sums of absolute differences between each plan's output and the dense one, float64 ``[plans, H]``, and of the
     dense output itself, ``[H]``. All plans have the estimator of the first, which runs once."""
-    first, run = plans[0], Reference().run
+    first = plans[0]
     call = first.prepared(call)
+
+    def run(chosen: BlockMap) -> Tensor:
+        executor = choose("auto", call.query, call.source, chosen, call.softcap, call.phase)
+        return executor.run(call.query, call.source, chosen, call.scaling, call.softcap)[0]
+
     blocks = call.reach.blocks(first.block_q, first.block_k, call.query.device)
     scores = first.estimator.scores(call, blocks)
     forced = first.policy.forced(call.reach, blocks, call.layer, call.mask_heads, call.heads)
     everything = BlockMap.from_mask(blocks.some.expand(scores.shape), call.reach, blocks)
-    dense = run(call.query, call.source, everything, call.scaling, call.softcap)[0].double()
-    apart, before, error = [], None, dense.new_zeros(call.heads)
+    dense = run(everything).float()
+    apart, before, error = [], None, dense.new_zeros(call.heads, dtype=torch.float64)
     for plan in plans:
         keep = plan.selector.select(scores, blocks.some, forced)
         if before is None or not torch.equal(keep, before):
-            chosen = BlockMap.from_mask(keep, call.reach, blocks)
-            sparse = run(call.query, call.source, chosen, call.scaling, call.softcap)[0]
-            error, before = (sparse.double() - dense).abs().sum((0, 2, 3)), keep
+            sparse = run(BlockMap.from_mask(keep, call.reach, blocks)).float()
+            error, before = (sparse - dense).abs().sum((0, 2, 3), dtype=torch.float64), keep
         apart.append(error)
-    return torch.stack(apart), dense.abs().sum((0, 2, 3))
+    return torch.stack(apart), dense.abs().sum((0, 2, 3), dtype=torch.float64)
 
 
 def largest_within(levels: Tensor, errors: Tensor, budget: float) -> Tensor:

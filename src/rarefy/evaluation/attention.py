@@ -11,7 +11,7 @@ from torch import Tensor
 from rarefy.attention.block_map import BlockMap
 from rarefy.attention.call import Call
 from rarefy.attention.estimators import true_blocks
-from rarefy.attention.executors import Reference
+from rarefy.attention.executors import choose
 from rarefy.attention.plan import AttentionPlan
 
 
@@ -49,7 +49,9 @@ def examine(plan: AttentionPlan, call: Call, first: int = 0) -> Choice:
     whole = BlockMap.from_mask(blocks.some.expand(kept.shape), call.reach, blocks)
     tiny = torch.finfo(mass.dtype).tiny
     sparse, dense = (
-        Reference().run(call.query, call.source, each, call.scaling, call.softcap)[0][:, :, first * blocks.block_q :]
+        choose("auto", call.query, call.source, each, call.softcap, call.phase).run(
+            call.query, call.source, each, call.scaling, call.softcap
+        )[0][:, :, first * blocks.block_q :]
         for each in (chosen, whole)
     )
     size = dense.float().square().sum((0, 2, 3)).sqrt().clamp(min=tiny)

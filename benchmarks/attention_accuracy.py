@@ -427,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in DECODE:
 
         def add_decoding(name: str = name) -> None:
-            own: dict[str, Any] = {"phases": "decode", "density": middle}
+            own: dict[str, Any] = {"phases": "decode", "density": middle, "executor": "reference"}
             if name == "quest_pages":
                 own |= {"block_k": 64, "dense_layers": ()}
             decoding[f"{name} {middle}"] = bench.setup(name, **own), {"nominal": middle}

@@ -64,6 +64,7 @@ PREFILL = {
 IDS = {"infllm_v2 without coarse windows": "infllm_v2", "means of 64 keys": "infllm_v2"}
 DECODE = ("oracle", "seer_attention", "infllm_v2", "sparge", "quest_pages", "sink_local", "random")
 SALE = [{"budget": budget} for budget in (0.02, 0.05, 0.1)]
+MASS = [("seer_attention", 0.9), ("seer_attention", 0.95), ("xattention", 0.95)]
 RETRIEVAL = ("passkey", "needle", "kv_easy")
 DECODED = 64  # tokens that are decoded one by one
 LEAD = 16  # tokens before the first answer that are decoded too: the question itself looks for it
@@ -350,6 +351,11 @@ def sale_rows(bench: Bench, own: dict[str, Any]) -> Setups:
         heads=len(found),
     )  # fmt: skip
     bench.choice(job, setup)
+    return with_controls(bench, job, setup)
+
+
+def with_controls(bench: Bench, job: str, setup: AttentionSetup) -> Setups:
+    """A plan that chooses its density itself, and the controls at that density."""
     with bench.using(setup), torch.inference_mode():
         bench.logits(bench.windows[0])
         density = setup.report.density()
@@ -392,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--train-len", type=int, help="tokens of a training sequence; default: the context")
     parser.add_argument("--train-seconds", type=float, default=600)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after that many")
-    parser.add_argument("--parts", nargs="+", default=["choice", "prefill", "sale", "decode", "retrieval"])
+    parser.add_argument("--parts", nargs="+", default=["choice", "prefill", "sale", "mass", "decode", "retrieval"])
     options = parser.parse_args(argv)
     if options.quick:
         options.context, options.windows, options.looked, options.steps = min(1024, options.context), 1, 1, 30
@@ -418,6 +424,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "sale" in options.parts:
         for own in SALE[: 1 if options.quick else None]:
             bench.attempt(f"sale {own}", lambda own=own: bench.losses("prefill", sale_rows(bench, own)))
+    if "mass" in options.parts:
+        for name, mass in MASS[: 1 if options.quick else None]:
+
+            def by_mass(name: str = name, mass: float = mass) -> None:
+                own = {"mass": mass} if name == "seer_attention" else {"mass": mass, "density": None}
+                bench.losses("prefill", with_controls(bench, f"{name} mass {mass}", bench.setup(name, **own)))
+
+            bench.attempt(f"{name} {mass}", by_mass)
     middle = options.densities[len(options.densities) // 2]
     if "retrieval" in options.parts:
         chosen = {name: pair for name, pair in found.items() if name.endswith(f" {middle}")}

@@ -45,6 +45,7 @@ SCALING = CHANNELS**-0.5
 DEVICE = "cuda"
 BUSY = 5_000_000  # cycles that launching the longest call does not take
 DENSE = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+PLANS = ("sparge:similarity=-1,density=0.1,block_q=128,block_k=128",)
 Timed = dict[str, Callable[[], Any]]
 
 
@@ -537,12 +538,67 @@ def masses(clock: Clock, tokens: int, peers: dict[str, float], rounds: int) -> l
     ]
 
 
+def whole(tokens: int, plan: str, rounds: int) -> list[Row]:
+    """Four layers of an 8B model in Transformers: the first token of a prompt, and tokens after it, eagerly."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import rarefy
+    from rarefy.integrations.transformers.plan_evaluation import set_plan
+
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
+        head_dim=CHANNELS, num_hidden_layers=4, vocab_size=1024, max_position_embeddings=tokens + 256,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(DEVICE):
+        model = LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    prompt = torch.randint(0, 1024, (1, tokens), device=DEVICE)
+    times: dict[str, dict[str, float]] = {}
+    reports: dict[str, Any] = {}
+    for name in ("dense", plan):
+        setup = rarefy.set_attention(model, None) if name == "dense" else set_plan(model, plan)
+        if name == "dense":
+            model.set_attn_implementation("sdpa")
+        own: dict[str, list[float]] = {"first token": [], "next token": []}
+        for number in range(rounds + 1):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            with torch.inference_mode():
+                found = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+                torch.cuda.synchronize()
+                first = time.perf_counter() - begin
+                cache = getattr(found, "cache", None) or found.past_key_values
+                argument = "cache" if hasattr(found, "cache") else "past_key_values"
+                begin = time.perf_counter()
+                for _ in range(16):
+                    model(input_ids=prompt[:, :1], use_cache=True, **{argument: cache})
+                torch.cuda.synchronize()
+            if number:
+                own["first token"].append(first)
+                own["next token"].append((time.perf_counter() - begin) / 16)
+            del found, cache
+        times[name] = {part: statistics.median(each) for part, each in own.items()}
+        if setup is not None:
+            reports = {"density": round(setup.report.density(), 4), "executors": dict(setup.report.layers[0].executors)}
+    rows: list[Row] = []
+    for part, dense_time in times["dense"].items():
+        rows.append({
+            "goal": "whole", "job": f"{part}, {plan}", "tokens": tokens, "density": 0.1, "batch": 1, "peer": "sdpa",
+            "milliseconds": round(times[plan][part] * 1e3, 3), "peer_milliseconds": round(dense_time * 1e3, 3),
+            "ratio": round(dense_time / times[plan][part], 3), "note": "4 layers of an 8B shape, eager", **reports,
+        })  # fmt: skip
+        print(tokens, rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so long")
     parser.add_argument("--tune", action="store_true", help="try configurations of the kernels first")
     parser.add_argument("--tokens", default="32768,8192,131072,16384,65536", help="lengths of prefill; 0 for none")
     parser.add_argument("--decode", default="16x32768,1x32768,1x131072,4x32768,16x8192", help="batches and lengths")
+    parser.add_argument("--whole", default="32768,131072", help="lengths of prompts for layers of a model; 0 for none")
     options = parser.parse_args()
     begin = time.monotonic()
     torch.manual_seed(0)
@@ -570,6 +626,9 @@ def main() -> None:
         batch, length = (int(part) for part in case.split("x"))
         few = options.quick or batch * length != 16 * 32768
         attempt(f"decode {case}", lambda b=batch, n=length, few=few: decode(clock, b, n, 60, few))
+    for tokens in (int(part) for part in options.whole.split(",") if int(part)):
+        for plan in PLANS:
+            attempt(f"whole {tokens}", lambda n=tokens, plan=plan: whole(n, plan, 3))
     for tokens in (int(part) for part in options.tokens.split(",") if int(part)):
         rounds = 9 if options.quick and tokens > 65536 else 50
         peers: dict[str, float] = {}

@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rarefy.kernels.triton.decode_attention import NUMBERS, ROWS, _merge, _pointer
+from rarefy.kernels.triton.decode_attention import NUMBERS, _merge
+
+ROWS = 16  # the fewest rows that a tensor core multiplies
 
 
 @triton.jit
@@ -82,7 +84,7 @@ def _tile_at(
 ):  # fmt: skip
     """Where tokens ``[token, token + N)``, which lie in one page, are."""
     page = token // PAGE
-    base = _pointer(tl.load(side + page), NUMBERS)
+    base = tl.multiple_of(tl.load(side + page).to(tl.pointer_type(NUMBERS)), 16)  # memory of torch's is aligned
     base += row * tl.load(side + pages + page) + head * tl.load(side + 2 * pages + page)
     within = token % PAGE + tl.arange(0, N)
     return base + within[:, None] * D + tl.arange(0, D)[None, :]

@@ -12,7 +12,7 @@ from rarefy.attention.block_map import BlockMap
 from rarefy.attention.call import Call
 from rarefy.attention.estimators import true_blocks
 from rarefy.attention.executors import Reference, Triton
-from rarefy.attention.executors.triton import _tables, unfit
+from rarefy.attention.executors.triton import _pages, unfit
 from rarefy.attention.reach import Reach
 from rarefy.attention.selectors import Forced, Mass, Selector, Threshold, TopK
 from rarefy.attention.selectors.fused import fused_map
@@ -158,17 +158,17 @@ def test_decoding_over_chosen_blocks(group: int) -> None:
     torch.testing.assert_close(lse, scores.logsumexp(-1).flatten(1, 2), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("share", [1.0, 0.4])
-def test_decoding_reads_a_store_where_its_blocks_lie(share: float) -> None:
+@pytest.mark.parametrize(("share", "steps"), [(1.0, (150, 70, 1, 1)), (0.4, (150, 70, 1, 1)), (0.5, (222,))])
+def test_decoding_reads_a_store_where_its_blocks_lie(share: float, steps: tuple[int, ...]) -> None:
     """Runs of several lengths and a tail, padding on the left, with and without a copy of the past."""
     store = LayerStore(LayerCodecs(Exact(torch.float32, 64), Exact(torch.float32, 64)))
-    for count in (150, 70, 1, 1):
+    for count in steps:
         seen = store.append(*(torch.randn(2, 2, count, 32, device=DEVICE) for _ in range(2)))
     source = Stored(seen)
     first = torch.tensor([0, 37], device=DEVICE)
     block_map = random_map(Reach(1, 222, 221, first=first), 2, 2, 1, 32, share)
     query = torch.randn(2, 6, 1, 32, device=DEVICE)
-    assert _tables(source, torch.float32) is not None and _tables(source, torch.bfloat16) is None
+    assert _pages(source, torch.float32) is not None and _pages(source, torch.bfloat16) is None
     found, lse = Triton().run(query, source, block_map, 0.2)
     expected, expected_lse = Reference().run(query, source, block_map, 0.2)
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)

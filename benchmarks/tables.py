@@ -151,6 +151,26 @@ def similarity_table() -> str:
     return "\n\n".join(parts) or UNMEASURED
 
 
+def map_table() -> str:
+    """Maps of a vision transformer by recipe, one table per device."""
+    parts = []
+    for data in results("*/map_fidelity.json"):
+        lines = ["| weights | bits/weight | error | output error | map error | correlation | cosine of features |"]
+        lines += ["|---" * 7 + "|"]
+        for row in sorted(data["rows"], key=lambda row: (-row["bits_per_weight"], row["map_error"])):
+            output = row.get("output_error")
+            lines.append(
+                f"| {row['job']} | {row['bits_per_weight']:.3f} | {row['relative_error']:.4f} | "
+                f"{'-' if output is None else f'{output:.4f}'} | {row['map_error']:.4f} | {row['correlation']:.4f} | "
+                f"{row['cosine']:.4f} |"
+            )
+        first = data["rows"][0]
+        samples = " and ".join(dict.fromkeys(row["calibration"] for row in data["rows"] if row.get("calibration")))
+        facts = f"{first['model']}, {first['pictures']}; calibrated on {samples};"
+        parts.append("\n".join([*lines, "", f"{facts} {measured_on(data)}"]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
 def speed_table() -> str:
     """What calibration takes, one table per device."""
     parts = []
@@ -293,6 +313,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "grids-lab": lambda: accuracy_table(GRIDS, LAB, layout=side_by_side),
     "folded": lambda: accuracy_table("", FOLDED),
     "sentence-similarity": similarity_table,
+    "maps": map_table,
     "calibration-speed": speed_table,
     "cpu-decode": cpu_decode_table,
     "terms": term_table,

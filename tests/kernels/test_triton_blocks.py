@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rarefy.attention.block_map import BlockMap
 from rarefy.attention.call import Call
-from rarefy.attention.estimators import true_blocks
+from rarefy.attention.estimators import Antidiagonals, true_blocks
+from rarefy.attention.estimators.sampled import _folded
 from rarefy.attention.executors import Reference, Triton
 from rarefy.attention.executors.triton import _pages, unfit
 from rarefy.attention.reach import Reach
@@ -180,3 +181,18 @@ def test_decoding_reads_a_store_where_its_blocks_lie(share: float, steps: tuple[
     other = random_map(filled, 2, 2, 1, 16, share)
     found, _ = Triton().run(query, buffer, other, 0.2)
     torch.testing.assert_close(found, Reference().run(query, buffer, other, 0.2)[0], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(("queries", "offset"), [(96, 0), (40, 57), (70, 26)])
+def test_antidiagonals_in_one_kernel(queries: int, offset: int) -> None:
+    estimator = Antidiagonals(4)
+    first = torch.tensor([0, 21], device=DEVICE)
+    reach = Reach(queries, queries + offset, offset, first=first)
+    query, key = (torch.randn(2, heads, n, 16, device=DEVICE) for heads, n in ((4, queries), (2, queries + offset)))
+    call = Call(query, Plain(key, key), reach, 0.3, mask_heads=4)
+    blocks = reach.blocks(16, 32, DEVICE)
+    expected = Antidiagonals.scores(estimator, call, blocks) if not query.is_cuda else None
+    found = estimator.fused(call, blocks, _folded(query, 16, 4, True), _folded(key, 32, 4))
+    assert found.shape == (2, 4, blocks.rows, blocks.columns)
+    if expected is not None:
+        torch.testing.assert_close(found, expected.exp(), rtol=2e-3, atol=2e-3)

@@ -132,7 +132,8 @@ def _chosen(
     total = tl.zeros((M,), tl.float32)
     mixed = tl.zeros((M, D), tl.float32)
     for tile in range(split * each, tl.minimum(tiles, (split + 1) * each)):
-        column = tl.load(index + pair * capacity + tile // TILES)
+        # A load ahead of the loop may read behind the list's end, where anything may be.
+        column = tl.minimum(tl.maximum(tl.load(index + pair * capacity + tile // TILES), 0), (tokens - 1) // BK)
         token = column * BK + (tile % TILES) * N + tl.arange(0, N)
         here = (token < tokens) & (token >= begin)
         if PAGE:

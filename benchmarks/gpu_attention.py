@@ -31,7 +31,7 @@ from rarefy.attention.executors import Reference, executors
 from rarefy.attention.plan import AttentionPlan
 from rarefy.attention.policy import Policy
 from rarefy.attention.reach import Reach
-from rarefy.attention.selectors import Mass, TopK
+from rarefy.attention.selectors import TopK
 from rarefy.attention.selectors.fused import fused_map
 from rarefy.attention.source import Plain
 from rarefy.kernels.triton.block_attention import block_attention
@@ -45,6 +45,7 @@ SCALING = CHANNELS**-0.5
 DEVICE = "cuda"
 BUSY = 5_000_000  # cycles that launching the longest call does not take
 DENSE = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+PLANS = ("sparge:similarity=-1,density=0.1,block_q=128,block_k=128",)
 Timed = dict[str, Callable[[], Any]]
 
 
@@ -120,7 +121,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
-def errors(flex: bool) -> dict[str, float]:
+def errors(names: set[str]) -> dict[str, float]:
     """The error of every executor on a random map, and of torch's dense kernel."""
     found: dict[str, float] = {}
     query, key, value = tensors(1024)
@@ -143,7 +144,7 @@ def errors(flex: bool) -> dict[str, float]:
         ("triton kv", 1024, 128, 64, KV_HEADS),
         ("triton chunk", 300, 64, 64, HEADS),
     ):
-        if name == "flex" and not flex:
+        if name not in names:
             continue
         try:
             reach = Reach.last(queries, 1024)
@@ -288,9 +289,7 @@ def plans() -> dict[str, tuple[Estimator, Any]]:
     return {
         "pooled means": (PooledMeans(), TopK(0.1)),
         "pooled means with likeness": (PooledMeans(0.0), TopK(0.1)),
-        "pooled means, mass": (PooledMeans(), Mass(0.1)),
         "antidiagonals of 16": (Antidiagonals(16), TopK(0.1)),
-        "antidiagonals of 8": (Antidiagonals(8), TopK(0.1)),
     }
 
 
@@ -300,8 +299,6 @@ def prefill(clock: Clock, tokens: int, rounds: int, peers: dict[str, float]) -> 
     rows: list[Row] = []
     reach = Reach.last(tokens, tokens)
     for label, (estimator, selector) in plans().items():
-        if tokens > 65536 and label == "antidiagonals of 8":
-            continue
         plan = AttentionPlan(estimator, selector, Policy(dense_below=0), 128, 128, "query", "auto")
         blocks = reach.blocks(128, 128, torch.device(DEVICE))
 
@@ -427,7 +424,8 @@ def decode(clock: Clock, batch: int, tokens: int, rounds: int, quick: bool) -> l
     query, key, value = tensors(tokens, batch, 1)
     key, value = key.contiguous(), value.contiguous()
     calls: dict[str, Callable[[], Any]] = {}
-    for name, call in dense(query, key, value, causal=False).items():
+    everyone = dense(query, key, value, causal=False)
+    for name, call in everyone.items():
         try:
             calls[name] = graph_of([call]).replay
         except Exception as failure:
@@ -436,31 +434,33 @@ def decode(clock: Clock, batch: int, tokens: int, rounds: int, quick: bool) -> l
     one = query[:, :, 0].contiguous()
     checks: dict[str, float] = {}
     parts: Timed = {}
-    variants = [
-        (64, False, None, 3),
-        (64, True, None, 3),
-        (128, False, None, 3),
-        (16, True, None, 3),
-        (64, False, 8, 3),
-        (64, False, 2, 3),
-        (64, False, None, 2),
-        (64, False, None, 4),
-    ]
-    for size, bound, splits, stages in variants[: 4 if quick else None]:
-        label = f"{'extremes' if bound else 'means'} of {size}, {splits or 'own'} splits, {stages} stages"
+    variants = [(64, False, None, 3), (64, True, None, 3), (128, False, None, 3), (64, False, None, 4)]
+    kept_alive: list[Any] = []  # a graph reads the memory of its calls and does not hold it
+    for size, bound, splits, stages in variants[: 2 if quick else None]:
+        label = f"{'extremes' if bound else 'means'} of {size}, {stages} stages"
+        stage = "first call"
         try:
             each, whole, kept = step(one, key, value, 0.1, size, bound, splits, stages)
+            kept_alive += [each, whole, kept]
             output = whole().clone()
+            torch.cuda.synchronize()
+            stage = "check"
             mask = kept().repeat_interleave(size, 2)[:, :, None]
             wide = one.unflatten(1, (KV_HEADS, -1)).float()
             scores = (wide @ key.float().mT * SCALING).masked_fill(~mask, -torch.inf)
             checks[label] = relative(output, (scores.softmax(-1) @ value.float()).flatten(1, 2))
             del scores, mask
-            calls[label] = graph_of([whole]).replay
+            stage = "graph"
+            graph = graph_of([whole])
+            graph.replay()
+            torch.cuda.synchronize()
+            calls[label] = graph.replay
+            stage = "graphs of parts"
             for part, function in each.items():
                 parts[f"{label}: {part}"] = graph_of([function]).replay
+            torch.cuda.synchronize()
         except Exception as failure:
-            print(f"  {label}: {type(failure).__name__}: {str(failure)[:300]}", flush=True)
+            print(f"  {label}, {stage}: {type(failure).__name__}: {str(failure)[:300]}", flush=True)
             torch.cuda.synchronize()
     times = clock(calls, rounds)
     inner = clock(parts, max(5, rounds // 3))
@@ -537,17 +537,77 @@ def masses(clock: Clock, tokens: int, peers: dict[str, float], rounds: int) -> l
     ]
 
 
+def whole(tokens: int, plan: str, rounds: int) -> list[Row]:
+    """Four layers of an 8B model in Transformers: the first token of a prompt, and tokens after it, eagerly."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import rarefy
+    from rarefy.integrations.transformers.plan_evaluation import set_plan
+
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
+        head_dim=CHANNELS, num_hidden_layers=4, vocab_size=1024, max_position_embeddings=tokens + 256,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(DEVICE):
+        model = LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    prompt = torch.randint(0, 1024, (1, tokens), device=DEVICE)
+    times: dict[str, dict[str, float]] = {}
+    reports: dict[str, Any] = {}
+    for name in ("dense", plan):
+        setup = rarefy.set_attention(model, None) if name == "dense" else set_plan(model, plan)
+        if name == "dense":
+            model.set_attn_implementation("sdpa")
+        own: dict[str, list[float]] = {"first token": [], "next token": []}
+        for number in range(rounds + 1):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            with torch.inference_mode():
+                found = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+                torch.cuda.synchronize()
+                first = time.perf_counter() - begin
+                cache = getattr(found, "cache", None) or found.past_key_values
+                argument = "cache" if hasattr(found, "cache") else "past_key_values"
+                begin = time.perf_counter()
+                for _ in range(16):
+                    model(input_ids=prompt[:, :1], use_cache=True, **{argument: cache})
+                torch.cuda.synchronize()
+            if number:
+                own["first token"].append(first)
+                own["next token"].append((time.perf_counter() - begin) / 16)
+            del found, cache
+        times[name] = {part: statistics.median(each) for part, each in own.items()}
+        if setup is not None:
+            reports = {"density": round(setup.report.density(), 4), "executors": dict(setup.report.layers[0].executors)}
+    rows: list[Row] = []
+    for part, dense_time in times["dense"].items():
+        rows.append({
+            "goal": "whole", "job": f"{part}, {plan}", "tokens": tokens, "density": 0.1, "batch": 1, "peer": "sdpa",
+            "milliseconds": round(times[plan][part] * 1e3, 3), "peer_milliseconds": round(dense_time * 1e3, 3),
+            "ratio": round(dense_time / times[plan][part], 3), "note": "4 layers of an 8B shape, eager", **reports,
+        })  # fmt: skip
+        print(tokens, rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so long")
     parser.add_argument("--tune", action="store_true", help="try configurations of the kernels first")
     parser.add_argument("--tokens", default="32768,8192,131072,16384,65536", help="lengths of prefill; 0 for none")
     parser.add_argument("--decode", default="16x32768,1x32768,1x131072,4x32768,16x8192", help="batches and lengths")
+    parser.add_argument(
+        "--check",
+        default="fa4,fa4 chunk,flex,triton,triton 64,triton kv,triton chunk",
+        help="executors to hold to the reference first, which compiles them",
+    )
+    parser.add_argument("--whole", default="32768,131072", help="lengths of prompts for layers of a model; 0 for none")
     options = parser.parse_args()
     begin = time.monotonic()
     torch.manual_seed(0)
     clock = Clock()
-    found = errors(options.tune)
+    found = errors(set(options.check.split(",")))
     rows: list[Row] = []
 
     def attempt(name: str, function: Callable[[], list[Row] | None]) -> None:
@@ -570,6 +630,9 @@ def main() -> None:
         batch, length = (int(part) for part in case.split("x"))
         few = options.quick or batch * length != 16 * 32768
         attempt(f"decode {case}", lambda b=batch, n=length, few=few: decode(clock, b, n, 60, few))
+    for tokens in (int(part) for part in options.whole.split(",") if int(part)):
+        for plan in PLANS:
+            attempt(f"whole {tokens}", lambda n=tokens, plan=plan: whole(n, plan, 3))
     for tokens in (int(part) for part in options.tokens.split(",") if int(part)):
         rounds = 9 if options.quick and tokens > 65536 else 50
         peers: dict[str, float] = {}

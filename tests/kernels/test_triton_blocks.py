@@ -10,9 +10,10 @@ from torch import Tensor
 
 from rarefy.attention.block_map import BlockMap
 from rarefy.attention.call import Call
-from rarefy.attention.estimators import true_blocks
+from rarefy.attention.estimators import Antidiagonals, true_blocks
+from rarefy.attention.estimators.sampled import _folded
 from rarefy.attention.executors import Reference, Triton
-from rarefy.attention.executors.triton import _tables, unfit
+from rarefy.attention.executors.triton import _pages, unfit
 from rarefy.attention.reach import Reach
 from rarefy.attention.selectors import Forced, Mass, Selector, Threshold, TopK
 from rarefy.attention.selectors.fused import fused_map
@@ -158,17 +159,17 @@ def test_decoding_over_chosen_blocks(group: int) -> None:
     torch.testing.assert_close(lse, scores.logsumexp(-1).flatten(1, 2), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("share", [1.0, 0.4])
-def test_decoding_reads_a_store_where_its_blocks_lie(share: float) -> None:
+@pytest.mark.parametrize(("share", "steps"), [(1.0, (150, 70, 1, 1)), (0.4, (150, 70, 1, 1)), (0.5, (222,))])
+def test_decoding_reads_a_store_where_its_blocks_lie(share: float, steps: tuple[int, ...]) -> None:
     """Runs of several lengths and a tail, padding on the left, with and without a copy of the past."""
     store = LayerStore(LayerCodecs(Exact(torch.float32, 64), Exact(torch.float32, 64)))
-    for count in (150, 70, 1, 1):
+    for count in steps:
         seen = store.append(*(torch.randn(2, 2, count, 32, device=DEVICE) for _ in range(2)))
     source = Stored(seen)
     first = torch.tensor([0, 37], device=DEVICE)
     block_map = random_map(Reach(1, 222, 221, first=first), 2, 2, 1, 32, share)
     query = torch.randn(2, 6, 1, 32, device=DEVICE)
-    assert _tables(source, torch.float32) is not None and _tables(source, torch.bfloat16) is None
+    assert _pages(source, torch.float32) is not None and _pages(source, torch.bfloat16) is None
     found, lse = Triton().run(query, source, block_map, 0.2)
     expected, expected_lse = Reference().run(query, source, block_map, 0.2)
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
@@ -180,3 +181,18 @@ def test_decoding_reads_a_store_where_its_blocks_lie(share: float) -> None:
     other = random_map(filled, 2, 2, 1, 16, share)
     found, _ = Triton().run(query, buffer, other, 0.2)
     torch.testing.assert_close(found, Reference().run(query, buffer, other, 0.2)[0], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(("queries", "offset"), [(96, 0), (40, 57), (70, 26)])
+def test_antidiagonals_in_one_kernel(queries: int, offset: int) -> None:
+    estimator = Antidiagonals(4)
+    first = torch.tensor([0, 21], device=DEVICE)
+    reach = Reach(queries, queries + offset, offset, first=first)
+    query, key = (torch.randn(2, heads, n, 16, device=DEVICE) for heads, n in ((4, queries), (2, queries + offset)))
+    call = Call(query, Plain(key, key), reach, 0.3, mask_heads=4)
+    blocks = reach.blocks(16, 32, DEVICE)
+    expected = Antidiagonals.scores(estimator, call, blocks) if not query.is_cuda else None
+    found = estimator.fused(call, blocks, _folded(query, 16, 4, True), _folded(key, 32, 4))
+    assert found.shape == (2, 4, blocks.rows, blocks.columns)
+    if expected is not None:
+        torch.testing.assert_close(found, expected.exp(), rtol=2e-3, atol=2e-3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,8 @@ class Antidiagonals(Estimator):
             _folded(call.source.keys(), blocks.block_k, stride),
         )
         tiles, per_row = key.shape[2], blocks.block_q // stride
+        if call.query.is_cuda and self._fits(call, blocks):
+            return by_mask_head(self.fused(call, blocks, query, key).log(), call)
         place = torch.arange(tiles, device=key.device)
         batch = call.query.shape[0]
         at_once = max(1, SCORES_AT_ONCE // (batch * call.heads * per_row * tiles))
@@ -44,6 +48,23 @@ class Antidiagonals(Estimator):
             shares = shares.unflatten(3, (blocks.columns, -1)).unflatten(2, (-1, per_row)).sum((3, 5))
             parts.append(by_mask_head(shares.log(), call))
         return torch.cat(parts, 2)
+
+    def _fits(self, call: Call, blocks: Blocks) -> bool:
+        """Whether the kernel serves: sizes are powers of two, and only causality and left padding hide keys."""
+        reach, sizes = call.reach, (self.stride, blocks.block_q, blocks.block_k, call.query.shape[3])
+        plain = reach.causal and all(part is None for part in (reach.window, reach.stop, reach.segment, reach.mask))
+        return plain and all(size & (size - 1) == 0 for size in sizes) and find_spec("triton") is not None
+
+    def fused(self, call: Call, blocks: Blocks, query: Tensor, key: Tensor) -> Tensor:
+        """Shares of blocks, float32 ``[B, H, query blocks, key blocks]``, of folded queries and keys by the kernel."""
+        from rarefy.kernels.triton.folded_mass import folded_mass
+
+        stride, reach = self.stride, call.reach
+        return folded_mass(
+            query, key, stride=stride, per_row=blocks.block_q // stride, per_column=blocks.block_k // stride,
+            scaling=call.scaling / stride, offset=reach.offset, count=reach.queries, first=reach.first,
+            blocks=(blocks.rows, blocks.columns),
+        )  # fmt: skip
 
     def _seen(self, call: Call, begin: Tensor, tile: Tensor) -> Tensor:
         """Which tiles of keys each tile of queries sees, by their first tokens, bool ``[B or 1, 1, rows, tiles]``."""

@@ -16,7 +16,7 @@ from rarefy.kv.codecs import Exact
 from rarefy.kv.side import Side
 
 if TYPE_CHECKING:
-    from rarefy.kernels.triton.block_decode import BlockDecode
+    from rarefy.kernels.triton.block_decode import BlockDecode, Paged
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -81,7 +81,7 @@ def _decodes(query: Tensor, source: Source, block_map: BlockMap) -> bool:
 def _decode(query: Tensor, source: Source, block_map: BlockMap, scaling: float) -> tuple[Tensor, Tensor]:
     batch, heads, _, channels = query.shape
     reach = block_map.reach
-    tables = _tables(source, query.dtype) if isinstance(source, Stored) else None
+    pages = _pages(source, query.dtype) if isinstance(source, Stored) else None
     run = _workspace(batch, source.heads, heads, channels, block_map.block_k, query.device)
     if block_map.columns.numel() == block_map.count.numel() * block_map.key_blocks:
         index = block_map.columns.view(batch, source.heads, -1)  # rows at equal distances
@@ -91,8 +91,8 @@ def _decode(query: Tensor, source: Source, block_map: BlockMap, scaling: float) 
     end = torch.full((batch,), min(reach.keys, reach.offset + 1) if reach.causal else reach.keys, device=query.device)
     length = (end if reach.stop is None else torch.minimum(end, reach.stop)).to(torch.int32)
     one = query[:, :, 0]
-    if tables is not None:
-        out, lse = run.paged(one, *tables, index, count, length, scaling, reach.first)
+    if pages is not None:
+        out, lse = run.paged(one, *pages, index, count, length, scaling, reach.first)
     else:
         keys, values = _rows(source.keys()), _rows(source.values())
         out, lse = run(one, keys, values, index, count, length, scaling, reach.first)
@@ -108,30 +108,40 @@ def _workspace(
     return BlockDecode(batch, heads, query_heads, channels, block_k, device=device)
 
 
-def _tables(source: Stored, dtype: torch.dtype) -> tuple[Tensor, Tensor, int] | None:
-    """Where the pages of a store's keys and values lie, and how many tokens a page has; None where they are in code."""
+def _pages(source: Stored, dtype: torch.dtype) -> tuple[Paged, Paged] | None:
+    """A store's keys and values where they lie; None where they are in code."""
+    from rarefy.kernels.triton.block_decode import Paged
+
     store = source.store
     assert store.keys is not None and store.values is not None
-    codecs = store.codecs
-    exact = all(isinstance(codec, Exact) for codec in (codecs.keys, codecs.values))
-    tokens = codecs.keys.tokens
-    if not exact or codecs.pre_rope or store.sink is not None or store.keys.tail.dtype != dtype:
+    sides = (store.keys, store.values)
+    exact = all(isinstance(side.codec, Exact) and side.codec.tokens % 64 == 0 for side in sides)
+    if not exact or store.codecs.pre_rope or store.sink is not None or store.keys.tail.dtype != dtype:
         return None
-    if tokens != codecs.values.tokens or tokens % 64:
+    parts = [run.payload["exact"] for side in sides for run in side.runs]
+    rows = all(part.stride(-2) == part.shape[-1] and part.stride(-1) == 1 for part in parts)
+    if store.keys.codec.tokens != store.values.codec.tokens or not rows:
         return None
-    keys, values = _table(store.keys), _table(store.values)
-    return None if keys is None or values is None else (keys, values, tokens)
+    key = tuple(id(run.payload) for side in sides for run in side.runs)
+    known = store.plans.get("pages")
+    if known is None or known[0] != key:
+        # With the payloads, so that their identities are not reused.
+        known = key, [_table(side) for side in sides], [run.payload for side in sides for run in side.runs]
+        store.plans["pages"] = known
+    tails = [side.tail for side in sides]
+    if any(tail.shape[2] > 1 and tail.stride(-2) != tail.shape[-1] for tail in tails):
+        tails = [tail.contiguous() for tail in tails]
+    tokens = store.keys.codec.tokens
+    return Paged(known[1][0], tails[0], tokens), Paged(known[1][1], tails[1], tokens)
 
 
-def _table(side: Side) -> Tensor | None:
-    """Addresses of pages and the distances of rows and heads within them, int64 ``[3, pages]``."""
-    columns = []
-    for part in [*(run.payload["exact"] for run in side.runs), side.tail.unsqueeze(2)]:
-        if part.stride(-1) != 1 or part.stride(-2) != part.shape[-1] or part.shape[3] > side.codec.tokens:
-            return None
+def _table(side: Side) -> Tensor:
+    """Addresses of the pages that are put away, and the distances of rows and heads in them, int64 ``[3, pages]``."""
+    columns = [torch.empty(3, 0, dtype=torch.int64)]
+    for part in (run.payload["exact"] for run in side.runs):
         begins = part.data_ptr() + torch.arange(part.shape[2]) * part.stride(2) * part.element_size()
         columns.append(torch.stack([begins, *(torch.full_like(begins, part.stride(place)) for place in (0, 1))]))
-    return torch.cat(columns, 1).to(side.tail.device, non_blocking=True)
+    return torch.cat(columns, 1).to(side.tail.device)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ def _tile(
     WINDOW: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """One block of keys joins the running sum. ``place``: keys that the queries are."""
+    # A load ahead of the loop may read behind the list's end, where anything may be.
+    column = tl.minimum(tl.maximum(column, 0), (keys - 1) // BK)
     token, channel = column * BK + tl.arange(0, BK), tl.arange(0, DP)
     k_at = k_base + token[:, None].to(tl.int64) * stride_kn + channel[None, :]
     v_at = v_base + token[:, None].to(tl.int64) * stride_vn + channel[None, :]

@@ -6,6 +6,7 @@ a fixed capacity, lengths are tensors, and the work is split over the list and n
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rarefy.kernels.triton.decode_attention import NUMBERS, ROWS, _merge, _pointer
+from rarefy.kernels.triton.decode_attention import NUMBERS, _merge
+
+ROWS = 16  # the fewest rows that a tensor core multiplies
 
 
 @triton.jit
@@ -76,22 +79,40 @@ def block_scores(
     return out
 
 
+@dataclass(frozen=True)
+class Paged:
+    """Keys or values that lie in pages. ``table`` int64 ``[3, pages]``: where each page of ``page`` tokens begins (an
+    address), and how far rows of the batch and heads lie apart in it; ``tail [B, Hkv, t, D]``: tokens after those."""
+
+    table: Tensor
+    tail: Tensor
+    page: int
+
+    @property
+    def places(self) -> tuple[int, int, int]:
+        return self.tail.data_ptr(), self.tail.stride(0), self.tail.stride(1)
+
+
 @triton.jit
 def _tile_at(
-    side, row, head, token, pages, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr, NUMBERS: tl.constexpr
+    table, tail, tail_row, tail_head, pages, row, head, token, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
+    NUMBERS: tl.constexpr,
 ):  # fmt: skip
-    """Where tokens ``[token, token + N)``, which lie in one page, are."""
+    """Where tokens ``[token, token + N)``, which lie in one page or in the tail, are."""
     page = token // PAGE
-    base = _pointer(tl.load(side + page), NUMBERS)
-    base += row * tl.load(side + pages + page) + head * tl.load(side + 2 * pages + page)
-    within = token % PAGE + tl.arange(0, N)
-    return base + within[:, None] * D + tl.arange(0, D)[None, :]
+    coded = page < pages
+    address = tl.load(table + page, mask=coded, other=tail)
+    step = row * tl.load(table + pages + page, mask=coded, other=tail_row)
+    step += head * tl.load(table + 2 * pages + page, mask=coded, other=tail_head)
+    base = tl.multiple_of(address.to(tl.pointer_type(NUMBERS)), 16)  # memory of torch's is aligned
+    within = token - tl.minimum(page, pages) * PAGE + tl.arange(0, N)
+    return base + step + within[:, None] * D + tl.arange(0, D)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages"])
 def _chosen(
     query, key, value, index, count, first, length, part_out, part_lse,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, heads, capacity, splits, scaling,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, pages, heads, capacity, splits, scaling,
     GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr,
     PAGE: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
@@ -111,13 +132,15 @@ def _chosen(
     total = tl.zeros((M,), tl.float32)
     mixed = tl.zeros((M, D), tl.float32)
     for tile in range(split * each, tl.minimum(tiles, (split + 1) * each)):
-        column = tl.load(index + pair * capacity + tile // TILES)
+        # A load ahead of the loop may read behind the list's end, where anything may be.
+        column = tl.minimum(tl.maximum(tl.load(index + pair * capacity + tile // TILES), 0), (tokens - 1) // BK)
         token = column * BK + (tile % TILES) * N + tl.arange(0, N)
         here = (token < tokens) & (token >= begin)
         if PAGE:
+            # Strides are then those of the tails, with where they begin in the place of a token's.
             start = column * BK + (tile % TILES) * N
-            k_at = _tile_at(key, row, head, start, stride_kn, D, N, PAGE, NUMBERS)
-            v_at = _tile_at(value, row, head, start, stride_vn, D, N, PAGE, NUMBERS)
+            k_at = _tile_at(key, stride_kn, stride_kb, stride_kh, pages, row, head, start, D, N, PAGE, NUMBERS)
+            v_at = _tile_at(value, stride_vn, stride_vb, stride_vh, pages, row, head, start, D, N, PAGE, NUMBERS)
         else:
             wide = token[:, None].to(tl.int64)
             k_at = key + row * stride_kb + head * stride_kh + wide * stride_kn + channel[None, :]
@@ -167,28 +190,30 @@ class BlockDecode:
         there, at blocks ``index`` int32 ``[B, Hkv, capacity]``, the first ``count`` int32 ``[B, Hkv]`` of them. The
         result float32 ``[B, H, D]`` and its log-sum-exp ``[B, H]``, overwritten by the next call."""
         strides = (*key.stride()[:3], *value.stride()[:3])
-        return self._run(query, key, value, index, count, length, scaling, first, strides, 0)
+        return self._run(query, key, value, index, count, length, scaling, first, strides)
 
     def paged(
-        self, query: Tensor, key: Tensor, value: Tensor, page: int, index: Tensor, count: Tensor, length: Tensor,
-        scaling: float, first: Tensor | None = None,
+        self, query: Tensor, key: Paged, value: Paged, index: Tensor, count: Tensor, length: Tensor, scaling: float,
+        first: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The same where tokens lie in pages: ``key``, ``value`` int64 ``[3, pages]`` say where each page of ``page``
-        tokens begins (an address) and how far rows of the batch and heads lie apart (in numbers of the query's dtype).
-        Raises ValueError where a tile does not fit a page."""
-        if page % self._meta["N"]:
-            raise ValueError(f"Tiles of {self._meta['N']} tokens do not divide pages of {page}.")
-        strides = (0, 0, key.shape[1], 0, 0, value.shape[1])
-        return self._run(query, key, value, index, count, length, scaling, first, strides, page)
+        """The same where tokens lie in pages, in the query's dtype. Raises ValueError where a tile does not fit
+        them."""
+        if key.page != value.page or key.page % self._meta["N"]:
+            raise ValueError(f"Tiles of {self._meta['N']} tokens do not divide pages of {key.page} and {value.page}.")
+        (k, k_row, k_head), (v, v_row, v_head) = key.places, value.places
+        strides, pages = (k_row, k_head, k, v_row, v_head, v), key.table.shape[1]
+        return self._run(
+            query, key.table, value.table, index, count, length, scaling, first, strides, key.page, pages
+        )
 
     def _run(
         self, query: Tensor, key: Tensor, value: Tensor, index: Tensor, count: Tensor, length: Tensor, scaling: float,
-        first: Tensor | None, strides: tuple[int, ...], page: int,
+        first: Tensor | None, strides: tuple[int, ...], page: int = 0, pages: int = 0,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         batch, heads = index.shape[:2]
         _chosen[(batch * heads, self.splits)](
             query.contiguous(), key, value, index, count, count if first is None else first, length, self._partial,
-            self._partial_lse, *strides, heads, index.shape[-1], self.splits, scaling, FIRST=first is not None,
+            self._partial_lse, *strides, pages, heads, index.shape[-1], self.splits, scaling, FIRST=first is not None,
             PAGE=page, NUMBERS=NUMBERS[query.dtype], **self._meta,
         )  # fmt: skip
         rows, _, channels = self._partial.shape

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 from rarefy.core.errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
+    from filelock import FileLock
     from torch import Tensor
 
 # A header larger than this is an attack or garbage: 100,000 tensors need about 15 MB.
@@ -68,8 +69,9 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file that is whole or absent. Raises OSError, also where the library has its own error."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], lasting: bool = True) -> None:
+    """Write a safetensors file that is whole or absent; one that is not ``lasting`` need not survive a power cut, and
+    nobody waits for the disk. Raises OSError, also where the library has its own error."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -77,8 +79,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     try:
         save_file(tensors, draft, metadata=metadata)
         os.chmod(draft, 0o644)  # the library writes for this user only
-        with draft.open("rb+") as stream:
-            os.fsync(stream.fileno())
+        if lasting:
+            with draft.open("rb+") as stream:
+                os.fsync(stream.fileno())
         os.replace(draft, path)
     except SafetensorError as failure:
         draft.unlink(missing_ok=True)
@@ -143,6 +146,21 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise OptionError(f"--out '{out}' is a folder that must stay; name a new folder inside it.")
     if not overwrite and any(out.iterdir()):
         raise OptionError(f"--out '{out}' is not empty; name another folder or pass --overwrite.")
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Make ``folder`` and lock it for this process. Raises OptionError when another one has it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OptionError(f"--work-dir '{folder}' is in use by another process; wait for it or name another.") from None
+    except OSError as failure:
+        raise OptionError(f"--work-dir '{folder}' cannot be written ({failure.strerror}); name another.") from None
+    return lock
 
 
 def sha256_file(path: Path) -> str:

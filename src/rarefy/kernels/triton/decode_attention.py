@@ -216,14 +216,18 @@ def _split(
                 # Outliers of channels: a tile that is zero but for them.
                 for half in tl.static_range(K_SLOTS):
                     entries = (block * D + half * KX + kx) * K_ENTRIES
+                    indices = pointer(tl.load(k_table + 4 * runs + run), K_INDEX) + entries
+                    values = pointer(tl.load(k_table + 3 * runs + run), tl.float16) + entries
+                    outliers = ()
+                    for entry in tl.static_range(K_ENTRIES):
+                        index = tl.load(indices + entry).to(tl.int32) - inside
+                        outliers = outliers + ((index[None, :], tl.load(values + entry)[None, :]),)
                     more = ()
                     for slot in tl.static_range(SLOTS):
                         extra = tl.zeros((R, KX), tl.float16)
                         for entry in tl.static_range(K_ENTRIES):
-                            place = tl.load(pointer(tl.load(k_table + 4 * runs + run), K_INDEX) + entries + entry)
-                            value = tl.load(pointer(tl.load(k_table + 3 * runs + run), tl.float16) + entries + entry)
-                            here = (inside + r * SLOTS + slot)[:, None] == place.to(tl.int32)[None, :]
-                            extra += tl.where(here, value[None, :], 0.0)
+                            here = (r * SLOTS + slot)[:, None] == outliers[entry][0]
+                            extra += tl.where(here, outliers[entry][1], 0.0)
                         more = more + (tl.dot(extra, q16[half], scores[slot]),)
                     scores = more
         else:
@@ -391,20 +395,24 @@ def _split(
                 if V_OFFSET:
                     offsets = tl.load(pointer(v_zero, tl.float16) + v_row + token).to(tl.float32)
                     lifts = (lifts[0] + share * offsets[:, None],)
+            outliers = ()
+            for entry in tl.static_range(V_ENTRIES):
+                entries = (v_row + token) * V_ENTRIES + entry
+                index = tl.load(pointer(tl.load(v_table + 4 * runs + run), V_INDEX) + entries).to(tl.int32)
+                if V_JOINED:
+                    index -= (head * D).to(tl.int32)
+                value = tl.load(pointer(tl.load(v_table + 3 * runs + run), tl.float16) + entries)
+                outliers = outliers + ((index[None, :], value[None, :]),)
             summed = ()
             for part_of in tl.static_range(V_PER):
                 values = numbers(chunks, v_entries, part_of, V_KIND, V_BITS, V_PER, PAIRS)
                 if V_KIND == 2 and V_GROUPS > V_PARTS:
                     values = values * steps - below
                 if V_ENTRIES > 0:
-                    channel = vx * V_PER + part_of + (head * D if V_JOINED else 0)
                     extra = tl.zeros((VX, R), tl.float16)
                     for entry in tl.static_range(V_ENTRIES):
-                        entries = (v_row + token) * V_ENTRIES + entry
-                        index = tl.load(pointer(tl.load(v_table + 4 * runs + run), V_INDEX) + entries)
-                        value = tl.load(pointer(tl.load(v_table + 3 * runs + run), tl.float16) + entries)
-                        here = channel[:, None] == index.to(tl.int32)[None, :]
-                        extra += tl.where(here, value[None, :], 0.0)
+                        here = (vx * V_PER + part_of)[:, None] == outliers[entry][0]
+                        extra += tl.where(here, outliers[entry][1], 0.0)
                 for half in tl.static_range(V_PARTS):
                     sums = tl.dot(values, weighted[half], faded[part_of * V_PARTS + half])
                     if V_ENTRIES > 0:
@@ -442,12 +450,13 @@ def _split(
             here = (vx * V_PER // V_GROUP == 1)[:, None]
             sums = tl.where(here, mixed[slot * V_PARTS + 1] + lift[1][None, :], sums)
         tl.store(to, sums / whole[None, :], mask=real[None, :])
-    tl.store(part_lse + out, tl.where(total == 0.0, float("-inf"), top + tl.log2(whole)), mask=real)
+    own = tl.where(total == 0.0, float("-inf"), (top + tl.log2(whole)) * 0.6931471805599453)
+    tl.store(part_lse + out, own, mask=real)
 
 
 @triton.jit(do_not_specialize=["splits"])
 def _merge(part_out, part_lse, out, lse, splits, D: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
-    """``C`` channels of all stretches of one head, ``S`` at a time; log-sum-exps come in units of log 2."""
+    """``C`` channels of all stretches of one head, ``S`` at a time."""
     head, channel = tl.program_id(0).to(tl.int64), tl.program_id(1) * C + tl.arange(0, C)
     top = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
@@ -460,14 +469,22 @@ def _merge(part_out, part_lse, out, lse, splits, D: tl.constexpr, C: tl.constexp
         rows = tl.load(part_out + place, mask=here[:, None], other=0.0)
         peak = tl.maximum(top, tl.max(own, 0))
         safe = tl.where(peak == float("-inf"), 0.0, peak)
-        share, fade = tl.exp2(own - safe), tl.exp2(top - safe)
+        share, fade = tl.exp(own - safe), tl.exp(top - safe)
         mixed = mixed * fade + tl.sum(rows * share[:, None], 0)
         total = total * fade + tl.sum(share, 0)
         top = peak
     sums = tl.where(total == 0.0, 1.0, total)
     tl.store(out + head * D + channel, mixed / sums)
     if tl.program_id(1) == 0:
-        tl.store(lse + head, tl.where(total == 0.0, float("-inf"), (top + tl.log2(sums)) * 0.6931471805599453))
+        tl.store(lse + head, tl.where(total == 0.0, float("-inf"), top + tl.log(sums)))
+
+
+def merge(part_out: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Put sums of stretches ``part_out`` float32 ``[heads, stretches, D]`` with their log-sum-exps ``part_lse`` together
+    into ``out [..., D]`` and ``lse [...]`` of as many heads, D being a multiple of 16."""
+    heads, splits, channels = part_out.shape
+    grid = heads, channels // MERGED
+    _merge[grid](part_out, part_lse, out, lse, splits, D=channels, C=MERGED, S=STRETCHES, num_warps=4)
 
 
 def _power(*sizes: int) -> bool:
@@ -598,11 +615,7 @@ class DecodeAttention:
         _split[self._grid](
             query.contiguous(), *self._tensors, self._partial, self._partial_lse, *self._sizes, scaling, **self._meta
         )
-        heads, channels = self._partial.shape[0], self._partial.shape[2]
-        _merge[(heads, channels // MERGED)](
-            self._partial, self._partial_lse, self.out, self.lse, self._partial.shape[1], D=channels, C=MERGED,
-            S=STRETCHES, num_warps=4,
-        )  # fmt: skip
+        merge(self._partial, self._partial_lse, self.out, self.lse)
         return self.out, self.lse
 
 

@@ -480,7 +480,7 @@ def _merge(part_out, part_lse, out, lse, splits, D: tl.constexpr, C: tl.constexp
 
 
 def merge(part_out: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Put sums of stretches ``part_out`` float32 ``[heads, stretches, D]`` with their log-sum-exps ``part_lse`` together
+    """Put sums of stretches ``part_out`` float32 ``[heads, stretches, D]``, with log-sum-exps ``part_lse``, together
     into ``out [..., D]`` and ``lse [...]`` of as many heads, D being a multiple of 16."""
     heads, splits, channels = part_out.shape
     grid = heads, channels // MERGED

@@ -49,7 +49,9 @@ def filled(label: str, tokens: int) -> LayerStore:
     return store
 
 
-def microseconds(calls: dict[str, list[Callable[[], Any]]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+def microseconds(
+    calls: dict[str, list[Callable[[], Any]]], rounds: int, clock: Callable[[], float]
+) -> dict[str, float]:
     """Median time of one call of each list, in turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):

@@ -1,7 +1,8 @@
 // Attention of up to four query heads over one stretch of coded keys and values; see attend.h.
 //
 // 16 lanes hold 16 chunks of 8 codes (4 of 8 bits). Where a row (a channel's tokens of a block, or a token's channels)
-// has fewer chunks, several rows share the lanes, and what belongs to a row is looked up for each lane.
+// has fewer chunks, several rows share the lanes, and what belongs to a row is looked up for each lane. Where it is few
+// numbers, those of all heads lie *packed* in 16 lanes and are spread when they are needed, which costs no memory.
 #pragma once
 #include <cmath>
 
@@ -26,6 +27,8 @@ struct Lanes {
     return load_i(at);
   }
   int64_t first(int64_t vector, int64_t group) const { return vector * 16 * per / group; }
+  // Groups of a row that its lanes need.
+  int64_t own(int64_t group) const { return wide * per > group ? wide * per / group : 1; }
 };
 
 template <int BITS> static inline I load_chunks(const uint8_t *p, const uint8_t *end) {
@@ -62,9 +65,15 @@ struct Scratch {
 };
 constexpr int64_t tile_tokens = 64;
 
-template <int BITS, int G, int HALF>
+// What belongs to a head in all lanes: from lanes of its own, or picked out of those that heads share.
+template <int G, bool PACKED> static inline F spread(const float *from, int64_t i, int g, const I pick[G]) {
+  if constexpr (PACKED) return lookup_f(table_f(from + i * 16), pick[g]);
+  return load_f(from + (i * G + g) * 16);
+}
+
+template <int BITS, int G, int HALF, bool PACKED>
 static inline void score_block(const uint8_t *codes, const uint8_t *end, int64_t stride, int64_t count, Table table,
-                               const float *query, const F below[G], float *by_place, float factor) {
+                               const float *query, const I pick[G], const F below[G], float *by_place, float factor) {
   constexpr int places = 4;
   F sums[places][G];
   for (int s = 0; s < places; ++s)
@@ -74,7 +83,7 @@ static inline void score_block(const uint8_t *codes, const uint8_t *end, int64_t
     F x[places] = {number<BITS, 4 * HALF>(chunks, table), number<BITS, 4 * HALF + 1>(chunks, table),
                    number<BITS, 4 * HALF + 2>(chunks, table), number<BITS, 4 * HALF + 3>(chunks, table)};
     for (int g = 0; g < G; ++g) {
-      F q = load_f(query + (i * G + g) * 16);
+      F q = spread<G, PACKED>(query, i, g, pick);
       for (int s = 0; s < places; ++s) sums[s][g] = fma_f(x[s], q, sums[s][g]);
     }
   }
@@ -97,48 +106,99 @@ static inline void in_order(const float *by_place, const Lanes &lay, I order, fl
     }
 }
 
-template <int BITS, int G>
-static void score_by_channel(const rarefy_side &k, int64_t head, const float *q, int64_t width,
-                             float factor, float *scores, int64_t padded, const Scratch &s) {
+// The query of a block as its scales make it, and what its zeros take away, in lanes of all heads.
+template <int G>
+static inline void scale_query(const rarefy_side &k, int64_t width, const Lanes &lay, I places, int64_t first,
+                               const Scratch &s, F below[G]) {
+  int64_t groups = k.block / k.group;
+  for (int g = 0; g < G; ++g) below[g] = zero_f();
+  for (int64_t i = 0; i < width / lay.rows; ++i) {
+    int64_t from = i * lay.rows * groups + first;
+    F step = lookup_f(table_f(s.scale + from), places), zero = lookup_f(table_f(s.zero + from), places);
+    for (int g = 0; g < G; ++g) {
+      F scaled = mul_f(load_f(s.lanes + (i * G + g) * 16), step);
+      store_f(s.query + (i * G + g) * 16, scaled);
+      below[g] = fma_f(scaled, zero, below[g]);
+    }
+  }
+}
+
+// The same, packed: lane head * own + group, `groups_at` being each lane's group.
+template <int G>
+static inline void scale_query_packed(const rarefy_side &k, int64_t width, I groups_at, int64_t first,
+                                      const Scratch &s, const I pick[G], F below[G]) {
+  int64_t groups = k.block / k.group;
+  F all = zero_f();
+  for (int64_t d = 0; d < width; ++d) {
+    int64_t from = d * groups + first;
+    F step = lookup_f(table_f(s.scale + from), groups_at), zero = lookup_f(table_f(s.zero + from), groups_at);
+    F scaled = mul_f(load_f(s.lanes + d * 16), step);
+    store_f(s.query + d * 16, scaled);
+    all = fma_f(scaled, zero, all);
+  }
+  alignas(64) float lane[16];
+  store_f(lane, all);
+  for (int g = 0; g < G; ++g) below[g] = lookup_f(table_f(lane), pick[g]);
+}
+
+template <int BITS, int G, bool PACKED>
+static void score_channels(const rarefy_side &k, int64_t head, const float *q, int64_t width, float factor,
+                           float *scores, int64_t padded, const Scratch &s) {
   Lanes lay(BITS, k.block);
   const uint8_t *codes = static_cast<const uint8_t *>(k.codes) + head * k.code_bytes;
   const uint8_t *end = codes + k.tokens * width * BITS / 8;
   Table table = table_f(k.table);
-  int64_t groups = k.block / k.group, vectors = width / lay.rows, chunk = lay.per * BITS / 8;
-  for (int64_t i = 0; i < vectors; ++i)
-    for (int g = 0; g < G; ++g)
-      for (int64_t lane = 0; lane < 16; ++lane)
-        s.lanes[(i * G + g) * 16 + lane] = q[g * width + i * lay.rows + lane / lay.wide];
-  alignas(64) int32_t places_first[16];
-  for (int64_t i = 0; i < 16; ++i) places_first[i] = int32_t(i % lay.per * 16 + i / lay.per);
-  I order = load_i(places_first);
+  int64_t groups = k.block / k.group, vectors = width / lay.rows, chunk = lay.per * BITS / 8, own = lay.own(k.group);
+  alignas(64) int32_t at[16];
+  I pick[G], groups_at = zero_i();
+  if constexpr (PACKED) {
+    for (int g = 0; g < G; ++g) {
+      for (int64_t lane = 0; lane < 16; ++lane) at[lane] = int32_t(g * own + lane * lay.per / k.group % own);
+      pick[g] = load_i(at);
+    }
+    for (int64_t lane = 0; lane < 16; ++lane) at[lane] = int32_t(lane % own);
+    groups_at = load_i(at);
+    for (int64_t d = 0; d < width; ++d)
+      for (int64_t lane = 0; lane < 16; ++lane) s.lanes[d * 16 + lane] = lane < G * own ? q[lane / own * width + d] : 0;
+  } else {
+    for (int g = 0; g < G; ++g) pick[g] = zero_i();
+    for (int64_t i = 0; i < vectors; ++i)
+      for (int g = 0; g < G; ++g)
+        for (int64_t lane = 0; lane < 16; ++lane)
+          s.lanes[(i * G + g) * 16 + lane] = q[g * width + i * lay.rows + lane / lay.wide];
+  }
+  for (int64_t i = 0; i < 16; ++i) at[i] = int32_t(i % lay.per * 16 + i / lay.per);
+  I order = load_i(at);
   for (int64_t block = 0; block < k.tokens / k.block; ++block) {
-    int64_t at = head * k.scales + block * width * groups;
-    widen(k.scale + at, width * groups, s.scale);
-    widen(k.zero + at, width * groups, s.zero);
+    int64_t from = head * k.scales + block * width * groups;
+    widen(k.scale + from, width * groups, s.scale);
+    widen(k.zero + from, width * groups, s.zero);
     for (int64_t column = 0; column < lay.vectors; ++column) {
-      I places = lay.scales(column, k.group, groups);
       F below[G];
-      for (int g = 0; g < G; ++g) below[g] = zero_f();
-      for (int64_t i = 0; i < vectors; ++i) {
-        int64_t from = i * lay.rows * groups + lay.first(column, k.group);
-        F step = lookup_f(table_f(s.scale + from), places), zero = lookup_f(table_f(s.zero + from), places);
-        for (int g = 0; g < G; ++g) {
-          F scaled = mul_f(load_f(s.lanes + (i * G + g) * 16), step);
-          store_f(s.query + (i * G + g) * 16, scaled);
-          below[g] = fma_f(scaled, zero, below[g]);
-        }
-      }
+      if constexpr (PACKED)
+        scale_query_packed<G>(k, width, groups_at, lay.first(column, k.group), s, pick, below);
+      else
+        scale_query<G>(k, width, lay, lay.scales(column, k.group, groups), lay.first(column, k.group), s, below);
       const uint8_t *first = codes + ((block * width) * lay.chunks + column * 16) * chunk;
       float *to = scores + block * k.block + column * 16 * lay.per;
       int64_t stride = lay.rows * lay.chunks * chunk;
       alignas(64) float by_place[G * 8 * 16];
-      score_block<BITS, G, 0>(first, end, stride, vectors, table, s.query, below, by_place, factor);
+      score_block<BITS, G, 0, PACKED>(first, end, stride, vectors, table, s.query, pick, below, by_place, factor);
       if constexpr (BITS != 8)
-        score_block<BITS, G, 1>(first, end, stride, vectors, table, s.query, below, by_place, factor);
+        score_block<BITS, G, 1, PACKED>(first, end, stride, vectors, table, s.query, pick, below, by_place, factor);
       for (int g = 0; g < G; ++g) in_order(by_place + g * 8 * 16, lay, order, to + g * padded);
     }
   }
+}
+
+template <int BITS, int G>
+static void score_by_channel(const rarefy_side &k, int64_t head, const float *q, int64_t width, float factor,
+                             float *scores, int64_t padded, const Scratch &s) {
+  Lanes lay(BITS, k.block);
+  if constexpr (cheap_lookup)
+    if (lay.rows == 1 && G * lay.own(k.group) <= 16)
+      return score_channels<BITS, G, true>(k, head, q, width, factor, scores, padded, s);
+  score_channels<BITS, G, false>(k, head, q, width, factor, scores, padded, s);
 }
 
 // The query [G, width] as lanes of a token's chunks: [vectors, places, G, 16].
@@ -209,9 +269,9 @@ static void score_by_token(const rarefy_side &k, int64_t head, const float *q, i
   }
 }
 
-template <int BITS, int G, int HALF>
+template <int BITS, int G, int HALF, bool PACKED>
 static inline void mix_tile(const uint8_t *codes, const uint8_t *end, int64_t stride, int64_t count, Table table,
-                            const float *weights, int64_t weights_stride, float *sums) {
+                            const float *weights, const I pick[G], float *sums) {
   constexpr int places = 4;
   F own[places][G];
   for (int s = 0; s < places; ++s)
@@ -221,7 +281,7 @@ static inline void mix_tile(const uint8_t *codes, const uint8_t *end, int64_t st
     F x[places] = {number<BITS, 4 * HALF>(chunks, table), number<BITS, 4 * HALF + 1>(chunks, table),
                    number<BITS, 4 * HALF + 2>(chunks, table), number<BITS, 4 * HALF + 3>(chunks, table)};
     for (int g = 0; g < G; ++g) {
-      F w = load_f(weights + i * weights_stride + g * 16);
+      F w = spread<G, PACKED>(weights, i, g, pick);
       for (int s = 0; s < places; ++s) own[s][g] = fma_f(x[s], w, own[s][g]);
     }
   }
@@ -230,49 +290,72 @@ static inline void mix_tile(const uint8_t *codes, const uint8_t *end, int64_t st
 }
 
 // Values of a head, mixed by `weights` [G, padded], which may be read up to 15 beyond.
-template <int BITS, int G>
-static void mix_by_token(const rarefy_side &v, int64_t head, const float *weights, int64_t padded, int64_t width,
-                         float *out, const Scratch &s) {
+template <int BITS, int G, bool PACKED>
+static void mix_tokens(const rarefy_side &v, int64_t head, const float *weights, int64_t padded, int64_t width,
+                       float *out, const Scratch &s) {
   int64_t tokens = v.tokens;
   Lanes lay(BITS, width);
   const uint8_t *codes = static_cast<const uint8_t *>(v.codes) + head * v.code_bytes;
   const uint8_t *end = codes + v.tokens * width * BITS / 8;
   Table table = table_f(v.table);
   int64_t groups = width / v.group, chunk = lay.per * BITS / 8, all = lay.vectors * lay.per * G * 16;
-  alignas(64) int32_t row[16];
-  for (int64_t lane = 0; lane < 16; ++lane) row[lane] = int32_t(lane / lay.wide);
-  I rows = load_i(row);
+  int64_t own = lay.own(v.group), each = lay.rows * own;  // packed numbers of a row, and of a head
+  alignas(64) int32_t at[16];
+  I pick[G], shares_at = zero_i(), packed_scales = zero_i();
+  for (int g = 0; g < G; ++g) {
+    for (int64_t lane = 0; lane < 16; ++lane)
+      at[lane] = int32_t(g * each + lane / lay.wide * own + lane % lay.wide * lay.per / v.group % own);
+    pick[g] = load_i(at);
+  }
+  if constexpr (PACKED) {
+    for (int64_t lane = 0; lane < 16; ++lane) at[lane] = int32_t(lane % each / own * G + (lane / each) % G);
+    shares_at = load_i(at);
+    for (int64_t lane = 0; lane < 16; ++lane) at[lane] = int32_t(lane % each / own * groups + lane % own);
+    packed_scales = load_i(at);
+  } else {
+    for (int64_t lane = 0; lane < 16; ++lane) at[lane] = int32_t(lane / lay.wide);
+    shares_at = load_i(at);
+  }
   for (int64_t i = 0; i < all; ++i) s.sums[i] = 0;
-  F lift[RAREFY_WIDTH / 64][G];  // by vectors of a row
+  F lift[RAREFY_WIDTH / 64][G];  // by vectors of a row; of packed lanes the first
   for (int64_t i = 0; i < lay.vectors; ++i)
     for (int g = 0; g < G; ++g) lift[i][g] = zero_f();
   for (int64_t t = 0; t < tokens; t += tile_tokens) {
     int64_t count = tokens - t < tile_tokens ? tokens - t : tile_tokens, steps = count / lay.rows;
     widen(v.scale + head * v.scales + t * groups, count * groups, s.scale);
     if (v.zero) widen(v.zero + head * v.scales + t * groups, count * groups, s.zero);
+    if constexpr (PACKED)
+      for (int64_t i = 0; i < count; ++i)
+        for (int g = 0; g < G; ++g) s.lanes[i * G + g] = weights[g * padded + t + i];
     for (int64_t vector = 0; vector < lay.vectors; ++vector) {
-      I places = lay.scales(vector, v.group, groups);
+      I places = PACKED ? packed_scales : lay.scales(vector, v.group, groups);
       for (int64_t i = 0; i < steps; ++i) {
         int64_t from = i * lay.rows * groups + lay.first(vector, v.group);
         F step = lookup_f(table_f(s.scale + from), places);
         F zero = v.zero ? lookup_f(table_f(s.zero + from), places) : zero_f();
-        for (int g = 0; g < G; ++g) {
+        if (!v.added) zero = sub_f(zero_f(), mul_f(zero, step));
+        for (int g = 0; g < (PACKED ? 1 : G); ++g) {
           const float *share = weights + g * padded + t + i * lay.rows;
-          F w = lay.rows == 1 ? set_f(*share) : lookup_f(table_f(share), rows);
-          F scaled = mul_f(w, step);
-          store_f(s.weights + (i * G + g) * 16, scaled);
-          if (v.zero) lift[vector][g] = v.added ? fma_f(w, zero, lift[vector][g]) : sub_f(lift[vector][g], mul_f(scaled, zero));
+          F w = PACKED          ? lookup_f(table_f(s.lanes + i * lay.rows * G), shares_at)
+                : lay.rows == 1 ? set_f(*share)
+                                : lookup_f(table_f(share), shares_at);
+          store_f(s.weights + (PACKED ? i : i * G + g) * 16, mul_f(w, step));
+          if (v.zero) lift[vector][g] = fma_f(w, zero, lift[vector][g]);
         }
       }
       const uint8_t *first = codes + (t * lay.chunks + vector * 16) * chunk;
       int64_t stride = lay.rows * lay.chunks * chunk;
       float *sums = s.sums + vector * lay.per * G * 16;
-      mix_tile<BITS, G, 0>(first, end, stride, steps, table, s.weights, G * 16, sums);
-      if constexpr (BITS != 8) mix_tile<BITS, G, 1>(first, end, stride, steps, table, s.weights, G * 16, sums);
+      mix_tile<BITS, G, 0, PACKED>(first, end, stride, steps, table, s.weights, pick, sums);
+      if constexpr (BITS != 8) mix_tile<BITS, G, 1, PACKED>(first, end, stride, steps, table, s.weights, pick, sums);
     }
   }
   alignas(64) float lane[16];
-  for (int64_t vector = 0; vector < lay.vectors; ++vector)
+  for (int64_t vector = 0; vector < lay.vectors; ++vector) {
+    if constexpr (PACKED) {
+      store_f(lane, lift[vector][0]);
+      for (int g = 0; g < G; ++g) lift[vector][g] = lookup_f(table_f(lane), pick[g]);
+    }
     for (int64_t place = 0; place < lay.per; ++place)
       for (int g = 0; g < G; ++g) {
         store_f(lane, add_f(load_f(s.sums + ((vector * lay.per + place) * G + g) * 16), lift[vector][g]));
@@ -282,6 +365,17 @@ static void mix_by_token(const rarefy_side &v, int64_t head, const float *weight
           out[g * width + (vector * 16 + w) * lay.per + place] = sum;
         }
       }
+  }
+}
+
+template <int BITS, int G>
+static void mix_by_token(const rarefy_side &v, int64_t head, const float *weights, int64_t padded, int64_t width,
+                         float *out, const Scratch &s) {
+  Lanes lay(BITS, width);
+  if constexpr (cheap_lookup)
+    if (G * lay.rows * lay.own(v.group) <= 16)
+      return mix_tokens<BITS, G, true>(v, head, weights, padded, width, out, s);
+  mix_tokens<BITS, G, false>(v, head, weights, padded, width, out, s);
 }
 
 template <int G>

@@ -55,6 +55,8 @@ static inline void widen(const uint16_t *from, int64_t count, float *to) {
   for (; k < count; ++k) to[k] = rarefy_scalar::half_to_float(from[k]);
 }
 
+constexpr int64_t ahead = 4096;  // bytes of codes that are asked for before they are read
+
 struct Scratch {
   float *scores;         // [4, stretch and 16 to spare]
   float *lanes, *query;  // [width / rows, 4, 16] as lanes want it, and as it is for these scales; [8 * vectors, 4, 16]
@@ -79,6 +81,7 @@ static inline void score_block(const uint8_t *codes, const uint8_t *end, int64_t
   for (int s = 0; s < places; ++s)
     for (int g = 0; g < G; ++g) sums[s][g] = zero_f();
   for (int64_t i = 0; i < count; ++i) {
+    if constexpr (HALF == 0) prefetch(codes + i * stride + ahead);
     I chunks = load_chunks<BITS>(codes + i * stride, end);
     F x[places] = {number<BITS, 4 * HALF>(chunks, table), number<BITS, 4 * HALF + 1>(chunks, table),
                    number<BITS, 4 * HALF + 2>(chunks, table), number<BITS, 4 * HALF + 3>(chunks, table)};
@@ -93,9 +96,10 @@ static inline void score_block(const uint8_t *codes, const uint8_t *end, int64_t
 }
 
 // Scores [places, lanes] in the order of tokens: several rows add up, and token = lane * per + place.
-static inline void in_order(const float *by_place, const Lanes &lay, I order, float *to) {
-  if (lay.wide == 16) {
-    for (int64_t t = 0; t < 16 * lay.per; t += 16) store_f(to + t, gather_f(by_place + t / lay.per, order));
+static inline void in_order(const float *by_place, const Lanes &lay, float *to) {
+  if (lay.wide == 16 && lay.per == 8) {
+    for (int w = 0; w < 16; ++w)
+      for (int place = 0; place < 8; ++place) to[w * 8 + place] = by_place[place * 16 + w];
     return;
   }
   for (int64_t w = 0; w < lay.wide; ++w)
@@ -167,8 +171,6 @@ static void score_channels(const rarefy_side &k, int64_t head, const float *q, i
         for (int64_t lane = 0; lane < 16; ++lane)
           s.lanes[(i * G + g) * 16 + lane] = q[g * width + i * lay.rows + lane / lay.wide];
   }
-  for (int64_t i = 0; i < 16; ++i) at[i] = int32_t(i % lay.per * 16 + i / lay.per);
-  I order = load_i(at);
   for (int64_t block = 0; block < k.tokens / k.block; ++block) {
     int64_t from = head * k.scales + block * width * groups;
     widen(k.scale + from, width * groups, s.scale);
@@ -186,7 +188,7 @@ static void score_channels(const rarefy_side &k, int64_t head, const float *q, i
       score_block<BITS, G, 0, PACKED>(first, end, stride, vectors, table, s.query, pick, below, by_place, factor);
       if constexpr (BITS != 8)
         score_block<BITS, G, 1, PACKED>(first, end, stride, vectors, table, s.query, pick, below, by_place, factor);
-      for (int g = 0; g < G; ++g) in_order(by_place + g * 8 * 16, lay, order, to + g * padded);
+      for (int g = 0; g < G; ++g) in_order(by_place + g * 8 * 16, lay, to + g * padded);
     }
   }
 }
@@ -277,6 +279,7 @@ static inline void mix_tile(const uint8_t *codes, const uint8_t *end, int64_t st
   for (int s = 0; s < places; ++s)
     for (int g = 0; g < G; ++g) own[s][g] = load_f(sums + ((4 * HALF + s) * G + g) * 16);
   for (int64_t i = 0; i < count; ++i) {
+    if constexpr (HALF == 0) prefetch(codes + i * stride + ahead);
     I chunks = load_chunks<BITS>(codes + i * stride, end);
     F x[places] = {number<BITS, 4 * HALF>(chunks, table), number<BITS, 4 * HALF + 1>(chunks, table),
                    number<BITS, 4 * HALF + 2>(chunks, table), number<BITS, 4 * HALF + 3>(chunks, table)};

@@ -220,9 +220,17 @@ static inline void dot_places(I chunks, Table table, const float *query, F sums[
   if constexpr (PLACE + 1 < (BITS == 8 ? 4 : 8)) dot_places<BITS, G, PLACE + 1>(chunks, table, query, sums);
 }
 
+// Sums of W lanes each, of 16 tokens.
+template <int W> static inline void add_lanes(const float *lanes, float factor, int64_t count, float *to) {
+  float sums[16] = {};
+  for (int w = 0; w < W; ++w)
+    for (int t = 0; t < 16; ++t) sums[t] += lanes[t * W + w];
+  for (int64_t t = 0; t < count; ++t) to[t] = sums[t] * factor;
+}
+
 template <int BITS, int G>
-static void score_by_token(const rarefy_side &k, int64_t head, const float *q, int64_t width,
-                           float factor, float *scores, int64_t padded, const Scratch &s) {
+static void score_by_token(const rarefy_side &k, int64_t head, const float *q, int64_t width, float factor,
+                           float *scores, int64_t padded, const Scratch &s) {
   int64_t tokens = k.tokens;
   Lanes lay(BITS, width);
   const uint8_t *codes = static_cast<const uint8_t *>(k.codes) + head * k.code_bytes;
@@ -230,43 +238,50 @@ static void score_by_token(const rarefy_side &k, int64_t head, const float *q, i
   Table table = table_f(k.table);
   int64_t groups = width / k.group, chunk = lay.per * BITS / 8;
   query_lanes<G>(q, width, lay, s.query);
-  alignas(64) float lane[16];
-  for (int64_t t = 0; t < tokens; t += lay.rows) {
-    if (t % tile_tokens == 0) {
-      int64_t count = (tokens - t < tile_tokens ? tokens - t : tile_tokens) * groups;
-      widen(k.scale + head * k.scales + t * groups, count, s.scale);
-      if (k.zero) widen(k.zero + head * k.scales + t * groups, count, s.zero);
+  F all[RAREFY_WIDTH / 64][G];  // of the query, by vectors of a row
+  I places[RAREFY_WIDTH / 64];
+  for (int64_t v = 0; v < lay.vectors; ++v) {
+    places[v] = lay.scales(v, k.group, groups);
+    for (int g = 0; g < G; ++g) {
+      all[v][g] = zero_f();
+      for (int64_t place = 0; place < lay.per; ++place)
+        all[v][g] = add_f(all[v][g], load_f(s.query + ((v * lay.per + place) * G + g) * 16));
     }
-    F found[G];
-    for (int g = 0; g < G; ++g) found[g] = zero_f();
-    for (int64_t v = 0; v < lay.vectors; ++v) {
-      I chunks = load_chunks<BITS>(codes + (t * lay.chunks + v * 16) * chunk, end), places = lay.scales(v, k.group, groups);
-      int64_t from = t % tile_tokens * groups + lay.first(v, k.group);
-      F step = lookup_f(table_f(s.scale + from), places);
-      F zero = k.zero ? lookup_f(table_f(s.zero + from), places) : zero_f();
-      F sums[G];
-      for (int g = 0; g < G; ++g) sums[g] = zero_f();
-      const float *query = s.query + v * lay.per * G * 16;
-      dot_places<BITS, G, 0>(chunks, table, query, sums);
-      for (int g = 0; g < G; ++g) {
-        F all = zero_f();
-        if (k.zero)
-          for (int64_t place = 0; place < lay.per; ++place) all = add_f(all, load_f(query + (place * G + g) * 16));
-        found[g] = k.added ? fma_f(all, zero, fma_f(sums[g], step, found[g]))
-                           : fma_f(sub_f(sums[g], mul_f(all, zero)), step, found[g]);
+  }
+  alignas(64) float lanes[G][16 * 16];
+  for (int64_t t = 0; t < tokens; t += 16) {
+    int64_t count = tokens - t < 16 ? tokens - t : 16;
+    if (t % tile_tokens == 0) {
+      int64_t scales = (tokens - t < tile_tokens ? tokens - t : tile_tokens) * groups;
+      widen(k.scale + head * k.scales + t * groups, scales, s.scale);
+      if (k.zero) widen(k.zero + head * k.scales + t * groups, scales, s.zero);
+    }
+    for (int64_t row = 0; row < count; row += lay.rows) {
+      F found[G];
+      for (int g = 0; g < G; ++g) found[g] = zero_f();
+      for (int64_t v = 0; v < lay.vectors; ++v) {
+        const uint8_t *from = codes + ((t + row) * lay.chunks + v * 16) * chunk;
+        I chunks = load_chunks<BITS>(from, end);
+        prefetch(from + ahead);
+        int64_t at = (t + row) % tile_tokens * groups + lay.first(v, k.group);
+        F step = lookup_f(table_f(s.scale + at), places[v]), sums[G];
+        for (int g = 0; g < G; ++g) sums[g] = zero_f();
+        dot_places<BITS, G, 0>(chunks, table, s.query + v * lay.per * G * 16, sums);
+        for (int g = 0; g < G; ++g) found[g] = fma_f(sums[g], step, found[g]);
+        if (!k.zero) continue;
+        F zero = lookup_f(table_f(s.zero + at), places[v]);
+        if (!k.added) zero = sub_f(zero_f(), mul_f(zero, step));
+        for (int g = 0; g < G; ++g) found[g] = fma_f(all[v][g], zero, found[g]);
       }
+      for (int g = 0; g < G; ++g) store_f(lanes[g] + row * lay.wide, found[g]);
     }
     for (int g = 0; g < G; ++g) {
-      if (lay.rows == 1) {
-        scores[g * padded + t] = sum_f(found[g]) * factor;
-        continue;
-      }
-      store_f(lane, found[g]);
-      for (int64_t r = 0; r < lay.rows && t + r < tokens; ++r) {
-        float sum = 0;
-        for (int64_t w = 0; w < lay.wide; ++w) sum += lane[r * lay.wide + w];
-        scores[g * padded + t + r] = sum * factor;
-      }
+      float *to = scores + g * padded + t;
+      if (lay.wide == 16) add_lanes<16>(lanes[g], factor, count, to);
+      else if (lay.wide == 8) add_lanes<8>(lanes[g], factor, count, to);
+      else if (lay.wide == 4) add_lanes<4>(lanes[g], factor, count, to);
+      else if (lay.wide == 2) add_lanes<2>(lanes[g], factor, count, to);
+      else add_lanes<1>(lanes[g], factor, count, to);
     }
   }
 }

@@ -35,6 +35,7 @@ PAGES = {
     "afpq": "^(afpq|one scale) |^(rtn|gptq|awq) int[34] g32 Z$",
     "gqsa": "^gqsa |^sparsegpt 2:4( int4 g128 Z)?$|^gptq (int2 g32|int3 g128) Z$",
 }
+SHOWN_TOKENS = (8192, 131072, 1048576)
 UNMEASURED = "*No measurement of this is committed yet.*"
 Rows = list[dict[str, Any]]
 
@@ -240,11 +241,11 @@ def cache_table(model: str, only: str = "") -> str:
 
 
 def decode_table() -> str:
-    """Attention of one token over coded caches, one table for each device."""
+    """Attention of one token over coded caches, one table for each device; every other length is in the results."""
     parts = []
     for data in results("*/gpu_kv_decode.json"):
         lines = ["| cache | tokens | bits | us | times torch bf16 | times fp8 | of the byte limit |", "|---" * 7 + "|"]
-        for row in data["rows"]:
+        for row in [row for row in data["rows"] if row["tokens"] in SHOWN_TOKENS]:
             lines.append(
                 f"| {row['job'].removeprefix('decode attention, ')} | {row['tokens']:,} | "
                 f"{row['bits_per_weight']:.2f} | {row['microseconds']:.0f} | {row['ratio']:.2f} | "

@@ -1,5 +1,6 @@
 // What can be held against plain C++ without Python, for the sanitizers: layouts there and back, products of every width
-// on every instruction set, steps of a decoder, the pool under several callers and after fork, and refusal of wrong sizes.
+// on every instruction set, attention over codes, steps of a decoder, the pool under several callers and after fork, and
+// refusal of wrong sizes.
 #include <pthread.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -129,6 +130,7 @@ void *run_pool(void *) {
 
 }  // namespace
 
+#include "attend.h"
 #include "step.h"
 
 int main() {
@@ -140,6 +142,11 @@ int main() {
       products(33, 129, bits, 128, 1);
       products(17, 300, bits, 32, 9);
       products(1, 7, bits, 4, 2);
+    }
+    for (int32_t bits : {2, 3, 4, 8}) {
+      coded_attention(bits, 64, 64, 32, 4);
+      coded_attention(bits, 128, 128, 128, 3);
+      coded_attention(bits, 32, 32, 16, 5);
     }
   }
   steps();

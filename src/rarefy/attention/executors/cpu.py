@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rarefy.attention.block_map import BlockMap
+from rarefy.attention.compact import compact
 from rarefy.attention.executors.base import Executor, executors
 from rarefy.attention.source import Source
 
@@ -37,6 +38,7 @@ class Cpu(Executor):
     def run(
         self, query: Tensor, source: Source, block_map: BlockMap, scaling: float, softcap: float | None = None
     ) -> tuple[Tensor, Tensor]:
+        source, block_map = compact(source, block_map)
         batch, heads, count, channels = query.shape
         if block_map.count.shape[1] not in (source.heads, heads):
             block_map = block_map.per_head(heads)

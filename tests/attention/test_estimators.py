@@ -3,6 +3,7 @@ rules of selectors."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -216,17 +217,19 @@ def test_what_is_kept_is_what_all_keys_at_once_give(name: str, padded: bool) -> 
         torch.testing.assert_close(grown[label], tensor)
 
 
-def test_rotary_embedding_can_be_undone_for_new_tokens() -> None:
+def test_rotary_embedding_can_be_undone() -> None:
     rotary = Rotary(1e4 ** (-torch.arange(4) / 4))
     positions = torch.arange(30, 40)[None]
     query, key = torch.randn(2, 4, 10, 8), torch.randn(2, 2, 40, 8)
     turned = rotary.rotate(query, positions)
     source = Plain(rotary.rotate(key, torch.arange(40)[None]), key)
-    call = Call(turned, source, Reach.last(10, 40), 0.3, angles=rotary.angles(positions), positions=positions)
+    given = {"angles": rotary.angles(positions), "positions": positions, "find_rotary": lambda: rotary}
+    call = Call(turned, source, Reach.last(10, 40), 0.3, **given)
     torch.testing.assert_close(call.query_before_rope(), query, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(call.new_keys_before_rope(32, 40), key[:, :, 32:], rtol=1e-4, atol=1e-5)
-    with pytest.raises(UnsupportedError, match="Keys before 30 are not new"):
-        call.new_keys_before_rope(16, 40)
+    for start in (32, 16):  # new ones, and others of earlier passes
+        torch.testing.assert_close(call.keys_before_rope(start, 40), key[:, :, start:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UnsupportedError, match="can be computed anew"):
+        replace(call, find_rotary=None).keys_before_rope(16, 40)
     with pytest.raises(UnsupportedError, match="does not tell its rotary embedding"):
         call_of(Reach.last(10, 40)).query_before_rope()
 

@@ -203,7 +203,7 @@ def test_executors_are_chosen_by_name_or_by_what_can_serve() -> None:
     query, key, value = tensors(reach, 1, 4)
     block_map = random_map(reach, 1, 4)
     assert choose("auto", query, Plain(key, value), block_map).name == "cpu"
-    assert choose("auto", query.requires_grad_(), Plain(key, value), block_map).name == "reference"
+    assert choose("auto", query.requires_grad_(), Plain(key, value), block_map).name == "trainable"
     with pytest.raises(OptionError, match="Unknown attention executor 'flax'; did you mean 'flex'"):
         choose("flax", query, Plain(key, value), block_map)
     with pytest.raises(UnsupportedError, match="'fa4' cannot run this attention: it needs a Hopper GPU"):

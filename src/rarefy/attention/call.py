@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,14 +13,15 @@ from rarefy.attention.policy import Phase
 from rarefy.attention.reach import Reach
 from rarefy.attention.source import Source
 from rarefy.core.errors import UnsupportedError
-from rarefy.kv.rotary import unrotate
+from rarefy.kv.rotary import Rotary, unrotate
 
 
 @dataclass(frozen=True)
 class Call:
     """``query [B, H, Q, D]`` after rotary embedding, and the keys and values that it may reach. ``angles``: cos and sin
     ``[B or 1, Q, rotated channels]`` of the queries, which are the newest tokens; None where they are not known.
-    ``positions`` int64 ``[B or 1, Q]`` beside them. ``layer``: its number."""
+    ``positions`` int64 ``[B or 1, Q]`` beside them; ``find_rotary``: looks for what gives those angles. ``layer``: its
+    number."""
 
     query: Tensor
     source: Source
@@ -29,6 +31,7 @@ class Call:
     softcap: float | None = None
     angles: tuple[Tensor, Tensor] | None = None
     positions: Tensor | None = None
+    find_rotary: Callable[[], Rotary | None] | None = None
     phase: Phase = "prefill"
     mask_heads: int = 1  # lists of blocks: one for each query head, or one for each KV head
 
@@ -55,25 +58,39 @@ class Call:
 
     def query_before_rope(self) -> Tensor:
         """The queries as they were before rotary embedding, float32. Raises UnsupportedError where it is not known."""
-        cos, sin = self._angles()
-        return unrotate(self.query, cos, sin)
+        cos, sin = self.query_angles()
+        return unrotate(self.query, cos[:, None], sin[:, None])
 
-    def new_keys_before_rope(self, start: int, stop: int) -> Tensor:
-        """Keys ``[start, stop)``, all of them new in this pass, as they were before rotary embedding, float32."""
-        cos, sin = self._angles()
+    def keys_before_rope(self, start: int, stop: int) -> Tensor:
+        """Keys ``[start, stop)`` as they were before rotary embedding, float32. Raises UnsupportedError where it is not
+        known, as for keys of earlier passes it may be."""
+        cos, sin = self.key_angles(torch.arange(start, stop, device=self.query.device))
+        return unrotate(self.source.keys(start, stop), cos[:, None], sin[:, None])
+
+    def key_angles(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Cos and sin ``[B or 1, n, rotated channels]``, float32, of the keys at ``places [n]``."""
         old = self.source.length - self.query.shape[2]
-        if start < old:
-            raise UnsupportedError(f"Keys before {old} are not new, and their rotary embedding is not known any more.")
-        part = slice(start - old, stop - old)
-        return unrotate(self.source.keys(start, stop), cos[:, :, part], sin[:, :, part])
+        first = places.new_full((1, 1), old) if self.positions is None else self.positions[:, :1]
+        return self.rotary.angles(first + places - old)
 
-    def _angles(self) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def rotary(self) -> Rotary:
+        """What gives the angles of any position. Raises UnsupportedError where nothing known does."""
+        found = None if self.find_rotary is None else self.find_rotary()
+        if found is None:
+            raise UnsupportedError(
+                f"The rotary embedding of layer {self.layer} is not one that can be computed anew; use another plan."
+            )
+        return found
+
+    def query_angles(self) -> tuple[Tensor, Tensor]:
+        """Cos and sin ``[B or 1, Q, rotated channels]`` of the queries. Raises UnsupportedError where they are not
+        known."""
         if self.angles is None:
             raise UnsupportedError(
                 f"Layer {self.layer} does not tell its rotary embedding, which this plan undoes; use another plan."
             )
-        cos, sin = self.angles
-        return cos[:, None], sin[:, None]
+        return self.angles
 
 
 def by_mask_head(scores: Tensor, call: Call, how: str = "logsumexp") -> Tensor:

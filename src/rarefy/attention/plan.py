@@ -32,7 +32,7 @@ class AttentionShape:
 class AttentionPlan:
     """How one layer attends. ``heads``: whether lists are made for each ``query`` head, or for each ``kv`` head, which
     decoding always does, since its time is that of reading keys and values. ``executor``: a name, or ``auto``.
-    ``layers``: how many the model has."""
+    ``layers``: how many the model has. ``decode_selector``: what chooses while decoding, if it is another rule."""
 
     estimator: Estimator
     selector: Selector
@@ -42,6 +42,7 @@ class AttentionPlan:
     heads: Literal["query", "kv"] = "query"
     executor: str = "auto"
     layers: int = 1
+    decode_selector: Selector | None = None
 
     def phase(self, queries: int) -> Phase:
         return "decode" if queries <= FEW else "prefill"
@@ -60,21 +61,27 @@ class AttentionPlan:
         report.layer(call.layer).executors[executor.name] += 1
         return output
 
+    def selector_of(self, phase: Phase) -> Selector:
+        """What chooses blocks in a phase."""
+        return self.selector if phase == "prefill" or self.decode_selector is None else self.decode_selector
+
+    def prepared(self, call: Call) -> Call:
+        """``call`` with its phase and the heads that lists are made for."""
+        phase = self.phase(call.query.shape[2])
+        by_query = self.heads == "query" and phase == "prefill"
+        return replace(call, phase=phase, mask_heads=call.heads if by_query else call.source.heads)
+
     def map(self, call: Call, report: PlanReport | None = None) -> BlockMap | None:
         """The blocks that ``call`` would read; None where it should be dense. What estimators keep is brought up to
         date either way."""
         report = report or PlanReport()
         own, device = report.layer(call.layer), call.query.device
-        phase = self.phase(call.query.shape[2])
-        call = replace(
-            call,
-            phase=phase,
-            mask_heads=call.heads if self.heads == "query" and phase == "prefill" else call.source.heads,
-        )
+        call = self.prepared(call)
+        phase, selector = call.phase, self.selector_of(call.phase)
         block_q = min(self.block_q, call.query.shape[2])
         blocks = call.reach.blocks(block_q, self.block_k, device)
         highest = self.limit(call)
-        known = self.selector.expected(blocks.columns)
+        known = selector.expected(blocks.columns)
         reason = self.policy.dense(phase, call.reach.keys, call.layer, self.layers)
         if reason is None and known is not None and known > highest:
             reason = f"denser than {highest:g}"
@@ -87,7 +94,7 @@ class AttentionPlan:
             scores = self.estimator.scores(call, blocks)
         with report.part(call.layer, "select", device):
             forced = self.policy.forced(call.reach, blocks, call.layer, call.mask_heads, call.heads)
-            found = select_map(self.selector, scores, blocks, forced, call.reach)
+            found = select_map(selector, scores, blocks, forced, call.reach)
         if report.keep_maps:
             report.maps[call.layer] = found
         # To look at what was chosen makes a GPU wait, which decoding cannot afford.

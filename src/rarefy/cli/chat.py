@@ -69,8 +69,6 @@ def runner_of(model: Any) -> Any:
     from rarefy import api
     from rarefy.core.errors import UnsupportedError
 
-    if model.device.type != "cpu":
-        return None
     try:
         return api.runner(model, executor="fast")
     except UnsupportedError as reason:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rarefy.core.errors import FormatError, UnsupportedError
 from rarefy.formats.bytes import ByteCount, total
 from rarefy.formats.terms import Term
-from rarefy.kernels import cpu
+from rarefy.kernels import native
 from rarefy.layers.view import CompressedWeight
 
 
@@ -62,8 +62,9 @@ class CompressedLinear(nn.Linear):
 
     @property
     def device(self) -> torch.device:
-        if any(isinstance(part, Term) and part.is_prepared for part in self.terms.modules()):
-            return torch.device("cpu")  # where layouts are; what they replaced has no place
+        for part in self.terms.modules():  # where layouts are; what they replaced has no place
+            if isinstance(part, Term) and part.prepared is not None:
+                return part.prepared.device
         return next((buffer.device for buffer in self.buffers()), torch.device("cpu"))
 
     @property
@@ -84,7 +85,7 @@ class CompressedLinear(nn.Linear):
         super().__setattr__(name, value)
 
     def prepare_(self) -> None:
-        """Put the terms into the layouts of native kernels, as the first product on the CPU does; see Term.prepare_."""
+        """Put the terms into the layouts of native kernels, as the first product does; see Term.prepare_."""
         for term in self.terms:
             term.prepare_()  # type: ignore[operator]
 
@@ -95,14 +96,14 @@ class CompressedLinear(nn.Linear):
 
     def _product(self, x: Tensor) -> Tensor:
         terms: list[Term] = list(self.terms)  # type: ignore[arg-type]
-        if x.device.type == "cpu" and x.dtype in cpu.ACTIVATIONS and type(x) is Tensor and not _traced():
+        if type(x) is Tensor and not _traced() and native.takes(x):
             self.prepare_()
         products = []
         # Native terms of the input as it is are one pass over the weight.
         together = [term for term in terms if not term.transforms_input and term.prepared_for(x) is not None]
         if len(together) > 1:
             made = [prepared for term in together if (prepared := term.prepared_for(x)) is not None]
-            products.append(cpu.linear(x, made, together[0].fast))
+            products.append(native.linear(x, made, together[0].fast))
             terms = [term for term in terms if term not in together]
         products += [term(x) for term in terms]
         y = products[0]

@@ -9,13 +9,16 @@ from rarefy.attention.executors.cpu import Cpu
 from rarefy.attention.executors.fa4 import FlashAttention4
 from rarefy.attention.executors.flex import Flex
 from rarefy.attention.executors.reference import Reference
+from rarefy.attention.executors.trainable import Trainable
 from rarefy.attention.executors.triton import Triton
 from rarefy.attention.measured import DEFAULT, measured
 from rarefy.attention.policy import Phase
 from rarefy.attention.source import Source
 from rarefy.core.errors import UnsupportedError
 
-__all__ = ["Cpu", "Executor", "FlashAttention4", "Flex", "Reference", "Triton", "choose", "executors", "limit"]
+__all__ = [
+    "Cpu", "Executor", "FlashAttention4", "Flex", "Reference", "Trainable", "Triton", "choose", "executors", "limit",
+]  # fmt: skip
 
 
 
@@ -44,6 +47,8 @@ def choose(
         if reason is not None:
             raise UnsupportedError(f"Executor '{name}' cannot run this attention: {reason}; use 'auto'.")
         return executor
+    if query.requires_grad:
+        return Trainable()
     tokens = source.length * (query.shape[0] if phase == "decode" else 1)
     for other in dict.fromkeys((*measured(query.device, phase, tokens).executors, *DEFAULT.executors)):
         executor = executors.get(other)()

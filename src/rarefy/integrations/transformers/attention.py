@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from rarefy.attention.call import Call
@@ -13,12 +15,15 @@ from rarefy.attention.source import Plain, Stored
 from rarefy.core.errors import UnsupportedError
 from rarefy.integrations.transformers.reach import reach_of
 from rarefy.kv.attend import attend, plain_store
+from rarefy.kv.rotary import Rotary
 from rarefy.kv.view import Handle
 
 NAME = "rarefy"
 PLAN = "_rarefy_plan"  # attribute of attention modules: their plan and its report
 HOOK = "_rarefy_plan_hook"
 ANGLES, POSITIONS = "rarefy_angles", "rarefy_positions"  # arguments that attention modules pass on
+# Attention module -> the state of the buffers that may hold its frequencies, and what was found among them.
+_rotaries: WeakKeyDictionary[Any, tuple[list[tuple[int, int]], Rotary | None]] = WeakKeyDictionary()
 
 
 def register_attention() -> None:
@@ -60,7 +65,10 @@ def rarefy_attention(
         plan, report = getattr(module, PLAN)
         source = Stored(key.store) if isinstance(key, Handle) else Plain(key, value)
         reach = reach_of(attention_mask, query.shape[2], source.length, causal, kwargs.get("sliding_window"))
-        call = Call(query, source, reach, scaling, module.layer_idx, softcap, angles, positions)
+        call = Call(
+            query, source, reach, scaling, module.layer_idx, softcap, angles, positions,
+            _rotary_finder(module, angles, positions, source.length - query.shape[2]),
+        )  # fmt: skip
         sparse = plan.attend(call, report)
         if sparse is not None:
             return sparse.transpose(1, 2).contiguous(), None
@@ -90,6 +98,29 @@ def rarefy_attention(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
     return output, None
+
+
+def _rotary_finder(
+    module: Any, angles: tuple[Tensor, Tensor] | None, positions: Tensor | None, first: int
+) -> Callable[[], Rotary | None] | None:
+    """What looks for the frequencies behind ``angles``, which all layers of a pass have in common."""
+    if angles is None:
+        return None
+
+    def find() -> Rotary | None:
+        from rarefy.integrations.transformers.kv_cache import ROTARY, rotary_of
+
+        holders, cos = getattr(module, ROTARY, ()), angles[0]
+        # To look whether frequencies give these angles makes a GPU wait, so it is done once, and when they change.
+        state = [(buffer.data_ptr(), buffer._version) for holder in holders for buffer in holder.buffers(False)]
+        known = _rotaries.get(module)
+        if known is None or known[0] != state:
+            places = torch.arange(first, first + cos.shape[1], device=cos.device)[None]
+            known = state, rotary_of(holders, places if positions is None else positions, cos)
+            _rotaries[module] = known
+        return known[1]
+
+    return find
 
 
 def takes_more(function: Callable[..., Any]) -> bool:

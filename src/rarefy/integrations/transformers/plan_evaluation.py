@@ -9,13 +9,8 @@ from typing import Any
 from rarefy.core.errors import OptionError
 from rarefy.evaluation.candidates import Candidate
 from rarefy.integrations.transformers.kv_evaluation import parse_choice
-from rarefy.integrations.transformers.plan_setup import (
-    SETUP,
-    AttentionSetup,
-    attention_recipe,
-    install_,
-    open_attention,
-)
+from rarefy.integrations.transformers.plan_fitting import CALIBRATION, find_attention
+from rarefy.integrations.transformers.plan_setup import SETUP, AttentionSetup, attention_recipe, install_
 
 
 def set_plan(model: Any, text: str) -> AttentionSetup | None:
@@ -23,8 +18,8 @@ def set_plan(model: Any, text: str) -> AttentionSetup | None:
     name, options = parse_choice("--attention", text)
     if name == "dense":
         return None
-    params = options.pop("params", None)
-    return install_(model, open_attention(model, name, params=params, options=options))
+    given = {key: options.pop(key, usual) for key, usual in CALIBRATION.items()}
+    return install_(model, find_attention(model, name, options=options, **given))
 
 
 def with_plans(candidates: Sequence[Candidate], plans: Sequence[str]) -> list[Candidate]:
@@ -33,7 +28,7 @@ def with_plans(candidates: Sequence[Candidate], plans: Sequence[str]) -> list[Ca
     for text in plans:  # a typo shows before a model is loaded
         name, options = parse_choice("--attention", text)
         if name != "dense" and "params" not in options:
-            attention_recipe(name, options)
+            attention_recipe(name, {key: value for key, value in options.items() if key not in CALIBRATION})
     if not plans:
         return list(candidates)
     if any(candidate.load is None for candidate in candidates):

@@ -133,11 +133,9 @@ def shape_of(module: Any, model: Any, layers: int) -> AttentionShape:
     return AttentionShape(heads, kv_heads, channels, module.layer_idx, layers)
 
 
-def install_(model: Any, setup: AttentionSetup) -> AttentionSetup:
-    """Let every layer of ``model`` attend by a plan of ``setup``. A plan that decodes gets a cache that keeps its
-    state: the 16-bit one of rarefy unless the model has another."""
-    if setup.model is not None and setup.model != digest(model):
-        raise CheckpointError(f"These attention parameters belong to another model than this {type(model).__name__}.")
+def prepared(model: Any) -> dict[int, nn.Module]:
+    """The attention modules of ``model`` by layer, made ready for plans: the ``rarefy`` attention, and hooks that tell
+    it of rotary embedding. Raises UnsupportedError for models that cannot have one."""
     config = getattr(model, "config", None)
     if not hasattr(model, "set_attn_implementation") or getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(
@@ -148,13 +146,22 @@ def install_(model: Any, setup: AttentionSetup) -> AttentionSetup:
         raise UnsupportedError(f"The attention of {type(model).__name__} is not known; leave it dense.")
     kv_setup.prepare_(model)
     for module in modules.values():
+        if not hasattr(module, attention.HOOK) and attention.takes_more(type(module).forward):
+            hook = module.register_forward_pre_hook(attention.pass_angles, with_kwargs=True)
+            object.__setattr__(module, attention.HOOK, hook)
+    return modules
+
+
+def install_(model: Any, setup: AttentionSetup) -> AttentionSetup:
+    """Let every layer of ``model`` attend by a plan of ``setup``. A plan that decodes gets a cache that keeps its
+    state: the 16-bit one of rarefy unless the model has another."""
+    if setup.model is not None and setup.model != digest(model):
+        raise CheckpointError(f"These attention parameters belong to another model than this {type(model).__name__}.")
+    modules = prepared(model)
+    for module in modules.values():
         shape = shape_of(module, model, len(modules))
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         object.__setattr__(module, attention.PLAN, (setup.plan(shape, device), setup.report))
-        if not hasattr(module, attention.HOOK) and attention.takes_more(type(module).forward):
-            object.__setattr__(
-                module, attention.HOOK, module.register_forward_pre_hook(attention.pass_angles, with_kwargs=True)
-            )
     setattr(model, SETUP, setup)
     if setup.recipe.phases != "prefill" and getattr(model, kv_setup.SETUP, None) is None and model.can_generate():
         cache = kv_setup.KvSetup("identity", kv_recipe("identity", {}))

@@ -473,8 +473,8 @@ def decode(clock: Clock, batch: int, tokens: int, rounds: int, quick: bool, keep
             "parts_microseconds": parts, "note": "estimator and selection included; CUDA graph",
         }  # fmt: skip
         keep([row])
-        about = f"decode {batch} x {tokens}, {label}: {row['microseconds']} us, {row['ratio']}x {peer}, error {error:.1e}"
-        print(about, parts, {name: round(each * 1e3, 1) for name, each in peers.items()}, flush=True)
+        about = f"decode {batch} x {tokens}, {label}: {row['microseconds']} us, {row['ratio']}x {peer},"
+        print(about, f"error {error:.1e}", parts, {name: round(each * 1e3, 1) for name, each in peers.items()}, flush=True)
 
 
 def masses(clock: Clock, tokens: int, peers: dict[str, float], rounds: int) -> list[Row]:
@@ -626,7 +626,7 @@ def main() -> None:
             continue
         attempt(f"plans {tokens}", lambda t=tokens, r=rounds, p=peers: prefill(clock, t, r // 2, p))  # type: ignore[misc]
         attempt(f"execution {tokens}", lambda t=tokens, r=rounds, p=peers: execution(clock, t, r // 2, found, p))  # type: ignore[misc]
-        if tokens <= 32768:
+        if tokens <= 32768 and not options.quick:
             attempt(f"masses {tokens}", lambda t=tokens, p=peers: masses(clock, t, p, 10))  # type: ignore[misc]
     if options.json is None:
         write(options, rows, KEY)

@@ -474,7 +474,7 @@ def decode(clock: Clock, batch: int, tokens: int, rounds: int, quick: bool, keep
         }  # fmt: skip
         keep([row])
         about = f"decode {batch} x {tokens}, {label}: {row['microseconds']} us, {row['ratio']}x {peer},"
-        print(about, f"error {error:.1e}", parts, {name: round(each * 1e3, 1) for name, each in peers.items()}, flush=True)
+        print(about, f"error {error:.1e}", parts, {name: round(ms * 1e3, 1) for name, ms in peers.items()}, flush=True)
 
 
 def masses(clock: Clock, tokens: int, peers: dict[str, float], rounds: int) -> list[Row]:

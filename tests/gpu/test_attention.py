@@ -9,6 +9,8 @@ import torch
 
 import rarefy
 from rarefy.attention.block_map import BlockMap
+from rarefy.attention.call import Call
+from rarefy.attention.estimators import true_blocks
 from rarefy.attention.executors import Reference, executors
 from rarefy.attention.policy import Policy
 from rarefy.attention.reach import Reach
@@ -82,6 +84,17 @@ def test_decoding_with_a_cache_that_keeps_state(name: str) -> None:
     found = model.generate(tokens, attention_mask=mask, max_new_tokens=30, do_sample=False)
     agree = (found == expected)[:, 500:].float().mean()
     assert setup.report.layers[0].executors == {"triton": 30} and float(agree) > 0.8
+
+
+@pytest.mark.parametrize("reduce", ["mass", "max"])
+def test_true_blocks_by_the_kernel(reduce: Any) -> None:
+    reach = Reach(700, 1000, 300, first=torch.tensor([0, 137], device=DEVICE))
+    query, key = (torch.randn(2, heads, n, 128, device=DEVICE) for heads, n in ((8, 700), (2, 1000)))
+    blocks = reach.blocks(64, 64, DEVICE)
+    found = true_blocks(Call(query.half(), Plain(key.half(), key.half()), reach, 0.1), blocks, reduce)
+    host = Reach(700, 1000, 300, first=torch.tensor([0, 137]))
+    call = Call(query.half().float().cpu(), Plain(key.half().float().cpu(), key.cpu()), host, 0.1)
+    torch.testing.assert_close(found.cpu(), true_blocks(call, host.blocks(64, 64), reduce), rtol=1e-2, atol=1e-3)
 
 
 def test_a_decoding_step_is_one_graph() -> None:

@@ -35,6 +35,8 @@ PAGES = {
     "afpq": "^(afpq|one scale) |^(rtn|gptq|awq) int[34] g32 Z$",
     "gqsa": "^gqsa |^sparsegpt 2:4( int4 g128 Z)?$|^gptq (int2 g32|int3 g128) Z$",
 }
+# Blocks of models of which a benchmark may run some, each as long as the others.
+WHOLE = {"random Llama of shape 7b": 32}
 UNMEASURED = "*No measurement of this is committed yet.*"
 Rows = list[dict[str, Any]]
 
@@ -188,20 +190,22 @@ def speed_table() -> str:
     parts = []
     for data in results("*/calibration_speed.json"):
         lines = [
-            "| model | weights | calibration | on | minutes | seconds/block | host memory | GPU memory | speedup |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| model | weights | calibration | on | minutes | s/block | whole | host memory | GPU memory | speedup |",
+            "|---" * 10 + "|",
         ]
         for row in data["rows"]:
             gpu = "-" if row["peak_gpu_bytes"] is None else f"{row['peak_gpu_bytes'] / 1e9:.1f} GB"
             unit = "thread" if row["device_type"] == "cpu" else "GPU"
             count = row["processes"] * (row["threads"] if unit == "thread" else 1)
             block = "-" if row["seconds_per_block"] is None else f"{row['seconds_per_block']:.1f}"
+            left = WHOLE.get(row["model"], row["layers"]) - row["layers"]
+            whole = (row["seconds"] + left * (row["seconds_per_block"] or 0)) / 60
             lines.append(
                 f"| {row['model']}, {row['layers']} blocks | {row['job']} | {row['calibration'] or '-'} | "
-                f"{count} {unit}{'s' if count > 1 else ''} | {row['seconds'] / 60:.1f} | {block} | "
+                f"{count} {unit}{'s' if count > 1 else ''} | {row['seconds'] / 60:.1f} | {block} | {whole:.1f} | "
                 f"{row['peak_host_bytes'] / 1e9:.1f} GB | {gpu} | {row.get('ratio', '-')} |"
             )
-        parts.append("\n".join([*lines, "", f"Each job in processes of its own; {measured_on(data)}"]))
+        parts.append("\n".join([*lines, "", f"Whole: minutes for all blocks of the shape, from those that ran. Each job in processes of its own; {measured_on(data)}"]))
     return "\n\n".join(parts) or UNMEASURED
 
 

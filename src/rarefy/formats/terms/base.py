@@ -58,6 +58,7 @@ class Term(nn.Module, ABC):
     spec: TermSpec
     fast = False  # whether a native kernel may quantize activations
     _prepared: cpu.Prepared | None = None
+    _members: tuple[Term, ...] = ()  # of a stack whose members are in layouts of native kernels
     _refused: str | None = None  # why no native kernel reads it, once that was asked
     floating: ClassVar[tuple[str, ...]] = ("scale", "zero_point", "second_order", "multiplier", "lut", "values")
 
@@ -86,19 +87,23 @@ class Term(nn.Module, ABC):
     def prepare_(self) -> cpu.Prepared | None:
         """Put the stored tensors into the layout of a native kernel; nothing is kept twice.
 
-        Returns that layout, or None where the term stays as it is: no library, another device, a stack, or a
-        representation that no native kernel reads (``refused`` then says which); a term made of terms prepares those.
+        Returns that layout, or None where the term stays as it is: no library, another device, or a representation
+        that no native kernel reads (``refused`` then says which); a term made of terms prepares those, a stack its
+        members, each in a layout of its own.
         Whoever asks for a stored tensor by its name gets it back as it was, which undoes the layout.
         """
-        if self._prepared is not None or self._refused is not None or not cpu.available() or self.stack:
+        if self.is_prepared or self._refused is not None or not cpu.available():
             return self._prepared
+        if any(type(tensor) is not Tensor or tensor.device.type != "cpu" for tensor in self.own_tensors().values()):
+            return None
+        if self.stack:
+            self._prepare_members()
+            return None
         operation = self.operation()
         if operation is None:
             for part in self.modules():
                 if isinstance(part, Term) and part is not self:
                     part.prepare_()
-            return None
-        if any(type(tensor) is not Tensor or tensor.device.type != "cpu" for tensor in self.own_tensors().values()):
             return None
         family, arguments, multiplier = operation
         try:
@@ -109,6 +114,20 @@ class Term(nn.Module, ABC):
         for name in self._operands():
             self._buffers[name] = torch.empty_like(self._buffers[name], device="meta")  # type: ignore[arg-type]
         return self._prepared
+
+    def _prepare_members(self) -> None:
+        """``prepare_`` of a stack's members; those that are made of terms stay as they are."""
+        if not self._operands():
+            return
+        members = tuple(self._member(index) for index in range(self.stack[0]))
+        for member in members:
+            member.prepare_()
+            if not member.is_prepared:
+                self._refused = member.refused
+                return
+        self._members = members
+        for name in self._operands():
+            self._buffers[name] = torch.empty_like(self._buffers[name], device="meta")  # type: ignore[arg-type]
 
     def prepared_for(self, x: Tensor) -> cpu.Prepared | None:
         """The layout for a native product with ``x``; None where torch computes it."""
@@ -123,6 +142,12 @@ class Term(nn.Module, ABC):
                 part._undo()
 
     def _undo(self) -> None:
+        members, self._members = self._members, ()
+        for member in members:
+            member.restore_()
+        for name in self._operands() if members else ():
+            parts = [member._buffers[name] for member in members]
+            self._buffers[name] = torch.stack(parts)  # type: ignore[arg-type]
         if self._prepared is None:
             return
         names, tensors = self._operands(), [value for value in self._prepared.canonical() if isinstance(value, Tensor)]
@@ -132,11 +157,13 @@ class Term(nn.Module, ABC):
     @property
     def is_prepared(self) -> bool:
         """Whether the stored tensors are in the layout of a native kernel."""
-        return self._prepared is not None
+        return self._prepared is not None or bool(self._members)
 
     @property
     def quantizes_activations(self) -> bool:
         """Whether a native kernel serves this term that ``fast`` execution lets quantize activations."""
+        if self._members:
+            return any(member.quantizes_activations for member in self._members)
         return self._prepared is not None and self._prepared.multiplies_bytes
 
     @property
@@ -181,12 +208,18 @@ class Term(nn.Module, ABC):
 
     def select(self, index: int) -> Term:
         """Member ``index`` of the first stack dimension, sharing storage."""
-        tensors = {name: tensor[index] for name, tensor in self.named_buffers()}
-        member = self.spec.build(self.shape[1:], tensors)
+        if self._members:
+            member = self._members[index]
+            member.fast = self.fast
+            return member
+        member = self._member(index)
         for part in member.modules():
             if isinstance(part, Term):  # a layout would be made anew for every use
                 part._refused = "a member of a stack"
         return member
+
+    def _member(self, index: int) -> Term:
+        return self.spec.build(self.shape[1:], {name: tensor[index] for name, tensor in self.named_buffers()})
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
         self.restore_()

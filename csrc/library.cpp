@@ -186,15 +186,23 @@ int32_t check_values(const rarefy_term &t, const Failure &fail) {
 int32_t check_entries(const rarefy_term &t, const Failure &fail) {
   if (t.scale_type != RAREFY_F16 && t.scale_type != RAREFY_BF16)
     return fail("'entries' have the unknown type %d.", t.scale_type);
-  int64_t panels = ceil_div(t.columns, 65536), stored = t.codes.bytes / 4;
-  if (t.codes.bytes % 4 || sized(fail, "pointers", t.pointers, panels * (t.rows + 1) * 4)) return -1;
+  int64_t places = ceil_div(t.columns, 65536) * tiles_of(t), slices = t.codes.bytes / 64;
+  if (t.codes.bytes % 64) return fail("'entries' end within a slice; prepare the layer again.");
+  if (sized(fail, "pointers", t.pointers, (places + 1) * 4) || sized(fail, "positions", t.positions, places * 48))
+    return -1;
   if (!fail.deep) return 0;
-  const int32_t *pointers = static_cast<const int32_t *>(t.pointers.data);
-  const int32_t *entries = static_cast<const int32_t *>(t.codes.data);
-  for (int64_t panel = 0; panel < panels; ++panel, pointers += t.rows + 1) {
-    if (rising(fail, "pointers", pointers, t.rows + 1, stored)) return -1;
-    for (int64_t i = pointers[0]; i < pointers[t.rows]; ++i)
-      if (panel * 65536 + (entries[i] & 0xffff) >= t.columns)
+  const int32_t *starts = static_cast<const int32_t *>(t.pointers.data);
+  if (rising(fail, "pointers", starts, places + 1, slices)) return -1;
+  if (starts[places] != slices)
+    return fail("'entries' have more than the %lld slices of all tiles; prepare the layer again.",
+                (long long)starts[places]);
+  for (int64_t place = 0; place < places; ++place) {
+    const uint8_t *other = static_cast<const uint8_t *>(t.positions.data) + place * 48 + 32;
+    const int32_t *entries = static_cast<const int32_t *>(t.codes.data);
+    for (int lane = 0; lane < 16; ++lane)
+      if (other[lane] > 15) return fail("'positions' name row %d of 16.", other[lane]);
+    for (int64_t i = 16 * int64_t(starts[place]); i < 16 * int64_t(starts[place + 1]); ++i)
+      if (place / tiles_of(t) * 65536 + (entries[i] & 0xffff) >= t.columns)
         return fail("'entries' name a column beyond %lld.", (long long)t.columns);
   }
   return 0;

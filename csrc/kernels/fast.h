@@ -2,9 +2,11 @@
 #pragma once
 #include <initializer_list>
 
-#include "sources.h"
+#include "entries.h"
 
 namespace RAREFY_NS {
+
+constexpr int64_t few = 4;  // tokens up to which codes are multiplied without a panel
 
 // A table of at most 16 entries as sums of small whole numbers: entry = low + sum over i of factor[i] * part[i][code].
 // With a scale for each sign, parts are magnitudes, of positive entries first.
@@ -110,7 +112,7 @@ static inline int32_t quad_at(const int8_t *codes, int64_t quad) {
 // whole units.
 template <class Source, int PARTS, int M, bool HALF>
 static void fast_few(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
-                     int64_t tile, int64_t first, float (*acc)[16]) {
+                     const rarefy_term *beside, int64_t tile, int64_t first, float (*acc)[16]) {
   constexpr int dots = PARTS ? PARTS : 1, chains = HALF || M * dots >= 4 ? 1 : 4 / (M * dots);
   int64_t units = rarefy::units_of(t);
   Walk walk(rarefy::blocks_per_group(t, blocks.size));
@@ -130,6 +132,7 @@ static void fast_few(const rarefy_term &t, const rarefy_input &in, const rarefy_
   for (int m = 0; m < M; ++m)
     for (int i = 0; i < dots; ++i)
       for (int c = 0; c < chains; ++c) sums[m][i][c] = zero_i();
+  Corrections<M> corrections(beside, in, tile, first, 0, blocks.count);
   auto flush = [&](int64_t block) __attribute__((always_inline)) {
     Flush<PARTS> f(t, scales(walk.group), parts);
     for (int m = 0; m < M; ++m) {
@@ -141,6 +144,7 @@ static void fast_few(const rarefy_term &t, const rarefy_input &in, const rarefy_
       }
       y[m] = f(y[m], total, x_scale[m][block], x_sum[m][block]);
     }
+    corrections.some();
   };
   auto step = [&](B w, int64_t quad, int chain) __attribute__((always_inline)) {
     for (int i = 0; i < dots; ++i) {
@@ -170,6 +174,7 @@ static void fast_few(const rarefy_term &t, const rarefy_input &in, const rarefy_
     if (walk.step()) source.group(t, tile, walk.group);
   }
   for (int m = 0; m < M; ++m) store_f(acc[m], y[m]);
+  corrections.finish(acc);
 }
 
 // Any number of tokens: a panel of 128 columns is decoded once to bytes, then read by all of them.
@@ -222,20 +227,21 @@ static void fast_many(const rarefy_term &t, const rarefy_input &in, const rarefy
 
 template <class Source, int PARTS, bool HALF>
 static void fast_of(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
-                    int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
+                    const rarefy_term *beside, int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
   for (; tokens >= 4; tokens -= 4, first += 4, acc += 4)
-    fast_few<Source, PARTS, 4, HALF>(t, in, blocks, parts, tile, first, acc);
-  for (; tokens; --tokens, ++first, ++acc) fast_few<Source, PARTS, 1, HALF>(t, in, blocks, parts, tile, first, acc);
+    fast_few<Source, PARTS, 4, HALF>(t, in, blocks, parts, beside, tile, first, acc);
+  for (; tokens; --tokens, ++first, ++acc)
+    fast_few<Source, PARTS, 1, HALF>(t, in, blocks, parts, beside, tile, first, acc);
 }
 
 template <class Source, int PARTS>
 static void fast_of(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
-                    int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
-  if (tokens <= 4 && blocks.size >= 32)
-    return fast_of<Source, PARTS, false>(t, in, blocks, parts, tile, first, tokens, acc);
+                    const rarefy_term *beside, int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
+  if (tokens <= few && blocks.size >= 32)
+    return fast_of<Source, PARTS, false>(t, in, blocks, parts, beside, tile, first, tokens, acc);
   if constexpr (PARTS == 0 && !Source::masked)
-    if (tokens <= 4 && blocks.size == 16)
-      return fast_of<Source, PARTS, true>(t, in, blocks, parts, tile, first, tokens, acc);
+    if (tokens <= few && blocks.size == 16)
+      return fast_of<Source, PARTS, true>(t, in, blocks, parts, beside, tile, first, tokens, acc);
   fast_many<Source, PARTS>(t, in, blocks, parts, tile, first, tokens, acc);
 }
 
@@ -244,13 +250,18 @@ static inline bool has_fast(const rarefy_term &t) {
   return (t.kind == RAREFY_CODES && (t.table.bytes == 0 || t.bits == 3 || t.bits == 4)) || t.kind == RAREFY_KEPT;
 }
 
+// Whether `fast` does the corrections of another term as well.
+static inline bool fast_corrects(const rarefy_term &t, const rarefy_blocks &blocks, int64_t tokens) {
+  return tokens <= few && (blocks.size >= 32 || (blocks.size == 16 && t.kind == RAREFY_CODES && !t.table.bytes));
+}
+
 static inline void fast(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
-                        int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
-#define PLAIN(n) case n: return fast_of<Codes<n>, 0>(t, in, blocks, parts, tile, first, tokens, acc)
-#define TABLE(n, parts_) case n + 16 * parts_: return fast_of<Codes<n>, parts_>(t, in, blocks, parts, tile, first, tokens, acc)
+                        const rarefy_term *beside, int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
+#define PLAIN(n) case n: return fast_of<Codes<n>, 0>(t, in, blocks, parts, beside, tile, first, tokens, acc)
+#define TABLE(n, parts_) case n + 16 * parts_: return fast_of<Codes<n>, parts_>(t, in, blocks, parts, beside, tile, first, tokens, acc)
   if (t.kind == RAREFY_KEPT) {
-    if (t.bits > 4) return fast_of<Kept<8>, 0>(t, in, blocks, parts, tile, first, tokens, acc);
-    return fast_of<Kept<4>, 0>(t, in, blocks, parts, tile, first, tokens, acc);
+    if (t.bits > 4) return fast_of<Kept<8>, 0>(t, in, blocks, parts, beside, tile, first, tokens, acc);
+    return fast_of<Kept<4>, 0>(t, in, blocks, parts, beside, tile, first, tokens, acc);
   }
   switch (t.bits + 16 * parts.count) {
     PLAIN(1); PLAIN(2); PLAIN(3); PLAIN(4); PLAIN(5); PLAIN(6); PLAIN(7); PLAIN(8);

@@ -4,6 +4,8 @@
 
 namespace RAREFY_NS {
 
+constexpr int64_t far = 8192;  // bytes ahead of use that codes are called for, measured: a tenth faster than 2048
+
 // Planes of 4, 2 and 1 bits, together BITS; byte 4 * row + column of quad q, for all q of a unit.
 template <int BITS> static inline void unpack(const uint8_t *p, B w[8]) {
   if constexpr (BITS == 8) {
@@ -58,7 +60,7 @@ template <int BITS> struct Codes {
   void seek(int64_t unit) { p += unit * 64 * BITS; }
   void group(const rarefy_term &, int64_t, int64_t) {}
   void next(B w[8]) {
-    for (int line = 0; line < BITS; ++line) prefetch(p + 2048 + 64 * line);
+    for (int line = 0; line < BITS; ++line) prefetch_far(p + far + 64 * line);
     unpack<BITS>(p, w);
     p += 64 * BITS;
   }
@@ -96,7 +98,7 @@ template <int BITS> struct Kept {
         p += (count + 1) / 2;
       }
     }
-    prefetch(p + 1024);
+    prefetch_far(p + far / 2), prefetch_far(p + far / 2 + 64), prefetch_far(mask + far / 16);
   }
 };
 

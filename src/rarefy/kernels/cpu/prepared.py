@@ -25,6 +25,7 @@ NUMBERS = (
     "rows", "columns", "group_size", "second_rows", "second_groups",
 )  # fmt: skip
 LARGEST_GROUP = 256  # columns of a group of GROUPS
+PANEL = 65536  # columns that 16 bits tell apart
 
 Arguments = tuple[Any, ...]
 
@@ -355,13 +356,30 @@ def _undo_values(made: Prepared) -> Arguments:
 
 def _csr(arguments: Arguments) -> Prepared:
     entries, row_ptr, half, rows, columns = arguments
-    tensors = {"codes": entries.contiguous(), "pointers": row_ptr.contiguous()}
+    entries, row_ptr = entries.contiguous(), row_ptr.contiguous()
+    total = int(row_ptr[-1, -1])
+    if bool((row_ptr.flatten().diff() < 0).any()) or int(row_ptr[0, 0]) != 0 or total > len(entries):
+        raise NotCovered("row pointers that do not rise from 0 to the number of outliers")
+    row_of = torch.repeat_interleave(torch.arange(row_ptr.shape[0] * rows), row_ptr.diff().flatten().to(torch.int64))
+    places = row_of * PANEL + (entries[:total] & 0xFFFF)
+    if bool((places.diff() <= 0).any()):
+        raise NotCovered("outliers whose columns do not rise")
+    slices, lanes, starts = tiles.pack_entries(entries, row_ptr)
+    if len(starts) > 1 and int(starts.diff().max()) > 0xFFFF:
+        raise NotCovered("more outliers in 16 rows than kernels count")
+    tensors = {"codes": slices, "positions": lanes, "pointers": starts}
     numbers = _numbers(ENTRIES, 8, rows, columns, scale_type=F16 if half else BF16)
-    return Prepared(tensors, numbers, _undo_csr, _plain(arguments))
+    # A stack fills its members up to the largest.
+    return Prepared(tensors, numbers, _undo_csr, _plain(arguments), kept={"filling": entries[total:].clone()})
 
 
 def _undo_csr(made: Prepared) -> Arguments:
-    return _filled(made.plain, {0: made.tensors["codes"], 1: made.tensors["pointers"]})
+    slices, lanes, starts = (made.tensors[name] for name in ("codes", "positions", "pointers"))
+    own = lanes.contiguous().view(torch.int16)[:, :16].to(torch.int64) & 0xFFFF
+    borrowed = lanes[:, 32:] != torch.arange(16)
+    kept = torch.where(borrowed, starts.diff()[:, None].to(torch.int64), own).sum()
+    entries, row_ptr = tiles.unpack_entries(slices, lanes, starts, made.rows, int(kept))
+    return _filled(made.plain, {0: torch.cat([entries, made.kept["filling"]]), 1: row_ptr})
 
 
 def _integer_groups(arguments: Arguments) -> Prepared:

@@ -114,7 +114,7 @@ def _openvino(rows: int, columns: int, x: Tensor) -> tuple[int, Callable[[], Cal
         scales = ops.constant(torch.rand(rows, groups, 1).half().numpy())
         centred = ops.subtract(ops.convert(codes, "f16"), ops.convert(zeros, "f16"))
         weight = ops.reshape(ops.multiply(centred, scales), ops.constant([rows, columns]), special_zero=False)
-        given = ops.parameter(list(x.shape), "f32", name="x")
+        given = ops.parameter(list(x.shape), openvino.Type.f32, name="x")
         product = ops.matmul(given, ops.convert(weight, "f32"), transpose_a=False, transpose_b=True)
         request = core.compile_model(openvino.Model([product], [given]), "CPU", settings).create_infer_request()
         request.set_input_tensor(openvino.Tensor(x.numpy(), shared_memory=True))

@@ -40,6 +40,8 @@ def linear(x: Tensor, terms: Sequence[Prepared], fast: bool = False) -> Tensor:
     ``fast`` quantizes activations to 8 bits for each token and block of columns. Raises FormatError naming a tensor
     whose size contradicts its description.
     """
+    if _unwatched(x):  # the dispatcher costs as much as a small product
+        return _product(x, b"".join(map(_packed, terms)), len(terms), terms[0].rows, terms[0].columns, fast)
     return torch.ops.rarefy.linear_prepared(x, *_flat(terms), fast)  # type: ignore[no-any-return]
 
 
@@ -58,6 +60,27 @@ def check(term: Prepared) -> None:
     message = ctypes.create_string_buffer(_MESSAGE)
     packed = _pack(*_flat([term])[:3])
     _answer(_loaded().rarefy_check(packed, message, _MESSAGE), message)
+
+
+def _unwatched(x: Tensor) -> bool:
+    """Whether nobody but the kernel has to know of a product with ``x``: no gradient, trace, mode or transform."""
+    return (
+        type(x) is Tensor
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None  # type: ignore[no-untyped-call]
+    )
+
+
+def _packed(term: Prepared) -> bytes:
+    """One ``rarefy_term``, packed anew when a tensor is elsewhere or of another size."""
+    places = tuple([(tensor.data_ptr(), tensor.nbytes) for tensor in term.tensors.values()])
+    if term.packed is None or term.packed[0] != places:
+        term.packed = places, _pack(*_flat([term])[:3])
+    return term.packed[1]
 
 
 def _flat(terms: Sequence[Prepared]) -> tuple[list[Tensor], list[int], list[float], int, int]:
@@ -93,24 +116,30 @@ def _answer(code: int, message: ctypes.Array[ctypes.c_char]) -> None:
 def _linear(
     x: Tensor, tensors: list[Tensor], numbers: list[int], factors: list[float], rows: int, columns: int, fast: bool
 ) -> Tensor:
+    terms = _pack(tensors, numbers, factors)
+    if _shape(numbers) != (rows, columns):
+        raise FormatError(f"The terms are of shape {list(_shape(numbers))}, not {[rows, columns]}.")
+    return _product(x, terms, len(factors) // 2, rows, columns, fast)
+
+
+def _product(x: Tensor, terms: bytes, count: int, rows: int, columns: int, fast: bool) -> Tensor:
+    """``terms``: ``count`` of them, packed, the first of ``rows`` and ``columns``."""
     if x.shape[-1] != columns:
         raise FormatError(f"The input has {x.shape[-1]} channels, but the weight has {columns} columns.")
     if x.dtype not in ACTIVATIONS:
         raise FormatError(f"The input is {x.dtype}; native kernels take float32, float16 or bfloat16.")
-    terms = _pack(tensors, numbers, factors)
-    if _shape(numbers) != (rows, columns):
-        raise FormatError(f"The terms are of shape {list(_shape(numbers))}, not {[rows, columns]}.")
     flat = x.reshape(-1, columns)
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
     y = x.new_empty(*x.shape[:-1], rows)
-    message = ctypes.create_string_buffer(_MESSAGE)
     follow_threads()
-    code = _loaded().rarefy_linear(
-        terms, len(factors) // 2, flat.data_ptr(), flat.stride(0), y.data_ptr(), rows, ACTIVATIONS[x.dtype],
-        flat.shape[0], FAST if fast else EXACT, message, _MESSAGE,
+    arguments = (
+        terms, count, flat.data_ptr(), flat.stride(0), y.data_ptr(), rows, ACTIVATIONS[x.dtype], flat.shape[0],
+        FAST if fast else EXACT,
     )  # fmt: skip
-    _answer(code, message)
+    if _loaded().rarefy_linear(*arguments, None, 0) != 0:  # once more, for the sentence
+        message = ctypes.create_string_buffer(_MESSAGE)
+        _answer(_loaded().rarefy_linear(*arguments, message, _MESSAGE), message)
     return y
 
 

@@ -45,6 +45,7 @@ class Prepared:
     zero: float = 0.0
     multiplier: float = 1.0
     kept: dict[str, Tensor] = field(default_factory=dict)  # canonical tensors that no layout replaced
+    packed: tuple[tuple[tuple[int, int], ...], bytes] | None = None  # for the library, and where the tensors then were
 
     @property
     def rows(self) -> int:

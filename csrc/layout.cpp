@@ -7,7 +7,7 @@
 //   bytes:  quad q is bytes [64 q, 64 q + 64)
 //   4 bits: word i of 64 bytes holds quad 2 i in low nibbles, 2 i + 1 in high ones
 //   2 bits: word i holds quads 4 i to 4 i + 3, from the lowest bits up
-//   1 bit:  8 bytes a quad, bit 4 * row + column
+//   1 bit:  one word, quads 0 to 7 from the lowest bit up
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
@@ -30,7 +30,7 @@ Place place(int32_t width, int64_t plane, int64_t row, int64_t column) {
     case 8: return {plane + 64 * quad + lane, 0};
     case 4: return {plane + 64 * (quad / 2) + lane, int32_t(4 * (quad % 2))};
     case 2: return {plane + 64 * (quad / 4) + lane, int32_t(2 * (quad % 4))};
-    default: return {plane + 8 * quad + lane / 8, int32_t(lane % 8)};
+    default: return {plane + lane, int32_t(quad)};
   }
 }
 

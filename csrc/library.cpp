@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include <algorithm>
 #include <atomic>
 
 #include "internal.h"
@@ -405,7 +406,10 @@ int32_t rarefy_linear(const rarefy_term *terms, int32_t count, const void *x, in
   if (!memory) return fail("There is no memory for %lld tokens.", (long long)tokens);
   rarefy_input_begin(&p.input, terms, count, tokens, mode, memory);
   p.y = reinterpret_cast<float *>(memory + bytes);
-  p.tokens_at_once = 8, p.tiles_at_once = chunk_tiles;
+  p.tokens_at_once = 8;
+  // Alone, a thread takes all tiles at once; several take pieces small enough that none waits long for another.
+  int64_t pieces = rarefy_threads(0) > 1 ? 8 * rarefy_threads(0) : 1;
+  p.tiles_at_once = std::max(ceil_div(tiles, pieces), chunk_tiles);
   rarefy_parallel(fill, &p, ceil_div(tokens, p.tokens_at_once));
   rarefy_parallel(multiply, &p, ceil_div(tiles, p.tiles_at_once));
   rarefy_parallel(finish, &p, ceil_div(tokens, p.tokens_at_once));

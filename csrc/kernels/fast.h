@@ -100,8 +100,6 @@ template <int PARTS> struct Flush {
   }
 };
 
-template <int N> struct Count { static constexpr int value = N; };
-
 static inline int32_t quad_at(const int8_t *codes, int64_t quad) {
   int32_t x;
   __builtin_memcpy(&x, codes + 4 * quad, 4);

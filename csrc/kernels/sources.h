@@ -6,6 +6,8 @@ namespace RAREFY_NS {
 
 constexpr int64_t far = 8192;  // bytes ahead of use that codes are called for, measured: a tenth faster than 2048
 
+template <int N> struct Count { static constexpr int value = N; };
+
 // Planes of 4, 2 and 1 bits, together BITS; byte 4 * row + column of quad q, for all q of a unit.
 template <int BITS> static inline void unpack(const uint8_t *p, B w[8]) {
   if constexpr (BITS == 8) {
@@ -40,12 +42,16 @@ template <int BITS> static inline void unpack(const uint8_t *p, B w[8]) {
     p += 128;
   }
   if constexpr (one != 0) {
-    for (int q = 0; q < 8; ++q) {
-      uint64_t mask;
-      __builtin_memcpy(&mask, p + 8 * q, 8);
-      B bit = mask_b(mask, 1 << (BITS - 1));
-      w[q] = BITS == 1 ? bit : or_b(w[q], bit);
-    }
+    B all = load_b(p);
+    auto add = [&](auto q) __attribute__((always_inline)) {
+      constexpr int Q = decltype(q)::value, place = BITS - 1;  // of this bit in a code
+      B bit;
+      if constexpr (Q < place) bit = field_b<0>(raise_b<place - Q>(all), 1 << place);
+      else bit = field_b<Q - place>(all, 1 << place);
+      w[Q] = BITS == 1 ? bit : or_b(w[Q], bit);
+    };
+    add(Count<0>{}), add(Count<1>{}), add(Count<2>{}), add(Count<3>{});
+    add(Count<4>{}), add(Count<5>{}), add(Count<6>{}), add(Count<7>{});
   }
 }
 

@@ -228,7 +228,7 @@ static uint64_t read(const void *data, int64_t bytes) {
   for (int i = 0; i < 8; ++i) sums[i] = zero_i();
   for (int64_t at = 0; at + 512 <= bytes; at += 512)
     for (int i = 0; i < 8; ++i) {
-      prefetch(p + at + 2048 + 64 * i);
+      prefetch_far(p + at + far + 64 * i);
       sums[i] = add_i(sums[i], load_i(p + at + 64 * i));
     }
   for (int i = 1; i < 8; ++i) sums[0] = add_i(sums[0], sums[i]);

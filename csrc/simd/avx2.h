@@ -109,8 +109,11 @@ static inline I or_i(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si
 static inline I as_lanes(B x) { return {x.a, x.b}; }
 static inline B as_bytes(I x) { return {x.a, x.b}; }
 
+// Once, as in avx512.h.
 static inline B load_b(const void *p) {
-  return {_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)p + 1)};
+  __m256i a = _mm256_loadu_si256((const __m256i *)p), b = _mm256_loadu_si256((const __m256i *)p + 1);
+  asm("" : "+x"(a), "+x"(b));
+  return {a, b};
 }
 static inline void store_b(void *p, B x) {
   _mm256_storeu_si256((__m256i *)p, x.a);
@@ -129,18 +132,6 @@ template <int N> static inline B field_b(B x, uint8_t mask) {
           _mm256_and_si256(N ? _mm256_srli_epi16(x.b, N) : x.b, w)};
 }
 template <int N> static inline B raise_b(B x) { return {_mm256_slli_epi16(x.a, N), _mm256_slli_epi16(x.b, N)}; }
-static inline __m256i mask_half(uint32_t mask, uint8_t value) {
-  // Byte i takes byte i / 8 of the mask, of which it keeps bit i % 8.
-  __m256i spread = _mm256_shuffle_epi8(
-      _mm256_set1_epi32(int(mask)),
-      _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
-  __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
-  __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
-  return _mm256_and_si256(set, _mm256_set1_epi8(char(value)));
-}
-static inline B mask_b(uint64_t mask, uint8_t value) {
-  return {mask_half(uint32_t(mask), value), mask_half(uint32_t(mask >> 32), value)};
-}
 static inline B expand_b(const uint8_t *p, uint64_t mask, B other) {
   alignas(32) uint8_t bytes[64];
   store_b(bytes, other);

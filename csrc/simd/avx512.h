@@ -74,7 +74,12 @@ static inline I or_i(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
 static inline I as_lanes(B a) { return {a.v}; }
 static inline B as_bytes(I a) { return {a.v}; }
 
-static inline B load_b(const void *p) { return {_mm512_loadu_si512(p)}; }
+// Once: compilers would rather read memory again for every use, and loads are what there is least of.
+static inline B load_b(const void *p) {
+  __m512i a = _mm512_loadu_si512(p);
+  asm("" : "+v"(a));
+  return {a};
+}
 static inline void store_b(void *p, B a) { _mm512_storeu_si512(p, a.v); }
 static inline B set_b(uint8_t a) { return {_mm512_set1_epi8(char(a))}; }
 static inline B spread_b(const uint8_t *p) {
@@ -87,7 +92,6 @@ template <int N> static inline B field_b(B a, uint8_t mask) {
   return {_mm512_and_si512(moved, _mm512_set1_epi8(char(mask)))};
 }
 template <int N> static inline B raise_b(B a) { return {_mm512_slli_epi16(a.v, N)}; }
-static inline B mask_b(uint64_t mask, uint8_t value) { return {_mm512_maskz_set1_epi8(mask, char(value))}; }
 static inline B expand_b(const uint8_t *p, uint64_t mask, B other) {
   return {_mm512_mask_expand_epi8(other.v, mask, _mm512_loadu_si512(p))};
 }

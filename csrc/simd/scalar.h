@@ -103,8 +103,7 @@ static inline B spread_b(const uint8_t *p) { B r; BYTES r.v[i] = p[i / 4]; retur
 static inline B or_b(B a, B b) { BYTES a.v[i] |= b.v[i]; return a; }
 // (byte >> N) & mask, of bytes whose bits below N are wanted by nobody.
 template <int N> static inline B field_b(B a, uint8_t mask) { BYTES a.v[i] = (a.v[i] >> N) & mask; return a; }
-template <int N> static inline B raise_b(B a) { BYTES a.v[i] = uint8_t(a.v[i] << N); return a; }  // no bit is lost
-static inline B mask_b(uint64_t mask, uint8_t value) { B r; BYTES r.v[i] = mask >> i & 1 ? value : 0; return r; }
+template <int N> static inline B raise_b(B a) { BYTES a.v[i] = uint8_t(a.v[i] << N); return a; }  // bits that leave a byte are wanted by nobody
 // The bytes at `p`, in order, where the mask is set; elsewhere those of `other`. May read 64 bytes.
 static inline B expand_b(const uint8_t *p, uint64_t mask, B other) {
   BYTES if (mask >> i & 1) other.v[i] = *p++;

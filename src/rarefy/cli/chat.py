@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rarefy.cli.common import Device, Json, Revision, command, print_json, say
+from rarefy.cli.common import Device, Json, Revision, command, print_json, say, starting
 
 
 @command
@@ -21,19 +21,14 @@ def chat(
     as_json: Json = False,
 ) -> None:
     """Chat with a model through its chat template; answers stream as they are made (greedy)."""
-    from rarefy import api
-    from rarefy.core.errors import OptionError, UnsupportedError
+    from rarefy.core.errors import OptionError
 
     if as_json and prompt is None:
         raise OptionError("--json needs --prompt: a conversation has no single result.")
     if prompt is not None and not prompt.strip():
         raise OptionError("--prompt is empty; write what to answer.")
-    tokenizer = api.load_tokenizer(model, revision=revision)
-    loaded: Any = api.load(model, revision=revision)
-    loaded = loaded.to(api.device_of(device))
-    if not loaded.can_generate():
-        raise UnsupportedError(f"'{model}' is a {type(loaded).__name__}, which does not generate text.")
-    runner = runner_of(loaded)
+    with starting():
+        tokenizer, loaded, runner = open_chat(model, revision, device)
     if not tokenizer.chat_template:
         say("note: this model has no chat template; it continues your text.")
     if prompt is not None:
@@ -57,6 +52,19 @@ def chat(
         messages.append({"role": "user", "content": text})
         reply, _, _ = answer(loaded, tokenizer, messages, max_new_tokens, False, runner)
         messages.append({"role": "assistant", "content": reply})
+
+
+def open_chat(model: str, revision: str | None, device: str) -> tuple[Any, Any, Any]:
+    """Tokenizer, model and its decode runner, or None for that."""
+    from rarefy import api
+    from rarefy.core.errors import UnsupportedError
+
+    tokenizer = api.load_tokenizer(model, revision=revision)
+    loaded: Any = api.load(model, revision=revision)
+    loaded = loaded.to(api.device_of(device))  # type: ignore[arg-type]
+    if not loaded.can_generate():
+        raise UnsupportedError(f"'{model}' is a {type(loaded).__name__}, which does not generate text.")
+    return tokenizer, loaded, runner_of(loaded)
 
 
 def runner_of(model: Any) -> Any:

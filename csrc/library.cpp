@@ -128,15 +128,15 @@ int32_t check_codes(const rarefy_term &t, const Failure &fail) {
     return fail("'zero_point' has the unknown type %d.", t.zero_type);
   if (sized(fail, "zero_point", t.zero_point, places * 16 * width_of(t.zero_type))) return -1;
   if (t.table.bytes && sized(fail, "table", t.table, int64_t(4) << t.bits)) return -1;
-  if (t.kind == RAREFY_CODES) {
-    if (t.table.bytes && t.scale_layout == RAREFY_SIGNED && t.bits < 3)
-      return fail("'table' of %d bits cannot have a scale for each sign.", t.bits);
-    return sized(fail, "codes", t.codes, units * 64 * t.bits);
-  }
-  bool plain = t.scale_layout != RAREFY_SIGNED && t.scale_layout != RAREFY_PAIRS && !t.table.bytes;
-  bool whole = t.zero == float(int32_t(t.zero)) && t.zero >= 0 && t.zero < 256 && t.second_numbers != 4;
-  if (!plain || !whole || (t.zero_type != RAREFY_NONE && t.zero_type != RAREFY_U8))
+  if (t.table.bytes && t.scale_layout == RAREFY_SIGNED && t.bits < 3)
+    return fail("'table' of %d bits cannot have a scale for each sign.", t.bits);
+  if (t.kind == RAREFY_CODES) return sized(fail, "codes", t.codes, units * 64 * t.bits);
+  bool plain = t.scale_layout != RAREFY_PAIRS && (t.table.bytes != 0 || t.scale_layout != RAREFY_SIGNED);
+  bool whole = t.zero == float(int32_t(t.zero)) && t.zero >= 0 && t.zero < float(1 << t.bits) && t.second_numbers != 4;
+  if (!plain || !whole || (t.zero_type != RAREFY_NONE && (t.zero_type != RAREFY_U8 || t.table.bytes)))
     return fail("'zero_point' of a sparse weight has to be a whole code.");
+  if (t.table.bytes && (t.bits < 3 || static_cast<const float *>(t.table.data)[int32_t(t.zero)] != 0))
+    return fail("'table' of a sparse weight needs a code for zero.");
   if (sized(fail, "positions", t.positions, units * 64) ||
       sized(fail, "pointers", t.pointers, (tiles_of(t) + 1) * 8))
     return -1;

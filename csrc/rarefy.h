@@ -31,7 +31,8 @@ enum { RAREFY_NONE = 0, RAREFY_F32 = 1, RAREFY_F16 = 2, RAREFY_BF16 = 3, RAREFY_
  *          table      f32 [2^b] what each code stands for, before the scale; none: the code itself
  * TABLES   codes      u8  [T, P, 16, b * 16] rows apart, for tables of their own
  *          table      float of scale_type [T, G, 16, E]
- * KEPT     as CODES, but only codes at the set bits of the mask, in bytes (more than 4 bits) or nibbles
+ * KEPT     as CODES, but only codes at the set bits of the mask, in bytes (more than 4 bits) or nibbles; with a table,
+ *          `zero` is the code of its entry 0
  *          positions  u64 [T, U * 8] bit 4 * row + column of each 16 x 4 quad
  *          pointers   i64 [T + 1] first byte of each tile in `codes`
  * VALUES   codes      f32, f16 or bf16 (scale_type) at the set bits, column by column

@@ -228,17 +228,18 @@ static inline void exact_codes(const rarefy_term &t, const rarefy_input &in, con
                                int64_t tokens, float (*acc)[16]) {
   int parts = t.table.bytes == 0 ? 0 : t.scale_layout == RAREFY_SIGNED ? 2 : 1;
 #define CASE(n, parts_) case n + 16 * parts_: return exact_of<Codes<n>, parts_>(t, in, blocks, wide, beside, tile, first, tokens, acc)
-  if (t.kind == RAREFY_KEPT) {
-    if (t.bits > 4) return exact_of<Kept<8>, 0>(t, in, blocks, wide, beside, tile, first, tokens, acc);
-    return exact_of<Kept<4>, 0>(t, in, blocks, wide, beside, tile, first, tokens, acc);
-  }
-  switch (t.bits + 16 * parts) {
+#define KEPT(parts_) case 256 + 16 * parts_: return exact_of<Kept<4>, parts_>(t, in, blocks, wide, beside, tile, first, tokens, acc); \
+  case 257 + 16 * parts_: return exact_of<Kept<8>, parts_>(t, in, blocks, wide, beside, tile, first, tokens, acc)
+  int source = t.kind == RAREFY_KEPT ? 256 + (t.bits > 4) : t.bits;
+  switch (source + 16 * parts) {
+    KEPT(0); KEPT(1); KEPT(2);
     CASE(1, 0); CASE(2, 0); CASE(3, 0); CASE(4, 0); CASE(5, 0); CASE(6, 0); CASE(7, 0); CASE(8, 0);
     CASE(3, 1); CASE(4, 1); CASE(5, 1); CASE(6, 1); CASE(7, 1); CASE(8, 1);
     CASE(3, 2); CASE(4, 2); CASE(6, 2); CASE(8, 2);
     default: return;
   }
 #undef CASE
+#undef KEPT
 }
 
 // acc[token] += panel * x for 128 columns from k0 on.

@@ -245,7 +245,7 @@ static void fast_of(const rarefy_term &t, const rarefy_input &in, const rarefy_b
 
 // Whether codes and activations can be multiplied as bytes.
 static inline bool has_fast(const rarefy_term &t) {
-  return (t.kind == RAREFY_CODES && (t.table.bytes == 0 || t.bits == 3 || t.bits == 4)) || t.kind == RAREFY_KEPT;
+  return rarefy::reads_blocks(t) && (t.table.bytes == 0 || t.bits == 3 || t.bits == 4);
 }
 
 // Whether `fast` does the corrections of another term as well.
@@ -257,9 +257,10 @@ static inline void fast(const rarefy_term &t, const rarefy_input &in, const rare
                         const rarefy_term *beside, int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
 #define PLAIN(n) case n: return fast_of<Codes<n>, 0>(t, in, blocks, parts, beside, tile, first, tokens, acc)
 #define TABLE(n, parts_) case n + 16 * parts_: return fast_of<Codes<n>, parts_>(t, in, blocks, parts, beside, tile, first, tokens, acc)
+#define KEPT(parts_) case parts_: return fast_of<Kept<4>, parts_>(t, in, blocks, parts, beside, tile, first, tokens, acc)
   if (t.kind == RAREFY_KEPT) {
     if (t.bits > 4) return fast_of<Kept<8>, 0>(t, in, blocks, parts, beside, tile, first, tokens, acc);
-    return fast_of<Kept<4>, 0>(t, in, blocks, parts, beside, tile, first, tokens, acc);
+    switch (parts.count) { KEPT(0); KEPT(1); KEPT(2); KEPT(4); default: return; }
   }
   switch (t.bits + 16 * parts.count) {
     PLAIN(1); PLAIN(2); PLAIN(3); PLAIN(4); PLAIN(5); PLAIN(6); PLAIN(7); PLAIN(8);
@@ -268,6 +269,7 @@ static inline void fast(const rarefy_term &t, const rarefy_input &in, const rare
   }
 #undef PLAIN
 #undef TABLE
+#undef KEPT
 }
 
 }  // namespace RAREFY_NS

@@ -42,6 +42,9 @@ LARGER: dict[str, Grid] = {
     "nf4-two-g128": FloatGrid(format="nf4", two_scales=True, group_size=128),
     "fp4-two-g64": FloatGrid(format="fp4", two_scales=True, group_size=64, scales=SingleScale(dtype="bfloat16")),
     "nf3-two-g32": FloatGrid(format="nf3", two_scales=True, group_size=32),
+    "fp8-g128": FloatGrid(format="fp8_e4m3", group_size=128),
+    "fp8-two-g64": FloatGrid(format="fp8_e5m2", two_scales=True, group_size=64),
+    "fp6-two-g32": FloatGrid(format="fp6_e2m3", two_scales=True, group_size=32),
     "lut4-row": LutGrid(num_bits=4),
     "lut3-tensor": LutGrid(num_bits=3, rows_per_lut=None),
     "lut4-g128": LutGrid(num_bits=4, group_size=128, dtype="bfloat16"),
@@ -127,7 +130,9 @@ def test_every_grid(name: str) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["bitmap", "2:4", "2:4-rank", "4:8-rank", "3:7"])
-@pytest.mark.parametrize("name", ["int4-g128", "int8-g128", "int2-g128", "int4-row"])
+@pytest.mark.parametrize(
+    "name", ["int4-g128", "int8-g128", "int2-g128", "int4-row", "nf4-g128", "fp4-two-g64", "nf3-two-g32", "fp8-two-g64"]
+)
 def test_codes_under_a_mask(name: str, pattern: str) -> None:
     seeded(name, pattern)
     for rows, columns in SHAPES[1:]:

@@ -59,7 +59,7 @@ class Prepared:
     def multiplies_bytes(self) -> bool:
         """Whether ``fast`` execution quantizes activations for this term; others it computes exactly."""
         small = "table" not in self.tensors or self.numbers["bits"] in (3, 4)
-        return self.numbers["kind"] == KEPT or (self.numbers["kind"] == CODES and small)
+        return self.numbers["kind"] in (CODES, KEPT) and small
 
     def slots(self) -> list[Tensor]:
         """All tensors in the order of SLOTS, empty where there is none."""
@@ -254,22 +254,24 @@ def _undo_integer(made: Prepared) -> Arguments:
 
 def _float(arguments: Arguments) -> Prepared:
     codes, scale, second, positions, row_ptr, pattern, block, name, format, size, tile, rows, columns = arguments
-    if pattern != "full":
+    if pattern in patterns.GROUP_PATTERNS or (pattern != "full" and name == "planes"):
         raise NotCovered(f"'{format}' codes under pattern '{pattern}'")
-    _check_groups(size, columns, 4)
+    _check_groups(size, columns, 4 if pattern == "full" else tiles.UNIT)
     levels = 1 << tables.FORMATS[format]
+    values = tables.table(format)
     place = (pattern, block, positions, row_ptr, rows, columns)
     tensors, kind, bits = _put_codes(codes, place, name, levels)
     made, more = _put_scales(scale, second, tile)
-    tensors.update(made, table=tables.table(format).clone())
-    return Prepared(tensors, _numbers(kind, bits, rows, columns, size, **more), _undo_float, _plain(arguments))
+    tensors.update(made, table=values.clone())
+    numbers = _numbers(kind, bits, rows, columns, size, **more)
+    return Prepared(tensors, numbers, _undo_float, _plain(arguments), zero=float((values == 0).nonzero()[0]))
 
 
 def _undo_float(made: Prepared) -> Arguments:
     pattern, block, name, format, _, tile = made.plain[5:11]
-    codes, _ = _take_codes(made, pattern, block, name, 1 << tables.FORMATS[format])
+    codes, positions = _take_codes(made, pattern, block, name, 1 << tables.FORMATS[format])
     scale, second = _take_scales(made, tile)
-    return _filled(made.plain, {0: codes, 1: scale, 2: second})
+    return _filled(made.plain, {0: codes, 1: scale, 2: second, 3: positions})
 
 
 # ---- Tables.

@@ -31,12 +31,16 @@ static inline float whole_step(const float *values, int entries) {
   return step;  // 0: they are multiples of none
 }
 
-// Whole numbers up to 127 where there is such a step; else up to 127 * 128 + 127.
-static inline void split_entries(Parts &parts, const float *values, int entries, float step, bool negative) {
+// Whole numbers up to 127 where there is such a step; else up to 127 * 128 + 127, of which `origin` becomes one.
+static inline void split_entries(Parts &parts, const float *values, int entries, float step, float origin,
+                                 bool negative) {
   float top = 0;
   for (int i = 0; i < entries; ++i) top = values[i] > top ? values[i] : top;
   bool exact = step != 0 && top / step <= 127;
-  if (!exact) step = top / 16383;
+  if (!exact) {
+    step = top / 16383;
+    if (origin > step) step = origin / float(int(origin / step));
+  }
   auto add = [&](float factor, auto digit) {
     for (int i = 0; i < entries; ++i) parts.part[parts.count][i] = uint8_t(digit(int(values[i] / step + .5f)));
     parts.factor[parts.count] = factor;
@@ -59,19 +63,19 @@ static inline Parts split_table(const rarefy_term &t) {
         float v = side ? -table[i] : table[i];
         values[i] = v > 0 ? v : 0;
       }
-      split_entries(parts, values, entries, step, side == 1);
+      split_entries(parts, values, entries, step, 0, side == 1);
     }
     return parts;
   }
   parts.low = table[0];
   for (int i = 0; i < entries; ++i) parts.low = table[i] < parts.low ? table[i] : parts.low;
   for (int i = 0; i < entries; ++i) values[i] = table[i] - parts.low;
-  split_entries(parts, values, entries, step, false);
+  split_entries(parts, values, entries, step, -parts.low, false);  // so that zero stays zero
   return parts;
 }
 
-// What a block adds to y: scale * (dot - zero * sum(x)) for codes, where whole zero points cancel exactly; otherwise
-// sum over parts of factor * dot, plus offset * sum(x).
+// What a block adds to y: scale * (dot + offset * sum(x)) for codes, with the offset -zero, where whole zero points cancel
+// exactly; otherwise sum over parts of factor * dot, plus offset * sum(x).
 template <int PARTS> struct Flush {
   F factor[PARTS ? PARTS : 1], offset;
   bool pairs;
@@ -80,7 +84,7 @@ template <int PARTS> struct Flush {
       : pairs(t.scale_layout == RAREFY_PAIRS) {
     if constexpr (PARTS == 0) {
       factor[0] = pairs ? sub_f(p.scale, p.zero) : p.scale;
-      offset = p.zero;
+      offset = pairs ? p.zero : sub_f(zero_f(), p.zero);
     } else {
       for (int i = 0; i < PARTS; ++i)
         factor[i] = mul_f(set_f(parts.negative[i] ? -parts.factor[i] : parts.factor[i]),
@@ -91,7 +95,7 @@ template <int PARTS> struct Flush {
   // `scale` is that of the block of x, `sum` the sum of its codes.
   F operator()(F acc, const I *dots, float scale, float sum) const {
     if (PARTS == 0 && !pairs) {
-      F centred = sub_f(to_f(dots[0]), mul_f(offset, set_f(sum)));
+      F centred = fma_f(offset, set_f(sum), to_f(dots[0]));
       return fma_f(mul_f(factor[0], set_f(scale)), centred, acc);
     }
     F total = mul_f(offset, set_f(sum));

@@ -99,8 +99,9 @@ static void tiles(const rarefy_term *terms, int32_t count, const rarefy_input *i
     else wide[i] = Wide(terms[i]);
     if (is_correction(terms[i])) last_entries = i;
   }
-  for (int64_t tile = first; tile < last; ++tile)
-    for (int64_t m0 = 0; m0 < in.tokens; m0 += chunk_tokens) {
+  // A chunk of tokens stays in the cache for all tiles; codes are read again for the next, which takes next to no time.
+  for (int64_t m0 = 0; m0 < in.tokens; m0 += chunk_tokens)
+    for (int64_t tile = first; tile < last; ++tile) {
       int64_t tokens = in.tokens - m0 < chunk_tokens ? in.tokens - m0 : chunk_tokens;
       __builtin_memset(acc, 0, size_t(tokens) * 64);
       int32_t left[rarefy::max_terms], panels = 0, busy = last_entries < 0 ? -1 : corrector(terms, count, in, tokens);

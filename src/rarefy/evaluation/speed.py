@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
 from rarefy.core.config import StrictModel
+from rarefy.kernels.cpu import library
 
 READ_BYTES = 1 << 28  # beyond every cache
 
@@ -96,13 +97,14 @@ def measure(
 def read_bandwidth() -> float:
     """Bytes a second that one thread reads from memory: the best of three passes over 256 MB."""
     data = torch.ones(READ_BYTES // 4)
+    read: Callable[[torch.Tensor], object] = library.read if library.available() else torch.sum
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         times = []
         for _ in range(3):
             start = time.perf_counter()
-            data.sum()
+            read(data)
             times.append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads)

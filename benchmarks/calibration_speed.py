@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from harness import Row, arguments, write
-from plans import Plan, chosen, integers
+from plans import PERCENT, Plan, chosen, float_code, groups, integers, spared, tables
 
 import rarefy
 from rarefy.calibration.journal import Journal
@@ -36,7 +36,11 @@ from rarefy.core.memory import peak_bytes
 from rarefy.sources.models import open_model
 
 KEY = ("model", "layers", "job", "calibration", "processes", "device_type")
-PLANS = [integers("gptq", 4, 128), Plan("spqr int3", "spqr", {"num_bits": 3}), integers("rtn", 4, 128)]
+PLANS = [
+    integers("gptq", 4, 128), Plan("spqr int3", "spqr", {"num_bits": 3}), integers("rtn", 4, 128),
+    Plan("spqr int3 no clip", "spqr", {"num_bits": 3, "clip": "none"}), tables(3, "0.45%", **PERCENT),
+    tables(3, "equal", importance="equal"), spared("gradient"), float_code("nf4", 32, "gptq", 2), groups(0.5),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,9 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--processes", type=int, nargs="+", default=[1], help="1 first, to have its time for the ratio")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--only", default="gptq|spqr", help="regular expression of the jobs to measure")
+    parser.add_argument(
+        "--only", default="^(gptq|spqr) int[34]( g128 Z)?$", help="regular expression of the jobs to measure"
+    )
     parser.add_argument(
         "--work-dir", type=Path, help="keep models and unfinished jobs here, to go on after an interruption"
     )

@@ -53,7 +53,10 @@ RECIPES = [
     integers("gptq", 3, 16),
     integers("gptq", 3, 16, "F", "bilevel", scales="bilevel"),
     Plan("spqr int3 no outliers", "spqr", {"num_bits": 3, "outlier_threshold": None}),
-    Plan("spqr int3 3.95 bits clip", "spqr", {"num_bits": 3, "target_bits": 3.95, "clip": "mse"}),
+    Plan("spqr int3 3.95 bits no clip", "spqr", {"num_bits": 3, "target_bits": 3.95, "clip": "none"}),
+    Plan("spqr int3 no clip", "spqr", {"num_bits": 3, "clip": "none"}),
+    Plan("spqr int4 no clip", "spqr", {"num_bits": 4, "clip": "none"}),
+    Plan("spqr int3 no outliers no clip", "spqr", {"num_bits": 3, "outlier_threshold": None, "clip": "none"}),
     integers("gptq", 3, 16, "F"),
     integers("gptq", 3, 128, note="no clip", clip="none"),
     integers("gptq", 3, 16, note="no clip", clip="none"),
@@ -63,7 +66,6 @@ RECIPES = [
       for recipe in ("sparsegpt", "wanda")),
     *(integers(recipe, bits, group) for group in (64, 32) for bits in (3, 4) for recipe in ("rtn", "gptq", "awq")),
 ]  # fmt: skip
-
 
 
 def float_code(name: str, group: int, solver: str, scales: int, **options: Any) -> Plan:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from harness import Row, arguments, write
-from plans import Plan, chosen, integers
+from plans import PERCENT, Plan, chosen, float_code, groups, integers, spared, tables
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -31,6 +31,10 @@ PLANS = [
     *(integers(recipe, bits, 128) for bits in (4, 3) for recipe in ("rtn", "gptq", "awq")),
     Plan("spqr int4", "spqr", {"num_bits": 4}),
     Plan("spqr int3", "spqr", {"num_bits": 3}),
+    *(plan for bits in (4, 3) for plan in (tables(bits), tables(bits, "0.45%", **PERCENT))),
+    *(spared("gradient", bits) for bits in (4, 3)),
+    *(float_code(f"nf{bits}", 32, "gptq", scales) for bits in (4, 3) for scales in (2, 1)),
+    groups(0.3),
 ]
 QUICK = ("rtn int4 g128 Z", "gptq int4 g128 Z", "spqr int4")
 

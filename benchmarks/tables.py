@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-SHOWN = "^(rtn|gptq|awq) int[34] g128 Z$|^spqr int(3 3.95 bits|4)$|^(sparsegpt|wanda) (50%|2:4)$"
+SHOWN = "^(rtn|gptq|awq) int[34] g128 Z$|^spqr int(3 3.95 bits|4)( no clip)?$|^(sparsegpt|wanda) (50%|2:4)$"
 DEMO = "SmolLM2-135M-Instruct (demo, jitter 0.10)"
 FOLDED = "SmolLM2-135M-Instruct (demo, norm gains folded into the layers that read them, jitter 0.10)"
 LAB = "lab-29m"
@@ -97,8 +97,20 @@ def results(pattern: str) -> list[dict[str, Any]]:
     return found
 
 
+def combined(pattern: str) -> dict[str, Any]:
+    """Results of several devices as those of one, for numbers that hardly depend on it; what was measured on two
+    counts once."""
+    found = results(pattern)
+    rows = {tuple(row.get(name) for name in data["key"]): (row, data) for data in found for row in data["rows"]}
+    for row, data in rows.values():
+        row["device"], row["torch"] = data["device"], data["versions"]["torch"]
+    return {**found[0], "rows": [row for row, _ in rows.values()]}
+
+
 def measured_on(data: dict[str, Any]) -> str:
-    return f"measured on {data['device']}, torch {data['versions']['torch']}. {provenance(data['rows'])}"
+    devices = " and ".join(sorted({row.get("device", data["device"]) for row in data["rows"]}))
+    versions = " and ".join(sorted({row.get("torch", data["versions"]["torch"]) for row in data["rows"]}))
+    return f"measured on {devices}, torch {versions}. {provenance(data['rows'])}"
 
 
 def provenance(rows: list[dict[str, Any]]) -> str:
@@ -115,7 +127,7 @@ def accuracy_table(
     only: str = "", model: str = DEMO, context: int = 2048, layout: Callable[[Rows], list[str]] = weight_accuracy
 ) -> str:
     """The rows of ``model`` whose job matches the regular expression ``only``, the dense model first."""
-    (data,) = results("nvidia-h100*/weight_accuracy.json")
+    data = combined("*/weight_accuracy.json")
     own = [row for row in data["rows"] if row["model"] == model and row["protocol"].startswith(f"context {context},")]
     shown = [row for row in own if re.search(only, row["job"])]
     if not shown:
@@ -147,6 +159,26 @@ def similarity_table() -> str:
         first = data["rows"][0]
         samples = " and ".join(dict.fromkeys(row["calibration"] for row in data["rows"] if row.get("calibration")))
         facts = f"{first['model']}, {first['pairs']} test pairs of STS-B; calibrated on {samples};"
+        parts.append("\n".join([*lines, "", f"{facts} {measured_on(data)}"]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def map_table() -> str:
+    """Maps of a vision transformer by recipe, one table per device."""
+    parts = []
+    for data in results("*/map_fidelity.json"):
+        lines = ["| weights | bits/weight | error | output error | map error | correlation | cosine of features |"]
+        lines += ["|---" * 7 + "|"]
+        for row in sorted(data["rows"], key=lambda row: (-row["bits_per_weight"], row["map_error"])):
+            output = row.get("output_error")
+            lines.append(
+                f"| {row['job']} | {row['bits_per_weight']:.3f} | {row['relative_error']:.4f} | "
+                f"{'-' if output is None else f'{output:.4f}'} | {row['map_error']:.4f} | {row['correlation']:.4f} | "
+                f"{row['cosine']:.4f} |"
+            )
+        first = data["rows"][0]
+        samples = " and ".join(dict.fromkeys(row["calibration"] for row in data["rows"] if row.get("calibration")))
+        facts = f"{first['model']}, {first['pictures']}; calibrated on {samples};"
         parts.append("\n".join([*lines, "", f"{facts} {measured_on(data)}"]))
     return "\n\n".join(parts) or UNMEASURED
 
@@ -275,6 +307,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "grids-lab": lambda: accuracy_table(GRIDS, LAB, layout=side_by_side),
     "folded": lambda: accuracy_table("", FOLDED),
     "sentence-similarity": similarity_table,
+    "maps": map_table,
     "calibration-speed": speed_table,
     "cpu-decode": cpu_decode_table,
     "cpu-layer": cpu_layer_table,

@@ -82,7 +82,7 @@ def calibrated(
     marks["seed"] = calibration.seed
     with ExitStack() as stack:
         folder = (calibration.work_dir or work) if ranks.leads else None
-        journal = Journal(folder, marks, keeps=ranks.leads or everywhere)
+        journal = Journal(folder, marks, ranks.leads or everywhere, lasting=calibration.work_dir is not None)
         stack.callback(journal.close)
         wanted = plan(model, blocks, sites, own, dtype, streams, bool(needs & KINDS.keys()))
         scratch = None

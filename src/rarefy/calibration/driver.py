@@ -285,8 +285,6 @@ class Driver:
     def _install(self, block: nn.Module, prefix: str, site: Site, terms: Sequence[Term]) -> None:
         """Put the compressed weight's values where the dense ones were, for the layers that come after."""
         weight = decoded([term.to(self.job.device) for term in terms])
-        for term in terms:
-            term.to("cpu")
         weight = weight.T if site.kind == "conv1d" else weight
         owner, _, label = site.parameter[len(prefix) + 1 :].rpartition(".")
         parameter = block.get_submodule(owner)._parameters[label]
@@ -294,6 +292,9 @@ class Driver:
         parameter.data = weight.to(parameter.dtype).contiguous()
 
     def _keep(self, unit: str, solved: dict[str, Solved]) -> None:
+        for terms, _ in solved.values() if self.journal.keeps else ():
+            for term in terms:
+                term.to("cpu")
         parameters = {site.parameter for site, _ in self.job.selection.chosen}
         dense = {
             name: tensor.to(self.weights.base.read(name).dtype)

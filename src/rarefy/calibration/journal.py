@@ -55,11 +55,11 @@ class Journal:
     """Solutions by block, in memory or, with a ``folder``, in files that are whole or absent.
 
     A folder belongs to one job, known by its ``marks``, and to one process at a time. Of several ranks one keeps the
-    journal; with ``keeps`` false this one only counts along.
+    journal; with ``keeps`` false this one only counts along. A folder that goes when the job ends is not ``lasting``.
     """
 
-    def __init__(self, folder: Path | None, marks: Mapping[str, Any], keeps: bool = True):
-        self.folder, self.keeps = (folder if keeps else None), keeps
+    def __init__(self, folder: Path | None, marks: Mapping[str, Any], keeps: bool = True, lasting: bool = True):
+        self.folder, self.keeps, self.lasting = (folder if keeps else None), keeps, lasting
         self._held: dict[str, tuple[dict[str, Solved], dict[str, Tensor]]] = {}
         self._files: dict[str, Kept] = {}
         self._unit_of: dict[str, str] = {}
@@ -114,7 +114,7 @@ class Journal:
             for name, (terms, report) in solved.items():
                 tensors.update(term_tensors(terms, f"{name}.terms."))
                 about[name] = [describe_terms(terms), report.model_dump(mode="json")]
-            keep_tensors(self._path(unit), tensors, about)
+            keep_tensors(self._path(unit), tensors, about, self.lasting)
         self._unit_of.update(dict.fromkeys(solved, unit))
 
     def advance(self, unit: str, **decided: Any) -> None:
@@ -150,6 +150,8 @@ class Journal:
         return {name.removeprefix("dense."): tensor for name, tensor in changed.items()}
 
     def _save(self, folder: Path) -> None:
+        if not self.lasting:
+            return  # nobody will ask
         state = {"marks": self._marks, "progress": self.progress.model_dump(mode="json")}
         write_text(folder / STATE, json.dumps(state, indent=1) + "\n")
 

@@ -14,11 +14,14 @@ from rarefy.core.files import read_header, write_tensors
 from rarefy.layers.checkpoint import digest_of
 
 
-def keep_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write ``tensors`` and, as JSON, ``about`` to a safetensors file. Raises OSError."""
+def keep_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], lasting: bool = True) -> None:
+    """Write ``tensors`` and, as JSON, ``about`` to a safetensors file, ``lasting`` as for `write_tensors`.
+
+    Raises OSError.
+    """
     here = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     hashes = {name: digest_of(tensor) for name, tensor in here.items()}
-    write_tensors(path, here, {"about": json.dumps(about), "hashes": json.dumps(hashes)})
+    write_tensors(path, here, {"about": json.dumps(about), "hashes": json.dumps(hashes)}, lasting)
 
 
 class Kept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -73,18 +74,26 @@ class Ranks:
         return owners
 
     def spread(self, data: Mapping[str, Tensor], about: str, owner: int) -> tuple[dict[str, Tensor], str]:
-        """Tensors and a text that ``owner`` has, at every rank; what the others pass is ignored."""
+        """Tensors and a text that ``owner`` has, at every rank; what the others pass is ignored. The tensors come out
+        on the device between whose kind ranks move them."""
         if self.size == 1:
             return dict(data), about
-        from safetensors.torch import load, save
-
-        payload = torch.empty(0, dtype=torch.uint8)
+        header = ""
         if self.rank == owner:
-            raw = save({**data, "about": _as_tensor(about)})
-            payload = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+            described = [[name, str(own.dtype).removeprefix("torch."), list(own.shape)] for name, own in data.items()]
+            header = json.dumps([about, described])
         self._meet()
-        found = load(self._broadcast(payload, owner).numpy().tobytes())
-        return found, _as_text(found.pop("about"))
+        text, described = json.loads(_as_text(self._broadcast(_as_tensor(header), owner)))
+        found: dict[str, Tensor] = {}
+        for name, dtype, shape in described:
+            if self.rank == owner:
+                found[name] = data[name].to(self.device).contiguous()
+            else:
+                found[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+            if found[name].numel():
+                # As bytes, since backends differ in the dtypes that they move.
+                torch.distributed.broadcast(found[name].reshape(-1).view(torch.uint8), owner)
+        return found, text
 
     def tell(self, text: str) -> str:
         """What the leading rank says, at every rank."""

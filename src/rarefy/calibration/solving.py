@@ -100,9 +100,8 @@ class Solver:
         difference = layer.weight - decoded(terms)
         lost, norm = output_error(layer, difference), float(layer.weight.norm())
         relative = float(difference.norm()) / norm if norm else 0.0
-        terms = [term.to("cpu") for term in terms]
         if (factor := self.scales.explicit(site)) is not None:
-            terms = scaled_terms(terms, factor.cpu())
+            terms = scaled_terms(terms, factor)
         count = total([term.byte_count() for term in terms])
         report = LayerReport(
             name=site.name, method=self.rules[site.name].method, shape=site.shape,

@@ -11,9 +11,9 @@ from rarefy.formats.terms import Term, parse_spec
 
 
 def term_tensors(terms: Sequence[Term], prefix: str = "") -> dict[str, Tensor]:
-    """``<prefix><index>.<tensor>`` -> stored tensor, on the CPU."""
+    """``<prefix><index>.<tensor>`` -> stored tensor, where it lies."""
     return {
-        f"{prefix}{index}.{name}": buffer.cpu().contiguous()
+        f"{prefix}{index}.{name}": buffer.contiguous()
         for index, term in enumerate(terms)
         for name, buffer in term.named_buffers()
     }

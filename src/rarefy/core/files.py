@@ -68,8 +68,9 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file that is whole or absent. Raises OSError, also where the library has its own error."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], lasting: bool = True) -> None:
+    """Write a safetensors file that is whole or absent; one that is not ``lasting`` need not survive a power cut, and
+    nobody waits for the disk. Raises OSError, also where the library has its own error."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -77,8 +78,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     try:
         save_file(tensors, draft, metadata=metadata)
         os.chmod(draft, 0o644)  # the library writes for this user only
-        with draft.open("rb+") as stream:
-            os.fsync(stream.fileno())
+        if lasting:
+            with draft.open("rb+") as stream:
+                os.fsync(stream.fileno())
         os.replace(draft, path)
     except SafetensorError as failure:
         draft.unlink(missing_ok=True)

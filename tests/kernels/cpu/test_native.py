@@ -162,11 +162,26 @@ def test_outliers_are_added_in_the_same_pass(name: str) -> None:
         base = quantized(ALL[name], PATTERNS["full"], rows, columns)
         hold([base, residual(rows, columns)], rows, columns)
     hold([residual(40, 300, 0.01)], 40, 300)
+    hold([quantized(ALL[name], PATTERNS["full"], 33, 129), residual(33, 129), residual(33, 129, 0.01)], 33, 129)
 
 
 def test_outliers_beyond_65536_columns() -> None:
     rows, columns = 3, 70000
     hold([residual(rows, columns, 0.001)], rows, columns)
+
+
+def test_outliers_in_any_order_come_back_or_are_refused() -> None:
+    seeded("order")
+    for share in (0.0, 0.02, 0.5, 1.0):
+        term = residual(37, 90, share)
+        family, given = arguments(term)
+        made = prepare(family, given)
+        assert all(torch.equal(a, b) for a, b in zip(made.canonical()[:2], given[:2], strict=True))
+    entries, row_ptr, *rest = given
+    with pytest.raises(NotCovered, match="do not rise"):
+        prepare(family, (entries.flip(0), row_ptr, *rest))
+    with pytest.raises(NotCovered, match="row pointers"):
+        prepare(family, (entries[:5], row_ptr, *rest))
 
 
 @pytest.mark.parametrize("name", sorted(NOT_COVERED))

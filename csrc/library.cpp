@@ -402,17 +402,18 @@ int32_t rarefy_linear(const rarefy_term *terms, int32_t count, const void *x, in
   p.terms = terms, p.count = count, p.type = type, p.x = static_cast<const char *>(x), p.result = y;
   p.x_stride = x_stride, p.y_stride = y_stride;
   int64_t bytes = aligned(rarefy_input_bytes(terms, count, tokens, mode)), tiles = tiles_of(terms[0]);
-  char *memory = static_cast<char *>(scratch.get(bytes + tokens * terms[0].rows * 4));
+  bool direct = type == RAREFY_F32 && y_stride == terms[0].rows;  // products are such floats themselves
+  char *memory = static_cast<char *>(scratch.get(bytes + (direct ? 0 : tokens * terms[0].rows * 4)));
   if (!memory) return fail("There is no memory for %lld tokens.", (long long)tokens);
   rarefy_input_begin(&p.input, terms, count, tokens, mode, memory);
-  p.y = reinterpret_cast<float *>(memory + bytes);
+  p.y = direct ? static_cast<float *>(y) : reinterpret_cast<float *>(memory + bytes);
   p.tokens_at_once = 8;
   // Alone, a thread takes all tiles at once; several take pieces small enough that none waits long for another.
   int64_t pieces = rarefy_threads(0) > 1 ? 8 * rarefy_threads(0) : 1;
   p.tiles_at_once = std::max(ceil_div(tiles, pieces), chunk_tiles);
   rarefy_parallel(fill, &p, ceil_div(tokens, p.tokens_at_once));
   rarefy_parallel(multiply, &p, ceil_div(tiles, p.tiles_at_once));
-  rarefy_parallel(finish, &p, ceil_div(tokens, p.tokens_at_once));
+  if (!direct) rarefy_parallel(finish, &p, ceil_div(tokens, p.tokens_at_once));
   return 0;
 }
 

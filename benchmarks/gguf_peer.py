@@ -95,8 +95,10 @@ def quantize(source: Path, out: Path, kind: str) -> None:
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     parameters.nthread = torch.get_num_threads()
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), parameters):
+    part = out.with_suffix(".part")  # what was interrupted is not taken for a model
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(part).encode(), parameters):
         raise SystemExit(f"llama.cpp could not quantize '{source}' to {kind}.")
+    part.replace(out)
 
 
 def stored_name(name: str) -> str:

@@ -69,6 +69,7 @@ def llama_cpp_file(shape: str, kind: str, work: Path) -> Path | None:
     if not out.is_file():
         whole = work / f"{shape}-f16.gguf"
         if not whole.is_file():
-            gguf_peer.write_f16_without_words(dense(shape, work), whole)
+            gguf_peer.write_f16_without_words(dense(shape, work), whole.with_suffix(".part"))
+            whole.with_suffix(".part").replace(whole)
         gguf_peer.quantize(whole, out, name)
     return out

@@ -8,12 +8,10 @@ bandwidth of a copy over our time, ``max_rel_error`` that against the decoded ca
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from graphs import BEYOND_CACHE, bandwidth, graph_of, microseconds
 from harness import Row, arguments, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,7 +22,6 @@ from rarefy.recipes.kv.turbo_quant import gaussian_table
 KEY = ("job", "tokens")
 HEADS, QUERY_HEADS, CHANNELS = 8, 32, 128
 SCALING = CHANNELS**-0.5
-BEYOND_CACHE = 200e6  # bytes that no GPU keeps on the chip
 GROUP = 128
 CONFIGURATIONS = [(4, 2), (4, 3), (8, 2), (8, 3)]  # warps, stages
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -87,36 +84,6 @@ def decoded(tiles: Tiles, tokens: int) -> Tensor:
     return values.unflatten(2, (-1, CHANNELS)).transpose(-1, -2).flatten(2, 3)
 
 
-def graph_of(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """All calls, warmed up, as one graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls * 2:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
-
-
-def microseconds(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], rounds: int) -> dict[str, float]:
-    """Median time of one call in each graph (of so many), in turn."""
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for number in range(rounds + 3):
-        for name, (graph, count) in graphs.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            if number >= 3:
-                times[name].append(begin.elapsed_time(end) * 1e3 / count)
-    return {name: statistics.median(each) for name, each in times.items()}
-
-
 def ours(job: Job, tokens: int, query: Tensor, warps: int, stages: int) -> tuple[torch.cuda.CUDAGraph, int, int]:
     """A graph of calls over copies that exceed the GPU's cache, their number, and the bytes of one."""
     first = job.tiles(tokens)
@@ -151,14 +118,6 @@ def peers(tokens: int, query: Tensor) -> dict[str, tuple[torch.cuda.CUDAGraph, i
         except RuntimeError as failure:
             print(f"{name}: {str(failure).splitlines()[0]}")
     return found
-
-
-def bandwidth() -> float:
-    """Bytes per microsecond that a copy reads and writes."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    graph = graph_of([lambda: target.copy_(source)])
-    return 2 * source.numel() / microseconds({"copy": (graph, 1)}, 10)["copy"]
 
 
 def error(job: Job, tokens: int, query: Tensor) -> float:

@@ -16,6 +16,7 @@ def chat(
     model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf file, or 'demo'.")],
     prompt: Annotated[str | None, typer.Option(help="Answer this and stop; without it, a conversation.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    attention: Annotated[str | None, typer.Option(help="Attend sparsely, as ID or ID:key=value,key=value.")] = None,
     device: Device = "auto",
     revision: Revision = None,
     as_json: Json = False,
@@ -28,7 +29,7 @@ def chat(
     if prompt is not None and not prompt.strip():
         raise OptionError("--prompt is empty; write what to answer.")
     with starting():
-        tokenizer, loaded, runner = open_chat(model, revision, device)
+        tokenizer, loaded, runner = open_chat(model, revision, device, attention)
     if not tokenizer.chat_template:
         say("note: this model has no chat template; it continues your text.")
     if prompt is not None:
@@ -54,8 +55,8 @@ def chat(
         messages.append({"role": "assistant", "content": reply})
 
 
-def open_chat(model: str, revision: str | None, device: str) -> tuple[Any, Any, Any]:
-    """Tokenizer, model and its decode runner, or None for that."""
+def open_chat(model: str, revision: str | None, device: str, attention: str | None) -> tuple[Any, Any, Any]:
+    """Tokenizer, model with its attention plan, and its decode runner, or None for that."""
     from rarefy import api
     from rarefy.core.errors import UnsupportedError
 
@@ -64,7 +65,11 @@ def open_chat(model: str, revision: str | None, device: str) -> tuple[Any, Any, 
     loaded = loaded.to(api.device_of(device))  # type: ignore[arg-type]
     if not loaded.can_generate():
         raise UnsupportedError(f"'{model}' is a {type(loaded).__name__}, which does not generate text.")
-    return tokenizer, loaded, runner_of(loaded)
+    if attention is not None:
+        from rarefy.integrations.transformers.plan_evaluation import set_plan
+
+        set_plan(loaded, attention)
+    return tokenizer, loaded, runner_of(loaded) if attention is None else None
 
 
 def runner_of(model: Any) -> Any:
@@ -72,8 +77,6 @@ def runner_of(model: Any) -> Any:
     from rarefy import api
     from rarefy.core.errors import UnsupportedError
 
-    if model.device.type != "cpu":
-        return None
     try:
         return api.runner(model, executor="fast")
     except UnsupportedError as reason:

@@ -16,7 +16,7 @@ from rarefy.formats.terms import Term
 from rarefy.kernels.cpu import library
 from rarefy.kernels.cpu.linear import TERM_BYTES, packed
 from rarefy.kernels.cpu.memory import gather_
-from rarefy.kernels.cpu.prepared import Prepared
+from rarefy.kernels.prepared import Prepared
 from rarefy.layers.linear import CompressedLinear
 
 Mode = Literal["exact", "fast"]
@@ -72,6 +72,8 @@ class NativeExecutor:
     ``mode``: ``exact`` keeps activations in 32 bits, ``fast`` quantizes those that meet integer codes to 8. Raises
     UnsupportedError for what the library does not read, naming it.
     """
+
+    chunk = 256  # tokens; more need more memory and gain no speed
 
     def __init__(self, program: Program, mode: Mode = "exact"):
         if not library.available():

@@ -62,8 +62,9 @@ class CompressedLinear(nn.Linear):
 
     @property
     def device(self) -> torch.device:
-        if any(isinstance(part, Term) and part.is_prepared for part in self.terms.modules()):
-            return torch.device("cpu")  # where layouts are; what they replaced has no place
+        for part in self.terms.modules():  # where layouts are; what they replaced has no place
+            if isinstance(part, Term) and part.prepared is not None:
+                return part.prepared.device
         return next((buffer.device for buffer in self.buffers()), torch.device("cpu"))
 
     @property
@@ -84,7 +85,7 @@ class CompressedLinear(nn.Linear):
         super().__setattr__(name, value)
 
     def prepare_(self) -> None:
-        """Put the terms into the layouts of native kernels, as the first product on the CPU does; see Term.prepare_."""
+        """Put the terms into the layouts of native kernels, as the first product does; see Term.prepare_."""
         for term in self.terms:
             term.prepare_()  # type: ignore[operator]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rarefy.formats.terms import Term
-from rarefy.kernels import cpu
+from rarefy.kernels import native
 
 
 def multiply(terms: Sequence[Term], x: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def multiply(terms: Sequence[Term], x: Tensor) -> Tensor:
     together = [term for term in terms if not term.transforms_input and term.prepared_for(x) is not None]
     if len(together) > 1:
         made = [prepared for term in together if (prepared := term.prepared_for(x)) is not None]
-        products.append(cpu.linear(x, made, together[0].fast))
+        products.append(native.linear(x, made, together[0].fast))
         terms = [term for term in terms if term not in together]
     products += [term(x) for term in terms]
     y = products[0]
@@ -27,8 +27,8 @@ def multiply(terms: Sequence[Term], x: Tensor) -> Tensor:
 
 
 def takes_native(x: Tensor) -> bool:
-    """Whether native kernels could read ``x``: an ordinary tensor on the CPU that nobody traces."""
-    return x.device.type == "cpu" and x.dtype in cpu.ACTIVATIONS and type(x) is Tensor and not _traced()
+    """Whether native kernels could read ``x``: an ordinary tensor that nobody traces."""
+    return type(x) is Tensor and not _traced() and native.takes(x)
 
 
 def _traced() -> bool:

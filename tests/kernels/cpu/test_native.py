@@ -244,9 +244,9 @@ def test_a_child_of_fork_has_threads_of_its_own() -> None:
 
 
 def test_the_op_keeps_its_contract_with_torch() -> None:
-    from rarefy.kernels.cpu.linear import _flat
+    from rarefy.kernels.prepared import flat as flattened
 
-    flat = _flat([ready(quantized(ALL["int4-g128"], PATTERNS["full"], 6, 40)), ready(residual(6, 40))])
+    flat = flattened([ready(quantized(ALL["int4-g128"], PATTERNS["full"], 6, 40)), ready(residual(6, 40))])
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     x = torch.randn(3, 40, requires_grad=True)
     torch.library.opcheck(torch.ops.rarefy.linear_prepared.default, (x, *flat, False), test_utils=checks)

@@ -14,7 +14,7 @@ from rarefy.core.errors import FormatError
 from rarefy.formats.bytes import ByteCount
 from rarefy.formats.inputs import AnyInput, RawInput
 from rarefy.formats.layout import Layout, TensorLayout
-from rarefy.kernels import cpu
+from rarefy.kernels import native
 
 Shape = tuple[int, ...]
 
@@ -57,7 +57,7 @@ class Term(nn.Module, ABC):
 
     spec: TermSpec
     fast = False  # whether a native kernel may quantize activations
-    _prepared: cpu.Prepared | None = None
+    _prepared: native.Prepared | None = None
     _members: tuple[Term, ...] = ()  # of a stack whose members are in layouts of native kernels
     _refused: str | None = None  # why no native kernel reads it, once that was asked
     floating: ClassVar[tuple[str, ...]] = ("scale", "zero_point", "second_order", "multiplier", "lut", "values")
@@ -84,20 +84,21 @@ class Term(nn.Module, ABC):
         """The op family, its arguments and the multiplier, of a term that is one op of kernels/ops.py; else None."""
         return None
 
-    def prepare_(self) -> cpu.Prepared | None:
+    def prepare_(self) -> native.Prepared | None:
         """Put the stored tensors into the layout of a native kernel; nothing is kept twice.
 
-        Returns that layout, or None where the term stays as it is: no library, another device, or a representation
-        that no native kernel reads (``refused`` then says which); a term made of terms prepares those, a stack its
-        members, each in a layout of its own.
+        Returns that layout, or None where the term stays as it is: no kernels for the device, or a representation
+        that no native kernel reads (``refused`` then says which); a term made of terms prepares those, a stack on the
+        CPU its members, each in a layout of its own.
         Whoever asks for a stored tensor by its name gets it back as it was, which undoes the layout.
         """
-        if self.is_prepared or self._refused is not None or not cpu.available():
+        if self.is_prepared or self._refused is not None:
             return self._prepared
-        if any(type(tensor) is not Tensor or tensor.device.type != "cpu" for tensor in self.own_tensors().values()):
-            return None
         if self.stack:
-            self._prepare_members()
+            if native.engine(torch.device("cpu")) and all(
+                type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in self.own_tensors().values()
+            ):
+                self._prepare_members()
             return None
         operation = self.operation()
         if operation is None:
@@ -105,10 +106,17 @@ class Term(nn.Module, ABC):
                 if isinstance(part, Term) and part is not self:
                     part.prepare_()
             return None
+        tensors = self.own_tensors().values()
+        devices = {tensor.device for tensor in tensors}
+        if len(devices) != 1 or any(type(tensor) is not Tensor for tensor in tensors):
+            return None
+        engine = native.engine(devices.pop())
+        if engine is None:
+            return None
         family, arguments, multiplier = operation
         try:
-            self._prepared = cpu.prepare(family, arguments, multiplier)
-        except cpu.NotCovered as reason:
+            self._prepared = engine.prepare(family, arguments, multiplier)
+        except native.NotCovered as reason:
             self._refused = str(reason)
             return None
         for name in self._operands():
@@ -129,9 +137,9 @@ class Term(nn.Module, ABC):
         for name in self._operands():
             self._buffers[name] = torch.empty_like(self._buffers[name], device="meta")  # type: ignore[arg-type]
 
-    def prepared_for(self, x: Tensor) -> cpu.Prepared | None:
+    def prepared_for(self, x: Tensor) -> native.Prepared | None:
         """The layout for a native product with ``x``; None where torch computes it."""
-        if self._prepared is not None and x.dtype not in cpu.ACTIVATIONS:
+        if self._prepared is not None and not native.takes(x):
             self._undo()
         return self._prepared
 
@@ -158,6 +166,11 @@ class Term(nn.Module, ABC):
     def is_prepared(self) -> bool:
         """Whether the stored tensors are in the layout of a native kernel."""
         return self._prepared is not None or bool(self._members)
+
+    @property
+    def prepared(self) -> native.Prepared | None:
+        """That layout."""
+        return self._prepared
 
     @property
     def quantizes_activations(self) -> bool:

@@ -14,7 +14,7 @@ from rarefy.formats.inputs import AnyInput, RawInput
 from rarefy.formats.layout import FLOATS, FloatName, Layout, TensorLayout
 from rarefy.formats.patterns import AnyPattern, Bitmap, Pattern, check_row_pointer
 from rarefy.formats.terms.base import Shape, Term, TermSpec, op_arguments
-from rarefy.kernels import cpu, ops
+from rarefy.kernels import native, ops
 
 PANEL = 1 << 16  # columns that a 16-bit column number can name
 
@@ -97,13 +97,13 @@ class Sparse(Term):
         return [name for name in self._names if self._buffers.get(name) is not None]
 
     def product(self, x: Tensor) -> Tensor:
-        if (native := self.prepared_for(x)) is not None:
-            return cpu.linear(x, [native], self.fast)
+        if (made := self.prepared_for(x)) is not None:
+            return native.linear(x, [made], self.fast)
         return ops.linear("values", x, op_arguments(self, self._names, self._plain))
 
     def decode_member(self) -> Tensor:
         if self._prepared is not None:
-            return cpu.decode([self._prepared])
+            return native.decode([self._prepared])
         return ops.decode_weight("values", op_arguments(self, self._names, self._plain))
 
     def check_member(self) -> None:
@@ -177,13 +177,13 @@ class Residual(Term):
         return ["entries", "row_ptr"]
 
     def product(self, x: Tensor) -> Tensor:
-        if (native := self.prepared_for(x)) is not None:
-            return cpu.linear(x, [native], self.fast)
+        if (made := self.prepared_for(x)) is not None:
+            return native.linear(x, [made], self.fast)
         return ops.linear("csr", x, op_arguments(self, ("entries", "row_ptr"), self._plain))
 
     def decode_member(self) -> Tensor:
         if self._prepared is not None:
-            return cpu.decode([self._prepared])
+            return native.decode([self._prepared])
         return ops.decode_weight("csr", op_arguments(self, ("entries", "row_ptr"), self._plain))
 
     def check_member(self) -> None:

@@ -15,7 +15,7 @@ from rarefy.formats.inputs import AnyInput, RawInput
 from rarefy.formats.layout import Layout, TensorLayout
 from rarefy.formats.patterns import AnyPattern, Full, Groups, Pattern
 from rarefy.formats.terms.base import Shape, Term, TermSpec, op_arguments
-from rarefy.kernels import cpu, ops
+from rarefy.kernels import native, ops
 
 CodePacking = Literal["bitstream", "planes", "radix"]
 
@@ -146,8 +146,8 @@ class Quantized(Term):
         return [name for name in self._names if name and self._buffers.get(name) is not None]
 
     def product(self, x: Tensor) -> Tensor:
-        if (native := self.prepared_for(x)) is not None:
-            return cpu.linear(x, [native], self.fast)
+        if (made := self.prepared_for(x)) is not None:
+            return native.linear(x, [made], self.fast)
         y = ops.linear(self.family, x, op_arguments(self, self._names, self._plain))
         if not self.has_multiplier:
             return y
@@ -156,7 +156,7 @@ class Quantized(Term):
 
     def decode_member(self) -> Tensor:
         if self._prepared is not None:
-            return cpu.decode([self._prepared])
+            return native.decode([self._prepared])
         weight = ops.decode_weight(self.family, op_arguments(self, self._names, self._plain))
         return weight * self.get_buffer("multiplier") if self.has_multiplier else weight
 

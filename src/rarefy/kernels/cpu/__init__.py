@@ -2,7 +2,8 @@
 
 from rarefy.kernels.cpu.library import Status, available, status
 from rarefy.kernels.cpu.linear import ACTIVATIONS, check, decode, linear
-from rarefy.kernels.cpu.prepared import NotCovered, Prepared, prepare
+from rarefy.kernels.cpu.prepared import Prepared, prepare
+from rarefy.kernels.prepared import NotCovered
 
 __all__ = [
     "ACTIVATIONS", "NotCovered", "Prepared", "Status", "available", "check", "decode", "linear", "prepare", "status",

@@ -1,26 +1,19 @@
-"""The op over execution layouts: a sum of prepared terms times activations, by the native library. CPU only.
-
-* ``rarefy::linear_prepared(x, <stored>, fast)``: ``x @ weight.T`` for ``x [..., columns]`` in 16 or 32 bits, result of
-  that dtype ``[..., rows]``; differentiable in ``x``;
-* ``rarefy::decode_prepared(<stored>)``: the weight, float32 ``[rows, columns]``.
-
-``<stored>`` is tensors, numbers, factors, rows and columns. Terms follow each other: per term ``SLOTS`` tensors,
-``NUMBERS`` whole numbers, and as factors its zero point and multiplier.
-"""
+"""The ops over execution layouts (``kernels/prepared.py``) by the native library: on the CPU, in 16 or 32 bits."""
 
 from __future__ import annotations
 
 import ctypes
 import struct
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rarefy.core.errors import FormatError
+from rarefy.kernels import prepared
 from rarefy.kernels.cpu.library import _loaded, follow_threads
 from rarefy.kernels.cpu.prepared import BF16, F16, F32, NUMBERS, SLOTS, Prepared
+from rarefy.kernels.prepared import decode, flat, library
 
 EXACT, FAST = 0, 1
 ACTIVATIONS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
@@ -30,35 +23,25 @@ _TERM = struct.Struct("8i5q2f14q")
 TERM_BYTES = _TERM.size
 _MESSAGE = 512
 
-_library = torch.library.Library("rarefy", "FRAGMENT")
-_STORED = "Tensor[] tensors, int[] numbers, float[] factors, int rows, int columns"
+__all__ = ["ACTIVATIONS", "TERM_BYTES", "check", "decode", "linear", "packed"]
 
 
 def linear(x: Tensor, terms: Sequence[Prepared], fast: bool = False) -> Tensor:
-    """``x @ weight.T`` for the sum of ``terms``; ``x [..., columns]`` in float32, float16 or bfloat16 on the CPU.
-
-    ``fast`` quantizes activations to 8 bits for each token and block of columns. Raises FormatError naming a tensor
-    whose size contradicts its description.
-    """
+    """``kernels.prepared.linear`` on the CPU, past the dispatcher where nobody but the kernel has to know of it."""
     if _unwatched(x):  # the dispatcher costs as much as a small product
         return _product(x, b"".join(map(_packed, terms)), len(terms), terms[0].rows, terms[0].columns, fast)
-    return torch.ops.rarefy.linear_prepared(x, *_flat(terms), fast)  # type: ignore[no-any-return]
+    return prepared.linear(x, terms, fast)
 
 
-def decode(terms: Sequence[Prepared]) -> Tensor:
-    """The dense sum of ``terms``, float32 ``[rows, columns]``, bit for bit what the reference decodes of each."""
-    return torch.ops.rarefy.decode_prepared(*_flat(terms))  # type: ignore[no-any-return]
-
-
-def packed(terms: Sequence[Prepared]) -> bytes:
+def packed(terms: Sequence[prepared.Prepared]) -> bytes:
     """The array of ``rarefy_term`` of csrc/rarefy.h; valid as long as the tensors of ``terms`` stay where they are."""
-    return _pack(*_flat(terms)[:3])
+    return _pack(*flat(terms)[:3])
 
 
-def check(term: Prepared) -> None:
+def check(term: prepared.Prepared) -> None:
     """Raise FormatError when a tensor of ``term`` has a wrong size or leads out of bounds."""
     message = ctypes.create_string_buffer(_MESSAGE)
-    packed = _pack(*_flat([term])[:3])
+    packed = _pack(*flat([term])[:3])
     _answer(_loaded().rarefy_check(packed, message, _MESSAGE), message)
 
 
@@ -79,15 +62,8 @@ def _packed(term: Prepared) -> bytes:
     """One ``rarefy_term``, packed anew when a tensor is elsewhere or of another size."""
     places = tuple([(tensor.data_ptr(), tensor.nbytes) for tensor in term.tensors.values()])
     if term.packed is None or term.packed[0] != places:
-        term.packed = places, _pack(*_flat([term])[:3])
+        term.packed = places, _pack(*flat([term])[:3])
     return term.packed[1]
-
-
-def _flat(terms: Sequence[Prepared]) -> tuple[list[Tensor], list[int], list[float], int, int]:
-    tensors = [tensor for term in terms for tensor in term.slots()]
-    numbers = [number for term in terms for number in term.listed()]
-    factors = [factor for term in terms for factor in (term.zero, term.multiplier)]
-    return tensors, numbers, factors, terms[0].rows, terms[0].columns
 
 
 def _pack(tensors: Sequence[Tensor], numbers: Sequence[int], factors: Sequence[float]) -> bytes:
@@ -158,28 +134,5 @@ def _shape(numbers: Sequence[int]) -> tuple[int, int]:
     return numbers[NUMBERS.index("rows")], numbers[NUMBERS.index("columns")]
 
 
-def _fake_linear(x: Tensor, *arguments: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], arguments[3])
-
-
-def _fake_decode(tensors: list[Tensor], *arguments: Any) -> Tensor:
-    return tensors[0].new_empty(arguments[2], arguments[3], dtype=torch.float32)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.stored = inputs[1:6]
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    weight = torch.ops.rarefy.decode_prepared(*ctx.stored)
-    return grad @ weight.to(grad.dtype), [None] * len(ctx.stored[0]), None, None, None, None, None
-
-
-for _op, _schema, _kernel, _fake in (
-    ("linear_prepared", f"(Tensor x, {_STORED}, bool fast) -> Tensor", _linear, _fake_linear),
-    ("decode_prepared", f"({_STORED}) -> Tensor", _decode, _fake_decode),
-):
-    _library.define(f"{_op}{_schema}")
-    _library.impl(_op, _kernel, "CPU")
-    torch.library.register_fake(f"rarefy::{_op}", _fake, lib=_library)
-torch.library.register_autograd("rarefy::linear_prepared", _backward, setup_context=_keep, lib=_library)
+library.impl("linear_prepared", _linear, "CPU")
+library.impl("decode_prepared", _decode, "CPU")

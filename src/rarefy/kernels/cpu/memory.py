@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rarefy.kernels.cpu.prepared import Prepared
+from rarefy.kernels.prepared import Prepared
 
 LINE, HUGE = 64, 2 << 20
 _MADV_HUGEPAGE = 14

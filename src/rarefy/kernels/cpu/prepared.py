@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from rarefy import packing
-from rarefy.core.errors import UnsupportedError
+from rarefy.kernels import prepared
 from rarefy.kernels.cpu import tiles
+from rarefy.kernels.prepared import Arguments, NotCovered, filled, plain
 from rarefy.kernels.reference import decode, patterns, tables
 
 # Kinds, layouts and types of csrc/rarefy.h.
@@ -27,58 +28,20 @@ NUMBERS = (
 LARGEST_GROUP = 256  # columns of a group of GROUPS
 PANEL = 65536  # columns that 16 bits tell apart
 
-Arguments = tuple[Any, ...]
-
-
-class NotCovered(UnsupportedError):
-    """No native kernel reads this representation; it runs in torch."""
-
 
 @dataclass
-class Prepared:
-    """One term for the native library: tensors by slot, whole numbers by name, and the way back."""
+class Prepared(prepared.Prepared):
+    """One term for the native library."""
 
-    tensors: dict[str, Tensor]
-    numbers: dict[str, int]
-    undo: Callable[[Prepared], Arguments]
-    plain: Arguments  # the op's arguments without tensors, None in their places
-    zero: float = 0.0
-    multiplier: float = 1.0
-    kept: dict[str, Tensor] = field(default_factory=dict)  # canonical tensors that no layout replaced
+    SLOTS: ClassVar[tuple[str, ...]] = SLOTS
+    NUMBERS: ClassVar[tuple[str, ...]] = NUMBERS
+
     packed: tuple[tuple[tuple[int, int], ...], bytes] | None = None  # for the library, and where the tensors then were
 
     @property
-    def rows(self) -> int:
-        return self.numbers["rows"]
-
-    @property
-    def columns(self) -> int:
-        return self.numbers["columns"]
-
-    @property
     def multiplies_bytes(self) -> bool:
-        """Whether ``fast`` execution quantizes activations for this term; others it computes exactly."""
         small = "table" not in self.tensors or self.numbers["bits"] in (3, 4)
         return self.numbers["kind"] in (CODES, KEPT) and small
-
-    def slots(self) -> list[Tensor]:
-        """All tensors in the order of SLOTS, empty where there is none."""
-        return [self.tensors.get(name, _EMPTY) for name in SLOTS]
-
-    def listed(self) -> list[int]:
-        """All numbers in the order of NUMBERS."""
-        return [self.numbers[name] for name in NUMBERS]
-
-    def bytes(self) -> int:
-        """Bytes of the execution layout."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
-
-    def canonical(self) -> Arguments:
-        """The op's arguments as they were."""
-        return self.undo(self)
-
-
-_EMPTY = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def prepare(family: str, arguments: Arguments, multiplier: float = 1.0) -> Prepared:
@@ -86,13 +49,10 @@ def prepare(family: str, arguments: Arguments, multiplier: float = 1.0) -> Prepa
 
     Raises NotCovered, saying why, for what no native kernel reads. Verified: ``canonical()`` gives back equal tensors.
     """
-    prepared = _PREPARE[family](arguments)
-    prepared.multiplier = multiplier
-    for name, before, after in zip(range(len(arguments)), arguments, prepared.canonical(), strict=True):
-        same = torch.equal(before, after) if isinstance(before, Tensor) else before == after
-        if not same:
-            raise NotCovered(f"argument {name} has bits that no code uses")
-    return prepared
+    made = _PREPARE[family](arguments)
+    made.multiplier = multiplier
+    made.verify(arguments)
+    return made
 
 
 def _numbers(kind: int, bits: int, rows: int, columns: int, group_size: int = 0, **others: int) -> dict[str, int]:
@@ -102,14 +62,6 @@ def _numbers(kind: int, bits: int, rows: int, columns: int, group_size: int = 0,
     group = min(group_size or columns, columns)
     found.update(kind=kind, bits=bits, rows=rows, columns=columns, group_size=group, **others)
     return found
-
-
-def _plain(arguments: Sequence[Any]) -> Arguments:
-    return tuple(None if isinstance(value, Tensor) else value for value in arguments)
-
-
-def _filled(plain: Arguments, given: dict[int, Tensor | None]) -> Arguments:
-    return tuple(given.get(index, value) for index, value in enumerate(plain))
 
 
 # ---- Codes, dense or under a mask.
@@ -241,7 +193,7 @@ def _integer(arguments: Arguments) -> Prepared:
         tensors.update(made)
         numbers.update(more)
 
-    return Prepared(tensors, numbers, _undo_integer, _plain(arguments), zero=float(levels // 2))
+    return Prepared(tensors, numbers, _undo_integer, plain(arguments), zero=float(levels // 2))
 
 
 def _undo_integer(made: Prepared) -> Arguments:
@@ -249,7 +201,7 @@ def _undo_integer(made: Prepared) -> Arguments:
     codes, positions = _take_codes(made, pattern, block, name, levels)
     scale, second = _take_scales(made, tile)
     given = {0: codes, 1: scale, 2: _take_zeros(made, levels), 3: second, 4: positions}
-    return _filled(made.plain, given)
+    return filled(made.plain, given)
 
 
 def _float(arguments: Arguments) -> Prepared:
@@ -264,14 +216,14 @@ def _float(arguments: Arguments) -> Prepared:
     made, more = _put_scales(scale, second, tile)
     tensors.update(made, table=values.clone())
     numbers = _numbers(kind, bits, rows, columns, size, **more)
-    return Prepared(tensors, numbers, _undo_float, _plain(arguments), zero=float((values == 0).nonzero()[0]))
+    return Prepared(tensors, numbers, _undo_float, plain(arguments), zero=float((values == 0).nonzero()[0]))
 
 
 def _undo_float(made: Prepared) -> Arguments:
     pattern, block, name, format, _, tile = made.plain[5:11]
     codes, positions = _take_codes(made, pattern, block, name, 1 << tables.FORMATS[format])
     scale, second = _take_scales(made, tile)
-    return _filled(made.plain, {0: codes, 1: scale, 2: second, 3: positions})
+    return filled(made.plain, {0: codes, 1: scale, 2: second, 3: positions})
 
 
 # ---- Tables.
@@ -283,13 +235,13 @@ def _lut(arguments: Arguments) -> Prepared:
         raise NotCovered(f"look-up tables under pattern '{pattern}'")
     groups, entries = lut.shape[1:]
     stream = _stream(codes, name, bits, 1 << bits, columns)
-    plain = _plain(arguments)
+    others = plain(arguments)
     if lut.shape[0] == 1 and groups == 1:
         table = torch.zeros(1 << bits)
         table[:entries] = lut.flatten().float()
         tensors = {"codes": tiles.pack_codes(stream, columns), "table": table}
         numbers = _numbers(CODES, bits, rows, columns, scale_layout=UNIT_SCALE)
-        return Prepared(tensors, numbers, _undo_lut, plain, kept={"dtype": lut.new_empty(0, entries)})
+        return Prepared(tensors, numbers, _undo_lut, others, kept={"dtype": lut.new_empty(0, entries)})
     spread = lut.repeat_interleave(rows_per_lut, dim=0)[:rows]
     kept = {"dtype": lut.new_empty(0, entries)}
     if entries == 2 and bits == 1:
@@ -298,7 +250,7 @@ def _lut(arguments: Arguments) -> Prepared:
         numbers = _numbers(
             CODES, bits, rows, columns, size, scale_layout=PAIRS, scale_type=TYPES[lut.dtype]
         )
-        return Prepared(tensors, numbers, _undo_lut, plain, kept=kept)
+        return Prepared(tensors, numbers, _undo_lut, others, kept=kept)
     if bits > 4:
         raise NotCovered(f"tables of {entries} entries for each row")
     _check_groups(size, columns, tiles.PANEL)
@@ -307,7 +259,7 @@ def _lut(arguments: Arguments) -> Prepared:
         "table": tiles.tile_rows(spread).movedim(-1, 2).contiguous(),
     }
     numbers = _numbers(TABLES, bits, rows, columns, size, scale_type=TYPES[lut.dtype], entries=entries)
-    return Prepared(tensors, numbers, _undo_lut, plain, kept=kept)
+    return Prepared(tensors, numbers, _undo_lut, others, kept=kept)
 
 
 def _undo_lut(made: Prepared) -> Arguments:
@@ -323,7 +275,7 @@ def _undo_lut(made: Prepared) -> Arguments:
             lut = made.tensors["table"][:entries].to(dtype).reshape(1, 1, -1)
         else:
             lut = tiles.untile_rows(made.tensors["scale"], made.rows)[::rows_per_lut].contiguous()
-    return _filled(made.plain, {0: _unstream(stream, name, bits, 1 << bits, made.columns), 1: lut})
+    return filled(made.plain, {0: _unstream(stream, name, bits, 1 << bits, made.columns), 1: lut})
 
 
 # ---- Lists.
@@ -342,7 +294,7 @@ def _values(arguments: Arguments) -> Prepared:
         "pointers": tiles.tile_starts(lanes),
     }
     numbers = _numbers(VALUES, 8, rows, columns, scale_type=TYPES[values.dtype])
-    return Prepared(tensors, numbers, _undo_values, _plain(arguments), kept={"dtype": values.new_empty(0)})
+    return Prepared(tensors, numbers, _undo_values, plain(arguments), kept={"dtype": values.new_empty(0)})
 
 
 def _undo_values(made: Prepared) -> Arguments:
@@ -354,7 +306,7 @@ def _undo_values(made: Prepared) -> Arguments:
     mask = tiles.dense_of_columns(lanes, made.rows, made.columns)
     values = tiles.dense_of_columns(spread, made.rows, made.columns)[mask]
     values = values if pattern == "bitmap" else values.reshape(made.rows, -1)
-    return _filled(made.plain, {0: values, 1: _positions(mask, pattern, block)})
+    return filled(made.plain, {0: values, 1: _positions(mask, pattern, block)})
 
 
 def _csr(arguments: Arguments) -> Prepared:
@@ -373,7 +325,7 @@ def _csr(arguments: Arguments) -> Prepared:
     tensors = {"codes": slices, "positions": lanes, "pointers": starts}
     numbers = _numbers(ENTRIES, 8, rows, columns, scale_type=F16 if half else BF16)
     # A stack fills its members up to the largest.
-    return Prepared(tensors, numbers, _undo_csr, _plain(arguments), kept={"filling": entries[total:].clone()})
+    return Prepared(tensors, numbers, _undo_csr, plain(arguments), kept={"filling": entries[total:].clone()})
 
 
 def _undo_csr(made: Prepared) -> Arguments:
@@ -382,7 +334,7 @@ def _undo_csr(made: Prepared) -> Arguments:
     borrowed = lanes[:, 32:] != torch.arange(16)
     kept = torch.where(borrowed, starts.diff()[:, None].to(torch.int64), own).sum()
     entries, row_ptr = tiles.unpack_entries(slices, lanes, starts, made.rows, int(kept))
-    return _filled(made.plain, {0: torch.cat([entries, made.kept["filling"]]), 1: row_ptr})
+    return filled(made.plain, {0: torch.cat([entries, made.kept["filling"]]), 1: row_ptr})
 
 
 def _integer_groups(arguments: Arguments) -> Prepared:
@@ -415,7 +367,7 @@ def _integer_groups(arguments: Arguments) -> Prepared:
         if not zero_point.is_floating_point():
             zero_point = packing.unpack_bits(zero_point, bits, scale.numel())
         tensors["zero_point"], numbers["zero_type"] = zero_point.reshape(-1), TYPES[zero_point.dtype]
-    return Prepared(tensors, numbers, _undo_groups, _plain(arguments), zero=float(levels // 2))
+    return Prepared(tensors, numbers, _undo_groups, plain(arguments), zero=float(levels // 2))
 
 
 def _undo_groups(made: Prepared) -> Arguments:
@@ -442,7 +394,7 @@ def _undo_groups(made: Prepared) -> Arguments:
         positions = packing.pack_bitmap(flags)
     if pattern != "groups_csr":
         pointers = None
-    return _filled(made.plain, {0: codes, 1: scale.reshape(lead), 2: zeros, 4: positions, 5: pointers})
+    return filled(made.plain, {0: codes, 1: scale.reshape(lead), 2: zeros, 4: positions, 5: pointers})
 
 
 _PREPARE: dict[str, Callable[[Arguments], Prepared]] = {

@@ -1,0 +1,402 @@
+"""One linear layer with weights in code on one GPU, for 1 to 256 tokens, against what PyTorch and others have.
+
+Weights are random codes (no quality is claimed here), in several copies that together exceed the GPU's own cache. Every
+call is in a CUDA graph; peers are timed in turn in one process. ``ratio`` is the time of the best peer over ours,
+``ratio_to_bf16`` that of the dense layer, ``fraction_of_limit`` the bytes of weights and activations at the bandwidth
+of a copy over our time, ``max_rel_error`` that against float64 on the same codes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from graphs import bandwidth, graph_of, microseconds
+from harness import Row, arguments, write
+from torch import Tensor
+
+from rarefy import packing
+from rarefy.formats.grids import BinaryGrid, FloatGrid, Grid, IntegerGrid, LutGrid
+from rarefy.formats.patterns import Groups
+from rarefy.formats.scales import BilevelScale
+from rarefy.formats.terms import Quantized, Term
+from rarefy.formats.terms.plain import ResidualSpec
+from rarefy.formats.terms.quantized import QuantizedSpec
+from rarefy.kernels import cuda
+from rarefy.kernels.activations import quantize_tokens
+from rarefy.kernels.cuda import measure, program
+from rarefy.kernels.cuda import tuning as tuning_tables
+from rarefy.kernels.cuda.linear import dense_sum, pointed, terms_of
+from rarefy.kernels.cuda.prepared import code_of
+from rarefy.kernels.cuda.program import Code, Tuning
+from rarefy.kernels.prepared import flat
+
+KEY = ("job", "rows", "columns", "tokens")
+SHAPES = [(14336, 4096), (4096, 14336), (28672, 4096), (4096, 4096)]
+EVERYWHERE = 800e6  # bytes of all copies, of which the GPU's cache may keep a few percent
+
+
+@dataclass(frozen=True)
+class Job:
+    grid: Grid
+    outliers: float = 0.0  # share of weights
+    goals: tuple[str, str, str, str] = ("G5", "G5", "G5", "G5")  # for 1, up to 16, 64 and more tokens
+
+
+SPQR = BilevelScale(rows=16, groups=1, scale_bits=3, zero_bits=3)
+JOBS = {
+    "W4": Job(IntegerGrid(num_bits=4, group_size=128), goals=("G1", "G2", "G3", "G4")),
+    "W3": Job(IntegerGrid(num_bits=3, group_size=128)), "W2": Job(IntegerGrid(num_bits=2, group_size=128)),
+    "W8": Job(IntegerGrid(num_bits=8, group_size=128)),
+    "W4 zero": Job(IntegerGrid(num_bits=4, group_size=128, zero="integer")),
+    "LUT4": Job(LutGrid(num_bits=4, rows_per_lut=None), goals=("G6",) * 4),
+    "LUT4 rows": Job(LutGrid(num_bits=4), goals=("G6",) * 4), "LUT3 rows": Job(LutGrid(num_bits=3), goals=("G6",) * 4),
+    "NF4 g64": Job(FloatGrid(format="nf4", group_size=64), goals=("G6",) * 4),
+    "W3 + 0.45%": Job(IntegerGrid(num_bits=3, group_size=128), 0.0045, ("G7",) * 4),
+    "W3 + 1%": Job(IntegerGrid(num_bits=3, group_size=128), 0.01, ("G7",) * 4),
+    "SpQR": Job(IntegerGrid(num_bits=3, group_size=16, zero="float", scales=SPQR), 0.0045, ("G7",) * 4),
+    "binary": Job(BinaryGrid(group_size=128), goals=("G8",) * 4),
+    "fp8": Job(FloatGrid(format="fp8_e4m3")),
+}  # fmt: skip
+
+
+def random_term(grid: Grid, rows: int, columns: int) -> Term:
+    """Codes and parameters of a grid, drawn as they would be stored."""
+    spec = QuantizedSpec(grid=grid)  # type: ignore[arg-type]
+    tensors = {}
+    for name, entry in spec.layout((rows, columns)).items():
+        shape, dtype = [int(size) for size in entry.shape], entry.dtype
+        if dtype.is_floating_point:
+            tensors[name] = ((0.5 + torch.rand(shape, device="cuda")) / 64).to(dtype)
+        else:
+            octets = torch.randint(0, 256, (*shape, dtype.itemsize), device="cuda", dtype=torch.uint8)
+            if name == "codes" and grid.code_bits == 8:
+                octets &= 0x77  # not all bytes are numbers of E4M3
+            tensors[name] = octets.view(dtype)[..., 0]
+    return spec.build((rows, columns), tensors)
+
+
+def random_outliers(share: float, rows: int, columns: int) -> Term:
+    count = round(share * columns)
+    numbers = torch.rand(rows, columns, device="cuda").topk(count).indices.sort().values
+    entries = packing.pack_entries(torch.randn(rows * count, device="cuda").half(), numbers.flatten())
+    row_ptr = torch.arange(rows + 1, device="cuda", dtype=torch.int32).unsqueeze(0) * count
+    return ResidualSpec().build((rows, columns), {"entries": entries, "row_ptr": row_ptr})
+
+
+class Weights:
+    """Random weights of a job in the layout of the kernels, in copies that no cache holds."""
+
+    def __init__(self, job: Job, rows: int, columns: int):
+        self.rows, self.columns = rows, columns
+        terms = [random_term(job.grid, rows, columns)]
+        if job.outliers:
+            terms.append(random_outliers(job.outliers, rows, columns))
+        self.nbytes = sum(term.byte_count().total for term in terms)
+        prepared = [cuda.prepare(*term.operation()) for term in terms]  # type: ignore[misc]
+        (self.term, *lists) = terms_of(*flat(prepared)[:3])
+        self.code = code_of(*self.term[:2])
+        own = {name: tensor for name, tensor in pointed(self.term, False).items() if tensor is not None}
+        for entries, _, _ in lists:
+            self.code = replace(self.code, outliers=torch.float16)
+            own.update(entries=entries["entries"], row_ptr=entries["row_ptr"])
+        self._dense = dense_sum([self.term, *lists]).bfloat16()
+        self._dense_error = dense_sum([self.term, *lists]) - self._dense
+        numbers = self.term[1]
+        second = numbers["second_rows"], numbers["second_groups"]
+        self.problem = measure.Problem(self.code, own, rows, columns, second)
+        self.copies = self.problem.copies(EVERYWHERE)
+
+    def product(self, x: Tensor) -> Tensor:
+        """``x`` times the weight in float64."""
+        return x.double() @ (self._dense.double() + self._dense_error.double()).T
+
+    def calls(self, tuning: Tuning, x: Tensor, overlap: bool) -> tuple[list[Callable[[], Any]], Tensor]:
+        """A call for each copy, and where the first leaves its result."""
+        calls, results = self.problem.calls(self.copies, tuning, x, overlap)
+        calls[0].results = results  # type: ignore[attr-defined]
+        return calls, results[0]  # type: ignore[return-value]
+
+
+@dataclass
+class Trials:
+    """What was tried, for the file that is kept beside the rows."""
+
+    rows: list[dict[str, Any]]
+    deadline: float
+    entries: list[dict[str, Any]] = field(default_factory=list)
+
+    def best(self, name: str, weights: Weights, x: Tensor, most: int) -> Tuning | None:
+        """The fastest tuning that computes the right thing."""
+        code, tokens = weights.code, x.shape[0]
+        tried = list(measure.candidates(code, tokens, measure.takes_wide(x.device)))
+        if len(tried) > most:
+            tried = [tried[index * len(tried) // most] for index in range(most)]
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(lambda each: _compiles(code, each, x.dtype), tried))
+        expected = weights.product(x)
+        times: dict[Tuning, float] = {}
+        for tuning in tried:
+            if time.monotonic() > self.deadline:
+                break
+            row = {"code": name, "rows": weights.rows, "columns": weights.columns, "tokens": tokens, **asdict(tuning)}
+            try:
+                calls, y = weights.calls(tuning, x, overlap=False)
+                calls[0]()
+                row["error"] = relative(y, expected)
+                if not row["error"] < 1e-2:
+                    self.rows.append(row)
+                    continue
+                row["microseconds"] = times[tuning] = microseconds({"": (graph_of(calls), len(calls))}, 5)[""]
+            except Exception as failure:  # the next one may do
+                row["failure"] = str(failure).splitlines()[0][:200]
+            self.rows.append(row)
+        wrong = [row for row in self.rows[-len(tried) :] if "error" in row and not row["error"] < 1e-2]
+        failed = [row for row in self.rows[-len(tried) :] if "failure" in row]
+        if wrong or failed:
+            print(f"  {name} M={tokens}: {len(wrong)} wrong, {len(failed)} failed: {(wrong + failed)[0]}", flush=True)
+        if not times:
+            return None
+        found = min(times, key=lambda each: times[each])
+        self.entries.append(tuning_tables.entry(code, weights.rows, weights.columns, tokens, found))
+        return found
+
+
+def _compiles(code: Code, tuning: Tuning, dtype: torch.dtype) -> None:
+    try:
+        program.kernel(0, "linear", code, tuning, dtype == torch.float16)
+    except Exception:  # said when it is run
+        return
+
+
+def relative(y: Tensor, expected: Tensor) -> float:
+    return float((y.double() - expected).norm() / expected.norm())
+
+
+def bf16_calls(rows: int, columns: int, x: Tensor) -> list[Callable[[], Any]]:
+    count = max(2, -(-int(EVERYWHERE) // (rows * columns * 2)))
+    weights = [torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+    return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]  # type: ignore[misc]
+
+
+def tinygemm_calls(rows: int, columns: int, x: Tensor) -> list[Callable[[], Any]]:
+    count = max(2, -(-int(EVERYWHERE) // (rows * columns // 2)))
+    packed = [
+        torch._convert_weight_to_int4pack(
+            torch.randint(0, 256, (rows, columns // 2), device="cuda", dtype=torch.uint8), 8
+        )
+        for _ in range(count)
+    ]
+    scales = torch.rand(columns // 128, rows, 2, device="cuda", dtype=torch.bfloat16)
+    return [lambda w=w: torch._weight_int4pack_mm(x, w, 128, scales) for w in packed]  # type: ignore[misc]
+
+
+def gemlite_calls(bits: int, rows: int, columns: int, x: Tensor) -> list[Callable[[], Any]]:
+    from gemlite.helper import A16Wn
+
+    count = max(2, -(-int(EVERYWHERE) * 8 // (rows * columns * bits)))
+    layers = []
+    for _ in range(count):
+        codes = torch.randint(0, 1 << bits, (rows, columns), device="cuda", dtype=torch.uint8)
+        scale = torch.rand(rows, columns // 128, device="cuda", dtype=torch.bfloat16)
+        zero = torch.full_like(scale, 1 << (bits - 1))
+        layers.append(A16Wn(device="cuda:0", dtype=torch.bfloat16).from_weights(codes, scale, zero, bits, 128))
+    return [lambda layer=layer: layer(x) for layer in layers]  # type: ignore[misc]
+
+
+def triton_time(weights: Weights, x: Tensor) -> float | None:
+    """The best time of the portable kernel."""
+    from rarefy.kernels.triton import linear as portable
+
+    if not portable.fits(weights.code):
+        return None
+    expected, times = weights.product(x), []
+    for tiles, split, warps, stages in ((8, 4, 4, 3), (16, 2, 8, 3)):
+        tuning = portable.Tuning(tiles, max(16, min(64, 1 << (x.shape[0] - 1).bit_length())), split, warps, stages)
+        calls = [
+            functools.partial(
+                portable.linear, weights.code, tuning, x, copy["codes"], copy["scale"], copy.get("zero"), weights.rows
+            )
+            for copy in weights.copies
+        ]
+        if relative(calls[0](), expected) < 1e-2:
+            times.append(microseconds({"": (graph_of(calls), len(calls))}, 5)[""])
+    return min(times, default=None)
+
+
+def float8_rows(tokens: int, rows: int, columns: int, limit: float) -> list[Row]:
+    """Activations quantized, then multiplied as bytes, against the bf16 layer."""
+    term = random_term(JOBS["fp8"].grid, rows, columns)
+    made = cuda.prepare(*term.operation())  # type: ignore[misc]
+    x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+    expected = x.double() @ term.decode().double().T
+    y = cuda.linear(x, [made], True)
+    codes, step = quantize_tokens(x)
+    ours = [lambda: cuda.linear(x, [made], True)] * 4
+    peers = {
+        "bf16": (graph_of(bf16_calls(rows, columns, x)[:4]), 4),
+        "_scaled_mm alone": (graph_of([lambda: _scaled(codes, step, made)] * 4), 4),
+    }
+    times = microseconds({**peers, "ours": (graph_of(ours), 4)}, 15)
+    print(f"fp8 {rows}x{columns} M={tokens}", {name: round(each, 1) for name, each in times.items()}, flush=True)
+    flops = 2 * tokens * rows * columns
+    return [{
+        "goal": "G10", "job": "fp8 activations and weights", "rows": rows, "columns": columns, "tokens": tokens,
+        "peer": "bf16", "microseconds": round(times["ours"], 2), "peer_microseconds": round(times["bf16"], 2),
+        "ratio": round(times["bf16"] / times["ours"], 3), "ratio_to_bf16": round(times["bf16"] / times["ours"], 3),
+        "fraction_of_limit": round(times["_scaled_mm alone"] / times["ours"], 3),
+        "max_rel_error": relative(y, expected), "bits_per_weight": 8.0,
+        "note": f"quantizing activations included; the limit is the library's product without it; "
+                f"{flops / times['ours'] / 1e6:.0f} TFLOP/s",
+    }]  # fmt: skip
+
+
+def group_rows(rows: int, columns: int, limit: float) -> list[Row]:
+    """Half of the groups of 16 columns kept, against all weights in groups of 128 and of 16."""
+    mask = torch.rand(rows, columns // 16, device="cuda").argsort(1).argsort(1) < columns // 32
+    grid = IntegerGrid(num_bits=4, group_size=16)
+    codes = torch.randint(0, 16, (rows, columns), device="cuda", dtype=torch.uint8)
+    scale = ((0.5 + torch.rand(rows, columns // 16, device="cuda")) / 64).half()
+    term = Quantized.from_codes(
+        codes, {"scale": scale}, grid, pattern=Groups(size=16, index="bitmap"), mask=mask.repeat_interleave(16, 1)
+    )
+    made = cuda.prepare(*term.operation())
+    x = torch.randn(1, columns, device="cuda", dtype=torch.bfloat16)
+    error = relative(cuda.linear(x, [made]), x.double() @ term.decode().double().T)
+    size = term.byte_count().total
+    copies = []
+    for _ in range(max(2, -(-int(EVERYWHERE) // size))):
+        copies.append(replace(made, tensors={name: tensor.clone() for name, tensor in made.tensors.items()}))
+    graphs = {"half": (graph_of([lambda own=own: cuda.linear(x, [own]) for own in copies]), len(copies))}  # type: ignore[misc]
+    for name, group in (("g128", 128), ("g16", 16)):
+        weights = Weights(Job(IntegerGrid(num_bits=4, group_size=group)), rows, columns)
+        best, _ = measure.fastest(weights.problem, x, 24)
+        calls, _ = weights.calls(best, x, overlap=True)
+        graphs[name] = graph_of(calls), len(calls)
+    times = microseconds(graphs, 9)
+    print(f"kept groups {rows}x{columns}", {name: round(each, 1) for name, each in times.items()}, error, flush=True)
+    return [{
+        "goal": "G8", "job": f"W4, half of the groups of 16 kept, beside {name}", "rows": rows,
+        "columns": columns, "tokens": 1,
+        "peer": f"own dense W4 {name}", "microseconds": round(times["half"], 2),
+        "peer_microseconds": round(times[name], 2), "ratio": round(times[name] / times["half"], 3),
+        "fraction_of_limit": round(size / limit / times["half"], 3), "max_rel_error": error,
+        "bits_per_weight": round(size * 8 / rows / columns, 3), "note": "bitmap of groups",
+    } for name in ("g128", "g16")]  # fmt: skip
+
+
+def _scaled(codes: Tensor, step: Tensor, made: Any) -> Tensor:
+    weight = made.tensors["codes"].view(torch.float8_e4m3fn).t()
+    return torch._scaled_mm(
+        codes, weight, step.unsqueeze(1), made.tensors["row_scale"].unsqueeze(0), out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--trials", type=Path, help="keep the times of everything that was tried here")
+    parser.add_argument("--seconds", type=float, default=200, help="stop trying after so many")
+    parser.add_argument("--most", type=int, default=60, help="tunings to try for a job")
+    parser.add_argument("--codes", default=",".join(JOBS), help="which, by name")
+    parser.add_argument("--tokens", default="1,4,8,16,32,64,128,256")
+    parser.add_argument("--shapes", type=int, default=len(SHAPES))
+    parser.add_argument("--triton", action="store_true", help="time the portable kernel too")
+    parser.add_argument("--fp8", action="store_true", help="time products of 8-bit activations too")
+    parser.add_argument("--groups", action="store_true", help="time kept groups too")
+    parser.add_argument("--tune", type=Path, help="write the best of what was tried there, as a table of the package")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    trials = Trials([], time.monotonic() + options.seconds)
+    limit = bandwidth()
+    counts = [int(each) for each in options.tokens.split(",")]
+    print(f"copy {limit / 1e6:.2f} TB/s", flush=True)
+    rows: list[Row] = []
+    try:
+        if options.fp8:
+            for tokens in (512, 2048, 4096, 8192):
+                for shape in ((4096, 4096), (14336, 4096)):
+                    rows += float8_rows(tokens, *shape, limit)
+        if options.groups:
+            for shape in SHAPES[:2]:
+                rows += group_rows(*shape, limit)
+        for shape in SHAPES[: 1 if options.quick else options.shapes]:
+            for tokens in counts:
+                rows += measured(shape, tokens, options, trials, limit)
+                if time.monotonic() > trials.deadline:
+                    print("out of time", flush=True)
+                    return
+    finally:
+        if options.trials:
+            options.trials.write_text(json.dumps(trials.rows) + "\n", "utf-8")
+        if options.tune:
+            options.tune.write_text(json.dumps({"entries": trials.entries}, indent=1) + "\n", "utf-8")
+        write(options, rows, KEY)
+
+
+def measured(shape: tuple[int, int], tokens: int, options: Any, trials: Trials, limit: float) -> list[Row]:
+    """Rows of one shape and number of tokens."""
+    height, width = shape
+    x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
+    kept: list[Any] = []
+    makers = {
+        "bf16": lambda: bf16_calls(height, width, x), "tinygemm": lambda: tinygemm_calls(height, width, x),
+        "gemlite": lambda: gemlite_calls(4, height, width, x),
+    }  # fmt: skip
+    for name, maker in makers.items():
+        try:
+            calls = maker()
+            kept.append(calls)
+            graphs[name] = graph_of(calls), len(calls)
+        except Exception as failure:
+            print(f"  {name}: {type(failure).__name__} {str(failure).splitlines()[0][:120]}", file=sys.stderr)
+    peers = list(graphs)
+    found: dict[str, tuple[Weights, Tuning, float, str]] = {}
+    for name in options.codes.split(","):
+        weights = Weights(JOBS[name], height, width)
+        tuning = trials.best(name, weights, x, 20 if options.quick else options.most)
+        if tuning is None:
+            continue
+        calls, y = weights.calls(tuning, x, overlap=False)
+        calls[0]()
+        error = relative(y, weights.product(x))
+        graphs[name] = graph_of(calls), len(calls)
+        kept.append(calls)
+        found[name] = weights, tuning, error, "cuda"
+        calls, _ = weights.calls(tuning, x, overlap=True)
+        graphs[f"{name}+overlap"] = graph_of(calls), len(calls)
+        kept.append(calls)
+        if options.triton and (portable := triton_time(weights, x)):
+            print(f"  triton {name} M={tokens} {shape}: {portable:.1f} us", flush=True)
+    times = microseconds(graphs, 9)
+    print(shape, f"M={tokens}", {name: round(each, 1) for name, each in times.items()}, flush=True)
+    rows: list[Row] = []
+    for name, (weights, tuning, error, note) in found.items():
+        size = weights.nbytes + 2 * tokens * (height + width)
+        ours = min(times[each] for each in times if each == name or each.startswith(f"{name}+"))
+        peer = min((each for each in peers), key=lambda each: times[each])
+        rows.append({
+            "goal": JOBS[name].goals[sum(tokens > most for most in (1, 16, 64))], "job": name, "rows": height,
+            "columns": width, "tokens": tokens,
+            "peer": peer, "microseconds": round(ours, 2), "without_overlap": round(times[name], 2),
+            "peer_microseconds": round(times[peer], 2), "ratio": round(times[peer] / ours, 3),
+            "ratio_to_bf16": round(times["bf16"] / ours, 3), "fraction_of_limit": round(size / limit / ours, 3),
+            "max_rel_error": error, "bits_per_weight": round(weights.nbytes * 8 / height / width, 3),
+            "note": f"{note}; {tuning}; copy {limit / 1e6:.2f} TB/s",
+        })  # fmt: skip
+        print(f"  {name}: {ours:.1f} us, {rows[-1]['fraction_of_limit']} of limit, {rows[-1]['ratio']}x {peer}, "
+              f"{rows[-1]['ratio_to_bf16']}x bf16, error {error:.1e}, {tuning}", flush=True)  # fmt: skip
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Kernels compiled where they are used, by the compiler that PyTorch brings along (NVRTC), and their launch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from rarefy.core.errors import UnsupportedError
+
+LARGE = 48 * 1024  # bytes of shared memory that need no leave
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_byte * 60)]
+
+
+class _Configuration(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_uint) for name in ("x", "y", "z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    ]  # fmt: skip
+
+
+class Kernel:
+    """``name`` of a source file and the headers beside it, for the current device. Raises UnsupportedError with the
+    compiler's words when it does not compile."""
+
+    def __init__(self, source: Path, name: str, options: Sequence[str], shared: int):
+        major, minor = torch.cuda.get_device_capability()
+        torch.cuda.current_stream().synchronize()  # there is a context now
+        self._image = compiled(source, (major, minor), options)
+        module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        cuda = _driver()
+        _answer(cuda.cuModuleLoadData(ctypes.byref(module), self._image), "loading a kernel")
+        _answer(cuda.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()), f"finding {name}")
+        if shared > LARGE:
+            code = cuda.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared)
+            _answer(code, f"asking for {shared} bytes of shared memory")
+        self._shared = shared
+        self._overlap = (_Attribute * 1)(_Attribute(_PROGRAMMATIC, 0, 1))
+        self._launch = cuda.cuLaunchKernelEx
+
+    def __call__(
+        self, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure, stream: int, overlap: bool = False
+    ) -> None:
+        """Launch with one structure as the argument. ``overlap`` lets it start before what precedes it in the stream is
+        done; the kernel itself then waits where it has to."""
+        configuration = _Configuration(*grid, threads, 1, 1, self._shared, stream, self._overlap, int(overlap))
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        _answer(self._launch(ctypes.byref(configuration), self._function, parameters, None), "launching a kernel")
+
+
+def compiled(source: Path, capability: tuple[int, int], options: Sequence[str]) -> bytes:
+    """Machine code of ``source`` for a compute capability. Raises UnsupportedError with the compiler's words."""
+    nvrtc = _nvrtc()
+    headers = sorted(source.parent.glob("*.cuh"))
+    texts = (ctypes.c_char_p * len(headers))(*(header.read_bytes() for header in headers))
+    names = (ctypes.c_char_p * len(headers))(*(header.name.encode() for header in headers))
+    program = ctypes.c_void_p()
+    created = nvrtc.nvrtcCreateProgram(
+        ctypes.byref(program), source.read_bytes(), source.name.encode(), len(headers), texts, names
+    )
+    if created != 0:
+        raise UnsupportedError(f"CUDA's run-time compiler answers {created} when it is given {source.name}.")
+    try:
+        # The instructions of 9.0 that no other has go by the letter.
+        suffix = "a" if capability == (9, 0) else ""
+        every = [f"-arch=sm_{capability[0]}{capability[1]}{suffix}", "-std=c++17", "-default-device", *options]
+        given = (ctypes.c_char_p * len(every))(*(option.encode() for option in every))
+        if nvrtc.nvrtcCompileProgram(program, len(every), given) != 0:
+            size = ctypes.c_size_t()
+            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise UnsupportedError(f"{source.name} does not compile with {' '.join(every)}: {log.value.decode()}")
+        size = ctypes.c_size_t()
+        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        image = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetCUBIN(program, image)
+        return image.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise UnsupportedError(f"There is no CUDA driver: {error}") from None
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    """The library beside PyTorch, or wherever the system finds one."""
+    major = (torch.version.cuda or "13").split(".")[0]
+    name = f"libnvrtc.so.{major}"
+    beside = [path for folder in sys.path for path in Path(folder or ".").glob(f"nvidia/*/lib/{name}")]
+    for place in (name, *map(str, beside), "libnvrtc.so"):
+        try:
+            return ctypes.CDLL(place)
+        except OSError:
+            continue
+    raise UnsupportedError(f"CUDA's run-time compiler ({name}) was not found; a CUDA build of PyTorch brings it along.")
+
+
+def _answer(code: int, what: str) -> None:
+    if code != 0:
+        name = ctypes.c_char_p()
+        _driver().cuGetErrorName(code, ctypes.byref(name))
+        raise UnsupportedError(f"CUDA answers {(name.value or b'an unknown error').decode()} when {what}.")
+
+
+def check() -> None:
+    """Raise UnsupportedError where kernels cannot be compiled or launched."""
+    _driver()
+    _nvrtc()

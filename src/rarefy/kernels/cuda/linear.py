@@ -1,0 +1,307 @@
+"""The ops over execution layouts (``kernels/prepared.py``) on GPUs, with activations in 16 bits.
+
+Up to ``MOST_TOKENS`` tokens a kernel multiplies by codes; beyond, the weight is dequantized for the library's product.
+The kernel is ``linear.cu`` where PyTorch's CUDA compiler is at hand, otherwise its portable form in Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from rarefy import packing
+from rarefy.core.errors import FormatError, UnsupportedError
+from rarefy.kernels import activations, prepared
+from rarefy.kernels.cuda import layout, program, tuning
+from rarefy.kernels.cuda.measure import Problem
+from rarefy.kernels.cuda.prepared import BILEVEL, CODES, ENTRIES, GROUPS, LEVEL, PAIRS, Prepared, code_of, group_code_of
+from rarefy.kernels.prepared import flat, library
+from rarefy.kernels.reference import decode
+
+ACTIVATIONS = (torch.float16, torch.bfloat16)
+MOST_TOKENS = 256
+AHEAD = True  # whether a kernel that waits for another brings its codes closer meanwhile
+MOST_TOKENS_OF_16_BITS = 64  # up to which reading the weight is all that counts, so that activations stay exact
+MOST_TOKENS_OF_GROUPS = 4
+MOST_TOKENS_OF_OUTLIERS = 16  # beyond, their gathered activations cost more than a dense weight
+
+Term = tuple[dict[str, Tensor], dict[str, int], float]  # tensors, numbers, multiplier
+
+
+@functools.cache
+def available() -> bool:
+    """Whether kernels can be run here."""
+    return torch.cuda.is_available() and torch.version.hip is None and (_compiles() or find_spec("triton") is not None)
+
+
+@functools.cache
+def _compiles() -> bool:
+    from rarefy.kernels.cuda import driver
+
+    try:
+        driver.check()
+    except UnsupportedError:
+        return False
+    return True
+
+
+def terms_of(tensors: Sequence[Tensor], numbers: Sequence[int], factors: Sequence[float]) -> list[Term]:
+    count = len(factors) // 2
+    slots, names = Prepared.SLOTS, Prepared.NUMBERS
+    if len(tensors) != count * len(slots) or len(numbers) != count * len(names):
+        raise FormatError(f"{len(tensors)} tensors and {len(numbers)} numbers do not describe {count} terms.")
+    return [
+        (
+            dict(zip(slots, tensors[index * len(slots) : (index + 1) * len(slots)], strict=True)),
+            dict(zip(names, numbers[index * len(names) : (index + 1) * len(names)], strict=True)),
+            factors[2 * index + 1],
+        )
+        for index in range(count)
+    ]
+
+
+def _linear(
+    x: Tensor, tensors: list[Tensor], numbers: list[int], factors: list[float], rows: int, columns: int, fast: bool
+) -> Tensor:
+    if x.shape[-1] != columns:
+        raise FormatError(f"The input has {x.shape[-1]} channels, but the weight has {columns} columns.")
+    if x.dtype not in ACTIVATIONS:
+        raise FormatError(f"The input is {x.dtype}; these kernels take float16 or bfloat16.")
+    terms = terms_of(tensors, numbers, factors)
+    flat = x.reshape(-1, columns)
+    tokens = flat.shape[0]
+    codes = [term for term in terms if term[1]["kind"] == CODES]
+    lists = [term for term in terms if term[1]["kind"] != CODES]
+    fused = codes[0] if len(codes) == 1 and len(lists) == 1 else None
+    if tokens == 0:
+        y = x.new_empty(0, rows)
+    elif len(terms) == 1 and terms[0][1]["kind"] == GROUPS and tokens <= MOST_TOKENS_OF_GROUPS and _compiles():
+        y = _product_of_groups(aligned(flat), terms[0])
+    elif fast and tokens > MOST_TOKENS_OF_16_BITS and len(terms) == 1 and _multiplies_bytes(terms[0], x.device):
+        y = _product_of_bytes(flat, terms[0])
+    elif tokens > (MOST_TOKENS_OF_OUTLIERS if lists else MOST_TOKENS) or (lists and fused is None):
+        y = torch.nn.functional.linear(flat, _dense(terms, rows, columns, x.dtype))
+    else:
+        flat = aligned(flat)
+        parts = [_product(flat, term, lists[0] if term is fused else None) for term in codes]
+        y = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    return y.reshape(*x.shape[:-1], rows)
+
+
+def _multiplies_bytes(term: Term, device: torch.device) -> bool:
+    """Whether the library has a product for these bytes."""
+    tensors, numbers, _ = term
+    whole = numbers["rows"] % 16 == 0 and numbers["columns"] % 32 == 0
+    return whole and tensors["row_scale"].numel() > 0 and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _product_of_bytes(x: Tensor, term: Term) -> Tensor:
+    """With activations in E4M3, a step for each token."""
+    tensors, _, multiplier = term
+    codes, step = activations.quantize_tokens(x)
+    weight = tensors["codes"].view(torch.float8_e4m3fn).t()
+    y = torch._scaled_mm(
+        codes, weight, step.unsqueeze(1), tensors["row_scale"].unsqueeze(0), out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )  # fmt: skip
+    return (y if multiplier == 1.0 else y * multiplier).to(x.dtype)
+
+
+def _product_of_groups(x: Tensor, term: Term) -> Tensor:
+    tensors, numbers, multiplier = term
+    y = x.new_empty(x.shape[0], numbers["rows"])
+    given = program.group_arguments(pointed_groups(term), x, y, multiplier)
+    half = x.dtype == torch.float16
+    program.groups(group_code_of(tensors, numbers), given, half, x.device, overlap=tuning.overlaps(x.device))
+    return y
+
+
+def pointed_groups(term: Term) -> dict[str, Tensor | None]:
+    """The tensors that the kernel of kept groups reads, by its names."""
+    tensors = term[0]
+    zero = tensors["zero_point"]
+    return {
+        **{name: tensors[name] for name in ("codes", "scale", "bitmap", "row_ptr")},
+        "zero": zero if zero.numel() else None,
+    }  # fmt: skip
+
+
+def _quantize_tokens(x: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    fits = x.dim() == 2 and x.shape[1] % 8 == 0 and x.dtype in ACTIVATIONS and x.numel() > 0 and _compiles()
+    if not fits or (gain is not None and gain.dtype != x.dtype) or torch.cuda.get_device_capability(x.device) < (8, 9):
+        return activations.reference(x, gain, eps)
+    x = aligned(x)
+    codes = torch.empty_like(x, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format)
+    step = x.new_empty(x.shape[0], dtype=torch.float32)
+    program.quantize(x, None if gain is None else gain.contiguous(), eps, codes, step)
+    return codes, step
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x [tokens, columns]`` so that eight columns are one load; columns that are added hold zeros."""
+    missing = -x.shape[1] % 8
+    if missing:
+        return torch.nn.functional.pad(x, (0, missing))
+    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _product(x: Tensor, term: Term, outliers: Term | None) -> Tensor:
+    tensors, numbers, multiplier = term
+    code, tokens, rows = code_of(tensors, numbers), x.shape[0], numbers["rows"]
+    half = x.dtype == torch.float16
+    if not _compiles():
+        return _portable(x, code, term, outliers)
+    entries: dict[str, Tensor] = {}
+    if outliers is not None:
+        code = replace(code, outliers=torch.float16 if outliers[1]["half"] else torch.bfloat16)
+        entries = {"entries": outliers[0]["entries"], "row_ptr": outliers[0]["row_ptr"]}
+    chosen, overlap = tuning.choose(code, rows, x.shape[1], tokens, x.device), tuning.overlaps(x.device)
+    y = x.new_empty(tokens, rows)
+    partial, arrived = program.workspace(chosen, rows, tokens, x.device)
+    given = program.arguments(
+        {**pointed(term, half), **entries, "x": x, "y": y, "partial": partial, "arrived": arrived},
+        rows=rows, columns=x.shape[1], tokens=tokens, stride=x.stride(0),
+        second=(numbers["second_rows"], numbers["second_groups"]), ahead=overlap and AHEAD, multiplier=multiplier,
+    )  # fmt: skip
+    program.linear(code, chosen, given, half, x.device, overlap)
+    return y
+
+
+def pointed(term: Term, half: bool) -> dict[str, Tensor | None]:
+    tensors = term[0]
+    present = {name: tensor if tensor.numel() else None for name, tensor in tensors.items()}
+    return {
+        "codes": tensors["codes"], "scale": present["scale"], "zero": present["zero_point"],
+        "second": present["second_order"], "table": present["pairs_half" if half else "pairs_bfloat16"],
+    }  # fmt: skip
+
+
+def problem_of(made: prepared.Prepared) -> Problem | None:
+    """What is measured of a term; None for one that is no codes."""
+    (term,) = terms_of(*flat([made])[:3])
+    tensors, numbers, _ = term
+    if numbers["kind"] != CODES:
+        return None
+    own = {name: tensor for name, tensor in pointed(term, False).items() if tensor is not None}
+    second = numbers["second_rows"], numbers["second_groups"]
+    return Problem(code_of(tensors, numbers), own, numbers["rows"], numbers["columns"], second)
+
+
+def _portable(x: Tensor, code: program.Code, term: Term, outliers: Term | None) -> Tensor:
+    from rarefy.kernels.triton import linear as portable
+
+    tensors, numbers, multiplier = term
+    if outliers is not None or not portable.fits(code):
+        terms = [term] if outliers is None else [term, outliers]
+        return torch.nn.functional.linear(x, _dense(terms, numbers["rows"], x.shape[1], x.dtype))
+    zero = tensors["zero_point"] if tensors["zero_point"].numel() else None
+    chosen = portable.Tuning(tokens=max(16, min(128, 1 << (x.shape[0] - 1).bit_length())))
+    return portable.linear(
+        code, chosen, x, tensors["codes"], tensors["scale"], zero, numbers["rows"], multiplier
+    )
+
+
+def _dense(terms: Sequence[Term], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The weight in ``dtype``: codes by the kernel where one reads them, outliers added to it, all else in torch."""
+    codes = [term for term in terms if term[1]["kind"] == CODES]
+    lists = [term for term in terms if term[1]["kind"] == ENTRIES]
+    if len(codes) != 1 or len(codes) + len(lists) < len(terms) or columns % 4 or not _compiles():
+        return dense_sum(terms).to(dtype)
+    tensors, numbers, multiplier = codes[0]
+    weight = tensors["codes"].new_empty(rows, columns, dtype=dtype)
+    half = dtype == torch.float16
+    given = program.arguments(
+        {**pointed(codes[0], half), "y": weight}, rows=rows, columns=columns,
+        second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
+    )  # fmt: skip
+    program.dequantize(code_of(tensors, numbers), given, half, weight.device)
+    for own, more, _ in lists:
+        values, column = packing.unpack_entries(own["entries"], torch.float16 if more["half"] else torch.bfloat16)
+        counts = own["row_ptr"][0].diff()
+        row = torch.repeat_interleave(
+            torch.arange(rows, device=column.device), counts, output_size=column.numel()
+        )
+        place = row * columns + column  # each but once
+        flat_weight = weight.view(-1)
+        flat_weight[place] = (flat_weight[place].float() + values.float()).to(dtype)
+    return weight
+
+
+def _decode(tensors: list[Tensor], numbers: list[int], factors: list[float], rows: int, columns: int) -> Tensor:
+    return dense_sum(terms_of(tensors, numbers, factors))
+
+
+def dense_sum(terms: Sequence[Term]) -> Tensor:
+    weights = [_values(*term) for term in terms]
+    return torch.stack(weights).sum(0) if len(weights) > 1 else weights[0]
+
+
+def _values(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: float) -> Tensor:
+    """The dense weight of one term, float32, with the operations of the reference in their order."""
+    rows, columns = numbers["rows"], numbers["columns"]
+    if numbers["kind"] == GROUPS:
+        return _values_of_groups(tensors, numbers, multiplier)
+    if numbers["kind"] != CODES:
+        return decode.decode_csr(tensors["entries"], tensors["row_ptr"], bool(numbers["half"]), rows, columns)
+    size = numbers["group_size"] or columns
+    code = code_of(tensors, numbers)
+
+    def spread(numbers_of_groups: Tensor) -> Tensor:
+        return numbers_of_groups.float().repeat_interleave(size, dim=1)[:, :columns]
+
+    if code.span == 16:
+        codes = tensors["codes"][:, :columns]
+        codes = codes.view(torch.float8_e4m3fn).float() if code.float8 else codes
+    else:
+        codes = layout.unpack_codes(tensors["codes"], code.bits, code.span, code.order, rows, columns)
+    if code.table == "rows":
+        lut = layout.unpack_tables(tensors["pairs_half"], rows, torch.float16)
+        other = layout.unpack_tables(tensors["pairs_bfloat16"], rows, torch.bfloat16)
+        exact = lut.float() if numbers["half"] else other.float()
+        group = torch.arange(columns, device=codes.device) // size
+        return exact[torch.arange(rows, device=codes.device)[:, None], group, codes.long()]
+    together = code.table == "shared"
+    values = tensors["table"][codes.long()] if together else codes.float()
+    kind = numbers["scale_layout"]
+    scale = layout.unpack_pairs(tensors["scale"], rows) if tensors["scale"].numel() else None
+    if kind == PAIRS:
+        assert scale is not None
+        first, second = (spread(part) for part in scale.unsqueeze(-1).view(torch.float16).unbind(-1))
+        weight = torch.where(codes > 0, second, first)
+    else:
+        zero: Tensor | float = float(numbers["center"])
+        if kind in (BILEVEL, LEVEL):
+            assert scale is not None
+            tile = [layout.TILE * numbers["second_rows"], numbers["second_groups"]]
+            order = tensors["second_order"]
+            scale, zeros = decode.group_scales(scale, order if kind == BILEVEL else order[..., :2], tile)
+            zero = zero if zeros is None else spread(zeros)
+        elif tensors["zero_point"].numel():
+            zero = spread(layout.unpack_pairs(tensors["zero_point"], rows))
+        weight = values if together else values - zero
+        weight = weight if scale is None else weight * spread(scale)
+    return weight if multiplier == 1.0 else weight * multiplier
+
+
+def _values_of_groups(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: float) -> Tensor:
+    size, columns = numbers["group_size"], numbers["columns"]
+    octets = tensors["codes"]
+    codes = torch.stack([octets & 15, octets >> 4], -1).flatten(1).float()
+    zero = tensors["zero_point"]
+    values = codes - (zero.float().unsqueeze(1) if zero.numel() else numbers["center"])
+    chosen = packing.unpack_bitmap(tensors["bitmap"], columns // size)
+    weight = torch.zeros(*chosen.shape, size, device=octets.device)
+    weight[chosen] = values * tensors["scale"].float().unsqueeze(1) * multiplier
+    return weight.flatten(1)
+
+
+library.impl("linear_prepared", _linear, "CUDA")
+library.impl("decode_prepared", _decode, "CUDA")
+activations.library.impl("quantize_tokens", _quantize_tokens, "CUDA")

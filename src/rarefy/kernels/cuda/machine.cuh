@@ -1,0 +1,275 @@
+// What the kernels ask of the machine, in PTX; tests put a processor's answer in its place. No header is needed, so
+// that the compiler which PyTorch brings along is enough.
+
+#define device __device__ __forceinline__
+#define global __global__
+#define shared_memory(name) extern __shared__ __align__(128) u8 name[]
+
+#if __CUDA_ARCH__ >= 900
+#define ORDERED 1
+#else
+#define ORDERED 0
+#endif
+
+// ---- Memory.
+
+// Read once by the whole grid: not worth a place in the first cache.
+device uint4 load_once(const uint4* from) {
+  uint4 to;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w) : "l"(from));
+  return to;
+}
+device uint4 load_once(const uint4* from, bool real) {
+  uint4 to = {0, 0, 0, 0};
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0;\n"
+               "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+               : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w) : "l"(from), "r"(u32(real)));
+  return to;
+}
+device uint2 load_once(const uint2* from) {
+  uint2 to;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(to.x), "=r"(to.y) : "l"(from));
+  return to;
+}
+device u32 load_once(const u32* from) {
+  u32 to;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(to) : "l"(from));
+  return to;
+}
+device u16 load_once(const u16* from) {
+  u16 to;
+  asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(to) : "l"(from));
+  return to;
+}
+// Read by many blocks, or zeros.
+device uint4 load_shared_by_all(const uint4* from, bool real) {
+  uint4 to = {0, 0, 0, 0};
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0;\n"
+               "@p ld.global.nc.L1::evict_last.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+               : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w) : "l"(from), "r"(u32(real)));
+  return to;
+}
+device uint2 load_shared_by_all(const uint2* from, bool real) {
+  uint2 to = {0, 0};
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0;\n"
+               "@p ld.global.nc.L1::evict_last.v2.u32 {%0, %1}, [%2]; }"
+               : "+r"(to.x), "+r"(to.y) : "l"(from), "r"(u32(real)));
+  return to;
+}
+device float load_fresh(const float* from) {
+  float to;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(to) : "l"(from) : "memory");
+  return to;
+}
+// Sixteen bytes into shared memory, or zeros.
+device void copy_async(u8* to, const void* from, bool real) {
+  const u32 address = static_cast<u32>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(real ? 16 : 0) : "memory");
+}
+// Four bytes.
+device void copy_word_async(u8* to, const void* from, bool real) {
+  const u32 address = static_cast<u32>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(from), "r"(real ? 4 : 0) : "memory");
+}
+device void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> device void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+// Bring closer what will be read soon, in pieces of sixteen bytes.
+device void bring_closer(const void* from, u32 bytes) {
+#if ORDERED
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+// ---- Order.
+
+device void block_barrier() { __syncthreads(); }
+device void warp_barrier() { __syncwarp(); }
+device void wait_for_earlier_kernels() {
+#if ORDERED
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Whether this block is the last of `count` to come here; what the others wrote before is then visible.
+device bool last_to_arrive(u32* arrived, u32 count) {
+  __shared__ u32 before;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    before = atomicAdd(arrived, 1u);
+    if (before == count - 1) *arrived = 0;
+  }
+  __syncthreads();
+  if (before != count - 1) return false;
+  __threadfence();
+  return true;
+}
+
+// ---- Numbers.
+
+device float as_float(u32 bits) { return __uint_as_float(bits); }
+device float half_value(u16 bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+template <bool HALF_> device u16 rounded(float value) {
+  u16 bits;
+  if constexpr (HALF_) asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  else asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+device float widened(u16 bits) { return HALF ? half_value(bits) : as_float(u32(bits) << 16); }
+// The sum over eight neighbouring lanes, in all of them.
+device float sum_of_eight(float value) {
+#pragma unroll
+  for (int distance = 4; distance > 0; distance /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
+  return value;
+}
+device float absolute(float value) { return fabsf(value); }
+device float max_of(float a, float b) { return fmaxf(a, b); }
+device float inverse_root(float value) { return rsqrtf(value); }
+#if defined(FLOAT8) && FLOAT8 && __CUDA_ARCH__ >= 890
+// The nearest number of E4M3, never infinite.
+device u8 e4m3(float value) {
+  u16 pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(value));
+  return u8(pair);
+}
+#endif
+// The sum of one number and the maximum of another over all threads, in all of them; `shared` holds 64 numbers.
+device void reduce_over_block(float& sum, float& most, float* shared) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
+    most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, distance));
+  }
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  shared[warp] = sum, shared[32 + warp] = most;
+  __syncthreads();
+  sum = 0.0f, most = 0.0f;
+  for (int n = 0; n < warps; ++n) sum += shared[n], most = fmaxf(most, shared[32 + n]);
+}
+device float sum_of_warp(float value) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
+  return value;
+}
+device u32 of_lane(u32 value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
+device int ones_of(u32 word) { return __popc(word); }
+device u32 bits_of(float value) { return __float_as_uint(value); }
+device u32 bf16_pair(float low, float high) {
+  u32 pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+// a * b + c on two 16-bit numbers each.
+device u32 fused(u32 a, u32 b, u32 c) {
+  u32 d;
+  if constexpr (HALF) asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  else asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+// (word & mask) | others
+device u32 chosen(u32 word, u32 mask, u32 others) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(word), "r"(mask), "r"(others));
+  return d;
+}
+device u32 permuted(u32 a, u32 b, u32 bytes) { return __byte_perm(a, b, bytes); }
+device void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  if constexpr (HALF)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- Four warps at once (wgmma): a warp's own 16 rows times tokens from shared memory.
+
+#if defined(WIDE) && WIDE
+typedef unsigned long long u64;
+
+device void begin_wide() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+device void end_wide() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+// Copies of this thread, for those who read through the other proxy.
+device void show_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+device void settle(float& value) { asm volatile("" : "+f"(value)::"memory"); }
+device void multiply_8(float (&d)[1][4], const u32 (&a)[4], u64 tokens, bool add) {
+  if constexpr (HALF)
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %9, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, p, 1, 1, 0; }"
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(int(add)));
+  else
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %9, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, p, 1, 1, 0; }"
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(int(add)));
+}
+device void multiply_16(float (&d)[2][4], const u32 (&a)[4], u64 tokens, bool add) {
+  if constexpr (HALF)
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %13, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, p, 1, 1, 0; }"
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(int(add)));
+  else
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %13, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, p, 1, 1, 0; }"
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(int(add)));
+}
+device void multiply_32(float (&d)[4][4], const u32 (&a)[4], u64 tokens, bool add) {
+  if constexpr (HALF)
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %21, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, 1, 1, 0; }"
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(int(add)));
+  else
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %21, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, 1, 1, 0; }"
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(int(add)));
+}
+device void multiply_64(float (&d)[8][4], const u32 (&a)[4], u64 tokens, bool add) {
+  if constexpr (HALF)
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0; }"
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(int(add)));
+  else
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0; }"
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(int(add)));
+}
+
+// d [+]= a times 16 columns of 8 * N tokens: pieces of 8 x 8, `leading` bytes apart along columns, 128 along tokens.
+template <int N> device void multiply_wide(float (&d)[N][4], const u32 (&a)[4], const u8* block, u32 leading, bool add) {
+  constexpr int AT_ONCE = N % 8 == 0 ? 8 : N % 4 == 0 ? 4 : N % 2 == 0 ? 2 : 1;
+#pragma unroll
+  for (int first = 0; first < N; first += AT_ONCE) {
+    const u32 address = static_cast<u32>(__cvta_generic_to_shared(block + first * 128));
+    const u64 tokens = u64(address >> 4 & 0x3FFF) | u64(leading >> 4) << 16 | u64(128 >> 4) << 32;
+    float(&own)[AT_ONCE][4] = reinterpret_cast<float(&)[AT_ONCE][4]>(d[first]);
+    if constexpr (AT_ONCE == 8) multiply_64(own, a, tokens, add);
+    else if constexpr (AT_ONCE == 4) multiply_32(own, a, tokens, add);
+    else if constexpr (AT_ONCE == 2) multiply_16(own, a, tokens, add);
+    else multiply_8(own, a, tokens, add);
+  }
+}
+#else
+device void begin_wide() {}
+device void end_wide() {}
+device void show_copies() {}
+device void settle(float&) {}
+template <int N> device void multiply_wide(float (&)[N][4], const u32 (&)[4], const u8*, u32, bool) {}
+#endif

@@ -1,0 +1,154 @@
+"""The fastest way to cut work up, found by trying on the GPU at hand."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rarefy.core.errors import UnsupportedError
+from rarefy.kernels.cuda import program
+from rarefy.kernels.cuda.program import Code, Tuning
+from rarefy.kernels.cuda.tuning import MOST_SHARED
+
+BEYOND_CACHE = 400e6  # bytes of copies that no GPU keeps on the chip
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A product: what is stored, its tensors by name as ``program.arguments`` takes them, and the size."""
+
+    code: Code
+    tensors: Mapping[str, Tensor]
+    rows: int
+    columns: int
+    second: tuple[int, int] = (1, 1)
+
+    def nbytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def copies(self, nbytes: float = BEYOND_CACHE) -> list[dict[str, Tensor]]:
+        """The tensors again and again, until they exceed ``nbytes``."""
+        count = max(2, -(-int(nbytes) // self.nbytes()))
+        return [{name: tensor.clone() for name, tensor in self.tensors.items()} for _ in range(count)]
+
+    def calls(
+        self, copies: list[dict[str, Tensor]], tuning: Tuning, x: Tensor, overlap: bool
+    ) -> tuple[list[Callable[[], None]], list[Tensor]]:
+        """A call for each copy, and where each leaves its result."""
+        found: list[Callable[[], None]] = []
+        results: list[Tensor] = []
+        for own in copies:
+            y = torch.full((x.shape[0], self.rows), torch.nan, device=x.device, dtype=x.dtype)
+            partial, arrived = program.workspace(tuning, self.rows, x.shape[0], x.device)
+            given = program.arguments(
+                {**own, "x": x, "y": y, "partial": partial, "arrived": arrived}, rows=self.rows, columns=self.columns,
+                tokens=x.shape[0], stride=x.stride(0), second=self.second,
+            )  # fmt: skip
+            results.append(y)
+
+            def call(given: program.Arguments = given, kept: object = (partial, arrived)) -> None:
+                program.linear(self.code, tuning, given, x.dtype == torch.float16, x.device, overlap)
+
+            found.append(call)
+        return found, results
+
+
+def candidates(code: Code, tokens: int, wide: bool = False) -> Iterator[Tuning]:
+    """What may be fastest for so many tokens; ``wide`` where four warps can multiply together."""
+    for tuning in _candidates(code, tokens, wide):
+        if tuning.shared_memory(code) <= MOST_SHARED:
+            yield tuning
+
+
+def _candidates(code: Code, tokens: int, wide: bool) -> Iterator[Tuning]:
+    loads, width = code.step * code.bits // 256, -(-tokens // 8)
+    if tokens <= 16:
+        for tiles, depth in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (1, 4)):
+            for across, along in ((1, 8), (2, 8), (1, 4), (2, 4), (1, 16), (4, 4)):
+                if tiles * depth * loads <= 12 and (loads < 4 or tiles < 4):
+                    yield Tuning(tiles, width, across, along, depth)
+    if tokens > 4 and wide:
+        for at_once in sorted({min(width, most) for most in (16, 8)}, reverse=True):
+            for tiles in (1, 2):
+                if tiles * at_once > 16:
+                    continue
+                for across, along in ((8, 1), (4, 1), (4, 2), (8, 2)):
+                    for stages in (3, 4):
+                        for split in (1, 2, 4):
+                            yield Tuning(tiles, at_once, across, along, 1, stages, split, True)
+    if tokens > 4 and (not wide or tokens <= 64):
+        for at_once in sorted({min(width, most) for most in (8, 4)}, reverse=True):
+            for tiles in (1, 2, 4):
+                if tiles * at_once > 16 or (tokens > 32 and tiles * at_once < 8):
+                    continue
+                for across, along in ((4, 1), (8, 1), (4, 2), (2, 2), (2, 4)):
+                    for split in (1, 2):
+                        yield Tuning(tiles, at_once, across, along, 1, 4, split)
+
+
+def takes_wide(device: torch.device) -> bool:
+    """Whether four warps can multiply together."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def fastest(problem: Problem, x: Tensor, most: int = 64) -> tuple[Tuning, dict[Tuning, float]]:
+    """The best of at most ``most`` candidates for ``x [tokens, columns]``, and microseconds of all that ran.
+
+    Raises UnsupportedError when none of them compiles.
+    """
+    tried = list(candidates(problem.code, x.shape[0], takes_wide(x.device)))
+    if len(tried) > most:
+        tried = [tried[index * len(tried) // most] for index in range(most)]
+    half, index = x.dtype == torch.float16, x.get_device()
+
+    def compiles(tuning: Tuning) -> bool:
+        try:
+            program.kernel(index, "linear", problem.code, tuning, half)
+        except UnsupportedError:
+            return False
+        return True
+
+    with ThreadPoolExecutor() as pool:
+        tried = [tuning for tuning, works in zip(tried, pool.map(compiles, tried), strict=True) if works]
+    copies, times = problem.copies(), {}
+    for tuning in tried:
+        calls, _ = problem.calls(copies, tuning, x, overlap=False)
+        times[tuning] = microseconds(graph_of(calls), len(calls))
+    if not times:
+        raise UnsupportedError("No form of the kernel compiles for this GPU.")
+    return min(times, key=lambda each: times[each]), times
+
+
+def graph_of(calls: list[Callable[[], None]]) -> torch.cuda.CUDAGraph:
+    """All calls, warmed up, as one graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def microseconds(graph: torch.cuda.CUDAGraph, calls: int) -> float:
+    """Median time of one of so many calls in the graph."""
+    times = []
+    for number in range(ROUNDS + 2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        if number >= 2:
+            times.append(begin.elapsed_time(end) * 1e3 / calls)
+    return statistics.median(times)

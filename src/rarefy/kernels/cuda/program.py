@@ -1,0 +1,269 @@
+"""One compiled form of ``linear.cu``: what it is told at compile time, its arguments and its launch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from rarefy.kernels.cuda import driver
+from rarefy.kernels.cuda.layout import TILE, Order, step_of
+
+SOURCE = Path(__file__).with_name("linear.cu")
+GROUPS = Path(__file__).with_name("groups.cu")
+TYPES: dict[Any, int] = {
+    None: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4,
+    "pairs": 5, "bilevel": 6, "level": 7,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Code:
+    """What is stored. ``group``: columns of a scale, 0 for the whole row; ``table``: codes are looked up in a table of
+    16-bit numbers, one that all rows share or one of each row; ``scale``, ``zero``: their types, or that a "scale"
+    holds the values of two codes (``pairs``), or codes of 4 bits of a scale and a zero (``bilevel``) or of a scale only
+    (``level``); without a zero, ``center`` is the code that means zero. ``outliers``: the type of single values that
+    are added to the weight. ``float8``: codes of 8 bits are numbers in E4M3."""
+
+    bits: int
+    group: int = 0
+    span: int = 8
+    table: Literal["", "shared", "rows"] = ""
+    scale: torch.dtype | Literal["pairs", "bilevel", "level"] | None = torch.float16
+    zero: torch.dtype | None = None
+    center: int = 0
+    outliers: torch.dtype | None = None
+    float8: bool = False
+
+    @property
+    def order(self) -> Order:
+        """How codes lie in their words."""
+        return {"": "halves", "shared": "pairs", "rows": "nibbles"}[self.table]  # type: ignore[return-value]
+
+    @property
+    def step(self) -> int:
+        """Columns that a warp takes at once."""
+        return step_of(self.bits)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the work is cut up. A warp computes ``16 * tiles`` rows for ``8 * tokens`` tokens; a block has ``across``
+    warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps are
+    loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``wide``: four warps multiply
+    together, which takes stages, ``across`` a multiple of 4 and compute capability 9.0."""
+
+    tiles: int = 1
+    tokens: int = 1
+    across: int = 1
+    along: int = 8
+    depth: int = 2
+    stages: int = 0
+    split: int = 1
+    wide: bool = False
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.across * self.along
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        return TILE * self.tiles * self.across
+
+    def shared_memory(self, code: Code) -> int:
+        """Bytes of a block."""
+        width = 8 * self.tokens
+        table = 32 * 4 << 2 * code.bits if code.table == "shared" else 0
+        tokens = width * (2 * code.step * self.along + (16 if code.span == 16 else 64))
+        if self.wide:
+            tokens = self.along * code.step // 8 * (width * 16 + 16)
+        staged = self.stages * (tokens + self.rows * self.along * code.step * code.bits // 8)
+        meeting = 4 * (self.along + (code.outliers is not None)) * width * (self.rows + 4)
+        return table + max(staged, meeting)
+
+
+_NUMBERS = "rows columns steps groups tokens stride second_rows second_groups pitch ahead".split()
+_POINTERS = "codes scale zero second table x y partial arrived entries row_ptr".split()
+
+
+class Arguments(ctypes.Structure):
+    """``Arguments`` of the source."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int) for name in _NUMBERS),
+        ("multiplier", ctypes.c_float),
+    ]
+
+
+def definitions(code: Code, tuning: Tuning, half: bool) -> dict[str, int]:
+    """The macros of the source."""
+    found = {field.name.upper(): int(getattr(tuning, field.name)) for field in fields(tuning)}
+    found.update(
+        BITS=code.bits, GROUP=code.group, SPAN=code.span, STEP=code.step, CENTER=code.center,
+        TABLE=("", "shared", "rows").index(code.table),
+        SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half),
+        STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8),
+    )  # fmt: skip
+    return found
+
+
+def arguments(
+    tensors: Mapping[str, Tensor | None], *, rows: int, columns: int, tokens: int = 0, stride: int = 0,
+    second: tuple[int, int] = (1, 1), ahead: bool = False, multiplier: float = 1.0,
+) -> Arguments:  # fmt: skip
+    """``tensors``: ``codes [tiles, steps, loads, 32, 4]`` or bytes ``[rows, pitch]``, ``scale`` and ``zero [tiles,
+    groups, 8, 2]`` of layout.py, ``x [tokens, columns]`` with rows ``stride`` apart, ``y [tokens, rows]`` and so on;
+    what is absent is a null pointer. ``second``: how many tiles and groups share second-order numbers.
+    ``ahead``: fetch codes into the second cache while the kernel waits for those before it."""
+    codes = tensors["codes"]
+    assert codes is not None
+    grouped = (tensors.get(name) for name in ("scale", "table"))
+    groups = next((each.shape[1] for each in grouped if each is not None and each.dim() > 1), 1)
+    pointers = [0 if (own := tensors.get(name)) is None else own.data_ptr() for name in _POINTERS]
+    steps, pitch = codes.shape[1], 0
+    if codes.dim() == 2:  # bytes as they are stored
+        steps, pitch = -(-columns // step_of(8)), codes.shape[1]
+    return Arguments(*pointers, rows, columns, steps, groups, tokens, stride, *second, pitch, ahead, multiplier)
+
+
+def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
+    """Blocks over rows, columns and tokens."""
+    return -(-rows // tuning.rows), tuning.split, -(-tokens // (8 * tuning.tokens))
+
+
+@functools.cache
+def kernel(device: int, name: str, code: Code, tuning: Tuning, half: bool) -> driver.Kernel:
+    """``rarefy_<name>`` of the source for ``device``, compiled once in a process. Raises UnsupportedError where that
+    fails."""
+    macros = [f"-D{macro}={value}" for macro, value in definitions(code, tuning, half).items()]
+    with torch.cuda.device(device):
+        return driver.Kernel(SOURCE, f"rarefy_{name}", macros, tuning.shared_memory(code))
+
+
+def linear(
+    code: Code, tuning: Tuning, given: Arguments, half: bool, device: torch.device, overlap: bool = False
+) -> None:
+    """The product, on the current stream of ``device``."""
+    program = kernel(_index(device), "linear", code, tuning, half)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    program(grid(tuning, given.rows, given.tokens), tuning.threads, given, stream, overlap)
+
+
+def dequantize(code: Code, given: Arguments, half: bool, device: torch.device) -> None:
+    """The weight at ``y [rows, columns]``, on the current stream of ``device``."""
+    tuning = Tuning()
+    program = kernel(_index(device), "dequantize", code, tuning, half)
+    units = -(-given.rows // TILE) * given.steps
+    stream = torch.cuda.current_stream(device).cuda_stream
+    program((-(-units * 32 // tuning.threads), 1, 1), tuning.threads, given, stream)
+
+
+class GroupArguments(ctypes.Structure):
+    """``Arguments`` of ``groups.cu``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "codes scale zero bitmap row_ptr x y".split()),
+        *((name, ctypes.c_int) for name in "rows columns words tokens stride".split()),
+        ("multiplier", ctypes.c_float),
+    ]
+
+
+@dataclass(frozen=True)
+class GroupCode:
+    """Kept groups of columns in 4 bits; names as in ``Code``."""
+
+    group: int
+    scale: torch.dtype
+    zero: torch.dtype | None
+    center: int
+
+    WARPS: ClassVar[int] = 16  # of a block
+
+    def definitions(self, tokens: int, half: bool) -> dict[str, int]:
+        """The macros of the source."""
+        return {
+            "GROUP": self.group, "SCALE": TYPES[self.scale], "ZERO": TYPES[self.zero], "CENTER": self.center,
+            "TOKENS": tokens, "WARPS": self.WARPS, "X_HALF": int(half), "HALF": 1,
+        }  # fmt: skip
+
+    def shared_memory(self, tokens: int, columns: int) -> int:
+        """Bytes of a block."""
+        halves, words = -(-columns // 16) * 2, -(-columns // self.group // 32)
+        return tokens * halves * 20 + 256 + self.WARPS * 64 * words
+
+    def grid(self, rows: int, most: int) -> tuple[int, int, int]:
+        """Blocks, ``most`` of them, which take row after row."""
+        return min(most, -(-rows // self.WARPS)), 1, 1
+
+
+def group_arguments(tensors: Mapping[str, Tensor | None], x: Tensor, y: Tensor, multiplier: float) -> GroupArguments:
+    """``codes``, ``scale``, ``zero``, ``bitmap [rows, words]`` and ``row_ptr [rows + 1]`` of kept groups, ``x [tokens,
+    columns]`` and ``y [tokens, rows]``."""
+    bitmap = tensors["bitmap"]
+    assert bitmap is not None
+    names = ("codes", "scale", "zero", "bitmap", "row_ptr")
+    pointers = [0 if (own := tensors.get(name)) is None else own.data_ptr() for name in names]
+    sizes = (y.shape[1], x.shape[1], bitmap.shape[1], x.shape[0], x.stride(0))
+    return GroupArguments(*pointers, x.data_ptr(), y.data_ptr(), *sizes, multiplier)
+
+
+@functools.cache
+def _group_kernel(device: int, code: GroupCode, tokens: int, half: bool, shared: int) -> driver.Kernel:
+    macros = [f"-D{macro}={value}" for macro, value in code.definitions(tokens, half).items()]
+    with torch.cuda.device(device):
+        return driver.Kernel(GROUPS, "rarefy_groups", macros, shared)
+
+
+def groups(code: GroupCode, given: GroupArguments, half: bool, device: torch.device, overlap: bool = False) -> None:
+    """The product with kept groups, on the current stream of ``device``."""
+    tokens = 1 << (given.tokens - 1).bit_length()
+    program = _group_kernel(_index(device), code, tokens, half, code.shared_memory(tokens, given.columns))
+    most = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    stream = torch.cuda.current_stream(device).cuda_stream
+    program(code.grid(given.rows, most), 32 * code.WARPS, given, stream, overlap)
+
+
+def quantize(x: Tensor, gain: Tensor | None, eps: float, codes: Tensor, step: Tensor) -> None:
+    """``x [tokens, columns]`` as E4M3, on the current stream of its device; see ``kernels/activations.py``."""
+    code, tuning = Code(8, span=16, float8=True), Tuning()
+    given = arguments(
+        {"codes": codes, "scale": gain, "x": x, "y": codes, "partial": step}, rows=0, columns=x.shape[1],
+        tokens=x.shape[0], stride=x.stride(0), multiplier=eps,
+    )  # fmt: skip
+    program = kernel(_index(x.device), "quantize", code, tuning, x.dtype == torch.float16)
+    program((x.shape[0], 1, 1), tuning.threads, given, torch.cuda.current_stream(x.device).cuda_stream)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def workspace(tuning: Tuning, rows: int, tokens: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Memory for blocks that share columns: partial sums, and counters that are zero before and after."""
+    if tuning.split == 1:
+        return None, None
+    across, _, deep = grid(tuning, rows, tokens)
+    partial = torch.empty(tuning.split, tokens, rows, dtype=torch.float32, device=device)
+    return partial, _counters(device, across * deep)
+
+
+_arrived: dict[Any, list[Tensor]] = {}
+
+
+def _counters(device: torch.device, count: int) -> Tensor:
+    """Counters of this device and stream: kernels of a stream follow each other, and each leaves them at zero.
+
+    Those that have become too few are kept, since a captured graph may count in them.
+    """
+    found = _arrived.setdefault((device, torch.cuda.current_stream(device).cuda_stream), [])
+    if not found or found[-1].numel() < count:
+        found.append(torch.zeros(max(count, 4096), dtype=torch.int32, device=device))
+    return found[-1]

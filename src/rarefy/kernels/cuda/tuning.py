@@ -1,0 +1,104 @@
+"""How work is cut up on a GPU: from the table that ``rarefy tune`` measured there, or by rule."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from rarefy.core.files import write_text
+from rarefy.kernels.cuda.program import Code, Tuning
+from rarefy.sources.cache import cache_root
+
+FOLDER = Path(__file__).with_name("tables")
+KEY = ("bits", "table", "rows", "columns", "tokens")  # of a measurement
+MOST_SHARED = 200 * 1024  # bytes of a block's shared memory
+BLOCKS = 132  # that keep a large GPU busy
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens that are told apart
+
+
+def choose(code: Code, rows: int, columns: int, tokens: int, device: torch.device) -> Tuning:
+    """What to compile for ``tokens`` of ``columns`` against ``rows``."""
+    bucket = next((each for each in BUCKETS if tokens <= each), BUCKETS[-1])
+    wide = torch.cuda.get_device_capability(device) == (9, 0)
+    return _chosen(code, rows, columns, bucket, _name(device), wide)
+
+
+@functools.cache
+def _chosen(code: Code, rows: int, columns: int, bucket: int, name: str, wide: bool) -> Tuning:
+    kind = {"bits": code.bits, "table": code.table, "tokens": bucket}
+    known = [entry for entry in table(name) if all(entry[key] == value for key, value in kind.items())]
+    if known:
+        # The nearest size by the number of weights, then by proportion.
+        def distance(entry: dict[str, Any]) -> tuple[float, float]:
+            size = entry["rows"] * entry["columns"] / (rows * columns)
+            shape = entry["rows"] / entry["columns"] / (rows / columns)
+            return max(size, 1 / size), max(shape, 1 / shape)
+
+        found = Tuning(**min(known, key=distance)["tuning"])
+        if found.shared_memory(code) <= MOST_SHARED and (wide or not found.wide):
+            return found
+    return by_rule(code, rows, columns, bucket, wide)
+
+
+def by_rule(code: Code, rows: int, columns: int, tokens: int, wide: bool = False) -> Tuning:
+    """A fair choice where nobody measured; ``wide`` where four warps can multiply together."""
+    loads = code.step * code.bits // 256
+    if tokens <= 16:
+        return Tuning(tiles=2 if loads < 4 else 1, tokens=-(-tokens // 8), along=8, depth=1)
+    at_once = min(16 if wide else 8, -(-tokens // 8))
+    across = 8 if wide else 4
+    blocks = -(-rows // (16 * across)) * -(-tokens // (8 * at_once))
+    split = next((each for each in (1, 2, 4) if blocks * each >= BLOCKS), 4)
+    deepest = Tuning(1, at_once, across=across, along=1, depth=1, stages=4, split=split, wide=wide)
+    fitting = (replace(deepest, stages=stages) for stages in (4, 3, 2))
+    return next((each for each in fitting if each.shared_memory(code) <= MOST_SHARED), replace(deepest, stages=2))
+
+
+@functools.cache
+def table(name: str) -> list[dict[str, Any]]:
+    """Measured entries for the GPU of this name, those measured here first."""
+    found: list[dict[str, Any]] = []
+    for path in (_own(name), FOLDER / f"{name}.json"):
+        if path.is_file():
+            found += json.loads(path.read_text("utf-8"))["entries"]
+    return found
+
+
+def keep(entries: list[dict[str, Any]], device: torch.device) -> Path:
+    """Put ``entries`` into the table of this machine, in the place of those of the same product; returns its path."""
+    name = _name(device)
+    path = _own(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        known = json.loads(path.read_text("utf-8"))["entries"] if path.is_file() else []
+        merged = {tuple(each[key] for key in KEY): each for each in (*known, *entries)}
+        write_text(path, json.dumps({"entries": list(merged.values())}, indent=1) + "\n")
+    table.cache_clear()
+    _chosen.cache_clear()
+    return path
+
+
+def entry(code: Code, rows: int, columns: int, tokens: int, tuning: Tuning) -> dict[str, Any]:
+    """What a table says of one measurement."""
+    own = {"bits": code.bits, "table": code.table, "rows": rows, "columns": columns, "tokens": tokens}
+    return {**own, "tuning": asdict(tuning)}
+
+
+def _own(name: str) -> Path:
+    return cache_root() / "kernels" / f"{name}.json"
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel may load its weights while its forerunner still runs (compute capability 9 and later)."""
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@functools.cache
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device).lower().replace(" ", "-")

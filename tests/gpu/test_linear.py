@@ -1,0 +1,123 @@
+"""Compressed layers on a GPU against their own decoded weights; every covered grid, odd shapes, graphs, gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from rarefy.formats.terms import Quantized, Residual
+from rarefy.kernels import native
+from rarefy.layers.execution import in_torch
+from rarefy.layers.linear import CompressedLinear
+from tests.formats.samples import GRIDS, PATTERNS, quantized, residual
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+
+GPU = torch.device("cuda", 0)
+COVERED = [
+    "int4-none", "int4-integer", "int4-float", "int4-float32", "int4-bfloat16", "int4-row", "int3-none", "int3-integer",
+    "int2-float", "int1-integer", "int8-none", "int8-float", "level3-none", "level5-float", "binary1", "fp4", "nf4",
+    "lut4-tensor",
+]  # fmt: skip
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def checked(layer: CompressedLinear, x: Tensor) -> None:
+    expected = x.double() @ layer.decode().double().T
+    layer.prepare_()
+    assert all(part.is_prepared for part in layer.terms)
+    # Half of a bfloat16's last place on each weight of a table, and on each result.
+    assert relative(layer(x), expected) < (4e-3 if x.dtype == torch.bfloat16 else 6e-4)
+
+
+@pytest.mark.parametrize("grid", COVERED)
+@pytest.mark.parametrize("tokens", [1, 3, 16, 40, 300])
+def test_every_covered_grid(grid: str, tokens: int) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        layer = CompressedLinear([quantized(GRIDS[grid], PATTERNS["full"], 77, 520)], dtype=dtype).to(GPU)
+        checked(layer, torch.randn(tokens, 520, device=GPU, dtype=dtype))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 16), (17, 129), (300, 1027), (4096, 4096)])
+@pytest.mark.parametrize("tokens", [1, 7, 64, 257])
+def test_odd_shapes(rows: int, columns: int, tokens: int) -> None:
+    layer = CompressedLinear([quantized(GRIDS["int4-integer"], PATTERNS["full"], rows, columns)]).to(GPU)
+    checked(layer, torch.randn(tokens, columns, device=GPU, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16, 33])
+def test_outliers_are_added(tokens: int) -> None:
+    terms = [quantized(GRIDS["int3-float"], PATTERNS["full"], 100, 640), residual(100, 640)]
+    checked(CompressedLinear(terms).to(GPU), torch.randn(tokens, 640, device=GPU, dtype=torch.float16))
+
+
+def test_inputs_of_any_form() -> None:
+    layer = CompressedLinear([quantized(GRIDS["int4-none"], PATTERNS["full"], 64, 256)], torch.randn(64)).to(GPU)
+    x = torch.randn(2, 3, 512, device=GPU, dtype=torch.float16)[..., ::2]
+    expected = x.double() @ layer.decode().double().T + layer.bias.double()  # type: ignore[union-attr]
+    assert relative(layer(x), expected) < 1e-3
+    assert layer(x[:, :0]).shape == (2, 0, 64)
+    assert relative(layer(x.float()), expected) < 1e-3  # 32 bits are torch's
+    assert relative(layer(x), expected) < 1e-3
+
+
+def test_there_and_back() -> None:
+    layer = CompressedLinear([quantized(GRIDS["int3-integer"], PATTERNS["full"], 50, 300), residual(50, 300)]).to(GPU)
+    before = copy.deepcopy(layer.state_dict())
+    layer(torch.randn(2, 300, device=GPU, dtype=torch.bfloat16))
+    assert layer.device == GPU and not in_torch(torch.nn.ModuleDict({"a": layer}))
+    after = layer.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    layer(torch.randn(2, 300, device=GPU, dtype=torch.bfloat16))
+    assert layer.to("cpu").device.type == "cpu"
+
+
+def test_the_same_bits_every_time_and_in_a_graph() -> None:
+    layer = CompressedLinear([quantized(GRIDS["int4-none"], PATTERNS["full"], 512, 4096), residual(512, 4096)]).to(GPU)
+    for tokens in (1, 16):
+        x = torch.randn(tokens, 4096, device=GPU, dtype=torch.bfloat16)
+        first = layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        for _ in range(20):
+            graph.replay()
+            assert torch.equal(y, first) and torch.equal(layer(x), first)
+
+
+def test_gradients_and_compilation() -> None:
+    layer = CompressedLinear([quantized(GRIDS["int4-none"], PATTERNS["full"], 48, 256)]).to(GPU)
+    x = torch.randn(4, 256, device=GPU, dtype=torch.bfloat16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).float().sum(), x)
+    assert relative(gradient, layer.decode().double().sum(0).expand(4, -1)) < 1e-2
+    expected = layer(x)
+    torch.testing.assert_close(torch.compile(layer)(x), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_ops_keep_torchs_rules() -> None:
+    term = quantized(GRIDS["int4-none"], PATTERNS["full"], 48, 256).to(GPU)
+    made = term.prepare_()
+    assert isinstance(term, Quantized) and made is not None
+    x = torch.randn(4, 256, device=GPU, dtype=torch.float16, requires_grad=True)
+    from rarefy.kernels.prepared import flat
+
+    torch.library.opcheck(torch.ops.rarefy.linear_prepared.default, (x, *flat([made]), False))
+    torch.library.opcheck(torch.ops.rarefy.decode_prepared.default, flat([made]))
+    assert native.takes(x) and isinstance(residual(4, 8), Residual)
+
+
+def test_more_than_two_billion_elements() -> None:
+    layer = CompressedLinear([quantized(GRIDS["int4-none"], PATTERNS["full"], 4096, 256)]).to(GPU)
+    weight = layer.decode().half()
+    x = torch.randn(1 << 23, 256, device=GPU, dtype=torch.float16)  # 2^31 numbers; its product has 2^35
+    y = layer(x[-40:])
+    assert relative(y, x[-40:].double() @ weight.double().T) < 2e-3

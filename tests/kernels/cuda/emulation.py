@@ -1,0 +1,105 @@
+"""Kernels of ``kernels/cuda`` run by this processor, a block after another; see emulator.h."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rarefy.kernels.cuda import program
+from rarefy.kernels.cuda.linear import aligned, pointed, pointed_groups, terms_of
+from rarefy.kernels.cuda.prepared import code_of, group_code_of
+from rarefy.kernels.prepared import Prepared, flat
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("g++")
+
+
+@functools.cache
+def _library(macros: tuple[str, ...], source: Path = program.SOURCE) -> ctypes.CDLL:
+    assert COMPILER is not None
+    given = [*macros, f'-DKERNEL_SOURCE="{source}"', "-std=c++17", "-O1", "-shared", "-fPIC", "-w"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.so"
+        subprocess.run([COMPILER, *given, str(HERE / "emulated.cpp"), "-o", str(path)], check=True)
+        return ctypes.CDLL(str(path))
+
+
+def _run(
+    name: str, code: program.Code, tuning: program.Tuning, half: bool, given: program.Arguments,
+    grid: tuple[int, int, int],
+) -> None:  # fmt: skip
+    macros = [f"-D{macro}={value}" for macro, value in program.definitions(code, tuning, half).items()]
+    run = _library(tuple(macros)).run
+    which = ["linear", "dequantize", "quantize"].index(name)
+    run(which, ctypes.byref(given), *grid, tuning.threads, tuning.shared_memory(code))
+
+
+def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> Tensor:
+    """``x [tokens, columns]`` times a term of codes, with or without one of outliers."""
+    (codes, *lists), half, tokens = terms_of(*flat(prepared)[:3]), x.dtype == torch.float16, x.shape[0]
+    tensors, numbers, multiplier = codes
+    code, rows, own = code_of(tensors, numbers), numbers["rows"], pointed(codes, half)
+    for entries, more, _ in lists:
+        code = replace(code, outliers=torch.float16 if more["half"] else torch.bfloat16)
+        own.update(entries=entries["entries"], row_ptr=entries["row_ptr"])
+    x, y = aligned(x), torch.full((tokens, rows), torch.nan, dtype=x.dtype)
+    grid = program.grid(tuning, rows, tokens)
+    arrived = torch.zeros(grid[0] * grid[2], dtype=torch.int32)
+    partial = torch.full((tuning.split, tokens, rows), torch.nan)
+    given = program.arguments(
+        {**own, "x": x, "y": y, "partial": partial, "arrived": arrived}, rows=rows, columns=x.shape[1], tokens=tokens,
+        stride=x.stride(0), second=(numbers["second_rows"], numbers["second_groups"]), ahead=True,
+        multiplier=multiplier,
+    )  # fmt: skip
+    _run("linear", code, tuning, half, given, grid)
+    assert not arrived.any()
+    return y
+
+
+def dequantize(prepared: Prepared, dtype: torch.dtype) -> Tensor:
+    """The weight of a term of codes, ``[rows, columns]``."""
+    (codes,), half = terms_of(*flat([prepared])[:3]), dtype == torch.float16
+    tensors, numbers, multiplier = codes
+    weight = torch.full((numbers["rows"], numbers["columns"]), torch.nan, dtype=dtype)
+    given = program.arguments(
+        {**pointed(codes, half), "y": weight}, rows=numbers["rows"], columns=numbers["columns"],
+        second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
+    )  # fmt: skip
+    tuning = program.Tuning()
+    units = -(-numbers["rows"] // 16) * given.steps
+    _run("dequantize", code_of(tensors, numbers), tuning, half, given, (-(-units * 32 // tuning.threads), 1, 1))
+    return weight
+
+
+def quantize_tokens(x: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """As ``kernels/activations.py`` says."""
+    codes, step = torch.zeros(x.shape, dtype=torch.uint8), torch.full(x.shape[:1], torch.nan)
+    given = program.arguments(
+        {"codes": codes, "scale": gain, "x": x, "y": codes, "partial": step}, rows=0, columns=x.shape[1],
+        tokens=x.shape[0], stride=x.stride(0), multiplier=eps,
+    )  # fmt: skip
+    code, tuning = program.Code(8, span=16, float8=True), program.Tuning()
+    _run("quantize", code, tuning, x.dtype == torch.float16, given, (x.shape[0], 1, 1))
+    return codes.view(torch.float8_e4m3fn), step
+
+
+def groups(x: Tensor, prepared: Prepared) -> Tensor:
+    """``x [tokens, columns]`` times a term of kept groups."""
+    (term,), half, tokens = terms_of(*flat([prepared])[:3]), x.dtype == torch.float16, x.shape[0]
+    code, x, y = group_code_of(*term[:2]), aligned(x), torch.full((tokens, prepared.rows), torch.nan, dtype=x.dtype)
+    given = program.group_arguments(pointed_groups(term), x, y, term[2])
+    most = 1 << (tokens - 1).bit_length()
+    macros = [f"-D{macro}={value}" for macro, value in code.definitions(most, half).items()]
+    library = _library((*macros, "-DGROUPS"), program.GROUPS)
+    shared = code.shared_memory(most, x.shape[1])
+    library.run(0, ctypes.byref(given), *code.grid(prepared.rows, 2), 32 * code.WARPS, shared)
+    return y

@@ -1,0 +1,183 @@
+// A processor's answer to machine.cuh, one block after another and a block's threads as fibers, so that the arithmetic
+// and the indices of a kernel can be tested where no GPU is.
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#define RAREFY_EMULATED
+#define device static inline
+#define global
+#define __launch_bounds__(threads)
+#define shared_memory(name) static unsigned char*& name = emulator::shared
+
+struct uint2 { unsigned x, y; };
+struct uint4 { unsigned x, y, z, w; };
+
+namespace emulator {
+struct Position { int x, y, z; };
+struct Barrier { int waiting = 0; unsigned generation = 0; };
+struct Operands { unsigned a[4], b[2]; };
+
+std::vector<unsigned char> memory;
+unsigned char* shared;
+std::vector<ucontext_t> fibers;
+std::vector<char> finished;
+std::vector<Barrier> barriers;  // of the block, then of each warp
+std::vector<Operands> exchanged;
+std::vector<float> floats;
+ucontext_t scheduler;
+int current, threads;
+
+void arrive(Barrier& barrier, int count) {
+  const unsigned generation = barrier.generation;
+  if (++barrier.waiting == count) {
+    barrier.waiting = 0;
+    ++barrier.generation;
+    return;
+  }
+  while (barrier.generation == generation) swapcontext(&fibers[current], &scheduler);
+}
+}  // namespace emulator
+
+static emulator::Position threadIdx, blockIdx, gridDim;
+
+device uint4 load_once(const uint4* from) { return *from; }
+device uint4 load_once(const uint4* from, bool real) { return real ? *from : uint4{0, 0, 0, 0}; }
+device uint2 load_once(const uint2* from) { return *from; }
+device unsigned load_once(const unsigned* from) { return *from; }
+device unsigned short load_once(const unsigned short* from) { return *from; }
+device uint4 load_shared_by_all(const uint4* from, bool real) { return real ? *from : uint4{0, 0, 0, 0}; }
+device uint2 load_shared_by_all(const uint2* from, bool real) { return real ? *from : uint2{0, 0}; }
+device float load_fresh(const float* from) { return *from; }
+device void copy_async(unsigned char* to, const void* from, bool real) {
+  if (real) memcpy(to, from, 16); else memset(to, 0, 16);
+}
+device void copy_word_async(unsigned char* to, const void* from, bool real) {
+  if (real) memcpy(to, from, 4); else memset(to, 0, 4);
+}
+device void begin_wide() {}
+device void end_wide() {}
+device void show_copies() {}
+device void settle(float&) {}
+device void commit_copies() {}
+template <int PENDING> device void wait_for_copies() {}
+device void block_barrier() {
+  const int thread = threadIdx.x;
+  emulator::arrive(emulator::barriers[0], emulator::threads);
+  threadIdx.x = thread;
+}
+device void warp_barrier() {
+  const int thread = threadIdx.x;
+  emulator::arrive(emulator::barriers[1 + thread / 32], 32);
+  threadIdx.x = thread;
+}
+device void bring_closer(const void* from, unsigned bytes) {
+  volatile char reached = *static_cast<const char*>(from) + *(static_cast<const char*>(from) + bytes - 1);
+  (void)reached;
+}
+device void wait_for_earlier_kernels() {}
+device bool last_to_arrive(unsigned* arrived, unsigned count) {
+  static unsigned before;
+  block_barrier();
+  if (threadIdx.x == 0) {
+    before = (*arrived)++;
+    if (before == count - 1) *arrived = 0;
+  }
+  block_barrier();
+  return before == count - 1;
+}
+
+device float as_float(unsigned bits) { float value; memcpy(&value, &bits, 4); return value; }
+device float half_value(unsigned short bits) { _Float16 value; memcpy(&value, &bits, 2); return float(value); }
+template <bool HALF_> device unsigned short rounded(float value) {
+  if (HALF_) { const _Float16 half = _Float16(value); unsigned short bits; memcpy(&bits, &half, 2); return bits; }
+  unsigned bits;
+  memcpy(&bits, &value, 4);
+  return (unsigned short)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+device float widened(unsigned short bits) { return HALF ? half_value(bits) : as_float(unsigned(bits) << 16); }
+device float sum_of(int count, float value) {
+  const int thread = threadIdx.x, first = thread / count * count;
+  emulator::floats[thread] = value;
+  warp_barrier();
+  float sum = 0;
+  for (int n = 0; n < count; ++n) sum += emulator::floats[first + n];
+  warp_barrier();
+  return sum;
+}
+device float sum_of_eight(float value) { return sum_of(8, value); }
+device float sum_of_warp(float value) { return sum_of(32, value); }
+device unsigned of_lane(unsigned value, int lane) {
+  const int thread = threadIdx.x;
+  emulator::exchanged[thread].a[0] = value;
+  warp_barrier();
+  const unsigned found = emulator::exchanged[thread / 32 * 32 + lane].a[0];
+  warp_barrier();
+  return found;
+}
+device int ones_of(unsigned word) { return __builtin_popcount(word); }
+device unsigned bits_of(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
+device unsigned bf16_pair(float low, float high) { return rounded<false>(low) | unsigned(rounded<false>(high)) << 16; }
+device unsigned fused(unsigned a, unsigned b, unsigned c) {
+  unsigned d = 0;
+  for (int k = 0; k < 32; k += 16) {
+    const double exact = double(widened(a >> k)) * widened(b >> k) + widened(c >> k);
+    d |= unsigned(rounded<HALF>(float(exact))) << k;
+  }
+  return d;
+}
+device unsigned chosen(unsigned word, unsigned mask, unsigned others) { return (word & mask) | others; }
+device unsigned permuted(unsigned a, unsigned b, unsigned bytes) {
+  const uint64_t all = uint64_t(b) << 32 | a;
+  unsigned d = 0;
+  for (int k = 0; k < 4; ++k) d |= unsigned(all >> 8 * (bytes >> 4 * k & 7) & 255) << 8 * k;
+  return d;
+}
+device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  const int thread = threadIdx.x, warp = thread / 32 * 32, g = thread % 32 / 4, t = thread % 4;
+  emulator::exchanged[thread] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  warp_barrier();
+  for (int j = 0; j < 4; ++j) {
+    const int column = 2 * t + j % 2;
+    for (int k = 0; k < 16; ++k) {
+      const emulator::Operands& weights = emulator::exchanged[warp + 4 * g + k % 8 / 2];
+      const emulator::Operands& tokens = emulator::exchanged[warp + 4 * column + k % 8 / 2];
+      const unsigned w = weights.a[j / 2 + k / 8 * 2] >> k % 2 * 16, x = tokens.b[k / 8] >> k % 2 * 16;
+      sum[j] += widened(w) * widened(x);
+    }
+  }
+  warp_barrier();
+}
+device float absolute(float value) { return std::fabs(value); }
+device float max_of(float a, float b) { return std::fmax(a, b); }
+device float inverse_root(float value) { return 1.0f / std::sqrt(value); }
+device unsigned char e4m3(float value) {
+  const float size = std::fmin(std::fabs(value), 448.0f);
+  int exponent = size > 0 ? std::ilogb(size) : -6;
+  exponent = exponent < -6 ? -6 : exponent;
+  const int code = int(std::nearbyint(std::ldexp(size, 3 - exponent))) + 8 * (exponent + 6);
+  return (unsigned char)(code | (std::signbit(value) ? 128 : 0));
+}
+device void reduce_over_block(float& sum, float& most, float*) {
+  static float sums, maxima;
+  block_barrier();
+  if (threadIdx.x == 0) sums = maxima = 0;
+  block_barrier();
+  sums += sum, maxima = std::fmax(maxima, most);
+  block_barrier();
+  sum = sums, most = maxima;
+}
+template <int N>
+device void multiply_wide(float (&d)[N][4], const unsigned (&a)[4], const unsigned char* block, unsigned leading, bool add) {
+  const int t = threadIdx.x % 4, n = threadIdx.x % 32 / 4;
+  for (int first = 0; first < N; ++first) {
+    if (!add) memset(d[first], 0, 16);
+    unsigned b[2];
+    for (int half = 0; half < 2; ++half) memcpy(&b[half], block + half * leading + first * 128 + n * 16 + 4 * t, 4);
+    multiply(d[first], a, b[0], b[1]);
+  }
+}

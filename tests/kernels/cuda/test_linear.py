@@ -1,0 +1,128 @@
+"""The CUDA kernels, run by this processor: every kind of code, scale and zero, and every way to cut the work up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rarefy.formats.grids import FloatGrid, Grid, IntegerGrid, LutGrid
+from rarefy.formats.patterns import Groups
+from rarefy.formats.scales import BilevelScale
+from rarefy.formats.terms import Term
+from rarefy.kernels.activations import quantize_tokens
+from rarefy.kernels.cuda.linear import _decode
+from rarefy.kernels.cuda.prepared import NotCovered, prepare
+from rarefy.kernels.cuda.program import Tuning
+from rarefy.kernels.prepared import flat
+from tests.formats.samples import GRIDS, PATTERNS, quantized, residual
+from tests.kernels.cuda import emulation
+
+pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="there is no C++ compiler")
+
+COVERED = [
+    *(f"int{bits}-{zero}" for bits in range(2, 9) for zero in ("none", "integer", "float")),
+    "int1-integer", "int1-float", "int4-bfloat16", "int4-float32", "int4-long", "int4-row", "level3-none",
+    "level5-float", "binary1", "fp3", "fp4", "nf4", "nf4-row", "lut4-tensor", "lut3-row", "lut4-groups",
+    "int8-g128", "int8-g128-integer", "int8-row", "fp8_e4m3-row", "fp8_e4m3-g64",
+]  # fmt: skip
+BILEVEL = {
+    f"int{bits}-bilevel-{zero}": IntegerGrid(
+        num_bits=bits, group_size=16, zero=zero, scales=BilevelScale(rows=rows, groups=groups)
+    )
+    for bits, zero, rows, groups in ((3, "float", 16, 1), (3, "none", 16, 2), (4, "float", 32, 3))
+}
+OTHERS: dict[str, Grid] = {
+    "lut4-groups": LutGrid(num_bits=4, group_size=32), "int8-g128": IntegerGrid(num_bits=8, group_size=128),
+    "int8-g128-integer": IntegerGrid(num_bits=8, group_size=128, zero="integer"), "int8-row": IntegerGrid(num_bits=8),
+    "fp8_e4m3-row": FloatGrid(format="fp8_e4m3"), "fp8_e4m3-g64": FloatGrid(format="fp8_e4m3", group_size=64),
+    **BILEVEL,
+}  # fmt: skip
+SMALL = Tuning(along=2, depth=1)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def product(terms: list[Term], tuning: Tuning, tokens: int, dtype: torch.dtype = torch.float16) -> float:
+    """The relative error of the product."""
+    made = [prepare(*term.operation()) for term in terms]  # type: ignore[misc]
+    x = torch.randn(tokens, terms[0].columns).to(dtype)
+    dense = sum(term.decode().double() for term in terms)
+    return relative(emulation.linear(x, made, tuning), x.double() @ dense.T)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", [*COVERED, *BILEVEL])
+def test_every_covered_grid(name: str) -> None:
+    grid = {**GRIDS, **OTHERS}[name]
+    term = quantized(grid, PATTERNS["full"], 21, 300)
+    made = prepare(*term.operation())
+    assert torch.equal(_decode(*flat([made])), term.decode())
+    assert product([term], Tuning(), 3) < 6e-4
+    weight = emulation.dequantize(made, torch.float16)  # with what was compiled for the product
+    if "pairs_half" in made.tensors:  # whose numbers are rounded first
+        assert relative(weight, term.decode().double()) < 6e-4
+    else:
+        assert torch.equal(weight, term.decode().half())
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        Tuning(1, 1, 1, 4, 2), Tuning(2, 1, 2, 1, 3), Tuning(4, 2, 1, 2, 1), Tuning(1, 2, 2, 2, 1, 2),
+        Tuning(2, 1, 1, 2, 2, 3, 2), Tuning(1, 1, 1, 1, 4, 0, 3), Tuning(2, 2, 2, 1, 1, 4, 4),
+        Tuning(1, 2, 4, 1, 1, 3, 2, True), Tuning(2, 1, 4, 2, 1, 2, 1, True),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("tokens", [1, 11])
+def test_every_way_to_cut_the_work_up(tuning: Tuning, tokens: int) -> None:
+    term = quantized(GRIDS["int4-integer"], PATTERNS["full"], 50, 700)
+    assert product([term], tuning, tokens, torch.bfloat16) < 4e-3
+    assert product([term, residual(50, 700)], tuning, tokens) < 6e-4
+
+
+@pytest.mark.parametrize("name", ["int3-float", "int8-g128", "int4-none", "lut4-groups", "nf4"])
+def test_four_warps_at_once(name: str) -> None:
+    grid = {**GRIDS, **OTHERS}[name]
+    assert product([quantized(grid, PATTERNS["full"], 70, 300)], Tuning(1, 2, 4, 1, 1, 2, wide=True), 13) < 6e-4
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 128), (17, 129), (3, 263)])
+def test_odd_shapes(rows: int, columns: int) -> None:
+    for name in ("int3-float", "int8-none"):
+        assert product([quantized(GRIDS[name], PATTERNS["full"], rows, columns)], SMALL, 2) < 6e-4
+
+
+def test_what_no_kernel_reads_is_named() -> None:
+    for name, reason in (("fp6_e2m3", "fp6"), ("lut2-rows", "tables of 4 entries"), ("fp4-two", "each sign")):
+        with pytest.raises(NotCovered, match=reason):
+            prepare(*quantized(GRIDS[name], PATTERNS["full"], 8, 64).operation())
+    with pytest.raises(NotCovered, match="pattern"):
+        prepare(*quantized(GRIDS["int4-none"], PATTERNS["bitmap"], 4, 64).operation())
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_tokens_in_eight_bits(normed: bool) -> None:
+    x = torch.randn(3, 520).bfloat16() * torch.tensor([[1.0], [1e-4], [0.0]]).bfloat16()
+    gain = torch.rand(520).bfloat16() + 0.5 if normed else None
+    (codes, step), (wanted, wanted_step) = (f(x, gain, 1e-6) for f in (emulation.quantize_tokens, quantize_tokens))
+    torch.testing.assert_close(step, wanted_step, rtol=1e-5, atol=0)
+    same = codes.view(torch.uint8) == wanted.view(torch.uint8)
+    assert float(same.float().mean()) > 0.99  # others lie at the middle between two numbers
+    values, wanted_values = (c.float() * s[:, None] for c, s in ((codes, step), (wanted, wanted_step)))
+    torch.testing.assert_close(values, wanted_values, rtol=0.13, atol=1e-9)
+
+
+@pytest.mark.parametrize("index", ["ids", "csr", "bitmap"])
+@pytest.mark.parametrize("zero", ["none", "integer", "float"])
+@pytest.mark.parametrize("size", [16, 32])
+def test_kept_groups(index: str, zero: str, size: int) -> None:
+    grid = IntegerGrid(num_bits=4, group_size=size, zero=zero)  # type: ignore[arg-type]
+    term = quantized(grid, Groups(size=size, index=index), 43, 37 * 32)  # type: ignore[arg-type]
+    made = prepare(*term.operation())
+    assert torch.equal(_decode(*flat([made])), term.decode())
+    for tokens, dtype, most in ((1, torch.bfloat16, 4e-3), (3, torch.float16, 1e-3)):
+        x = (torch.randn(tokens, term.columns) * 50).to(dtype)
+        assert relative(emulation.groups(x, made), x.double() @ term.decode().double().T) < most

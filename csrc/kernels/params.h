@@ -46,10 +46,13 @@ struct Scales {
       const uint16_t *scale = static_cast<const uint16_t *>(t.scale.data);
       int64_t at = (first + group) * 16;
       if (t.scale_layout == RAREFY_SINGLE) {
-        prefetch_far(scale + at + 512), prefetch_far(static_cast<const uint8_t *>(t.zero_point.data) + at + 512);
+        prefetch_far(scale + at + 512);
         Params p{load_half(scale + at), set_f(t.zero), zero_f()};
-        if (t.zero_type == RAREFY_U8) p.zero = load_bytes_f(static_cast<const uint8_t *>(t.zero_point.data) + at);
-        else if (t.zero_type == RAREFY_F16) p.zero = load_half(static_cast<const uint16_t *>(t.zero_point.data) + at);
+        if (t.zero_type == RAREFY_U8) {
+          const uint8_t *zero = static_cast<const uint8_t *>(t.zero_point.data) + at;
+          prefetch_far(zero + 512);
+          p.zero = load_bytes_f(zero);
+        } else if (t.zero_type == RAREFY_F16) p.zero = load_half(static_cast<const uint16_t *>(t.zero_point.data) + at);
         else if (t.zero_type != RAREFY_NONE) p.zero = load_floats(t.zero_point, t.zero_type, at);
         return p;
       }

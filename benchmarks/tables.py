@@ -205,7 +205,8 @@ def speed_table() -> str:
                 f"{count} {unit}{'s' if count > 1 else ''} | {row['seconds'] / 60:.1f} | {block} | {whole:.1f} | "
                 f"{row['peak_host_bytes'] / 1e9:.1f} GB | {gpu} | {row.get('ratio', '-')} |"
             )
-        parts.append("\n".join([*lines, "", f"Whole: minutes for all blocks of the shape, from those that ran. Each job in processes of its own; {measured_on(data)}"]))
+        facts = "Whole: minutes for all blocks of the shape, from those that ran. Each job in processes of its own;"
+        parts.append("\n".join([*lines, "", f"{facts} {measured_on(data)}"]))
     return "\n\n".join(parts) or UNMEASURED
 
 

@@ -51,7 +51,7 @@ def call_of(query: Tensor, key: Tensor, value: Tensor) -> Call:
 
 
 def gates(maps: int) -> Gated:
-    found = BlockGate.new(HEADS, maps, CHANNELS, POOLS, False, torch.Generator().manual_seed(0))
+    found = BlockGate.new(HEADS, maps, CHANNELS, POOLS, False)
     to = [None if part is None else part.to(DEVICE, torch.bfloat16) for part in (found.keys, found.queries)]
     assert to[0] is not None
     return Gated({"prefill": replace(found, keys=to[0], queries=to[1])})

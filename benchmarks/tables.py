@@ -299,10 +299,14 @@ def attention_facts(data: dict[str, Any], rows: Rows) -> str:
     return f"{first['model']}, {first['context']} tokens, {first['text']}; {measured_on({**data, 'rows': rows})}"
 
 
-def attention_losses(model: str, phase: str) -> str:
-    """What plans cost, best first at each density."""
+def attention_losses(model: str, phase: str, equal: bool = True) -> str:
+    """What plans cost, best first at each density: those that were given a density, or those that found their own with
+    controls beside them."""
     parts = []
-    for data, found in attention_rows(phase, model):
+    for data, every in attention_rows(phase, model):
+        found = [row for row in every if ("nominal" in row) == equal]
+        if not found:
+            continue
         rows = sorted(found, key=lambda row: (round(row["density"], 2), row["kl"]))
         lines = ["| plan | density | nats above dense | perplexity | KL | top-1 |", "|---" * 6 + "|"]
         for row in rows:
@@ -333,6 +337,9 @@ def attention_answers(model: str, phase: str) -> str:
     """Answers found in long contexts, a column for each task."""
     parts = []
     for data, rows in attention_rows("retrieval", model, phase=phase):
+        # What the dense model cannot answer tells nothing.
+        able = {row["task"]: row["accuracy"] for row in rows if row["job"] == "dense"}
+        rows = [row for row in rows if able.get(row["task"], 1.0) >= 0.2]
         tasks = list(dict.fromkeys(row["task"] for row in rows))
         lines = [f"| plan | density | {' | '.join(tasks)} |", "|---" * (2 + len(tasks)) + "|"]
         jobs = dict.fromkeys(row["job"] for row in rows)
@@ -341,7 +348,8 @@ def attention_answers(model: str, phase: str) -> str:
             cells = [f"{own[job][task]['accuracy']:.0%}" if task in own[job] else "-" for task in tasks]
             lines.append(f"| {job} | {mean(list(own[job].values()), 'density'):.1%} | {' | '.join(cells)} |")
         count = min(row["answers"] for row in rows)
-        parts.append("\n".join([*lines, "", f"{count} answers or more of each task. {attention_facts(data, rows)}"]))
+        told = f"{count} answers or more of each task that the dense model answers at all."
+        parts.append("\n".join([*lines, "", f"{told} {attention_facts(data, rows)}"]))
     return "\n\n".join(parts) or UNMEASURED
 
 
@@ -475,11 +483,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-linear": linear_table,
     "attention-prefill-lab": partial(attention_losses, LAB, "prefill"),
     "attention-prefill-demo": partial(attention_losses, "SmolLM2", "prefill"),
+    "attention-adaptive-lab": partial(attention_losses, LAB, "prefill", False),
+    "attention-adaptive-demo": partial(attention_losses, "SmolLM2", "prefill", False),
     "attention-decode-lab": partial(attention_losses, LAB, "decode"),
     "attention-decode-demo": partial(attention_losses, "SmolLM2", "decode"),
     "attention-choice-lab": partial(attention_choices, LAB),
     "attention-choice-demo": partial(attention_choices, "SmolLM2"),
     "attention-answers-lab": partial(attention_answers, LAB, "prefill"),
+    "attention-answers-demo": partial(attention_answers, "SmolLM2", "prefill"),
     "attention-answers-decode-lab": partial(attention_answers, LAB, "decode"),
     "attention-budget-lab": partial(attention_budgets, LAB),
     "attention-budget-demo": partial(attention_budgets, "SmolLM2"),

@@ -294,6 +294,11 @@ def attention_rows(kind: str, model: str, **wanted: Any) -> list[tuple[dict[str,
     return found
 
 
+def plan_name(row: dict[str, Any]) -> str:
+    """As ``rarefy eval --attention`` has it."""
+    return re.sub(r"sale {'budget': ([\d.]+)}", r"sale:budget=\1", str(row["job"]))
+
+
 def attention_facts(data: dict[str, Any], rows: Rows) -> str:
     first = rows[0]
     return f"{first['model']}, {first['context']} tokens, {first['text']}; {measured_on({**data, 'rows': rows})}"
@@ -311,7 +316,7 @@ def attention_losses(model: str, phase: str, equal: bool = True) -> str:
         lines = ["| plan | density | nats above dense | perplexity | KL | top-1 |", "|---" * 6 + "|"]
         for row in rows:
             lines.append(
-                f"| {row['job']} | {row['density']:.1%} | {row['gap']:+.4f} | {row['perplexity_cost']:+.1%} | "
+                f"| {plan_name(row)} | {row['density']:.1%} | {row['gap']:+.4f} | {row['perplexity_cost']:+.1%} | "
                 f"{row['kl']:.4f} | {row['top1_agreement']:.1%} |"
             )
         parts.append("\n".join([*lines, "", f"Dense: {rows[0]['dense_nll']:.4f} nats. {attention_facts(data, rows)}"]))
@@ -326,7 +331,7 @@ def attention_choices(model: str) -> str:
         lines = ["| plan | density | mass kept | most that as few could keep | output error |", "|---" * 5 + "|"]
         for row in rows:
             lines.append(
-                f"| {row['job']} | {row['density']:.1%} | {row['recall']:.1%} | {row['best']:.1%} | "
+                f"| {plan_name(row)} | {row['density']:.1%} | {row['recall']:.1%} | {row['best']:.1%} | "
                 f"{row['error']:.3f} |"
             )
         parts.append("\n".join([*lines, "", attention_facts(data, rows)]))
@@ -491,7 +496,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-choice-demo": partial(attention_choices, "SmolLM2"),
     "attention-answers-lab": partial(attention_answers, LAB, "prefill"),
     "attention-answers-demo": partial(attention_answers, "SmolLM2", "prefill"),
-    "attention-answers-decode-lab": partial(attention_answers, LAB, "decode"),
     "attention-budget-lab": partial(attention_budgets, LAB),
     "attention-budget-demo": partial(attention_budgets, "SmolLM2"),
     "attention-training": sparse_training_table,

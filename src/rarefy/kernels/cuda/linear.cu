@@ -37,7 +37,7 @@ struct Arguments {
   const u32* entries;   // outliers by row: a 16-bit value above its column
   const u32* row_ptr;   // [rows + 1]
   int rows, columns, steps, groups, tokens, stride, second_rows, second_groups, pitch;
-  int ahead;            // whether codes are brought to the second cache while earlier kernels still run
+  int ahead;            // bytes of a tile's codes to bring to the second cache while earlier kernels still run
   float multiplier;
 };
 
@@ -498,9 +498,11 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   const int rounds = end > begin ? (end - begin + ALONG - 1) / ALONG : 0;
   u8* stages = pool + TABLE_BYTES;
 
-  if (SPAN < 16 && a.ahead && threadIdx.x < ACROSS * TILES && end > begin) {
+  const int later = begin + DEPTH * ALONG;  // the first step that is not fetched at once
+  if (SPAN < 16 && a.ahead && threadIdx.x < ACROSS * TILES && later < end) {
     const i64 tile = blockIdx.x * ACROSS * TILES + threadIdx.x;
-    if (tile * 16 < a.rows) bring_closer(a.codes + (tile * a.steps + begin) * LOADS * 32, (end - begin) * LOADS * 512);
+    const int bytes = (end - later) * LOADS * 512;
+    if (tile * 16 < a.rows) bring_closer(a.codes + (tile * a.steps + later) * LOADS * 32, bytes < a.ahead ? bytes : a.ahead);
   }
   const auto step_at = [&](int round) { return begin + round * ALONG + along; };
 

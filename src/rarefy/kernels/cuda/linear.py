@@ -25,7 +25,7 @@ from rarefy.kernels.reference import decode
 
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 MOST_TOKENS = 256
-AHEAD = True  # whether a kernel that waits for another brings its codes closer meanwhile
+AHEAD = 8192  # bytes of a tile's codes that a kernel brings closer while it waits for another
 MOST_TOKENS_OF_16_BITS = 64  # up to which reading the weight is all that counts, so that activations stay exact
 MOST_TOKENS_OF_GROUPS = 4
 MOST_TOKENS_OF_OUTLIERS = 16  # beyond, their gathered activations cost more than a dense weight
@@ -168,7 +168,7 @@ def _product(x: Tensor, term: Term, outliers: Term | None) -> Tensor:
     given = program.arguments(
         {**pointed(term, half), **entries, "x": x, "y": y, "partial": partial, "arrived": arrived},
         rows=rows, columns=x.shape[1], tokens=tokens, stride=x.stride(0),
-        second=(numbers["second_rows"], numbers["second_groups"]), ahead=overlap and AHEAD, multiplier=multiplier,
+        second=(numbers["second_rows"], numbers["second_groups"]), ahead=AHEAD if overlap else 0, multiplier=multiplier,
     )  # fmt: skip
     program.linear(code, chosen, given, half, x.device, overlap)
     return y

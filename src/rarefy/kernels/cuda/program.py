@@ -117,12 +117,13 @@ def definitions(code: Code, tuning: Tuning, half: bool) -> dict[str, int]:
 
 def arguments(
     tensors: Mapping[str, Tensor | None], *, rows: int, columns: int, tokens: int = 0, stride: int = 0,
-    second: tuple[int, int] = (1, 1), ahead: bool = False, multiplier: float = 1.0,
+    second: tuple[int, int] = (1, 1), ahead: int = 0, multiplier: float = 1.0,
 ) -> Arguments:  # fmt: skip
     """``tensors``: ``codes [tiles, steps, loads, 32, 4]`` or bytes ``[rows, pitch]``, ``scale`` and ``zero [tiles,
     groups, 8, 2]`` of layout.py, ``x [tokens, columns]`` with rows ``stride`` apart, ``y [tokens, rows]`` and so on;
     what is absent is a null pointer. ``second``: how many tiles and groups share second-order numbers.
-    ``ahead``: fetch codes into the second cache while the kernel waits for those before it."""
+    ``ahead``: bytes of each tile's codes to fetch into the second cache while the kernel waits for those before
+    it."""
     codes = tensors["codes"]
     assert codes is not None
     grouped = (tensors.get(name) for name in ("scale", "table"))

@@ -334,7 +334,7 @@ def main() -> None:
     print(f"copy {limit / 1e6:.2f} TB/s", flush=True)
     shapes = [tuple(map(int, each.split("x"))) for each in options.shapes.split(",")]
     jobs = []
-    for each in options.jobs.split(";"):
+    for each in filter(None, options.jobs.split(";")):
         name, _, counts = each.strip().partition("@")
         jobs.append((name, [int(count) for count in counts.split(",")]))
     if options.quick:

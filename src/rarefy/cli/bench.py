@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from rarefy.cli.common import Json, Revision, command, print_record, print_table, say
+from rarefy.cli.common import Device, Json, Revision, command, print_record, print_table, say
 
 if TYPE_CHECKING:
     from rarefy.evaluation.speed import SpeedComparison
@@ -30,12 +30,13 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written after it.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; everybody has a turn.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of every one of them.")] = 1,
+    device: Device = "auto",
     executor: Annotated[str, typer.Option(help="exact, or fast (may quantize activations).")] = "fast",
     dtype: Annotated[str, typer.Option(help="Of dense tensors: auto, float32, bfloat16 or float16.")] = "auto",
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Measure prefill and decode on the CPU: tokens a second, time to the first, memory, share of its bandwidth."""
+    """Measure prefill and decode: tokens a second, time to the first, memory, share of its bandwidth."""
     from rarefy.core.errors import OptionError
 
     if (model is None) == (matrix is None):
@@ -54,25 +55,27 @@ def bench(
     import torch
 
     from rarefy import api
-    from rarefy.evaluation.speed import measure
+    from rarefy.evaluation.speed import gpu_read_bandwidth, measure
     from rarefy.integrations.peers import open_peer, open_runner, parse_peer
 
     peers = [parse_peer(text, model) for text in against or ()]
     torch.set_num_threads(threads)
+    place = api.device_of(device)
 
     def load(name: str) -> Any:
         loaded: Any = api.load(name, dtype=dtype, revision=revision if name == model else None)
         _check(name, loaded, prompt_tokens + new_tokens)
-        return loaded
+        return loaded.to(place)
 
-    decoders = [open_runner(model, mode, load)]
+    decoders = [open_runner(model, mode, load, place)]
     if decoders[0].executor.startswith("transformers"):
         say(f"note: 'rarefy' is measured through {decoders[0].executor}")
     length = prompt_tokens + new_tokens
-    decoders += [open_peer(peer, name, length, load) for peer, name in peers]
+    decoders += [open_peer(peer, name, length, load, place) for peer, name in peers]
     draw = torch.Generator().manual_seed(0)
     prompt = torch.randint(10, 90, (prompt_tokens,), generator=draw).tolist()
-    result = measure(decoders, prompt, new_tokens, rounds)
+    read = gpu_read_bandwidth if place.type == "cuda" else None
+    result = measure(decoders, prompt, new_tokens, rounds, read=read)
     if as_json:
         print_record("speed", {"model": model, **result.model_dump()})
     else:
@@ -104,7 +107,7 @@ def print_speeds(result: SpeedComparison) -> None:
     )  # fmt: skip
     print(
         f"{result.prompt_tokens} tokens read, {result.new_tokens} written, median of {result.rounds} rounds, "
-        f"{result.threads} thread(s); one thread reads {result.read_bytes_per_second / 1e9:.1f} GB/s; "
+        f"{result.threads} thread(s); memory is read at {result.read_bytes_per_second / 1e9:.1f} GB/s; "
         "ratio = its time / time of the first row"
     )
 

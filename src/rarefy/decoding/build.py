@@ -7,7 +7,8 @@ found by running that module on numbers and comparing. So a model that is a litt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -55,9 +56,18 @@ _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 
 
+def _on_cpu(module: Any) -> Any:
+    """``module``, or a copy of it where its tensors are elsewhere, to compare with what is computed on the CPU."""
+    tensors = (*module.parameters(), *module.buffers())
+    return module if all(tensor.device.type == "cpu" for tensor in tensors) else copy.deepcopy(module).cpu()
+
+
 @torch.inference_mode()
 def build(model: Any) -> Program:
-    """The program of ``model``, in evaluation mode and on the CPU. Raises UnsupportedError saying what is not known."""
+    """The program of ``model``, in evaluation mode and on one device.
+
+    Raises UnsupportedError saying what is not known.
+    """
     return _Builder(model).program()
 
 
@@ -176,10 +186,11 @@ class _Builder:
         """The RMS norm that ``module`` is: its formula is found by comparing what it makes of random numbers."""
         weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if isinstance(weight, Tensor) and weight.dim() == 1 and isinstance(eps, float):
+            here = _on_cpu(module)
             probe = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
             for centred in (False, True):
                 found = Norm(x, out, weight, eps, centred)
-                if torch.equal(normalize(found, probe), module(probe)):
+                if torch.equal(normalize(replace(found, weight=here.weight), probe), here(probe)):
                     if heads * len(weight) != self.buffers[x]:
                         break
                     return Norm(x, out, weight, eps, centred, heads)
@@ -206,11 +217,13 @@ class _Builder:
             raise UnsupportedError(
                 f"'{name}' rotates {2 * len(inv_freq)} of {self.head_dim} channels; the runner rotates all or nothing."
             )
+        module = _on_cpu(module)
+        turn = Rotate("", self.head_dim // 2, inv_freq.cpu(), scaling)
         for start in (0, 1, self.config.max_position_embeddings - 1):
             probe = torch.eye(self.head_dim)[: self.head_dim // 2]
             extra = () if kind is None else (kind,)
             cos, sin = module(probe[None, :1], torch.tensor([[start]]), *extra)
-            turned = rotate(Rotate("", len(probe), inv_freq, scaling), probe.reshape(1, -1), start)
+            turned = rotate(turn, probe.reshape(1, -1), start)
             expected = torch.cat([torch.diag(cos[0, 0, : len(probe)]), torch.diag(sin[0, 0, : len(probe)])], -1)
             if not torch.allclose(turned.reshape(expected.shape), expected, rtol=0, atol=1e-5):
                 raise UnsupportedError(f"'{name}' uses rotary embeddings that the runner computes otherwise.")
@@ -224,8 +237,11 @@ class _Builder:
         return found
 
     def check_tree(self) -> None:
-        """Whatever changes a model from outside: hooks, replaced forwards, other devices, other attention."""
+        """Whatever changes a model from outside: hooks, replaced forwards, several devices, other attention."""
         self.children(self.model, self.name, {"model", "lm_head"})
+        device = self.model.lm_head.weight.device
+        if device.type not in ("cpu", "cuda"):
+            raise UnsupportedError(f"The model is on '{device}'; the decode runner works on the CPU and on CUDA.")
         self.children(self.model.model, "model", {"embed_tokens", "layers", "norm", "rotary_emb"})
         if not isinstance(self.model.model.embed_tokens, nn.Embedding):
             kind = type(self.model.model.embed_tokens).__name__
@@ -247,5 +263,7 @@ class _Builder:
             places = {tensor.device for tensor in own.values() if tensor is not None}
             if isinstance(module, CompressedLinear):
                 places.add(module.device)
-            for place in places - {torch.device("cpu")}:
-                raise UnsupportedError(f"'{name}' is on '{place}'; the decode runner works on the CPU.")
+            for place in places - {device}:
+                raise UnsupportedError(
+                    f"'{name}' is on '{place}', the head on '{device}'; the runner takes one device."
+                )

@@ -70,10 +70,16 @@ def normalize(operation: Norm, x: Tensor) -> Tensor:
     return parts.flatten(-2)
 
 
+def turns(operation: Rotate, start: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[end - start, head_dim / 2]`` of positions ``start`` to ``end``."""
+    angles = torch.arange(start, end, device=operation.inv_freq.device)[:, None].float() * operation.inv_freq.float()
+    cos, sin = ((turn * operation.scaling).to(dtype) for turn in (angles.cos(), angles.sin()))
+    return cos, sin
+
+
 def rotate(operation: Rotate, x: Tensor, start: int) -> Tensor:
     """What ``operation`` makes of ``x`` [M, heads * head_dim], whose first row is at position ``start``."""
-    angles = torch.arange(start, start + len(x))[:, None].float() * operation.inv_freq.float()
-    cos, sin = ((turn * operation.scaling).to(x.dtype)[:, None] for turn in (angles.cos(), angles.sin()))
+    cos, sin = (turn[:, None] for turn in turns(operation, start, start + len(x), x.dtype))
     low, high = x.unflatten(-1, (operation.heads, -1)).chunk(2, -1)
     return torch.cat([low * cos - high * sin, high * cos + low * sin], -1).flatten(-2)
 
@@ -88,17 +94,24 @@ def _attend(operation: Attend, program: Program, at: dict[str, Tensor], cache: K
     end = start + q.shape[1]
     cache.store(operation.layer, start, k, v)
     keys, values = (kept[operation.layer, :, :end].to(q.dtype) for kept in (cache.keys, cache.values))
-    seen = torch.ones(q.shape[1], end, dtype=torch.bool).tril(start)
+    return mix(operation, q, keys, values).transpose(0, 1).flatten(-2)
+
+
+def mix(operation: Attend, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention of the last M of T tokens, ``q [heads, M, head_dim]``, over ``keys`` and ``values [kv_heads, T,
+    head_dim]``; like ``q``."""
+    end = keys.shape[1]
+    start = end - q.shape[1]
+    seen = torch.ones(q.shape[1], end, dtype=torch.bool, device=q.device).tril(start)
     if operation.window is not None:
         seen &= seen.new_ones(seen.shape).triu(start - operation.window + 1)
     if operation.softcap is None:
-        mixed = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             q[None], keys[None], values[None], attn_mask=seen, scale=operation.scale, enable_gqa=True
         )[0]
-    else:  # which Torch's attention cannot say
-        groups = program.heads // program.kv_heads
-        keys, values = (kept.repeat_interleave(groups, 0) for kept in (keys, values))
-        scores = q @ keys.transpose(1, 2) * operation.scale
-        scores = (operation.softcap * torch.tanh(scores / operation.softcap)).masked_fill(~seen, -torch.inf)
-        mixed = scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ values
-    return mixed.transpose(0, 1).flatten(-2)
+    # Torch's attention has no soft cap.
+    groups = q.shape[0] // keys.shape[0]
+    keys, values = (kept.repeat_interleave(groups, 0) for kept in (keys, values))
+    scores = q @ keys.transpose(1, 2) * operation.scale
+    scores = (operation.softcap * torch.tanh(scores / operation.softcap)).masked_fill(~seen, -torch.inf)
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ values

@@ -73,6 +73,8 @@ class NativeExecutor:
     UnsupportedError for what the library does not read, naming it.
     """
 
+    chunk = 256  # tokens; more need more memory and gain no speed
+
     def __init__(self, program: Program, mode: Mode = "exact"):
         if not library.available():
             raise UnsupportedError(f"There is no native library: {library.status().reason}.")

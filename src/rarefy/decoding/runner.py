@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -10,21 +12,24 @@ from torch import Tensor
 from rarefy.core.errors import OptionError, UnsupportedError
 from rarefy.core.logs import logger
 from rarefy.decoding import interpreter
+from rarefy.decoding.batch import Batch, BatchExecutor
 from rarefy.decoding.build import build
 from rarefy.decoding.cache import KeyValues
 from rarefy.decoding.native import Mode, NativeExecutor
 from rarefy.decoding.program import Program
+from rarefy.decoding.sampling import Sampling
 
 log = logger(__name__)
 
-# Tokens of a prompt that go through the program together; more need more memory and gain no speed.
+# Tokens of a prompt that go through the program together on the CPU; more need more memory and gain no speed.
 CHUNK = 256
 
 
 class Executor(Protocol):
-    """Runs a program. ``name`` says which code does, for reports."""
+    """Runs a program. ``name`` says which code does, for reports; ``chunk``: tokens that it takes together."""
 
     name: str
+    chunk: int
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """How it keeps keys and values of a model of ``dtype``."""
@@ -37,6 +42,7 @@ class Interpreter:
     """The Torch executor: exact, and as fast as Torch is."""
 
     name = "torch"
+    chunk = CHUNK
 
     def __init__(self, program: Program):
         self.program = program
@@ -98,16 +104,46 @@ class Runner:
     def extend(self, tokens: Tensor, *, every: bool = False) -> Tensor:
         """Logits ``[1, vocabulary]`` after ``tokens`` [T] more, or of ``every`` one of them. Raises as ``start``."""
         self._check(tokens)
-        if len(tokens) > self.room:
-            raise OptionError(
-                f"{len(self._tokens) + len(tokens)} tokens do not fit the model's {self.program.positions} positions; "
-                "shorten the text."
-            )
+        self._check_room(len(tokens))
         parts = []
-        for part in tokens.split(CHUNK):
-            parts.append(self._execute(part, self.cache, every=every))
+        for part in tokens.split(self._execute.chunk):
+            parts.append(self._execute(part.to(self.model.device), self.cache, every=every))
             self._tokens += part.tolist()
         return torch.cat(parts) if every else parts[-1]
+
+    @property
+    def writes(self) -> bool:
+        """Whether the executor chooses tokens itself, as `write` needs."""
+        return isinstance(self._execute, BatchExecutor)
+
+    def write(self, token: int, count: int, sampling: Sampling | None = None) -> list[int]:
+        """``token``, which follows the sequence, and then the ``count`` tokens after it, chosen without the host; all
+        but the last of these join the sequence. The most likely ones, or drawn as ``sampling`` says.
+
+        Raises OptionError when they do not fit, UnsupportedError where the executor does not choose (see `writes`).
+        """
+        if not isinstance(self._execute, BatchExecutor):
+            raise UnsupportedError(f"'{self.name}' does not choose tokens; use extend.")
+        given = torch.tensor([token])
+        self._check(given)
+        self._check_room(count)
+        written: list[int] = self._execute.write(given, self.cache, count, sampling)[0].tolist()
+        self._tokens += [token, *written[:-1]]
+        return written
+
+    def batch(self, prompts: Sequence[Tensor]) -> Batch:
+        """Several sequences beside this runner's own, each from its row of tokens on.
+
+        Raises OptionError as ``start``, UnsupportedError where the executor does not choose tokens (see `writes`).
+        """
+        if not isinstance(self._execute, BatchExecutor):
+            raise UnsupportedError(f"'{self.name}' takes one sequence; several need a GPU.")
+        if self._state() != self._built_from:
+            self._build()
+        for prompt in prompts:
+            self._check(prompt)
+        device = self.model.device
+        return Batch(self._execute, self.program, [each.to(device) for each in prompts], self.cache.keys.dtype, device)
 
     def crop(self, length: int) -> None:
         """Go back to the first ``length`` tokens."""
@@ -120,12 +156,20 @@ class Runner:
         self._built_from = self._state()  # layouts that the executor made included
         dtype = self._cache_dtype or self._execute.cache_dtype(self.model.dtype)
         program = self.program
-        self.cache = KeyValues(program.layers, program.kv_heads, program.head_dim, dtype, program.positions)
+        self.cache = KeyValues(
+            program.layers, program.kv_heads, program.head_dim, dtype, program.positions, self.model.device
+        )
         self._tokens: list[int] = []
 
     def _executor(self) -> Executor:
         try:
-            return NativeExecutor(self.program, self.mode)
+            if self.model.device.type == "cpu":
+                return NativeExecutor(self.program, self.mode)
+            if find_spec("triton") is None:
+                raise UnsupportedError("Triton is not installed.")
+            from rarefy.decoding.graph import GraphExecutor
+
+            return GraphExecutor(self.program)
         except UnsupportedError as reason:
             log.warning("Torch decodes, exactly: %s", reason)
             return Interpreter(self.program)
@@ -134,6 +178,13 @@ class Runner:
         """What changes when a tensor of the model is replaced or written to."""
         tensors = (*self.model.parameters(), *self.model.buffers())
         return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+    def _check_room(self, count: int) -> None:
+        if count > self.room:
+            raise OptionError(
+                f"{len(self._tokens) + count} tokens do not fit the model's {self.program.positions} positions; "
+                "shorten the text."
+            )
 
     def _check(self, tokens: Tensor) -> None:
         if tokens.dim() != 1 or tokens.dtype != torch.int64 or not len(tokens):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -28,8 +28,8 @@ class Decoder(Protocol):
     def start(self, tokens: Sequence[int]) -> int:
         """Begin anew with ``tokens``; the token that follows."""
 
-    def step(self, token: int) -> int:
-        """Go on with ``token``; the token that follows."""
+    def write(self, token: int, count: int) -> list[int]:
+        """Go on with ``token``; the ``count`` tokens that follow."""
 
 
 class Speed(StrictModel):
@@ -49,7 +49,8 @@ class Speed(StrictModel):
 
 
 class SpeedComparison(StrictModel):
-    """Rows in the order given, with what they ran on: ``read_bytes_per_second`` of one streaming thread."""
+    """Rows in the order given, with what they ran on: ``read_bytes_per_second`` of one streaming thread, or of the
+    GPU."""
 
     rows: tuple[Speed, ...]
     prompt_tokens: int
@@ -60,16 +61,18 @@ class SpeedComparison(StrictModel):
 
 
 def measure(
-    decoders: Sequence[Decoder], prompt: Sequence[int], new_tokens: int, rounds: int, *, warm: int = 1
-) -> SpeedComparison:
+    decoders: Sequence[Decoder], prompt: Sequence[int], new_tokens: int, rounds: int, *, warm: int = 1,
+    read: Callable[[], float] | None = None,
+) -> SpeedComparison:  # fmt: skip
     """Time ``rounds`` rounds, after ``warm`` untimed ones, in each of which every decoder reads ``prompt`` and then
-    takes ``new_tokens`` steps. The order turns from round to round; memory bandwidth is read between them."""
+    takes ``new_tokens`` steps. The order turns from round to round; memory bandwidth is measured between them, by
+    ``read`` (None: `read_bandwidth`)."""
     prefill: list[list[float]] = [[] for _ in decoders]
     decode: list[list[float]] = [[] for _ in decoders]
     reads = []
     for turn in range(warm + rounds):
         if turn >= warm:
-            reads.append(read_bandwidth())
+            reads.append((read or read_bandwidth)())
         for place in range(len(decoders)):
             index = (place + turn) % len(decoders)
             first, step = _once(decoders[index], prompt, new_tokens)
@@ -109,11 +112,24 @@ def read_bandwidth() -> float:
     return READ_BYTES / min(times)
 
 
+def gpu_read_bandwidth() -> float:
+    """Bytes a second that the GPU reads from its memory: the best of three sums over 1 GB."""
+    data = torch.ones(READ_BYTES, device="cuda")
+    times = []
+    for _ in range(4):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        data.sum()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return data.numel() * data.element_size() / min(times[1:])
+
+
 def _once(decoder: Decoder, prompt: Sequence[int], new_tokens: int) -> tuple[float, float]:
     """Seconds of reading the prompt, and of a step after it."""
     begin = time.perf_counter()
     token = decoder.start(prompt)
     between = time.perf_counter()
-    for _ in range(new_tokens):
-        token = decoder.step(token)
+    decoder.write(token, new_tokens)
     return between - begin, (time.perf_counter() - between) / new_tokens

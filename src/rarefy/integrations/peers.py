@@ -35,8 +35,10 @@ class RunnerDecoder:
         return int(self.runner.start(torch.tensor(tokens)).argmax())
 
     @torch.inference_mode()
-    def step(self, token: int) -> int:
-        return int(self.runner.extend(torch.tensor([token])).argmax())
+    def write(self, token: int, count: int) -> list[int]:
+        if self.runner.writes:
+            return self.runner.write(token, count)
+        return _one_by_one(lambda last: int(self.runner.extend(torch.tensor([last])).argmax()), token, count)
 
 
 class TransformersDecoder:
@@ -64,12 +66,13 @@ class TransformersDecoder:
         return self._next(self.model.forward, list(tokens))
 
     @torch.inference_mode()
-    def step(self, token: int) -> int:
-        return self._next(self.forward, [token])
+    def write(self, token: int, count: int) -> list[int]:
+        return _one_by_one(lambda last: self._next(self.forward, [last]), token, count)
 
     def _next(self, forward: Callable[..., Any], tokens: list[int]) -> int:
         given = {self.cache_name: self.cache, "logits_to_keep": 1}
-        return int(forward(input_ids=torch.tensor([tokens]), use_cache=True, **given).logits[0, -1].argmax())
+        ids = torch.tensor([tokens], device=self.model.device)
+        return int(forward(input_ids=ids, use_cache=True, **given).logits[0, -1].argmax())
 
 
 class LlamaCppDecoder:
@@ -99,7 +102,10 @@ class LlamaCppDecoder:
         self.llama.eval(list(tokens))
         return self._best()
 
-    def step(self, token: int) -> int:
+    def write(self, token: int, count: int) -> list[int]:
+        return _one_by_one(self._next, token, count)
+
+    def _next(self, token: int) -> int:
         self.llama.eval([token])
         return self._best()
 
@@ -126,14 +132,15 @@ def parse_peer(text: str, own: str) -> tuple[str, str]:
     return peer, model
 
 
-def open_peer(peer: str, model: str, length: int, load: Callable[[str], Any]) -> Decoder:
-    """A ``peer`` with a ``model``, for sequences of ``length`` tokens. Raises OptionError."""
+def open_peer(peer: str, model: str, length: int, load: Callable[[str], Any], device: torch.device) -> Decoder:
+    """A ``peer`` with a ``model`` that ``load`` puts on ``device``, for sequences of ``length`` tokens (llama.cpp: on
+    the CPU). Raises OptionError."""
     if peer == "llama.cpp":
-        return _with_memory(lambda: LlamaCppDecoder(Path(model), length))
-    return _with_memory(lambda: TransformersDecoder(load(model), peer == "hf-compiled", length))
+        return _with_memory(lambda: LlamaCppDecoder(Path(model), length), torch.device("cpu"))
+    return _with_memory(lambda: TransformersDecoder(load(model), peer == "hf-compiled", length), device)
 
 
-def open_runner(model: str, mode: Mode, load: Callable[[str], Any]) -> Decoder:
+def open_runner(model: str, mode: Mode, load: Callable[[str], Any], device: torch.device) -> Decoder:
     """The decode runner of ``model``; where it has none, Transformers under the name rarefy, which says so."""
 
     def build() -> Decoder:
@@ -145,7 +152,7 @@ def open_runner(model: str, mode: Mode, load: Callable[[str], Any]) -> Decoder:
             peer.name, peer.executor = "rarefy", f"transformers ({reason})"
             return peer
 
-    return _with_memory(build)
+    return _with_memory(build, device)
 
 
 def step_bytes(model: Any) -> int:
@@ -163,15 +170,30 @@ def step_bytes(model: Any) -> int:
     return total
 
 
-def _with_memory(build: Callable[[], Decoder]) -> Decoder:
-    """What ``build`` makes, having read a few tokens, with how far that took this process's resident size."""
-    reset_peak()
-    before = _resident_bytes()
+def _one_by_one(following: Callable[[int], int], token: int, count: int) -> list[int]:
+    """``count`` tokens, each ``following`` the one before."""
+    written: list[int] = []
+    for _ in range(count):
+        token = following(token)
+        written.append(token)
+    return written
+
+
+def _with_memory(build: Callable[[], Decoder], device: torch.device) -> Decoder:
+    """What ``build`` makes, having read a few tokens, with how far that took this process's resident size, or its
+    memory on a GPU."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        reset_peak()
+    before = torch.cuda.memory_allocated(device) if on_gpu else _resident_bytes()
     decoder = build()
     token = decoder.start([1, 2, 3, 4])
-    decoder.step(token)
+    decoder.write(token, 1)
     if before is not None:
-        decoder.memory_bytes = max(peak_bytes() - before, 0)
+        peak = torch.cuda.max_memory_allocated(device) if on_gpu else peak_bytes()
+        decoder.memory_bytes = max(peak - before, 0)
     return decoder
 
 

@@ -93,7 +93,7 @@ class Tuning:
         return table + max(staged, meeting)
 
 
-_NUMBERS = "rows columns steps groups tokens stride second_rows second_groups pitch".split()
+_NUMBERS = "rows columns steps groups tokens stride second_rows second_groups pitch ahead".split()
 _POINTERS = "codes scale zero second table x y partial arrived entries row_ptr".split()
 
 
@@ -123,11 +123,12 @@ def definitions(code: Code, tuning: Tuning, half: bool) -> dict[str, int]:
 
 def arguments(
     tensors: Mapping[str, Tensor | None], *, rows: int, columns: int, tokens: int = 0, stride: int = 0,
-    second: tuple[int, int] = (1, 1), multiplier: float = 1.0,
+    second: tuple[int, int] = (1, 1), ahead: bool = False, multiplier: float = 1.0,
 ) -> Arguments:  # fmt: skip
     """``tensors``: ``codes [tiles, steps, loads, 32, 4]`` or bytes ``[rows, pitch]``, ``scale`` and ``zero [tiles,
     groups, 8, 2]`` of layout.py, ``x [tokens, columns]`` with rows ``stride`` apart, ``y [tokens, rows]`` and so on;
-    what is absent is a null pointer. ``second``: how many tiles and groups share second-order numbers."""
+    what is absent is a null pointer. ``second``: how many tiles and groups share second-order numbers.
+    ``ahead``: fetch codes into the second cache while the kernel waits for those before it."""
     codes = tensors["codes"]
     assert codes is not None
     grouped = (tensors.get(name) for name in ("scale", "table"))
@@ -136,7 +137,7 @@ def arguments(
     steps, pitch = codes.shape[1], 0
     if codes.dim() == 2:  # bytes as they are stored
         steps, pitch = -(-columns // step_of(8)), codes.shape[1]
-    return Arguments(*pointers, rows, columns, steps, groups, tokens, stride, *second, pitch, multiplier)
+    return Arguments(*pointers, rows, columns, steps, groups, tokens, stride, *second, pitch, ahead, multiplier)
 
 
 def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
@@ -270,13 +271,15 @@ def workspace(tuning: Tuning, rows: int, tokens: int, device: torch.device) -> t
     return partial, _counters(device, across * deep)
 
 
-_arrived: dict[Any, Tensor] = {}
+_arrived: dict[Any, list[Tensor]] = {}
 
 
 def _counters(device: torch.device, count: int) -> Tensor:
-    """Counters of this device and stream: kernels of a stream follow each other, and each leaves them at zero."""
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    found = _arrived.get(key)
-    if found is None or found.numel() < count:
-        found = _arrived[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-    return found
+    """Counters of this device and stream: kernels of a stream follow each other, and each leaves them at zero.
+
+    Those that have become too few are kept, since a captured graph may count in them.
+    """
+    found = _arrived.setdefault((device, torch.cuda.current_stream(device).cuda_stream), [])
+    if not found or found[-1].numel() < count:
+        found.append(torch.zeros(max(count, 4096), dtype=torch.int32, device=device))
+    return found[-1]

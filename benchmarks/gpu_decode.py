@@ -1,0 +1,343 @@
+"""Whole-model decoding on one GPU: a model shaped like Llama 3 8B, random weights in code, by the CUDA-graph runner.
+
+Each sequence holds a prompt already; a row is the time of one more token for all of them, greedy, chosen on the GPU.
+``fraction_of_limit`` is the time to read the step's weights and caches at the bandwidth of a copy over the time taken.
+Peers run the same shape in the same process and in turn: the model in bfloat16 by the same runner, Transformers eager
+and compiled with a static cache, torchao's int4 compiled, and other people's 4-bit products inside our graph, which
+gives them everything but the products. Random weights: no quality is claimed here.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from graphs import bandwidth
+from harness import Row, arguments, write
+from torch import Tensor, nn
+
+from rarefy import packing
+from rarefy.decoding import interpreter
+from rarefy.decoding.build import build
+from rarefy.decoding.cache import KeyValues, Sequences
+from rarefy.decoding.graph import GraphExecutor
+from rarefy.decoding.program import Program, Project
+from rarefy.formats.grids import IntegerGrid, LutGrid
+from rarefy.formats.scales import BilevelScale
+from rarefy.formats.terms.base import Term
+from rarefy.formats.terms.plain import ResidualSpec
+from rarefy.formats.terms.quantized import QuantizedSpec
+from rarefy.integrations.peers import step_bytes
+from rarefy.layers.linear import CompressedLinear
+
+KEY = ("job", "batch", "peer")
+DEVICE, DTYPE = torch.device("cuda", 0), torch.bfloat16
+SHAPE = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+}  # fmt: skip
+OUTLIERS = 0.0045
+PROMPT, NEW = 128, 64
+SPREAD = 0.02  # of weights
+
+
+def random_term(rows: int, columns: int, kind: str) -> list[Term]:
+    """Random codes with scales that make a weight of ordinary size."""
+    grids: dict[str, Any] = {
+        "W4 g128": IntegerGrid(num_bits=4, group_size=128), "W3 g128": IntegerGrid(num_bits=3, group_size=128),
+        "SpQR 3": IntegerGrid(num_bits=3, group_size=16, zero="float", scales=BilevelScale(rows=16)),
+        "SqueezeLLM 3": LutGrid(num_bits=3),
+    }  # fmt: skip
+    spec = QuantizedSpec(grid=grids[kind])
+    tensors = {}
+    for name, entry in spec.layout((rows, columns)).items():
+        shape = [int(size) for size in entry.shape]
+        if name == "codes":
+            made = torch.randint(-(2**31), 2**31, shape, device=DEVICE)
+        elif name == "scale" and entry.dtype == torch.uint8:
+            made = torch.randint(0, 8, shape, device=DEVICE) | (torch.randint(2, 6, shape, device=DEVICE) << 4)
+        elif name == "second_order":  # scales from 1 to 8 steps, zeros as coded
+            made = torch.tensor([SPREAD / 10, -1.0, 1.0, 0.0], device=DEVICE).expand(shape)
+        elif name == "lut":
+            made = torch.randn(shape, device=DEVICE) * SPREAD
+        else:
+            made = (0.5 + torch.rand(shape, device=DEVICE)) * SPREAD / 2 ** (grids[kind].num_bits - 2)
+        tensors[name] = made.to(entry.dtype).contiguous()
+    terms: list[Term] = [spec.build((rows, columns), tensors)]
+    if kind in ("SpQR 3", "SqueezeLLM 3"):
+        terms.append(_outliers(rows, columns))
+    return terms
+
+
+def _outliers(rows: int, columns: int) -> Term:
+    """As many in each row, spread over its columns."""
+    count = max(1, round(OUTLIERS * columns))
+    place = (torch.arange(count, device=DEVICE) + torch.rand(rows, count, device=DEVICE)) * columns / count
+    values = torch.randn(rows * count, device=DEVICE, dtype=torch.float16) * 5 * SPREAD
+    entries = packing.pack_entries(values, place.long().clamp(max=columns - 1).flatten())
+    pointers = torch.arange(0, rows * count + 1, count, device=DEVICE, dtype=torch.int32)[None]
+    return ResidualSpec().build((rows, columns), {"entries": entries, "row_ptr": pointers})
+
+
+def random_model(kind: str | None, shape: dict[str, Any]) -> Any:
+    """The model with every linear layer, the head too, in code of a kind (None: in bfloat16), made on the GPU."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**shape, dtype=DTYPE)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(DTYPE).eval()
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(DEVICE)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and kind is not None:
+            terms = random_term(module.out_features, module.in_features, kind)
+            model.set_submodule(name, CompressedLinear(terms, None, DTYPE))
+            continue
+        for label, parameter in list(module.named_parameters(recurse=False)):
+            made = torch.empty(parameter.shape, device=DEVICE, dtype=DTYPE)
+            made = made.normal_(0, SPREAD) if parameter.dim() > 1 else made.fill_(1.0)
+            setattr(module, label, nn.Parameter(made, requires_grad=False))
+    return model
+
+
+@dataclass
+class Decoder:
+    """``run()`` writes some tokens for all sequences, ``count`` each; ``nbytes`` is what a step reads."""
+
+    name: str
+    run: Callable[[], Any]
+    count: int
+    nbytes: int
+    error: float = 0.0
+
+
+class Ours:
+    """The runner's executor with ``batch`` sequences of `PROMPT` tokens."""
+
+    def __init__(self, program: Program, batch: int):
+        self.execute = GraphExecutor(program)
+        sizes = (program.layers, program.kv_heads, program.head_dim, DTYPE, program.positions, DEVICE)
+        self.cache = Sequences(batch, *sizes)
+        self.cache.reserve(PROMPT + NEW + 1)
+        prompt = torch.randint(3, program.vocabulary, (PROMPT,), generator=torch.Generator().manual_seed(1))
+        first = self.execute.read(prompt, self.cache, 0).argmax(-1)
+        for kept in (self.cache.keys, self.cache.values):
+            kept[:, 1:] = kept[:, :1]
+        self.tokens = first.expand(batch)
+        self.error = self.against_the_interpreter(program, prompt, first, sizes)
+
+    def against_the_interpreter(self, program: Program, prompt: Tensor, token: Tensor, sizes: Any) -> float:
+        self.cache.lengths = [PROMPT] * len(self.tokens)
+        ours = self.execute.advance(self.tokens, self.cache)[:1].double()
+        oracle = KeyValues(*sizes)
+        interpreter.run(program, prompt.to(DEVICE), oracle)
+        wanted = interpreter.run(program, token, oracle).double()
+        return float((ours - wanted).norm() / wanted.norm())
+
+    def __call__(self) -> Tensor:
+        self.cache.lengths = [PROMPT] * len(self.tokens)
+        return self.execute.write(self.tokens, self.cache, NEW)
+
+
+def ours(name: str, model: Any, program: Program, batch: int) -> Decoder:
+    made = Ours(program, batch)
+    cached = 2 * program.layers * program.kv_heads * program.head_dim * DTYPE.itemsize
+    nbytes = step_bytes(model) + batch * cached * (PROMPT + NEW // 2)
+    return Decoder(name, made, NEW, nbytes, made.error)
+
+
+def with_products(program: Program, make: Callable[[int, int], Callable[[Tensor], Tensor]]) -> Program:
+    """``program`` with other linear layers of the same shapes."""
+
+    def changed(operations: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(
+            replace(each, linear=make(each.linear.out_features, each.linear.in_features))
+            if isinstance(each, Project)
+            else each
+            for each in operations
+        )
+
+    return replace(program, step=changed(program.step), head=changed(program.head))
+
+
+def ours_with(name: str, model: Any, make: Callable[[], Program], batch: int) -> Decoder:
+    return ours(name, model, make(), batch)
+
+
+def gemlite(rows: int, columns: int) -> Callable[[Tensor], Tensor]:
+    from gemlite.helper import A16Wn
+
+    codes = torch.randint(0, 16, (rows, columns), device=DEVICE, dtype=torch.uint8)
+    scale = torch.rand(rows, columns // 128, device=DEVICE, dtype=DTYPE) * SPREAD / 4
+    zero = torch.full_like(scale, 8)
+    return A16Wn(device="cuda:0", dtype=DTYPE).from_weights(codes, scale, zero, 4, 128)  # type: ignore[no-any-return]
+
+
+def tinygemm(rows: int, columns: int) -> Callable[[Tensor], Tensor]:
+    codes = torch.randint(0, 256, (rows, columns // 2), device=DEVICE, dtype=torch.uint8)
+    packed = torch._convert_weight_to_int4pack(codes, 8)
+    scales = torch.rand(columns // 128, rows, 2, device=DEVICE, dtype=DTYPE) * SPREAD / 4
+    return lambda x: torch._weight_int4pack_mm(x, packed, 128, scales)
+
+
+def transformers(name: str, model: Any, batch: int, compiled: bool, count: int) -> Decoder:
+    """The model's own forward, token by token, the likeliest one fed back; a static cache where it is compiled."""
+    from transformers import DynamicCache, StaticCache
+
+    forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True) if compiled else model.forward
+    ids = torch.randint(3, SHAPE["vocab_size"], (batch, PROMPT), device=DEVICE)
+    static = StaticCache(config=model.config, max_cache_len=PROMPT + NEW) if compiled else None
+
+    @torch.inference_mode()
+    def run() -> None:
+        cache: Any = DynamicCache(config=model.config) if static is None else static
+        if static is not None:
+            static.reset()
+        token = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        run.after_prompt.record()  # type: ignore[attr-defined]
+        for number in range(count):
+            at = torch.tensor([PROMPT + number], device=DEVICE)
+            made = forward(input_ids=token, past_key_values=cache, position_ids=at[None].expand(batch, 1))
+            token = made.logits[:, -1:].argmax(-1).clone()
+
+    run.after_prompt = torch.cuda.Event(enable_timing=True)  # type: ignore[attr-defined]
+    return Decoder(name, run, count, 0)
+
+
+def torchao(shape: dict[str, Any], batch: int) -> Decoder:
+    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+    model = random_model(None, shape)
+    quantize_(model, Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d"))
+    return transformers("torchao int4 compiled", model, batch, True, NEW)
+
+
+def milliseconds(decoders: Sequence[Decoder], rounds: int) -> dict[str, float]:
+    """Median time of a step, all in turn. Where the prompt is read too, from its end on."""
+    times: dict[str, list[float]] = {decoder.name: [] for decoder in decoders}
+    for number in range(rounds + 1):
+        for decoder in decoders:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            decoder.run()
+            end.record()
+            torch.cuda.synchronize()
+            begin = getattr(decoder.run, "after_prompt", begin)
+            if number:
+                times[decoder.name].append(begin.elapsed_time(end) / decoder.count)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def profile(decoder: Decoder, path: Path) -> None:
+    """Time of a step's kernels by name."""
+    decoder.run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        decoder.run()
+        torch.cuda.synchronize()
+    rows = sorted(found.key_averages(), key=lambda each: -each.self_device_time_total)
+    lines = [f"{decoder.name}: kernels of a step, by what they take together"]
+    for each in rows[:25]:
+        per_step = each.self_device_time_total / decoder.count
+        lines.append(f"{per_step:9.1f} us {each.count / decoder.count:7.1f} times  {each.key[:110]}")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n\n")
+
+
+def attempt(name: str, make: Callable[[], Decoder]) -> list[Decoder]:
+    """What ``make`` makes and has run once, or nothing, having said why."""
+    begin = time.monotonic()
+    try:
+        made = make()
+        made.run()
+        torch.cuda.synchronize()
+    except (Exception, KeyboardInterrupt) as failure:  # a peer that does not run, or not in time, loses no other
+        print(f"{name}: {type(failure).__name__}: {str(failure).partition(chr(10))[0][:200]}", flush=True)
+        return []
+    print(f"{name}: ready in {time.monotonic() - begin:.0f} s, error {made.error:.1e}", flush=True)
+    return [made]
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="fewer, to try things out")
+    parser.add_argument("--batch", default="1,32", help="sequences, by commas")
+    parser.add_argument("--kinds", default="W4 g128,SpQR 3,SqueezeLLM 3", help="codes, by commas")
+    parser.add_argument("--peers", default="eager,tinygemm,gemlite,compiled,torchao", help="by commas")
+    parser.add_argument("--profile", type=Path, help="write the kernels of a step here")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    shape = {**SHAPE, "num_hidden_layers": options.layers}
+    limit = bandwidth()
+    print(f"copy {limit / 1e6:.2f} TB/s", flush=True)
+    coded = {kind: random_model(kind, shape) for kind in options.kinds.split(",") if kind}
+    dense = random_model(None, shape)
+    for batch in map(int, options.batch.split(",")):
+        write(options, measured(batch, coded, dense, shape, options, limit), KEY)
+        torch.cuda.empty_cache()
+
+
+def measured(
+    batch: int, coded: dict[str, Any], dense: Any, shape: dict[str, Any], options: Namespace, limit: float
+) -> list[Row]:
+    """Rows of one number of sequences."""
+    wanted, program = options.peers.split(","), build(dense)
+    mine: list[Decoder] = []
+    for kind, model in coded.items():
+        mine += attempt(kind, partial(ours, kind, model, build(model), batch))
+    peers = attempt("bf16", partial(ours, "bf16, same runner", dense, program, batch))
+    if "eager" in wanted:
+        peers += attempt("eager", partial(transformers, "HF eager bf16", dense, batch, False, 8))
+    for name, maker in (("tinygemm", tinygemm), ("gemlite", gemlite)):
+        if name in wanted:
+            other = partial(with_products, program, maker)
+            peers += attempt(name, partial(ours_with, f"{name} W4, same runner", dense, other, batch))
+    if "compiled" in wanted:
+        peers += attempt("compiled", partial(transformers, "HF compiled bf16", dense, batch, True, NEW))
+    if "torchao" in wanted:
+        peers += attempt("torchao", partial(torchao, shape, batch))
+    times = milliseconds([*mine, *peers], options.rounds)
+    rows: list[Row] = []
+    for each in [*mine, *peers[:1]]:
+        took = times[each.name]
+        print(f"batch {batch}, {each.name}: {took:.3f} ms, {batch / took * 1e3:.0f} tokens/s", flush=True)
+        for peer in peers:
+            rows.append({
+                "goal": "G14" if batch == 1 else "G15", "job": each.name, "batch": batch, "peer": peer.name,
+                "milliseconds": round(took, 4), "tokens_per_second": round(batch / took * 1e3, 1),
+                "peer_milliseconds": round(times[peer.name], 4), "ratio": round(times[peer.name] / took, 3),
+                "fraction_of_limit": round(each.nbytes / limit / took / 1e3, 3), "max_rel_error": each.error,
+                "bits_per_weight": _bits(coded.get(each.name, dense)),
+                "note": f"{shape['num_hidden_layers']} layers, {PROMPT} tokens before, {NEW} written; "
+                f"copy {limit / 1e6:.2f} TB/s",
+            })  # fmt: skip
+            print(f"  {rows[-1]['ratio']}x {peer.name}, {rows[-1]['fraction_of_limit']} of limit", flush=True)
+    if options.profile:
+        for each in [*mine, *peers[:1]]:
+            try:
+                profile(each, options.profile)
+            except Exception as failure:  # no profiler here
+                print(f"profile: {failure}", flush=True)
+    return rows
+
+
+def _bits(model: Any) -> float:
+    """Stored bits of a weight of the linear layers."""
+    linears = [each for each in model.modules() if isinstance(each, nn.Linear)]
+    total = sum(
+        each.byte_count().total if isinstance(each, CompressedLinear) else each.weight.numel() * each.weight.itemsize
+        for each in linears
+    )
+    return round(8 * total / sum(each.out_features * each.in_features for each in linears), 3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""The CUDA executor: a program's step as one CUDA graph, replayed for every token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, overload
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+from rarefy.core.errors import OptionError, UnsupportedError
+from rarefy.decoding import interpreter
+from rarefy.decoding.cache import KeyValues, Sequences
+from rarefy.decoding.fuse import AddNorm, Attention, Fused, Projects, fuse
+from rarefy.decoding.products import together_
+from rarefy.decoding.program import Add, Cap, Embed, Gate, Norm, Program, Rotate
+from rarefy.decoding.sampling import Sampling
+from rarefy.kernels.triton import step
+from rarefy.kernels.triton.pick import Picker
+
+WRITTEN = 1024  # tokens that are remembered on the GPU
+# How a step ends: with its logits, or by picking tokens: (draw, of the top k, of the top p).
+Ending: TypeAlias = tuple[bool, bool, bool] | None
+
+
+@dataclass
+class _Step:
+    """One token of each of M sequences: what the graph reads and writes, and the graphs by how they end."""
+
+    tokens: Tensor
+    positions: Tensor
+    attend: step.Attention
+    pick: Picker
+    place: tuple[int, ...] = ()  # of the cache that the graphs read
+    graphs: dict[Ending, tuple[Callable[[], None], Tensor]] = field(default_factory=dict)
+
+
+class GraphExecutor:
+    """Runs ``program`` on its model's GPU in the model's dtype.
+
+    A step of one token for each sequence is captured once for each number of sequences and each place of the cache;
+    longer chunks of one sequence run launch by launch. Projections of the same input become one where their weights
+    can lie together, which moves the weights but neither copies nor changes them. On the CPU nothing is captured and
+    Triton's interpreter executes. Raises UnsupportedError for a program or tensors that the kernels do not take.
+    """
+
+    name = "cuda graph"
+    chunk = 2048
+
+    def __init__(self, program: Program):
+        self.program = program
+        self._whole, self._body, self._head = (fuse(part) for part in (program.operations, program.step, program.head))
+        embed = self._whole[0]
+        if not isinstance(embed, Embed) or not embed.table.weight.is_contiguous():
+            raise UnsupportedError("The GPU's runner needs an embedding whose rows lie together.")
+        self.device, self.dtype = embed.table.weight.device, embed.table.weight.dtype
+        with torch.inference_mode(False), torch.no_grad():  # what weights become is theirs to keep
+            self._products = {
+                operation.parts[0].name: together_([part.linear for part in operation.parts])
+                for operation in (*self._whole, *self._head)
+                if isinstance(operation, Projects)
+            }
+        self._turns: dict[tuple[int, float, int], Tensor] = {}
+        self._steps: dict[int, _Step] = {}
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._pool: Any = None
+
+    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of keys and values for a model of ``dtype``."""
+        return dtype
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor, cache: KeyValues, *, every: bool = False) -> Tensor:
+        """As ``interpreter.run``."""
+        end = cache.length + len(tokens)
+        cache.reserve(end)
+        tokens = tokens.to(self.device)
+        if len(tokens) == 1:
+            logits = self._replay(cache.keys[:, None], cache.values[:, None], tokens, [cache.length], None).clone()
+        else:
+            logits = self._chunk(tokens, cache.keys, cache.values, cache.length, every)
+        cache.length = end
+        return logits
+
+    @torch.inference_mode()
+    def read(self, tokens: Tensor, cache: Sequences, number: int) -> Tensor:
+        """Logits ``[1, vocabulary]`` after ``tokens`` [T] more of sequence ``number``."""
+        start = cache.lengths[number]
+        cache.reserve(start + len(tokens))
+        logits = tokens
+        for part in tokens.to(self.device).split(self.chunk):
+            kept = cache.keys[:, number], cache.values[:, number]
+            logits = self._chunk(part, *kept, cache.lengths[number], False)
+            cache.lengths[number] += len(part)
+        return logits
+
+    @torch.inference_mode()
+    def advance(self, tokens: Tensor, cache: Sequences) -> Tensor:
+        """Logits ``[M, vocabulary]`` after one of ``tokens`` [M] more of each sequence; the next call overwrites
+        them."""
+        cache.reserve(max(cache.lengths) + 1)
+        logits = self._replay(cache.keys, cache.values, tokens, cache.lengths, None)
+        cache.lengths = [length + 1 for length in cache.lengths]
+        return logits
+
+    @torch.inference_mode()
+    def write(self, tokens: Tensor, cache: KeyValues, count: int, sampling: Sampling | None = None) -> Tensor:
+        """The ``count`` tokens ``[M, count]`` that follow ``tokens`` [M], the last ones of each sequence of ``cache``,
+        which it does not hold yet. All but the last of them are in the cache afterwards. Without ``sampling`` the most
+        likely. Nothing waits for the host. Raises OptionError for less than one."""
+        if count < 1:
+            raise OptionError(f"{count} tokens cannot be written; ask for some.")
+        if count > WRITTEN:
+            first = self.write(tokens, cache, WRITTEN, sampling)
+            return torch.cat([first, self.write(first[:, -1], cache, count - WRITTEN, sampling)], 1)
+        many = isinstance(cache, Sequences)
+        lengths = cache.lengths if isinstance(cache, Sequences) else [cache.length]
+        cache.reserve(max(lengths) + count)
+        keys, values = (cache.keys, cache.values) if many else (cache.keys[:, None], cache.values[:, None])
+        pick = self._step(keys, values).pick
+        ending = (False, False, False)
+        if sampling is not None:
+            pick.settings.copy_(torch.tensor([1 / sampling.temperature, sampling.top_k, sampling.top_p]))
+            pick.seed.fill_(sampling.seed)
+            ending = (True, sampling.top_k > 0, sampling.top_p < 1)
+        self._replay(keys, values, tokens, lengths, ending, count)
+        if isinstance(cache, Sequences):
+            cache.lengths = [length + count for length in lengths]
+        else:
+            cache.length += count
+        at = torch.tensor(lengths, device=self.device)[:, None] + torch.arange(1, count + 1, device=self.device)
+        return pick.written.gather(1, at % WRITTEN)
+
+    def _replay(
+        self, keys: Tensor, values: Tensor, tokens: Tensor, lengths: Sequence[int], ending: Ending, count: int = 1
+    ) -> Tensor:
+        """The logits of the last of ``count`` steps, each after the first on the token that the one before picked."""
+        at = self._step(keys, values)
+        started = torch.tensor(lengths, dtype=torch.int32).to(self.device)
+
+        def begin() -> None:
+            at.tokens.copy_(tokens)
+            at.positions.copy_(started)
+
+        if ending not in at.graphs:
+            begin()  # what warms up writes where the next token will stand, and nowhere else
+            at.graphs[ending] = self._capture(at, keys, values, ending)
+        replay, logits = at.graphs[ending]
+        begin()
+        for _ in range(count):
+            replay()
+        return logits
+
+    def _step(self, keys: Tensor, values: Tensor) -> _Step:
+        sequences, capacity = keys.shape[1], keys.shape[3]
+        at = self._steps.get(sequences)
+        if at is None:
+            program, device = self.program, self.device
+            at = self._steps[sequences] = _Step(
+                torch.zeros(sequences, dtype=torch.int64, device=device),
+                torch.zeros(sequences, dtype=torch.int32, device=device),
+                step.Attention(sequences, program.heads, program.kv_heads, program.head_dim, device),
+                Picker(sequences, program.vocabulary, WRITTEN, device),
+            )
+        place = keys.data_ptr(), values.data_ptr(), capacity
+        if at.place != place:
+            at.place = place
+            at.graphs.clear()
+        return at
+
+    def _capture(self, at: _Step, keys: Tensor, values: Tensor, ending: Ending) -> tuple[Callable[[], None], Tensor]:
+        """What runs the step once more, and the logits that it leaves."""
+
+        def attend(operation: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            layer = operation.attend.layer
+            return at.attend(q, k, v, keys[layer], values[layer], at.positions, self._heads(operation, keys.shape[3]))
+
+        def run() -> Tensor:
+            buffers = {"tokens": at.tokens}
+            self._execute(self._whole, buffers, attend)
+            logits = buffers["logits"]
+            if ending is not None:
+                draw, top_k, top_p = ending
+                at.pick(logits, at.tokens, at.positions, draw=draw, top_k=top_k, top_p=top_p)
+            return logits
+
+        if self._stream is None:
+            logits = keys.new_empty(len(at.tokens), self.program.vocabulary, dtype=self.dtype)
+
+            def again() -> None:
+                logits.copy_(run())
+
+            return again, logits
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            run()
+        torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            logits = run()
+        return graph.replay, logits
+
+    def _chunk(self, tokens: Tensor, keys: Tensor, values: Tensor, start: int, every: bool) -> Tensor:
+        """As ``interpreter.run`` over ``keys`` and ``values [layers, kv_heads, capacity, head_dim]``."""
+
+        def attend(operation: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            kept = keys[operation.attend.layer], values[operation.attend.layer]
+            q = step.place(q, k, v, *kept, start, self._heads(operation, keys.shape[2]))
+            q = q.unflatten(-1, (self.program.heads, -1)).transpose(0, 1)
+            seen = [part[:, : start + len(tokens)].to(q.dtype) for part in kept]
+            return _mix(operation, q, *seen).transpose(0, 1).flatten(-2)
+
+        buffers = {"tokens": tokens}
+        self._execute(self._body, buffers, attend)
+        if not every:
+            buffers = {name: buffer[-1:] for name, buffer in buffers.items()}
+        self._execute(self._head, buffers, attend)
+        return buffers["logits"]
+
+    def _execute(
+        self, operations: Sequence[Fused], at: dict[str, Tensor],
+        attend: Callable[[Attention, Tensor, Tensor, Tensor], Tensor],
+    ) -> None:  # fmt: skip
+        for operation in operations:
+            match operation:
+                case Embed(out, table, scale):
+                    at[out] = step.embed(at["tokens"], table.weight, scale)
+                case AddNorm(norm, add, branch):
+                    added = None if add is None else at[add.y]
+                    at[norm.out] = step.add_norm(at[norm.x], _gain(norm), added, _gain(branch))
+                case Projects(parts):
+                    for part, made in zip(parts, self._products[parts[0].name](at[parts[0].x]), strict=True):
+                        at[part.out] = made
+                case Attention():
+                    q, k, v = (at[name] for name in (operation.attend.q, operation.attend.k, operation.attend.v))
+                    at[operation.attend.out] = attend(operation, q, k, v)
+                case Gate(gate, up, out, activation):
+                    at[out] = step.gated(at[gate], at[up], activation)
+                case Add(x, y):
+                    at[x] = at[x] + at[y]
+                case Cap(x, cap):
+                    at[x] = cap * torch.tanh(at[x] / cap)
+
+    def _heads(self, operation: Attention, capacity: int) -> step.Heads:
+        attend, program = operation.attend, self.program
+        return step.Heads(
+            program.heads, program.kv_heads, program.head_dim, attend.scale,
+            self._turned(operation.q_rotate, capacity), attend.window, attend.softcap,
+            _gain(operation.q_norm), _gain(operation.k_norm),
+        )  # fmt: skip
+
+    def _turned(self, rotate: Rotate, capacity: int) -> Tensor:
+        """Cosines and sines ``[capacity, 2, head_dim / 2]``, kept as long as a graph may read them."""
+        key = rotate.inv_freq.data_ptr(), rotate.scaling, capacity
+        if key not in self._turns:
+            self._turns[key] = torch.stack(interpreter.turns(rotate, 0, capacity, self.dtype), 1)
+        return self._turns[key]
+
+
+def _mix(operation: Attention, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """``interpreter.mix`` without a mask where Torch has a kernel that needs none."""
+    attend = operation.attend
+    if attend.softcap is not None or (attend.window is not None and attend.window < keys.shape[1]):
+        return interpreter.mix(attend, q, keys, values)
+    whole = q.shape[1] == keys.shape[1]
+    return F.scaled_dot_product_attention(
+        q[None], keys[None], values[None], attn_mask=None if whole else causal_lower_right(q.shape[1], keys.shape[1]),
+        is_causal=whole, scale=attend.scale, enable_gqa=True,
+    )[0]  # fmt: skip
+
+
+@overload
+def _gain(norm: Norm) -> step.Gain: ...
+@overload
+def _gain(norm: None) -> None: ...
+@overload
+def _gain(norm: Norm | None) -> step.Gain | None: ...
+def _gain(norm: Norm | None) -> step.Gain | None:
+    if norm is None:
+        return None
+    return step.Gain(norm.weight, norm.eps, step.CENTRED if norm.centred else step.PLAIN)

@@ -1,0 +1,127 @@
+"""The CUDA executor on models of real widths, in the dtypes people use, against the interpreter on the same GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rarefy
+from rarefy.contracts import Recipe, Rule
+from rarefy.decoding import interpreter
+from rarefy.decoding.build import build
+from rarefy.decoding.cache import KeyValues, Sequences
+from rarefy.decoding.program import Program
+from rarefy.decoding.runner import Runner
+from rarefy.decoding.sampling import Sampling
+
+pytest.importorskip("triton")
+from rarefy.decoding.graph import GraphExecutor
+
+pytestmark = pytest.mark.gpu
+
+# Sizes of SmolLM2-135M with fewer layers: widths that are no power of two, ragged groups of 128.
+SMALL = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "num_hidden_layers": 4, "vocab_size": 49152, "max_position_embeddings": 8192,
+}  # fmt: skip
+VOCABULARY = SMALL["vocab_size"]
+
+
+def model_of(dtype: torch.dtype, bits: int | None = None, **changes: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**SMALL, **changes})).eval()
+    if bits is not None:
+        rule = Rule(targets=("Linear",), method="rtn", options={"num_bits": bits, "group_size": 64})
+        rarefy.compress(model, Recipe(name="rtn", rules=(rule,)))
+    return model.to(dtype).cuda()
+
+
+def kept(program: Program, dtype: torch.dtype, sequences: int | None = None) -> Any:
+    sizes = (program.layers, program.kv_heads, program.head_dim, dtype, program.positions, torch.device("cuda", 0))
+    return KeyValues(*sizes) if sequences is None else Sequences(sequences, *sizes)
+
+
+def prompt(length: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).cuda()
+
+
+def distance(ours: Tensor, wanted: Tensor) -> float:
+    return float((ours.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("length", [1, 63, 1500])
+def test_logits_are_the_interpreters(dtype: torch.dtype, most: float, bits: int | None, length: int) -> None:
+    model = model_of(dtype, bits)
+    program, tokens = build(model), prompt(length + 3)
+    execute, ours, oracle = GraphExecutor(program), kept(program, dtype), kept(program, dtype)
+    for part in tokens.split([length, 1, 1, 1]):
+        assert distance(execute(part, ours), interpreter.run(program, part, oracle)) < most
+
+
+def test_many_sequences_of_many_lengths() -> None:
+    model = model_of(torch.float32, 4)
+    program = build(model)
+    execute, cache = GraphExecutor(program), kept(program, torch.float32, 32)
+    parts = [prompt(1 + 37 * number % 600, seed=number) for number in range(32)]
+    tokens = torch.cat([execute.read(part, cache, number) for number, part in enumerate(parts)]).argmax(-1)
+    written = execute.write(tokens, cache, 6)
+    for number in (0, 1, 16, 31):
+        alone, text = kept(program, torch.float32), parts[number]
+        for token in (int(tokens[number]), *written[number].tolist()):
+            logits = interpreter.run(program, text, alone)[0]
+            # Of two logits that are equal but for rounding either may win.
+            assert float(logits.max() - logits[token]) < 1e-4 * float(logits.abs().max())
+            text = torch.tensor([token], device="cuda")
+
+
+def test_a_step_replayed_across_tiles_and_growth() -> None:
+    model = model_of(torch.float32)
+    program, tokens = build(model), prompt(530)
+    execute, ours, oracle = GraphExecutor(program), kept(program, torch.float32), kept(program, torch.float32)
+    interpreter.run(program, tokens[:250], oracle)
+    execute(tokens[:250], ours)
+    for number, token in enumerate(tokens[250:].split(1)):
+        logits, wanted = execute(token, ours), interpreter.run(program, token, oracle)
+        if number % 40 < 8:
+            assert distance(logits, wanted) < 1e-5
+
+
+def test_the_runner_takes_graphs_and_generates_as_the_model() -> None:
+    model = model_of(torch.float32, 4)
+    runner = Runner(model)
+    assert runner.name == "cuda graph"
+    ids = prompt(20)[None]
+    given = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "eos_token_id": 5}
+    assert torch.equal(rarefy.runner(model).generate(ids, **given), model.generate(ids, **given))
+
+
+def test_draws_follow_the_seed_wherever_they_are_cut() -> None:
+    program = build(model_of(torch.bfloat16))
+    execute = GraphExecutor(program)
+    found = []
+    for cuts in ([12], [5, 7], [1] * 12):
+        cache = kept(program, torch.bfloat16)
+        execute(prompt(9), cache)
+        last, text = torch.tensor([7]), []
+        for count in cuts:
+            written = execute.write(last, cache, count, Sampling(temperature=1.5, top_k=40, top_p=0.95, seed=3))
+            text += written[0].tolist()
+            last = written[:, -1]
+        found.append(text)
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_compiled_model_computes_the_same() -> None:
+    model = model_of(torch.float32, 4, num_hidden_layers=2)
+    ids = prompt(12)[None]
+    with torch.inference_mode():
+        wanted = model(input_ids=ids, use_cache=False).logits
+        compiled = torch.compile(model.forward)(input_ids=ids, use_cache=False).logits
+    assert distance(compiled, wanted) < 1e-5

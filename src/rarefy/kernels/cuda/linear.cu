@@ -525,14 +525,11 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   const int rounds = end > begin ? (end - begin + ALONG - 1) / ALONG : 0;
   u8* stages = pool + TABLE_BYTES;
 
-<<<<<<< HEAD
   const Places places = places_of(a, first_tile, lane);
-=======
   if (SPAN < 16 && a.ahead && threadIdx.x < ACROSS * TILES && end > begin) {
     const i64 tile = blockIdx.x * ACROSS * TILES + threadIdx.x;
     if (tile * 16 < a.rows) bring_closer(a.codes + (tile * a.steps + begin) * LOADS * 32, (end - begin) * LOADS * 512);
   }
->>>>>>> main
   const auto step_at = [&](int round) { return begin + round * ALONG + along; };
 
   // What the weights are is on its way before anything is waited for.

@@ -36,7 +36,6 @@ from rarefy.kernels.reference import decode
 
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 MOST_TOKENS = 256
-AHEAD = True  # whether a kernel that waits for another brings its codes closer meanwhile
 MOST_TOKENS_OF_16_BITS = 64  # up to which reading the weight is all that counts, so that activations stay exact
 MOST_TOKENS_OF_SPARSE = 4
 MOST_TOKENS_OF_OUTLIERS = 16  # beyond, their gathered activations cost more than a dense weight
@@ -176,19 +175,15 @@ def _product(x: Tensor, term: Term, outliers: Term | None = None) -> Tensor:
     if outliers is not None:
         code = replace(code, outliers=torch.float16 if outliers[1]["half"] else torch.bfloat16)
         entries = {"entries": outliers[0]["entries"], "row_ptr": outliers[0]["row_ptr"]}
-    chosen, overlap = tuning.choose(code, rows, x.shape[1], tokens, x.device), tuning.overlaps(x.device)
+    chosen = tuning.choose(code, rows, x.shape[1], tokens, x.device)
     y = x.new_empty(tokens, rows)
     partial, arrived = program.workspace(chosen, rows, tokens, x.device)
     given = program.arguments(
         {**pointed(term, half), **entries, "x": x, "y": y, "partial": partial, "arrived": arrived},
         rows=rows, columns=x.shape[1], tokens=tokens, stride=x.stride(0),
-        second=(numbers["second_rows"], numbers["second_groups"]), ahead=overlap and AHEAD, multiplier=multiplier,
+        second=(numbers["second_rows"], numbers["second_groups"]), ahead=chosen.overlap, multiplier=multiplier,
     )  # fmt: skip
-<<<<<<< HEAD
     program.linear(code, chosen, given, half, x.device)
-=======
-    program.linear(code, chosen, given, half, x.device, overlap)
->>>>>>> main
     return y
 
 

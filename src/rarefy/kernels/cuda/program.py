@@ -60,7 +60,7 @@ class Tuning:
     warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps are
     loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``wide``: four warps multiply
     together, which takes stages, ``across`` a multiple of 4 and compute capability 9.0. ``overlap``: the kernel starts,
-    and loads weights, while its forerunner still runs; from 9.0 on."""
+    and brings its codes closer, while its forerunner still runs; from 9.0 on."""
 
     tiles: int = 1
     tokens: int = 1

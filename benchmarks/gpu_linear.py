@@ -136,12 +136,14 @@ class Trials:
 
     rows: list[dict[str, Any]]
     deadline: float
+    narrow: bool
     entries: list[dict[str, Any]] = field(default_factory=list)
 
     def best(self, name: str, weights: Weights, x: Tensor, most: int) -> Tuning | None:
         """The fastest tuning that computes the right thing."""
         code, tokens = weights.code, x.shape[0]
-        tried = list(itertools.islice(measure.candidates(code, tokens, measure.takes_wide(x.device)), most))
+        wide = measure.takes_wide(x.device) and not self.narrow
+        tried = list(itertools.islice(measure.candidates(code, tokens, wide), most))
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda each: _compiles(code, each, x.dtype), tried))
         expected = weights.product(x)
@@ -325,11 +327,12 @@ def main() -> None:
     parser.add_argument("--gemlite", default="1,16,64", help="numbers of tokens for which gemlite is a peer")
     parser.add_argument("--triton", action="store_true", help="time the portable kernel too")
     parser.add_argument("--fp8", default="", help="numbers of tokens whose activations are quantized too")
+    parser.add_argument("--narrow", action="store_true", help="leave out what only some GPUs can do")
     parser.add_argument("--groups", action="store_true", help="time kept groups too")
     parser.add_argument("--tune", type=Path, help="write the best of what was tried there, as a table of the package")
     options = parser.parse_args()
     torch.manual_seed(0)
-    trials = Trials([], time.monotonic() + options.seconds)
+    trials = Trials([], time.monotonic() + options.seconds, options.narrow)
     limit = bandwidth()
     print(f"copy {limit / 1e6:.2f} TB/s", flush=True)
     shapes = [tuple(map(int, each.split("x"))) for each in options.shapes.split(",")]

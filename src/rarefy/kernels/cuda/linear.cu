@@ -178,7 +178,7 @@ device u32 operand(const u32* words, int b, int i, u32 bank) {
     return fused(found, ONES, minus(MAGIC_VALUE + CENTER));
   } else {
     // Places of a 16-bit half that lie below the mantissa's end need no shift: the product takes their factor out.
-    constexpr int PLACES = BITS == 4 ? 1 : BITS == 3 ? 2 : BITS == 2 ? 3 : 7;
+    constexpr int PLACES = (HALF ? 10 : 7) / BITS;
     constexpr u32 MASK = ((1u << BITS) - 1) * 0x10001u;
     u32 found;
     int place = 0;

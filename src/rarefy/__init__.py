@@ -13,6 +13,7 @@ from rarefy.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from rarefy.api import (
+        attention_maps,
         compare,
         compare_caches,
         compress,
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
         merge_adapter,
         runner,
         save,
+        set_attention,
+        train,
     )
 
 __all__ = [
-    "compare", "compare_caches", "compress", "evaluate", "evaluate_long", "evaluate_tasks", "kv_cache", "load",
-    "load_tokenizer", "merge_adapter", "runner", "save",
+    "attention_maps", "compare", "compare_caches", "compress", "evaluate", "evaluate_long", "evaluate_tasks",
+    "kv_cache", "load", "load_tokenizer", "merge_adapter", "runner", "save", "set_attention", "train",
 ]  # fmt: skip
 
 

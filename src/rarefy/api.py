@@ -33,11 +33,14 @@ from rarefy.sources.models import open_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from rarefy.evaluation.attention import AttentionMaps
     from rarefy.evaluation.caches import CacheComparison
     from rarefy.evaluation.forward import CacheFactory
     from rarefy.evaluation.long.results import LongComparison
     from rarefy.evaluation.tasks.results import TaskComparison
     from rarefy.integrations.transformers.kv_setup import KvSetup
+    from rarefy.integrations.transformers.plan_setup import AttentionSetup
+    from rarefy.training.report import TrainingReport
 
 log = logger(__name__)
 
@@ -200,28 +203,34 @@ def compare(
     tokenizer: Any = None,
     chunk: int | None = None,
     cache: CacheFactory | None = None,
+    attention: Sequence[str] = (),
 ) -> Comparison:
     """Evaluate several models on the same windows; the dense ``reference`` runs once for all of them.
 
     ``data``: ``"demo"`` or a text file. ``windows`` None takes the whole text. ``tokenizer``: needed only for models in
     memory whose folder is unknown. ``executor="fast"`` may quantize activations where a kernel does; where none does,
     the result says ``exact``. With ``chunk`` windows go through the models that many tokens at a time, each reading the
-    KV cache of those before; ``cache`` makes the one of the candidates (from the model; needs ``chunk``). Raises
-    SourceError, OptionError, UnsupportedError, CheckpointError.
+    KV cache of those before; ``cache`` makes the one of the candidates (from the model; needs ``chunk``).
+    ``attention``: plans such as ``"xattention:mass=0.9"``, each measured with every model (a single one is then its own
+    reference). Raises SourceError, OptionError, UnsupportedError, CheckpointError.
     """
     from rarefy.evaluation.runner import evaluate as run
+    from rarefy.integrations.transformers.plan_evaluation import with_plans
     from rarefy.sources.texts import open_text
     from rarefy.sources.windows import tokenize
     from rarefy.sources.windows import windows as cut
 
     requested = {"context": context, "windows": windows, "chunk": chunk, "executor": executor}
     protocol = parse(Protocol, requested, "Evaluation", OptionError)
+    if attention and reference is None and len(models) == 1:
+        reference = models[0]
     subjects = open_subjects(models, reference, dtype=dtype, device=device, tokenizer=tokenizer, cache=cache)
+    candidates = with_plans(subjects.candidates, attention)
     text = open_text(data, "evaluation")
     bos = bos_token(subjects.tokenizer, None)
     tokens = cut(tokenize(subjects.tokenizer, text.text), context, windows, bos)
     protocol = protocol.model_copy(update={"bos": bos is not None, "text": text.name, "form": text.form})
-    return run(subjects.candidates, tokens, protocol, reference=subjects.reference, free_bytes=subjects.free_bytes)
+    return run(candidates, tokens, protocol, reference=subjects.reference, free_bytes=subjects.free_bytes)
 
 
 def evaluate_tasks(
@@ -293,6 +302,85 @@ def kv_cache(
         return None
     given = {"data": data, "samples": samples, "seq_len": seq_len, "tokenizer": tokenizer, "seed": seed}
     return install_(model, open_kv(model, recipe, params=params, options=options, **given))
+
+
+def set_attention(
+    model: PreTrainedModel, recipe: str | None = "xattention", *, params: str | Path | None = None, data: Any = "demo",
+    samples: int = 8, seq_len: int = 2048, tokenizer: Any = None, seed: int = 0, **options: Any,
+) -> AttentionSetup | None:  # fmt: skip
+    """Let ``model`` attend sparsely from now on, by the plan that ``recipe`` makes with ``options`` for every layer.
+
+    ``recipe``: an id such as ``"xattention"``; ``"dense"`` or None goes back. A recipe with parameters reads them from
+    the file ``params``, or is calibrated on ``samples`` windows of ``seq_len`` tokens of ``data`` (as in `compress`);
+    one that is trained has them from `train`. What its plans do is counted in the result's ``report``: density, time by
+    part, and every pass that stayed dense with the reason. ``save`` writes recipe and parameters. Raises RecipeError,
+    OptionError, CheckpointError (parameters of another model), UnsupportedError.
+    """
+    from rarefy.integrations.transformers.plan_fitting import find_attention
+    from rarefy.integrations.transformers.plan_setup import install_, uninstall_
+
+    if recipe is None or recipe == "dense":
+        uninstall_(model)
+        return None
+    given = {"data": data, "samples": samples, "seq_len": seq_len, "tokenizer": tokenizer, "seed": seed}
+    return install_(model, find_attention(model, recipe, params=params, options=options, **given))
+
+
+def train(
+    model: str | Path | PreTrainedModel,
+    recipe: str = "seer_attention",
+    *,
+    options: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    data: Any = "demo",
+    steps: int = 500,
+    batch: int = 1,
+    seq_len: int = 2048,
+    rate: float = 1e-3,
+    tokenizer: Any = None,
+    work_dir: str | Path | None = None,
+    device: Device = "auto",
+    seed: int = 0,
+    overwrite: bool = False,
+    revision: str | None = None,
+) -> TrainingReport:
+    """Train what ``recipe`` adds to ``model``, which stays as it is and is its own teacher, and let it use that.
+
+    ``model``: a folder, hub id, ``.gguf`` file or ``"demo"``, written with what was trained to the folder ``out``
+    (needed then); or a loaded Transformers model, which attends by the recipe from then on and is written if ``out`` is
+    given. ``data``: a text file, ``"demo"`` or token ids ``[samples, tokens]``; ``steps`` of ``batch`` sequences of
+    ``seq_len`` tokens, learning rate at most ``rate``. ``work_dir`` keeps the state, so that the same call goes on
+    after an interruption and ends in the same bytes (same device, threads and torch). Raises RecipeError, OptionError,
+    SourceError, UnsupportedError, CheckpointError.
+    """
+    from rarefy.integrations.transformers.plan_fitting import train as run
+
+    return run(
+        model, recipe, options or {}, out=None if out is None else Path(out), data=data, steps=steps, batch=batch,
+        seq_len=seq_len, rate=rate, tokenizer=tokenizer, work=None if work_dir is None else Path(work_dir),
+        device=device, seed=seed, overwrite=overwrite, revision=revision, save=save,
+    )  # fmt: skip
+
+
+def attention_maps(
+    model: str | Path | PreTrainedModel,
+    plan: str | None = None,
+    *,
+    text: str | Path = "demo",
+    tokens: int = 2048,
+    layers: Sequence[int] | None = None,
+    device: Device = "auto",
+    tokenizer: Any = None,
+) -> AttentionMaps:
+    """What ``plan`` would look at in the first ``tokens`` tokens of ``text``, beside what ``model`` really looks at.
+
+    ``plan``: an id with options, such as ``"xattention:threshold=0.9"``; None takes that of the checkpoint. ``layers``:
+    numbers of those to look at; None takes all. Every layer is given what dense attention computes before it, and short
+    texts are not left dense. Raises OptionError, SourceError, RecipeError, UnsupportedError.
+    """
+    from rarefy.integrations.transformers.attention_maps import attention_maps as run
+
+    return run(model, plan, text=text, tokens=tokens, layers=layers, device=device, tokenizer=tokenizer)
 
 
 def evaluate_long(

@@ -8,9 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
+from rarefy.attention.call import Call
+from rarefy.attention.estimators import Estimator, Even
+from rarefy.attention.gate import BlockGate
+from rarefy.attention.plan import AttentionPlan, AttentionShape
+from rarefy.attention.policy import Phase, Policy
+from rarefy.attention.selectors import Selector
 from rarefy.core.config import StrictModel, parse
 from rarefy.core.errors import RecipeError
 from rarefy.core.registry import Registry
@@ -129,6 +136,71 @@ class KvRecipe(StrictModel, ABC):
 
 
 kv_recipes: Registry[KvRecipe] = Registry("KV cache recipe", RecipeError)
+
+
+class AttentionRecipe(Policy, ABC):
+    """A method that decides which blocks of keys a query reads; its fields, those of `Policy` among them, are the
+    options a user can set.
+
+    ``block_q``, ``block_k``: tokens of a block of queries and of keys. ``heads``: whether prefill has lists for each
+    ``query`` head, or shares them within each ``kv`` head as decoding always does. ``executor``: who computes attention
+    over the lists; ``auto`` takes the fastest that can. A recipe whose ``needs`` are not empty has parameters, which
+    training or calibration finds, by layer.
+    """
+
+    recipe_version: ClassVar[int] = 1
+
+    block_q: int = Field(64, ge=1)
+    block_k: int = Field(64, ge=1)
+    heads: Literal["query", "kv"] = "query"
+    executor: str = "auto"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What fitting its parameters takes: ``training`` or ``samples``; nothing for a recipe without any."""
+        return frozenset()
+
+    def estimator(self, shape: AttentionShape, params: Mapping[str, Tensor]) -> Estimator:
+        """What scores blocks in a layer of this shape, with the parameters that were found for it."""
+        return Even()
+
+    @abstractmethod
+    def selector(self, shape: AttentionShape, params: Mapping[str, Tensor]) -> Selector:
+        """What chooses among scored blocks."""
+
+    def decode_selector(self, shape: AttentionShape, params: Mapping[str, Tensor]) -> Selector | None:
+        """What chooses while decoding; None: what chooses in prefill."""
+        return None
+
+    def measure(self, shape: AttentionShape, call: Call) -> dict[str, Tensor]:
+        """What calibration learns of a layer from one dense pass; added up over passes and given to `fit`."""
+        return {}
+
+    def fit(self, shape: AttentionShape, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters of a layer, by name, of a recipe whose ``needs`` are ``samples``."""
+        return {}
+
+    def plan(self, shape: AttentionShape, params: Mapping[str, Tensor]) -> AttentionPlan:
+        """How a layer of this shape attends."""
+        return AttentionPlan(
+            self.estimator(shape, params), self.selector(shape, params), self, self.block_q, self.block_k, self.heads,
+            self.executor, shape.layers, self.decode_selector(shape, params),
+        )  # fmt: skip
+
+
+class GatedRecipe(AttentionRecipe, ABC):
+    """An attention recipe whose parameters are gates that training teaches, by phase."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"training"})
+
+    @abstractmethod
+    def new_gates(self, shape: AttentionShape, generator: torch.Generator) -> dict[Phase, BlockGate]:
+        """Untrained gates of a layer."""
+
+
+attention_recipes: Registry[AttentionRecipe] = Registry("attention recipe", RecipeError)
 
 
 class Rule(StrictModel):

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from rarefy.calibration.kept import Kept, keep_tensors
 from rarefy.calibration.report import LayerReport
-from rarefy.calibration.solve import lock_folder
 from rarefy.calibration.stored import build_terms, describe_terms, term_tensors
 from rarefy.core.config import StrictModel
 from rarefy.core.errors import OptionError
-from rarefy.core.files import write_text
+from rarefy.core.files import lock_folder, write_text
 from rarefy.core.version import __version__
 from rarefy.formats.terms import Term
 from rarefy.layers.manifest import FORMAT_VERSION

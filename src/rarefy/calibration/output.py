@@ -45,19 +45,15 @@ def write_config(out: Path, config: dict[str, Any], manifest: Manifest) -> None:
 
 def write_card(out: Path, base: str, architecture: str, manifest: Manifest, licence: str | None) -> None:
     """README.md: the model card with what compression achieved and how to load the model, a ``architecture``."""
-    report = manifest.report
-    assert report is not None
     head = ["---", "library_name: transformers", "tags: [rarefy, compressed]"]
     head += [f"license: {licence}"] if licence else []
     head += [f"base_model: {base}", "---"] if "/" in base and not Path(base).is_absolute() else ["---"]
-    parts = {name: bits for name, bits in report.bits_per_weight.items() if bits and name != "total"}
     body = [
         f"# {Path(base).name}, compressed with rarefy",
         "",
-        f"Recipe `{manifest.recipe}`. Compressed weights take **{report.bits_per_weight['total']:.3f} bits each** "
-        f"({', '.join(f'{name} {bits:.3f}' for name, bits in parts.items())}); the whole model takes "
-        f"{human(report.stored_bytes)} instead of {human(report.dense_bytes)}.",
-        "",
+        *_achieved(manifest),
+        *(f"Attention: recipe `{entry.recipe}`.\n" for entry in (manifest.attention,) if entry is not None),
+        *(f"KV cache: recipe `{entry.recipe}`.\n" for entry in (manifest.kv,) if entry is not None),
         "```python",
         "import rarefy",
         f"from transformers import {architecture}",
@@ -65,9 +61,23 @@ def write_card(out: Path, base: str, architecture: str, manifest: Manifest, lice
         f'model = {architecture}.from_pretrained("this folder")',
         "```",
         "",
-        *(f"- {note}" for note in report.notes),
+        *(f"- {note}" for note in (manifest.report.notes if manifest.report else ())),
     ]
     write_text(out / "README.md", "\n".join([*head, "", *body]).rstrip() + "\n")
+
+
+def _achieved(manifest: Manifest) -> list[str]:
+    """What compression of the weights achieved."""
+    report = manifest.report
+    if report is None:
+        return ["The weights are dense.", ""]
+    parts = {name: bits for name, bits in report.bits_per_weight.items() if bits and name != "total"}
+    return [
+        f"Recipe `{manifest.recipe}`. Compressed weights take **{report.bits_per_weight['total']:.3f} bits each** "
+        f"({', '.join(f'{name} {bits:.3f}' for name, bits in parts.items())}); the whole model takes "
+        f"{human(report.stored_bytes)} instead of {human(report.dense_bytes)}.",
+        "",
+    ]
 
 
 def licence_of(source: Path) -> str | None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,7 +14,8 @@ from rarefy.calibration.kept import Kept, keep_tensors
 from rarefy.calibration.report import LayerReport
 from rarefy.calibration.stored import build_terms, describe_terms, term_tensors
 from rarefy.contracts import Layer, Rule, Solution
-from rarefy.core.errors import FormatError, OptionError, RecipeError
+from rarefy.core.errors import FormatError, RecipeError
+from rarefy.core.files import lock_folder
 from rarefy.core.version import __version__
 from rarefy.formats.bytes import total
 from rarefy.formats.terms import Term
@@ -23,9 +23,6 @@ from rarefy.layers.checkpoint import digest_of
 from rarefy.layers.manifest import FORMAT_VERSION
 from rarefy.layers.swap import Site
 from rarefy.solvers.rtn import relative_error
-
-if TYPE_CHECKING:
-    from filelock import FileLock
 
 
 def solve_site(
@@ -87,18 +84,3 @@ class WorkFolder:
         kept = Kept(path, f"delete it, and '{site.name}' is solved again")
         terms = build_terms(kept.about["terms"], kept.read(lambda _: True))
         return Solution([term.to(device) for term in terms], kept.about["notes"])
-
-
-def lock_folder(folder: Path) -> FileLock:
-    """Make ``folder`` and lock it for this process. Raises OptionError when another one has it."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / ".lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise OptionError(f"--work-dir '{folder}' is in use by another process; wait for it or name another.") from None
-    except OSError as failure:
-        raise OptionError(f"--work-dir '{folder}' cannot be written ({failure.strerror}); name another.") from None
-    return lock

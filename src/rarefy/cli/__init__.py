@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import typer
 
-from rarefy.cli import bench, chat, compare, compress, demo, evaluate, info, inspect, recipes, report, tune
+from rarefy.cli import (
+    attention,
+    bench,
+    chat,
+    compare,
+    compress,
+    demo,
+    evaluate,
+    info,
+    inspect,
+    recipes,
+    report,
+    train,
+    tune,
+)
 
 app = typer.Typer(
     name="rarefy",
@@ -16,9 +30,11 @@ app = typer.Typer(
 )
 for _name, _command in (
     ("compress", compress.compress),
+    ("train", train.train),
     ("eval", evaluate.evaluate),
     ("compare", compare.compare),
     ("report", report.report),
+    ("attention", attention.attention),
     ("chat", chat.chat),
     ("bench", bench.bench),
     ("tune", tune.tune),

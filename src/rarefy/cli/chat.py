@@ -16,6 +16,7 @@ def chat(
     model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf file, or 'demo'.")],
     prompt: Annotated[str | None, typer.Option(help="Answer this and stop; without it, a conversation.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    attention: Annotated[str | None, typer.Option(help="Attend sparsely, as ID or ID:key=value,key=value.")] = None,
     device: Device = "auto",
     revision: Revision = None,
     as_json: Json = False,
@@ -33,7 +34,11 @@ def chat(
     loaded = loaded.to(api.device_of(device))
     if not loaded.can_generate():
         raise UnsupportedError(f"'{model}' is a {type(loaded).__name__}, which does not generate text.")
-    runner = runner_of(loaded)
+    if attention is not None:
+        from rarefy.integrations.transformers.plan_evaluation import set_plan
+
+        set_plan(loaded, attention)
+    runner = runner_of(loaded) if attention is None else None
     if not tokenizer.chat_template:
         say("note: this model has no chat template; it continues your text.")
     if prompt is not None:

@@ -33,6 +33,10 @@ def evaluate(
         list[str] | None,
         typer.Option(help="KV cache to measure on the model, as ID or ID:key=value,key=value; may be repeated."),
     ] = None,
+    attention: Annotated[
+        list[str] | None,
+        typer.Option(help="Sparse attention to measure, as ID or ID:key=value,key=value; may be repeated."),
+    ] = None,
     regime: Annotated[str, typer.Option(help="How --kv caches are read: chunked, decode or distorted.")] = "chunked",
     prefill: Annotated[int, typer.Option(min=0, help="Tokens before decoding starts, with --regime decode.")] = 0,
     tasks: Annotated[
@@ -71,6 +75,8 @@ def evaluate(
     chosen: Literal["exact", "fast"] = "fast" if executor == "fast" else "exact"
     from rarefy import api
 
+    if attention and (kv or tasks is not None or suite is not None):
+        raise OptionError("--attention goes with neither --kv nor --tasks nor --suite; leave one out.")
     if kv and tasks is not None and suite is None:
         raise OptionError("--kv does not go with --tasks of lm-eval; leave one out, or add --suite long.")
     if kv and suite is None:
@@ -107,7 +113,7 @@ def evaluate(
         return
     result = api.compare(
         models, reference=reference, data=data, context=context, windows=windows or None, executor=chosen, dtype=dtype,
-        device=device, chunk=chunk,
+        device=device, chunk=chunk, attention=attention or (),
     )  # fmt: skip
     if as_json:
         records = [_record(evaluation, result) for evaluation in result.candidates]
@@ -128,10 +134,13 @@ def print_comparison(result: Comparison) -> None:
             "-" if not evaluation.bits_per_weight else f"{evaluation.bits_per_weight['total']:.3f}",
             "-" if evaluation.stored_bytes is None else f"{evaluation.stored_bytes / 1e6:.1f}",
             f"{evaluation.seconds:.1f}",
+            "-" if evaluation.attention_density is None else f"{evaluation.attention_density:.3f}",
         )
         for evaluation in everyone
     ]
-    print_table(("model", "perplexity", "KL (nats)", "top-1", "bits/weight", "MB", "seconds"), rows)
+    heads = ("model", "perplexity", "KL (nats)", "top-1", "bits/weight", "MB", "seconds", "density")
+    shown = 7 if all(evaluation.attention_density is None for evaluation in everyone) else 8
+    print_table(heads[:shown], (row[:shown] for row in rows))
     first = everyone[0]
     print(f"{first.protocol.describe()}; {first.tokens} predicted tokens")
 

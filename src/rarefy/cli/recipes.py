@@ -19,20 +19,22 @@ def recipes(
     as_json: Json = False,
 ) -> None:
     """List the recipes, or show one with its options and defaults."""
-    from rarefy.contracts import kv_recipes, weight_recipes
+    from rarefy.contracts import attention_recipes, kv_recipes, weight_recipes
     from rarefy.recipes import discover, load_recipe, presets
 
     discover()
     if name is None:
         table = {label: _title(weight_recipes.get(label)) for label in weight_recipes}
         table.update({label: f"KV cache: {_title(kv_recipes.get(label))}" for label in kv_recipes})
+        table.update({label: f"attention: {_title(attention_recipes.get(label))}" for label in attention_recipes})
         table.update({label: f"preset: {_first_comment(path)}" for label, path in presets().items()})
         if as_json:
             print_json(table)
         else:
             print_table(("recipe", "what it does"), table.items(), text=True)
         return
-    if name not in weight_recipes and name not in kv_recipes:
+    registry: Any = next((each for each in (weight_recipes, kv_recipes, attention_recipes) if name in each), None)
+    if registry is None:
         preset = load_recipe(name)  # suggests the nearest name when there is none
         path = presets().get(name, Path(name))
         if as_json:
@@ -40,7 +42,7 @@ def recipes(
         else:
             print(path.read_text("utf-8").rstrip() if path.suffix != ".py" else preset.model_dump_json(indent=2))
         return
-    recipe: type[Any] = weight_recipes.get(name) if name in weight_recipes else kv_recipes.get(name)
+    recipe: type[Any] = registry.get(name)
     options = {
         label: {
             "type": _type_name(field.annotation),

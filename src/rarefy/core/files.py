@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 from rarefy.core.errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
+    from filelock import FileLock
     from torch import Tensor
 
 # A header larger than this is an attack or garbage: 100,000 tensors need about 15 MB.
@@ -145,6 +146,21 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise OptionError(f"--out '{out}' is a folder that must stay; name a new folder inside it.")
     if not overwrite and any(out.iterdir()):
         raise OptionError(f"--out '{out}' is not empty; name another folder or pass --overwrite.")
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Make ``folder`` and lock it for this process. Raises OptionError when another one has it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OptionError(f"--work-dir '{folder}' is in use by another process; wait for it or name another.") from None
+    except OSError as failure:
+        raise OptionError(f"--work-dir '{folder}' cannot be written ({failure.strerror}); name another.") from None
+    return lock
 
 
 def sha256_file(path: Path) -> str:

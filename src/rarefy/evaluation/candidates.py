@@ -23,7 +23,8 @@ class Candidate:
 
     ``resident_bytes`` is what the model of ``load`` will occupy; 0 means unknown, and it then never shares a pass.
     ``cache`` makes the KV cache it is measured with, where one is read; None means the dense one of Transformers.
-    ``identity`` says which model it is for results that are kept; None (as for models in memory) keeps none.
+    ``density`` tells of a model that attends sparsely which share of blocks it read. ``identity`` says which model it
+    is for results that are kept; None (as for models in memory) keeps none.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Candidate:
     resident_bytes: int = 0
     sizes: Sizes | None = None
     cache: CacheFactory | None = None
+    density: Callable[[Any], float] | None = None
     identity: str | None = None
 
     def __post_init__(self) -> None:

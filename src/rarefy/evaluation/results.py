@@ -26,7 +26,8 @@ class Evaluation(StrictModel):
     ``perplexity`` = exp(``nll``); ``nll`` and ``kl`` (reference || model, whole vocabulary) are means in nats per
     predicted token, ``top1_agreement`` is a share, ``tokens`` counts predicted tokens. ``seconds`` is the time of this
     model's forward passes and metrics, ``tokens_per_second`` its window tokens over that time, and ``peak_bytes`` the
-    most memory so far of the process, or of the GPU when the model is on one.
+    most memory so far of the process, or of the GPU when the model is on one. ``attention_density``: share of blocks of
+    keys that sparse attention read, 1 where all passes stayed dense, None for models without a plan.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Evaluation(StrictModel):
     seconds: float
     tokens_per_second: float
     peak_bytes: int
+    attention_density: float | None = None
 
 
 class LayerDifference(StrictModel):

@@ -104,6 +104,7 @@ class _Subject:
         self._agree = self._tokens = self._forwarded = self._peak = 0
         self._compared = False
         self._dtype = ""
+        self._density: float | None = None
 
     def open(self, windows: torch.Tensor) -> None:
         self.model = self.candidate.open()
@@ -111,6 +112,8 @@ class _Subject:
         _check_fits(self.model, self.name, windows)
 
     def close(self) -> None:
+        if self.candidate.density is not None:
+            self._density = self.candidate.density(self.model)
         self.model = None
 
     def step(self, tokens: torch.Tensor, first: int, expected: torch.Tensor | None, count: bool = True) -> torch.Tensor:
@@ -172,6 +175,7 @@ class _Subject:
             seconds=self._seconds,
             tokens_per_second=self._forwarded / self._seconds,
             peak_bytes=self._peak,
+            attention_density=self._density,
         )
 
 

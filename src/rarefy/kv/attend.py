@@ -6,10 +6,12 @@ sums meet by their log-sum-exp, in float32.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from rarefy.kv.codec import Codec
+from rarefy.kv.codec import Codec, Payload, apply
 from rarefy.kv.codecs import Exact
 from rarefy.kv.fused import available, fused_segments
 from rarefy.kv.plan import LayerCodecs
@@ -190,22 +192,47 @@ def plain_store(key: Tensor, value: Tensor) -> LayerStore:
 def decoded(store: LayerStore) -> tuple[Tensor, Tensor]:
     """All keys (as attention reads them) and values, float32 ``[B, H, tokens, D]``: for tests and for attention that
     needs tensors. This is the copy that `attend` never makes."""
+    return read(store, "keys", 0, store.length, torch.float32), read(store, "values", 0, store.length, torch.float32)
+
+
+def read(
+    store: LayerStore, label: Literal["keys", "values"], start: int, stop: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Keys (as attention reads them) or values ``[start, stop)`` as a tensor ``[B, H, n, D]``, by default in the dtype
+    in which they came. What is in code is decoded, block by block."""
     assert store.keys is not None and store.values is not None
-    both = []
-    for label, side in (("keys", store.keys), ("values", store.values)):
-        parts = [_decoded(store, label, side.codec, run.payload, run.start, run.stop) for run in side.runs]
-        whole = torch.cat([*parts, side.tail.float()], 2)
-        if store.sink is not None:
-            exact = store.sink.keys if label == "keys" else store.sink.values
-            row, sink = ((store.sink.index >= 0) & (store.sink.index < side.coded)).nonzero(as_tuple=True)
-            whole[row, :, store.sink.index[row, sink]] = exact[row, :, sink].float()
-        both.append(whole)
-    return both[0], both[1]
+    side = store.keys if label == "keys" else store.values
+    dtype = side.tail.dtype if dtype is None else dtype
+    parts = []
+    for run in side.runs:
+        if run.start < stop and run.stop > start:
+            size = side.codec.tokens
+            low, high = max(start - run.start, 0) // size, -(-(min(stop, run.stop) - run.start) // size)
+            payload = apply(lambda tensor, low=low, high=high: tensor[:, :, low:high], run.payload)  # type: ignore[misc]
+            first = run.start + low * size
+            found = _decoded(store, label, side.codec, payload, first, run.start + high * size, dtype)
+            parts.append(found[:, :, max(start - first, 0) : stop - first])
+    low, high = max(start, side.coded), min(stop, side.length)
+    if low < high or not parts:
+        parts.append(side.tail[:, :, low - side.coded : max(high - side.coded, 0)].to(dtype))
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    here = _sinks_in(store, start, min(stop, side.coded))
+    if here is not None and store.sink is not None:
+        row, sink, place = here
+        exact = store.sink.keys if label == "keys" else store.sink.values
+        whole = whole.clone() if len(parts) == 1 else whole
+        whole[row, :, place] = exact[row, :, sink].to(dtype)
+    return whole
 
 
-def _decoded(store: LayerStore, label: str, codec: Codec, payload: dict[str, Tensor], start: int, stop: int) -> Tensor:
-    values = codec.decode(payload).flatten(2, 3)
+def _decoded(
+    store: LayerStore, label: str, codec: Codec, payload: Payload, start: int, stop: int, dtype: torch.dtype
+) -> Tensor:
+    if isinstance(codec, Exact):
+        values = payload["exact"].flatten(2, 3)
+    else:
+        values = codec.decode(payload).flatten(2, 3)
     if label == "keys" and store.codecs.pre_rope:
         assert store.rotary is not None
         values = store.rotary.rotate(values, store.positions(start, stop))
-    return values
+    return values.to(dtype)

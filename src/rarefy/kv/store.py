@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -31,10 +31,16 @@ class Arrival:
 
 @dataclass
 class SideState:
-    """Tensors ``[B, H, entries, ...]`` that somebody keeps for each layer, one entry for every ``tokens`` tokens."""
+    """Tensors ``[B, H, entries, ...]`` that somebody keeps for each layer. Entry ``i`` is about ``span`` tokens (None:
+    ``tokens``) from token ``i * tokens`` on, and there are none about tokens yet to come."""
 
     tensors: dict[str, Tensor]
     tokens: int = 1
+    span: int | None = None
+
+    def entries(self, length: int) -> int:
+        """How many entries are about the first ``length`` tokens alone."""
+        return max(0, (length - (self.span or self.tokens)) // self.tokens + 1)
 
 
 @dataclass
@@ -98,9 +104,11 @@ class LayerStore:
         if self.exact_arrival:
             seen = self.copy()
             self._seal(first, arrival)
-            return seen
-        self._seal(first, arrival)
-        return self.copy()
+        else:
+            self._seal(first, arrival)
+            seen = self.copy()
+        seen.state = self.state  # what attention finds out about these tokens is kept
+        return seen
 
     def _seal(self, first: int, arrival: Arrival) -> None:
         assert self.keys is not None and self.values is not None
@@ -220,7 +228,7 @@ class LayerStore:
                 self.sink.keys, self.sink.values, torch.where(self.sink.index < keep, self.sink.index, -1)
             )
         for state in self.state.values():
-            entries = -(-keep // state.tokens)
+            entries = state.entries(keep)
             state.tensors = {name: tensor[:, :, :entries] for name, tensor in state.tensors.items()}
 
     def _restore_sinks(self, side: Side, exact: Tensor) -> None:
@@ -249,7 +257,7 @@ class LayerStore:
         twin.sink = None if self.sink is None else Sink(self.sink.keys, self.sink.values, self.sink.index)
         twin.rotary, twin.plans = self.rotary, self.plans
         twin.shift, twin.started, twin.gaps = self.shift, self.started, self.gaps
-        twin.state = {name: SideState(dict(state.tensors), state.tokens) for name, state in self.state.items()}
+        twin.state = {name: replace(state, tensors=dict(state.tensors)) for name, state in self.state.items()}
         return twin
 
     def nbytes(self) -> ByteCount:
@@ -286,11 +294,12 @@ class LayerStore:
             found |= {"rope.shift": self.shift, "rope.started": self.started, "rope.inv_freq": self.rotary.inv_freq}
             found["rope.factor"] = torch.tensor(self.rotary.factor, dtype=torch.float64)
         for name, state in self.state.items():
-            found |= prefixed(f"state.{name}", state.tensors)
+            about = torch.tensor([state.tokens, state.span or state.tokens])
+            found |= prefixed(f"state.{name}", {**state.tensors, "about": about})
         return found
 
     def restore_(self, tensors: Mapping[str, Tensor]) -> None:
-        """Hold what `tensors` gave, on the device of those tensors. State kept by others is theirs to restore."""
+        """Hold what `tensors` gave, on the device of those tensors."""
         if "keys.tail" not in tensors:
             return
         given: Payload = dict(tensors)
@@ -307,8 +316,10 @@ class LayerStore:
         if "rope.shift" in given:
             self.shift, self.started = given["rope.shift"], given["rope.started"]
             self.rotary = Rotary(given["rope.inv_freq"], float(given["rope.factor"]))
-        for name, state in self.state.items():
-            state.tensors = part_of(given, f"state.{name}")
+        for name in {full.split(".")[1] for full in given if full.startswith("state.")}:
+            part = part_of(given, f"state.{name}")
+            stride, span = part.pop("about").tolist()
+            self.state[name] = SideState(part, stride, span)
 
 
 def _size(tensors: list[Tensor]) -> int:

@@ -54,6 +54,16 @@ class KvEntry(StrictModel):
     params: str | None = Field(None, pattern=r"^\w[\w.-]*\.safetensors$")
 
 
+class AttentionEntry(StrictModel):
+    """Which blocks of keys a model's queries read: a recipe with its options, and the file beside the weights that
+    holds its parameters (None: it has none)."""
+
+    recipe: str
+    version: int
+    options: dict[str, Any] = Field(default_factory=dict)
+    params: str | None = Field(None, pattern=r"^\w[\w.-]*\.safetensors$")
+
+
 class Manifest(StrictModel):
     """``config.json``'s ``quantization_config``."""
 
@@ -64,7 +74,7 @@ class Manifest(StrictModel):
     recipe_version: int = 1
     weights: str = Field(WEIGHTS_NAME, pattern=r"^\w[\w.-]*\.safetensors(\.index\.json)?$")
     rules: tuple[RuleEntry, ...]
-    attention: dict[str, Any] | None = None
+    attention: AttentionEntry | None = None
     kv: KvEntry | None = None
     execution: Execution = Execution()
     report: Report | None = None

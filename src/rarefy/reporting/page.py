@@ -35,13 +35,18 @@ def write_report(findings: Findings, out: Path, title: str = "") -> tuple[Path, 
     """
     if findings.empty:
         raise OptionError("There is nothing to report; name results written by compress, eval or compare with --json.")
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise OptionError(f"--out '{out}' is not a page; name a file that ends in .html.")
+    check_page(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_suffix(".json")
     write_text(beside, findings_json(findings))
     write_text(out, render(findings, title))
     return out, beside
+
+
+def check_page(out: Path) -> None:
+    """Raise OptionError unless ``out`` is called like a page."""
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise OptionError(f"--out '{out}' is not a page; name a file that ends in .html.")
 
 
 def findings_json(findings: Findings) -> str:
@@ -58,18 +63,23 @@ def render(findings: Findings, title: str = "") -> str:
     ]  # fmt: skip
     cards = [card for comparison in findings.comparisons for card in _cards(comparison, findings)]
     cards += measured.cards(findings.benchmarks)
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_asset), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    return environment.get_template("page.html").render(
+    return templates().get_template("page.html").render(
         title=title or _title(findings), cards=cards, sections=sections, runs=findings.runs, notes=findings.notes,
-        dense=_dense(findings), style=_asset("style.css"), script=_asset("page.js"), plotly=_plotly(),
+        dense=_dense(findings), style=asset("style.css"), script=asset("page.js"), plotly=_plotly(),
         draws=any(section.figures for section in sections),
     )  # fmt: skip
 
 
-def _asset(name: str) -> str:
+def templates() -> jinja2.Environment:
+    """The templates of pages, by the names of their files."""
+    return jinja2.Environment(
+        loader=jinja2.FunctionLoader(asset), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+
+
+def asset(name: str) -> str:
+    """A template, style or script of pages."""
     return (files("rarefy.reporting") / "assets" / name).read_text("utf-8")
 
 

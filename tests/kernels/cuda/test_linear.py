@@ -9,13 +9,13 @@ from torch import Tensor
 from rarefy.formats.grids import FloatGrid, Grid, IntegerGrid, LutGrid
 from rarefy.formats.patterns import Groups
 from rarefy.formats.scales import BilevelScale
-from rarefy.formats.terms import Term
+from rarefy.formats.terms import Sparse, Term
 from rarefy.kernels.activations import quantize_tokens
 from rarefy.kernels.cuda.linear import _decode
 from rarefy.kernels.cuda.prepared import NotCovered, prepare
 from rarefy.kernels.cuda.program import Tuning
 from rarefy.kernels.prepared import flat
-from tests.formats.samples import GRIDS, PATTERNS, quantized, residual
+from tests.formats.samples import GRIDS, PATTERNS, mask_for, quantized, residual
 from tests.kernels.cuda import emulation
 
 pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="there is no C++ compiler")
@@ -100,7 +100,8 @@ def test_what_no_kernel_reads_is_named() -> None:
         with pytest.raises(NotCovered, match=reason):
             prepare(*quantized(GRIDS[name], PATTERNS["full"], 8, 64).operation())
     with pytest.raises(NotCovered, match="pattern"):
-        prepare(*quantized(GRIDS["int4-none"], PATTERNS["bitmap"], 4, 64).operation())
+        prepare(*quantized(GRIDS["int3-none"], PATTERNS["bitmap"], 4, 64).operation())
+
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -115,14 +116,31 @@ def test_tokens_in_eight_bits(normed: bool) -> None:
     torch.testing.assert_close(values, wanted_values, rtol=0.13, atol=1e-9)
 
 
-@pytest.mark.parametrize("index", ["ids", "csr", "bitmap"])
-@pytest.mark.parametrize("zero", ["none", "integer", "float"])
-@pytest.mark.parametrize("size", [16, 32])
-def test_kept_groups(index: str, zero: str, size: int) -> None:
-    grid = IntegerGrid(num_bits=4, group_size=size, zero=zero)  # type: ignore[arg-type]
-    term = quantized(grid, Groups(size=size, index=index), 43, 37 * 32)  # type: ignore[arg-type]
-    made = prepare(*term.operation())
+def sparse_product(term: Term) -> None:
+    made = prepare(*term.operation())  # type: ignore[misc]
     assert torch.equal(_decode(*flat([made])), term.decode())
     for tokens, dtype, most in ((1, torch.bfloat16, 4e-3), (3, torch.float16, 1e-3)):
         x = (torch.randn(tokens, term.columns) * 50).to(dtype)
-        assert relative(emulation.groups(x, made), x.double() @ term.decode().double().T) < most
+        assert relative(emulation.sparse(x, made), x.double() @ term.decode().double().T) < most
+
+
+@pytest.mark.parametrize(
+    ("index", "zero", "size"), [("ids", "none", 16), ("csr", "integer", 16), ("bitmap", "float", 32)]
+)
+def test_kept_groups(index: str, zero: str, size: int) -> None:
+    grid = IntegerGrid(num_bits=4, group_size=size, zero=zero)  # type: ignore[arg-type]
+    sparse_product(quantized(grid, Groups(size=size, index=index), 43, 37 * 32))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "grid"),
+    [("bitmap", "int4-integer"), ("2:4", "int8-float"), ("2:4-rank", "int2-none"), ("bitmap", "int4-row")],
+)
+def test_masked_codes(pattern: str, grid: str) -> None:
+    sparse_product(quantized(GRIDS[grid], PATTERNS[pattern], 21, 300))
+
+
+@pytest.mark.parametrize("pattern", ["bitmap", "3:7", "4:8-rank"])
+def test_masked_values(pattern: str) -> None:
+    own = PATTERNS[pattern]
+    sparse_product(Sparse.from_weight(torch.randn(21, 300), mask_for(own, 21, 300), own, "bfloat16"))

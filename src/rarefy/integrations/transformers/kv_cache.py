@@ -207,7 +207,7 @@ def announce_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
             positions = torch.arange(start, start + hidden.shape[1], device=hidden.device)[None]
         arrival.positions, arrival.cos, arrival.sin = positions, cos, sin
         if layer.get_seq_length() == 0:
-            arrival.rotary = _rotary(getattr(module, ROTARY, ()), positions, cos)
+            arrival.rotary = rotary_of(getattr(module, ROTARY, ()), positions, cos)
     layer.announce(arrival)
 
 
@@ -219,7 +219,7 @@ def _valid(mask: Any, rows: int, count: int) -> Tensor | None:
     return (newest if newest.dtype == torch.bool else newest == 0).expand(rows, count)
 
 
-def _rotary(modules: Any, positions: Tensor, cos: Tensor) -> Rotary | None:
+def rotary_of(modules: Any, positions: Tensor, cos: Tensor) -> Rotary | None:
     """The frequencies that give ``cos`` at ``positions``; None where no known ones do."""
     for module in modules:
         for name, frequencies in module.named_buffers(recurse=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,18 @@ CALIBRATION = ("params", "data", "samples", "seq_len", "seed")  # options of `op
 
 
 def parse_cache(text: str) -> tuple[str, dict[str, Any]]:
-    """``"kivi:num_bits=2,group_size=32"`` as id and options; values are YAML scalars."""
+    """``"kivi:num_bits=2,group_size=32"`` as id and options."""
+    return parse_choice("--kv", text)
+
+
+def parse_choice(flag: str, text: str) -> tuple[str, dict[str, Any]]:
+    """``"id:key=value,key=value"`` as id and options, as ``flag`` takes it; values are YAML scalars."""
     name, _, rest = text.partition(":")
     options: dict[str, Any] = {}
-    for pair in filter(None, rest.split(",")):
+    for pair in filter(None, re.split(r",(?![^\[]*\])", rest)):  # commas in brackets are a list's
         key, separator, value = pair.partition("=")
         if not separator or not key:
-            raise OptionError(f"--kv '{text}' is not of the form ID:key=value,key=value.")
+            raise OptionError(f"{flag} '{text}' is not of the form ID:key=value,key=value.")
         try:
             options[key] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError):

@@ -90,7 +90,7 @@ def save_model(
 
 def write_model(model: PreTrainedModel, stage: Path, source: Path | None, base: str, max_shard_bytes: int) -> None:
     """``save_model`` into an existing empty folder."""
-    from rarefy.integrations.transformers.kv_setup import store_setup
+    from rarefy.integrations.transformers import kv_setup, plan_setup
 
     manifest = manifest_of(model)
     here, there = {name for name, _ in compressed(model)}, set(manifest.terms())
@@ -102,7 +102,8 @@ def write_model(model: PreTrainedModel, stage: Path, source: Path | None, base: 
     writer = ShardWriter(stage, WEIGHTS_NAME, max_shard_bytes)
     for name, tensor in stored_tensors(model):
         writer.add(name, tensor)
-    manifest = writer.finish(manifest.model_copy(update={"kv": store_setup(model, stage)}))
+    runtime = {"kv": kv_setup.store_setup(model, stage), "attention": plan_setup.store_setup(model, stage)}
+    manifest = writer.finish(manifest.model_copy(update=runtime))
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(stage)
     if source is not None:
@@ -117,8 +118,13 @@ def write_model(model: PreTrainedModel, stage: Path, source: Path | None, base: 
 
 
 def manifest_of(model: Any) -> Manifest:
-    """The manifest of a compressed model. Raises OptionError when the model is dense."""
+    """The manifest of a model that is compressed, or attends or caches by a recipe. Raises OptionError for others."""
+    from rarefy.integrations.transformers import kv_setup, plan_setup
+
     manifest = getattr(getattr(getattr(model, "config", None), "quantization_config", None), "manifest", None)
+    runtime = any(getattr(model, module.SETUP, None) is not None for module in (kv_setup, plan_setup))
+    if runtime and getattr(getattr(model, "config", None), "quantization_config", None) is None:
+        return Manifest(recipe="dense", rules=())
     if not isinstance(manifest, Manifest):
         raise OptionError(f"This {type(model).__name__} is not compressed by rarefy; call rarefy.compress first.")
     return manifest

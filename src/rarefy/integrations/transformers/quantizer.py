@@ -93,6 +93,10 @@ class RarefyQuantizer(HfQuantizer):
             from rarefy.integrations.transformers.kv_setup import restore_setup_
 
             restore_setup_(model, self.manifest.kv, self._files[0].parent)
+        if self.manifest.attention is not None:
+            from rarefy.integrations.transformers import plan_setup
+
+            plan_setup.restore_setup_(model, self.manifest.attention, self._files[0].parent)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
@@ -103,6 +107,9 @@ class RarefyQuantizer(HfQuantizer):
         if manifest.kv is not None and manifest.kv.params is not None:
             log.warning("save_pretrained leaves out the parameters of the KV cache; rarefy.save writes them too.")
             manifest = manifest.model_copy(update={"kv": None})
+        if manifest.attention is not None and manifest.attention.params is not None:
+            log.warning("save_pretrained leaves out the parameters of the attention; rarefy.save writes them too.")
+            manifest = manifest.model_copy(update={"attention": None})
         self.quantization_config = RarefyConfig.of(manifest)
         model.config.quantization_config = self.quantization_config
         # What is offloaded or spread over processes cannot be hashed here; codes and scales never are.

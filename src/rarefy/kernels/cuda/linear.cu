@@ -8,7 +8,7 @@
 // The macros below are given at compile time (see tuning.py for what is chosen when).
 //   BITS, GROUP (columns of a scale; 0: the whole row), STEP (columns that a warp takes at once), SPAN (neighbouring
 //   columns of a lane; 16: bytes, row by row as they are stored), FLOAT8 (a byte is a number in E4M3), TABLE (codes are looked up: SHARED by all, or BY_ROW), SCALE, ZERO (types), CENTER (what is subtracted from a code),
-//   OUTLIERS (type of single values that are added to the weight), HALF (float16 activations, else bfloat16),
+//   RAGGED (the last step is not full of columns), OUTLIERS (type of single values that are added to the weight), HALF (float16 activations, else bfloat16),
 //   TILES (of 16 rows for a warp), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns),
 //   DEPTH (steps loaded ahead into registers), STAGED (codes and activations go through shared memory instead, STAGES
 //   steps of them), WIDE (four warps multiply together, wgmma, which takes tokens from shared memory; compute capability
@@ -88,13 +88,12 @@ template <> struct Pair<PAIRS> { uint2 raw; };
 template <> struct Pair<BILEVEL> { u16 raw; uint2 second; };
 template <> struct Pair<LEVEL> { u16 raw; uint2 second; };
 
-template <int TYPE> device void load(Pair<TYPE>& pair, const void* base, i64 index, const Arguments& a, i64 tile, int group) {
+template <int TYPE> device void load(Pair<TYPE>& pair, const void* base, i64 index, const uint2* second, int group) {
   if constexpr (TYPE == F32 || TYPE == PAIRS) {
     pair.raw = load_once(static_cast<const uint2*>(base) + index);
   } else if constexpr (TYPE == BILEVEL || TYPE == LEVEL) {
     pair.raw = load_once(static_cast<const u16*>(base) + index);
-    const int across = (a.groups + a.second_groups - 1) / a.second_groups;
-    pair.second = load_once(a.second + tile / a.second_rows * across + group / a.second_groups);
+    pair.second = load_once(second + group);
   } else if constexpr (TYPE == U8) {
     pair.raw = load_once(static_cast<const u16*>(base) + index);
   } else if constexpr (TYPE != NONE) {
@@ -179,7 +178,7 @@ device u32 operand(const u32* words, int b, int i, u32 bank) {
     return fused(found, ONES, minus(MAGIC_VALUE + CENTER));
   } else {
     // Places of a 16-bit half that lie below the mantissa's end need no shift: the product takes their factor out.
-    constexpr int PLACES = BITS == 4 ? 1 : BITS == 3 ? 2 : BITS == 2 ? 3 : 7;
+    constexpr int PLACES = (HALF ? 10 : 7) / BITS;
     constexpr u32 MASK = ((1u << BITS) - 1) * 0x10001u;
     u32 found;
     int place = 0;
@@ -280,22 +279,6 @@ device Words columns_of(const u8* token, int pair, int t) {
   return found;
 }
 
-device Words columns_of_memory(const Arguments& a, int token, int column, int pair, int t) {
-  const u16* row = a.x + i64(token) * a.stride + column;
-  const int first = first_of(pair, t), last = first + 16;
-  const bool known = token < a.tokens;
-  Words found;
-  if constexpr (SPAN != 4) {
-    const uint4 all = load_shared_by_all(reinterpret_cast<const uint4*>(row + first), known && column + first < a.columns);
-    found.at[0] = all.x, found.at[1] = all.y, found.at[2] = all.z, found.at[3] = all.w;
-  } else {
-    const uint2 half = load_shared_by_all(reinterpret_cast<const uint2*>(row + first), known && column + first < a.columns);
-    const uint2 more = load_shared_by_all(reinterpret_cast<const uint2*>(row + last), known && column + last < a.columns);
-    found.at[0] = half.x, found.at[1] = half.y, found.at[2] = more.x, found.at[3] = more.y;
-  }
-  return found;
-}
-
 // ---- What a warp needs of one step.
 
 device i64 tile_of(const Arguments& a, int tile) {
@@ -305,15 +288,45 @@ device i64 tile_of(const Arguments& a, int tile) {
 
 device int group_of(const Arguments& a, int step, int part) {
   const int group = GROUP == 0 ? 0 : GROUP > STEP ? step / (GROUP > STEP ? GROUP / STEP : 1) : step * PARTS + part;
-  return group < a.groups ? group : a.groups - 1;  // columns that fill up the last step
+  return !RAGGED || group < a.groups ? group : a.groups - 1;  // columns that fill up the last step
 }
 
-// Where a lane's load of the codes of a tile and step begins; null where a row or its bytes end.
-device const uint4* codes_of(const Arguments& a, i64 tile, int step, int load, int lane) {
-  if constexpr (SPAN != 16) return a.codes + ((tile * a.steps + step) * LOADS + load) * 32 + lane;
-  const int row = tile * 16 + lane / 4 + load % 2 * 8, column = step * STEP + load / 2 * 64 + lane % 4 * 16;
-  const u8* bytes = reinterpret_cast<const u8*>(a.codes) + i64(row) * a.pitch + column;
-  return row < a.rows && column < a.pitch ? reinterpret_cast<const uint4*>(bytes) : nullptr;
+// Where a lane's codes of a tile begin: its first 16 bytes, or those of its row g or g + 8. Rows and tokens beyond the
+// last are the last again; nobody asks for their results.
+device const uint4* codes_of(const Arguments& a, i64 tile, int lane, int which) {
+  if constexpr (SPAN != 16) return a.codes + tile * a.steps * LOADS * 32 + lane;
+  const i64 row = tile * 16 + lane / 4 + 8 * which;
+  return a.codes + ((row < a.rows ? row : a.rows - 1) * a.pitch + lane % 4 * 16) / 16;
+}
+
+// From there a step's loads.
+device const uint4* of_step(const uint4* codes, int step) { return codes + i64(step) * (SPAN == 16 ? STEP / 16 : LOADS * 32); }
+device constexpr int load_at(int load) { return SPAN == 16 ? load / 2 * 4 : load * 32; }
+
+// Whether a row still has those bytes.
+device bool has_bytes(const Arguments& a, int step, int load, int lane) {
+  return SPAN != 16 || !RAGGED || step * STEP + load / 2 * 64 + lane % 4 * 16 < a.pitch;
+}
+
+// A warp's places in memory, from which steps are counted.
+struct Places {
+  const uint4* codes[TILES][SPAN == 16 ? 2 : 1];
+  i64 scales[TILES];
+  const uint2* second[TILES];
+};
+
+device Places places_of(const Arguments& a, int first_tile, int lane) {
+  Places found;
+#pragma unroll
+  for (int r = 0; r < TILES; ++r) {
+    const i64 tile = tile_of(a, first_tile + r);
+#pragma unroll
+    for (int which = 0; which < (SPAN == 16 ? 2 : 1); ++which) found.codes[r][which] = codes_of(a, tile, lane, which);
+    found.scales[r] = tile * a.groups * 8 + lane / 4;
+    if constexpr (SCALE == BILEVEL || SCALE == LEVEL)
+      found.second[r] = a.second + tile / a.second_rows * ((a.groups + a.second_groups - 1) / a.second_groups);
+  }
+  return found;
 }
 
 struct Codes { u32 at[TILES][4 * LOADS]; };
@@ -323,13 +336,14 @@ device void put(Codes& codes, int tile, int load, const uint4& words) {
   to[0] = words.x, to[1] = words.y, to[2] = words.z, to[3] = words.w;
 }
 
-device void fetch(Codes& codes, const Arguments& a, int first_tile, int step, int lane) {
+device void fetch(Codes& codes, const Arguments& a, const Places& places, int step, int lane) {
 #pragma unroll
   for (int r = 0; r < TILES; ++r)
 #pragma unroll
     for (int l = 0; l < LOADS; ++l) {
-      const uint4* from = codes_of(a, tile_of(a, first_tile + r), step, l, lane);
-      put(codes, r, l, SPAN == 16 ? load_once(from ? from : a.codes, from != nullptr) : load_once(from));
+      const uint4* from = of_step(places.codes[r][SPAN == 16 ? l % 2 : 0], step) + load_at(l);
+      if constexpr (SPAN == 16 && RAGGED) put(codes, r, l, load_once(from, has_bytes(a, step, l, lane)));
+      else put(codes, r, l, load_once(from));
     }
 }
 
@@ -338,27 +352,40 @@ struct Scales {
   Pair<ZERO> zero[TILES][PARTS];
 };
 
-device void fetch(Scales& scales, const Arguments& a, int first_tile, int step, int lane) {
+device void fetch(Scales& scales, const Arguments& a, const Places& places, int step) {
 #pragma unroll
-  for (int r = 0; r < TILES; ++r)
+  for (int p = 0; p < PARTS; ++p) {
+    const int group = group_of(a, step, p), above = a.second_groups == 1 ? group : group / a.second_groups;
 #pragma unroll
-    for (int p = 0; p < PARTS; ++p) {
-      const i64 tile = tile_of(a, first_tile + r);
-      const int group = group_of(a, step, p);
-      const i64 index = (tile * a.groups + group) * 8 + lane / 4;
-      load(scales.scale[r][p], a.scale, index, a, tile, group);
-      load(scales.zero[r][p], a.zero, index, a, tile, group);
+    for (int r = 0; r < TILES; ++r) {
+      load(scales.scale[r][p], a.scale, places.scales[r] + i64(group) * 8, places.second[r], above);
+      load(scales.zero[r][p], a.zero, places.scales[r] + i64(group) * 8, places.second[r], above);
     }
+  }
 }
 
 struct Activations { Words at[TOKENS][BLOCKS / 2]; };
 
-device void fetch(Activations& x, const Arguments& a, int first_token, int step, int lane) {
+device void fetch(Activations& x, const Arguments& a, const u8* const (&tokens)[TOKENS], int step, int t) {
 #pragma unroll
-  for (int n = 0; n < TOKENS; ++n)
+  for (int n = 0; n < TOKENS; ++n) {
+    const u8* row = tokens[n] + i64(step) * (2 * STEP);
 #pragma unroll
-    for (int pair = 0; pair < BLOCKS / 2; ++pair)
-      x.at[n][pair] = columns_of_memory(a, first_token + 8 * n + lane / 4, step * STEP, pair, lane % 4);
+    for (int pair = 0; pair < BLOCKS / 2; ++pair) {
+      const int first = first_of(pair, 0), column = step * STEP + first_of(pair, t);
+      u32* to = x.at[n][pair].at;
+      if constexpr (SPAN != 4) {
+        const uint4* from = reinterpret_cast<const uint4*>(row + 2 * first);
+        const uint4 all = RAGGED ? load_shared_by_all(from, column < a.columns) : load_shared_by_all(from);
+        to[0] = all.x, to[1] = all.y, to[2] = all.z, to[3] = all.w;
+      } else {
+        const uint2* from = reinterpret_cast<const uint2*>(row + 2 * first);
+        const uint2 half = RAGGED ? load_shared_by_all(from, column < a.columns) : load_shared_by_all(from);
+        const uint2 more = RAGGED ? load_shared_by_all(from + 4, column + 16 < a.columns) : load_shared_by_all(from + 4);
+        to[0] = half.x, to[1] = half.y, to[2] = more.x, to[3] = more.y;
+      }
+    }
+  }
 }
 
 // Adds the product of one step to `sums`; `tokens(n, pair)` answers with the words of eight tokens.
@@ -498,6 +525,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   const int rounds = end > begin ? (end - begin + ALONG - 1) / ALONG : 0;
   u8* stages = pool + TABLE_BYTES;
 
+  const Places places = places_of(a, first_tile, lane);
   const int later = begin + DEPTH * ALONG;  // the first step that is not fetched at once
   if (SPAN < 16 && a.ahead && threadIdx.x < ACROSS * TILES && later < end) {
     const i64 tile = blockIdx.x * ACROSS * TILES + threadIdx.x;
@@ -514,19 +542,20 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
     for (int n = threadIdx.x; round < rounds && n < STAGE_CODES / 16; n += THREADS) {
       const int tile = n / (ALONG * LOADS * 32), step = n / (LOADS * 32) % ALONG, load = n / 32 % LOADS;
       const int at = begin + round * ALONG + step;
-      const uint4* from = at < end ? codes_of(a, tile_of(a, blockIdx.x * TILES * ACROSS + tile), at, load, n % 32) : nullptr;
-      copy_async(target + 16 * n, from ? from : a.codes, from != nullptr);
+      const bool real = at < end && has_bytes(a, at, load, n % 32);
+      const uint4* from = codes_of(a, tile_of(a, blockIdx.x * TILES * ACROSS + tile), n % 32, load % 2);
+      copy_async(target + 16 * n, real ? of_step(from, at) + load_at(load) : a.codes, real);
     }
   };
   if constexpr (STAGED) {
     for (int round = 0; round < STAGES - 1; ++round) stage_codes(round);
-    if (step_at(0) < end) fetch(scales[0], a, first_tile, step_at(0), lane);
+    if (step_at(0) < end) fetch(scales[0], a, places, step_at(0));
   } else {
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d)
       if (step_at(d) < end) {
-        fetch(codes[d], a, first_tile, step_at(d), lane);
-        fetch(scales[d], a, first_tile, step_at(d), lane);
+        fetch(codes[d], a, places, step_at(d), lane);
+        fetch(scales[d], a, places, step_at(d));
       }
   }
 
@@ -573,7 +602,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
       stage_tokens(round + STAGES - 1);
       if (step_at(round) >= end) continue;
       const Scales now = scales[0];
-      if (step_at(round + 1) < end) fetch(scales[0], a, first_tile, step_at(round + 1), lane);
+      if (step_at(round + 1) < end) fetch(scales[0], a, places, step_at(round + 1));
       const u8* stage = stages + round % STAGES * STAGE;
 #pragma unroll
       for (int r = 0; r < TILES; ++r)
@@ -592,10 +621,17 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
       }
     }
   } else {
+    const u8* token_rows[TOKENS];
+#pragma unroll
+    for (int n = 0; n < TOKENS; ++n) {
+      const int token = first_token + 8 * n + g;
+      const u16* row = a.x + i64(token < a.tokens ? token : a.tokens - 1) * a.stride;
+      token_rows[n] = reinterpret_cast<const u8*>(row + first_of(0, t));
+    }
     Activations x[DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d)
-      if (step_at(d) < end) fetch(x[d], a, first_token, step_at(d), lane);
+      if (step_at(d) < end) fetch(x[d], a, token_rows, step_at(d), t);
     for (int base = 0; base < rounds; base += DEPTH) {
 #pragma unroll
       for (int d = 0; d < DEPTH; ++d) {
@@ -604,9 +640,9 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
         multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(base + d), lane);
         const int next = step_at(base + d + DEPTH);
         if (next < end) {
-          fetch(codes[d], a, first_tile, next, lane);
-          fetch(scales[d], a, first_tile, next, lane);
-          fetch(x[d], a, first_token, next, lane);
+          fetch(codes[d], a, places, next, lane);
+          fetch(scales[d], a, places, next);
+          fetch(x[d], a, token_rows, next, t);
         }
       }
     }
@@ -666,8 +702,9 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Argume
   if (tile * 16 >= a.rows) return;
   Codes codes;
   Scales scales;
-  fetch(codes, a, tile, step, lane);
-  fetch(scales, a, tile, step, lane);
+  const Places places = places_of(a, tile, lane);
+  fetch(codes, a, places, step, lane);
+  fetch(scales, a, places, step);
   Tables tables;
 #pragma unroll
   for (int b = 0; b < BLOCKS; ++b) {

@@ -35,9 +35,11 @@ class Spqr(WeightRecipe):
     ``outlier_threshold``: in units of a column's mean cost of being lost; smaller means more outliers, null none.
     ``target_bits``: bits per weight, all things counted, for which a threshold is found on a few layers instead.
     ``scale_bits``, ``zero_bits`` and ``scale_rows``: of the second level. ``act_order``: columns with larger inputs
-    first, stored in that order. ``dampening``: share of the Hessian's mean diagonal added to it.
+    first, stored in that order. ``dampening``: share of the Hessian's mean diagonal added to it. ``clip``: "mse"
+    searches each group's range, "none" takes all of it, as published.
     """
 
+    recipe_version: ClassVar[int] = 2  # ranges are searched unless told otherwise
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     num_bits: int = Field(3, ge=2, le=8)
@@ -47,7 +49,7 @@ class Spqr(WeightRecipe):
     scale_rows: int = Field(16, ge=1)
     outlier_threshold: float | None = Field(0.2, gt=0)
     target_bits: float | None = Field(None, gt=0)
-    clip: Literal["none", "mse"] = "none"
+    clip: Literal["none", "mse"] = "mse"
     act_order: bool = True
     dampening: float = Field(0.1, gt=0)
     true_sequential: bool = False

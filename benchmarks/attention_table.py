@@ -1,0 +1,87 @@
+"""Write the table of executors (``rarefy/attention/measured.json``) from results of ``gpu_attention.py``.
+
+For each length of prefill: executors by their time on random maps of 10%, and the density at which the best of them,
+with what estimating and selecting takes, needs as long as torch's best dense kernel; between densities that were
+measured time is taken to be a line. Of decoding only 10% is measured: a step that is r times as fast there is not
+slower than dense at 10r%, since its fixed part does not grow.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rarefy.attention.measured import TABLE, Measured
+
+Row = dict[str, Any]
+PLAN = "plan, pooled means"
+
+
+def break_even(times: dict[float, float], extra: float, dense: float) -> float:
+    """The density at which ``times`` (by density) and ``extra`` meet ``dense``; 0 where they never do, at most 1."""
+    known = sorted(times.items())
+    if known[0][1] + extra >= dense:
+        return 0.0
+    for (low, before), (high, after) in pairwise(known):
+        if after + extra >= dense:
+            return low + (high - low) * (dense - extra - before) / (after - before)
+    (low, before), (high, after) = known[-2:]
+    return min(1.0, high + (high - low) * (dense - extra - after) / max(after - before, 1e-9))
+
+
+def prefill(rows: list[Row], device: str, source: str) -> list[Measured]:
+    found = []
+    alone: dict[int, dict[str, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        if row["goal"] == "execution":
+            alone[row["tokens"]][row["job"].rpartition(", ")[2]][row["measured_density"]] = row["milliseconds"]
+    for tokens, times in sorted(alone.items()):
+        peers = {row["peer"]: row for row in rows if row["job"] == PLAN and row["tokens"] == tokens}
+        dense = [peers[name]["peer_milliseconds"] for name in ("dense flash", "dense cudnn") if name in peers]
+        if not dense:
+            continue
+        first = next(iter(peers.values()))
+        extra = first["estimator_and_selection_share"] * first["peer_milliseconds"]
+        many = {name: own for name, own in times.items() if len(own) > 1}
+        order = sorted(many, key=lambda name: min(many[name].items(), key=lambda pair: abs(pair[0] - 0.1))[1])
+        limits: dict[str, float] = {}
+        for name in order:  # an executor goes by its fastest form
+            limits.setdefault(name.split()[0], round(break_even(many[name], extra, min(dense)), 3))
+        found.append(Measured(device=device, phase="prefill", tokens=tokens, executors=limits, source=source))
+    return found
+
+
+def decode(rows: list[Row], device: str, source: str) -> list[Measured]:
+    best: dict[int, float] = {}
+    for row in rows:
+        if row["goal"] == "decode":
+            tokens = row["batch"] * row["tokens"]
+            best[tokens] = max(best.get(tokens, 0.0), row["ratio"])
+    limits = {tokens: round(min(1.0, 0.1 * ratio), 3) if ratio >= 1 else 0.0 for tokens, ratio in sorted(best.items())}
+    return [
+        Measured(device=device, phase="decode", tokens=tokens, executors={"triton": most}, source=source)
+        for tokens, most in limits.items()
+    ]
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, help="a JSON file of gpu_attention.py")
+    parser.add_argument("--device", default="cuda 9", help="'cuda' and the first number of the compute capability")
+    options = parser.parse_args()
+    data = json.loads(options.results.read_text("utf-8"))
+    source = f"{options.results.parent.name}/{options.results.name}, {data['device']}"
+    fresh = prefill(data["rows"], options.device, source) + decode(data["rows"], options.device, source)
+    kept = [Measured(**row) for row in json.loads(TABLE.read_text("utf-8")) if row["device"] != options.device]
+    table = [each.model_dump(mode="json") for each in (*kept, *fresh)]
+    TABLE.write_text("[\n" + ",\n".join(json.dumps(row) for row in table) + "\n]\n", "utf-8")
+    for row in table:
+        print(row)
+
+
+if __name__ == "__main__":
+    main()

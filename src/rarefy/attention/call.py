@@ -1,0 +1,104 @@
+"""One layer's attention in one pass, as estimators and executors are given it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from rarefy.attention.policy import Phase
+from rarefy.attention.reach import Reach
+from rarefy.attention.source import Source
+from rarefy.core.errors import UnsupportedError
+from rarefy.kv.rotary import Rotary, unrotate
+
+
+@dataclass(frozen=True)
+class Call:
+    """``query [B, H, Q, D]`` after rotary embedding, and the keys and values that it may reach. ``angles``: cos and sin
+    ``[B or 1, Q, rotated channels]`` of the queries, which are the newest tokens; None where they are not known.
+    ``positions`` int64 ``[B or 1, Q]`` beside them; ``find_rotary``: looks for what gives those angles. ``layer``: its
+    number."""
+
+    query: Tensor
+    source: Source
+    reach: Reach
+    scaling: float
+    layer: int = 0
+    softcap: float | None = None
+    angles: tuple[Tensor, Tensor] | None = None
+    positions: Tensor | None = None
+    find_rotary: Callable[[], Rotary | None] | None = None
+    phase: Phase = "prefill"
+    mask_heads: int = 1  # lists of blocks: one for each query head, or one for each KV head
+
+    @property
+    def heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.query.shape[1] // self.source.heads
+
+    @cached_property
+    def valid(self) -> Tensor | None:
+        """Which keys are no padding, bool ``[B, keys]``; None where all are."""
+        first, stop = self.reach.first, self.reach.stop
+        if first is None and stop is None:
+            return None
+        place = torch.arange(self.reach.keys, device=self.query.device)
+        valid = torch.ones(1, self.reach.keys, dtype=torch.bool, device=self.query.device)
+        if first is not None:
+            valid = valid & (place >= first[:, None])
+        return valid if stop is None else valid & (place < stop[:, None])
+
+    def query_before_rope(self) -> Tensor:
+        """The queries as they were before rotary embedding, float32. Raises UnsupportedError where it is not known."""
+        cos, sin = self.query_angles()
+        return unrotate(self.query, cos[:, None], sin[:, None])
+
+    def keys_before_rope(self, start: int, stop: int) -> Tensor:
+        """Keys ``[start, stop)`` as they were before rotary embedding, float32. Raises UnsupportedError where it is not
+        known, as for keys of earlier passes it may be."""
+        cos, sin = self.key_angles(torch.arange(start, stop, device=self.query.device))
+        return unrotate(self.source.keys(start, stop), cos[:, None], sin[:, None])
+
+    def key_angles(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Cos and sin ``[B or 1, n, rotated channels]``, float32, of the keys at ``places [n]``."""
+        old = self.source.length - self.query.shape[2]
+        first = places.new_full((1, 1), old) if self.positions is None else self.positions[:, :1]
+        return self.rotary.angles(first + places - old)
+
+    @cached_property
+    def rotary(self) -> Rotary:
+        """What gives the angles of any position. Raises UnsupportedError where nothing known does."""
+        found = None if self.find_rotary is None else self.find_rotary()
+        if found is None:
+            raise UnsupportedError(
+                f"The rotary embedding of layer {self.layer} is not one that can be computed anew; use another plan."
+            )
+        return found
+
+    def query_angles(self) -> tuple[Tensor, Tensor]:
+        """Cos and sin ``[B or 1, Q, rotated channels]`` of the queries. Raises UnsupportedError where they are not
+        known."""
+        if self.angles is None:
+            raise UnsupportedError(
+                f"Layer {self.layer} does not tell its rotary embedding, which this plan undoes; use another plan."
+            )
+        return self.angles
+
+
+def by_mask_head(scores: Tensor, call: Call, how: str = "logsumexp") -> Tensor:
+    """``scores [B, H, ...]`` of query heads as those of the call's mask heads, joined by ``logsumexp``, ``max`` or
+    ``mean``."""
+    if scores.shape[1] == call.mask_heads:
+        return scores
+    grouped = scores.unflatten(1, (call.mask_heads, -1))
+    if how == "max":
+        return grouped.amax(2)
+    return grouped.mean(2) if how == "mean" else grouped.logsumexp(2)

@@ -1,0 +1,60 @@
+"""Learned gates as an estimator: one for blocks of queries in prefill, one for single queries in decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rarefy.attention.call import Call, by_mask_head
+from rarefy.attention.estimators.base import Estimator, query_blocks
+from rarefy.attention.gate import BlockGate
+from rarefy.attention.policy import Phase
+from rarefy.attention.pooling import pooled
+from rarefy.attention.reach import Blocks
+from rarefy.attention.summaries import summaries
+from rarefy.core.errors import OptionError
+from rarefy.kv.rotary import unrotate
+
+
+class Gated(Estimator):
+    """Scores of one of ``gates``, by the phase of the call. Of a block of queries the mean is looked at. Keys are as
+    they were before rotary embedding; what stands for a block of them is kept in the cache's state, in the model's
+    dtype."""
+
+    def __init__(self, gates: Mapping[Phase, BlockGate]):
+        self.gates = gates
+
+    def scores(self, call: Call, blocks: Blocks) -> Tensor:
+        gate = self.gates.get(call.phase)
+        if gate is None:
+            raise OptionError(f"Layer {call.layer} has no trained gate for {call.phase}; train one, or leave it dense.")
+        query = self._queries(call, blocks.block_q) if blocks.block_q > 1 else call.query_before_rope()
+        places = call.reach.offset + blocks.block_q * torch.arange(query.shape[2], device=query.device)
+        asked = gate.ask(query, places, call.rotary)
+        return by_mask_head(gate.score(asked, self._compressed(call, gate, blocks.block_k)), call)
+
+    def observe(self, call: Call, block_k: int) -> None:
+        if "decode" in self.gates:  # the one whose state is worth its bytes: later steps read it again and again
+            self._compressed(call, self.gates["decode"], block_k)
+
+    @staticmethod
+    def _queries(call: Call, block_q: int) -> Tensor:
+        """Mean queries of blocks, as they were before rotary embedding."""
+        whole = call.query.shape[2] // block_q * block_q
+        cos, sin = call.query_angles()
+        parts = [summaries(*query_blocks(call.query[:, :, :whole], block_q), cos[:, :whole], sin[:, :whole], ("mean",))]
+        if whole < call.query.shape[2]:
+            rest = unrotate(call.query[:, :, whole:], cos[:, None, whole:], sin[:, None, whole:])
+            parts.append(rest.mean(2, keepdim=True))
+        return torch.cat(parts, 2)
+
+    def _compressed(self, call: Call, gate: BlockGate, block_k: int) -> Tensor:
+        def make(x: Tensor, counts: Tensor | None, begins: Tensor) -> dict[str, Tensor]:
+            places = (begins[:, None] + torch.arange(block_k, device=x.device)).flatten()
+            pools = summaries(x, counts, *call.key_angles(places), gate.pools)
+            return {"key": gate.compress(pools, begins, call.rotary).to(call.query.dtype)}
+
+        name = f"gate for {gate.maps} maps" + (", normed" if gate.normed else "")
+        return pooled(call.source, name, block_k, make, valid=call.valid)["key"]

@@ -1,0 +1,140 @@
+"""Every query against every key in a few bits, held against what sinks and neighbours already give.
+
+A score alone does not say whether its key matters, since that depends on all others of its row. But the first keys and
+the nearest ones hold most of what attention looks at and are few: their exact log-sum-exp is an anchor, and a key
+whose score is far below it can be left out without having seen the rest of the row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rarefy.attention.call import Call, by_mask_head
+from rarefy.attention.estimators.base import Estimator
+from rarefy.attention.estimators.rows import by_blocks, kernel_serves, pieces, seen
+from rarefy.attention.reach import Blocks, Reach
+
+TINY = 1e-12
+
+
+class LowBitProducts(Estimator):
+    """All products of queries and keys in ``num_bits`` (None: exact); a block of keys gets the largest share that any
+    query of a block seems to give to any of its keys, relative to what that query's anchor adds up to. So scores are
+    comparable between rows, heads and lengths. See `anchored_scores` for the options."""
+
+    def __init__(
+        self, *, num_bits: int | None = 4, sink: int = 32, local: int = 128, smooth: bool = True, every: int = 1
+    ):
+        self.options: dict[str, Any] = {
+            "num_bits": num_bits, "sink": sink, "local": local, "smooth": smooth, "every": every,
+        }  # fmt: skip
+
+    def scores(self, call: Call, blocks: Blocks) -> Tensor:
+        found = anchored_scores(
+            call.query, call.source.keys(), call.reach, scaling=call.scaling, block_q=blocks.block_q,
+            block_k=blocks.block_k, **self.options,
+        )  # fmt: skip
+        return by_mask_head(found, call, "max")
+
+
+def coarse_codes(x: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
+    """``x [..., D]`` as whole numbers of at most ``2 ** (num_bits - 1) - 1`` either way, int8, with a scale for each
+    vector, float32 ``[..., 1]``."""
+    most = 2 ** (num_bits - 1) - 1
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=TINY) / most
+    return torch.round(x / scale).to(torch.int8), scale
+
+
+@torch.no_grad()
+def anchored_scores(
+    query: Tensor,
+    key: Tensor,
+    reach: Reach,
+    *,
+    scaling: float,
+    block_q: int,
+    block_k: int,
+    sink: int,
+    local: int,
+    num_bits: int | None = 4,
+    smooth: bool = True,
+    every: int = 1,
+) -> Tensor:
+    """For each pair of blocks the logarithm of the largest share that a query of one seems to give a key of the other,
+    relative to what its anchor alone adds up to: float32 ``[B, H, query blocks, key blocks]``, -inf out of reach.
+
+    The anchor of a query is the first ``sink`` keys and the blocks from ``local`` keys before its own block on.
+    ``num_bits`` of queries and keys (None: exact). ``smooth``: means over tokens are taken out before rounding; that of
+    keys adds one number to each row, and what that of queries adds is exact. ``every``: of each block of queries the
+    last and each so many-th before it are looked at. ``query [B, H, Q, D]``, ``key [B, Hkv, T, D]``.
+    """
+    if kernel_serves(query, reach) and num_bits is not None and every == 1 and 16 <= block_q <= 128:
+        return _by_kernel(query, key, reach, scaling, block_q, block_k, sink, local, num_bits, smooth)
+    kv_heads, blocks, rest = key.shape[1], -(-reach.keys // block_k), -reach.keys % block_k
+    keys = key.float()
+    mean = query.float().mean(2, keepdim=True) * float(smooth)
+    keys = keys - keys.mean(2, keepdim=True) * float(smooth)
+    turned = keys.mT.unsqueeze(2)
+    bias = torch.matmul(mean.unflatten(1, (kv_heads, -1)), turned).flatten(1, 2)
+    if num_bits is not None:
+        codes, scale = coarse_codes(keys, num_bits)
+        turned_codes, scale = codes.float().mT.unsqueeze(2), scale.mT.unsqueeze(2)
+    place = torch.arange(reach.keys, device=key.device)
+    found = []
+    for low, high in pieces(query, reach.keys, block_q):
+        rows = _looked_at(low, high, query.shape[2], block_q, every, key.device)
+        may = seen(reach, rows, place)
+        part = query[:, :, rows].float()
+        begin = (rows // block_q * block_q + reach.offset - local).clamp(min=0) // block_k * block_k
+        near = place[(place < sink) | (place >= begin[0])]
+        exact = torch.matmul(part.unflatten(1, (kv_heads, -1)), turned[..., near]).flatten(1, 2).mul_(scaling)
+        own = may[..., near] & ((near < sink) | (near >= begin[:, None]))
+        anchor = exact.masked_fill_(~own, -torch.inf).logsumexp(-1, keepdim=True)
+        moved = (part - mean).unflatten(1, (kv_heads, -1))
+        if num_bits is None:
+            scores = torch.matmul(moved, turned).flatten(1, 2)
+        else:
+            left, left_scale = coarse_codes(moved, num_bits)
+            scores = torch.matmul(left.float(), turned_codes).mul_(left_scale).mul_(scale).flatten(1, 2)
+        scores = scores.add_(bias).mul_(scaling).sub_(anchor).masked_fill_(~may, -torch.inf)
+        best = functional.pad(scores, (0, rest), value=-torch.inf).unflatten(-1, (blocks, block_k)).amax(-1)
+        found.append(by_blocks(best, -(-block_q // every), -torch.inf).amax(3))
+    return torch.cat(found, 2)
+
+
+def _by_kernel(
+    query: Tensor,
+    key: Tensor,
+    reach: Reach,
+    scaling: float,
+    block_q: int,
+    block_k: int,
+    sink: int,
+    local: int,
+    num_bits: int,
+    smooth: bool,
+) -> Tensor:
+    from rarefy.kernels.triton import anchored_scores as kernel
+
+    most = 2 ** (num_bits - 1) - 1
+    asked, kept = (x.mean(2, dtype=torch.float32) * float(smooth) for x in (query, key))
+    bias = torch.matmul(asked.unflatten(1, (key.shape[1], -1)), (key.float() - kept[:, :, None]).mT).flatten(1, 2)
+    found = kernel.anchored_scores(
+        query, key, kept, kernel.token_codes(query, asked, most), kernel.token_codes(key, kept, most), bias,
+        block_q=block_q, block_k=block_k, sink=sink, local=local, scaling=scaling, offset=reach.offset,
+        first=reach.first,
+    )  # fmt: skip
+    return found * math.log(2)
+
+
+def _looked_at(low: int, high: int, count: int, block: int, every: int, device: torch.device) -> Tensor:
+    """Of each block of queries in ``[low, high)``, out of ``count``, the last and each ``every``-th before it,
+    int64."""
+    rows = torch.arange(low, high, device=device)
+    last = ((rows // block + 1) * block).clamp(max=count) - 1
+    return rows[(last - rows) % every == 0]

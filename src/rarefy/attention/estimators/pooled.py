@@ -1,0 +1,65 @@
+"""Scores from one key, or a range of keys, for each block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rarefy.attention.call import Call, by_mask_head
+from rarefy.attention.estimators.base import Estimator, grouped, query_blocks
+from rarefy.attention.estimators.simple import SCORES_AT_ONCE
+from rarefy.attention.pooling import highest, lowest, mean, pooled, similarity
+from rarefy.attention.reach import Blocks
+
+
+class PooledMeans(Estimator):
+    """The mean query of a block times the mean key of the other.
+
+    With ``likeness`` a mean has to be like what it stands for: key blocks whose tokens have a mean cosine of at most
+    that are always kept, and query blocks likewise read all.
+    """
+
+    def __init__(self, likeness: float | None = None):
+        self.likeness = likeness
+
+    def scores(self, call: Call, blocks: Blocks) -> Tensor:
+        name = f"means of {blocks.block_k}" + ("" if self.likeness is None else ", with likeness")
+        kept = pooled(call.source, name, blocks.block_k, self._summary, valid=call.valid)
+        queries, real = query_blocks(call.query, blocks.block_q)
+        query = mean(queries, real)
+        scores = torch.matmul(grouped(query, call.source.heads), kept["mean"][:, :, None].mT).float() * call.scaling
+        if self.likeness is not None:
+            unlike = (kept["likeness"] <= self.likeness).mT[:, :, None]
+            rows = grouped(similarity(queries, real) <= self.likeness, call.source.heads)
+            scores = scores.masked_fill(unlike | rows, torch.inf)
+        return by_mask_head(scores.flatten(1, 2), call, "max")
+
+    def _summary(self, x: Tensor, counts: Tensor | None, begins: Tensor) -> dict[str, Tensor]:
+        found = {"mean": mean(x, counts)}
+        return found if self.likeness is None else {**found, "likeness": similarity(x, counts)}
+
+
+class Extremes(Estimator):
+    """The greatest product that a key could have which lies between the least and greatest numbers of a block, channel
+    by channel; of several queries the best."""
+
+    def scores(self, call: Call, blocks: Blocks) -> Tensor:
+        name = f"extremes of {blocks.block_k}"
+        kept = pooled(call.source, name, blocks.block_k, self._summary, valid=call.valid)
+        queries, real = query_blocks(call.query, blocks.block_q)
+        high, low = kept["high"][:, :, None].mT, kept["low"][:, :, None].mT
+        batch, heads = call.query.shape[:2]
+        at_once = max(1, SCORES_AT_ONCE // (batch * heads * blocks.block_q * blocks.columns))
+        parts = []
+        for first in range(0, blocks.rows, at_once):
+            part = grouped(queries[:, :, first : first + at_once].flatten(2, 3), call.source.heads)
+            bound = (part.clamp(min=0) @ high + part.clamp(max=0) @ low).float() * call.scaling
+            bound = bound.flatten(1, 2).unflatten(2, (-1, blocks.block_q))
+            if real is not None:
+                bound = bound.masked_fill(~real[:, :, first : first + at_once], -torch.inf)
+            parts.append(by_mask_head(bound.amax(3), call, "max"))
+        return torch.cat(parts, 2)
+
+    @staticmethod
+    def _summary(x: Tensor, counts: Tensor | None, begins: Tensor) -> dict[str, Tensor]:
+        return {"high": highest(x, counts), "low": lowest(x, counts)}

@@ -1,0 +1,142 @@
+"""Queries against means of overlapping windows of keys: nothing is learned, and state is a few rows per block."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rarefy.attention.call import Call
+from rarefy.attention.estimators.base import Estimator
+from rarefy.attention.estimators.rows import by_blocks, kernel_serves, pieces, seen
+from rarefy.attention.pooling import mean, pooled
+from rarefy.attention.reach import Blocks, Reach
+from rarefy.core.errors import OptionError
+
+
+class WindowMeans(Estimator):
+    """Each query looks at means of windows of ``size`` keys, ``stride`` apart; what heads that share keys look at is
+    added up, and so is what the queries of a block do; a block of keys gets the most of any window that touches it.
+
+    With ``coarse``, the size and stride of longer windows, the softmax's sum is taken from those, so that the fine ones
+    are read once instead of twice. Keys at the end that fill no window have no score: keep ``size`` of them anyway.
+    Raises OptionError where ``stride`` does not divide the others.
+    """
+
+    def __init__(self, size: int, stride: int, coarse: tuple[int, int] | None = None):
+        if size % stride or (coarse is not None and (coarse[1] % stride or coarse[0] % coarse[1])):
+            raise OptionError(f"Windows of {size} keys, {stride} apart, do not fit together; use whole multiples.")
+        self.size, self.stride, self.coarse = size, stride, coarse
+
+    def scores(self, call: Call, blocks: Blocks) -> Tensor:
+        if blocks.block_k % self.stride:
+            raise OptionError(f"Blocks of {blocks.block_k} keys are no multiple of the stride {self.stride}.")
+        windows = self._means(call, self.size, self.stride)
+        rough = None if self.coarse is None else (self._means(call, *self.coarse), *self.coarse)
+        shares = window_shares(
+            call.query, windows, call.reach, scaling=call.scaling, block_q=blocks.block_q, size=self.size,
+            stride=self.stride, coarse=rough,
+        )  # fmt: skip
+        found = windows_to_blocks(shares, blocks.columns, blocks.block_k, self.size, self.stride).clamp(min=0).log()
+        return found.repeat_interleave(call.mask_heads // found.shape[1], 1)
+
+    def _means(self, call: Call, size: int, stride: int) -> Tensor:
+        def make(x: Tensor, counts: Tensor | None, begins: Tensor) -> dict[str, Tensor]:
+            return {"mean": mean(x, counts)}
+
+        kept = pooled(
+            call.source, f"windows {size} by {stride}", stride, make, span=size, valid=call.valid, unfinished=False
+        )
+        return kept.get("mean", call.query.new_zeros(call.query.shape[0], call.source.heads, 0, call.query.shape[3]))
+
+
+@torch.no_grad()
+def window_shares(
+    query: Tensor,
+    windows: Tensor,
+    reach: Reach,
+    *,
+    scaling: float,
+    block_q: int,
+    size: int,
+    stride: int,
+    coarse: tuple[Tensor, int, int] | None = None,
+) -> Tensor:
+    """How much queries ``[B, H, Q, D]`` look at ``windows [B, Hkv, n, D]``, means of keys ``[stride * i, stride * i +
+    size)``: float32 ``[B, Hkv, query blocks, n]``, -inf where no query of a block sees a window whole.
+
+    Each query has a softmax over the windows it sees whole; shares are added up over the heads that share keys and over
+    the ``block_q`` queries of a block. ``coarse``: means of longer windows, with their size and stride.
+    """
+    if kernel_serves(query, reach) and windows.shape[2]:
+        return _by_kernel(query, windows, reach, scaling, block_q, size, stride, coarse)
+    kv_heads, number = windows.shape[1], windows.shape[2]
+    keys = windows.float().mT.unsqueeze(2)
+    found = []
+    for low, high in pieces(query, max(1, number), block_q):
+        part = query[:, :, low:high].float().unflatten(1, (kv_heads, -1))
+        rows = torch.arange(low, high, device=query.device)
+        whole = _whole(reach, rows, number, size, stride)
+        scores = torch.matmul(part, keys).mul_(scaling).masked_fill(~whole[:, :, None], -torch.inf)
+        total = scores.logsumexp(-1, keepdim=True)
+        if coarse is not None and coarse[0].shape[2]:
+            means, long, step = coarse
+            rough = torch.matmul(part, means.float().mT.unsqueeze(2)).mul_(scaling)
+            far = _whole(reach, rows, means.shape[2], long, step)
+            rough = rough.masked_fill(~far[:, :, None], -torch.inf).logsumexp(-1, keepdim=True)
+            # A coarse window stands for as many fine ones as fit into its stride. The first queries see none yet.
+            total = torch.where(rough == -torch.inf, total, rough + math.log(step / stride))
+        shares = (scores - torch.where(total == -torch.inf, 0.0, total)).exp().sum(2)
+        reached = by_blocks(whole.float(), block_q, 0.0).amax(3) > 0
+        found.append(torch.where(reached, by_blocks(shares, block_q, 0.0).sum(3), -torch.inf))
+    return torch.cat(found, 2)
+
+
+def _by_kernel(
+    query: Tensor,
+    windows: Tensor,
+    reach: Reach,
+    scaling: float,
+    block_q: int,
+    size: int,
+    stride: int,
+    coarse: tuple[Tensor, int, int] | None,
+) -> Tensor:
+    from rarefy.kernels.triton.window_shares import window_shares as shares
+    from rarefy.kernels.triton.window_shares import window_totals as totals
+
+    def total(means: Tensor, long: int, step: int) -> Tensor:
+        more = math.log2(step / stride)
+        return totals(
+            query, means, size=long, stride=step, scaling=scaling, offset=reach.offset, first=reach.first, more=more
+        )
+
+    if coarse is None or not coarse[0].shape[2]:
+        found = total(windows, size, stride)
+    else:
+        found = total(*coarse)
+        # The first queries see no coarse window yet; all they see is within the first fine ones.
+        early = windows[:, :, : coarse[1] // stride]
+        found = torch.where(found == -torch.inf, total(early, size, stride), found)
+    return shares(
+        query, windows, found, block_q=block_q, size=size, stride=stride, scaling=scaling, offset=reach.offset,
+        first=reach.first,
+    )  # fmt: skip
+
+
+def _whole(reach: Reach, rows: Tensor, number: int, size: int, stride: int) -> Tensor:
+    """Which windows queries ``rows`` see from end to end, bool ``[B or 1, 1, n, number]``."""
+    begin = stride * torch.arange(number, device=rows.device)
+    return seen(reach, rows, begin) & seen(reach, rows, begin + size - 1)
+
+
+def windows_to_blocks(shares: Tensor, blocks: int, block: int, size: int, stride: int) -> Tensor:
+    """The largest share of the windows that touch each block: ``[..., n]`` to ``[..., blocks]``, -inf where none does.
+    ``stride`` divides ``size`` and ``block``."""
+    before, per_block = size // stride - 1, block // stride
+    width = per_block + before
+    missing = (blocks - 1) * per_block + width - before - shares.shape[-1]
+    padded = functional.pad(shares, (before, max(0, missing)), value=-torch.inf)
+    return padded.unfold(-1, width, per_block)[..., :blocks, :].amax(-1)

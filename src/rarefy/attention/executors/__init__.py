@@ -1,0 +1,57 @@
+"""Executors: exact attention over the blocks of a map, all with the same result."""
+
+import torch
+from torch import Tensor
+
+from rarefy.attention.block_map import BlockMap
+from rarefy.attention.executors.base import Executor, executors
+from rarefy.attention.executors.cpu import Cpu
+from rarefy.attention.executors.fa4 import FlashAttention4
+from rarefy.attention.executors.flex import Flex
+from rarefy.attention.executors.reference import Reference
+from rarefy.attention.executors.trainable import Trainable
+from rarefy.attention.executors.triton import Triton
+from rarefy.attention.measured import DEFAULT, measured
+from rarefy.attention.policy import Phase
+from rarefy.attention.source import Source
+from rarefy.core.errors import UnsupportedError
+
+__all__ = [
+    "Cpu", "Executor", "FlashAttention4", "Flex", "Reference", "Trainable", "Triton", "choose", "executors", "limit",
+]  # fmt: skip
+
+
+
+def limit(device: torch.device, phase: Phase, tokens: int) -> float:
+    """The density above which dense attention was measured to be faster than what is here."""
+    for table in (measured(device, phase, tokens).executors, DEFAULT.executors):
+        here = [density for name, density in table.items() if executors.get(name)().missing(device) is None]
+        if here:
+            return here[0]
+    return 1.0
+
+
+def choose(
+    name: str,
+    query: Tensor,
+    source: Source,
+    block_map: BlockMap,
+    softcap: float | None = None,
+    phase: Phase = "prefill",
+) -> Executor:
+    """The executor ``name``, or (``auto``) the fastest by the measured table that can serve. Raises UnsupportedError
+    where ``name`` cannot, and OptionError where there is no such executor."""
+    if name != "auto":
+        executor = executors.get(name)()
+        reason = executor.refusal(query, source, block_map, softcap)
+        if reason is not None:
+            raise UnsupportedError(f"Executor '{name}' cannot run this attention: {reason}; use 'auto'.")
+        return executor
+    if query.requires_grad:
+        return Trainable()
+    tokens = source.length * (query.shape[0] if phase == "decode" else 1)
+    for other in dict.fromkeys((*measured(query.device, phase, tokens).executors, *DEFAULT.executors)):
+        executor = executors.get(other)()
+        if executor.refusal(query, source, block_map, softcap) is None:
+            return executor
+    return Reference()

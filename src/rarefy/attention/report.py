@@ -1,0 +1,84 @@
+"""What plans did: density, time by part, and every pass that stayed dense, by layer."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rarefy.attention.block_map import BlockMap
+
+PARTS = ("estimate", "select", "execute")
+
+
+@dataclass
+class LayerReport:
+    """One layer's passes. ``kept`` of ``visible`` blocks were read in those that were sparse; ``seconds`` by part;
+    ``executors`` and ``dense``: how often each ran, and why attention was dense."""
+
+    kept: Tensor | None = None  # on the device, so that it is not waited for
+    visible: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    executors: Counter[str] = field(default_factory=Counter)
+    dense: Counter[str] = field(default_factory=Counter)
+
+    def count(self, block_map: BlockMap) -> None:
+        """A pass that reads the blocks of this map."""
+        kept = block_map.count.sum()
+        self.kept = kept if self.kept is None else self.kept + kept
+        self.visible += block_map.visible() * block_map.count.shape[1]
+
+    def density(self) -> float:
+        """Share of blocks in reach that were read in passes that were sparse; 1 where none was."""
+        return 1.0 if self.kept is None or not self.visible else float(self.kept) / self.visible
+
+
+@dataclass
+class PlanReport:
+    """``layers`` by number. ``timed``: wait for the device after each part, so that seconds are its own (slower).
+    ``keep_maps``: keep each layer's last map in ``maps``, for those who want to look at it."""
+
+    timed: bool = False
+    keep_maps: bool = False
+    layers: dict[int, LayerReport] = field(default_factory=dict)
+    maps: dict[int, BlockMap] = field(default_factory=dict)
+
+    def layer(self, number: int) -> LayerReport:
+        return self.layers.setdefault(number, LayerReport())
+
+    def clear(self) -> None:
+        """Forget all passes."""
+        self.layers.clear()
+        self.maps.clear()
+
+    def density(self) -> float:
+        """Share of blocks in reach that were read in passes that were sparse; 1 where none was."""
+        visible = sum(layer.visible for layer in self.layers.values())
+        kept = sum(float(layer.kept) for layer in self.layers.values() if layer.kept is not None)
+        return kept / visible if visible else 1.0
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of all layers by part."""
+        return {part: sum(layer.seconds.get(part, 0.0) for layer in self.layers.values()) for part in PARTS}
+
+    def dense(self) -> Counter[str]:
+        """How many passes stayed dense, by reason."""
+        return sum((layer.dense for layer in self.layers.values()), Counter())
+
+    @contextmanager
+    def part(self, number: int, name: str, device: torch.device) -> Iterator[None]:
+        """Count the time within as that of a part."""
+        wait = self.timed and device.type == "cuda"
+        if wait:
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        yield
+        if wait:
+            torch.cuda.synchronize(device)
+        own = self.layer(number).seconds
+        own[name] = own.get(name, 0.0) + time.perf_counter() - begin

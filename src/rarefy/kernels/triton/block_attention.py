@@ -1,0 +1,153 @@
+"""Attention of many queries over listed blocks of keys (FlashAttention, Dao 2023, over compressed sparse rows).
+
+One program takes one block of queries of one head and walks its list: first blocks that are seen as a whole, without a
+mask, then those whose tokens have to be masked. Tensors are read where they lie; only channels must be contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = 1.4426950408889634
+# block_q * block_k -> warps, stages; others take the last.
+CONFIGURATIONS = {(128, 128): (8, 3), (128, 64): (4, 2), (64, 64): (4, 3), (64, 128): (4, 2)}
+
+
+@triton.jit
+def _tile(
+    q, k_base, v_base, stride_kn, stride_vn, column, place, row, keys, window, low, high, own, segment, scale,
+    mixed, top, total,
+    D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """One block of keys joins the running sum. ``place``: keys that the queries are."""
+    # A load ahead of the loop may read behind the list's end, where anything may be.
+    column = tl.minimum(tl.maximum(column, 0), (keys - 1) // BK)
+    token, channel = column * BK + tl.arange(0, BK), tl.arange(0, DP)
+    k_at = k_base + token[:, None].to(tl.int64) * stride_kn + channel[None, :]
+    v_at = v_base + token[:, None].to(tl.int64) * stride_vn + channel[None, :]
+    if MASKED:
+        here = (token < keys)[:, None] & (channel < D)[None, :]
+        k, v = tl.load(k_at, mask=here, other=0.0), tl.load(v_at, mask=here, other=0.0)
+    elif D == DP:
+        k, v = tl.load(k_at), tl.load(v_at)
+    else:
+        k = tl.load(k_at, mask=(channel < D)[None, :], other=0.0)
+        v = tl.load(v_at, mask=(channel < D)[None, :], other=0.0)
+    scores = tl.dot(q, tl.trans(k)) * scale
+    if MASKED:
+        seen = (token >= low) & (token < high)
+        both = seen[None, :] & (place < keys)[:, None]
+        if CAUSAL:
+            both = both & (token[None, :] <= place[:, None])
+        if WINDOW:
+            both = both & (token[None, :] > place[:, None] - window)
+        if SEGMENT:
+            theirs = tl.load(segment + row * keys + token, mask=token < keys, other=-2)
+            both = both & (theirs[None, :] == own[:, None])
+        scores = tl.where(both, scores, float("-inf"))
+    peak = tl.maximum(top, tl.max(scores, 1))
+    safe = tl.where(peak == float("-inf"), 0.0, peak) if MASKED else peak
+    shares = tl.math.exp2(scores - safe[:, None])
+    fade = tl.math.exp2(top - safe)
+    total = total * fade + tl.sum(shares, 1)
+    mixed = mixed * fade[:, None]
+    mixed = tl.dot(shares.to(v.dtype), v, mixed)
+    return mixed, peak, total
+
+
+@triton.jit
+def _attend(
+    query, key, value, out, lse, start, whole, count, columns, first, stop, segment,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_on, queries, keys, offset, window, scale, heads, rows,
+    GROUP: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr,
+    BK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FIRST: tl.constexpr, STOP: tl.constexpr,
+    SEGMENT: tl.constexpr, HEADS_FIRST: tl.constexpr,
+):  # fmt: skip
+    # Later rows see more and come first, so that the last programs are short ones.
+    if HEADS_FIRST:
+        pair, block = tl.program_id(0), rows - 1 - tl.program_id(1)
+    else:
+        pair, block = tl.program_id(1), rows - 1 - tl.program_id(0)
+    row, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    line = (row * (heads // SHARED) + head // SHARED) * rows + block
+    index, channel = block * BQ + tl.arange(0, BQ), tl.arange(0, DP)
+    place = index + offset
+    real = index < queries
+    inside = real[:, None] & (channel < D)[None, :]
+    q = tl.load(
+        query + row * stride_qb + head * stride_qh + index[:, None].to(tl.int64) * stride_qn + channel[None, :],
+        mask=inside, other=0.0,
+    )  # fmt: skip
+    k_base = key + row * stride_kb + (head // GROUP) * stride_kh
+    v_base = value + row * stride_vb + (head // GROUP) * stride_vh
+    low, high = 0, keys
+    if FIRST:
+        low = tl.load(first + row).to(tl.int32)
+    if STOP:
+        high = tl.load(stop + row).to(tl.int32)
+    own = place
+    if SEGMENT:
+        own = tl.load(segment + row * keys + place, mask=(place >= 0) & (place < keys), other=-1).to(tl.int32)
+    begin = columns + tl.load(start + line).to(tl.int64)
+    full, entries = tl.load(whole + line), tl.load(count + line)
+    top = tl.full((BQ,), float("-inf"), tl.float32)
+    total = tl.zeros((BQ,), tl.float32)
+    mixed = tl.zeros((BQ, DP), tl.float32)
+    for entry in range(0, full):
+        mixed, top, total = _tile(
+            q, k_base, v_base, stride_kn, stride_vn, tl.load(begin + entry), place, row, keys, window, low, high, own,
+            segment, scale, mixed, top, total, D, DP, BK, False, CAUSAL, WINDOW, SEGMENT,
+        )  # fmt: skip
+    for entry in range(full, entries):
+        mixed, top, total = _tile(
+            q, k_base, v_base, stride_kn, stride_vn, tl.load(begin + entry), place, row, keys, window, low, high, own,
+            segment, scale, mixed, top, total, D, DP, BK, True, CAUSAL, WINDOW, SEGMENT,
+        )  # fmt: skip
+    sum_ = tl.where(total == 0.0, 1.0, total)
+    out_at = out + row * stride_ob + head * stride_oh + index[:, None].to(tl.int64) * stride_on + channel[None, :]
+    tl.store(out_at, (mixed / sum_[:, None]).to(out.dtype.element_ty), mask=inside)
+    # A sum that is NaN has to show, so only a sum of nothing is minus infinity.
+    log_sum = tl.where(total == 0.0, float("-inf"), (top + tl.math.log2(sum_)) * 0.6931471805599453)
+    tl.store(lse + (row * heads + head) * queries + index, log_sum, mask=real)
+
+
+def block_attention(
+    query: Tensor, key: Tensor, value: Tensor, start: Tensor, whole: Tensor, count: Tensor, columns: Tensor, *,
+    block_q: int, block_k: int, scaling: float, offset: int, causal: bool, window: int | None = None,
+    first: Tensor | None = None, stop: Tensor | None = None, segment: Tensor | None = None,
+    heads_first: bool = False, num_warps: int | None = None, num_stages: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of ``query [B, H, Q, D]`` over the listed blocks of ``key``, ``value [B, Hkv, L, D]``.
+
+    ``start``, ``whole``, ``count`` int32 ``[B, M, query blocks]`` and ``columns`` int32 as in a block map, with M a
+    divisor of H; ``first``, ``stop`` int ``[B]`` and ``segment`` int ``[B, L]`` as in its reach. The result lies as
+    ``[B, Q, H, D]`` and is returned as ``[B, H, Q, D]``, with the log-sum-exp float32 ``[B, H, Q]``.
+    """
+    batch, heads, queries, channels = query.shape
+    rows = count.shape[2]
+    out = torch.empty(batch, queries, heads, channels, dtype=query.dtype, device=query.device).transpose(1, 2)
+    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
+    warps, stages = CONFIGURATIONS.get((block_q, block_k), (4, 2))
+    grid = (batch * heads, rows) if heads_first else (rows, batch * heads)
+    meta: dict[str, Any] = {
+        "GROUP": heads // key.shape[1], "SHARED": heads // count.shape[1], "D": channels,
+        "DP": max(16, triton.next_power_of_2(channels)), "BQ": max(16, triton.next_power_of_2(block_q)), "BK": block_k,
+        "CAUSAL": causal, "WINDOW": window is not None, "FIRST": first is not None, "STOP": stop is not None,
+        "SEGMENT": segment is not None, "HEADS_FIRST": heads_first, "num_warps": num_warps or warps,
+        "num_stages": num_stages or stages,
+    }  # fmt: skip
+    none = lse
+    _attend[grid](
+        query, key, value, out, lse, start, whole, count, columns,
+        none if first is None else first, none if stop is None else stop, none if segment is None else segment,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+        queries, key.shape[2], offset, window or 0, scaling * LOG2E, heads, rows, **meta,
+    )  # fmt: skip
+    return out, lse

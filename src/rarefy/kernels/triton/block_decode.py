@@ -1,0 +1,221 @@
+"""Decoding over listed blocks: scores of blocks from what is kept of them, and attention of one query over the chosen.
+
+Nothing here waits for the device or depends on sizes that only it knows, so that a step can be a CUDA graph: lists have
+a fixed capacity, lengths are tensors, and the work is split over the list and not over the context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rarefy.kernels.triton.decode_attention import NUMBERS, _merge
+
+ROWS = 16  # the fewest rows that a tensor core multiplies
+
+
+@triton.jit
+def _scores(
+    query, high, low, length, first, out, stride_sb, stride_sh, stride_sn, blocks, heads, sink, local, scaling,
+    GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, BOUND: tl.constexpr,
+    FIRST: tl.constexpr,
+):  # fmt: skip
+    pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, head = pair // heads, pair % heads
+    member, channel = tl.arange(0, M), tl.arange(0, D)
+    block = part * N + tl.arange(0, N)
+    place = (pair * GROUP + member)[:, None] * D + channel[None, :]
+    q = tl.load(query + place, mask=(member < GROUP)[:, None], other=0.0)
+    at = row * stride_sb + head * stride_sh + block[:, None].to(tl.int64) * stride_sn + channel[None, :]
+    tokens = tl.load(length + row)
+    last = (tokens - 1) // TOKENS
+    # What is kept of a block that has not ended yet need not exist.
+    here = (block < tl.minimum(last, blocks))[:, None]
+    above = tl.load(high + at, mask=here, other=0.0)
+    if BOUND:
+        below = tl.load(low + at, mask=here, other=0.0)
+        positive = tl.where(q > 0, q, 0.0).to(above.dtype)
+        negative = tl.where(q < 0, q, 0.0).to(above.dtype)
+        scores = tl.dot(positive, tl.trans(above)) + tl.dot(negative, tl.trans(below))
+    else:
+        scores = tl.dot(q.to(above.dtype), tl.trans(above))
+    scores = tl.where((member < GROUP)[:, None], scores, float("-inf"))
+    best = tl.max(scores, 0) * scaling
+    begin = 0
+    if FIRST:
+        begin = (tl.load(first + row) // TOKENS).to(tl.int32)
+    always = (block < begin + sink) | (block > last - local)
+    best = tl.where(always, float("inf"), best)
+    best = tl.where((block > last) | (block < begin), float("-inf"), best)
+    tl.store(out + pair * blocks + block, best, mask=block < blocks)
+
+
+def block_scores(
+    query: Tensor, high: Tensor, length: Tensor, *, tokens: int, scaling: float, low: Tensor | None = None,
+    first: Tensor | None = None, sink: int = 1, local: int = 1, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Scores float32 ``[B, Hkv, N]`` of blocks of ``tokens`` keys for ``query [B, H, D]``, the best of a group's heads.
+
+    ``high [B, Hkv, N, D]``: one key for each block, such as the mean; with ``low`` they are the greatest and least
+    number of each channel, and the score is the most that a key between them could have. ``length`` int32 ``[B]``:
+    tokens there are. The first ``sink`` and last ``local`` blocks have ``inf``, blocks out of reach ``-inf``.
+    """
+    batch, heads, blocks, channels = high.shape
+    group = query.shape[1] // heads
+    if out is None:
+        out = torch.empty(batch, heads, blocks, dtype=torch.float32, device=query.device)
+    size = 64
+    _scores[(batch * heads, triton.cdiv(blocks, size))](
+        query.contiguous(), high, high if low is None else low, length, length if first is None else first, out,
+        *high.stride()[:3], blocks, heads, sink, local, scaling, GROUP=group, D=channels,
+        M=max(ROWS, triton.next_power_of_2(group)), N=size, TOKENS=tokens, BOUND=low is not None,
+        FIRST=first is not None, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@dataclass(frozen=True)
+class Paged:
+    """Keys or values that lie in pages. ``table`` int64 ``[3, pages]``: where each page of ``page`` tokens begins (an
+    address), and how far rows of the batch and heads lie apart in it; ``tail [B, Hkv, t, D]``: tokens after those."""
+
+    table: Tensor
+    tail: Tensor
+    page: int
+
+    @property
+    def places(self) -> tuple[int, int, int]:
+        return self.tail.data_ptr(), self.tail.stride(0), self.tail.stride(1)
+
+
+@triton.jit
+def _tile_at(
+    table, tail, tail_row, tail_head, pages, row, head, token, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
+    NUMBERS: tl.constexpr,
+):  # fmt: skip
+    """Where tokens ``[token, token + N)``, which lie in one page or in the tail, are."""
+    page = token // PAGE
+    coded = page < pages
+    address = tl.load(table + page, mask=coded, other=tail)
+    step = row * tl.load(table + pages + page, mask=coded, other=tail_row)
+    step += head * tl.load(table + 2 * pages + page, mask=coded, other=tail_head)
+    base = tl.multiple_of(address.to(tl.pointer_type(NUMBERS)), 16)  # memory of torch's is aligned
+    within = token - tl.minimum(page, pages) * PAGE + tl.arange(0, N)
+    return base + step + within[:, None] * D + tl.arange(0, D)[None, :]
+
+
+@triton.jit(do_not_specialize=["pages"])
+def _chosen(
+    query, key, value, index, count, first, length, part_out, part_lse,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, pages, heads, capacity, splits, scaling,
+    GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr,
+    PAGE: tl.constexpr, NUMBERS: tl.constexpr,
+):  # fmt: skip
+    pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, head = pair // heads, pair % heads
+    member, channel = tl.arange(0, M), tl.arange(0, D)
+    real = member < GROUP
+    place = (pair * GROUP + member)[:, None] * D + channel[None, :]
+    q = tl.load(query + place, mask=real[:, None], other=0.0)
+    TILES: tl.constexpr = BK // N
+    tiles = tl.load(count + pair) * TILES
+    each = (tiles + splits - 1) // splits
+    tokens, begin = tl.load(length + row), 0
+    if FIRST:
+        begin = tl.load(first + row).to(tl.int32)
+    top = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    mixed = tl.zeros((M, D), tl.float32)
+    for tile in range(split * each, tl.minimum(tiles, (split + 1) * each)):
+        # A load ahead of the loop may read behind the list's end, where anything may be.
+        column = tl.minimum(tl.maximum(tl.load(index + pair * capacity + tile // TILES), 0), (tokens - 1) // BK)
+        token = column * BK + (tile % TILES) * N + tl.arange(0, N)
+        here = (token < tokens) & (token >= begin)
+        if PAGE:
+            # Strides are then those of the tails, with where they begin in the place of a token's.
+            start = column * BK + (tile % TILES) * N
+            k_at = _tile_at(key, stride_kn, stride_kb, stride_kh, pages, row, head, start, D, N, PAGE, NUMBERS)
+            v_at = _tile_at(value, stride_vn, stride_vb, stride_vh, pages, row, head, start, D, N, PAGE, NUMBERS)
+        else:
+            wide = token[:, None].to(tl.int64)
+            k_at = key + row * stride_kb + head * stride_kh + wide * stride_kn + channel[None, :]
+            v_at = value + row * stride_vb + head * stride_vh + wide * stride_vn + channel[None, :]
+        k = tl.load(k_at, mask=here[:, None], other=0.0)
+        v = tl.load(v_at, mask=here[:, None], other=0.0)
+        scores = tl.dot(q, tl.trans(k)) * scaling
+        scores = tl.where(here[None, :], scores, float("-inf"))
+        peak = tl.maximum(top, tl.max(scores, 1))
+        safe = tl.where(peak == float("-inf"), 0.0, peak)
+        shares, fade = tl.exp(scores - safe[:, None]), tl.exp(top - safe)
+        total = total * fade + tl.sum(shares, 1)
+        mixed = tl.dot(shares.to(v.dtype), v, mixed * fade[:, None])
+        top = peak
+    sum_ = tl.where(total == 0.0, 1.0, total)
+    at = (pair * GROUP + member) * splits + split
+    tl.store(part_out + at[:, None] * D + channel[None, :], mixed / sum_[:, None], mask=real[:, None])
+    tl.store(part_lse + at, tl.where(total == 0.0, float("-inf"), top + tl.log(sum_)), mask=real)
+
+
+class BlockDecode:
+    """Attention of one query over chosen blocks of a cache. The workspace is made once, so that a call is two launches
+    and can be captured in a CUDA graph."""
+
+    def __init__(
+        self, batch: int, heads: int, query_heads: int, channels: int, block_k: int, *, device: torch.device,
+        splits: int | None = None, tile: int = 64, num_warps: int = 4, num_stages: int = 3,
+    ):  # fmt: skip
+        """``splits``: programs for each KV head (None: enough to fill the GPU four times)."""
+        self.splits = splits or max(1, min(64, 4 * 132 // (batch * heads)))
+        self.block_k = block_k
+        self.out = torch.empty(batch, query_heads, channels, device=device)
+        self.lse = torch.empty(batch, query_heads, device=device)
+        self._partial = torch.empty(batch * query_heads, self.splits, channels, device=device)
+        self._partial_lse = torch.empty(batch * query_heads, self.splits, device=device)
+        group = query_heads // heads
+        self._meta: dict[str, Any] = {
+            "GROUP": group, "D": channels, "M": max(ROWS, triton.next_power_of_2(group)), "BK": block_k,
+            "N": min(tile, block_k), "num_warps": num_warps, "num_stages": num_stages,
+        }  # fmt: skip
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, index: Tensor, count: Tensor, length: Tensor, scaling: float,
+        first: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """``query [B, H, D]`` over ``key``, ``value [B, Hkv, L, D]`` of which ``length`` int32 ``[B]`` tokens are
+        there, at blocks ``index`` int32 ``[B, Hkv, capacity]``, the first ``count`` int32 ``[B, Hkv]`` of them. The
+        result float32 ``[B, H, D]`` and its log-sum-exp ``[B, H]``, overwritten by the next call."""
+        strides = (*key.stride()[:3], *value.stride()[:3])
+        return self._run(query, key, value, index, count, length, scaling, first, strides)
+
+    def paged(
+        self, query: Tensor, key: Paged, value: Paged, index: Tensor, count: Tensor, length: Tensor, scaling: float,
+        first: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The same where tokens lie in pages, in the query's dtype. Raises ValueError where a tile does not fit
+        them."""
+        if key.page != value.page or key.page % self._meta["N"]:
+            raise ValueError(f"Tiles of {self._meta['N']} tokens do not divide pages of {key.page} and {value.page}.")
+        (k, k_row, k_head), (v, v_row, v_head) = key.places, value.places
+        strides, pages = (k_row, k_head, k, v_row, v_head, v), key.table.shape[1]
+        return self._run(
+            query, key.table, value.table, index, count, length, scaling, first, strides, key.page, pages
+        )
+
+    def _run(
+        self, query: Tensor, key: Tensor, value: Tensor, index: Tensor, count: Tensor, length: Tensor, scaling: float,
+        first: Tensor | None, strides: tuple[int, ...], page: int = 0, pages: int = 0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        batch, heads = index.shape[:2]
+        _chosen[(batch * heads, self.splits)](
+            query.contiguous(), key, value, index, count, count if first is None else first, length, self._partial,
+            self._partial_lse, *strides, pages, heads, index.shape[-1], self.splits, scaling, FIRST=first is not None,
+            PAGE=page, NUMBERS=NUMBERS[query.dtype], **self._meta,
+        )  # fmt: skip
+        rows, _, channels = self._partial.shape
+        _merge[(rows,)](self._partial, self._partial_lse, self.out, self.lse, self.splits, D=channels, S=32)
+        return self.out, self.lse

@@ -1,0 +1,1 @@
+"""Methods that decide which blocks of keys a query reads."""

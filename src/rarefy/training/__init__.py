@@ -1,0 +1,1 @@
+"""Training: the loop that survives being killed, and losses."""

@@ -1,0 +1,84 @@
+"""Executors and whole plans on a GPU: 16-bit kernels against the reference, and caches of Transformers decoded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import rarefy
+from rarefy.attention.block_map import BlockMap
+from rarefy.attention.executors import Reference, executors
+from rarefy.attention.policy import Policy
+from rarefy.attention.reach import Reach
+from rarefy.attention.selectors import Mass, TopK, select_map
+from rarefy.attention.source import Plain
+from tests.zoo import VOCABULARY, family_of
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+DEVICE = torch.device("cuda")
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "block_q", "block_k", "heads"),
+    [
+        ("fa4", 128, 128, 8), ("fa4", 128, 128, 2), ("triton", 128, 128, 8), ("triton", 128, 64, 2),
+        ("triton", 64, 64, 8), ("triton", 16, 16, 2), ("flex", 128, 128, 8),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("queries", "keys"), [(1024, 1024), (300, 1000)])
+def test_executors_agree(
+    name: str, block_q: int, block_k: int, heads: int, queries: int, keys: int, dtype: Any
+) -> None:
+    reach = Reach.last(queries, keys)
+    blocks = reach.blocks(block_q, block_k, DEVICE)
+    scores = torch.randn(2, heads, blocks.rows, blocks.columns, device=DEVICE)
+    block_map = select_map(TopK(0.4), scores, blocks, Policy().forced(reach, blocks, 0, heads, 8), reach)
+    query, key, value = (
+        torch.randn(2, n, h, 128, device=DEVICE, dtype=dtype).transpose(1, 2)
+        for n, h in ((queries, 8), (keys, 2), (keys, 2))
+    )
+    executor, source = executors.get(name)(), Plain(key, value)
+    reason = executor.refusal(query, source, block_map)
+    if reason is not None:
+        pytest.skip(reason)
+    expected, expected_lse = Reference().run(query.float(), Plain(key.float(), value.float()), block_map, 0.08)
+    found, lse = executor.run(query, source, block_map, 0.08)
+    assert relative(found, expected) < 5e-3
+    torch.testing.assert_close(lse.float(), expected_lse, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("selector", [TopK(0.1), TopK(count=9), TopK(0.2, include_forced=False), Mass(0.5)])
+@pytest.mark.parametrize("tokens", [4096, 40000])
+def test_selection_on_the_device_is_the_selector(selector: Any, tokens: int) -> None:
+    reach = Reach.last(tokens, tokens)
+    blocks = reach.blocks(128, 128, DEVICE)
+    scores = torch.randn(1, 4, blocks.rows, blocks.columns, device=DEVICE)
+    forced = Policy().forced(reach, blocks, 0, 4, 4)
+    found = select_map(selector, scores, blocks, forced, reach)
+    expected = BlockMap.from_mask(selector.select(scores, blocks.some, forced), reach, blocks)
+    differing = (found.dense() != expected.dense()).sum()
+    # Sums in another order may reach a mass one block sooner or later.
+    assert int(differing) <= (blocks.rows * 4 // 100 if isinstance(selector, Mass) else 0)
+
+
+@pytest.mark.parametrize("name", ["quest_pages", "sparge"])
+def test_decoding_with_a_cache_that_keeps_state(name: str) -> None:
+    model = family_of("llama").build(head_dim=32, max_position_embeddings=1024).to(DEVICE, torch.bfloat16)
+    model.generation_config.pad_token_id = 0
+    tokens = torch.randint(3, VOCABULARY, (2, 500), device=DEVICE)
+    mask = torch.ones_like(tokens)
+    mask[0, :37] = 0
+    expected = model.generate(tokens, attention_mask=mask, max_new_tokens=30, do_sample=False)
+    own = {"phases": "both", "dense_layers": ()} if name == "quest_pages" else {"similarity": -1}
+    setup = rarefy.set_attention(model, name, density=1.0, dense_below=0, max_density=1, block_q=64, block_k=16, **own)
+    assert setup is not None
+    found = model.generate(tokens, attention_mask=mask, max_new_tokens=30, do_sample=False)
+    agree = (found == expected)[:, 500:].float().mean()
+    assert setup.report.layers[0].executors == {"triton": 30} and float(agree) > 0.8

@@ -10,18 +10,21 @@ gives them everything but the products. Random weights: no quality is claimed he
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from graphs import bandwidth, graph_of, microseconds
 from harness import Row, arguments, write
+from step_tuning import Choices, tune
 from torch import Tensor, nn
 
 from rarefy import packing
@@ -36,6 +39,7 @@ from rarefy.formats.terms.base import Term
 from rarefy.formats.terms.plain import ResidualSpec
 from rarefy.formats.terms.quantized import QuantizedSpec
 from rarefy.integrations.peers import step_bytes
+from rarefy.kernels.cuda.linear import MOST_TOKENS_OF_OUTLIERS
 from rarefy.layers.linear import CompressedLinear
 
 KEY = ("job", "batch", "peer")
@@ -46,7 +50,7 @@ SHAPE = {
     "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
 }  # fmt: skip
 OUTLIERS = 0.0045
-PROMPT, NEW, FEW = 128, 64, 4
+PROMPT, NEW, FEW, TRIAL = 128, 64, 4, 16
 CHECKED = 2  # layers: random ones magnify every rounding
 SPREAD = 0.02  # of weights
 
@@ -155,11 +159,35 @@ def error_of_first_layers(program: Program, prompt: Tensor, token: Tensor) -> fl
     return float((made - wanted).norm() / wanted.norm())
 
 
+def error_again(program: Program) -> float:
+    """The same with other numbers, after kernels have changed."""
+    draw = torch.Generator().manual_seed(2)
+    prompt, token = (torch.randint(3, program.vocabulary, (count,), generator=draw) for count in (PROMPT, 1))
+    return error_of_first_layers(program, prompt, token.to(DEVICE))
+
+
 def ours(name: str, model: Any, program: Program, batch: int) -> Decoder:
     made = Ours(program, batch)
     cached = 2 * program.layers * program.kv_heads * program.head_dim * DTYPE.itemsize
     nbytes = step_bytes(model) + batch * cached * (PROMPT + NEW // 2)
     return Decoder(name, partial(made, NEW), NEW, nbytes, made.error, partial(made, FEW))
+
+
+def captured_anew(decoder: Decoder) -> float:
+    """Milliseconds of a step that is captured once more."""
+    made = decoder.run.func  # type: ignore[attr-defined]
+    made.execute._steps.clear()
+    times = []
+    for number in range(4):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        made(1)
+        begin.record()
+        made(TRIAL)
+        end.record()
+        torch.cuda.synchronize()
+        if number:
+            times.append(begin.elapsed_time(end) / TRIAL)
+    return statistics.median(times)
 
 
 def with_products(program: Program, make: Callable[[int, int], Callable[[Tensor], Tensor]]) -> Program:
@@ -288,25 +316,43 @@ def main() -> None:
     parser.add_argument("--peers", default="eager,tinygemm,gemlite,compiled,torchao", help="by commas")
     parser.add_argument("--profile", type=Path, help="write the kernels of a step here")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--tune", default="0", help="for each batch, seconds to try ways to cut the first kind's products up, by commas"
+    )
+    parser.add_argument("--entries", type=Path, help="write what was chosen then here")
     options = parser.parse_args()
     shape = {**SHAPE, "num_hidden_layers": options.layers}
     limit = bandwidth(), read_bandwidth()
     print(f"copy {limit[0] / 1e6:.2f} TB/s, read {limit[1] / 1e6:.2f} TB/s", flush=True)
     coded = {kind: random_model(kind, shape) for kind in options.kinds.split(",") if kind}
     dense = random_model(None, shape)
-    for batch in map(int, options.batch.split(",")):
-        measured(batch, coded, dense, shape, options, limit)
+    batches, seconds = options.batch.split(","), options.tune.split(",")
+    for batch, tuned in zip_longest(map(int, batches), map(float, seconds), fillvalue=0):
+        measured(int(batch), coded, dense, shape, options, limit, tuned)
         torch.cuda.empty_cache()
 
 
 def measured(
-    batch: int, coded: dict[str, Any], dense: Any, shape: dict[str, Any], options: Namespace, limit: tuple[float, float]
-) -> None:
+    batch: int, coded: dict[str, Any], dense: Any, shape: dict[str, Any], options: Namespace,
+    limit: tuple[float, float], seconds: float,
+) -> None:  # fmt: skip
     """Write the rows of one number of sequences."""
     wanted, program = options.peers.split(","), build(dense)
     mine: list[Decoder] = []
-    for kind, model in coded.items():
-        mine += attempt(kind, partial(ours, kind, model, build(model), batch))
+    choices = Choices()
+    with choices.instead():
+        for number, (kind, model) in enumerate(coded.items()):
+            if batch > MOST_TOKENS_OF_OUTLIERS and kind in ("SpQR 3", "SqueezeLLM 3"):
+                print(f"{kind}: weights with outliers are dequantized for {batch} tokens; not measured", flush=True)
+                continue
+            mine += attempt(kind, partial(ours, kind, model, build(model), batch))
+            if number == 0 and mine and seconds:
+                print("\n".join(tune(choices, partial(captured_anew, mine[0]), batch, seconds)), flush=True)
+                print(f"then {captured_anew(mine[0]):.4f} ms", flush=True)
+                mine[0].error = max(mine[0].error, error_again(build(model)))
+    if options.entries:
+        with options.entries.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(choices.entries(batch)) + "\n")
     peers = attempt("bf16", partial(ours, "bf16, same runner", dense, program, batch))
     if "eager" in wanted:
         peers += attempt("eager", partial(transformers, "HF eager bf16", dense, batch, False, 8))
@@ -325,7 +371,7 @@ def measured(
         print(f"batch {batch}, {each.name}: {took:.3f} ms, {batch / took * 1e3:.0f} tokens/s", flush=True)
         for peer in peers:
             rows.append({
-                "goal": "G14" if batch == 1 else "G15", "job": each.name, "batch": batch, "peer": peer.name,
+                "goal": "3 bits" if "3" in each.name else "G14" if batch == 1 else "G15", "job": each.name, "batch": batch, "peer": peer.name,
                 "milliseconds": round(took, 4), "tokens_per_second": round(batch / took * 1e3, 1),
                 "peer_milliseconds": round(times[peer.name], 4), "ratio": round(times[peer.name] / took, 3),
                 "fraction_of_limit": round(each.nbytes / limit[0] / took / 1e3, 3),

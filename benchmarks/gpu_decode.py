@@ -371,7 +371,8 @@ def measured(
         print(f"batch {batch}, {each.name}: {took:.3f} ms, {batch / took * 1e3:.0f} tokens/s", flush=True)
         for peer in peers:
             rows.append({
-                "goal": "3 bits" if "3" in each.name else "G14" if batch == 1 else "G15", "job": each.name, "batch": batch, "peer": peer.name,
+                "goal": "3 bits" if "3" in each.name else "G14" if batch == 1 else "G15",
+                "job": each.name, "batch": batch, "peer": peer.name,
                 "milliseconds": round(took, 4), "tokens_per_second": round(batch / took * 1e3, 1),
                 "peer_milliseconds": round(times[peer.name], 4), "ratio": round(times[peer.name] / took, 3),
                 "fraction_of_limit": round(each.nbytes / limit[0] / took / 1e3, 3),

@@ -28,7 +28,7 @@ GRIDS = r"^(rtn|gptq|awq) int[34] g(128|64|32) Z$"
 PAGES = {
     "gptq": "^(rtn|gptq) int[34] g(128|16) Z( no clip)?$|^gptq int3 g128 Z (file order|true-sequential)$",
     "awq": "^(rtn|gptq|awq) int[34] g128 Z$",
-    "spqr": "^spqr |^(rtn|gptq|awq) int[34] g128 Z$|^(rtn|gptq) int3 g16 ",
+    "spqr": "^(spqr|llama.cpp) |^(rtn|gptq|awq) int[34] g128 Z$|^(rtn|gptq) int3 g16 ",
     "sparse": "^(sparsegpt|wanda) ",
     "squeeze-llm": "^squeeze_llm |^gptq (lut3 per row|int[34] per row|int[34] g128 Z)$",
     "gwq": "^gwq |^(rtn|gptq) int[34] g128 Z$",
@@ -67,9 +67,9 @@ def weight_accuracy(rows: Rows) -> list[str]:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for job, own in by_job(rows).items():
         distance = f"{mean(own, 'kl'):.4f} | {mean(own, 'top1_agreement'):.1%}" if own[0]["kl"] is not None else "- | -"
-        cost = f"{mean(own, 'bits_per_weight'):.3f} | {mean(own, 'relative_error'):.4f}"
-        if observed:
-            cost += " | -" if own[0].get("output_error") is None else f" | {mean(own, 'output_error'):.4f}"
+        errors = ("relative_error", "output_error")[: 1 + observed]
+        shown = ["-" if own[0].get(name) is None else f"{mean(own, name):.4f}" for name in errors]
+        cost = " | ".join([f"{mean(own, 'bits_per_weight'):.3f}", *shown])
         lines.append(f"| {job} | {cost} | {perplexity(own)} | {distance} | {len(own)} |")
     return lines
 

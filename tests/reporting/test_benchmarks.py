@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rarefy.reporting.benchmarks import best_under, cell, columns, is_benchmark, quality, speeds
+from rarefy.reporting.benchmarks import best_under, cell, columns, is_benchmark, joined, quality, speeds
 from tests.reporting.conftest import ACCURACY, SPEED, benchmark, row
 
 
@@ -43,3 +43,17 @@ def test_other_rows_are_a_table() -> None:
 def test_what_is_a_benchmark() -> None:
     assert is_benchmark({"device": "a", "versions": {}, "commit": "b", "rows": []})
     assert not is_benchmark([1]) and not is_benchmark({"kind": "evaluation", "device": 1, "versions": 1, "rows": 1})
+
+
+def test_quality_measured_on_two_devices_is_one_picture() -> None:
+    here = benchmark("weight_accuracy", [row("gptq int4", 4, 20, 0.1), row("rtn int4", 4, 30, 0.4)])
+    there = benchmark("weight_accuracy", [row("llama.cpp Q4_0", 4.5, 21, 0.2), row("rtn int4", 4, 31, 0.5)])
+    there = there.model_copy(update={"device": "another", "versions": {**there.versions, "more": "1"}})
+    keyed = [each.model_copy(update={"key": ("job",)}) for each in (here, there)]
+    one, timed = joined([keyed[0], benchmark("speed", list(SPEED)), keyed[1]])
+    (group,) = quality(one)
+    assert [job.name for job in group.jobs] == ["gptq int4", "rtn int4", "llama.cpp Q4_0"]
+    assert group.jobs[1].perplexity == 31  # the last counts
+    assert one.device == f"{here.device} and another" and one.versions["more"] == "1"
+    assert one.versions["torch"] == here.versions["torch"] and timed.name == "speed"
+    assert len(joined([here, there])) == 1 and len(joined([here, there])[0].rows) == 4  # without a key all rows stay

@@ -106,6 +106,34 @@ def quality(benchmark: Benchmark) -> list[Quality]:
     return found
 
 
+def joined(benchmarks: Sequence[Benchmark]) -> list[Benchmark]:
+    """Benchmarks, with those of bits and quality by the same script as one: quality hardly depends on the device. Of
+    rows that are equal under the key the last counts."""
+    found: list[Benchmark] = []
+    for benchmark in benchmarks:
+        same = [index for index, other in enumerate(found) if other.name == benchmark.name and quality(other)]
+        if not same or not quality(benchmark):
+            found.append(benchmark)
+            continue
+        other = found[same[0]]
+        rows = {_place(other, index): row for index, row in enumerate(other.rows)}
+        rows.update({_place(benchmark, index, len(other.rows)): row for index, row in enumerate(benchmark.rows)})
+        versions = {
+            name: " and ".join(dict.fromkeys(filter(None, (other.versions.get(name), benchmark.versions.get(name)))))
+            for name in {**other.versions, **benchmark.versions}
+        }
+        devices = other.device if other.device == benchmark.device else f"{other.device} and {benchmark.device}"
+        more = {"device": devices, "versions": versions, "rows": tuple(rows.values())}
+        found[same[0]] = other.model_copy(update=more)
+    return found
+
+
+def _place(benchmark: Benchmark, index: int, before: int = 0) -> tuple[Any, ...]:
+    """What tells a row from the others: its values under the key, or its position."""
+    row = benchmark.rows[index]
+    return tuple(str(row.get(name)) for name in benchmark.key) or (before + index,)
+
+
 def speeds(benchmark: Benchmark) -> list[Row]:
     """The rows that hold a time against that of a peer."""
     return [row for row in benchmark.rows if _number(row.get("ratio")) and row.get("peer") and "job" in row]

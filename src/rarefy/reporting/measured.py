@@ -9,7 +9,19 @@ from dataclasses import replace
 import plotly.graph_objects as go
 
 from rarefy.reporting import figures
-from rarefy.reporting.benchmarks import Benchmark, Job, Quality, Row, best_under, cell, columns, quality, speeds, title
+from rarefy.reporting.benchmarks import (
+    Benchmark,
+    Job,
+    Quality,
+    Row,
+    best_under,
+    cell,
+    columns,
+    joined,
+    quality,
+    speeds,
+    title,
+)
 from rarefy.reporting.figures import Axis, Figure, Looks, Point, look, plain, present, spec
 from rarefy.reporting.parts import Card, Section, Table
 
@@ -25,12 +37,13 @@ FARTHEST = 20.0
 
 def cards(benchmarks: Sequence[Benchmark]) -> list[Card]:
     """For every model and protocol, which job loses least at which budget of bits."""
-    groups = [group for benchmark in benchmarks for group in quality(benchmark)]
+    groups = [group for benchmark in joined(benchmarks) for group in quality(benchmark)]
     return [_card(group, _named(group, groups)) for group in groups]
 
 
 def sections(benchmarks: Sequence[Benchmark]) -> list[Section]:
     """For every benchmark its pictures and tables, those with bits and quality first."""
+    benchmarks = joined(benchmarks)
     looks = _looks(benchmarks)
     everyone = [group for benchmark in benchmarks for group in quality(benchmark)]
     first, others = [], []

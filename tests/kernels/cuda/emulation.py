@@ -26,7 +26,7 @@ COMPILER = shutil.which("g++")
 @functools.cache
 def _library(macros: tuple[str, ...], source: Path = program.SOURCE) -> ctypes.CDLL:
     assert COMPILER is not None
-    given = [*macros, f'-DKERNEL_SOURCE="{source}"', "-std=c++17", "-O1", "-shared", "-fPIC", "-w"]
+    given = [*macros, f'-DKERNEL_SOURCE="{source}"', "-std=c++17", "-O0", "-shared", "-fPIC", "-w"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.so"
         subprocess.run([COMPILER, *given, str(HERE / "emulated.cpp"), "-o", str(path)], check=True)

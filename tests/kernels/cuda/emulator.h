@@ -11,7 +11,7 @@
 #define RAREFY_EMULATED
 #define device static inline
 #define global
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define shared_memory(name) static unsigned char*& name = emulator::shared
 
 struct uint2 { unsigned x, y; };
@@ -65,6 +65,7 @@ device void begin_wide() {}
 device void end_wide() {}
 device void show_copies() {}
 device void settle(float&) {}
+device void settle(unsigned&) {}
 device void commit_copies() {}
 template <int PENDING> device void wait_for_copies() {}
 device void block_barrier() {

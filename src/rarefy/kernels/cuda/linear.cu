@@ -52,6 +52,7 @@ constexpr int BLOCKS = STEP / 16;         // of 16 columns
 constexpr int PART = GROUP == 0 || GROUP > STEP ? BLOCKS : GROUP / 16;  // blocks that share a scale
 constexpr int PARTS = BLOCKS / PART;
 constexpr int THREADS = 32 * ACROSS * ALONG;
+constexpr bool TWO_BLOCKS = WIDE && TILES * TOKENS <= 8 && THREADS <= 256;  // for one to load while one multiplies
 constexpr int ROWS = 16 * TILES * ACROSS, COLUMNS = STEP * ALONG, WIDTH = 8 * TOKENS;
 constexpr int PITCH = 2 * COLUMNS + (SPAN == 16 ? 16 : 64);  // bytes of a staged token; the rest keeps banks apart
 // WIDE: tokens lie in pieces of 8 columns x 8 tokens, the columns in the order of the operands; between neighbours along
@@ -449,7 +450,11 @@ device void multiply_step_wide(
     for (int r = 0; r < TILES; ++r) {
       if (GROUP != 0) load(tables[r], a, tile_of(a, first_tile + r), group_of(a, step, p), lane / 4);
 #pragma unroll
-      for (int b = 0; b < PART; ++b) operands(weights[r][b], codes.at[r], p * PART + b, 4 * lane, tables[r]);
+      for (int b = 0; b < PART; ++b) {
+        operands(weights[r][b], codes.at[r], p * PART + b, 4 * lane, tables[r]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) settle(weights[r][b][i]);
+      }
     }
     float part[TILES][TOKENS][4], ones[TOKENS][4];
     begin_wide();
@@ -515,7 +520,7 @@ device void leave_outliers(const float (&extra)[EXTRA], float* meeting) {
   }
 }
 
-extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments a) {
+extern "C" global __launch_bounds__(THREADS, TWO_BLOCKS ? 2 : 1) void rarefy_linear(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int across = warp % ACROSS, along = warp / ACROSS, g = lane / 4, t = lane % 4;
   const int first_tile = (blockIdx.x * ACROSS + across) * TILES;
@@ -574,21 +579,30 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
 
   float sums[TILES][TOKENS][4] = {};
   if constexpr (STAGED) {
+    constexpr int UNIT = WIDE ? 2 : 8, UNITS = COLUMNS / UNIT;  // columns of a copy, copies of a token
+    constexpr int AT_ONCE = UNITS < THREADS ? UNITS : THREADS, APART = THREADS / AT_ONCE;
+    constexpr int TURNS_OF_TOKENS = (WIDTH + APART - 1) / APART;
+    int offsets[TURNS_OF_TOKENS];
+#pragma unroll
+    for (int n = 0; n < TURNS_OF_TOKENS; ++n) {
+      const int token = first_token + threadIdx.x / AT_ONCE + n * APART;
+      offsets[n] = (token < a.tokens ? token : a.tokens - 1) * a.stride;
+    }
     const auto stage_tokens = [&](int round) {
       u8* target = stages + round % STAGES * STAGE;
-      const int first = (begin + round * ALONG) * STEP;
-      constexpr int UNIT = WIDE ? 2 : 8;  // columns of a copy
-      for (int n = threadIdx.x; round < rounds && n < WIDTH * (COLUMNS / UNIT); n += THREADS) {
-        const int token = n / (COLUMNS / UNIT), unit = n % (COLUMNS / UNIT), column = unit * UNIT;
-        const bool real = first_token + token < a.tokens && first + column < a.columns;
-        const u16* source = real ? a.x + i64(first_token + token) * a.stride + first + column : a.x;
-        if constexpr (WIDE) {
-          // The pair of columns that a lane t of block b multiplies first or second.
-          const int own = unit % (STEP / 2), b = own / (2 * SPAN) * (SPAN / 4) + own % (SPAN / 2) / 2;
-          const int piece = unit / (STEP / 2) * (STEP / 8) + 2 * b + own % 2, t = own % (2 * SPAN) / (SPAN / 2);
-          copy_word_async(target + piece * LEADING + token * 16 + 4 * t, source, real);
-        } else {
-          copy_async(target + token * PITCH + 2 * column, source, real);
+      for (int unit = threadIdx.x % AT_ONCE; round < rounds && unit < UNITS; unit += AT_ONCE) {
+        const int column = (begin + round * ALONG) * STEP + unit * UNIT;
+        const bool real = (unit * UNIT / STEP + begin + round * ALONG < end) && (!RAGGED || column < a.columns);
+        // Of wide steps: the pair of columns that a lane t of block b multiplies first or second.
+        const int own = unit % (STEP / 2), b = own / (2 * SPAN) * (SPAN / 4) + own % (SPAN / 2) / 2;
+        const int piece = unit / (STEP / 2) * (STEP / 8) + 2 * b + own % 2, t = own % (2 * SPAN) / (SPAN / 2);
+        u8* to = threadIdx.x / AT_ONCE * (WIDE ? 16 : PITCH) + (WIDE ? target + piece * LEADING + 4 * t : target + 2 * unit * UNIT);
+        const u16* from = a.x + (real ? column : 0);
+#pragma unroll
+        for (int n = 0; n < TURNS_OF_TOKENS; ++n) {
+          if (WIDTH % APART != 0 && threadIdx.x / AT_ONCE + n * APART >= WIDTH) break;
+          if constexpr (WIDE) copy_word_async(to + n * APART * 16, from + offsets[n], real);
+          else copy_async(to + n * APART * PITCH, from + offsets[n], real);
         }
       }
       commit_copies();

@@ -36,6 +36,7 @@ from rarefy.kernels.reference import decode
 
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 MOST_TOKENS = 256
+MOST_APART = 1 << 22  # numbers from a token to the next, so that 32 bits count them
 MOST_TOKENS_OF_16_BITS = 64  # up to which reading the weight is all that counts, so that activations stay exact
 MOST_TOKENS_OF_SPARSE = 4
 MOST_TOKENS_OF_OUTLIERS = 16  # beyond, their gathered activations cost more than a dense weight
@@ -162,7 +163,7 @@ def aligned(x: Tensor) -> Tensor:
     missing = -x.shape[1] % 8
     if missing:
         return torch.nn.functional.pad(x, (0, missing))
-    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
+    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(0) < MOST_APART and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

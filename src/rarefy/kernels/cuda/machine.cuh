@@ -214,6 +214,7 @@ device void end_wide() {
 // Copies of this thread, for those who read through the other proxy.
 device void show_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 device void settle(float& value) { asm volatile("" : "+f"(value)::"memory"); }
+device void settle(u32& word) { asm volatile("" : "+r"(word)::"memory"); }
 device void multiply_8(float (&d)[1][4], const u32 (&a)[4], u64 tokens, bool add) {
   if constexpr (HALF)
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %9, 0;\n"
@@ -269,7 +270,11 @@ template <int N> device void multiply_wide(float (&d)[N][4], const u32 (&a)[4], 
 #pragma unroll
   for (int first = 0; first < N; first += AT_ONCE) {
     const u32 address = static_cast<u32>(__cvta_generic_to_shared(block + first * 128));
+#if WIDE == 2
+    const u64 tokens = u64(address >> 4 & 0x3FFF) | u64(128 >> 4) << 16 | u64(leading >> 4) << 32;
+#else
     const u64 tokens = u64(address >> 4 & 0x3FFF) | u64(leading >> 4) << 16 | u64(128 >> 4) << 32;
+#endif
     float(&own)[AT_ONCE][4] = reinterpret_cast<float(&)[AT_ONCE][4]>(d[first]);
     if constexpr (AT_ONCE == 8) multiply_64(own, a, tokens, add);
     else if constexpr (AT_ONCE == 4) multiply_32(own, a, tokens, add);
@@ -282,5 +287,6 @@ device void begin_wide() {}
 device void end_wide() {}
 device void show_copies() {}
 device void settle(float&) {}
+device void settle(u32&) {}
 template <int N> device void multiply_wide(float (&)[N][4], const u32 (&)[4], const u8*, u32, bool) {}
 #endif

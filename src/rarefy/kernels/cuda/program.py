@@ -281,14 +281,23 @@ def workspace(tuning: Tuning, rows: int, tokens: int, device: torch.device) -> t
 
 
 _arrived: dict[Any, list[Tensor]] = {}
+_COUNTERS = 1 << 14
 
 
 def _counters(device: torch.device, count: int) -> Tensor:
     """Counters of this device and stream: kernels of a stream follow each other, and each leaves them at zero.
 
-    Those that have become too few are kept, since a captured graph may count in them.
+    All graphs share counters that were made before they were captured, so two of them must not be replayed at the same
+    time. A capture that no call came before makes its own, which every replay sets to zero. Those that have become too
+    few are kept, since a graph may count in them.
     """
-    found = _arrived.setdefault((device, torch.cuda.current_stream(device).cuda_stream), [])
-    if not found or found[-1].numel() < count:
-        found.append(torch.zeros(max(count, 4096), dtype=torch.int32, device=device))
+    if torch.cuda.is_current_stream_capturing():
+        known = _arrived.get((device, "graphs"), [])
+        if known and known[-1].numel() >= count:
+            return known[-1]
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    for key in ((device, "graphs"), (device, torch.cuda.current_stream(device).cuda_stream)):
+        found = _arrived.setdefault(key, [])
+        if not found or found[-1].numel() < count:
+            found.append(torch.zeros(max(count, _COUNTERS), dtype=torch.int32, device=device))
     return found[-1]

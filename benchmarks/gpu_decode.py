@@ -14,7 +14,8 @@ import json
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -39,7 +40,9 @@ from rarefy.formats.terms.base import Term
 from rarefy.formats.terms.plain import ResidualSpec
 from rarefy.formats.terms.quantized import QuantizedSpec
 from rarefy.integrations.peers import step_bytes
+from rarefy.kernels.cuda import tuning
 from rarefy.kernels.cuda.linear import MOST_TOKENS_OF_OUTLIERS
+from rarefy.kernels.triton import step
 from rarefy.layers.linear import CompressedLinear
 
 KEY = ("job", "batch", "peer")
@@ -278,10 +281,24 @@ def milliseconds(decoders: Sequence[Decoder], rounds: int) -> dict[str, float]:
     return {name: statistics.median(each) for name, each in times.items()}
 
 
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """Launches that are captured meanwhile wait for those before them, so that a profile says what each takes."""
+    early, choose = step._early, tuning.choose
+    step._early = lambda device: False  # type: ignore[assignment]
+    tuning.choose = lambda *product: replace(choose(*product), overlap=False)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        step._early, tuning.choose = early, choose
+
+
 def profile(decoder: Decoder, path: Path) -> None:
-    """Time of a step's kernels by name, of a few steps."""
+    """Time of a step's kernels by name, of a few steps whose launches do not overlap."""
     assert decoder.few is not None
-    decoder.few()
+    decoder.few.func.execute._steps.clear()  # type: ignore[attr-defined]
+    with one_by_one():
+        decoder.few()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         decoder.few()
         torch.cuda.synchronize()
@@ -383,8 +400,8 @@ def measured(
             })  # fmt: skip
             print(f"  {rows[-1]['ratio']}x {peer.name}, {rows[-1]['fraction_of_limit']} of limit", flush=True)
     write(options, rows, KEY)
-    if options.profile:
-        for each in [*mine, *peers[:1]]:
+    with choices.instead():
+        for each in [*mine, *peers[:1]] if options.profile else ():
             try:
                 profile(each, options.profile)
             except Exception as failure:  # no profiler here

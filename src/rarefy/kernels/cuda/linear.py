@@ -17,7 +17,7 @@ from torch import Tensor
 from rarefy import packing
 from rarefy.core.errors import FormatError, UnsupportedError
 from rarefy.kernels import activations, prepared
-from rarefy.kernels.cuda import layout, program, tuning
+from rarefy.kernels.cuda import driver, layout, program, tuning
 from rarefy.kernels.cuda.measure import Problem
 from rarefy.kernels.cuda.prepared import (
     BILEVEL,
@@ -47,18 +47,23 @@ Term = tuple[dict[str, Tensor], dict[str, int], float]  # tensors, numbers, mult
 @functools.cache
 def available() -> bool:
     """Whether kernels can be run here."""
-    return torch.cuda.is_available() and torch.version.hip is None and (_compiles() or find_spec("triton") is not None)
+    return status() in ("cuda", "triton")
 
 
 @functools.cache
-def _compiles() -> bool:
-    from rarefy.kernels.cuda import driver
-
+def status() -> str:
+    """Which kernels there are for GPUs: ``cuda``, else ``triton``, else why there are none."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return "no CUDA GPU"
     try:
         driver.check()
-    except UnsupportedError:
-        return False
-    return True
+    except UnsupportedError as failure:
+        return "triton" if find_spec("triton") is not None else str(failure)
+    return "cuda"
+
+
+def _compiles() -> bool:
+    return status() == "cuda"
 
 
 def terms_of(tensors: Sequence[Tensor], numbers: Sequence[int], factors: Sequence[float]) -> list[Term]:

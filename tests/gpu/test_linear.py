@@ -49,7 +49,7 @@ def checked(layer: CompressedLinear, x: Tensor) -> None:
 # Each number of tokens has a kernel of its own; wgmma takes 40.
 @pytest.mark.parametrize(
     ("tokens", "dtype"),
-    [(1, torch.bfloat16), (3, torch.float16), (16, torch.bfloat16), (40, torch.float16), (300, torch.bfloat16)],
+    [(1, torch.bfloat16), (3, torch.float16), (16, torch.bfloat16), (40, torch.float16), (600, torch.bfloat16)],
 )
 @pytest.mark.parametrize("grid", COVERED)
 def test_every_covered_grid(grid: str, tokens: int, dtype: torch.dtype) -> None:
@@ -83,7 +83,7 @@ def test_products_of_bytes() -> None:
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 16), (17, 129), (300, 1027), (4096, 4096)])
-@pytest.mark.parametrize("tokens", [1, 7, 64, 257])
+@pytest.mark.parametrize("tokens", [1, 7, 64, 513])
 def test_odd_shapes(rows: int, columns: int, tokens: int) -> None:
     layer = CompressedLinear([quantized(GRIDS["int4-integer"], PATTERNS["full"], rows, columns)]).to(GPU)
     checked(layer, torch.randn(tokens, columns, device=GPU, dtype=torch.float16))

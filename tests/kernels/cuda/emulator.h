@@ -65,6 +65,7 @@ device void begin_wide() {}
 device void end_wide() {}
 device void show_copies() {}
 device void settle(float&) {}
+template <class T> device void keep(T&) {}
 device void settle(unsigned&) {}
 device void commit_copies() {}
 template <int PENDING> device void wait_for_copies() {}

@@ -322,8 +322,12 @@ device Places places_of(const Arguments& a, int first_tile, int lane) {
   for (int r = 0; r < TILES; ++r) {
     const i64 tile = tile_of(a, first_tile + r);
 #pragma unroll
-    for (int which = 0; which < (SPAN == 16 ? 2 : 1); ++which) found.codes[r][which] = codes_of(a, tile, lane, which);
+    for (int which = 0; which < (SPAN == 16 ? 2 : 1); ++which) {
+      found.codes[r][which] = codes_of(a, tile, lane, which);
+      keep(found.codes[r][which]);
+    }
     found.scales[r] = tile * a.groups * 8 + lane / 4;
+    keep(found.scales[r]);
     if constexpr (SCALE == BILEVEL || SCALE == LEVEL)
       found.second[r] = a.second + tile / a.second_rows * ((a.groups + a.second_groups - 1) / a.second_groups);
   }
@@ -641,6 +645,7 @@ extern "C" global __launch_bounds__(THREADS, TWO_BLOCKS ? 2 : 1) void rarefy_lin
       const int token = first_token + 8 * n + g;
       const u16* row = a.x + i64(token < a.tokens ? token : a.tokens - 1) * a.stride;
       token_rows[n] = reinterpret_cast<const u8*>(row + first_of(0, t));
+      keep(token_rows[n]);
     }
     Activations x[DEPTH];
 #pragma unroll
@@ -681,10 +686,10 @@ extern "C" global __launch_bounds__(THREADS, TWO_BLOCKS ? 2 : 1) void rarefy_lin
   block_barrier();
   for (int n = threadIdx.x; n < WIDTH * ROWS; n += THREADS) {
     const int token = n / ROWS, row = n % ROWS;
+    if (first_token + token >= a.tokens || first_row + row >= a.rows) continue;
     float sum = 0.0f;
 #pragma unroll
     for (int k = 0; k < ALONG + (OUTLIERS != NONE); ++k) sum += meeting[(k * WIDTH + token) * SUM_PITCH + row];
-    if (first_token + token >= a.tokens || first_row + row >= a.rows) continue;
     const i64 place = i64(first_token + token) * a.rows + first_row + row;
     if constexpr (SPLIT == 1) a.y[place] = rounded<HALF>(sum * a.multiplier);
     else a.partial[i64(blockIdx.y) * a.tokens * a.rows + place] = sum;

@@ -1,6 +1,6 @@
 """The ops over execution layouts (``kernels/prepared.py``) on GPUs, with activations in 16 bits.
 
-Up to ``MOST_TOKENS`` tokens a kernel multiplies by codes; beyond, the weight is dequantized for the library's product.
+Up to some number of tokens a kernel multiplies by codes; beyond, the weight is dequantized for the library's product.
 The kernel is ``linear.cu`` where PyTorch's CUDA compiler is at hand, otherwise its portable form in Triton.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from rarefy import packing
 from rarefy.core.errors import FormatError, UnsupportedError
 from rarefy.kernels import activations, prepared
-from rarefy.kernels.cuda import layout, program, tuning
+from rarefy.kernels.cuda import driver, layout, program, tuning
 from rarefy.kernels.cuda.measure import Problem
 from rarefy.kernels.cuda.prepared import (
     BILEVEL,
@@ -35,7 +35,7 @@ from rarefy.kernels.prepared import flat, library
 from rarefy.kernels.reference import decode
 
 ACTIVATIONS = (torch.float16, torch.bfloat16)
-MOST_TOKENS = 256
+MOST_TOKENS, MOST_TOKENS_OF_HOPPER = 128, 512  # beyond, a dequantized weight and the library's product take less time
 MOST_APART = 1 << 22  # numbers from a token to the next, so that 32 bits count them
 MOST_TOKENS_OF_16_BITS = 64  # up to which reading the weight is all that counts, so that activations stay exact
 MOST_TOKENS_OF_SPARSE = 4
@@ -47,18 +47,23 @@ Term = tuple[dict[str, Tensor], dict[str, int], float]  # tensors, numbers, mult
 @functools.cache
 def available() -> bool:
     """Whether kernels can be run here."""
-    return torch.cuda.is_available() and torch.version.hip is None and (_compiles() or find_spec("triton") is not None)
+    return status() in ("cuda", "triton")
 
 
 @functools.cache
-def _compiles() -> bool:
-    from rarefy.kernels.cuda import driver
-
+def status() -> str:
+    """Which kernels there are for GPUs: ``cuda``, else ``triton``, else why there are none."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return "no CUDA GPU"
     try:
         driver.check()
-    except UnsupportedError:
-        return False
-    return True
+    except UnsupportedError as failure:
+        return "triton" if find_spec("triton") is not None else str(failure)
+    return "cuda"
+
+
+def _compiles() -> bool:
+    return status() == "cuda"
 
 
 def terms_of(tensors: Sequence[Tensor], numbers: Sequence[int], factors: Sequence[float]) -> list[Term]:
@@ -99,15 +104,19 @@ def _multiplied(x: Tensor, terms: list[Term], rows: int, fast: bool) -> Tensor:
         if kinds == [CODES, ENTRIES] and tokens <= MOST_TOKENS_OF_OUTLIERS:
             codes, outliers = sorted(terms, key=lambda term: term[1]["kind"])
             return _product(x, codes, outliers)
-        if set(kinds) == {CODES} and tokens <= MOST_TOKENS:
+        if set(kinds) == {CODES} and tokens <= _most_tokens(x.device):
             parts = [_product(x, term) for term in terms]
             return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         if kinds in ([GROUPS], [MASKED]) and tokens <= MOST_TOKENS_OF_SPARSE:
             return _sparse_product(x, terms[0])
-    elif kinds == [CODES] and tokens <= MOST_TOKENS and (y := _portable(aligned(x), terms[0])) is not None:
+    elif kinds == [CODES] and tokens <= _most_tokens(x.device) and (y := _portable(aligned(x), terms[0])) is not None:
         return y
     columns = terms[0][1]["columns"]
     return torch.nn.functional.linear(x[:, :columns], _dense(terms, rows, columns, x.dtype))
+
+
+def _most_tokens(device: torch.device) -> int:
+    return MOST_TOKENS_OF_HOPPER if torch.cuda.get_device_capability(device) == (9, 0) else MOST_TOKENS
 
 
 def _multiplies_bytes(term: Term, device: torch.device) -> bool:

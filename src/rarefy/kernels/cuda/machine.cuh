@@ -120,6 +120,8 @@ device bool last_to_arrive(u32* arrived, u32 count) {
 
 // ---- Numbers.
 
+// Not to be computed again wherever it is used.
+template <class T> device void keep(T& value) { asm volatile("" : "+l"(value)); }
 device float as_float(u32 bits) { return __uint_as_float(bits); }
 device float half_value(u16 bits) {
   float value;

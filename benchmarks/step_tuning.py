@@ -77,16 +77,15 @@ def tune(choices: Choices, given: Callable[[], float], tokens: int, seconds: flo
     tried = {key: _candidates(key, choices.chosen[key], most) for key in products}
     _compile({(key[0], each) for key, some in tried.items() for each in some})
     # How launches follow each other concerns all products at once.
-    for overlap, ahead in ((False, 0), (True, 0), (True, 4096), (True, 32768)):
-        before, kept = dict(choices.chosen), program.AHEAD
-        program.AHEAD = ahead
+    for overlap in (False, True):
+        before = dict(choices.chosen)
         choices.chosen.update({key: replace(choices.chosen[key], overlap=overlap) for key in products})
         took = step()
-        found.append(f"overlap {overlap}, {ahead} bytes ahead: {took:.4f} ms")
+        found.append(f"overlap {overlap}: {took:.4f} ms")
         if took < best:
             best = took
         else:
-            choices.chosen, program.AHEAD = before, kept
+            choices.chosen = before
     for key in products:
         for each in [*tried[key], None]:  # the last time with the other overlap
             if time.monotonic() > deadline:

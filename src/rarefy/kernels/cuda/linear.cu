@@ -37,7 +37,6 @@ struct Arguments {
   const u32* entries;   // outliers by row: a 16-bit value above its column
   const u32* row_ptr;   // [rows + 1]
   int rows, columns, steps, groups, tokens, stride, second_rows, second_groups, pitch;
-  int ahead;            // bytes of a tile's codes to bring to the second cache while earlier kernels still run
   float multiplier;
 };
 
@@ -535,12 +534,6 @@ extern "C" global __launch_bounds__(THREADS, TWO_BLOCKS ? 2 : 1) void rarefy_lin
   u8* stages = pool + TABLE_BYTES;
 
   const Places places = places_of(a, first_tile, lane);
-  const int later = begin + DEPTH * ALONG;  // the first step that is not fetched at once
-  if (SPAN < 16 && a.ahead && threadIdx.x < ACROSS * TILES && later < end) {
-    const i64 tile = blockIdx.x * ACROSS * TILES + threadIdx.x;
-    const int bytes = (end - later) * LOADS * 512;
-    if (tile * 16 < a.rows) bring_closer(a.codes + (tile * a.steps + later) * LOADS * 32, bytes < a.ahead ? bytes : a.ahead);
-  }
   const auto step_at = [&](int round) { return begin + round * ALONG + along; };
 
   // What the weights are is on its way before anything is waited for.

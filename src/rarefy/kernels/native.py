@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from rarefy.kernels import cpu, cuda
-from rarefy.kernels.prepared import NotCovered, Prepared, decode, linear
+from rarefy.kernels import prepared as layouts
+from rarefy.kernels.prepared import NotCovered, Prepared, decode
 
 __all__ = ["NotCovered", "Prepared", "decode", "engine", "linear", "takes"]
 
@@ -19,6 +21,12 @@ def engine(device: torch.device) -> ModuleType | None:
     """The package of kernels for ``device``, with ``prepare`` and ``ACTIVATIONS``; None where there is none."""
     found = _ENGINES.get(device.type)
     return found if found is not None and found.available() else None
+
+
+def linear(x: Tensor, terms: Sequence[Prepared], fast: bool = False) -> Tensor:
+    """``kernels.prepared.linear``, by the shortest way there is on the device of ``x``."""
+    own = cpu.linear if x.device.type == "cpu" else layouts.linear
+    return own(x, terms, fast)  # type: ignore[arg-type]
 
 
 def takes(x: Tensor) -> bool:

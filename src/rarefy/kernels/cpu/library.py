@@ -148,6 +148,8 @@ def _declare(loaded: ctypes.CDLL) -> None:
             number,
             [text, *[whole, pointer], *[whole] * 4, ctypes.c_float, pointer, whole, *[pointer] * 3, whole, text, size],
         ),
+        "rarefy_pack_entries": (None, [pointer, pointer, pointer, whole, whole, pointer, pointer]),
+        "rarefy_unpack_entries": (None, [pointer, pointer, pointer, whole, whole, pointer, pointer]),
         "rarefy_read": (ctypes.c_uint64, [pointer, whole]),
     }
     for name, (result, arguments) in signatures.items():

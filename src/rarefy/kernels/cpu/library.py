@@ -18,7 +18,7 @@ import torch
 
 from rarefy.core.errors import OptionError
 
-ABI = 2
+ABI = 3
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
 VARIABLE = "RAREFY_CPU"
 FILE = "librarefy_cpu.so"

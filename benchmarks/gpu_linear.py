@@ -9,10 +9,10 @@ of a copy over our time, ``max_rel_error`` that against float64 on the same code
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -40,8 +40,12 @@ from rarefy.kernels.cuda.program import Code, Tuning
 from rarefy.kernels.prepared import flat
 
 KEY = ("job", "rows", "columns", "tokens")
+DEFAULT = (
+    "W4@1,4,8,16,32,64,128,256; W3@1,16; W2@1,16; W8@1,16; LUT4@1; LUT4 rows@1; LUT3 rows@1; NF4 g64@1; "
+    "W3 + 0.45%@1,16; W3 + 1%@1; SpQR@1; binary@1"
+)
 SHAPES = [(14336, 4096), (4096, 14336), (28672, 4096), (4096, 4096)]
-EVERYWHERE = 800e6  # bytes of all copies, of which the GPU's cache may keep a few percent
+EVERYWHERE = 500e6  # bytes of all copies, of which the GPU's cache may keep a few percent
 
 
 @dataclass(frozen=True)
@@ -119,9 +123,9 @@ class Weights:
         """``x`` times the weight in float64."""
         return x.double() @ (self._dense.double() + self._dense_error.double()).T
 
-    def calls(self, tuning: Tuning, x: Tensor, overlap: bool) -> tuple[list[Callable[[], Any]], Tensor]:
+    def calls(self, tuning: Tuning, x: Tensor) -> tuple[list[Callable[[], Any]], Tensor]:
         """A call for each copy, and where the first leaves its result."""
-        calls, results = self.problem.calls(self.copies, tuning, x, overlap)
+        calls, results = self.problem.calls(self.copies, tuning, x)
         calls[0].results = results  # type: ignore[attr-defined]
         return calls, results[0]  # type: ignore[return-value]
 
@@ -132,35 +136,42 @@ class Trials:
 
     rows: list[dict[str, Any]]
     deadline: float
+    narrow: bool
     entries: list[dict[str, Any]] = field(default_factory=list)
 
     def best(self, name: str, weights: Weights, x: Tensor, most: int) -> Tuning | None:
         """The fastest tuning that computes the right thing."""
         code, tokens = weights.code, x.shape[0]
-        tried = list(measure.candidates(code, tokens, measure.takes_wide(x.device)))
-        if len(tried) > most:
-            tried = [tried[index * len(tried) // most] for index in range(most)]
+        wide = measure.takes_wide(x.device) and not self.narrow
+        tried = list(itertools.islice(measure.candidates(code, tokens, wide), most))
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda each: _compiles(code, each, x.dtype), tried))
         expected = weights.product(x)
         times: dict[Tuning, float] = {}
-        for tuning in tried:
+
+        def attempt(tuning: Tuning) -> None:
             if time.monotonic() > self.deadline:
-                break
+                return
             row = {"code": name, "rows": weights.rows, "columns": weights.columns, "tokens": tokens, **asdict(tuning)}
+            self.rows.append(row)
             try:
-                calls, y = weights.calls(tuning, x, overlap=False)
+                calls, y = weights.calls(tuning, x)
                 calls[0]()
                 row["error"] = relative(y, expected)
-                if not row["error"] < 1e-2:
-                    self.rows.append(row)
-                    continue
-                row["microseconds"] = times[tuning] = microseconds({"": (graph_of(calls), len(calls))}, 5)[""]
+                if tuning.wide == 1 and not row["error"] < 1e-2:
+                    attempt(replace(tuning, wide=2))  # type: ignore[arg-type]
+                if row["error"] < 1e-2:
+                    row["microseconds"] = times[tuning] = microseconds({"": (graph_of(calls), len(calls))}, 5)[""]
             except Exception as failure:  # the next one may do
                 row["failure"] = str(failure).splitlines()[0][:200]
-            self.rows.append(row)
-        wrong = [row for row in self.rows[-len(tried) :] if "error" in row and not row["error"] < 1e-2]
-        failed = [row for row in self.rows[-len(tried) :] if "failure" in row]
+
+        first = len(self.rows)
+        for tuning in tried:
+            attempt(tuning)
+        for tuning in sorted(times, key=lambda each: times[each])[: measure.OVERLAPPED]:
+            attempt(replace(tuning, overlap=True))
+        wrong = [row for row in self.rows[first:] if "error" in row and not row["error"] < 1e-2]
+        failed = [row for row in self.rows[first:] if "failure" in row]
         if wrong or failed:
             print(f"  {name} M={tokens}: {len(wrong)} wrong, {len(failed)} failed: {(wrong + failed)[0]}", flush=True)
         if not times:
@@ -181,35 +192,42 @@ def relative(y: Tensor, expected: Tensor) -> float:
     return float((y.double() - expected).norm() / expected.norm())
 
 
-def bf16_calls(rows: int, columns: int, x: Tensor) -> list[Callable[[], Any]]:
-    count = max(2, -(-int(EVERYWHERE) // (rows * columns * 2)))
-    weights = [torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
-    return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]  # type: ignore[misc]
+def peers_of(names: Iterable[str], rows: int, columns: int) -> dict[str, list[Callable[[Tensor], Tensor]]]:
+    """What others make of a layer of this size: for each a product with every copy of its weights."""
+    makers = {"bf16": _bf16, "tinygemm": _tinygemm, "gemlite": _gemlite}
+    found = {}
+    for name in names:
+        try:
+            found[name] = makers[name](rows, columns)
+        except Exception as failure:
+            print(f"  {name}: {type(failure).__name__} {str(failure).splitlines()[0][:120]}", flush=True)
+    return found
 
 
-def tinygemm_calls(rows: int, columns: int, x: Tensor) -> list[Callable[[], Any]]:
-    count = max(2, -(-int(EVERYWHERE) // (rows * columns // 2)))
-    packed = [
-        torch._convert_weight_to_int4pack(
-            torch.randint(0, 256, (rows, columns // 2), device="cuda", dtype=torch.uint8), 8
-        )
-        for _ in range(count)
-    ]
+def _count(bits: int, rows: int, columns: int) -> range:
+    return range(max(2, -(-int(EVERYWHERE) * 8 // (rows * columns * bits))))
+
+
+def _bf16(rows: int, columns: int) -> list[Callable[[Tensor], Tensor]]:
+    weights = [torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) for _ in _count(16, rows, columns)]
+    return [lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights]  # type: ignore[misc]
+
+
+def _tinygemm(rows: int, columns: int) -> list[Callable[[Tensor], Tensor]]:
+    codes = torch.randint(0, 256, (rows, columns // 2), device="cuda", dtype=torch.uint8)
+    packed = [torch._convert_weight_to_int4pack(codes, 8) for _ in _count(4, rows, columns)]
     scales = torch.rand(columns // 128, rows, 2, device="cuda", dtype=torch.bfloat16)
-    return [lambda w=w: torch._weight_int4pack_mm(x, w, 128, scales) for w in packed]  # type: ignore[misc]
+    return [lambda x, w=w: torch._weight_int4pack_mm(x, w, 128, scales) for w in packed]  # type: ignore[misc]
 
 
-def gemlite_calls(bits: int, rows: int, columns: int, x: Tensor) -> list[Callable[[], Any]]:
+def _gemlite(rows: int, columns: int) -> list[Callable[[Tensor], Tensor]]:
     from gemlite.helper import A16Wn
 
-    count = max(2, -(-int(EVERYWHERE) * 8 // (rows * columns * bits)))
-    layers = []
-    for _ in range(count):
-        codes = torch.randint(0, 1 << bits, (rows, columns), device="cuda", dtype=torch.uint8)
-        scale = torch.rand(rows, columns // 128, device="cuda", dtype=torch.bfloat16)
-        zero = torch.full_like(scale, 1 << (bits - 1))
-        layers.append(A16Wn(device="cuda:0", dtype=torch.bfloat16).from_weights(codes, scale, zero, bits, 128))
-    return [lambda layer=layer: layer(x) for layer in layers]  # type: ignore[misc]
+    codes = torch.randint(0, 16, (rows, columns), device="cuda", dtype=torch.uint8)
+    scale = torch.rand(rows, columns // 128, device="cuda", dtype=torch.bfloat16)
+    zero = torch.full_like(scale, 8)
+    maker = A16Wn(device="cuda:0", dtype=torch.bfloat16)
+    return [maker.from_weights(codes, scale, zero, 4, 128) for _ in _count(4, rows, columns)]
 
 
 def triton_time(weights: Weights, x: Tensor) -> float | None:
@@ -240,9 +258,9 @@ def float8_rows(tokens: int, rows: int, columns: int, limit: float) -> list[Row]
     expected = x.double() @ term.decode().double().T
     y = cuda.linear(x, [made], True)
     codes, step = quantize_tokens(x)
-    ours = [lambda: cuda.linear(x, [made], True)] * 4
+    ours, dense = [lambda: cuda.linear(x, [made], True)] * 4, _bf16(rows, columns)[:4]
     peers = {
-        "bf16": (graph_of(bf16_calls(rows, columns, x)[:4]), 4),
+        "bf16": (graph_of([functools.partial(call, x) for call in dense]), len(dense)),
         "_scaled_mm alone": (graph_of([lambda: _scaled(codes, step, made)] * 4), 4),
     }
     times = microseconds({**peers, "ours": (graph_of(ours), 4)}, 15)
@@ -276,10 +294,12 @@ def group_rows(rows: int, columns: int, limit: float) -> list[Row]:
     for _ in range(max(2, -(-int(EVERYWHERE) // size))):
         copies.append(replace(made, tensors={name: tensor.clone() for name, tensor in made.tensors.items()}))
     graphs = {"half": (graph_of([lambda own=own: cuda.linear(x, [own]) for own in copies]), len(copies))}  # type: ignore[misc]
+    kept = []
     for name, group in (("g128", 128), ("g16", 16)):
         weights = Weights(Job(IntegerGrid(num_bits=4, group_size=group)), rows, columns)
         best, _ = measure.fastest(weights.problem, x, 24)
-        calls, _ = weights.calls(best, x, overlap=True)
+        calls, _ = weights.calls(best, x)
+        kept.append(calls)  # a graph does not
         graphs[name] = graph_of(calls), len(calls)
     times = microseconds(graphs, 9)
     print(f"kept groups {rows}x{columns}", {name: round(each, 1) for name, each in times.items()}, error, flush=True)
@@ -304,98 +324,85 @@ def _scaled(codes: Tensor, step: Tensor, made: Any) -> Tensor:
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--trials", type=Path, help="keep the times of everything that was tried here")
-    parser.add_argument("--seconds", type=float, default=200, help="stop trying after so many")
-    parser.add_argument("--most", type=int, default=60, help="tunings to try for a job")
-    parser.add_argument("--codes", default=",".join(JOBS), help="which, by name")
-    parser.add_argument("--tokens", default="1,4,8,16,32,64,128,256")
-    parser.add_argument("--shapes", type=int, default=len(SHAPES))
+    parser.add_argument("--seconds", type=float, default=1800, help="stop trying after so many")
+    parser.add_argument("--most", type=int, default=48, help="tunings to try for a job")
+    parser.add_argument("--jobs", default=DEFAULT, help="names and tokens: 'W4@1,16; W3@1'")
+    parser.add_argument("--shapes", default=",".join(f"{rows}x{columns}" for rows, columns in SHAPES))
+    parser.add_argument("--gemlite", default="1,16,64", help="numbers of tokens for which gemlite is a peer")
     parser.add_argument("--triton", action="store_true", help="time the portable kernel too")
-    parser.add_argument("--fp8", action="store_true", help="time products of 8-bit activations too")
+    parser.add_argument("--fp8", default="", help="numbers of tokens whose activations are quantized too")
+    parser.add_argument("--narrow", action="store_true", help="leave out what only some GPUs can do")
     parser.add_argument("--groups", action="store_true", help="time kept groups too")
     parser.add_argument("--tune", type=Path, help="write the best of what was tried there, as a table of the package")
     options = parser.parse_args()
     torch.manual_seed(0)
-    trials = Trials([], time.monotonic() + options.seconds)
+    trials = Trials([], time.monotonic() + options.seconds, options.narrow)
     limit = bandwidth()
-    counts = [int(each) for each in options.tokens.split(",")]
     print(f"copy {limit / 1e6:.2f} TB/s", flush=True)
-    rows: list[Row] = []
-    try:
-        if options.fp8:
-            for tokens in (512, 2048, 4096, 8192):
-                for shape in ((4096, 4096), (14336, 4096)):
-                    rows += float8_rows(tokens, *shape, limit)
-        if options.groups:
-            for shape in SHAPES[:2]:
-                rows += group_rows(*shape, limit)
-        for shape in SHAPES[: 1 if options.quick else options.shapes]:
-            for tokens in counts:
-                rows += measured(shape, tokens, options, trials, limit)
-                if time.monotonic() > trials.deadline:
-                    print("out of time", flush=True)
-                    return
-    finally:
+    shapes = [tuple(map(int, each.split("x"))) for each in options.shapes.split(",")]
+    jobs = []
+    for each in filter(None, options.jobs.split(";")):
+        name, _, counts = each.strip().partition("@")
+        jobs.append((name, [int(count) for count in counts.split(",")]))
+    if options.quick:
+        shapes, jobs = shapes[:1], jobs[:1]
+
+    def keep(rows: list[Row]) -> None:
         if options.trials:
             options.trials.write_text(json.dumps(trials.rows) + "\n", "utf-8")
         if options.tune:
             options.tune.write_text(json.dumps({"entries": trials.entries}, indent=1) + "\n", "utf-8")
         write(options, rows, KEY)
 
+    for height, width in shapes:
+        peers = peers_of(["bf16", "tinygemm", *(["gemlite"] if options.gemlite else [])], height, width)
+        for name, counts in jobs:
+            weights = Weights(JOBS[name], height, width)
+            for tokens in counts:
+                if time.monotonic() < trials.deadline:
+                    keep(measured(name, weights, tokens, peers, options, trials, limit))
+        if options.groups:
+            keep(group_rows(height, width, limit))
+        for tokens in map(int, filter(None, options.fp8.split(","))):
+            keep(float8_rows(tokens, height, width, limit))
 
-def measured(shape: tuple[int, int], tokens: int, options: Any, trials: Trials, limit: float) -> list[Row]:
-    """Rows of one shape and number of tokens."""
-    height, width = shape
+
+def measured(
+    name: str, weights: Weights, tokens: int, peers: dict[str, list[Callable[[Tensor], Tensor]]], options: Any,
+    trials: Trials, limit: float,
+) -> list[Row]:  # fmt: skip
+    """The row of one product."""
+    height, width = weights.rows, weights.columns
     x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+    tuning = trials.best(name, weights, x, 16 if options.quick else options.most)
+    if tuning is None:
+        return []
+    known = options.gemlite.split(",")
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
-    kept: list[Any] = []
-    makers = {
-        "bf16": lambda: bf16_calls(height, width, x), "tinygemm": lambda: tinygemm_calls(height, width, x),
-        "gemlite": lambda: gemlite_calls(4, height, width, x),
-    }  # fmt: skip
-    for name, maker in makers.items():
-        try:
-            calls = maker()
-            kept.append(calls)
-            graphs[name] = graph_of(calls), len(calls)
-        except Exception as failure:
-            print(f"  {name}: {type(failure).__name__} {str(failure).splitlines()[0][:120]}", file=sys.stderr)
-    peers = list(graphs)
-    found: dict[str, tuple[Weights, Tuning, float, str]] = {}
-    for name in options.codes.split(","):
-        weights = Weights(JOBS[name], height, width)
-        tuning = trials.best(name, weights, x, 20 if options.quick else options.most)
-        if tuning is None:
-            continue
-        calls, y = weights.calls(tuning, x, overlap=False)
-        calls[0]()
-        error = relative(y, weights.product(x))
-        graphs[name] = graph_of(calls), len(calls)
-        kept.append(calls)
-        found[name] = weights, tuning, error, "cuda"
-        calls, _ = weights.calls(tuning, x, overlap=True)
-        graphs[f"{name}+overlap"] = graph_of(calls), len(calls)
-        kept.append(calls)
-        if options.triton and (portable := triton_time(weights, x)):
-            print(f"  triton {name} M={tokens} {shape}: {portable:.1f} us", flush=True)
+    for peer, products in peers.items():
+        if peer != "gemlite" or str(tokens) in known:
+            graphs[peer] = graph_of([functools.partial(product, x) for product in products]), len(products)
+    calls, y = weights.calls(tuning, x)
+    calls[0]()
+    error = relative(y, weights.product(x))
+    graphs["ours"] = graph_of(calls), len(calls)
     times = microseconds(graphs, 9)
-    print(shape, f"M={tokens}", {name: round(each, 1) for name, each in times.items()}, flush=True)
-    rows: list[Row] = []
-    for name, (weights, tuning, error, note) in found.items():
-        size = weights.nbytes + 2 * tokens * (height + width)
-        ours = min(times[each] for each in times if each == name or each.startswith(f"{name}+"))
-        peer = min((each for each in peers), key=lambda each: times[each])
-        rows.append({
-            "goal": JOBS[name].goals[sum(tokens > most for most in (1, 16, 64))], "job": name, "rows": height,
-            "columns": width, "tokens": tokens,
-            "peer": peer, "microseconds": round(ours, 2), "without_overlap": round(times[name], 2),
-            "peer_microseconds": round(times[peer], 2), "ratio": round(times[peer] / ours, 3),
-            "ratio_to_bf16": round(times["bf16"] / ours, 3), "fraction_of_limit": round(size / limit / ours, 3),
-            "max_rel_error": error, "bits_per_weight": round(weights.nbytes * 8 / height / width, 3),
-            "note": f"{note}; {tuning}; copy {limit / 1e6:.2f} TB/s",
-        })  # fmt: skip
-        print(f"  {name}: {ours:.1f} us, {rows[-1]['fraction_of_limit']} of limit, {rows[-1]['ratio']}x {peer}, "
-              f"{rows[-1]['ratio_to_bf16']}x bf16, error {error:.1e}, {tuning}", flush=True)  # fmt: skip
-    return rows
+    if options.triton and (portable := triton_time(weights, x)):
+        times["triton"] = portable
+    size, ours = weights.nbytes + 2 * tokens * (height + width), times["ours"]
+    peer = min((each for each in peers if each in times), key=lambda each: times[each])
+    row = {
+        "goal": JOBS[name].goals[sum(tokens > most for most in (1, 16, 64))], "job": name, "rows": height,
+        "columns": width, "tokens": tokens, "peer": peer, "microseconds": round(ours, 2),
+        "peer_microseconds": round(times[peer], 2), "ratio": round(times[peer] / ours, 3),
+        "ratio_to_bf16": round(times["bf16"] / ours, 3), "fraction_of_limit": round(size / limit / ours, 3),
+        "max_rel_error": error, "bits_per_weight": round(weights.nbytes * 8 / height / width, 3),
+        "others": {each: round(value, 2) for each, value in times.items() if each != "ours"},
+        "note": f"{tuning}; copy {limit / 1e6:.2f} TB/s",
+    }  # fmt: skip
+    print(f"{name} {height}x{width} M={tokens}: {ours:.1f} us, {row['fraction_of_limit']} of the limit, "
+          f"{row['ratio_to_bf16']}x bf16, {row['others']}, error {error:.1e}, {tuning}", flush=True)  # fmt: skip
+    return [row]
 
 
 if __name__ == "__main__":

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rarefy.formats.terms import Quantized, Residual
+from rarefy.formats.grids import FloatGrid, Grid, IntegerGrid, LutGrid
+from rarefy.formats.scales import BilevelScale
+from rarefy.formats.terms import Quantized, Residual, Sparse
 from rarefy.kernels import native
+from rarefy.kernels.activations import quantize_tokens, reference
 from rarefy.layers.execution import in_torch
 from rarefy.layers.linear import CompressedLinear
-from tests.formats.samples import GRIDS, PATTERNS, quantized, residual
+from tests.formats.samples import GRIDS, PATTERNS, mask_for, quantized, residual
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,10 +23,14 @@ pytestmark = [
 ]
 
 GPU = torch.device("cuda", 0)
+OTHERS: dict[str, Grid] = {
+    "spqr": IntegerGrid(num_bits=3, group_size=16, zero="float", scales=BilevelScale()),
+    "int8-g128": IntegerGrid(num_bits=8, group_size=128), "fp8": FloatGrid(format="fp8_e4m3"),
+    "lut4-groups": LutGrid(num_bits=4, group_size=32),
+}  # fmt: skip
 COVERED = [
-    "int4-none", "int4-integer", "int4-float", "int4-float32", "int4-bfloat16", "int4-row", "int3-none", "int3-integer",
-    "int2-float", "int1-integer", "int8-none", "int8-float", "level3-none", "level5-float", "binary1", "fp4", "nf4",
-    "lut4-tensor",
+    "int4-none", "int4-integer", "int4-float32", "int3-float", "int2-none", "int1-integer", "int6-none", "int7-integer",
+    "int8-g128", "fp8", "spqr", "level5-float", "binary1", "nf4", "lut4-tensor", "lut3-row", "lut4-groups",
 ]  # fmt: skip
 
 
@@ -39,16 +46,44 @@ def checked(layer: CompressedLinear, x: Tensor) -> None:
     assert relative(layer(x), expected) < (4e-3 if x.dtype == torch.bfloat16 else 6e-4)
 
 
+# Each number of tokens has a kernel of its own; wgmma takes 40.
+@pytest.mark.parametrize(
+    ("tokens", "dtype"),
+    [(1, torch.bfloat16), (3, torch.float16), (16, torch.bfloat16), (40, torch.float16), (600, torch.bfloat16)],
+)
 @pytest.mark.parametrize("grid", COVERED)
-@pytest.mark.parametrize("tokens", [1, 3, 16, 40, 300])
-def test_every_covered_grid(grid: str, tokens: int) -> None:
-    for dtype in (torch.bfloat16, torch.float16):
-        layer = CompressedLinear([quantized(GRIDS[grid], PATTERNS["full"], 77, 520)], dtype=dtype).to(GPU)
-        checked(layer, torch.randn(tokens, 520, device=GPU, dtype=dtype))
+def test_every_covered_grid(grid: str, tokens: int, dtype: torch.dtype) -> None:
+    term = quantized({**GRIDS, **OTHERS}[grid], PATTERNS["full"], 77, 520)
+    checked(CompressedLinear([term], dtype=dtype).to(GPU), torch.randn(tokens, 520, device=GPU, dtype=dtype))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+@pytest.mark.parametrize("pattern", ["groups-ids", "groups-csr", "groups-bitmap", "bitmap", "2:4", "2:4-rank"])
+def test_what_is_kept(pattern: str, tokens: int) -> None:
+    own = PATTERNS[pattern]
+    terms = [quantized(IntegerGrid(num_bits=4, group_size=16, zero="integer"), own, 100, 640)]
+    if not pattern.startswith("groups"):
+        terms.append(Sparse.from_weight(torch.randn(100, 640), mask_for(own, 100, 640), own))  # type: ignore[arg-type]
+    for term in terms:
+        checked(CompressedLinear([term]).to(GPU), torch.randn(tokens, 640, device=GPU, dtype=torch.float16))
+
+
+def test_products_of_bytes() -> None:
+    layer = CompressedLinear([quantized(OTHERS["fp8"], PATTERNS["full"], 256, 512)]).to(GPU)
+    layer.terms[0].fast = True
+    x = torch.randn(128, 512, device=GPU, dtype=torch.bfloat16)
+    expected = x.double() @ layer.decode().double().T
+    assert 5e-3 < relative(layer(x), expected) < 5e-2  # three bits of mantissa
+    assert relative(layer(x[:8]), expected[:8]) < 4e-3
+    gain = torch.rand(512, device=GPU, dtype=torch.bfloat16)
+    for own in (None, gain):
+        (codes, step), (wanted, wanted_step) = quantize_tokens(x, own, 1e-6), reference(x, own, 1e-6)
+        torch.testing.assert_close(step, wanted_step, rtol=1e-5, atol=0)
+        assert float((codes.view(torch.uint8) == wanted.view(torch.uint8)).float().mean()) > 0.99
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 16), (17, 129), (300, 1027), (4096, 4096)])
-@pytest.mark.parametrize("tokens", [1, 7, 64, 257])
+@pytest.mark.parametrize("tokens", [1, 7, 64, 513])
 def test_odd_shapes(rows: int, columns: int, tokens: int) -> None:
     layer = CompressedLinear([quantized(GRIDS["int4-integer"], PATTERNS["full"], rows, columns)]).to(GPU)
     checked(layer, torch.randn(tokens, columns, device=GPU, dtype=torch.float16))

@@ -34,5 +34,7 @@ def compact(source: Source, block_map: BlockMap) -> tuple[Source, BlockMap]:
     # Where a token lies now says nothing of which queries may see it.
     mask = reach.between(0, reach.queries, tokens.expand(1, 1, -1))
     fresh = Reach(reach.queries, keys.shape[2], keys.shape[2] - reach.queries, mask=mask)
-    columns = (used.cumsum(0) - 1)[block_map.columns.long()].to(torch.int32)
+    # Between the rows of a map that a kernel made there may be anything.
+    given = block_map.columns.long().clamp(0, len(used) - 1)
+    columns = (used.cumsum(0) - 1)[given].to(torch.int32)
     return Plain(keys, values), replace(block_map, columns=columns, reach=fresh)

@@ -13,7 +13,7 @@ def info(as_json: Json = False) -> None:
     """Show versions, devices and the kernel that serves each op."""
     from rarefy.core.environment import this_environment
     from rarefy.core.memory import available_bytes, human
-    from rarefy.kernels import cpu, ops
+    from rarefy.kernels import cpu, cuda, ops
     from rarefy.sources.cache import cache_root
 
     free, native = available_bytes(), cpu.status()
@@ -28,6 +28,7 @@ def info(as_json: Json = False) -> None:
         "free_memory_bytes": free,
         "cache": str(cache_root()),
         "native": asdict(native),
+        "gpu_kernels": cuda.status(),
         "kernels": ops.kernels(),
     }
     if as_json:
@@ -37,7 +38,7 @@ def info(as_json: Json = False) -> None:
     print("packages   " + ", ".join(f"{name} {number or '(absent)'}" for name, number in here.packages.items()))
     print(f"cpu        {here.cores} cores, {here.threads} threads, {here.instructions}")
     print(f"native     {native.instructions}, {native.path}" if native.path else f"native     none: {native.reason}")
-    print(f"gpu        {', '.join(here.gpus) or 'none'}")
+    print(f"gpu        {', '.join(here.gpus) or 'none'}; kernels: {cuda.status()}")
     print(f"memory     {human(free) + ' free' if free else 'unknown'}")
     print(f"cache      {facts['cache']}")
     print("kernels    of each op, by device ('any' is the reference in torch; layers on the CPU use 'native' instead)")

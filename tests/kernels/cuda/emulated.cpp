@@ -17,8 +17,8 @@ extern "C" void run(int which, const Arguments* given, int x, int y, int z, int 
   using namespace emulator;
   constexpr size_t STACK = 1 << 16;
   arguments = *given;
-#ifdef GROUPS
-  kernel = rarefy_groups;
+#ifdef ENTRY
+  kernel = ENTRY;
 #else
 #if FLOAT8
   if (which == 2) kernel = rarefy_quantize;

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from rarefy.kernels.cuda import program
-from rarefy.kernels.cuda.linear import aligned, pointed, pointed_groups, terms_of
-from rarefy.kernels.cuda.prepared import code_of, group_code_of
+from rarefy.kernels.cuda.linear import aligned, pointed, pointed_sparse, terms_of
+from rarefy.kernels.cuda.prepared import code_of, sparse_code_of
 from rarefy.kernels.prepared import Prepared, flat
 
 HERE = Path(__file__).parent
@@ -26,7 +26,7 @@ COMPILER = shutil.which("g++")
 @functools.cache
 def _library(macros: tuple[str, ...], source: Path = program.SOURCE) -> ctypes.CDLL:
     assert COMPILER is not None
-    given = [*macros, f'-DKERNEL_SOURCE="{source}"', "-std=c++17", "-O1", "-shared", "-fPIC", "-w"]
+    given = [*macros, f'-DKERNEL_SOURCE="{source}"', "-std=c++17", "-O0", "-shared", "-fPIC", "-w"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.so"
         subprocess.run([COMPILER, *given, str(HERE / "emulated.cpp"), "-o", str(path)], check=True)
@@ -57,8 +57,7 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> T
     partial = torch.full((tuning.split, tokens, rows), torch.nan)
     given = program.arguments(
         {**own, "x": x, "y": y, "partial": partial, "arrived": arrived}, rows=rows, columns=x.shape[1], tokens=tokens,
-        stride=x.stride(0), second=(numbers["second_rows"], numbers["second_groups"]), ahead=True,
-        multiplier=multiplier,
+        stride=x.stride(0), second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
     )  # fmt: skip
     _run("linear", code, tuning, half, given, grid)
     assert not arrived.any()
@@ -92,14 +91,14 @@ def quantize_tokens(x: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor,
     return codes.view(torch.float8_e4m3fn), step
 
 
-def groups(x: Tensor, prepared: Prepared) -> Tensor:
-    """``x [tokens, columns]`` times a term of kept groups."""
+def sparse(x: Tensor, prepared: Prepared) -> Tensor:
+    """``x [tokens, columns]`` times a term of kept weights."""
     (term,), half, tokens = terms_of(*flat([prepared])[:3]), x.dtype == torch.float16, x.shape[0]
-    code, x, y = group_code_of(*term[:2]), aligned(x), torch.full((tokens, prepared.rows), torch.nan, dtype=x.dtype)
-    given = program.group_arguments(pointed_groups(term), x, y, term[2])
+    code, x, y = sparse_code_of(*term[:2]), aligned(x), torch.full((tokens, prepared.rows), torch.nan, dtype=x.dtype)
+    given = program.sparse_arguments(pointed_sparse(term), x, y, term[2])
     most = 1 << (tokens - 1).bit_length()
     macros = [f"-D{macro}={value}" for macro, value in code.definitions(most, half).items()]
-    library = _library((*macros, "-DGROUPS"), program.GROUPS)
+    library = _library((*macros, f"-DENTRY=rarefy_{code.source.stem}"), code.source)
     shared = code.shared_memory(most, x.shape[1])
     library.run(0, ctypes.byref(given), *code.grid(prepared.rows, 2), 32 * code.WARPS, shared)
     return y

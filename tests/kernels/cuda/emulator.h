@@ -11,7 +11,7 @@
 #define RAREFY_EMULATED
 #define device static inline
 #define global
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define shared_memory(name) static unsigned char*& name = emulator::shared
 
 struct uint2 { unsigned x, y; };
@@ -52,6 +52,8 @@ device unsigned load_once(const unsigned* from) { return *from; }
 device unsigned short load_once(const unsigned short* from) { return *from; }
 device uint4 load_shared_by_all(const uint4* from, bool real) { return real ? *from : uint4{0, 0, 0, 0}; }
 device uint2 load_shared_by_all(const uint2* from, bool real) { return real ? *from : uint2{0, 0}; }
+device uint4 load_shared_by_all(const uint4* from) { return *from; }
+device uint2 load_shared_by_all(const uint2* from) { return *from; }
 device float load_fresh(const float* from) { return *from; }
 device void copy_async(unsigned char* to, const void* from, bool real) {
   if (real) memcpy(to, from, 16); else memset(to, 0, 16);
@@ -63,6 +65,8 @@ device void begin_wide() {}
 device void end_wide() {}
 device void show_copies() {}
 device void settle(float&) {}
+template <class T> device void keep(T&) {}
+device void settle(unsigned&) {}
 device void commit_copies() {}
 template <int PENDING> device void wait_for_copies() {}
 device void block_barrier() {
@@ -74,10 +78,6 @@ device void warp_barrier() {
   const int thread = threadIdx.x;
   emulator::arrive(emulator::barriers[1 + thread / 32], 32);
   threadIdx.x = thread;
-}
-device void bring_closer(const void* from, unsigned bytes) {
-  volatile char reached = *static_cast<const char*>(from) + *(static_cast<const char*>(from) + bytes - 1);
-  (void)reached;
 }
 device void wait_for_earlier_kernels() {}
 device bool last_to_arrive(unsigned* arrived, unsigned count) {

@@ -5,7 +5,7 @@
 // is turned into a list, and those of the next row while this one is computed. Products of four weights are summed in float16 with activations scaled to its range, all else
 // in float32.
 //
-// Macros: GROUP (columns), SCALE, ZERO (types), CENTER, TOKENS, WARPS, X_HALF (float16 activations, else bfloat16);
+// Macros, of those of masked.cu: GROUP (columns), SCALE, ZERO (types), CENTER, TOKENS, WARPS, X_HALF (float16 activations, else bfloat16);
 // HALF is 1.
 
 typedef unsigned int u32;
@@ -23,7 +23,7 @@ struct Arguments {
   const u32* row_ptr;   // [rows + 1], in groups
   const u16* x;         // [tokens][stride]
   u16* y;               // [tokens][rows]
-  int rows, columns, words, tokens, stride;
+  int rows, columns, words, tokens, stride, groups;
   float multiplier;
 };
 

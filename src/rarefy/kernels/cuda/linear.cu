@@ -8,7 +8,7 @@
 // The macros below are given at compile time (see tuning.py for what is chosen when).
 //   BITS, GROUP (columns of a scale; 0: the whole row), STEP (columns that a warp takes at once), SPAN (neighbouring
 //   columns of a lane; 16: bytes, row by row as they are stored), FLOAT8 (a byte is a number in E4M3), TABLE (codes are looked up: SHARED by all, or BY_ROW), SCALE, ZERO (types), CENTER (what is subtracted from a code),
-//   OUTLIERS (type of single values that are added to the weight), HALF (float16 activations, else bfloat16),
+//   RAGGED (the last step is not full of columns), OUTLIERS (type of single values that are added to the weight), HALF (float16 activations, else bfloat16),
 //   TILES (of 16 rows for a warp), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns),
 //   DEPTH (steps loaded ahead into registers), STAGED (codes and activations go through shared memory instead, STAGES
 //   steps of them), WIDE (four warps multiply together, wgmma, which takes tokens from shared memory; compute capability
@@ -37,7 +37,6 @@ struct Arguments {
   const u32* entries;   // outliers by row: a 16-bit value above its column
   const u32* row_ptr;   // [rows + 1]
   int rows, columns, steps, groups, tokens, stride, second_rows, second_groups, pitch;
-  int ahead;            // whether codes are brought to the second cache while earlier kernels still run
   float multiplier;
 };
 
@@ -52,6 +51,7 @@ constexpr int BLOCKS = STEP / 16;         // of 16 columns
 constexpr int PART = GROUP == 0 || GROUP > STEP ? BLOCKS : GROUP / 16;  // blocks that share a scale
 constexpr int PARTS = BLOCKS / PART;
 constexpr int THREADS = 32 * ACROSS * ALONG;
+constexpr bool TWO_BLOCKS = WIDE && TILES * TOKENS <= 8 && THREADS <= 256;  // for one to load while one multiplies
 constexpr int ROWS = 16 * TILES * ACROSS, COLUMNS = STEP * ALONG, WIDTH = 8 * TOKENS;
 constexpr int PITCH = 2 * COLUMNS + (SPAN == 16 ? 16 : 64);  // bytes of a staged token; the rest keeps banks apart
 // WIDE: tokens lie in pieces of 8 columns x 8 tokens, the columns in the order of the operands; between neighbours along
@@ -88,13 +88,12 @@ template <> struct Pair<PAIRS> { uint2 raw; };
 template <> struct Pair<BILEVEL> { u16 raw; uint2 second; };
 template <> struct Pair<LEVEL> { u16 raw; uint2 second; };
 
-template <int TYPE> device void load(Pair<TYPE>& pair, const void* base, i64 index, const Arguments& a, i64 tile, int group) {
+template <int TYPE> device void load(Pair<TYPE>& pair, const void* base, i64 index, const uint2* second, int group) {
   if constexpr (TYPE == F32 || TYPE == PAIRS) {
     pair.raw = load_once(static_cast<const uint2*>(base) + index);
   } else if constexpr (TYPE == BILEVEL || TYPE == LEVEL) {
     pair.raw = load_once(static_cast<const u16*>(base) + index);
-    const int across = (a.groups + a.second_groups - 1) / a.second_groups;
-    pair.second = load_once(a.second + tile / a.second_rows * across + group / a.second_groups);
+    pair.second = load_once(second + group);
   } else if constexpr (TYPE == U8) {
     pair.raw = load_once(static_cast<const u16*>(base) + index);
   } else if constexpr (TYPE != NONE) {
@@ -179,7 +178,7 @@ device u32 operand(const u32* words, int b, int i, u32 bank) {
     return fused(found, ONES, minus(MAGIC_VALUE + CENTER));
   } else {
     // Places of a 16-bit half that lie below the mantissa's end need no shift: the product takes their factor out.
-    constexpr int PLACES = BITS == 4 ? 1 : BITS == 3 ? 2 : BITS == 2 ? 3 : 7;
+    constexpr int PLACES = (HALF ? 10 : 7) / BITS;
     constexpr u32 MASK = ((1u << BITS) - 1) * 0x10001u;
     u32 found;
     int place = 0;
@@ -280,22 +279,6 @@ device Words columns_of(const u8* token, int pair, int t) {
   return found;
 }
 
-device Words columns_of_memory(const Arguments& a, int token, int column, int pair, int t) {
-  const u16* row = a.x + i64(token) * a.stride + column;
-  const int first = first_of(pair, t), last = first + 16;
-  const bool known = token < a.tokens;
-  Words found;
-  if constexpr (SPAN != 4) {
-    const uint4 all = load_shared_by_all(reinterpret_cast<const uint4*>(row + first), known && column + first < a.columns);
-    found.at[0] = all.x, found.at[1] = all.y, found.at[2] = all.z, found.at[3] = all.w;
-  } else {
-    const uint2 half = load_shared_by_all(reinterpret_cast<const uint2*>(row + first), known && column + first < a.columns);
-    const uint2 more = load_shared_by_all(reinterpret_cast<const uint2*>(row + last), known && column + last < a.columns);
-    found.at[0] = half.x, found.at[1] = half.y, found.at[2] = more.x, found.at[3] = more.y;
-  }
-  return found;
-}
-
 // ---- What a warp needs of one step.
 
 device i64 tile_of(const Arguments& a, int tile) {
@@ -305,15 +288,49 @@ device i64 tile_of(const Arguments& a, int tile) {
 
 device int group_of(const Arguments& a, int step, int part) {
   const int group = GROUP == 0 ? 0 : GROUP > STEP ? step / (GROUP > STEP ? GROUP / STEP : 1) : step * PARTS + part;
-  return group < a.groups ? group : a.groups - 1;  // columns that fill up the last step
+  return !RAGGED || group < a.groups ? group : a.groups - 1;  // columns that fill up the last step
 }
 
-// Where a lane's load of the codes of a tile and step begins; null where a row or its bytes end.
-device const uint4* codes_of(const Arguments& a, i64 tile, int step, int load, int lane) {
-  if constexpr (SPAN != 16) return a.codes + ((tile * a.steps + step) * LOADS + load) * 32 + lane;
-  const int row = tile * 16 + lane / 4 + load % 2 * 8, column = step * STEP + load / 2 * 64 + lane % 4 * 16;
-  const u8* bytes = reinterpret_cast<const u8*>(a.codes) + i64(row) * a.pitch + column;
-  return row < a.rows && column < a.pitch ? reinterpret_cast<const uint4*>(bytes) : nullptr;
+// Where a lane's codes of a tile begin: its first 16 bytes, or those of its row g or g + 8. Rows and tokens beyond the
+// last are the last again; nobody asks for their results.
+device const uint4* codes_of(const Arguments& a, i64 tile, int lane, int which) {
+  if constexpr (SPAN != 16) return a.codes + tile * a.steps * LOADS * 32 + lane;
+  const i64 row = tile * 16 + lane / 4 + 8 * which;
+  return a.codes + ((row < a.rows ? row : a.rows - 1) * a.pitch + lane % 4 * 16) / 16;
+}
+
+// From there a step's loads.
+device const uint4* of_step(const uint4* codes, int step) { return codes + i64(step) * (SPAN == 16 ? STEP / 16 : LOADS * 32); }
+device constexpr int load_at(int load) { return SPAN == 16 ? load / 2 * 4 : load * 32; }
+
+// Whether a row still has those bytes.
+device bool has_bytes(const Arguments& a, int step, int load, int lane) {
+  return SPAN != 16 || !RAGGED || step * STEP + load / 2 * 64 + lane % 4 * 16 < a.pitch;
+}
+
+// A warp's places in memory, from which steps are counted.
+struct Places {
+  const uint4* codes[TILES][SPAN == 16 ? 2 : 1];
+  i64 scales[TILES];
+  const uint2* second[TILES];
+};
+
+device Places places_of(const Arguments& a, int first_tile, int lane) {
+  Places found;
+#pragma unroll
+  for (int r = 0; r < TILES; ++r) {
+    const i64 tile = tile_of(a, first_tile + r);
+#pragma unroll
+    for (int which = 0; which < (SPAN == 16 ? 2 : 1); ++which) {
+      found.codes[r][which] = codes_of(a, tile, lane, which);
+      keep(found.codes[r][which]);
+    }
+    found.scales[r] = tile * a.groups * 8 + lane / 4;
+    keep(found.scales[r]);
+    if constexpr (SCALE == BILEVEL || SCALE == LEVEL)
+      found.second[r] = a.second + tile / a.second_rows * ((a.groups + a.second_groups - 1) / a.second_groups);
+  }
+  return found;
 }
 
 struct Codes { u32 at[TILES][4 * LOADS]; };
@@ -323,13 +340,14 @@ device void put(Codes& codes, int tile, int load, const uint4& words) {
   to[0] = words.x, to[1] = words.y, to[2] = words.z, to[3] = words.w;
 }
 
-device void fetch(Codes& codes, const Arguments& a, int first_tile, int step, int lane) {
+device void fetch(Codes& codes, const Arguments& a, const Places& places, int step, int lane) {
 #pragma unroll
   for (int r = 0; r < TILES; ++r)
 #pragma unroll
     for (int l = 0; l < LOADS; ++l) {
-      const uint4* from = codes_of(a, tile_of(a, first_tile + r), step, l, lane);
-      put(codes, r, l, SPAN == 16 ? load_once(from ? from : a.codes, from != nullptr) : load_once(from));
+      const uint4* from = of_step(places.codes[r][SPAN == 16 ? l % 2 : 0], step) + load_at(l);
+      if constexpr (SPAN == 16 && RAGGED) put(codes, r, l, load_once(from, has_bytes(a, step, l, lane)));
+      else put(codes, r, l, load_once(from));
     }
 }
 
@@ -338,27 +356,40 @@ struct Scales {
   Pair<ZERO> zero[TILES][PARTS];
 };
 
-device void fetch(Scales& scales, const Arguments& a, int first_tile, int step, int lane) {
+device void fetch(Scales& scales, const Arguments& a, const Places& places, int step) {
 #pragma unroll
-  for (int r = 0; r < TILES; ++r)
+  for (int p = 0; p < PARTS; ++p) {
+    const int group = group_of(a, step, p), above = a.second_groups == 1 ? group : group / a.second_groups;
 #pragma unroll
-    for (int p = 0; p < PARTS; ++p) {
-      const i64 tile = tile_of(a, first_tile + r);
-      const int group = group_of(a, step, p);
-      const i64 index = (tile * a.groups + group) * 8 + lane / 4;
-      load(scales.scale[r][p], a.scale, index, a, tile, group);
-      load(scales.zero[r][p], a.zero, index, a, tile, group);
+    for (int r = 0; r < TILES; ++r) {
+      load(scales.scale[r][p], a.scale, places.scales[r] + i64(group) * 8, places.second[r], above);
+      load(scales.zero[r][p], a.zero, places.scales[r] + i64(group) * 8, places.second[r], above);
     }
+  }
 }
 
 struct Activations { Words at[TOKENS][BLOCKS / 2]; };
 
-device void fetch(Activations& x, const Arguments& a, int first_token, int step, int lane) {
+device void fetch(Activations& x, const Arguments& a, const u8* const (&tokens)[TOKENS], int step, int t) {
 #pragma unroll
-  for (int n = 0; n < TOKENS; ++n)
+  for (int n = 0; n < TOKENS; ++n) {
+    const u8* row = tokens[n] + i64(step) * (2 * STEP);
 #pragma unroll
-    for (int pair = 0; pair < BLOCKS / 2; ++pair)
-      x.at[n][pair] = columns_of_memory(a, first_token + 8 * n + lane / 4, step * STEP, pair, lane % 4);
+    for (int pair = 0; pair < BLOCKS / 2; ++pair) {
+      const int first = first_of(pair, 0), column = step * STEP + first_of(pair, t);
+      u32* to = x.at[n][pair].at;
+      if constexpr (SPAN != 4) {
+        const uint4* from = reinterpret_cast<const uint4*>(row + 2 * first);
+        const uint4 all = RAGGED ? load_shared_by_all(from, column < a.columns) : load_shared_by_all(from);
+        to[0] = all.x, to[1] = all.y, to[2] = all.z, to[3] = all.w;
+      } else {
+        const uint2* from = reinterpret_cast<const uint2*>(row + 2 * first);
+        const uint2 half = RAGGED ? load_shared_by_all(from, column < a.columns) : load_shared_by_all(from);
+        const uint2 more = RAGGED ? load_shared_by_all(from + 4, column + 16 < a.columns) : load_shared_by_all(from + 4);
+        to[0] = half.x, to[1] = half.y, to[2] = more.x, to[3] = more.y;
+      }
+    }
+  }
 }
 
 // Adds the product of one step to `sums`; `tokens(n, pair)` answers with the words of eight tokens.
@@ -422,7 +453,11 @@ device void multiply_step_wide(
     for (int r = 0; r < TILES; ++r) {
       if (GROUP != 0) load(tables[r], a, tile_of(a, first_tile + r), group_of(a, step, p), lane / 4);
 #pragma unroll
-      for (int b = 0; b < PART; ++b) operands(weights[r][b], codes.at[r], p * PART + b, 4 * lane, tables[r]);
+      for (int b = 0; b < PART; ++b) {
+        operands(weights[r][b], codes.at[r], p * PART + b, 4 * lane, tables[r]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) settle(weights[r][b][i]);
+      }
     }
     float part[TILES][TOKENS][4], ones[TOKENS][4];
     begin_wide();
@@ -488,7 +523,7 @@ device void leave_outliers(const float (&extra)[EXTRA], float* meeting) {
   }
 }
 
-extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments a) {
+extern "C" global __launch_bounds__(THREADS, TWO_BLOCKS ? 2 : 1) void rarefy_linear(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int across = warp % ACROSS, along = warp / ACROSS, g = lane / 4, t = lane % 4;
   const int first_tile = (blockIdx.x * ACROSS + across) * TILES;
@@ -498,10 +533,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   const int rounds = end > begin ? (end - begin + ALONG - 1) / ALONG : 0;
   u8* stages = pool + TABLE_BYTES;
 
-  if (SPAN < 16 && a.ahead && threadIdx.x < ACROSS * TILES && end > begin) {
-    const i64 tile = blockIdx.x * ACROSS * TILES + threadIdx.x;
-    if (tile * 16 < a.rows) bring_closer(a.codes + (tile * a.steps + begin) * LOADS * 32, (end - begin) * LOADS * 512);
-  }
+  const Places places = places_of(a, first_tile, lane);
   const auto step_at = [&](int round) { return begin + round * ALONG + along; };
 
   // What the weights are is on its way before anything is waited for.
@@ -512,19 +544,20 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
     for (int n = threadIdx.x; round < rounds && n < STAGE_CODES / 16; n += THREADS) {
       const int tile = n / (ALONG * LOADS * 32), step = n / (LOADS * 32) % ALONG, load = n / 32 % LOADS;
       const int at = begin + round * ALONG + step;
-      const uint4* from = at < end ? codes_of(a, tile_of(a, blockIdx.x * TILES * ACROSS + tile), at, load, n % 32) : nullptr;
-      copy_async(target + 16 * n, from ? from : a.codes, from != nullptr);
+      const bool real = at < end && has_bytes(a, at, load, n % 32);
+      const uint4* from = codes_of(a, tile_of(a, blockIdx.x * TILES * ACROSS + tile), n % 32, load % 2);
+      copy_async(target + 16 * n, real ? of_step(from, at) + load_at(load) : a.codes, real);
     }
   };
   if constexpr (STAGED) {
     for (int round = 0; round < STAGES - 1; ++round) stage_codes(round);
-    if (step_at(0) < end) fetch(scales[0], a, first_tile, step_at(0), lane);
+    if (step_at(0) < end) fetch(scales[0], a, places, step_at(0));
   } else {
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d)
       if (step_at(d) < end) {
-        fetch(codes[d], a, first_tile, step_at(d), lane);
-        fetch(scales[d], a, first_tile, step_at(d), lane);
+        fetch(codes[d], a, places, step_at(d), lane);
+        fetch(scales[d], a, places, step_at(d));
       }
   }
 
@@ -543,21 +576,30 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
 
   float sums[TILES][TOKENS][4] = {};
   if constexpr (STAGED) {
+    constexpr int UNIT = WIDE ? 2 : 8, UNITS = COLUMNS / UNIT;  // columns of a copy, copies of a token
+    constexpr int AT_ONCE = UNITS < THREADS ? UNITS : THREADS, APART = THREADS / AT_ONCE;
+    constexpr int TURNS_OF_TOKENS = (WIDTH + APART - 1) / APART;
+    int offsets[TURNS_OF_TOKENS];
+#pragma unroll
+    for (int n = 0; n < TURNS_OF_TOKENS; ++n) {
+      const int token = first_token + threadIdx.x / AT_ONCE + n * APART;
+      offsets[n] = (token < a.tokens ? token : a.tokens - 1) * a.stride;
+    }
     const auto stage_tokens = [&](int round) {
       u8* target = stages + round % STAGES * STAGE;
-      const int first = (begin + round * ALONG) * STEP;
-      constexpr int UNIT = WIDE ? 2 : 8;  // columns of a copy
-      for (int n = threadIdx.x; round < rounds && n < WIDTH * (COLUMNS / UNIT); n += THREADS) {
-        const int token = n / (COLUMNS / UNIT), unit = n % (COLUMNS / UNIT), column = unit * UNIT;
-        const bool real = first_token + token < a.tokens && first + column < a.columns;
-        const u16* source = real ? a.x + i64(first_token + token) * a.stride + first + column : a.x;
-        if constexpr (WIDE) {
-          // The pair of columns that a lane t of block b multiplies first or second.
-          const int own = unit % (STEP / 2), b = own / (2 * SPAN) * (SPAN / 4) + own % (SPAN / 2) / 2;
-          const int piece = unit / (STEP / 2) * (STEP / 8) + 2 * b + own % 2, t = own % (2 * SPAN) / (SPAN / 2);
-          copy_word_async(target + piece * LEADING + token * 16 + 4 * t, source, real);
-        } else {
-          copy_async(target + token * PITCH + 2 * column, source, real);
+      for (int unit = threadIdx.x % AT_ONCE; round < rounds && unit < UNITS; unit += AT_ONCE) {
+        const int column = (begin + round * ALONG) * STEP + unit * UNIT;
+        const bool real = (unit * UNIT / STEP + begin + round * ALONG < end) && (!RAGGED || column < a.columns);
+        // Of wide steps: the pair of columns that a lane t of block b multiplies first or second.
+        const int own = unit % (STEP / 2), b = own / (2 * SPAN) * (SPAN / 4) + own % (SPAN / 2) / 2;
+        const int piece = unit / (STEP / 2) * (STEP / 8) + 2 * b + own % 2, t = own % (2 * SPAN) / (SPAN / 2);
+        u8* to = threadIdx.x / AT_ONCE * (WIDE ? 16 : PITCH) + (WIDE ? target + piece * LEADING + 4 * t : target + 2 * unit * UNIT);
+        const u16* from = a.x + (real ? column : 0);
+#pragma unroll
+        for (int n = 0; n < TURNS_OF_TOKENS; ++n) {
+          if (WIDTH % APART != 0 && threadIdx.x / AT_ONCE + n * APART >= WIDTH) break;
+          if constexpr (WIDE) copy_word_async(to + n * APART * 16, from + offsets[n], real);
+          else copy_async(to + n * APART * PITCH, from + offsets[n], real);
         }
       }
       commit_copies();
@@ -571,7 +613,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
       stage_tokens(round + STAGES - 1);
       if (step_at(round) >= end) continue;
       const Scales now = scales[0];
-      if (step_at(round + 1) < end) fetch(scales[0], a, first_tile, step_at(round + 1), lane);
+      if (step_at(round + 1) < end) fetch(scales[0], a, places, step_at(round + 1));
       const u8* stage = stages + round % STAGES * STAGE;
 #pragma unroll
       for (int r = 0; r < TILES; ++r)
@@ -590,10 +632,18 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
       }
     }
   } else {
+    const u8* token_rows[TOKENS];
+#pragma unroll
+    for (int n = 0; n < TOKENS; ++n) {
+      const int token = first_token + 8 * n + g;
+      const u16* row = a.x + i64(token < a.tokens ? token : a.tokens - 1) * a.stride;
+      token_rows[n] = reinterpret_cast<const u8*>(row + first_of(0, t));
+      keep(token_rows[n]);
+    }
     Activations x[DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d)
-      if (step_at(d) < end) fetch(x[d], a, first_token, step_at(d), lane);
+      if (step_at(d) < end) fetch(x[d], a, token_rows, step_at(d), t);
     for (int base = 0; base < rounds; base += DEPTH) {
 #pragma unroll
       for (int d = 0; d < DEPTH; ++d) {
@@ -602,9 +652,9 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
         multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(base + d), lane);
         const int next = step_at(base + d + DEPTH);
         if (next < end) {
-          fetch(codes[d], a, first_tile, next, lane);
-          fetch(scales[d], a, first_tile, next, lane);
-          fetch(x[d], a, first_token, next, lane);
+          fetch(codes[d], a, places, next, lane);
+          fetch(scales[d], a, places, next);
+          fetch(x[d], a, token_rows, next, t);
         }
       }
     }
@@ -629,10 +679,10 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   block_barrier();
   for (int n = threadIdx.x; n < WIDTH * ROWS; n += THREADS) {
     const int token = n / ROWS, row = n % ROWS;
+    if (first_token + token >= a.tokens || first_row + row >= a.rows) continue;
     float sum = 0.0f;
 #pragma unroll
     for (int k = 0; k < ALONG + (OUTLIERS != NONE); ++k) sum += meeting[(k * WIDTH + token) * SUM_PITCH + row];
-    if (first_token + token >= a.tokens || first_row + row >= a.rows) continue;
     const i64 place = i64(first_token + token) * a.rows + first_row + row;
     if constexpr (SPLIT == 1) a.y[place] = rounded<HALF>(sum * a.multiplier);
     else a.partial[i64(blockIdx.y) * a.tokens * a.rows + place] = sum;
@@ -664,8 +714,9 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Argume
   if (tile * 16 >= a.rows) return;
   Codes codes;
   Scales scales;
-  fetch(codes, a, tile, step, lane);
-  fetch(scales, a, tile, step, lane);
+  const Places places = places_of(a, tile, lane);
+  fetch(codes, a, places, step, lane);
+  fetch(scales, a, places, step);
   Tables tables;
 #pragma unroll
   for (int b = 0; b < BLOCKS; ++b) {

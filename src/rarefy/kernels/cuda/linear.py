@@ -1,6 +1,6 @@
 """The ops over execution layouts (``kernels/prepared.py``) on GPUs, with activations in 16 bits.
 
-Up to ``MOST_TOKENS`` tokens a kernel multiplies by codes; beyond, the weight is dequantized for the library's product.
+Up to some number of tokens a kernel multiplies by codes; beyond, the weight is dequantized for the library's product.
 The kernel is ``linear.cu`` where PyTorch's CUDA compiler is at hand, otherwise its portable form in Triton.
 """
 
@@ -17,17 +17,28 @@ from torch import Tensor
 from rarefy import packing
 from rarefy.core.errors import FormatError, UnsupportedError
 from rarefy.kernels import activations, prepared
-from rarefy.kernels.cuda import layout, program, tuning
+from rarefy.kernels.cuda import driver, layout, program, tuning
 from rarefy.kernels.cuda.measure import Problem
-from rarefy.kernels.cuda.prepared import BILEVEL, CODES, ENTRIES, GROUPS, LEVEL, PAIRS, Prepared, code_of, group_code_of
+from rarefy.kernels.cuda.prepared import (
+    BILEVEL,
+    CODES,
+    ENTRIES,
+    GROUPS,
+    LEVEL,
+    MASKED,
+    PAIRS,
+    Prepared,
+    code_of,
+    sparse_code_of,
+)
 from rarefy.kernels.prepared import flat, library
 from rarefy.kernels.reference import decode
 
 ACTIVATIONS = (torch.float16, torch.bfloat16)
-MOST_TOKENS = 256
-AHEAD = True  # whether a kernel that waits for another brings its codes closer meanwhile
+MOST_TOKENS, MOST_TOKENS_OF_HOPPER = 128, 512  # beyond, a dequantized weight and the library's product take less time
+MOST_APART = 1 << 22  # numbers from a token to the next, so that 32 bits count them
 MOST_TOKENS_OF_16_BITS = 64  # up to which reading the weight is all that counts, so that activations stay exact
-MOST_TOKENS_OF_GROUPS = 4
+MOST_TOKENS_OF_SPARSE = 4
 MOST_TOKENS_OF_OUTLIERS = 16  # beyond, their gathered activations cost more than a dense weight
 
 Term = tuple[dict[str, Tensor], dict[str, int], float]  # tensors, numbers, multiplier
@@ -36,18 +47,23 @@ Term = tuple[dict[str, Tensor], dict[str, int], float]  # tensors, numbers, mult
 @functools.cache
 def available() -> bool:
     """Whether kernels can be run here."""
-    return torch.cuda.is_available() and torch.version.hip is None and (_compiles() or find_spec("triton") is not None)
+    return status() in ("cuda", "triton")
 
 
 @functools.cache
-def _compiles() -> bool:
-    from rarefy.kernels.cuda import driver
-
+def status() -> str:
+    """Which kernels there are for GPUs: ``cuda``, else ``triton``, else why there are none."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return "no CUDA GPU"
     try:
         driver.check()
-    except UnsupportedError:
-        return False
-    return True
+    except UnsupportedError as failure:
+        return "triton" if find_spec("triton") is not None else str(failure)
+    return "cuda"
+
+
+def _compiles() -> bool:
+    return status() == "cuda"
 
 
 def terms_of(tensors: Sequence[Tensor], numbers: Sequence[int], factors: Sequence[float]) -> list[Term]:
@@ -74,23 +90,33 @@ def _linear(
         raise FormatError(f"The input is {x.dtype}; these kernels take float16 or bfloat16.")
     terms = terms_of(tensors, numbers, factors)
     flat = x.reshape(-1, columns)
-    tokens = flat.shape[0]
-    codes = [term for term in terms if term[1]["kind"] == CODES]
-    lists = [term for term in terms if term[1]["kind"] != CODES]
-    fused = codes[0] if len(codes) == 1 and len(lists) == 1 else None
-    if tokens == 0:
-        y = x.new_empty(0, rows)
-    elif len(terms) == 1 and terms[0][1]["kind"] == GROUPS and tokens <= MOST_TOKENS_OF_GROUPS and _compiles():
-        y = _product_of_groups(aligned(flat), terms[0])
-    elif fast and tokens > MOST_TOKENS_OF_16_BITS and len(terms) == 1 and _multiplies_bytes(terms[0], x.device):
-        y = _product_of_bytes(flat, terms[0])
-    elif tokens > (MOST_TOKENS_OF_OUTLIERS if lists else MOST_TOKENS) or (lists and fused is None):
-        y = torch.nn.functional.linear(flat, _dense(terms, rows, columns, x.dtype))
-    else:
-        flat = aligned(flat)
-        parts = [_product(flat, term, lists[0] if term is fused else None) for term in codes]
-        y = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    y = _multiplied(flat, terms, rows, fast) if flat.shape[0] else x.new_empty(0, rows)
     return y.reshape(*x.shape[:-1], rows)
+
+
+def _multiplied(x: Tensor, terms: list[Term], rows: int, fast: bool) -> Tensor:
+    """``x [tokens, columns]`` by the first kernel that fits, else by a dense weight."""
+    tokens, kinds = x.shape[0], sorted(term[1]["kind"] for term in terms)
+    if fast and tokens > MOST_TOKENS_OF_16_BITS and len(terms) == 1 and _multiplies_bytes(terms[0], x.device):
+        return _product_of_bytes(x, terms[0])
+    if _compiles():
+        x = aligned(x)
+        if kinds == [CODES, ENTRIES] and tokens <= MOST_TOKENS_OF_OUTLIERS:
+            codes, outliers = sorted(terms, key=lambda term: term[1]["kind"])
+            return _product(x, codes, outliers)
+        if set(kinds) == {CODES} and tokens <= _most_tokens(x.device):
+            parts = [_product(x, term) for term in terms]
+            return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        if kinds in ([GROUPS], [MASKED]) and tokens <= MOST_TOKENS_OF_SPARSE:
+            return _sparse_product(x, terms[0])
+    elif kinds == [CODES] and tokens <= _most_tokens(x.device) and (y := _portable(aligned(x), terms[0])) is not None:
+        return y
+    columns = terms[0][1]["columns"]
+    return torch.nn.functional.linear(x[:, :columns], _dense(terms, rows, columns, x.dtype))
+
+
+def _most_tokens(device: torch.device) -> int:
+    return MOST_TOKENS_OF_HOPPER if torch.cuda.get_device_capability(device) == (9, 0) else MOST_TOKENS
 
 
 def _multiplies_bytes(term: Term, device: torch.device) -> bool:
@@ -112,22 +138,21 @@ def _product_of_bytes(x: Tensor, term: Term) -> Tensor:
     return (y if multiplier == 1.0 else y * multiplier).to(x.dtype)
 
 
-def _product_of_groups(x: Tensor, term: Term) -> Tensor:
+def _sparse_product(x: Tensor, term: Term) -> Tensor:
     tensors, numbers, multiplier = term
     y = x.new_empty(x.shape[0], numbers["rows"])
-    given = program.group_arguments(pointed_groups(term), x, y, multiplier)
+    given = program.sparse_arguments(pointed_sparse(term), x, y, multiplier)
     half = x.dtype == torch.float16
-    program.groups(group_code_of(tensors, numbers), given, half, x.device, overlap=tuning.overlaps(x.device))
+    program.sparse(sparse_code_of(tensors, numbers), given, half, x.device, overlap=tuning.overlaps(x.device))
     return y
 
 
-def pointed_groups(term: Term) -> dict[str, Tensor | None]:
-    """The tensors that the kernel of kept groups reads, by its names."""
-    tensors = term[0]
-    zero = tensors["zero_point"]
+def pointed_sparse(term: Term) -> dict[str, Tensor | None]:
+    """The tensors that kernels of kept weights read, by their names."""
+    present = {name: tensor if tensor.numel() else None for name, tensor in term[0].items()}
     return {
-        **{name: tensors[name] for name in ("codes", "scale", "bitmap", "row_ptr")},
-        "zero": zero if zero.numel() else None,
+        **{name: present[name] for name in ("codes", "scale", "bitmap")}, "zero": present["zero_point"],
+        "row_ptr": present["row_ptr" if term[1]["kind"] == GROUPS else "starts"],
     }  # fmt: skip
 
 
@@ -147,30 +172,28 @@ def aligned(x: Tensor) -> Tensor:
     missing = -x.shape[1] % 8
     if missing:
         return torch.nn.functional.pad(x, (0, missing))
-    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
+    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(0) < MOST_APART and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _product(x: Tensor, term: Term, outliers: Term | None) -> Tensor:
+def _product(x: Tensor, term: Term, outliers: Term | None = None) -> Tensor:
     tensors, numbers, multiplier = term
     code, tokens, rows = code_of(tensors, numbers), x.shape[0], numbers["rows"]
     half = x.dtype == torch.float16
-    if not _compiles():
-        return _portable(x, code, term, outliers)
     entries: dict[str, Tensor] = {}
     if outliers is not None:
         code = replace(code, outliers=torch.float16 if outliers[1]["half"] else torch.bfloat16)
         entries = {"entries": outliers[0]["entries"], "row_ptr": outliers[0]["row_ptr"]}
-    chosen, overlap = tuning.choose(code, rows, x.shape[1], tokens, x.device), tuning.overlaps(x.device)
+    chosen = tuning.choose(code, rows, x.shape[1], tokens, x.device)
     y = x.new_empty(tokens, rows)
     partial, arrived = program.workspace(chosen, rows, tokens, x.device)
     given = program.arguments(
         {**pointed(term, half), **entries, "x": x, "y": y, "partial": partial, "arrived": arrived},
         rows=rows, columns=x.shape[1], tokens=tokens, stride=x.stride(0),
-        second=(numbers["second_rows"], numbers["second_groups"]), ahead=overlap and AHEAD, multiplier=multiplier,
+        second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
     )  # fmt: skip
-    program.linear(code, chosen, given, half, x.device, overlap)
+    program.linear(code, chosen, given, half, x.device)
     return y
 
 
@@ -194,13 +217,14 @@ def problem_of(made: prepared.Prepared) -> Problem | None:
     return Problem(code_of(tensors, numbers), own, numbers["rows"], numbers["columns"], second)
 
 
-def _portable(x: Tensor, code: program.Code, term: Term, outliers: Term | None) -> Tensor:
+def _portable(x: Tensor, term: Term) -> Tensor | None:
+    """The product by Triton; None where it does not read these codes."""
     from rarefy.kernels.triton import linear as portable
 
     tensors, numbers, multiplier = term
-    if outliers is not None or not portable.fits(code):
-        terms = [term] if outliers is None else [term, outliers]
-        return torch.nn.functional.linear(x, _dense(terms, numbers["rows"], x.shape[1], x.dtype))
+    code = code_of(tensors, numbers)
+    if not portable.fits(code):
+        return None
     zero = tensors["zero_point"] if tensors["zero_point"].numel() else None
     chosen = portable.Tuning(tokens=max(16, min(128, 1 << (x.shape[0] - 1).bit_length())))
     return portable.linear(
@@ -248,6 +272,8 @@ def _values(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: flo
     rows, columns = numbers["rows"], numbers["columns"]
     if numbers["kind"] == GROUPS:
         return _values_of_groups(tensors, numbers, multiplier)
+    if numbers["kind"] == MASKED:
+        return _values_of_masked(tensors, numbers, multiplier)
     if numbers["kind"] != CODES:
         return decode.decode_csr(tensors["entries"], tensors["row_ptr"], bool(numbers["half"]), rows, columns)
     size = numbers["group_size"] or columns
@@ -300,6 +326,25 @@ def _values_of_groups(tensors: dict[str, Tensor], numbers: dict[str, int], multi
     weight = torch.zeros(*chosen.shape, size, device=octets.device)
     weight[chosen] = values * tensors["scale"].float().unsqueeze(1) * multiplier
     return weight.flatten(1)
+
+
+def _values_of_masked(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: float) -> Tensor:
+    bits, columns, stored = numbers["bits"], numbers["columns"], tensors["codes"]
+    mask = packing.unpack_bitmap(tensors["bitmap"], columns)
+    if bits == 16:
+        kept = stored.flatten()
+    else:
+        kept = packing.unpack_bits(stored, bits, stored.shape[-2] * packing.WORD).flatten()
+    place = mask.cumsum(1) - 1 + tensors["starts"][:-1, None]
+    values = kept[place.clamp(0, max(kept.numel() - 1, 0))].float() if kept.numel() else mask.float()
+    if tensors["scale"].numel():
+        size = numbers["group_size"] or columns
+        spread = {
+            name: tensors[name].float().repeat_interleave(size, dim=1)[:, :columns] for name in ("scale", "zero_point")
+            if tensors[name].numel()
+        }  # fmt: skip
+        values = (values - spread.get("zero_point", numbers["center"])) * spread["scale"]
+    return torch.where(mask, values if multiplier == 1.0 else values * multiplier, 0.0)
 
 
 library.impl("linear_prepared", _linear, "CUDA")

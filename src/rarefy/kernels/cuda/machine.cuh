@@ -50,6 +50,17 @@ device uint4 load_shared_by_all(const uint4* from, bool real) {
                : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w) : "l"(from), "r"(u32(real)));
   return to;
 }
+device uint4 load_shared_by_all(const uint4* from) {
+  uint4 to;
+  asm volatile("ld.global.nc.L1::evict_last.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w) : "l"(from));
+  return to;
+}
+device uint2 load_shared_by_all(const uint2* from) {
+  uint2 to;
+  asm volatile("ld.global.nc.L1::evict_last.v2.u32 {%0, %1}, [%2];" : "=r"(to.x), "=r"(to.y) : "l"(from));
+  return to;
+}
 device uint2 load_shared_by_all(const uint2* from, bool real) {
   uint2 to = {0, 0};
   asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0;\n"
@@ -74,13 +85,6 @@ device void copy_word_async(u8* to, const void* from, bool real) {
 }
 device void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> device void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
-
-// Bring closer what will be read soon, in pieces of sixteen bytes.
-device void bring_closer(const void* from, u32 bytes) {
-#if ORDERED
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
-}
 
 // ---- Order.
 
@@ -109,6 +113,8 @@ device bool last_to_arrive(u32* arrived, u32 count) {
 
 // ---- Numbers.
 
+// Not to be computed again wherever it is used.
+template <class T> device void keep(T& value) { asm volatile("" : "+l"(value)); }
 device float as_float(u32 bits) { return __uint_as_float(bits); }
 device float half_value(u16 bits) {
   float value;
@@ -203,6 +209,7 @@ device void end_wide() {
 // Copies of this thread, for those who read through the other proxy.
 device void show_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 device void settle(float& value) { asm volatile("" : "+f"(value)::"memory"); }
+device void settle(u32& word) { asm volatile("" : "+r"(word)::"memory"); }
 device void multiply_8(float (&d)[1][4], const u32 (&a)[4], u64 tokens, bool add) {
   if constexpr (HALF)
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %9, 0;\n"
@@ -258,7 +265,11 @@ template <int N> device void multiply_wide(float (&d)[N][4], const u32 (&a)[4], 
 #pragma unroll
   for (int first = 0; first < N; first += AT_ONCE) {
     const u32 address = static_cast<u32>(__cvta_generic_to_shared(block + first * 128));
+#if WIDE == 2
+    const u64 tokens = u64(address >> 4 & 0x3FFF) | u64(128 >> 4) << 16 | u64(leading >> 4) << 32;
+#else
     const u64 tokens = u64(address >> 4 & 0x3FFF) | u64(leading >> 4) << 16 | u64(128 >> 4) << 32;
+#endif
     float(&own)[AT_ONCE][4] = reinterpret_cast<float(&)[AT_ONCE][4]>(d[first]);
     if constexpr (AT_ONCE == 8) multiply_64(own, a, tokens, add);
     else if constexpr (AT_ONCE == 4) multiply_32(own, a, tokens, add);
@@ -271,5 +282,6 @@ device void begin_wide() {}
 device void end_wide() {}
 device void show_copies() {}
 device void settle(float&) {}
+device void settle(u32&) {}
 template <int N> device void multiply_wide(float (&)[N][4], const u32 (&)[4], const u8*, u32, bool) {}
 #endif

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,10 +14,11 @@ from torch import Tensor
 from rarefy.core.errors import UnsupportedError
 from rarefy.kernels.cuda import program
 from rarefy.kernels.cuda.program import Code, Tuning
-from rarefy.kernels.cuda.tuning import MOST_SHARED
+from rarefy.kernels.cuda.tuning import MOST_SHARED, overlaps
 
 BEYOND_CACHE = 400e6  # bytes of copies that no GPU keeps on the chip
 ROUNDS = 7
+OVERLAPPED = 8  # of the fastest, which are tried again so
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Problem:
         return [{name: tensor.clone() for name, tensor in self.tensors.items()} for _ in range(count)]
 
     def calls(
-        self, copies: list[dict[str, Tensor]], tuning: Tuning, x: Tensor, overlap: bool
+        self, copies: list[dict[str, Tensor]], tuning: Tuning, x: Tensor
     ) -> tuple[list[Callable[[], None]], list[Tensor]]:
         """A call for each copy, and where each leaves its result."""
         found: list[Callable[[], None]] = []
@@ -53,43 +55,46 @@ class Problem:
             results.append(y)
 
             def call(given: program.Arguments = given, kept: object = (partial, arrived)) -> None:
-                program.linear(self.code, tuning, given, x.dtype == torch.float16, x.device, overlap)
+                program.linear(self.code, tuning, given, x.dtype == torch.float16, x.device)
 
             found.append(call)
         return found, results
 
 
 def candidates(code: Code, tokens: int, wide: bool = False) -> Iterator[Tuning]:
-    """What may be fastest for so many tokens; ``wide`` where four warps can multiply together."""
-    for tuning in _candidates(code, tokens, wide):
-        if tuning.shared_memory(code) <= MOST_SHARED:
-            yield tuning
+    """What may be fastest for so many tokens, likelier ones first; ``wide`` where four warps can multiply together."""
+    every = [_direct(code, tokens), _staged(tokens, wide)]
+    while every:  # in turns
+        for tunings in list(every):
+            tuning = next(tunings, None)
+            if tuning is None:
+                every.remove(tunings)
+            elif tuning.shared_memory(code) <= MOST_SHARED:
+                yield tuning
 
 
-def _candidates(code: Code, tokens: int, wide: bool) -> Iterator[Tuning]:
-    loads, width = code.step * code.bits // 256, -(-tokens // 8)
-    if tokens <= 16:
-        for tiles, depth in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (1, 4)):
-            for across, along in ((1, 8), (2, 8), (1, 4), (2, 4), (1, 16), (4, 4)):
-                if tiles * depth * loads <= 12 and (loads < 4 or tiles < 4):
-                    yield Tuning(tiles, width, across, along, depth)
-    if tokens > 4 and wide:
-        for at_once in sorted({min(width, most) for most in (16, 8)}, reverse=True):
-            for tiles in (1, 2):
-                if tiles * at_once > 16:
-                    continue
-                for across, along in ((8, 1), (4, 1), (4, 2), (8, 2)):
-                    for stages in (3, 4):
-                        for split in (1, 2, 4):
-                            yield Tuning(tiles, at_once, across, along, 1, stages, split, True)
-    if tokens > 4 and (not wide or tokens <= 64):
-        for at_once in sorted({min(width, most) for most in (8, 4)}, reverse=True):
-            for tiles in (1, 2, 4):
-                if tiles * at_once > 16 or (tokens > 32 and tiles * at_once < 8):
-                    continue
-                for across, along in ((4, 1), (8, 1), (4, 2), (2, 2), (2, 4)):
-                    for split in (1, 2):
-                        yield Tuning(tiles, at_once, across, along, 1, 4, split)
+def _direct(code: Code, tokens: int) -> Iterator[Tuning]:
+    """For few tokens: from memory to registers."""
+    loads = code.step * code.bits // 256
+    if tokens > 16:
+        return
+    for tiles, depth in ((2, 1), (1, 2), (4, 1), (1, 1), (2, 2), (1, 4)):
+        for across, along in ((1, 8), (1, 16), (2, 8), (1, 4), (2, 4)):
+            if tiles * depth * loads <= 12 and (loads < 4 or tiles < 4):
+                yield Tuning(tiles, -(-tokens // 8), across, along, depth)
+
+
+def _staged(tokens: int, wide: bool) -> Iterator[Tuning]:
+    """For many: through shared memory."""
+    width = -(-tokens // 8)
+    if tokens <= 4:
+        return
+    for at_once in sorted({min(width, most) for most in (16, 8)}, reverse=True):
+        for tiles in (1, 2) if wide else (2, 1, 4):
+            for across, along in ((8, 1), (4, 1), (4, 2), (8, 2)):
+                for stages, split in ((4, 1), (4, 2), (3, 1), (3, 2), (4, 4)):
+                    if tiles * at_once <= 16:
+                        yield Tuning(tiles, at_once, across, along, 1, stages, split, wide)
 
 
 def takes_wide(device: torch.device) -> bool:
@@ -102,9 +107,7 @@ def fastest(problem: Problem, x: Tensor, most: int = 64) -> tuple[Tuning, dict[T
 
     Raises UnsupportedError when none of them compiles.
     """
-    tried = list(candidates(problem.code, x.shape[0], takes_wide(x.device)))
-    if len(tried) > most:
-        tried = [tried[index * len(tried) // most] for index in range(most)]
+    tried = list(itertools.islice(candidates(problem.code, x.shape[0], takes_wide(x.device)), most))
     half, index = x.dtype == torch.float16, x.get_device()
 
     def compiles(tuning: Tuning) -> bool:
@@ -117,9 +120,16 @@ def fastest(problem: Problem, x: Tensor, most: int = 64) -> tuple[Tuning, dict[T
     with ThreadPoolExecutor() as pool:
         tried = [tuning for tuning, works in zip(tried, pool.map(compiles, tried), strict=True) if works]
     copies, times = problem.copies(), {}
-    for tuning in tried:
-        calls, _ = problem.calls(copies, tuning, x, overlap=False)
+
+    def measure(tuning: Tuning) -> None:
+        calls, _ = problem.calls(copies, tuning, x)
         times[tuning] = microseconds(graph_of(calls), len(calls))
+
+    for tuning in tried:
+        measure(tuning)
+    if overlaps(x.device):
+        for tuning in sorted(times, key=lambda each: times[each])[:OVERLAPPED]:
+            measure(replace(tuning, overlap=True))
     if not times:
         raise UnsupportedError("No form of the kernel compiles for this GPU.")
     return min(times, key=lambda each: times[each]), times

@@ -12,11 +12,11 @@ from torch import Tensor
 from rarefy import packing
 from rarefy.kernels import prepared
 from rarefy.kernels.cuda import layout
-from rarefy.kernels.cuda.program import Code, GroupCode
+from rarefy.kernels.cuda.program import Code, SparseCode
 from rarefy.kernels.prepared import Arguments, NotCovered, filled, plain
 from rarefy.kernels.reference import patterns, tables
 
-CODES, ENTRIES, GROUPS = range(3)  # kinds
+CODES, ENTRIES, GROUPS, MASKED = range(4)  # kinds
 SINGLE, PAIRS, BILEVEL, LEVEL = range(4)  # what a scale is
 SCALES = {PAIRS: "pairs", BILEVEL: "bilevel", LEVEL: "level"}
 BYTES_OF_A_LANE = 64  # columns of a group whose bytes can stay row by row
@@ -30,7 +30,7 @@ class Prepared(prepared.Prepared):
 
     SLOTS: ClassVar[tuple[str, ...]] = (
         "codes", "scale", "zero_point", "second_order", "table", "pairs_half", "pairs_bfloat16", "entries", "row_ptr",
-        "row_scale", "bitmap",
+        "row_scale", "bitmap", "starts",
     )  # fmt: skip
     NUMBERS: ClassVar[tuple[str, ...]] = (
         "kind", "bits", "group_size", "span", "scale_layout", "center", "half", "rows", "columns", "second_rows",
@@ -49,16 +49,17 @@ def code_of(tensors: dict[str, Tensor], numbers: dict[str, int]) -> Code:
     return Code(
         bits=numbers["bits"], group=numbers["group_size"], span=numbers["span"], table=_table_of(tensors),
         scale=named, zero=zero.dtype if zero.numel() else None, center=numbers["center"],  # type: ignore[arg-type]
-        float8=bool(numbers["float8"]),
+        float8=bool(numbers["float8"]), ragged=numbers["columns"] % layout.step_of(numbers["bits"]) != 0,
     )  # fmt: skip
 
 
-def group_code_of(tensors: dict[str, Tensor], numbers: dict[str, int]) -> GroupCode:
-    """What the kernel is told of a term of GROUPS."""
-    zero = tensors["zero_point"]
-    return GroupCode(
-        numbers["group_size"], tensors["scale"].dtype, zero.dtype if zero.numel() else None, numbers["center"]
-    )
+def sparse_code_of(tensors: dict[str, Tensor], numbers: dict[str, int]) -> SparseCode:
+    """What the kernel is told of a term of GROUPS or MASKED."""
+    zero, scale, bits = tensors["zero_point"], tensors["scale"], numbers["bits"]
+    return SparseCode(
+        bits, numbers["group_size"], scale.dtype if scale.numel() else None, zero.dtype if zero.numel() else None,
+        numbers["center"], tensors["codes"].dtype if bits == 16 else None, numbers["kind"] == GROUPS,
+    )  # fmt: skip
 
 
 def _table_of(tensors: Mapping[str, Tensor]) -> Literal["", "shared", "rows"]:
@@ -168,6 +169,8 @@ def _integer(arguments: Arguments) -> Prepared:
     codes, scale, zero_point, second, _, _, pattern, _, name, levels, size, tile, rows, columns = arguments
     if pattern in patterns.GROUP_PATTERNS:
         return _kept_groups(arguments)
+    if pattern != "full":
+        return _masked(arguments)
     _only_full(pattern)
     bits = _bits(levels)
     groups = _groups(size or columns, bits, columns, name == "bitstream")
@@ -245,6 +248,73 @@ def _undo_groups(made: Prepared) -> Arguments:
         floating = zeros.is_floating_point()
         zeros = zeros.reshape(scale.shape) if floating else packing.pack_bits(zeros, 4)
     return filled(made.plain, {0: codes, 1: scale, 2: zeros, 4: positions, 5: row_ptr})
+
+
+def _bitmap(positions: Tensor, pattern: str, block: list[int], rows: int, columns: int) -> Tensor:
+    if pattern != "n_m_rank":
+        return positions.contiguous()
+    return packing.pack_bitmap(patterns.mask(pattern, block, positions, None, rows, columns))
+
+
+def _positions(made: Prepared, pattern: str, block: list[int]) -> Tensor:
+    bitmap = made.tensors["bitmap"]
+    if pattern != "n_m_rank":
+        return bitmap
+    return patterns.pack_ranks(packing.unpack_bitmap(bitmap, made.columns), *block)
+
+
+def _starts(bitmap: Tensor, pattern: str, stride: int, columns: int) -> Tensor:
+    """Where each row's kept weights start: beside each other, or ``stride`` apart where all rows keep as many."""
+    if pattern == "bitmap":
+        counts = packing.unpack_bitmap(bitmap, columns).sum(1)
+        return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return torch.arange(bitmap.shape[0] + 1, device=bitmap.device) * stride
+
+
+def _masked(arguments: Arguments) -> Prepared:
+    codes, scale, zero_point, second, positions, _, pattern, block, name, levels, size, _, rows, columns = arguments
+    bits = _bits(levels)
+    if second is not None or name != "bitstream" or bits not in (1, 2, 4, 8) or scale.dim() != 2:
+        raise NotCovered(f"codes of {bits} bits under pattern '{pattern}' with these scales or this packing")
+    bitmap = _bitmap(positions, pattern, block, rows, columns)
+    stride = codes.shape[1] * packing.WORD if codes.dim() == 3 else 0
+    tensors = {
+        "codes": codes.contiguous(), "scale": scale.contiguous(), "bitmap": bitmap,
+        "starts": _starts(bitmap, pattern, stride, columns),
+    }  # fmt: skip
+    if zero_point is not None:
+        if not zero_point.is_floating_point():
+            zero_point = packing.unpack_bits(zero_point, bits, scale.numel()).reshape(scale.shape)
+        tensors["zero_point"] = zero_point.contiguous()
+    center = levels // 2 if zero_point is None else 0
+    size = 0 if size >= columns else size
+    numbers = _numbers(MASKED, rows, columns, bits=bits, group_size=size, center=center)
+    return Prepared(tensors, numbers, _undo_masked, plain(arguments), zero=float(center))
+
+
+def _undo_masked(made: Prepared) -> Arguments:
+    pattern, block = made.plain[6:8]
+    zeros = made.tensors.get("zero_point")
+    if zeros is not None and not zeros.is_floating_point():
+        zeros = packing.pack_bits(zeros.flatten(), made.numbers["bits"])
+    given = {0: made.tensors["codes"], 1: made.tensors["scale"], 2: zeros, 4: _positions(made, pattern, block)}
+    return filled(made.plain, given)
+
+
+def _values(arguments: Arguments) -> Prepared:
+    values, positions, _, pattern, block, rows, columns = arguments
+    if pattern in patterns.GROUP_PATTERNS or pattern == "full" or values.dtype == torch.float32:
+        raise NotCovered(f"{values.dtype} values under pattern '{pattern}'")
+    bitmap = _bitmap(positions, pattern, block, rows, columns)
+    stride = values.shape[1] if values.dim() == 2 else 0
+    tensors = {
+        "codes": values.contiguous(), "bitmap": bitmap, "starts": _starts(bitmap, pattern, stride, columns),
+    }  # fmt: skip
+    return Prepared(tensors, _numbers(MASKED, rows, columns, bits=16), _undo_values, plain(arguments))
+
+
+def _undo_values(made: Prepared) -> Arguments:
+    return filled(made.plain, {0: made.tensors["codes"], 1: _positions(made, *made.plain[3:5])})
 
 
 def _table(values: Tensor, bits: int) -> dict[str, Tensor]:
@@ -350,5 +420,5 @@ def _undo_csr(made: Prepared) -> Arguments:
 
 
 _PREPARE: dict[str, Callable[[Arguments], Prepared]] = {
-    "integer": _integer, "float": _float, "lut": _lut, "csr": _csr,
+    "integer": _integer, "float": _float, "lut": _lut, "csr": _csr, "values": _values,
 }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +16,7 @@ from rarefy.kernels.cuda import driver
 from rarefy.kernels.cuda.layout import TILE, Order, step_of
 
 SOURCE = Path(__file__).with_name("linear.cu")
-GROUPS = Path(__file__).with_name("groups.cu")
+GROUPS, MASKED = (Path(__file__).with_name(name) for name in ("groups.cu", "masked.cu"))
 TYPES: dict[Any, int] = {
     None: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4,
     "pairs": 5, "bilevel": 6, "level": 7,
@@ -29,7 +29,8 @@ class Code:
     16-bit numbers, one that all rows share or one of each row; ``scale``, ``zero``: their types, or that a "scale"
     holds the values of two codes (``pairs``), or codes of 4 bits of a scale and a zero (``bilevel``) or of a scale only
     (``level``); without a zero, ``center`` is the code that means zero. ``outliers``: the type of single values that
-    are added to the weight. ``float8``: codes of 8 bits are numbers in E4M3."""
+    are added to the weight. ``float8``: codes of 8 bits are numbers in E4M3. ``ragged``: columns do not fill
+    the last step."""
 
     bits: int
     group: int = 0
@@ -40,6 +41,7 @@ class Code:
     center: int = 0
     outliers: torch.dtype | None = None
     float8: bool = False
+    ragged: bool = True
 
     @property
     def order(self) -> Order:
@@ -57,7 +59,8 @@ class Tuning:
     """How the work is cut up. A warp computes ``16 * tiles`` rows for ``8 * tokens`` tokens; a block has ``across``
     warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps are
     loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``wide``: four warps multiply
-    together, which takes stages, ``across`` a multiple of 4 and compute capability 9.0."""
+    together, which takes stages, ``across`` a multiple of 4 and compute capability 9.0. ``overlap``: the kernel starts
+    while its forerunner still runs; from 9.0 on."""
 
     tiles: int = 1
     tokens: int = 1
@@ -67,6 +70,7 @@ class Tuning:
     stages: int = 0
     split: int = 1
     wide: bool = False
+    overlap: bool = False
 
     @property
     def threads(self) -> int:
@@ -89,7 +93,7 @@ class Tuning:
         return table + max(staged, meeting)
 
 
-_NUMBERS = "rows columns steps groups tokens stride second_rows second_groups pitch ahead".split()
+_NUMBERS = "rows columns steps groups tokens stride second_rows second_groups pitch".split()
 _POINTERS = "codes scale zero second table x y partial arrived entries row_ptr".split()
 
 
@@ -105,24 +109,25 @@ class Arguments(ctypes.Structure):
 
 def definitions(code: Code, tuning: Tuning, half: bool) -> dict[str, int]:
     """The macros of the source."""
-    found = {field.name.upper(): int(getattr(tuning, field.name)) for field in fields(tuning)}
+    names = (field.name for field in fields(tuning) if field.name != "overlap")
+    found = {name.upper(): int(getattr(tuning, name)) for name in names}
     found.update(
         BITS=code.bits, GROUP=code.group, SPAN=code.span, STEP=code.step, CENTER=code.center,
         TABLE=("", "shared", "rows").index(code.table),
         SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half),
         STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8),
+        RAGGED=int(code.ragged),
     )  # fmt: skip
     return found
 
 
 def arguments(
     tensors: Mapping[str, Tensor | None], *, rows: int, columns: int, tokens: int = 0, stride: int = 0,
-    second: tuple[int, int] = (1, 1), ahead: bool = False, multiplier: float = 1.0,
+    second: tuple[int, int] = (1, 1), multiplier: float = 1.0,
 ) -> Arguments:  # fmt: skip
     """``tensors``: ``codes [tiles, steps, loads, 32, 4]`` or bytes ``[rows, pitch]``, ``scale`` and ``zero [tiles,
     groups, 8, 2]`` of layout.py, ``x [tokens, columns]`` with rows ``stride`` apart, ``y [tokens, rows]`` and so on;
-    what is absent is a null pointer. ``second``: how many tiles and groups share second-order numbers.
-    ``ahead``: fetch codes into the second cache while the kernel waits for those before it."""
+    what is absent is a null pointer. ``second``: how many tiles and groups share second-order numbers."""
     codes = tensors["codes"]
     assert codes is not None
     grouped = (tensors.get(name) for name in ("scale", "table"))
@@ -131,7 +136,7 @@ def arguments(
     steps, pitch = codes.shape[1], 0
     if codes.dim() == 2:  # bytes as they are stored
         steps, pitch = -(-columns // step_of(8)), codes.shape[1]
-    return Arguments(*pointers, rows, columns, steps, groups, tokens, stride, *second, pitch, ahead, multiplier)
+    return Arguments(*pointers, rows, columns, steps, groups, tokens, stride, *second, pitch, multiplier)
 
 
 def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
@@ -148,13 +153,11 @@ def kernel(device: int, name: str, code: Code, tuning: Tuning, half: bool) -> dr
         return driver.Kernel(SOURCE, f"rarefy_{name}", macros, tuning.shared_memory(code))
 
 
-def linear(
-    code: Code, tuning: Tuning, given: Arguments, half: bool, device: torch.device, overlap: bool = False
-) -> None:
+def linear(code: Code, tuning: Tuning, given: Arguments, half: bool, device: torch.device) -> None:
     """The product, on the current stream of ``device``."""
-    program = kernel(_index(device), "linear", code, tuning, half)
+    program = kernel(_index(device), "linear", code, replace(tuning, overlap=False), half)
     stream = torch.cuda.current_stream(device).cuda_stream
-    program(grid(tuning, given.rows, given.tokens), tuning.threads, given, stream, overlap)
+    program(grid(tuning, given.rows, given.tokens), tuning.threads, given, stream, tuning.overlap)
 
 
 def dequantize(code: Code, given: Arguments, half: bool, device: torch.device) -> None:
@@ -166,36 +169,47 @@ def dequantize(code: Code, given: Arguments, half: bool, device: torch.device) -
     program((-(-units * 32 // tuning.threads), 1, 1), tuning.threads, given, stream)
 
 
-class GroupArguments(ctypes.Structure):
-    """``Arguments`` of ``groups.cu``."""
+class SparseArguments(ctypes.Structure):
+    """``Arguments`` of ``groups.cu`` and ``masked.cu``."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in "codes scale zero bitmap row_ptr x y".split()),
-        *((name, ctypes.c_int) for name in "rows columns words tokens stride".split()),
+        *((name, ctypes.c_int) for name in "rows columns words tokens stride groups".split()),
         ("multiplier", ctypes.c_float),
     ]
 
 
 @dataclass(frozen=True)
-class GroupCode:
-    """Kept groups of columns in 4 bits; names as in ``Code``."""
+class SparseCode:
+    """Weights of which a bitmap says what is kept: groups of columns (``whole_groups``) or single ones, in ``bits`` or
+    as ``values`` of 16 bits. Other names as in ``Code``."""
 
+    bits: int
     group: int
-    scale: torch.dtype
-    zero: torch.dtype | None
-    center: int
+    scale: torch.dtype | None
+    zero: torch.dtype | None = None
+    center: int = 0
+    values: torch.dtype | None = None
+    whole_groups: bool = False
 
     WARPS: ClassVar[int] = 16  # of a block
+
+    @property
+    def source(self) -> Path:
+        return GROUPS if self.whole_groups else MASKED
 
     def definitions(self, tokens: int, half: bool) -> dict[str, int]:
         """The macros of the source."""
         return {
-            "GROUP": self.group, "SCALE": TYPES[self.scale], "ZERO": TYPES[self.zero], "CENTER": self.center,
-            "TOKENS": tokens, "WARPS": self.WARPS, "X_HALF": int(half), "HALF": 1,
+            "BITS": self.bits, "VALUES": TYPES[self.values], "GROUP": self.group, "SCALE": TYPES[self.scale],
+            "ZERO": TYPES[self.zero], "CENTER": self.center, "TOKENS": tokens, "WARPS": self.WARPS,
+            "X_HALF": int(half), "HALF": 1,
         }  # fmt: skip
 
     def shared_memory(self, tokens: int, columns: int) -> int:
         """Bytes of a block."""
+        if not self.whole_groups:
+            return tokens * 64 * -(-columns // 32)
         halves, words = -(-columns // 16) * 2, -(-columns // self.group // 32)
         return tokens * halves * 20 + 256 + self.WARPS * 64 * words
 
@@ -204,28 +218,29 @@ class GroupCode:
         return min(most, -(-rows // self.WARPS)), 1, 1
 
 
-def group_arguments(tensors: Mapping[str, Tensor | None], x: Tensor, y: Tensor, multiplier: float) -> GroupArguments:
-    """``codes``, ``scale``, ``zero``, ``bitmap [rows, words]`` and ``row_ptr [rows + 1]`` of kept groups, ``x [tokens,
+def sparse_arguments(tensors: Mapping[str, Tensor | None], x: Tensor, y: Tensor, multiplier: float) -> SparseArguments:
+    """``codes``, ``scale``, ``zero``, ``bitmap [rows, words]`` and ``row_ptr [rows + 1]`` of what is kept, ``x [tokens,
     columns]`` and ``y [tokens, rows]``."""
-    bitmap = tensors["bitmap"]
+    bitmap, scale = tensors["bitmap"], tensors.get("scale")
     assert bitmap is not None
     names = ("codes", "scale", "zero", "bitmap", "row_ptr")
     pointers = [0 if (own := tensors.get(name)) is None else own.data_ptr() for name in names]
-    sizes = (y.shape[1], x.shape[1], bitmap.shape[1], x.shape[0], x.stride(0))
-    return GroupArguments(*pointers, x.data_ptr(), y.data_ptr(), *sizes, multiplier)
+    groups = scale.shape[1] if scale is not None and scale.dim() == 2 else 1
+    sizes = (y.shape[1], x.shape[1], bitmap.shape[1], x.shape[0], x.stride(0), groups)
+    return SparseArguments(*pointers, x.data_ptr(), y.data_ptr(), *sizes, multiplier)
 
 
 @functools.cache
-def _group_kernel(device: int, code: GroupCode, tokens: int, half: bool, shared: int) -> driver.Kernel:
+def _sparse_kernel(device: int, code: SparseCode, tokens: int, half: bool, shared: int) -> driver.Kernel:
     macros = [f"-D{macro}={value}" for macro, value in code.definitions(tokens, half).items()]
     with torch.cuda.device(device):
-        return driver.Kernel(GROUPS, "rarefy_groups", macros, shared)
+        return driver.Kernel(code.source, f"rarefy_{code.source.stem}", macros, shared)
 
 
-def groups(code: GroupCode, given: GroupArguments, half: bool, device: torch.device, overlap: bool = False) -> None:
-    """The product with kept groups, on the current stream of ``device``."""
+def sparse(code: SparseCode, given: SparseArguments, half: bool, device: torch.device, overlap: bool = False) -> None:
+    """The product with what is kept, on the current stream of ``device``."""
     tokens = 1 << (given.tokens - 1).bit_length()
-    program = _group_kernel(_index(device), code, tokens, half, code.shared_memory(tokens, given.columns))
+    program = _sparse_kernel(_index(device), code, tokens, half, code.shared_memory(tokens, given.columns))
     most = 2 * torch.cuda.get_device_properties(device).multi_processor_count
     stream = torch.cuda.current_stream(device).cuda_stream
     program(code.grid(given.rows, most), 32 * code.WARPS, given, stream, overlap)
@@ -256,14 +271,23 @@ def workspace(tuning: Tuning, rows: int, tokens: int, device: torch.device) -> t
 
 
 _arrived: dict[Any, list[Tensor]] = {}
+_COUNTERS = 1 << 14
 
 
 def _counters(device: torch.device, count: int) -> Tensor:
     """Counters of this device and stream: kernels of a stream follow each other, and each leaves them at zero.
 
-    Those that have become too few are kept, since a captured graph may count in them.
+    All graphs share counters that were made before they were captured, so two of them must not be replayed at the same
+    time. A capture that no call came before makes its own, which every replay sets to zero. Those that have become too
+    few are kept, since a graph may count in them.
     """
-    found = _arrived.setdefault((device, torch.cuda.current_stream(device).cuda_stream), [])
-    if not found or found[-1].numel() < count:
-        found.append(torch.zeros(max(count, 4096), dtype=torch.int32, device=device))
+    if torch.cuda.is_current_stream_capturing():
+        known = _arrived.get((device, "graphs"), [])
+        if known and known[-1].numel() >= count:
+            return known[-1]
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    for key in ((device, "graphs"), (device, torch.cuda.current_stream(device).cuda_stream)):
+        found = _arrived.setdefault(key, [])
+        if not found or found[-1].numel() < count:
+            found.append(torch.zeros(max(count, _COUNTERS), dtype=torch.int32, device=device))
     return found[-1]

@@ -18,6 +18,7 @@ from rarefy.sources.cache import cache_root
 FOLDER = Path(__file__).with_name("tables")
 KEY = ("bits", "table", "rows", "columns", "tokens")  # of a measurement
 MOST_SHARED = 200 * 1024  # bytes of a block's shared memory
+NARROW = 8192  # rows that are too few blocks unless more warps share a row
 BLOCKS = 132  # that keep a large GPU busy
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens that are told apart
 
@@ -25,14 +26,15 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens that are told apart
 def choose(code: Code, rows: int, columns: int, tokens: int, device: torch.device) -> Tuning:
     """What to compile for ``tokens`` of ``columns`` against ``rows``."""
     bucket = next((each for each in BUCKETS if tokens <= each), BUCKETS[-1])
-    wide = torch.cuda.get_device_capability(device) == (9, 0)
-    return _chosen(code, rows, columns, bucket, _name(device), wide)
+    return _chosen(code, rows, columns, bucket, _name(device), torch.cuda.get_device_capability(device))
 
 
 @functools.cache
-def _chosen(code: Code, rows: int, columns: int, bucket: int, name: str, wide: bool) -> Tuning:
+def _chosen(
+    code: Code, rows: int, columns: int, bucket: int, name: str, capability: tuple[int, int]
+) -> Tuning:
     kind = {"bits": code.bits, "table": code.table, "tokens": bucket}
-    known = [entry for entry in table(name) if all(entry[key] == value for key, value in kind.items())]
+    known = [entry for entry in table(name, capability) if all(entry[key] == value for key, value in kind.items())]
     if known:
         # The nearest size by the number of weights, then by proportion.
         def distance(entry: dict[str, Any]) -> tuple[float, float]:
@@ -41,33 +43,41 @@ def _chosen(code: Code, rows: int, columns: int, bucket: int, name: str, wide: b
             return max(size, 1 / size), max(shape, 1 / shape)
 
         found = Tuning(**min(known, key=distance)["tuning"])
-        if found.shared_memory(code) <= MOST_SHARED and (wide or not found.wide):
+        if found.shared_memory(code) <= MOST_SHARED:
             return found
-    return by_rule(code, rows, columns, bucket, wide)
+    return by_rule(code, rows, columns, bucket, capability)
 
 
-def by_rule(code: Code, rows: int, columns: int, tokens: int, wide: bool = False) -> Tuning:
-    """A fair choice where nobody measured; ``wide`` where four warps can multiply together."""
+def by_rule(code: Code, rows: int, columns: int, tokens: int, capability: tuple[int, int]) -> Tuning:
+    """A fair choice where nobody measured."""
+    wide, overlap = capability == (9, 0), capability >= (9, 0)
     loads = code.step * code.bits // 256
     if tokens <= 16:
-        return Tuning(tiles=2 if loads < 4 else 1, tokens=-(-tokens // 8), along=8, depth=1)
+        along = 16 if tokens <= 8 and rows <= NARROW else 8
+        return Tuning(tiles=2 if loads < 4 else 1, tokens=-(-tokens // 8), along=along, depth=1, overlap=overlap)
     at_once = min(16 if wide else 8, -(-tokens // 8))
     across = 8 if wide else 4
     blocks = -(-rows // (16 * across)) * -(-tokens // (8 * at_once))
     split = next((each for each in (1, 2, 4) if blocks * each >= BLOCKS), 4)
-    deepest = Tuning(1, at_once, across=across, along=1, depth=1, stages=4, split=split, wide=wide)
+    deepest = Tuning(1, at_once, across=across, along=1, depth=1, stages=4, split=split, wide=wide, overlap=overlap)
     fitting = (replace(deepest, stages=stages) for stages in (4, 3, 2))
     return next((each for each in fitting if each.shared_memory(code) <= MOST_SHARED), replace(deepest, stages=2))
 
 
 @functools.cache
-def table(name: str) -> list[dict[str, Any]]:
-    """Measured entries for the GPU of this name, those measured here first."""
-    found: list[dict[str, Any]] = []
-    for path in (_own(name), FOLDER / f"{name}.json"):
-        if path.is_file():
-            found += json.loads(path.read_text("utf-8"))["entries"]
-    return found
+def table(name: str, capability: tuple[int, int]) -> list[dict[str, Any]]:
+    """Measured entries: those of this machine, else of this GPU, else of any GPU of this compute capability."""
+    here = _own(name)
+    if here.is_file():
+        return _read(here)["entries"]
+    files = sorted(FOLDER.glob("*.json"), key=lambda path: path.stem != name)
+    found = (data for path in files if tuple((data := _read(path))["capability"]) == capability)
+    return next(found, {"entries": []})["entries"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return data
 
 
 def keep(entries: list[dict[str, Any]], device: torch.device) -> Path:
@@ -76,9 +86,9 @@ def keep(entries: list[dict[str, Any]], device: torch.device) -> Path:
     path = _own(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        known = json.loads(path.read_text("utf-8"))["entries"] if path.is_file() else []
-        merged = {tuple(each[key] for key in KEY): each for each in (*known, *entries)}
-        write_text(path, json.dumps({"entries": list(merged.values())}, indent=1) + "\n")
+        capability = torch.cuda.get_device_capability(device)
+        merged = {tuple(each[key] for key in KEY): each for each in (*table(name, capability), *entries)}
+        write_text(path, json.dumps({"capability": capability, "entries": list(merged.values())}, indent=1) + "\n")
     table.cache_clear()
     _chosen.cache_clear()
     return path

@@ -1,0 +1,68 @@
+"""What is chosen for a product: from tables where somebody measured, else by a rule that every size obeys."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rarefy.core.errors import UnsupportedError
+from rarefy.kernels.cuda import driver, measure, tuning
+from rarefy.kernels.cuda.program import SOURCE, Code, Tuning
+
+CODES = [Code(4, 128), Code(3, 16, span=4), Code(1, 256), Code(8, 0, span=16), Code(4, table="shared"), Code(7, 128)]
+GPU = torch.device("cuda", 0)
+CAPABILITY = (9, 0)
+
+
+@pytest.fixture(autouse=True)
+def _forget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAREFY_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path / "package")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: CAPABILITY)
+    tuning.table.cache_clear()
+    tuning._chosen.cache_clear()
+    tuning._name.cache_clear()
+
+
+@pytest.mark.parametrize("code", CODES, ids=str)
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
+def test_the_rule_and_all_candidates_can_run(code: Code, capability: tuple[int, int]) -> None:
+    for tokens in tuning.BUCKETS:
+        chosen = tuning.by_rule(code, 4096, 14336, tokens, capability)
+        tried = list(measure.candidates(code, tokens, capability == (9, 0)))
+        assert tried and len(set(tried)) == len(tried)
+        for each in (chosen, *tried):
+            assert each.shared_memory(code) <= 220 * 1024 and each.threads <= 1024
+            assert 8 * each.tokens * 16 >= tokens and not (each.wide and (each.across % 4 or not each.stages))
+        assert chosen.wide == (capability == (9, 0) and tokens > 16) and chosen.overlap == (capability >= (9, 0))
+
+
+def test_measured_entries_are_found_and_kept() -> None:
+    code, small, large = Code(4, 128), Tuning(1, 1, 1, 4), Tuning(4, 1, 2, 8)
+    entries = [tuning.entry(code, 4096, 4096, 1, small), tuning.entry(code, 14336, 4096, 1, large)]
+    path = tuning.keep(entries, GPU)
+    assert path.name == "some-gpu.json" and tuple(json.loads(path.read_text())["capability"]) == CAPABILITY
+    assert tuning.choose(code, 4096, 4096, 1, GPU) == small and tuning.choose(code, 28672, 4096, 1, GPU) == large
+    assert tuning.choose(code, 4096, 4096, 16, GPU) == tuning.by_rule(code, 4096, 4096, 16, CAPABILITY)
+    tuning.keep([tuning.entry(code, 4096, 4096, 1, large)], GPU)  # measured again
+    assert tuning.choose(code, 4096, 4096, 1, GPU) == large and len(json.loads(path.read_text())["entries"]) == 2
+
+
+def test_a_table_of_the_same_capability_serves(tmp_path: Path) -> None:
+    code, own = Code(4, 128), Tuning(1, 1, 1, 16)
+    folder = tmp_path / "package"
+    folder.mkdir()
+    for name, capability in (("a", [8, 0]), ("b", [9, 0])):
+        data = {"capability": capability, "entries": [tuning.entry(code, 4096, 4096, 1, own)]}
+        (folder / f"{name}.json").write_text(json.dumps(data))
+    assert tuning.choose(code, 4096, 4096, 1, GPU) == own
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build brings the compiler along")
+def test_what_is_missing_is_said() -> None:
+    with pytest.raises(UnsupportedError, match="run-time compiler"):
+        driver.compiled(SOURCE, CAPABILITY, [])

@@ -1,7 +1,8 @@
 """Whole-model decoding on one GPU: a model shaped like Llama 3 8B, random weights in code, by the CUDA-graph runner.
 
 Each sequence holds a prompt already; a row is the time of one more token for all of them, greedy, chosen on the GPU.
-``fraction_of_limit`` is the time to read the step's weights and caches at the bandwidth of a copy over the time taken.
+``fraction_of_limit`` is the time to move the step's weights and caches at the bandwidth of a copy over the time taken,
+``fraction_of_read`` at that of a sum, which writes nothing.
 Peers run the same shape in the same process and in turn: the model in bfloat16 by the same runner, Transformers eager
 and compiled with a static cache, torchao's int4 compiled, and other people's 4-bit products inside our graph, which
 gives them everything but the products. Random weights: no quality is claimed here.
@@ -9,18 +10,22 @@ gives them everything but the products. Random weights: no quality is claimed he
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from graphs import bandwidth
+from graphs import bandwidth, graph_of, microseconds
 from harness import Row, arguments, write
+from step_tuning import Choices, tune
 from torch import Tensor, nn
 
 from rarefy import packing
@@ -28,13 +33,16 @@ from rarefy.decoding import interpreter
 from rarefy.decoding.build import build
 from rarefy.decoding.cache import KeyValues, Sequences
 from rarefy.decoding.graph import GraphExecutor
-from rarefy.decoding.program import Program, Project
+from rarefy.decoding.program import Add, Attend, Program, Project
 from rarefy.formats.grids import IntegerGrid, LutGrid
 from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms.base import Term
 from rarefy.formats.terms.plain import ResidualSpec
 from rarefy.formats.terms.quantized import QuantizedSpec
 from rarefy.integrations.peers import step_bytes
+from rarefy.kernels.cuda import tuning
+from rarefy.kernels.cuda.linear import MOST_TOKENS_OF_OUTLIERS
+from rarefy.kernels.triton import step
 from rarefy.layers.linear import CompressedLinear
 
 KEY = ("job", "batch", "peer")
@@ -45,7 +53,8 @@ SHAPE = {
     "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
 }  # fmt: skip
 OUTLIERS = 0.0045
-PROMPT, NEW = 128, 64
+PROMPT, NEW, FEW, TRIAL = 128, 64, 4, 16
+CHECKED = 2  # layers: random ones magnify every rounding
 SPREAD = 0.02  # of weights
 
 
@@ -118,6 +127,7 @@ class Decoder:
     count: int
     nbytes: int
     error: float = 0.0
+    few: Callable[[], Any] | None = None  # the first `FEW` of them
 
 
 class Ours:
@@ -133,26 +143,54 @@ class Ours:
         for kept in (self.cache.keys, self.cache.values):
             kept[:, 1:] = kept[:, :1]
         self.tokens = first.expand(batch)
-        self.error = self.against_the_interpreter(program, prompt, first, sizes)
-
-    def against_the_interpreter(self, program: Program, prompt: Tensor, token: Tensor, sizes: Any) -> float:
+        self.error = error_of_first_layers(program, prompt, first)
+    def __call__(self, count: int) -> Tensor:
         self.cache.lengths = [PROMPT] * len(self.tokens)
-        ours = self.execute.advance(self.tokens, self.cache)[:1].double()
-        oracle = KeyValues(*sizes)
-        interpreter.run(program, prompt.to(DEVICE), oracle)
-        wanted = interpreter.run(program, token, oracle).double()
-        return float((ours - wanted).norm() / wanted.norm())
+        return self.execute.write(self.tokens, self.cache, count)
 
-    def __call__(self) -> Tensor:
-        self.cache.lengths = [PROMPT] * len(self.tokens)
-        return self.execute.write(self.tokens, self.cache, NEW)
+
+def error_of_first_layers(program: Program, prompt: Tensor, token: Tensor) -> float:
+    """Relative error to the interpreter of the logits after ``prompt`` and ``token`` and the first `CHECKED` layers."""
+    last = [number for number, each in enumerate(program.step) if isinstance(each, Attend)][CHECKED]
+    start = max(number for number, each in enumerate(program.step[:last]) if isinstance(each, Add)) + 1
+    short = replace(program, step=program.step[:start], layers=CHECKED)
+    sizes = (short.layers, short.kv_heads, short.head_dim, DTYPE, short.positions, DEVICE)
+    ours, oracle, execute = KeyValues(*sizes), KeyValues(*sizes), GraphExecutor(short)
+    execute(prompt, ours)
+    interpreter.run(short, prompt.to(DEVICE), oracle)
+    made, wanted = execute(token, ours).double(), interpreter.run(short, token, oracle).double()
+    return float((made - wanted).norm() / wanted.norm())
+
+
+def error_again(program: Program) -> float:
+    """The same with other numbers, after kernels have changed."""
+    draw = torch.Generator().manual_seed(2)
+    prompt, token = (torch.randint(3, program.vocabulary, (count,), generator=draw) for count in (PROMPT, 1))
+    return error_of_first_layers(program, prompt, token.to(DEVICE))
 
 
 def ours(name: str, model: Any, program: Program, batch: int) -> Decoder:
     made = Ours(program, batch)
     cached = 2 * program.layers * program.kv_heads * program.head_dim * DTYPE.itemsize
     nbytes = step_bytes(model) + batch * cached * (PROMPT + NEW // 2)
-    return Decoder(name, made, NEW, nbytes, made.error)
+    return Decoder(name, partial(made, NEW), NEW, nbytes, made.error, partial(made, FEW))
+
+
+def captured_anew(decoder: Decoder) -> float:
+    """Milliseconds of a step that is captured once more."""
+    made = decoder.run.func  # type: ignore[attr-defined]
+    made.execute._steps.clear()
+    times = []
+    for number in range(4):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        made(1)
+        begin.record()
+        made(TRIAL)
+        end.record()
+        torch.cuda.synchronize()
+        if number:
+            times.append(begin.elapsed_time(end) / TRIAL)
+    return statistics.median(times)
 
 
 def with_products(program: Program, make: Callable[[int, int], Callable[[Tensor], Tensor]]) -> Program:
@@ -221,6 +259,12 @@ def torchao(shape: dict[str, Any], batch: int) -> Decoder:
     return transformers("torchao int4 compiled", model, batch, True, NEW)
 
 
+def read_bandwidth() -> float:
+    """Bytes per microsecond that a sum reads."""
+    source = torch.zeros(1 << 30, dtype=torch.float32, device=DEVICE)
+    return source.numel() * 4 / microseconds({"read": (graph_of([source.sum]), 1)}, 10)["read"]
+
+
 def milliseconds(decoders: Sequence[Decoder], rounds: int) -> dict[str, float]:
     """Median time of a step, all in turn. Where the prompt is read too, from its end on."""
     times: dict[str, list[float]] = {decoder.name: [] for decoder in decoders}
@@ -237,17 +281,32 @@ def milliseconds(decoders: Sequence[Decoder], rounds: int) -> dict[str, float]:
     return {name: statistics.median(each) for name, each in times.items()}
 
 
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """Launches that are captured meanwhile wait for those before them, so that a profile says what each takes."""
+    early, choose = step._early, tuning.choose
+    step._early = lambda device: False  # type: ignore[assignment]
+    tuning.choose = lambda *product: replace(choose(*product), overlap=False)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        step._early, tuning.choose = early, choose
+
+
 def profile(decoder: Decoder, path: Path) -> None:
-    """Time of a step's kernels by name."""
-    decoder.run()
+    """Time of a step's kernels by name, of a few steps whose launches do not overlap."""
+    assert decoder.few is not None
+    decoder.few.func.execute._steps.clear()  # type: ignore[attr-defined]
+    with one_by_one():
+        decoder.few()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-        decoder.run()
+        decoder.few()
         torch.cuda.synchronize()
     rows = sorted(found.key_averages(), key=lambda each: -each.self_device_time_total)
     lines = [f"{decoder.name}: kernels of a step, by what they take together"]
     for each in rows[:25]:
-        per_step = each.self_device_time_total / decoder.count
-        lines.append(f"{per_step:9.1f} us {each.count / decoder.count:7.1f} times  {each.key[:110]}")
+        per_step = each.self_device_time_total / FEW
+        lines.append(f"{per_step:9.1f} us {each.count / FEW:7.1f} times  {each.key[:110]}")
     with path.open("a", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n\n")
 
@@ -274,25 +333,43 @@ def main() -> None:
     parser.add_argument("--peers", default="eager,tinygemm,gemlite,compiled,torchao", help="by commas")
     parser.add_argument("--profile", type=Path, help="write the kernels of a step here")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--tune", default="0", help="for each batch, seconds to try ways to cut the first kind's products up, by commas"
+    )
+    parser.add_argument("--entries", type=Path, help="write what was chosen then here")
     options = parser.parse_args()
     shape = {**SHAPE, "num_hidden_layers": options.layers}
-    limit = bandwidth()
-    print(f"copy {limit / 1e6:.2f} TB/s", flush=True)
+    limit = bandwidth(), read_bandwidth()
+    print(f"copy {limit[0] / 1e6:.2f} TB/s, read {limit[1] / 1e6:.2f} TB/s", flush=True)
     coded = {kind: random_model(kind, shape) for kind in options.kinds.split(",") if kind}
     dense = random_model(None, shape)
-    for batch in map(int, options.batch.split(",")):
-        write(options, measured(batch, coded, dense, shape, options, limit), KEY)
+    batches, seconds = options.batch.split(","), options.tune.split(",")
+    for batch, tuned in zip_longest(map(int, batches), map(float, seconds), fillvalue=0):
+        measured(int(batch), coded, dense, shape, options, limit, tuned)
         torch.cuda.empty_cache()
 
 
 def measured(
-    batch: int, coded: dict[str, Any], dense: Any, shape: dict[str, Any], options: Namespace, limit: float
-) -> list[Row]:
-    """Rows of one number of sequences."""
+    batch: int, coded: dict[str, Any], dense: Any, shape: dict[str, Any], options: Namespace,
+    limit: tuple[float, float], seconds: float,
+) -> None:  # fmt: skip
+    """Write the rows of one number of sequences."""
     wanted, program = options.peers.split(","), build(dense)
     mine: list[Decoder] = []
-    for kind, model in coded.items():
-        mine += attempt(kind, partial(ours, kind, model, build(model), batch))
+    choices = Choices()
+    with choices.instead():
+        for number, (kind, model) in enumerate(coded.items()):
+            if batch > MOST_TOKENS_OF_OUTLIERS and kind in ("SpQR 3", "SqueezeLLM 3"):
+                print(f"{kind}: weights with outliers are dequantized for {batch} tokens; not measured", flush=True)
+                continue
+            mine += attempt(kind, partial(ours, kind, model, build(model), batch))
+            if number == 0 and mine and seconds:
+                print("\n".join(tune(choices, partial(captured_anew, mine[0]), batch, seconds)), flush=True)
+                print(f"then {captured_anew(mine[0]):.4f} ms", flush=True)
+                mine[0].error = max(mine[0].error, error_again(build(model)))
+    if options.entries:
+        with options.entries.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(choices.entries(batch)) + "\n")
     peers = attempt("bf16", partial(ours, "bf16, same runner", dense, program, batch))
     if "eager" in wanted:
         peers += attempt("eager", partial(transformers, "HF eager bf16", dense, batch, False, 8))
@@ -311,22 +388,24 @@ def measured(
         print(f"batch {batch}, {each.name}: {took:.3f} ms, {batch / took * 1e3:.0f} tokens/s", flush=True)
         for peer in peers:
             rows.append({
-                "goal": "G14" if batch == 1 else "G15", "job": each.name, "batch": batch, "peer": peer.name,
+                "goal": "3 bits" if "3" in each.name else "G14" if batch == 1 else "G15",
+                "job": each.name, "batch": batch, "peer": peer.name,
                 "milliseconds": round(took, 4), "tokens_per_second": round(batch / took * 1e3, 1),
                 "peer_milliseconds": round(times[peer.name], 4), "ratio": round(times[peer.name] / took, 3),
-                "fraction_of_limit": round(each.nbytes / limit / took / 1e3, 3), "max_rel_error": each.error,
+                "fraction_of_limit": round(each.nbytes / limit[0] / took / 1e3, 3),
+                "fraction_of_read": round(each.nbytes / limit[1] / took / 1e3, 3), "max_rel_error": each.error,
                 "bits_per_weight": _bits(coded.get(each.name, dense)),
                 "note": f"{shape['num_hidden_layers']} layers, {PROMPT} tokens before, {NEW} written; "
-                f"copy {limit / 1e6:.2f} TB/s",
+                f"copy {limit[0] / 1e6:.2f} TB/s, read {limit[1] / 1e6:.2f} TB/s",
             })  # fmt: skip
             print(f"  {rows[-1]['ratio']}x {peer.name}, {rows[-1]['fraction_of_limit']} of limit", flush=True)
-    if options.profile:
-        for each in [*mine, *peers[:1]]:
+    write(options, rows, KEY)
+    with choices.instead():
+        for each in [*mine, *peers[:1]] if options.profile else ():
             try:
                 profile(each, options.profile)
             except Exception as failure:  # no profiler here
                 print(f"profile: {failure}", flush=True)
-    return rows
 
 
 def _bits(model: Any) -> float:

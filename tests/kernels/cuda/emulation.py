@@ -57,8 +57,7 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> T
     partial = torch.full((tuning.split, tokens, rows), torch.nan)
     given = program.arguments(
         {**own, "x": x, "y": y, "partial": partial, "arrived": arrived}, rows=rows, columns=x.shape[1], tokens=tokens,
-        stride=x.stride(0), second=(numbers["second_rows"], numbers["second_groups"]), ahead=True,
-        multiplier=multiplier,
+        stride=x.stride(0), second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
     )  # fmt: skip
     _run("linear", code, tuning, half, given, grid)
     assert not arrived.any()

@@ -79,10 +79,6 @@ device void warp_barrier() {
   emulator::arrive(emulator::barriers[1 + thread / 32], 32);
   threadIdx.x = thread;
 }
-device void bring_closer(const void* from, unsigned bytes) {
-  volatile char reached = *static_cast<const char*>(from) + *(static_cast<const char*>(from) + bytes - 1);
-  (void)reached;
-}
 device void wait_for_earlier_kernels() {}
 device bool last_to_arrive(unsigned* arrived, unsigned count) {
   static unsigned before;

@@ -37,7 +37,6 @@ struct Arguments {
   const u32* entries;   // outliers by row: a 16-bit value above its column
   const u32* row_ptr;   // [rows + 1]
   int rows, columns, steps, groups, tokens, stride, second_rows, second_groups, pitch;
-  int ahead;            // whether codes are brought to the second cache while earlier kernels still run
   float multiplier;
 };
 
@@ -535,10 +534,6 @@ extern "C" global __launch_bounds__(THREADS, TWO_BLOCKS ? 2 : 1) void rarefy_lin
   u8* stages = pool + TABLE_BYTES;
 
   const Places places = places_of(a, first_tile, lane);
-  if (SPAN < 16 && a.ahead && threadIdx.x < ACROSS * TILES && end > begin) {
-    const i64 tile = blockIdx.x * ACROSS * TILES + threadIdx.x;
-    if (tile * 16 < a.rows) bring_closer(a.codes + (tile * a.steps + begin) * LOADS * 32, (end - begin) * LOADS * 512);
-  }
   const auto step_at = [&](int round) { return begin + round * ALONG + along; };
 
   // What the weights are is on its way before anything is waited for.

@@ -187,7 +187,7 @@ def _product(x: Tensor, term: Term, outliers: Term | None = None) -> Tensor:
     given = program.arguments(
         {**pointed(term, half), **entries, "x": x, "y": y, "partial": partial, "arrived": arrived},
         rows=rows, columns=x.shape[1], tokens=tokens, stride=x.stride(0),
-        second=(numbers["second_rows"], numbers["second_groups"]), ahead=chosen.overlap, multiplier=multiplier,
+        second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
     )  # fmt: skip
     program.linear(code, chosen, given, half, x.device)
     return y

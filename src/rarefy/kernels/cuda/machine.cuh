@@ -86,13 +86,6 @@ device void copy_word_async(u8* to, const void* from, bool real) {
 device void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> device void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
-// Bring closer what will be read soon, in pieces of sixteen bytes.
-device void bring_closer(const void* from, u32 bytes) {
-#if ORDERED
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
-}
-
 // ---- Order.
 
 device void block_barrier() { __syncthreads(); }

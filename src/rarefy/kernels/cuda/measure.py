@@ -50,7 +50,7 @@ class Problem:
             partial, arrived = program.workspace(tuning, self.rows, x.shape[0], x.device)
             given = program.arguments(
                 {**own, "x": x, "y": y, "partial": partial, "arrived": arrived}, rows=self.rows, columns=self.columns,
-                tokens=x.shape[0], stride=x.stride(0), second=self.second, ahead=tuning.overlap,
+                tokens=x.shape[0], stride=x.stride(0), second=self.second,
             )  # fmt: skip
             results.append(y)
 

@@ -59,8 +59,8 @@ class Tuning:
     """How the work is cut up. A warp computes ``16 * tiles`` rows for ``8 * tokens`` tokens; a block has ``across``
     warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps are
     loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``wide``: four warps multiply
-    together, which takes stages, ``across`` a multiple of 4 and compute capability 9.0. ``overlap``: the kernel starts,
-    and brings its codes closer, while its forerunner still runs; from 9.0 on."""
+    together, which takes stages, ``across`` a multiple of 4 and compute capability 9.0. ``overlap``: the kernel starts
+    while its forerunner still runs; from 9.0 on."""
 
     tiles: int = 1
     tokens: int = 1
@@ -93,7 +93,7 @@ class Tuning:
         return table + max(staged, meeting)
 
 
-_NUMBERS = "rows columns steps groups tokens stride second_rows second_groups pitch ahead".split()
+_NUMBERS = "rows columns steps groups tokens stride second_rows second_groups pitch".split()
 _POINTERS = "codes scale zero second table x y partial arrived entries row_ptr".split()
 
 
@@ -123,12 +123,11 @@ def definitions(code: Code, tuning: Tuning, half: bool) -> dict[str, int]:
 
 def arguments(
     tensors: Mapping[str, Tensor | None], *, rows: int, columns: int, tokens: int = 0, stride: int = 0,
-    second: tuple[int, int] = (1, 1), ahead: bool = False, multiplier: float = 1.0,
+    second: tuple[int, int] = (1, 1), multiplier: float = 1.0,
 ) -> Arguments:  # fmt: skip
     """``tensors``: ``codes [tiles, steps, loads, 32, 4]`` or bytes ``[rows, pitch]``, ``scale`` and ``zero [tiles,
     groups, 8, 2]`` of layout.py, ``x [tokens, columns]`` with rows ``stride`` apart, ``y [tokens, rows]`` and so on;
-    what is absent is a null pointer. ``second``: how many tiles and groups share second-order numbers.
-    ``ahead``: fetch codes into the second cache while the kernel waits for those before it."""
+    what is absent is a null pointer. ``second``: how many tiles and groups share second-order numbers."""
     codes = tensors["codes"]
     assert codes is not None
     grouped = (tensors.get(name) for name in ("scale", "table"))
@@ -137,7 +136,7 @@ def arguments(
     steps, pitch = codes.shape[1], 0
     if codes.dim() == 2:  # bytes as they are stored
         steps, pitch = -(-columns // step_of(8)), codes.shape[1]
-    return Arguments(*pointers, rows, columns, steps, groups, tokens, stride, *second, pitch, ahead, multiplier)
+    return Arguments(*pointers, rows, columns, steps, groups, tokens, stride, *second, pitch, multiplier)
 
 
 def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:

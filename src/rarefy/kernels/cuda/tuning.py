@@ -19,6 +19,7 @@ FOLDER = Path(__file__).with_name("tables")
 KEY = ("bits", "table", "rows", "columns", "tokens")  # of a measurement
 ALIKE = 2.0  # how many times larger or longer a measured size may be
 MOST_SHARED = 200 * 1024  # bytes of a block's shared memory
+NARROW = 8192  # rows that are too few blocks unless more warps share a row
 BLOCKS = 132  # that keep a large GPU busy
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens that are told apart
 
@@ -54,8 +55,8 @@ def by_rule(code: Code, rows: int, columns: int, tokens: int, capability: tuple[
     wide, overlap = capability == (9, 0), capability >= (9, 0)
     loads = code.step * code.bits // 256
     if tokens <= 16:
-        tiles = 2 if loads < 4 and rows >= 16 * 2 * 2 * BLOCKS else 1
-        return Tuning(tiles=tiles, tokens=-(-tokens // 8), along=8, depth=1, overlap=overlap)
+        along = 16 if tokens <= 8 and rows <= NARROW else 8
+        return Tuning(tiles=2 if loads < 4 else 1, tokens=-(-tokens // 8), along=along, depth=1, overlap=overlap)
     at_once = min(16 if wide else 8, -(-tokens // 8))
     across = 8 if wide else 4
     blocks = -(-rows // (16 * across)) * -(-tokens // (8 * at_once))

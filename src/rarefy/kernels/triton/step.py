@@ -22,8 +22,9 @@ from torch import Tensor
 
 ROWS = 16  # the fewest rows that a tensor core multiplies
 TILE = 64  # tokens of the cache that are read together
-LEAST = 2  # tiles that are worth a program of their own
+LEAST = 4  # tiles that are worth a program of their own
 FILL = 264  # programs that keep a large GPU busy
+MERGED = 8192  # numbers that one program merges at once
 WARPS, STAGES = 4, 2
 PLAIN, CENTRED = 1, 2  # what a norm multiplies by: weight, 1 + weight
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
@@ -140,8 +141,8 @@ def _attend(
     q, k, v, keys, values, positions, turns, q_gain, k_gain, out, part, part_lse, arrived,
     q_stride, k_stride, v_stride, sequence_stride, head_stride, heads, q_eps, k_eps, scale, softcap, window,
     GROUP: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    SPLITS: tl.constexpr, LEAST: tl.constexpr, Q_KIND: tl.constexpr, K_KIND: tl.constexpr, CAPPED: tl.constexpr,
-    WINDOW: tl.constexpr, DOT: tl.constexpr, EARLY: tl.constexpr,
+    SPLITS: tl.constexpr, LEAST: tl.constexpr, MEMBERS: tl.constexpr, Q_KIND: tl.constexpr, K_KIND: tl.constexpr,
+    CAPPED: tl.constexpr, WINDOW: tl.constexpr, DOT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     begin(EARLY)
     pair, split = tl.program_id(0), tl.program_id(1)
@@ -209,18 +210,23 @@ def _attend(
         return
     tl.store(arrived + pair, 0)  # the last one merges, and leaves the counter as it was
     tl.debug_barrier()
-    number = tl.arange(0, SPLITS)
-    counted = number < active
-    for which in range(GROUP):
-        row = (pair * GROUP + which).to(tl.int64)
-        lse = tl.load(part_lse + row * SPLITS + number, mask=counted, other=float("-inf"), cache_modifier=".cg")
-        share = tl.exp(lse - tl.max(lse, 0))
-        parts = tl.load(
-            part + (row * SPLITS + number)[:, None] * WIDTH + channel[None, :], mask=counted[:, None], other=0.0,
-            cache_modifier=".cg",
-        )  # fmt: skip
-        merged = tl.sum(parts * share[:, None], 0) / tl.sum(share, 0)
-        tl.store(out + row * CHANNELS + channel, merged.to(out.dtype.element_ty), mask=here)
+    which, number = tl.arange(0, MEMBERS), tl.arange(0, SPLITS)
+    rows_of = (pair * GROUP + which).to(tl.int64)
+    exists = which < GROUP
+    counted = exists[:, None] & (number < active)[None, :]
+    at = rows_of[:, None] * SPLITS + number[None, :]
+    lse = tl.load(part_lse + at, mask=counted, other=float("-inf"), cache_modifier=".cg")
+    parts = tl.load(
+        part + at[:, :, None] * WIDTH + channel[None, None, :], mask=counted[:, :, None], other=0.0,
+        cache_modifier=".cg",
+    )  # fmt: skip
+    highest = tl.where(exists, tl.max(lse, 1), 0.0)
+    share = tl.exp(lse - highest[:, None])
+    merged = tl.sum(parts * share[:, :, None], 1) / tl.where(exists, tl.sum(share, 1), 1.0)[:, None]
+    tl.store(
+        out + rows_of[:, None] * CHANNELS + channel[None, :], merged.to(out.dtype.element_ty),
+        mask=exists[:, None] & here[None, :],
+    )  # fmt: skip
 
 
 @triton.jit
@@ -333,8 +339,10 @@ class Attention:
     """
 
     def __init__(self, sequences: int, query_heads: int, heads: int, channels: int, device: torch.device):
-        self.splits = max(1, min(64, triton.next_power_of_2(FILL // (sequences * heads) + 1)))
         self.width = max(ROWS, triton.next_power_of_2(channels))
+        filling = triton.next_power_of_2(FILL // (sequences * heads) + 1)
+        together = MERGED // (triton.next_power_of_2(query_heads // heads) * self.width)
+        self.splits = max(1, min(64, filling, together))
         rows = sequences * query_heads
         self.part = torch.empty(rows, self.splits, self.width, dtype=torch.float32, device=device)
         self.part_lse = torch.empty(rows, self.splits, dtype=torch.float32, device=device)
@@ -356,7 +364,8 @@ class Attention:
             keys.stride(0), keys.stride(1), layer.heads, q_eps, k_eps, layer.scale, layer.softcap or 0.0,
             layer.window or 0, GROUP=group, CHANNELS=layer.channels, WIDTH=self.width,
             M=max(ROWS, triton.next_power_of_2(group)), N=TILE, SPLITS=self.splits, LEAST=LEAST,
-            Q_KIND=q_kind, K_KIND=k_kind, CAPPED=layer.softcap is not None, WINDOW=layer.window is not None,
+            MEMBERS=triton.next_power_of_2(group), Q_KIND=q_kind, K_KIND=k_kind, CAPPED=layer.softcap is not None,
+            WINDOW=layer.window is not None,
             DOT=_TYPES[q.dtype] if q.is_cuda else tl.float32,  # the interpreter multiplies the bits of bfloat16
             num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip

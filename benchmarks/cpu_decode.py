@@ -1,14 +1,16 @@
-"""Decoding on a CPU: a compressed SmolLM2 against llama.cpp and Transformers, in one process and in turns.
+"""Decoding on a CPU: compressed Llamas against llama.cpp and Transformers, in one process and in turns.
 
-Jobs: ``decode`` (goal C2) and ``prefill`` (C4, at this size) on one thread; ``two threads`` (C5) idle, and with one
-process that competes for them; ``first token`` of ``rarefy chat`` from the start of its process, against importing
-Torch and Transformers' Llama. Quality stands beside: perplexity of all, and KL of both executors from the dense model,
-on the same windows.
+``--shape demo``, a compressed SmolLM2, has the jobs ``decode`` (goal C2) and ``prefill`` (C4) on one thread;
+``threads`` (C5), two of them, idle and with one process that competes for them; ``first-token`` of ``rarefy chat`` from
+the start of its process, against importing Torch and Transformers' Llama. Quality stands beside: perplexity of all, and
+KL of both executors from the dense model, on the same windows. Other shapes have random weights, and decode (C3) and
+prefill (C4) on one thread in several kinds of storage (``benchmarks/random_llama.py``).
 llama.cpp reads the same weights, written as F16 and quantized by its own quantizer (``benchmarks/gguf_peer.py``).
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import statistics
@@ -16,12 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gguf_peer
+import random_llama
 import torch
 from harness import Row, arguments, write
 
@@ -29,35 +32,71 @@ import rarefy
 from rarefy.contracts import Recipe, Rule
 from rarefy.evaluation.protocol import bos_token
 from rarefy.evaluation.scoring import Scorer
-from rarefy.evaluation.speed import Decoder, Speed, measure
+from rarefy.evaluation.speed import Decoder, SpeedComparison, measure
 from rarefy.integrations.peers import LlamaCppDecoder, RunnerDecoder, TransformersDecoder, step_bytes
 from rarefy.sources.models import open_model
 from rarefy.sources.texts import open_text
 from rarefy.sources.windows import tokenize, windows
 
 KEY = ("goal", "job", "peer")
-PROMPT, NEW = 128, 64
+PROMPT, LONG_PROMPT, NEW = 128, 256, 64
+DEMO_JOBS = ("decode", "prefill", "threads", "first-token")
 IMPORTS = "import torch; from transformers import LlamaForCausalLM"
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
 def main() -> None:
     parser = arguments(__doc__ or "")
+    parser.add_argument("--shape", default="demo", choices=["demo", *random_llama.SHAPES])
+    parser.add_argument("--kinds", nargs="+", default=list(random_llama.KINDS), choices=list(random_llama.KINDS))
+    parser.add_argument("--jobs", nargs="+", default=list(DEMO_JOBS), choices=DEMO_JOBS, help="of the demo")
     parser.add_argument("--recipe", default="gptq", help="id of the weight recipe, of the layers; the head takes rtn")
     parser.add_argument("--samples", type=int, default=128, help="sequences of 512 tokens that it calibrates on")
     parser.add_argument("--work-dir", type=Path, help="keep the compressed model and the GGUF files here")
     options = parser.parse_args()
+    busy = os.getloadavg()[0]
+    load = f"{busy:.0f} other processes ran on {os.cpu_count()} cores when it began"
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work_dir or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        small = compressed(work / options.recipe, options.recipe, options.samples)
-        peer = llama_cpp_file(work)
-        busy = os.getloadavg()[0]
-        rows, quality = measured(small, peer, options.quick)
+        if options.shape == "demo":
+            rows = of_the_demo(work, options)
+        else:
+            rows = [row for kind in options.kinds for row in of_a_shape(options.shape, kind, work, options.quick)]
+    write(options, [{**row, "load": load} for row in rows], KEY)
+
+
+def of_the_demo(work: Path, options: Any) -> list[Row]:
+    small = compressed(work / options.recipe, options.recipe, options.samples)
+    rows, quality = measured(small, llama_cpp_file(work), options.jobs, options.quick)
     made = "" if options.recipe == "rtn" else f" on {options.samples} x 512 tokens of the demo's calibration text"
     quality = f"layers {options.recipe} int4 g64{made}, head rtn int4 g32; {quality}"
-    load = f"{busy:.0f} other processes ran on {os.cpu_count()} cores when it began"
-    write(options, [{**row, "quality": quality, "load": load} for row in rows], KEY)
+    return [{**row, "quality": quality} for row in rows]
+
+
+def of_a_shape(shape: str, kind: str, work: Path, quick: bool) -> list[Row]:
+    """Rows of a Llama with random weights, its layers in ``kind``."""
+    gguf = random_llama.llama_cpp_file(shape, kind, work)
+    small = random_llama.compressed(shape, kind, work)
+    model: Any = rarefy.load(small)
+    torch.set_num_threads(1)
+    decoders: list[Decoder] = [RunnerDecoder(model, "fast")]
+    length = LONG_PROMPT + NEW
+    if gguf is None:
+        print(f"{kind}: this llama.cpp has no {random_llama.KINDS[kind][1]}", file=sys.stderr)
+    else:
+        decoders.append(LlamaCppDecoder(gguf, length))
+    weights = sum(parameter.numel() for parameter in rarefy.load(random_llama.dense(shape, work)).parameters())
+    if kind == next(iter(random_llama.KINDS)):
+        dense: Any = rarefy.load(random_llama.dense(shape, work), dtype="bfloat16")
+        decoders.append(TransformersDecoder(dense, False, length))
+    result = contest(decoders, LONG_PROMPT, 8 if quick else 32, 3 if quick else 7, 1)
+    shared = {"bits_per_weight": 8 * step_bytes(model) / weights, "quality": f"random weights, {kind}"}
+    rows = decode_rows(result, "C3", f"{shape} {kind}, decode after {LONG_PROMPT}", shared)
+    rows += prefill_rows(result, f"{shape} {kind}, prefill {LONG_PROMPT}", shared)
+    del model, decoders
+    gc.collect()
+    return [{**row, "peer_bits_per_weight": 8 * row.pop("peer_bytes") / weights} for row in rows]
 
 
 def compressed(folder: Path, method: str, samples: int) -> Path:
@@ -80,54 +119,79 @@ def llama_cpp_file(work: Path) -> Path:
     return out
 
 
-def measured(small: Path, gguf: Path, quick: bool) -> tuple[list[Row], str]:
-    rounds = 3 if quick else 9
+def contest(decoders: Sequence[Decoder], prompt: int, new: int, rounds: int, threads: int) -> SpeedComparison:
+    """``decoders`` in turns on a random prompt; the first is ours."""
+    tokens = torch.randint(10, 90, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    torch.set_num_threads(threads)
+    result = measure(decoders, tokens, new, rounds)
+    for row in result.rows:
+        speeds = f"{row.decode_tokens_per_second:.1f} tokens/s after {row.prefill_tokens_per_second:.0f}"
+        print(f"{prompt} + {new}, {threads} threads: {row.executor}: {speeds}", file=sys.stderr)
+    return result
+
+
+def decode_rows(result: SpeedComparison, goal: str, job: str, shared: Row) -> list[Row]:
+    ours = result.rows[0]
+    read = f"one thread reads {result.read_bytes_per_second / 1e9:.1f} GB/s"
+    return [
+        {
+            "goal": goal, "job": job, "peer": row.executor, "ratio": row.decode_ratio, **shared,
+            "fraction_of_limit": ours.fraction_of_read, "peer_bytes": row.step_bytes,
+            "note": f"{ours.decode_tokens_per_second:.1f} against {row.decode_tokens_per_second:.1f} tokens/s, {read}",
+        }
+        for row in result.rows[1:]
+    ]  # fmt: skip
+
+
+def prefill_rows(result: SpeedComparison, job: str, shared: Row) -> list[Row]:
+    ours = result.rows[0]
+    return [
+        {
+            "goal": "C4", "job": job, "peer": row.executor, "ratio": row.prefill_ratio, **shared,
+            "peer_bytes": row.step_bytes,
+            "note": f"{ours.prefill_tokens_per_second:.0f} against {row.prefill_tokens_per_second:.0f} tokens/s",
+        }
+        for row in result.rows[1:]
+    ]  # fmt: skip
+
+
+def measured(small: Path, gguf: Path, jobs: Sequence[str], quick: bool) -> tuple[list[Row], str]:
+    rounds, new = (3, 16) if quick else (9, NEW)
     model: Any = rarefy.load(small)
     dense: Any = rarefy.load("demo")
     quality = qualities(model, dense, gguf, 4 if quick else 12)
-    bits = 8 * step_bytes(model) / sum(p.numel() for p in dense.parameters())
+    weights = sum(parameter.numel() for parameter in dense.parameters())
+    shared = {"bits_per_weight": 8 * step_bytes(model) / weights, "max_rel_error": logit_error(model)}
     rows: list[Row] = []
-    error = logit_error(model)
-
-    def run(goal: str, job: str, threads: int, decoders: list[Decoder]) -> list[Speed]:
-        prompt = torch.randint(10, 90, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
-        torch.set_num_threads(threads)
-        result = measure(decoders, prompt, 16 if quick else NEW, rounds)
-        ours = result.rows[0]
-        for row in result.rows[1:]:
-            shared = {"bits_per_weight": bits, "max_rel_error": error, "peer": row.executor}
-            note = (
-                f"{ours.decode_tokens_per_second:.1f} against {row.decode_tokens_per_second:.1f} tokens/s, "
-                f"one thread reads {result.read_bytes_per_second / 1e9:.1f} GB/s"
-            )
-            decode = {"goal": goal, "job": job, "ratio": row.decode_ratio, "note": note}
-            rows.append({**decode, **shared, "fraction_of_limit": ours.fraction_of_read})
-            if goal == "C2":
-                note = f"{ours.prefill_tokens_per_second:.0f} against {row.prefill_tokens_per_second:.0f} tokens/s"
-                prefill = {"goal": "C4", "job": f"prefill {PROMPT}", "ratio": row.prefill_ratio, "note": note}
-                rows.append({**prefill, **shared})
-        for row in result.rows:
-            print(f"{job}: {row.executor}: {row.decode_tokens_per_second:.1f} tokens/s", file=sys.stderr)
-        return list(result.rows)
-
-    length, ours = PROMPT + NEW, RunnerDecoder(model, "fast")
+    length = LONG_PROMPT + NEW
     torch.set_num_threads(1)
-    alone = run(
-        "C2", f"decode after {PROMPT}", 1,
-        [ours, LlamaCppDecoder(gguf, length), TransformersDecoder(dense, False, length),
-         TransformersDecoder(dense.bfloat16(), False, length)],
-    )[0]  # fmt: skip
-    torch.set_num_threads(2)
-    both = [ours, LlamaCppDecoder(gguf, length)]
-    for job, crowd in (("two threads", 0), ("two threads, one competing process", 1)):
-        with competition(crowd):
-            own = run("C5", job, 2, both)[0]
-        ratio = own.decode_tokens_per_second / alone.decode_tokens_per_second
-        note = f"{own.decode_tokens_per_second:.1f} against {alone.decode_tokens_per_second:.1f} tokens/s"
-        row = {"goal": "C5", "job": job, "peer": "own one thread", "ratio": ratio, "note": note}
-        rows.append({**row, "bits_per_weight": bits, "max_rel_error": error})
+    ours = RunnerDecoder(model, "fast")
+    all_peers: list[Decoder] = [
+        ours, LlamaCppDecoder(gguf, length), TransformersDecoder(dense, False, length),
+        TransformersDecoder(rarefy.load("demo", dtype="bfloat16"), False, length),
+    ]  # fmt: skip
+    if "decode" in jobs:
+        result = contest(all_peers, PROMPT, new, rounds, 1)
+        rows += decode_rows(result, "C2", f"decode after {PROMPT}", shared)
+        rows += prefill_rows(result, f"prefill {PROMPT}", shared)
+    if "prefill" in jobs:
+        rows += prefill_rows(contest(all_peers, LONG_PROMPT, 2, rounds, 1), f"prefill {LONG_PROMPT}", shared)
+    if "threads" in jobs:
+        alone = contest(all_peers[:1], PROMPT, new, rounds, 1).rows[0].decode_tokens_per_second
+        torch.set_num_threads(2)
+        both = [ours, LlamaCppDecoder(gguf, length)]
+        for job, crowd in (("two threads", 0), ("two threads, one competing process", 1)):
+            with competition(crowd):
+                result = contest(both, PROMPT, new, rounds, 2)
+            rows += decode_rows(result, "C5", job, shared)
+            own = result.rows[0].decode_tokens_per_second
+            note = f"{own:.1f} against {alone:.1f} tokens/s"
+            row = {"goal": "C5", "job": job, "peer": "own one thread", "ratio": own / alone, "note": note}
+            rows.append({**row, **shared, "peer_bytes": ours.step_bytes})
     torch.set_num_threads(1)
-    rows.append(first_token(small, 2 if quick else 5))
+    rows = [{**row, "peer_bits_per_weight": 8 * row.pop("peer_bytes") / weights} for row in rows]
+    if "first-token" in jobs:
+        rows.append(first_token(small, 2 if quick else 5))
     return rows, quality
 
 

@@ -38,7 +38,7 @@ def write_f16(folder: Path, out: Path) -> None:
 
 
 def write_f16_without_words(folder: Path, out: Path) -> None:
-    """The Llama in ``folder`` as GGUF without a tokenizer: enough for llama.cpp to quantize it, not to run it."""
+    """The Llama in ``folder`` as GGUF without a tokenizer: llama.cpp quantizes it and runs it on numbered tokens."""
     import gguf
 
     config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
@@ -54,6 +54,8 @@ def write_f16_without_words(folder: Path, out: Path) -> None:
     writer.add_value_length(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_rope_dimension_count(config["head_dim"])
     writer.add_file_type(int(gguf.LlamaFileType.MOSTLY_F16))
     _write(writer, folder, heads, kv_heads)
 
@@ -93,8 +95,10 @@ def quantize(source: Path, out: Path, kind: str) -> None:
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     parameters.nthread = torch.get_num_threads()
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), parameters):
+    part = out.with_suffix(".part")  # what was interrupted is not taken for a model
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(part).encode(), parameters):
         raise SystemExit(f"llama.cpp could not quantize '{source}' to {kind}.")
+    part.replace(out)
 
 
 def stored_name(name: str) -> str:

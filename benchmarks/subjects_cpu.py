@@ -18,13 +18,17 @@ from rarefy.kernels.cpu.library import read
 
 @dataclass(frozen=True)
 class Job:
-    """A representation to time; ``density`` below 1 prunes at random, ``outliers`` is a share of weights."""
+    """A representation to time; ``density`` below 1 prunes at random, ``outliers`` is a share of weights.
+
+    ``beside``: the job of ours that it is held against.
+    """
 
     name: str
     goal: str
     grid: Grid | None
     density: float = 1.0
     outliers: float = 0.0
+    beside: str | None = None
 
 
 def integer(bits: int, group: int) -> IntegerGrid:
@@ -45,9 +49,9 @@ JOBS = {
         Job("fp4 two scales g128", "C1", FloatGrid(format="fp4", two_scales=True, group_size=128)),
         Job("lut4 row", "C1", LutGrid(num_bits=4)),
         Job("int3 g16 two-level", "C1", IntegerGrid(num_bits=3, zero="float", group_size=16, scales=BilevelScale())),
-        Job("int3 g128 + 0.45%", "C6", integer(3, 128), outliers=0.0045),
-        Job("int8 g128, 20% kept", "C6", integer(8, 128), density=0.2),
-        Job("int4 g128, 50% kept", "C6", integer(4, 128), density=0.5),
+        Job("int3 g128 + 0.45%", "C6", integer(3, 128), outliers=0.0045, beside="int3 g128"),
+        Job("int8 g128, 20% kept", "C6", integer(8, 128), density=0.2, beside="int8 g128"),
+        Job("int4 g128, 50% kept", "C6", integer(4, 128), density=0.5, beside="int4 g128"),
         Job("float16, 50% kept", "C6", None, density=0.5),
     )
 }
@@ -94,38 +98,3 @@ def streaming(size: int) -> Callable[[], object]:
     """Reads ``size`` bytes once, in order, and does nothing with them."""
     data = torch.randint(0, 256, (size,), dtype=torch.uint8)
     return lambda: read(data)
-
-
-# Name -> (rows, columns, x) -> bytes of the weight, and what makes one call over a weight of its own.
-Peer = Callable[[int, int, Tensor], tuple[int, Callable[[], Callable[[], object]]]]
-
-
-def _linear(dtype: torch.dtype) -> Peer:
-    def peer(rows: int, columns: int, x: Tensor) -> tuple[int, Callable[[], Callable[[], object]]]:
-        own = x.to(dtype)
-
-        def make() -> Callable[[], object]:
-            weight = torch.randn(rows, columns).to(dtype)
-            return lambda: torch.nn.functional.linear(own, weight)
-
-        return rows * columns * dtype.itemsize, make
-
-    return peer
-
-
-def _int4pack(rows: int, columns: int, x: Tensor) -> tuple[int, Callable[[], Callable[[], object]]]:
-    """Torch's own 4-bit product, groups of 128 (of 64 where columns are no multiple), bfloat16 as it is fastest."""
-    group, own = (128 if columns % 128 == 0 else 64), x.bfloat16()
-
-    def make() -> Callable[[], object]:
-        codes = torch.randint(0, 16, (rows, columns), dtype=torch.int32)
-        packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
-        scales = torch.rand(columns // group, rows, 2).bfloat16()
-        return lambda: torch._weight_int4pack_mm_for_cpu(own, packed, group, scales)
-
-    return rows * columns // 2, make
-
-
-PEERS: dict[str, Peer] = {
-    "torch int4pack": _int4pack, "torch bfloat16": _linear(torch.bfloat16), "torch float32": _linear(torch.float32),
-}  # fmt: skip

@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-SHOWN = "^(rtn|gptq|awq) int[34] g128 Z$|^spqr int(3 3.95 bits|4)( no clip)?$|^(sparsegpt|wanda) (50%|2:4)$"
+SHOWN = "^(rtn|gptq|awq) int[34] g128 Z$|^spqr int(3 3.95 bits|4)$|^(sparsegpt|wanda) (50%|2:4)$"
 DEMO = "SmolLM2-135M-Instruct (demo, jitter 0.10)"
 FOLDED = "SmolLM2-135M-Instruct (demo, norm gains folded into the layers that read them, jitter 0.10)"
 LAB = "lab-29m"
@@ -35,6 +35,8 @@ PAGES = {
     "afpq": "^(afpq|one scale) |^(rtn|gptq|awq) int[34] g32 Z$",
     "gqsa": "^gqsa |^sparsegpt 2:4( int4 g128 Z)?$|^gptq (int2 g32|int3 g128) Z$",
 }
+# Blocks of models of which a benchmark may run some, each as long as the others.
+WHOLE = {"random Llama of shape 7b": 32}
 UNMEASURED = "*No measurement of this is committed yet.*"
 Rows = list[dict[str, Any]]
 
@@ -188,36 +190,75 @@ def speed_table() -> str:
     parts = []
     for data in results("*/calibration_speed.json"):
         lines = [
-            "| model | weights | calibration | on | minutes | seconds/block | host memory | GPU memory | speedup |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| model | weights | calibration | on | minutes | s/block | whole | host memory | GPU memory | speedup |",
+            "|---" * 10 + "|",
         ]
         for row in data["rows"]:
             gpu = "-" if row["peak_gpu_bytes"] is None else f"{row['peak_gpu_bytes'] / 1e9:.1f} GB"
             unit = "thread" if row["device_type"] == "cpu" else "GPU"
             count = row["processes"] * (row["threads"] if unit == "thread" else 1)
             block = "-" if row["seconds_per_block"] is None else f"{row['seconds_per_block']:.1f}"
+            left = WHOLE.get(row["model"], row["layers"]) - row["layers"]
+            whole = (row["seconds"] + left * (row["seconds_per_block"] or 0)) / 60
             lines.append(
                 f"| {row['model']}, {row['layers']} blocks | {row['job']} | {row['calibration'] or '-'} | "
-                f"{count} {unit}{'s' if count > 1 else ''} | {row['seconds'] / 60:.1f} | {block} | "
+                f"{count} {unit}{'s' if count > 1 else ''} | {row['seconds'] / 60:.1f} | {block} | {whole:.1f} | "
                 f"{row['peak_host_bytes'] / 1e9:.1f} GB | {gpu} | {row.get('ratio', '-')} |"
             )
-        parts.append("\n".join([*lines, "", f"Each job in processes of its own; {measured_on(data)}"]))
+        facts = "Whole: minutes for all blocks of the shape, from those that ran. Each job in processes of its own;"
+        parts.append("\n".join([*lines, "", f"{facts} {measured_on(data)}"]))
     return "\n\n".join(parts) or UNMEASURED
 
 
 def cpu_decode_table() -> str:
-    """Decoding beside peers, one table per device."""
+    """Decoding beside peers, one table per device and model."""
     parts = []
     for data in results("*/cpu_decode.json"):
-        lines = ["| goal | job | peer | peer's time / ours | of streaming read | measured |", "|---" * 6 + "|"]
+        for random in (False, True):
+            rows = [row for row in data["rows"] if row["quality"].startswith("random weights") == random]
+            if not rows:
+                continue
+            head = ("goal", "job", "peer", "bits", "peer's bits", "peer's time / ours", "of streaming read", "measured")
+            lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+            for row in rows:
+                bits, theirs = (
+                    "-" if row.get(name) is None else f"{row[name]:.2f}"
+                    for name in ("bits_per_weight", "peer_bits_per_weight")
+                )
+                share = "-" if row.get("fraction_of_limit") is None else f"{row['fraction_of_limit']:.0%}"
+                where = f"{row['goal']} | {row['job']} | {row['peer']} | {bits} | {theirs}"
+                lines.append(f"| {where} | {row['ratio']:.2f} | {share} | {row['note']} |")
+            model = "Llamas with random weights" if random else f"{DEMO}; {rows[0]['quality']}"
+            facts = f"{model}; bits of all weights that a token reads, head included; {rows[0]['load']}."
+            measured = measured_on({**data, "rows": rows})
+            parts.append("\n".join([*lines, "", f"{facts} All in one process and in turns; {measured}"]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def cpu_layer_table() -> str:
+    """Single layers for one token beside peers, one table for each device, shape, instruction set and executor."""
+    parts = []
+    for data in results("*/cpu_gemv.json"):
+        kinds: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
         for row in data["rows"]:
-            share = "-" if row.get("fraction_of_limit") is None else f"{row['fraction_of_limit']:.0%}"
-            where = f"{row['goal']} | {row['job']} | {row['peer']}"
-            lines.append(f"| {where} | {row['ratio']:.2f} | {share} | {row['note']} |")
-        bits = max(row.get("bits_per_weight") or 0 for row in data["rows"])
-        first = data["rows"][0]
-        facts = f"{DEMO}; {bits:.2f} bits a weight, head included; {first['quality']}; {first['load']}."
-        parts.append("\n".join([*lines, "", f"{facts} All in one process and in turns; {measured_on(data)}"]))
+            if row["tokens"] == 1 and row["threads"] == 1:
+                kind = tuple(row[name] for name in ("shape", "instructions", "executor"))
+                kinds.setdefault(kind, {}).setdefault(row["job"], {})[row["peer"]] = row
+        for (shape, instructions, executor), jobs in kinds.items():
+            known = {peer: None for rows in jobs.values() for peer in rows}
+            peers = [peer for peer in known if peer != "streaming read" and not peer.startswith("own ")]
+            head = ("weight", "bits", "us", "of streaming read", *peers, "own")
+            lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+            for job, rows in jobs.items():
+                row = next(iter(rows.values()))
+                ratios = [f"{rows[peer]['ratio']:.2f}" if peer in rows else "-" for peer in peers]
+                own = [f"{found['ratio']:.2f} of {name[4:]}" for name, found in rows.items() if name.startswith("own ")]
+                cells = [job, f"{row['bits_per_weight']:.2f}", f"{row['microseconds']:.0f}"]
+                cells += [f"{row['fraction_of_limit']:.0%}", *ratios, *(own or ["-"])]
+                lines.append(f"| {' | '.join(cells)} |")
+            measured = measured_on({**data, "rows": [row for rows in jobs.values() for row in rows.values()]})
+            facts = f"{shape}, one token, one thread, {instructions}, `{executor}`; peers: their time / ours."
+            parts.append("\n".join([*lines, "", f"{facts} {measured}"]))
     return "\n\n".join(parts) or UNMEASURED
 
 
@@ -467,6 +508,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "maps": map_table,
     "calibration-speed": speed_table,
     "cpu-decode": cpu_decode_table,
+    "cpu-layer": cpu_layer_table,
     "terms": term_table,
     "kv-demo": partial(cache_table, "SmolLM2-135M-Instruct"),
     "kv-lab": partial(cache_table, LAB),

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include <algorithm>
 #include <atomic>
 
 #include "internal.h"
@@ -127,15 +128,15 @@ int32_t check_codes(const rarefy_term &t, const Failure &fail) {
     return fail("'zero_point' has the unknown type %d.", t.zero_type);
   if (sized(fail, "zero_point", t.zero_point, places * 16 * width_of(t.zero_type))) return -1;
   if (t.table.bytes && sized(fail, "table", t.table, int64_t(4) << t.bits)) return -1;
-  if (t.kind == RAREFY_CODES) {
-    if (t.table.bytes && t.scale_layout == RAREFY_SIGNED && t.bits < 3)
-      return fail("'table' of %d bits cannot have a scale for each sign.", t.bits);
-    return sized(fail, "codes", t.codes, units * 64 * t.bits);
-  }
-  bool plain = t.scale_layout != RAREFY_SIGNED && t.scale_layout != RAREFY_PAIRS && !t.table.bytes;
-  bool whole = t.zero == float(int32_t(t.zero)) && t.zero >= 0 && t.zero < 256 && t.second_numbers != 4;
-  if (!plain || !whole || (t.zero_type != RAREFY_NONE && t.zero_type != RAREFY_U8))
+  if (t.table.bytes && t.scale_layout == RAREFY_SIGNED && t.bits < 3)
+    return fail("'table' of %d bits cannot have a scale for each sign.", t.bits);
+  if (t.kind == RAREFY_CODES) return sized(fail, "codes", t.codes, units * 64 * t.bits);
+  bool plain = t.scale_layout != RAREFY_PAIRS && (t.table.bytes != 0 || t.scale_layout != RAREFY_SIGNED);
+  bool whole = t.zero == float(int32_t(t.zero)) && t.zero >= 0 && t.zero < float(1 << t.bits) && t.second_numbers != 4;
+  if (!plain || !whole || (t.zero_type != RAREFY_NONE && (t.zero_type != RAREFY_U8 || t.table.bytes)))
     return fail("'zero_point' of a sparse weight has to be a whole code.");
+  if (t.table.bytes && (t.bits < 3 || static_cast<const float *>(t.table.data)[int32_t(t.zero)] != 0))
+    return fail("'table' of a sparse weight needs a code for zero.");
   if (sized(fail, "positions", t.positions, units * 64) ||
       sized(fail, "pointers", t.pointers, (tiles_of(t) + 1) * 8))
     return -1;
@@ -186,15 +187,23 @@ int32_t check_values(const rarefy_term &t, const Failure &fail) {
 int32_t check_entries(const rarefy_term &t, const Failure &fail) {
   if (t.scale_type != RAREFY_F16 && t.scale_type != RAREFY_BF16)
     return fail("'entries' have the unknown type %d.", t.scale_type);
-  int64_t panels = ceil_div(t.columns, 65536), stored = t.codes.bytes / 4;
-  if (t.codes.bytes % 4 || sized(fail, "pointers", t.pointers, panels * (t.rows + 1) * 4)) return -1;
+  int64_t places = ceil_div(t.columns, 65536) * tiles_of(t), slices = t.codes.bytes / 64;
+  if (t.codes.bytes % 64) return fail("'entries' end within a slice; prepare the layer again.");
+  if (sized(fail, "pointers", t.pointers, (places + 1) * 4) || sized(fail, "positions", t.positions, places * 48))
+    return -1;
   if (!fail.deep) return 0;
-  const int32_t *pointers = static_cast<const int32_t *>(t.pointers.data);
-  const int32_t *entries = static_cast<const int32_t *>(t.codes.data);
-  for (int64_t panel = 0; panel < panels; ++panel, pointers += t.rows + 1) {
-    if (rising(fail, "pointers", pointers, t.rows + 1, stored)) return -1;
-    for (int64_t i = pointers[0]; i < pointers[t.rows]; ++i)
-      if (panel * 65536 + (entries[i] & 0xffff) >= t.columns)
+  const int32_t *starts = static_cast<const int32_t *>(t.pointers.data);
+  if (rising(fail, "pointers", starts, places + 1, slices)) return -1;
+  if (starts[places] != slices)
+    return fail("'entries' have more than the %lld slices of all tiles; prepare the layer again.",
+                (long long)starts[places]);
+  for (int64_t place = 0; place < places; ++place) {
+    const uint8_t *other = static_cast<const uint8_t *>(t.positions.data) + place * 48 + 32;
+    const int32_t *entries = static_cast<const int32_t *>(t.codes.data);
+    for (int lane = 0; lane < 16; ++lane)
+      if (other[lane] > 15) return fail("'positions' name row %d of 16.", other[lane]);
+    for (int64_t i = 16 * int64_t(starts[place]); i < 16 * int64_t(starts[place + 1]); ++i)
+      if (place / tiles_of(t) * 65536 + (entries[i] & 0xffff) >= t.columns)
         return fail("'entries' name a column beyond %lld.", (long long)t.columns);
   }
   return 0;
@@ -393,14 +402,18 @@ int32_t rarefy_linear(const rarefy_term *terms, int32_t count, const void *x, in
   p.terms = terms, p.count = count, p.type = type, p.x = static_cast<const char *>(x), p.result = y;
   p.x_stride = x_stride, p.y_stride = y_stride;
   int64_t bytes = aligned(rarefy_input_bytes(terms, count, tokens, mode)), tiles = tiles_of(terms[0]);
-  char *memory = static_cast<char *>(scratch.get(bytes + tokens * terms[0].rows * 4));
+  bool direct = type == RAREFY_F32 && y_stride == terms[0].rows;  // products are such floats themselves
+  char *memory = static_cast<char *>(scratch.get(bytes + (direct ? 0 : tokens * terms[0].rows * 4)));
   if (!memory) return fail("There is no memory for %lld tokens.", (long long)tokens);
   rarefy_input_begin(&p.input, terms, count, tokens, mode, memory);
-  p.y = reinterpret_cast<float *>(memory + bytes);
-  p.tokens_at_once = 8, p.tiles_at_once = chunk_tiles;
+  p.y = direct ? static_cast<float *>(y) : reinterpret_cast<float *>(memory + bytes);
+  p.tokens_at_once = 8;
+  // Alone, a thread takes all tiles at once; several take pieces small enough that none waits long for another.
+  int64_t pieces = rarefy_threads(0) > 1 ? 8 * rarefy_threads(0) : 1;
+  p.tiles_at_once = std::max(ceil_div(tiles, pieces), chunk_tiles);
   rarefy_parallel(fill, &p, ceil_div(tokens, p.tokens_at_once));
   rarefy_parallel(multiply, &p, ceil_div(tiles, p.tiles_at_once));
-  rarefy_parallel(finish, &p, ceil_div(tokens, p.tokens_at_once));
+  if (!direct) rarefy_parallel(finish, &p, ceil_div(tokens, p.tokens_at_once));
   return 0;
 }
 

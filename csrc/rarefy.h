@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define RAREFY_ABI 1
+#define RAREFY_ABI 2
 #define RAREFY_API __attribute__((visibility("default")))
 
 enum { RAREFY_TILE = 16, RAREFY_UNIT = 32, RAREFY_PANEL = 128, RAREFY_BLOCKINGS = 4 };
@@ -31,14 +31,17 @@ enum { RAREFY_NONE = 0, RAREFY_F32 = 1, RAREFY_F16 = 2, RAREFY_BF16 = 3, RAREFY_
  *          table      f32 [2^b] what each code stands for, before the scale; none: the code itself
  * TABLES   codes      u8  [T, P, 16, b * 16] rows apart, for tables of their own
  *          table      float of scale_type [T, G, 16, E]
- * KEPT     as CODES, but only codes at the set bits of the mask, in bytes (more than 4 bits) or nibbles
+ * KEPT     as CODES, but only codes at the set bits of the mask, in bytes (more than 4 bits) or nibbles; with a table,
+ *          `zero` is the code of its entry 0
  *          positions  u64 [T, U * 8] bit 4 * row + column of each 16 x 4 quad
  *          pointers   i64 [T + 1] first byte of each tile in `codes`
  * VALUES   codes      f32, f16 or bf16 (scale_type) at the set bits, column by column
  *          positions  u16 [T, U * 32] bit per row
  *          pointers   i64 [T + 1] first value of each tile in `codes`
- * ENTRIES  codes      i32 [kept] a 16-bit value of scale_type above a 16-bit column (compressed sparse rows)
- *          pointers   i32 [ceil(columns / 65536), rows + 1]
+ * ENTRIES  codes      i32 [slices, 16] a 16-bit value of scale_type above a 16-bit column; 0: none
+ *          positions  u8 [ceil(columns / 65536), T, 48] per lane how many slices belong to its own row (u16 [16]), and
+ *                     which row the others belong to (u8 [16])
+ *          pointers   i32 [ceil(columns / 65536) * T + 1] first slice of each tile
  * GROUPS   codes      u8  [kept groups, bytes of group_size codes of b bits, a bit stream]
  *          scale      float [kept groups] ; zero_point u8 or float [kept groups]
  *          positions  u16 [kept groups] group number within the row
@@ -156,6 +159,14 @@ RAREFY_API int32_t rarefy_threads(int32_t count);
 RAREFY_API void rarefy_pack_codes(const uint32_t *stream, uint8_t *tiles, int64_t rows, int64_t columns, int32_t bits);
 RAREFY_API void rarefy_unpack_codes(const uint8_t *tiles, uint32_t *stream, int64_t rows, int64_t columns,
                                     int32_t bits);
+
+/* Compressed sparse rows, entries i32 [kept] with row_ptr i32 [panels, rows + 1], in the layout of ENTRIES: `starts` is
+ * its pointers, from the number of entries of each tile divided by 16 and rounded up. Back comes what was given if the
+ * columns of every row rise. */
+RAREFY_API void rarefy_pack_entries(const int32_t *entries, const int32_t *row_ptr, const int32_t *starts,
+                                    int64_t rows, int64_t panels, int32_t *slices, uint8_t *lanes);
+RAREFY_API void rarefy_unpack_entries(const int32_t *slices, const uint8_t *lanes, const int32_t *starts,
+                                      int64_t rows, int64_t panels, int32_t *entries, int32_t *row_ptr);
 
 /* Read `bytes` bytes as fast as one thread can, for measurements; returns a sum that keeps the reads alive. */
 RAREFY_API uint64_t rarefy_read(const void *data, int64_t bytes);

@@ -2,9 +2,11 @@
 #pragma once
 #include <initializer_list>
 
-#include "sources.h"
+#include "entries.h"
 
 namespace RAREFY_NS {
+
+constexpr int64_t few = 4;  // tokens up to which codes are multiplied without a panel
 
 // A table of at most 16 entries as sums of small whole numbers: entry = low + sum over i of factor[i] * part[i][code].
 // With a scale for each sign, parts are magnitudes, of positive entries first.
@@ -29,12 +31,16 @@ static inline float whole_step(const float *values, int entries) {
   return step;  // 0: they are multiples of none
 }
 
-// Whole numbers up to 127 where there is such a step; else up to 127 * 128 + 127.
-static inline void split_entries(Parts &parts, const float *values, int entries, float step, bool negative) {
+// Whole numbers up to 127 where there is such a step; else up to 127 * 128 + 127, of which `origin` becomes one.
+static inline void split_entries(Parts &parts, const float *values, int entries, float step, float origin,
+                                 bool negative) {
   float top = 0;
   for (int i = 0; i < entries; ++i) top = values[i] > top ? values[i] : top;
   bool exact = step != 0 && top / step <= 127;
-  if (!exact) step = top / 16383;
+  if (!exact) {
+    step = top / 16383;
+    if (origin > step) step = origin / float(int(origin / step));
+  }
   auto add = [&](float factor, auto digit) {
     for (int i = 0; i < entries; ++i) parts.part[parts.count][i] = uint8_t(digit(int(values[i] / step + .5f)));
     parts.factor[parts.count] = factor;
@@ -57,19 +63,19 @@ static inline Parts split_table(const rarefy_term &t) {
         float v = side ? -table[i] : table[i];
         values[i] = v > 0 ? v : 0;
       }
-      split_entries(parts, values, entries, step, side == 1);
+      split_entries(parts, values, entries, step, 0, side == 1);
     }
     return parts;
   }
   parts.low = table[0];
   for (int i = 0; i < entries; ++i) parts.low = table[i] < parts.low ? table[i] : parts.low;
   for (int i = 0; i < entries; ++i) values[i] = table[i] - parts.low;
-  split_entries(parts, values, entries, step, false);
+  split_entries(parts, values, entries, step, -parts.low, false);  // so that zero stays zero
   return parts;
 }
 
-// What a block adds to y: scale * (dot - zero * sum(x)) for codes, where whole zero points cancel exactly; otherwise
-// sum over parts of factor * dot, plus offset * sum(x).
+// What a block adds to y: scale * (dot + offset * sum(x)) for codes, with the offset -zero, where whole zero points cancel
+// exactly; otherwise sum over parts of factor * dot, plus offset * sum(x).
 template <int PARTS> struct Flush {
   F factor[PARTS ? PARTS : 1], offset;
   bool pairs;
@@ -78,7 +84,7 @@ template <int PARTS> struct Flush {
       : pairs(t.scale_layout == RAREFY_PAIRS) {
     if constexpr (PARTS == 0) {
       factor[0] = pairs ? sub_f(p.scale, p.zero) : p.scale;
-      offset = p.zero;
+      offset = pairs ? p.zero : sub_f(zero_f(), p.zero);
     } else {
       for (int i = 0; i < PARTS; ++i)
         factor[i] = mul_f(set_f(parts.negative[i] ? -parts.factor[i] : parts.factor[i]),
@@ -89,7 +95,7 @@ template <int PARTS> struct Flush {
   // `scale` is that of the block of x, `sum` the sum of its codes.
   F operator()(F acc, const I *dots, float scale, float sum) const {
     if (PARTS == 0 && !pairs) {
-      F centred = sub_f(to_f(dots[0]), mul_f(offset, set_f(sum)));
+      F centred = fma_f(offset, set_f(sum), to_f(dots[0]));
       return fma_f(mul_f(factor[0], set_f(scale)), centred, acc);
     }
     F total = mul_f(offset, set_f(sum));
@@ -97,8 +103,6 @@ template <int PARTS> struct Flush {
     return fma_f(total, set_f(scale), acc);
   }
 };
-
-template <int N> struct Count { static constexpr int value = N; };
 
 static inline int32_t quad_at(const int8_t *codes, int64_t quad) {
   int32_t x;
@@ -110,7 +114,7 @@ static inline int32_t quad_at(const int8_t *codes, int64_t quad) {
 // whole units.
 template <class Source, int PARTS, int M, bool HALF>
 static void fast_few(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
-                     int64_t tile, int64_t first, float (*acc)[16]) {
+                     const rarefy_term *beside, int64_t tile, int64_t first, float (*acc)[16]) {
   constexpr int dots = PARTS ? PARTS : 1, chains = HALF || M * dots >= 4 ? 1 : 4 / (M * dots);
   int64_t units = rarefy::units_of(t);
   Walk walk(rarefy::blocks_per_group(t, blocks.size));
@@ -130,6 +134,7 @@ static void fast_few(const rarefy_term &t, const rarefy_input &in, const rarefy_
   for (int m = 0; m < M; ++m)
     for (int i = 0; i < dots; ++i)
       for (int c = 0; c < chains; ++c) sums[m][i][c] = zero_i();
+  Corrections<M> corrections(beside, in, tile, first, 0, blocks.count);
   auto flush = [&](int64_t block) __attribute__((always_inline)) {
     Flush<PARTS> f(t, scales(walk.group), parts);
     for (int m = 0; m < M; ++m) {
@@ -141,6 +146,7 @@ static void fast_few(const rarefy_term &t, const rarefy_input &in, const rarefy_
       }
       y[m] = f(y[m], total, x_scale[m][block], x_sum[m][block]);
     }
+    corrections.some();
   };
   auto step = [&](B w, int64_t quad, int chain) __attribute__((always_inline)) {
     for (int i = 0; i < dots; ++i) {
@@ -170,6 +176,7 @@ static void fast_few(const rarefy_term &t, const rarefy_input &in, const rarefy_
     if (walk.step()) source.group(t, tile, walk.group);
   }
   for (int m = 0; m < M; ++m) store_f(acc[m], y[m]);
+  corrections.finish(acc);
 }
 
 // Any number of tokens: a panel of 128 columns is decoded once to bytes, then read by all of them.
@@ -222,35 +229,42 @@ static void fast_many(const rarefy_term &t, const rarefy_input &in, const rarefy
 
 template <class Source, int PARTS, bool HALF>
 static void fast_of(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
-                    int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
+                    const rarefy_term *beside, int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
   for (; tokens >= 4; tokens -= 4, first += 4, acc += 4)
-    fast_few<Source, PARTS, 4, HALF>(t, in, blocks, parts, tile, first, acc);
-  for (; tokens; --tokens, ++first, ++acc) fast_few<Source, PARTS, 1, HALF>(t, in, blocks, parts, tile, first, acc);
+    fast_few<Source, PARTS, 4, HALF>(t, in, blocks, parts, beside, tile, first, acc);
+  for (; tokens; --tokens, ++first, ++acc)
+    fast_few<Source, PARTS, 1, HALF>(t, in, blocks, parts, beside, tile, first, acc);
 }
 
 template <class Source, int PARTS>
 static void fast_of(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
-                    int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
-  if (tokens <= 4 && blocks.size >= 32)
-    return fast_of<Source, PARTS, false>(t, in, blocks, parts, tile, first, tokens, acc);
+                    const rarefy_term *beside, int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
+  if (tokens <= few && blocks.size >= 32)
+    return fast_of<Source, PARTS, false>(t, in, blocks, parts, beside, tile, first, tokens, acc);
   if constexpr (PARTS == 0 && !Source::masked)
-    if (tokens <= 4 && blocks.size == 16)
-      return fast_of<Source, PARTS, true>(t, in, blocks, parts, tile, first, tokens, acc);
+    if (tokens <= few && blocks.size == 16)
+      return fast_of<Source, PARTS, true>(t, in, blocks, parts, beside, tile, first, tokens, acc);
   fast_many<Source, PARTS>(t, in, blocks, parts, tile, first, tokens, acc);
 }
 
 // Whether codes and activations can be multiplied as bytes.
 static inline bool has_fast(const rarefy_term &t) {
-  return (t.kind == RAREFY_CODES && (t.table.bytes == 0 || t.bits == 3 || t.bits == 4)) || t.kind == RAREFY_KEPT;
+  return rarefy::reads_blocks(t) && (t.table.bytes == 0 || t.bits == 3 || t.bits == 4);
+}
+
+// Whether `fast` does the corrections of another term as well.
+static inline bool fast_corrects(const rarefy_term &t, const rarefy_blocks &blocks, int64_t tokens) {
+  return tokens <= few && (blocks.size >= 32 || (blocks.size == 16 && t.kind == RAREFY_CODES && !t.table.bytes));
 }
 
 static inline void fast(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
-                        int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
-#define PLAIN(n) case n: return fast_of<Codes<n>, 0>(t, in, blocks, parts, tile, first, tokens, acc)
-#define TABLE(n, parts_) case n + 16 * parts_: return fast_of<Codes<n>, parts_>(t, in, blocks, parts, tile, first, tokens, acc)
+                        const rarefy_term *beside, int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
+#define PLAIN(n) case n: return fast_of<Codes<n>, 0>(t, in, blocks, parts, beside, tile, first, tokens, acc)
+#define TABLE(n, parts_) case n + 16 * parts_: return fast_of<Codes<n>, parts_>(t, in, blocks, parts, beside, tile, first, tokens, acc)
+#define KEPT(parts_) case parts_: return fast_of<Kept<4>, parts_>(t, in, blocks, parts, beside, tile, first, tokens, acc)
   if (t.kind == RAREFY_KEPT) {
-    if (t.bits > 4) return fast_of<Kept<8>, 0>(t, in, blocks, parts, tile, first, tokens, acc);
-    return fast_of<Kept<4>, 0>(t, in, blocks, parts, tile, first, tokens, acc);
+    if (t.bits > 4) return fast_of<Kept<8>, 0>(t, in, blocks, parts, beside, tile, first, tokens, acc);
+    switch (parts.count) { KEPT(0); KEPT(1); KEPT(2); KEPT(4); default: return; }
   }
   switch (t.bits + 16 * parts.count) {
     PLAIN(1); PLAIN(2); PLAIN(3); PLAIN(4); PLAIN(5); PLAIN(6); PLAIN(7); PLAIN(8);
@@ -259,6 +273,7 @@ static inline void fast(const rarefy_term &t, const rarefy_input &in, const rare
   }
 #undef PLAIN
 #undef TABLE
+#undef KEPT
 }
 
 }  // namespace RAREFY_NS

@@ -36,7 +36,7 @@ static inline void each_stretch(const rarefy_term &t, int64_t row, int64_t panel
   const uint8_t *p = static_cast<const uint8_t *>(t.codes.data) +
                      (((row / 16) * rarefy::panels_of(t) + panel) * 16 + row % 16) * 16 * BITS;
   RowWords<BITS> words(p);
-  prefetch(p + 1024);
+  prefetch_far(p + far);
   auto each = [&](auto n) __attribute__((always_inline)) {
     constexpr int N = decltype(n)::value;
     use(N, lookup_f(table, words.template codes<N>()));
@@ -129,62 +129,6 @@ static void values_few(const rarefy_term &t, const rarefy_input &in, int64_t til
     }
   }
   for (int m = 0; m < M; ++m) store_f(acc[m], add_f(even[m], odd[m]));
-}
-
-// ---- ENTRIES: compressed sparse rows.
-
-static inline float entry_value(const rarefy_term &t, int32_t entry) {
-  uint16_t bits = uint16_t(uint32_t(entry) >> 16);
-  return t.scale_type == RAREFY_F16 ? rarefy_scalar::half_to_float(bits) : rarefy_scalar::bfloat_to_float(bits);
-}
-
-static inline F entry_values(const rarefy_term &t, I entries) {
-  return t.scale_type == RAREFY_F16 ? upper_half(entries) : upper_bfloat(entries);
-}
-
-static inline void entries_rows(const rarefy_term &t, const rarefy_input &in, int64_t tile, int64_t first,
-                                int64_t tokens, float (*acc)[16]) {
-  const int32_t *entries = static_cast<const int32_t *>(t.codes.data);
-  const int32_t *pointers = static_cast<const int32_t *>(t.pointers.data);
-  int64_t rows = t.rows - tile * 16 < 16 ? t.rows - tile * 16 : 16, stored = t.codes.bytes / 4;
-  for (int64_t base = 0; base < t.columns; base += 65536, pointers += t.rows + 1)
-    for (int64_t r = 0; r < rows; ++r) {
-      int64_t begin = pointers[tile * 16 + r], end = pointers[tile * 16 + r + 1];
-      for (int64_t at = begin; at < end; at += 16) {
-        alignas(64) int32_t words[16] = {};
-        alignas(64) float values[16];
-        int64_t count = end - at < 16 ? end - at : 16;
-        const int32_t *own = entries + at;
-        if (at + 16 > stored) {
-          __builtin_memcpy(words, own, size_t(count) * 4);
-          own = words;
-        }
-        store_f(values, entry_values(t, load_i(own)));
-        for (int64_t m = 0; m < tokens; ++m) {  // one by one: rows are short, and gathers slow on many processors
-          const float *x = in.x + (first + m) * in.stride + base;
-          float sum = 0;
-          for (int64_t i = 0; i < count; ++i) sum += values[i] * x[own[i] & 0xffff];
-          acc[m][r] += sum;
-        }
-      }
-    }
-}
-
-static inline void entries_panel(const rarefy_term &t, int64_t tile, int64_t k0, float *panel, bool add,
-                                 Cursor &cursor) {
-  if (!add) __builtin_memset(panel, 0, panel_columns * 16 * sizeof(float));
-  const int32_t *entries = static_cast<const int32_t *>(t.codes.data);
-  const int32_t *pointers = static_cast<const int32_t *>(t.pointers.data) + (k0 >> 16) * (t.rows + 1);
-  int64_t rows = t.rows - tile * 16 < 16 ? t.rows - tile * 16 : 16;
-  for (int64_t r = 0; r < rows; ++r) {
-    int64_t &at = cursor.at[r], end = pointers[tile * 16 + r + 1];
-    if ((k0 & 65535) == 0) at = pointers[tile * 16 + r];
-    for (; at < end; ++at) {
-      int64_t column = (entries[at] & 0xffff) - (k0 & 65535);
-      if (column >= panel_columns) break;
-      panel[column * 16 + r] += entry_value(t, entries[at]);
-    }
-  }
 }
 
 // ---- GROUPS: short stretches of columns of one row, each with a scale.

@@ -42,13 +42,26 @@ struct Scales {
   }
 
   inline __attribute__((always_inline)) Params operator()(int64_t group) const {
-    if (t.scale_layout == RAREFY_SINGLE && t.scale_type == RAREFY_F16 && t.multiplier == 1.f) {
-      int64_t at = (first + group) * 16;  // what nearly all weights have
-      Params p{load_half(static_cast<const uint16_t *>(t.scale.data) + at), set_f(t.zero), zero_f()};
-      if (t.zero_type == RAREFY_U8) p.zero = load_bytes_f(static_cast<const uint8_t *>(t.zero_point.data) + at);
-      else if (t.zero_type == RAREFY_F16) p.zero = load_half(static_cast<const uint16_t *>(t.zero_point.data) + at);
-      else if (t.zero_type != RAREFY_NONE) p.zero = load_floats(t.zero_point, t.zero_type, at);
-      return p;
+    if (t.scale_type == RAREFY_F16 && t.multiplier == 1.f) {  // what nearly all weights have
+      const uint16_t *scale = static_cast<const uint16_t *>(t.scale.data);
+      int64_t at = (first + group) * 16;
+      if (t.scale_layout == RAREFY_SINGLE) {
+        prefetch_far(scale + at + 512);
+        Params p{load_half(scale + at), set_f(t.zero), zero_f()};
+        if (t.zero_type == RAREFY_U8) {
+          const uint8_t *zero = static_cast<const uint8_t *>(t.zero_point.data) + at;
+          prefetch_far(zero + 512);
+          p.zero = load_bytes_f(zero);
+        } else if (t.zero_type == RAREFY_F16) p.zero = load_half(static_cast<const uint16_t *>(t.zero_point.data) + at);
+        else if (t.zero_type != RAREFY_NONE) p.zero = load_floats(t.zero_point, t.zero_type, at);
+        return p;
+      }
+      if (t.zero_type == RAREFY_NONE && (t.scale_layout == RAREFY_PAIRS || t.scale_layout == RAREFY_SIGNED)) {
+        prefetch_far(scale + 2 * at + 1024);
+        F low = load_half(scale + 2 * at), high = load_half(scale + 2 * at + 16);
+        if (t.scale_layout == RAREFY_PAIRS) return {high, low, zero_f()};
+        return {low, set_f(t.zero), high};
+      }
     }
     if (t.scale_layout == RAREFY_NIBBLES && t.second_type == RAREFY_F16 && t.second_numbers == 4 &&
         second_step == 1 && t.second_groups == 1 && t.multiplier == 1.f && t.zero_type == RAREFY_NONE) {

@@ -4,6 +4,10 @@
 
 namespace RAREFY_NS {
 
+constexpr int64_t far = 8192;  // bytes ahead of use that codes are called for, measured: a tenth faster than 2048
+
+template <int N> struct Count { static constexpr int value = N; };
+
 // Planes of 4, 2 and 1 bits, together BITS; byte 4 * row + column of quad q, for all q of a unit.
 template <int BITS> static inline void unpack(const uint8_t *p, B w[8]) {
   if constexpr (BITS == 8) {
@@ -38,12 +42,16 @@ template <int BITS> static inline void unpack(const uint8_t *p, B w[8]) {
     p += 128;
   }
   if constexpr (one != 0) {
-    for (int q = 0; q < 8; ++q) {
-      uint64_t mask;
-      __builtin_memcpy(&mask, p + 8 * q, 8);
-      B bit = mask_b(mask, 1 << (BITS - 1));
-      w[q] = BITS == 1 ? bit : or_b(w[q], bit);
-    }
+    B all = load_b(p);
+    auto add = [&](auto q) __attribute__((always_inline)) {
+      constexpr int Q = decltype(q)::value, place = BITS - 1;  // of this bit in a code
+      B bit;
+      if constexpr (Q < place) bit = field_b<0>(raise_b<place - Q>(all), 1 << place);
+      else bit = field_b<Q - place>(all, 1 << place);
+      w[Q] = BITS == 1 ? bit : or_b(w[Q], bit);
+    };
+    add(Count<0>{}), add(Count<1>{}), add(Count<2>{}), add(Count<3>{});
+    add(Count<4>{}), add(Count<5>{}), add(Count<6>{}), add(Count<7>{});
   }
 }
 
@@ -58,7 +66,7 @@ template <int BITS> struct Codes {
   void seek(int64_t unit) { p += unit * 64 * BITS; }
   void group(const rarefy_term &, int64_t, int64_t) {}
   void next(B w[8]) {
-    for (int line = 0; line < BITS; ++line) prefetch(p + 2048 + 64 * line);
+    for (int line = 0; line < BITS; ++line) prefetch_far(p + far + 64 * line);
     unpack<BITS>(p, w);
     p += 64 * BITS;
   }
@@ -96,7 +104,7 @@ template <int BITS> struct Kept {
         p += (count + 1) / 2;
       }
     }
-    prefetch(p + 1024);
+    prefetch_far(p + far / 2), prefetch_far(p + far / 2 + 64), prefetch_far(mask + far / 16);
   }
 };
 

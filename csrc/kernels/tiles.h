@@ -6,10 +6,11 @@ namespace RAREFY_NS {
 
 using rarefy::chunk_tokens;
 
-static inline void panel_of(const rarefy_term &t, int64_t tile, int64_t k0, float *panel, bool add, Cursor &cursor) {
+static inline void panel_of(const rarefy_term &t, const Wide &wide, int64_t tile, int64_t k0, float *panel,
+                            bool add, Cursor &cursor) {
   switch (t.kind) {
     case RAREFY_CODES:
-    case RAREFY_KEPT: return codes_panel(t, tile, k0, panel, add, cursor);
+    case RAREFY_KEPT: return codes_panel(t, wide, tile, k0, panel, add, cursor);
     case RAREFY_TABLES:
       if (t.bits == 1) return tables_panel<1>(t, tile, k0, panel, add);
       if (t.bits == 2) return tables_panel<2>(t, tile, k0, panel, add);
@@ -23,7 +24,7 @@ static inline void panel_of(const rarefy_term &t, int64_t tile, int64_t k0, floa
       cursor.at[0] += at - start;
       return;
     }
-    case RAREFY_ENTRIES: return entries_panel(t, tile, k0, panel, add, cursor);
+    case RAREFY_ENTRIES: return entries_panel(t, tile, k0, panel, add);
     default: return groups_panel(t, tile, k0, panel, add);
   }
 }
@@ -38,7 +39,10 @@ static inline const rarefy_blocks *blocks_of(const rarefy_term &t, const rarefy_
 // Whether the term multiplies a few tokens without a panel.
 static inline bool exact_directly(const rarefy_term &t) {
   if (t.kind != RAREFY_CODES) return true;
-  if (t.table.bytes) return (t.bits == 3 || t.bits == 4) && rarefy::block_of(t) >= 32;
+  if (t.table.bytes) {
+    bool both = t.scale_layout == RAREFY_SIGNED;  // sides of a table have a sum each
+    return (both ? t.bits == 3 || t.bits == 4 || t.bits == 6 || t.bits == 8 : t.bits >= 3) && rarefy::block_of(t) >= 32;
+  }
   return rarefy::block_of(t) >= 16;
 }
 
@@ -55,45 +59,67 @@ static void exact_lists(const rarefy_term &t, const rarefy_input &in, int64_t ti
   tables_few<4, M>(t, in, tile, first, acc);
 }
 
-static void exact_directly(const rarefy_term &t, const rarefy_input &in, int64_t tile, int64_t first, int64_t tokens,
-                           float (*acc)[16]) {
-  if (rarefy::reads_blocks(t)) return exact_codes(t, in, *blocks_of(t, in), tile, first, tokens, acc);
-  if (t.kind == RAREFY_ENTRIES) return entries_rows(t, in, tile, first, tokens, acc);
+static void exact_directly(const rarefy_term &t, const rarefy_input &in, const Wide &wide, const rarefy_term *beside,
+                           int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
+  if (rarefy::reads_blocks(t)) return exact_codes(t, in, *blocks_of(t, in), wide, beside, tile, first, tokens, acc);
   if (t.kind == RAREFY_GROUPS) return groups_rows(t, in, tile, first, tokens, acc);
+  if (t.kind == RAREFY_ENTRIES) {
+    for (; tokens >= 4; tokens -= 4, first += 4, acc += 4) entries_few<4>(t, in, tile, first, acc);
+    for (; tokens; --tokens, ++first, ++acc) entries_few<1>(t, in, tile, first, acc);
+    return;
+  }
   for (; tokens >= 2; tokens -= 2, first += 2, acc += 2) exact_lists<2>(t, in, tile, first, acc);
   if (tokens) exact_lists<1>(t, in, tile, first, acc);
 }
 
-constexpr int64_t few = 4;  // tokens up to which codes are multiplied without a panel
-
-// Sparse corrections cost less entry by entry than a panel, whatever the number of tokens.
+// Corrections cost less entry by entry than in a panel, whatever the number of tokens.
 static inline bool is_correction(const rarefy_term &t) { return t.kind == RAREFY_ENTRIES; }
+
+// The first term that does the corrections of `beside` while it waits for its codes; -1 if none does.
+static inline int32_t corrector(const rarefy_term *terms, int32_t count, const rarefy_input &in, int64_t tokens) {
+  for (int32_t i = 0; i < count; ++i) {
+    const rarefy_term &t = terms[i];
+    if (!rarefy::reads_blocks(t) || t.columns > 65536) continue;
+    if (in.mode == RAREFY_FAST && has_fast(t) ? fast_corrects(t, *blocks_of(t, in), tokens)
+                                              : tokens <= few && exact_directly(t))
+      return i;
+  }
+  return -1;
+}
 
 static void tiles(const rarefy_term *terms, int32_t count, const rarefy_input *input, int64_t first, int64_t last,
                   float *y, int64_t y_stride) {
   const rarefy_input &in = *input;
   alignas(64) float acc[chunk_tokens][16], panel[panel_columns * 16];
   Parts parts[rarefy::max_terms];
-  for (int32_t i = 0; i < count; ++i)
+  Wide wide[rarefy::max_terms];
+  int32_t last_entries = -1;
+  for (int32_t i = 0; i < count; ++i) {
     if (in.mode == RAREFY_FAST && has_fast(terms[i]) && terms[i].table.bytes) parts[i] = split_table(terms[i]);
-  for (int64_t tile = first; tile < last; ++tile)
-    for (int64_t m0 = 0; m0 < in.tokens; m0 += chunk_tokens) {
+    else wide[i] = Wide(terms[i]);
+    if (is_correction(terms[i])) last_entries = i;
+  }
+  // A chunk of tokens stays in the cache for all tiles; codes are read again for the next, which takes next to no time.
+  for (int64_t m0 = 0; m0 < in.tokens; m0 += chunk_tokens)
+    for (int64_t tile = first; tile < last; ++tile) {
       int64_t tokens = in.tokens - m0 < chunk_tokens ? in.tokens - m0 : chunk_tokens;
       __builtin_memset(acc, 0, size_t(tokens) * 64);
-      const rarefy_term *left[rarefy::max_terms];
-      int32_t panels = 0;
+      int32_t left[rarefy::max_terms], panels = 0, busy = last_entries < 0 ? -1 : corrector(terms, count, in, tokens);
       for (int32_t i = 0; i < count; ++i) {
         const rarefy_term &t = terms[i];
+        if (busy >= 0 && i == last_entries) continue;
+        const rarefy_term *beside = i == busy ? &terms[last_entries] : nullptr;
         if (in.mode == RAREFY_FAST && has_fast(t))
-          fast(t, in, *blocks_of(t, in), parts[i], tile, m0, tokens, acc);
-        else if (exact_directly(t) && (tokens <= few || (is_correction(t) && in.mode == RAREFY_FAST)))
-          exact_directly(t, in, tile, m0, tokens, acc);
+          fast(t, in, *blocks_of(t, in), parts[i], beside, tile, m0, tokens, acc);
+        else if (exact_directly(t) && (tokens <= few || is_correction(t)))
+          exact_directly(t, in, wide[i], beside, tile, m0, tokens, acc);
         else
-          left[panels++] = &t;
+          left[panels++] = i;
       }
       Cursor cursors[rarefy::max_terms] = {};
       for (int64_t k0 = 0; panels && k0 < terms[0].columns; k0 += panel_columns) {
-        for (int32_t i = 0; i < panels; ++i) panel_of(*left[i], tile, k0, panel, i > 0, cursors[i]);
+        for (int32_t i = 0; i < panels; ++i)
+          panel_of(terms[left[i]], wide[left[i]], tile, k0, panel, i > 0, cursors[i]);
         multiply_panel(panel, in, k0, m0, tokens, acc);
       }
       int64_t rows = terms[0].rows - tile * 16 < 16 ? terms[0].rows - tile * 16 : 16;
@@ -106,9 +132,11 @@ static void tiles(const rarefy_term *terms, int32_t count, const rarefy_input *i
 static void decode(const rarefy_term *terms, int32_t count, int64_t tile, float *weight) {
   alignas(64) float panel[panel_columns * 16];
   Cursor cursors[rarefy::max_terms] = {};
+  Wide wide[rarefy::max_terms];
+  for (int32_t i = 0; i < count; ++i) wide[i] = Wide(terms[i]);
   int64_t columns = terms[0].columns, rows = terms[0].rows - tile * 16 < 16 ? terms[0].rows - tile * 16 : 16;
   for (int64_t k0 = 0; k0 < columns; k0 += panel_columns) {
-    for (int32_t i = 0; i < count; ++i) panel_of(terms[i], tile, k0, panel, i > 0, cursors[i]);
+    for (int32_t i = 0; i < count; ++i) panel_of(terms[i], wide[i], tile, k0, panel, i > 0, cursors[i]);
     int64_t width = columns - k0 < panel_columns ? columns - k0 : panel_columns;
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t k = 0; k < width; ++k) weight[(tile * 16 + r) * columns + k0 + k] = panel[16 * k + r];
@@ -201,7 +229,7 @@ static uint64_t read(const void *data, int64_t bytes) {
   for (int i = 0; i < 8; ++i) sums[i] = zero_i();
   for (int64_t at = 0; at + 512 <= bytes; at += 512)
     for (int i = 0; i < 8; ++i) {
-      prefetch(p + at + 2048 + 64 * i);
+      prefetch_far(p + at + far + 64 * i);
       sums[i] = add_i(sums[i], load_i(p + at + 64 * i));
     }
   for (int i = 1; i < 8; ++i) sums[0] = add_i(sums[0], sums[i]);

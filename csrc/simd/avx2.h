@@ -70,18 +70,27 @@ static inline void store_bytes(int8_t *p, I x) {
   __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
   _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
 }
-static inline F upper_half(I x) {
-  I high = shr_i<16>(x);
-  __m256i w = _mm256_permute4x64_epi64(_mm256_packus_epi32(high.a, high.b), 0xd8);
+static inline F lower_half(I x) {
+  __m256i w = _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8);
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(w)), _mm256_cvtph_ps(_mm256_extracti128_si256(w, 1))};
 }
+static inline F upper_half(I x) { return lower_half(shr_i<16>(x)); }
 static inline F upper_bfloat(I x) {
   __m256i high = _mm256_set1_epi32(int(0xffff0000));
   return {_mm256_castsi256_ps(_mm256_and_si256(x.a, high)), _mm256_castsi256_ps(_mm256_and_si256(x.b, high))};
 }
 static inline F load_bytes_f(const uint8_t *p) { return to_f(load_bytes(p)); }
-static inline F gather_f(const float *base, I at) {
-  return {_mm256_i32gather_ps(base, at.a, 4), _mm256_i32gather_ps(base, at.b, 4)};
+static inline __m256 eight_at(const float *x, const int32_t *words) {  // faster than to gather
+  uint32_t v[8];
+  for (int i = 0; i < 8; ++i) std::memcpy(v + i, x + (words[i] & 0xffff), 4);
+  auto two = [&](int i) { return int64_t(v[i] | uint64_t(v[i + 1]) << 32); };
+  return _mm256_castsi256_ps(_mm256_set_epi64x(two(6), two(4), two(2), two(0)));
+}
+static inline F pick_f(const float *x, const int32_t *words) { return {eight_at(x, words), eight_at(x, words + 8)}; }
+static inline F below_f(F x, I limit, int32_t at) {
+  __m256i place = _mm256_set1_epi32(at);
+  return {_mm256_and_ps(x.a, _mm256_castsi256_ps(_mm256_cmpgt_epi32(limit.a, place))),
+          _mm256_and_ps(x.b, _mm256_castsi256_ps(_mm256_cmpgt_epi32(limit.b, place)))};
 }
 
 static inline I zero_i() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
@@ -89,6 +98,9 @@ static inline I add_i(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add
 static inline I load_i(const void *p) {
   return {_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)p + 1)};
 }
+static inline I raise_i(I x, I by) { return {_mm256_sllv_epi32(x.a, by.a), _mm256_sllv_epi32(x.b, by.b)}; }
+static inline I min_i(I x, I y) { return {_mm256_min_epi32(x.a, y.a), _mm256_min_epi32(x.b, y.b)}; }
+static inline I set_i(int32_t m) { return {_mm256_set1_epi32(m), _mm256_set1_epi32(m)}; }
 static inline I and_i(I x, int32_t m) {
   __m256i w = _mm256_set1_epi32(m);
   return {_mm256_and_si256(x.a, w), _mm256_and_si256(x.b, w)};
@@ -97,8 +109,11 @@ static inline I or_i(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si
 static inline I as_lanes(B x) { return {x.a, x.b}; }
 static inline B as_bytes(I x) { return {x.a, x.b}; }
 
+// Once, as in avx512.h.
 static inline B load_b(const void *p) {
-  return {_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)p + 1)};
+  __m256i a = _mm256_loadu_si256((const __m256i *)p), b = _mm256_loadu_si256((const __m256i *)p + 1);
+  asm("" : "+x"(a), "+x"(b));
+  return {a, b};
 }
 static inline void store_b(void *p, B x) {
   _mm256_storeu_si256((__m256i *)p, x.a);
@@ -117,18 +132,6 @@ template <int N> static inline B field_b(B x, uint8_t mask) {
           _mm256_and_si256(N ? _mm256_srli_epi16(x.b, N) : x.b, w)};
 }
 template <int N> static inline B raise_b(B x) { return {_mm256_slli_epi16(x.a, N), _mm256_slli_epi16(x.b, N)}; }
-static inline __m256i mask_half(uint32_t mask, uint8_t value) {
-  // Byte i takes byte i / 8 of the mask, of which it keeps bit i % 8.
-  __m256i spread = _mm256_shuffle_epi8(
-      _mm256_set1_epi32(int(mask)),
-      _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
-  __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
-  __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
-  return _mm256_and_si256(set, _mm256_set1_epi8(char(value)));
-}
-static inline B mask_b(uint64_t mask, uint8_t value) {
-  return {mask_half(uint32_t(mask), value), mask_half(uint32_t(mask >> 32), value)};
-}
 static inline B expand_b(const uint8_t *p, uint64_t mask, B other) {
   alignas(32) uint8_t bytes[64];
   store_b(bytes, other);
@@ -192,5 +195,6 @@ static inline __m256 lookup_half(Table table, __m256i at) {
 static inline F lookup_f(Table table, I at) { return {lookup_half(table, at.a), lookup_half(table, at.b)}; }
 
 static inline void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+static inline void prefetch_far(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 
 }  // namespace rarefy_avx2

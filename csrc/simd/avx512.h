@@ -35,7 +35,16 @@ static inline F load_bfloat(const uint16_t *p) { return widen_bfloat(_mm256_load
 static inline F load_bytes_f(const uint8_t *p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
-static inline F gather_f(const float *base, I at) { return _mm512_i32gather_ps(at.v, base, 4); }
+static inline __m128i four_at(const float *x, const int32_t *words) {
+  uint32_t v[4];
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(v + i, x + (words[i] & 0xffff), 4);
+  return _mm_set_epi64x(int64_t(v[2] | uint64_t(v[3]) << 32), int64_t(v[0] | uint64_t(v[1]) << 32));
+}
+static inline F pick_f(const float *x, const int32_t *words) {  // faster than to gather
+  __m256i low = _mm256_set_m128i(four_at(x, words + 4), four_at(x, words));
+  __m256i high = _mm256_set_m128i(four_at(x, words + 12), four_at(x, words + 8));
+  return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+}
 
 static inline I zero_i() { return {_mm512_setzero_si512()}; }
 static inline I add_i(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
@@ -45,20 +54,32 @@ static inline F upper_half(I a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_
 static inline F upper_bfloat(I a) {
   return _mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(int(0xffff0000))));
 }
+static inline F lower_half(I a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a.v)); }
 static inline F to_f(I a) { return _mm512_cvtepi32_ps(a.v); }
 static inline I load_i(const void *p) { return {_mm512_loadu_si512(p)}; }
 static inline I load_words(const uint8_t *p) {
   return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p))};
 }
 static inline I load_bytes(const uint8_t *p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p))}; }
+static inline F below_f(F a, I limit, int32_t at) {
+  return _mm512_maskz_mov_ps(_mm512_cmpgt_epi32_mask(limit.v, _mm512_set1_epi32(at)), a);
+}
 template <int N> static inline I shr_i(I a) { return {_mm512_srli_epi32(a.v, N)}; }
 template <int N> static inline I shl_i(I a) { return {_mm512_slli_epi32(a.v, N)}; }
+static inline I raise_i(I a, I by) { return {_mm512_sllv_epi32(a.v, by.v)}; }
+static inline I min_i(I a, I b) { return {_mm512_min_epi32(a.v, b.v)}; }
+static inline I set_i(int32_t a) { return {_mm512_set1_epi32(a)}; }
 static inline I and_i(I a, int32_t b) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(b))}; }
 static inline I or_i(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
 static inline I as_lanes(B a) { return {a.v}; }
 static inline B as_bytes(I a) { return {a.v}; }
 
-static inline B load_b(const void *p) { return {_mm512_loadu_si512(p)}; }
+// Once: compilers would rather read memory again for every use, and loads are what there is least of.
+static inline B load_b(const void *p) {
+  __m512i a = _mm512_loadu_si512(p);
+  asm("" : "+v"(a));
+  return {a};
+}
 static inline void store_b(void *p, B a) { _mm512_storeu_si512(p, a.v); }
 static inline B set_b(uint8_t a) { return {_mm512_set1_epi8(char(a))}; }
 static inline B spread_b(const uint8_t *p) {
@@ -71,7 +92,6 @@ template <int N> static inline B field_b(B a, uint8_t mask) {
   return {_mm512_and_si512(moved, _mm512_set1_epi8(char(mask)))};
 }
 template <int N> static inline B raise_b(B a) { return {_mm512_slli_epi16(a.v, N)}; }
-static inline B mask_b(uint64_t mask, uint8_t value) { return {_mm512_maskz_set1_epi8(mask, char(value))}; }
 static inline B expand_b(const uint8_t *p, uint64_t mask, B other) {
   return {_mm512_mask_expand_epi8(other.v, mask, _mm512_loadu_si512(p))};
 }
@@ -108,5 +128,6 @@ static inline Table table_f(const float *p) { return _mm512_loadu_ps(p); }
 static inline F lookup_f(Table table, I at) { return _mm512_permutexvar_ps(at.v, table); }
 
 static inline void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+static inline void prefetch_far(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 
 }  // namespace rarefy_avx512

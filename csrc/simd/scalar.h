@@ -68,13 +68,17 @@ static inline float one_half(uint16_t h) { return half_to_float(h); }
 static inline F load_half(const uint16_t *p) { F r; LANES r.v[i] = half_to_float(p[i]); return r; }
 static inline F load_bfloat(const uint16_t *p) { F r; LANES r.v[i] = bfloat_to_float(p[i]); return r; }
 static inline F load_bytes_f(const uint8_t *p) { F r; LANES r.v[i] = p[i]; return r; }
-static inline F gather_f(const float *base, I at) { F r; LANES r.v[i] = base[at.v[i]]; return r; }
+// What lies at the places that the lower halves of 16 words name.
+static inline F pick_f(const float *x, const int32_t *words) { F r; LANES r.v[i] = x[words[i] & 0xffff]; return r; }
+// `a` in lanes whose limit is above `at`, elsewhere zero.
+static inline F below_f(F a, I limit, int32_t at) { LANES if (at >= limit.v[i]) a.v[i] = 0; return a; }
 
 static inline I zero_i() { return I{}; }
 static inline I add_i(I a, I b) { LANES a.v[i] += b.v[i]; return a; }
 static inline I round_i(F a) { I r; LANES r.v[i] = int32_t(__builtin_rintf(a.v[i])); return r; }
 static inline void store_bytes(int8_t *p, I a) { LANES p[i] = int8_t(a.v[i]); }  // of small integers
-// The 16-bit floats in the upper halves of the lanes.
+// The 16-bit floats in the lower or upper halves of the lanes; the first wants the upper halves zero.
+static inline F lower_half(I a) { F r; LANES r.v[i] = half_to_float(uint16_t(a.v[i])); return r; }
 static inline F upper_half(I a) { F r; LANES r.v[i] = half_to_float(uint16_t(uint32_t(a.v[i]) >> 16)); return r; }
 static inline F upper_bfloat(I a) { F r; LANES r.v[i] = bfloat_to_float(uint16_t(uint32_t(a.v[i]) >> 16)); return r; }
 static inline F to_f(I a) { F r; LANES r.v[i] = float(a.v[i]); return r; }
@@ -83,6 +87,9 @@ static inline I load_words(const uint8_t *p) { I r; LANES r.v[i] = p[2 * i] | p[
 static inline I load_bytes(const uint8_t *p) { I r; LANES r.v[i] = p[i]; return r; }
 template <int N> static inline I shr_i(I a) { LANES a.v[i] = int32_t(uint32_t(a.v[i]) >> N); return a; }
 template <int N> static inline I shl_i(I a) { LANES a.v[i] = int32_t(uint32_t(a.v[i]) << N); return a; }
+static inline I raise_i(I a, I by) { LANES a.v[i] = int32_t(uint32_t(a.v[i]) << by.v[i]); return a; }
+static inline I min_i(I a, I b) { LANES a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
+static inline I set_i(int32_t a) { I r; LANES r.v[i] = a; return r; }
 static inline I and_i(I a, int32_t b) { LANES a.v[i] &= b; return a; }
 static inline I or_i(I a, I b) { LANES a.v[i] |= b.v[i]; return a; }
 static inline I as_lanes(B a) { I r; std::memcpy(&r, &a, 64); return r; }
@@ -96,8 +103,7 @@ static inline B spread_b(const uint8_t *p) { B r; BYTES r.v[i] = p[i / 4]; retur
 static inline B or_b(B a, B b) { BYTES a.v[i] |= b.v[i]; return a; }
 // (byte >> N) & mask, of bytes whose bits below N are wanted by nobody.
 template <int N> static inline B field_b(B a, uint8_t mask) { BYTES a.v[i] = (a.v[i] >> N) & mask; return a; }
-template <int N> static inline B raise_b(B a) { BYTES a.v[i] = uint8_t(a.v[i] << N); return a; }  // no bit is lost
-static inline B mask_b(uint64_t mask, uint8_t value) { B r; BYTES r.v[i] = mask >> i & 1 ? value : 0; return r; }
+template <int N> static inline B raise_b(B a) { BYTES a.v[i] = uint8_t(a.v[i] << N); return a; }  // bits that leave a byte are wanted by nobody
 // The bytes at `p`, in order, where the mask is set; elsewhere those of `other`. May read 64 bytes.
 static inline B expand_b(const uint8_t *p, uint64_t mask, B other) {
   BYTES if (mask >> i & 1) other.v[i] = *p++;
@@ -130,6 +136,7 @@ static inline Table table_f(const float *p) { return load_f(p); }
 static inline F lookup_f(Table table, I at) { F r; LANES r.v[i] = table.v[at.v[i] & 15]; return r; }
 
 static inline void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
+static inline void prefetch_far(const void *p) { __builtin_prefetch(p, 0, 2); }  // not into the nearest cache
 
 #undef LANES
 #undef BYTES

@@ -90,6 +90,66 @@ void products(int64_t rows, int64_t columns, int32_t bits, int64_t group, int64_
   }
 }
 
+// Compressed sparse rows of uneven length: the layout gives them back, and products and decoding know them.
+void entries(int64_t rows, int64_t columns, uint32_t every) {
+  std::vector<int32_t> stored, row_ptr{0};
+  std::vector<float> dense(size_t(rows * columns));
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t k = 0; k < columns; ++k)
+      if (draw() >> 8 < (1u << 24) / every * uint32_t(1 + r % 5)) {
+        uint32_t value = 0x3f80 + (draw() >> 24);  // a bfloat16
+        uint32_t wide = value << 16;
+        std::memcpy(&dense[size_t(r * columns + k)], &wide, 4);
+        stored.push_back(int32_t(wide | uint32_t(k)));
+      }
+    row_ptr.push_back(int32_t(stored.size()));
+  }
+  int64_t tiles = rarefy_tile_count(rows);
+  std::vector<int32_t> starts{0};
+  for (int64_t t = 0; t < tiles; ++t)
+    starts.push_back(starts.back() + (row_ptr[size_t(std::min((t + 1) * 16, rows))] - row_ptr[size_t(t * 16)] + 15) / 16);
+  std::vector<int32_t> slices(size_t(starts.back()) * 16), back(stored.size()), back_ptr(row_ptr.size());
+  std::vector<uint8_t> lanes(size_t(tiles) * 48);
+  stored.reserve(1), slices.reserve(1), back.reserve(1);  // so that there is an address
+  rarefy_pack_entries(stored.data(), row_ptr.data(), starts.data(), rows, 1, slices.data(), lanes.data());
+  rarefy_unpack_entries(slices.data(), lanes.data(), starts.data(), rows, 1, back.data(), back_ptr.data());
+  expect(back == stored && back_ptr == row_ptr, "entries come back", every);
+  rarefy_term t{};
+  t.kind = RAREFY_ENTRIES, t.bits = 8, t.scale_type = RAREFY_BF16, t.rows = rows, t.columns = columns;
+  t.group_size = columns, t.multiplier = 1;
+  t.codes = {slices.empty() ? nullptr : slices.data(), int64_t(slices.size()) * 4};
+  t.positions = {lanes.data(), int64_t(lanes.size())};
+  t.pointers = {starts.data(), int64_t(starts.size()) * 4};
+  Weight w(rows, columns, 3, 16);
+  rarefy_term both[2] = {w.term, t};
+  char message[256] = "";
+  expect(rarefy_check(&t, message, sizeof message) == 0, message, every);
+  std::vector<float> decoded(dense.size()), x(size_t(5 * columns)), y(size_t(5 * rows)), plain(y.size());
+  rarefy_decode(&t, 1, decoded.data(), message, sizeof message);
+  expect(decoded == dense, "decoded entries", every);
+  for (float &v : x) v = draw_float();
+  for (int64_t tokens : {1, 5})
+    for (int32_t mode : {RAREFY_EXACT, RAREFY_FAST}) {
+      rarefy_linear(both, 1, x.data(), columns, plain.data(), rows, RAREFY_F32, tokens, mode, message, sizeof message);
+      rarefy_linear(both, 2, x.data(), columns, y.data(), rows, RAREFY_F32, tokens, mode, message, sizeof message);
+      for (int64_t m = 0; m < tokens; ++m)
+        for (int64_t r = 0; r < rows; ++r) {
+          double wanted = plain[size_t(m * rows + r)], reach = 1 + std::fabs(wanted);
+          for (int64_t k = 0; k < columns; ++k) {
+            double product = double(dense[size_t(r * columns + k)]) * x[size_t(m * columns + k)];
+            wanted += product, reach += std::fabs(product);
+          }
+          expect(std::fabs(wanted - y[size_t(m * rows + r)]) / reach < 1e-5, "products with entries", long(tokens));
+        }
+    }
+  if (slices.empty()) return;
+  lanes[47] = 16;
+  expect(rarefy_check(&t, message, sizeof message) == -1, "a row beyond the tile is refused", 0);
+  lanes[47] = 15;
+  slices[0] = (slices[0] & int32_t(0xffff0000)) | 0xffff;
+  expect(rarefy_check(&t, message, sizeof message) == -1, "a column beyond the last is refused", 0);
+}
+
 void wrong_sizes() {
   Weight w(20, 70, 4, 32);
   char message[256] = "";
@@ -141,6 +201,9 @@ int main() {
       products(17, 300, bits, 32, 9);
       products(1, 7, bits, 4, 2);
     }
+    entries(33, 129, 30);
+    entries(5, 40, 6);
+    entries(17, 64, 1u << 24);
   }
   steps();
   wrong_sizes();

@@ -234,6 +234,23 @@ def test_info_names_versions_and_kernels(run: Run) -> None:
 # Chat
 
 
+def test_starting_collects_no_garbage() -> None:
+    import gc
+
+    assert gc.isenabled()
+    with common.starting():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with common.starting():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
 def test_chat_streams_an_answer(run: Run, models: Path) -> None:
     given = ("chat", models / "small", "--prompt", "a b c", "--max-new-tokens", 5, "--device", "cpu")
     result = run(*given)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from rarefy.formats.terms import Product, Quantized, Residual, Term, stack
+from rarefy.formats.terms import Partition, Product, Quantized, Residual, Term, stack
 from rarefy.kernels import cpu
 from rarefy.kernels.cpu.prepared import NotCovered
 from rarefy.layers.execution import executed, executing, in_torch, prepare_
@@ -133,11 +133,46 @@ def test_fast_execution_is_told_apart() -> None:
     assert float((fast - exact).norm() / exact.norm()) < 0.03
 
 
-def test_members_of_a_stack_stay_in_torch() -> None:
-    members = [quantized(GRIDS["int4-integer"], PATTERNS["full"], 6, 40, seed) for seed in range(3)]
+@pytest.mark.parametrize("name", ["int4-integer", "int3-bilevel-float", "level3-none", "lut4-tensor"])
+def test_experts_compute_natively_each_in_its_own_layout(name: str) -> None:
+    members = [quantized(GRIDS[name], PATTERNS["full"], 6, 40, seed) for seed in range(3)]
+    corrections = [outliers(6, 40, seed) for seed in range(3)]
+    experts = CompressedStack([stack(members), stack(corrections)])  # type: ignore[arg-type]
+    before, dense = bytes_of(experts), experts.decode()
+    model, x = torch.nn.ModuleDict({"experts": experts}), torch.randn(2, 40)
+    for mode in ("exact", "fast", "exact"):
+        with executing(model, mode):  # type: ignore[arg-type]
+            tolerance = 1e-4 if mode == "exact" else 0.1
+            for index in (1, 0, 2):
+                y = torch.nn.functional.linear(x, experts[index])
+                torch.testing.assert_close(y, x @ dense[index].T, rtol=tolerance, atol=tolerance * 10)
+        assert all(term.is_prepared for term in experts.terms) and in_torch(model) == {}  # type: ignore[union-attr]
+        assert experts.device.type == "cpu"
+        held = [tensor for term in experts.terms for tensor in term._buffers.values() if not tensor.is_meta]  # type: ignore[union-attr, operator]
+        assert not held
+        torch.testing.assert_close(experts[2].dense(), dense[2])
+    assert experts.byte_count().total == CompressedStack([stack(members), stack(corrections)]).byte_count().total  # type: ignore[arg-type]
+    assert bytes_of(experts) == before and torch.equal(experts.decode(), dense)
+
+
+def test_experts_that_no_kernel_reads_say_so() -> None:
+    members = [quantized(GRIDS["binary3"], PATTERNS["full"], 6, 40, seed) for seed in range(2)]
     experts = CompressedStack([stack(members)])  # type: ignore[arg-type]
-    x = torch.randn(2, 40)
+    model, x = torch.nn.ModuleDict({"experts": experts}), torch.randn(2, 40)
     torch.testing.assert_close(torch.nn.functional.linear(x, experts[1]), x @ experts.decode()[1].T)
+    assert list(in_torch(model)) == ["experts.terms.0"]
+
+
+def test_experts_of_different_widths_compute_natively() -> None:
+    parts = [stack([quantized(GRIDS[name], PATTERNS["full"], 6, 40, seed) for seed in range(2)]) for name in
+             ("int4-integer", "int2-none")]  # fmt: skip
+    experts = CompressedStack([Partition.of("experts", parts, torch.tensor([3, 0, 2, 1]))])  # type: ignore[arg-type]
+    before, dense, x = bytes_of(experts), experts.decode(), torch.randn(2, 40)
+    for index in range(4):
+        y = torch.nn.functional.linear(x, experts[index])
+        torch.testing.assert_close(y, x @ dense[index].T, rtol=1e-4, atol=1e-4)
+    assert all(part.is_prepared for part in parts)
+    assert bytes_of(experts) == before
 
 
 def test_sizes_of_a_model_in_use() -> None:

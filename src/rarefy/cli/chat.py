@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rarefy.cli.common import Device, Json, Revision, command, print_json, say
+from rarefy.cli.common import Device, Json, Revision, command, print_json, say, starting
 
 
 @command
@@ -22,23 +22,14 @@ def chat(
     as_json: Json = False,
 ) -> None:
     """Chat with a model through its chat template; answers stream as they are made (greedy)."""
-    from rarefy import api
-    from rarefy.core.errors import OptionError, UnsupportedError
+    from rarefy.core.errors import OptionError
 
     if as_json and prompt is None:
         raise OptionError("--json needs --prompt: a conversation has no single result.")
     if prompt is not None and not prompt.strip():
         raise OptionError("--prompt is empty; write what to answer.")
-    tokenizer = api.load_tokenizer(model, revision=revision)
-    loaded: Any = api.load(model, revision=revision)
-    loaded = loaded.to(api.device_of(device))
-    if not loaded.can_generate():
-        raise UnsupportedError(f"'{model}' is a {type(loaded).__name__}, which does not generate text.")
-    if attention is not None:
-        from rarefy.integrations.transformers.plan_evaluation import set_plan
-
-        set_plan(loaded, attention)
-    runner = runner_of(loaded) if attention is None else None
+    with starting():
+        tokenizer, loaded, runner = open_chat(model, revision, device, attention)
     if not tokenizer.chat_template:
         say("note: this model has no chat template; it continues your text.")
     if prompt is not None:
@@ -62,6 +53,23 @@ def chat(
         messages.append({"role": "user", "content": text})
         reply, _, _ = answer(loaded, tokenizer, messages, max_new_tokens, False, runner)
         messages.append({"role": "assistant", "content": reply})
+
+
+def open_chat(model: str, revision: str | None, device: str, attention: str | None) -> tuple[Any, Any, Any]:
+    """Tokenizer, model with its attention plan, and its decode runner, or None for that."""
+    from rarefy import api
+    from rarefy.core.errors import UnsupportedError
+
+    tokenizer = api.load_tokenizer(model, revision=revision)
+    loaded: Any = api.load(model, revision=revision)
+    loaded = loaded.to(api.device_of(device))  # type: ignore[arg-type]
+    if not loaded.can_generate():
+        raise UnsupportedError(f"'{model}' is a {type(loaded).__name__}, which does not generate text.")
+    if attention is not None:
+        from rarefy.integrations.transformers.plan_evaluation import set_plan
+
+        set_plan(loaded, attention)
+    return tokenizer, loaded, runner_of(loaded) if attention is None else None
 
 
 def runner_of(model: Any) -> Any:

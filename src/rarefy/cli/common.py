@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import logging
 import os
@@ -93,6 +94,20 @@ def _second_interrupt_leaves() -> Iterator[None]:
     finally:
         if signal.getsignal(signal.SIGINT) is first:
             signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """No garbage collection while libraries and models load: nothing of that is garbage, and looking through it again
+    and again takes longer than reading a tokenizer does. What is there afterwards is never looked at again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.freeze()
+            gc.enable()
 
 
 def leads() -> bool:

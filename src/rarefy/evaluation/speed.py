@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from rarefy.core.config import StrictModel
+from rarefy.kernels.cpu import library
 
 READ_BYTES = 1 << 28  # beyond every cache
 
@@ -99,13 +100,14 @@ def measure(
 def read_bandwidth() -> float:
     """Bytes a second that one thread reads from memory: the best of three passes over 256 MB."""
     data = torch.ones(READ_BYTES // 4)
+    read: Callable[[torch.Tensor], object] = library.read if library.available() else torch.sum
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         times = []
         for _ in range(3):
             start = time.perf_counter()
-            data.sum()
+            read(data)
             times.append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from rarefy.kernels import cpu, cuda
-from rarefy.kernels.prepared import NotCovered, Prepared, decode, linear
+from rarefy.kernels import prepared as layouts
+from rarefy.kernels.prepared import NotCovered, Prepared, decode
 
 __all__ = ["NotCovered", "Prepared", "decode", "engine", "linear", "takes"]
 
@@ -21,7 +23,19 @@ def engine(device: torch.device) -> ModuleType | None:
     return found if found is not None and found.available() else None
 
 
+def linear(x: Tensor, terms: Sequence[Prepared], fast: bool = False) -> Tensor:
+    """``kernels.prepared.linear``, by the shortest way there is on the device of ``x``."""
+    own = cpu.linear if x.device.type == "cpu" else layouts.linear
+    return own(x, terms, fast)  # type: ignore[arg-type]
+
+
 def takes(x: Tensor) -> bool:
     """Whether there are native kernels for activations like ``x``."""
-    found = engine(x.device)
-    return found is not None and x.dtype in found.ACTIVATIONS
+    return x.dtype in _activations(x.device.type)
+
+
+@torch.compiler.assume_constant_result
+def _activations(device: str) -> tuple[torch.dtype, ...]:
+    """What a device's kernels take; a compiler asks instead of tracing how a library is looked for."""
+    found = engine(torch.device(device))
+    return () if found is None else tuple(found.ACTIVATIONS)

@@ -9,7 +9,6 @@ from typing import Literal
 from torch import nn
 
 from rarefy.formats.terms import Term
-from rarefy.layers.linear import CompressedLinear
 from rarefy.layers.swap import compressed
 
 Executor = Literal["exact", "fast"]
@@ -45,8 +44,7 @@ def executing(model: nn.Module, executor: Executor) -> Iterator[None]:
 def prepare_(model: nn.Module) -> None:
     """Put all compressed layers into the layouts of native kernels, instead of each at its first use."""
     for _, module in compressed(model):
-        if isinstance(module, CompressedLinear):
-            module.prepare_()
+        module.prepare_()
 
 
 def restore_(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rarefy.core.errors import FormatError, UnsupportedError
 from rarefy.formats.bytes import ByteCount, total
 from rarefy.formats.terms import Term
+from rarefy.layers.product import multiply, takes_native
 from rarefy.layers.view import CompressedWeight
 
 
@@ -50,16 +51,17 @@ class CompressedStack(nn.Module):
             raise NotDenseError("indexing") from None
         if not 0 <= expert < len(self):
             raise IndexError(f"expert {expert} of {len(self)}")
-        members: list[Term] = [term.select(expert) for term in self.terms]  # type: ignore[operator]
+
+        def members() -> list[Term]:
+            return [term.select(expert) for term in self.terms]  # type: ignore[operator]
 
         def product(x: Tensor) -> Tensor:
-            y = members[0](x)
-            for member in members[1:]:
-                y = y + member(x)
-            return y
+            if takes_native(x):
+                self.prepare_()
+            return multiply(members(), x)
 
         def decode() -> Tensor:
-            return torch.stack([member.decode() for member in members]).sum(0)
+            return torch.stack([member.decode() for member in members()]).sum(0)
 
         return CompressedWeight(tuple(self.shape[1:]), self.dtype, self.device, product, decode)
 
@@ -71,8 +73,15 @@ class CompressedStack(nn.Module):
         """Stored bytes of all experts."""
         return total([term.byte_count() for term in self.terms])  # type: ignore[operator]
 
+    def prepare_(self) -> None:
+        """Put every expert into the layout of native kernels, as the first product does; see Term.prepare_."""
+        for term in self.terms:
+            term.prepare_()  # type: ignore[operator]
+
     @property
     def device(self) -> torch.device:
+        if any(isinstance(part, Term) and part.is_prepared for part in self.terms.modules()):
+            return torch.device("cpu")  # where layouts are; what they replaced has no place
         return next((buffer.device for buffer in self.buffers()), torch.device("cpu"))
 
     @classmethod

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rarefy.core.errors import FormatError, UnsupportedError
 from rarefy.formats.bytes import ByteCount, total
 from rarefy.formats.terms import Term
-from rarefy.kernels import native
+from rarefy.layers.product import multiply, takes_native
 from rarefy.layers.view import CompressedWeight
 
 
@@ -95,27 +95,10 @@ class CompressedLinear(nn.Linear):
             term.restore_()  # type: ignore[operator]
 
     def _product(self, x: Tensor) -> Tensor:
-        terms: list[Term] = list(self.terms)  # type: ignore[arg-type]
-        if type(x) is Tensor and not _traced() and native.takes(x):
+        if takes_native(x):
             self.prepare_()
-        products = []
-        # Native terms of the input as it is are one pass over the weight.
-        together = [term for term in terms if not term.transforms_input and term.prepared_for(x) is not None]
-        if len(together) > 1:
-            made = [prepared for term in together if (prepared := term.prepared_for(x)) is not None]
-            products.append(native.linear(x, made, together[0].fast))
-            terms = [term for term in terms if term not in together]
-        products += [term(x) for term in terms]
-        y = products[0]
-        for product in products[1:]:
-            y = y + product
-        return y
+        return multiply(list(self.terms), x)  # type: ignore[arg-type]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         return super()._apply(fn, recurse)
-
-
-def _traced() -> bool:
-    """Whether somebody records what is computed instead of computing it."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]

@@ -42,6 +42,9 @@ LARGER: dict[str, Grid] = {
     "nf4-two-g128": FloatGrid(format="nf4", two_scales=True, group_size=128),
     "fp4-two-g64": FloatGrid(format="fp4", two_scales=True, group_size=64, scales=SingleScale(dtype="bfloat16")),
     "nf3-two-g32": FloatGrid(format="nf3", two_scales=True, group_size=32),
+    "fp8-g128": FloatGrid(format="fp8_e4m3", group_size=128),
+    "fp8-two-g64": FloatGrid(format="fp8_e5m2", two_scales=True, group_size=64),
+    "fp6-two-g32": FloatGrid(format="fp6_e2m3", two_scales=True, group_size=32),
     "lut4-row": LutGrid(num_bits=4),
     "lut3-tensor": LutGrid(num_bits=3, rows_per_lut=None),
     "lut4-g128": LutGrid(num_bits=4, group_size=128, dtype="bfloat16"),
@@ -127,7 +130,9 @@ def test_every_grid(name: str) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["bitmap", "2:4", "2:4-rank", "4:8-rank", "3:7"])
-@pytest.mark.parametrize("name", ["int4-g128", "int8-g128", "int2-g128", "int4-row"])
+@pytest.mark.parametrize(
+    "name", ["int4-g128", "int8-g128", "int2-g128", "int4-row", "nf4-g128", "fp4-two-g64", "nf3-two-g32", "fp8-two-g64"]
+)
 def test_codes_under_a_mask(name: str, pattern: str) -> None:
     seeded(name, pattern)
     for rows, columns in SHAPES[1:]:
@@ -157,11 +162,26 @@ def test_outliers_are_added_in_the_same_pass(name: str) -> None:
         base = quantized(ALL[name], PATTERNS["full"], rows, columns)
         hold([base, residual(rows, columns)], rows, columns)
     hold([residual(40, 300, 0.01)], 40, 300)
+    hold([quantized(ALL[name], PATTERNS["full"], 33, 129), residual(33, 129), residual(33, 129, 0.01)], 33, 129)
 
 
 def test_outliers_beyond_65536_columns() -> None:
     rows, columns = 3, 70000
     hold([residual(rows, columns, 0.001)], rows, columns)
+
+
+def test_outliers_in_any_order_come_back_or_are_refused() -> None:
+    seeded("order")
+    for share in (0.0, 0.02, 0.5, 1.0):
+        term = residual(37, 90, share)
+        family, given = arguments(term)
+        made = prepare(family, given)
+        assert all(torch.equal(a, b) for a, b in zip(made.canonical()[:2], given[:2], strict=True))
+    entries, row_ptr, *rest = given
+    with pytest.raises(NotCovered, match="do not rise"):
+        prepare(family, (entries.flip(0), row_ptr, *rest))
+    with pytest.raises(NotCovered, match="row pointers"):
+        prepare(family, (entries[:5], row_ptr, *rest))
 
 
 @pytest.mark.parametrize("name", sorted(NOT_COVERED))
@@ -224,9 +244,9 @@ def test_a_child_of_fork_has_threads_of_its_own() -> None:
 
 
 def test_the_op_keeps_its_contract_with_torch() -> None:
-    from rarefy.kernels.cpu.linear import _flat
+    from rarefy.kernels.prepared import flat as flattened
 
-    flat = _flat([ready(quantized(ALL["int4-g128"], PATTERNS["full"], 6, 40)), ready(residual(6, 40))])
+    flat = flattened([ready(quantized(ALL["int4-g128"], PATTERNS["full"], 6, 40)), ready(residual(6, 40))])
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     x = torch.randn(3, 40, requires_grad=True)
     torch.library.opcheck(torch.ops.rarefy.linear_prepared.default, (x, *flat, False), test_utils=checks)

@@ -58,6 +58,7 @@ class Term(nn.Module, ABC):
     spec: TermSpec
     fast = False  # whether a native kernel may quantize activations
     _prepared: native.Prepared | None = None
+    _members: tuple[Term, ...] = ()  # of a stack whose members are in layouts of native kernels
     _refused: str | None = None  # why no native kernel reads it, once that was asked
     floating: ClassVar[tuple[str, ...]] = ("scale", "zero_point", "second_order", "multiplier", "lut", "values")
 
@@ -86,12 +87,19 @@ class Term(nn.Module, ABC):
     def prepare_(self) -> native.Prepared | None:
         """Put the stored tensors into the layout of a native kernel; nothing is kept twice.
 
-        Returns that layout, or None where the term stays as it is: no kernels for the device, a stack, or a
-        representation that no native kernel reads (``refused`` then says which); a term made of terms prepares those.
+        Returns that layout, or None where the term stays as it is: no kernels for the device, or a representation
+        that no native kernel reads (``refused`` then says which); a term made of terms prepares those, a stack on the
+        CPU its members, each in a layout of its own.
         Whoever asks for a stored tensor by its name gets it back as it was, which undoes the layout.
         """
-        if self._prepared is not None or self._refused is not None or self.stack:
+        if self.is_prepared or self._refused is not None:
             return self._prepared
+        if self.stack:
+            if native.engine(torch.device("cpu")) and all(
+                type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in self.own_tensors().values()
+            ):
+                self._prepare_members()
+            return None
         operation = self.operation()
         if operation is None:
             for part in self.modules():
@@ -115,6 +123,20 @@ class Term(nn.Module, ABC):
             self._buffers[name] = torch.empty_like(self._buffers[name], device="meta")  # type: ignore[arg-type]
         return self._prepared
 
+    def _prepare_members(self) -> None:
+        """``prepare_`` of a stack's members; those that are made of terms stay as they are."""
+        if not self._operands():
+            return
+        members = tuple(self._member(index) for index in range(self.stack[0]))
+        for member in members:
+            member.prepare_()
+            if not member.is_prepared:
+                self._refused = member.refused
+                return
+        self._members = members
+        for name in self._operands():
+            self._buffers[name] = torch.empty_like(self._buffers[name], device="meta")  # type: ignore[arg-type]
+
     def prepared_for(self, x: Tensor) -> native.Prepared | None:
         """The layout for a native product with ``x``; None where torch computes it."""
         if self._prepared is not None and not native.takes(x):
@@ -128,6 +150,12 @@ class Term(nn.Module, ABC):
                 part._undo()
 
     def _undo(self) -> None:
+        members, self._members = self._members, ()
+        for member in members:
+            member.restore_()
+        for name in self._operands() if members else ():
+            parts = [member._buffers[name] for member in members]
+            self._buffers[name] = torch.stack(parts)  # type: ignore[arg-type]
         if self._prepared is None:
             return
         names, tensors = self._operands(), [value for value in self._prepared.canonical() if isinstance(value, Tensor)]
@@ -137,7 +165,7 @@ class Term(nn.Module, ABC):
     @property
     def is_prepared(self) -> bool:
         """Whether the stored tensors are in the layout of a native kernel."""
-        return self._prepared is not None
+        return self._prepared is not None or bool(self._members)
 
     @property
     def prepared(self) -> native.Prepared | None:
@@ -147,6 +175,8 @@ class Term(nn.Module, ABC):
     @property
     def quantizes_activations(self) -> bool:
         """Whether a native kernel serves this term that ``fast`` execution lets quantize activations."""
+        if self._members:
+            return any(member.quantizes_activations for member in self._members)
         return self._prepared is not None and self._prepared.multiplies_bytes
 
     @property
@@ -191,12 +221,18 @@ class Term(nn.Module, ABC):
 
     def select(self, index: int) -> Term:
         """Member ``index`` of the first stack dimension, sharing storage."""
-        tensors = {name: tensor[index] for name, tensor in self.named_buffers()}
-        member = self.spec.build(self.shape[1:], tensors)
+        if self._members:
+            member = self._members[index]
+            member.fast = self.fast
+            return member
+        member = self._member(index)
         for part in member.modules():
             if isinstance(part, Term):  # a layout would be made anew for every use
                 part._refused = "a member of a stack"
         return member
+
+    def _member(self, index: int) -> Term:
+        return self.spec.build(self.shape[1:], {name: tensor[index] for name, tensor in self.named_buffers()})
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
         self.restore_()

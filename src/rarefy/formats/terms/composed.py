@@ -192,6 +192,11 @@ class Partition(Term):
             position -= size
         raise IndexError(f"expert {index} of {self.shape[0]}")
 
+    def _prepare_members(self) -> None:
+        if self.axis == "experts":
+            for part in self._terms():
+                part.prepare_()
+
     def check(self) -> None:
         if self.axis == "experts":
             self.check_member()

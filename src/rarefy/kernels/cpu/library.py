@@ -18,7 +18,7 @@ import torch
 
 from rarefy.core.errors import OptionError
 
-ABI = 1
+ABI = 2
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
 VARIABLE = "RAREFY_CPU"
 FILE = "librarefy_cpu.so"
@@ -143,6 +143,8 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "rarefy_decode": (number, [text, number, pointer, text, size]),
         "rarefy_pack_codes": (None, [pointer, pointer, whole, whole, number]),
         "rarefy_unpack_codes": (None, [pointer, pointer, whole, whole, number]),
+        "rarefy_pack_entries": (None, [pointer, pointer, pointer, whole, whole, pointer, pointer]),
+        "rarefy_unpack_entries": (None, [pointer, pointer, pointer, whole, whole, pointer, pointer]),
         "rarefy_read": (ctypes.c_uint64, [pointer, whole]),
     }
     for name, (result, arguments) in signatures.items():

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import FormatError
+from rarefy.kernels import prepared
 from rarefy.kernels.cpu.library import _loaded, follow_threads
-from rarefy.kernels.cpu.prepared import BF16, F16, F32, NUMBERS, SLOTS
-from rarefy.kernels.prepared import Prepared, decode, flat, library, linear
+from rarefy.kernels.cpu.prepared import BF16, F16, F32, NUMBERS, SLOTS, Prepared
+from rarefy.kernels.prepared import decode, flat, library
 
 EXACT, FAST = 0, 1
 ACTIVATIONS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
@@ -25,16 +26,44 @@ _MESSAGE = 512
 __all__ = ["ACTIVATIONS", "TERM_BYTES", "check", "decode", "linear", "packed"]
 
 
-def packed(terms: Sequence[Prepared]) -> bytes:
+def linear(x: Tensor, terms: Sequence[Prepared], fast: bool = False) -> Tensor:
+    """``kernels.prepared.linear`` on the CPU, past the dispatcher where nobody but the kernel has to know of it."""
+    if _unwatched(x):  # the dispatcher costs as much as a small product
+        return _product(x, b"".join(map(_packed, terms)), len(terms), terms[0].rows, terms[0].columns, fast)
+    return prepared.linear(x, terms, fast)
+
+
+def packed(terms: Sequence[prepared.Prepared]) -> bytes:
     """The array of ``rarefy_term`` of csrc/rarefy.h; valid as long as the tensors of ``terms`` stay where they are."""
     return _pack(*flat(terms)[:3])
 
 
-def check(term: Prepared) -> None:
+def check(term: prepared.Prepared) -> None:
     """Raise FormatError when a tensor of ``term`` has a wrong size or leads out of bounds."""
     message = ctypes.create_string_buffer(_MESSAGE)
     packed = _pack(*flat([term])[:3])
     _answer(_loaded().rarefy_check(packed, message, _MESSAGE), message)
+
+
+def _unwatched(x: Tensor) -> bool:
+    """Whether nobody but the kernel has to know of a product with ``x``: no gradient, trace, mode or transform."""
+    return (
+        type(x) is Tensor
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None  # type: ignore[no-untyped-call]
+    )
+
+
+def _packed(term: Prepared) -> bytes:
+    """One ``rarefy_term``, packed anew when a tensor is elsewhere or of another size."""
+    places = tuple([(tensor.data_ptr(), tensor.nbytes) for tensor in term.tensors.values()])
+    if term.packed is None or term.packed[0] != places:
+        term.packed = places, _pack(*flat([term])[:3])
+    return term.packed[1]
 
 
 def _pack(tensors: Sequence[Tensor], numbers: Sequence[int], factors: Sequence[float]) -> bytes:
@@ -63,24 +92,30 @@ def _answer(code: int, message: ctypes.Array[ctypes.c_char]) -> None:
 def _linear(
     x: Tensor, tensors: list[Tensor], numbers: list[int], factors: list[float], rows: int, columns: int, fast: bool
 ) -> Tensor:
+    terms = _pack(tensors, numbers, factors)
+    if _shape(numbers) != (rows, columns):
+        raise FormatError(f"The terms are of shape {list(_shape(numbers))}, not {[rows, columns]}.")
+    return _product(x, terms, len(factors) // 2, rows, columns, fast)
+
+
+def _product(x: Tensor, terms: bytes, count: int, rows: int, columns: int, fast: bool) -> Tensor:
+    """``terms``: ``count`` of them, packed, the first of ``rows`` and ``columns``."""
     if x.shape[-1] != columns:
         raise FormatError(f"The input has {x.shape[-1]} channels, but the weight has {columns} columns.")
     if x.dtype not in ACTIVATIONS:
         raise FormatError(f"The input is {x.dtype}; native kernels take float32, float16 or bfloat16.")
-    terms = _pack(tensors, numbers, factors)
-    if _shape(numbers) != (rows, columns):
-        raise FormatError(f"The terms are of shape {list(_shape(numbers))}, not {[rows, columns]}.")
     flat = x.reshape(-1, columns)
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
     y = x.new_empty(*x.shape[:-1], rows)
-    message = ctypes.create_string_buffer(_MESSAGE)
     follow_threads()
-    code = _loaded().rarefy_linear(
-        terms, len(factors) // 2, flat.data_ptr(), flat.stride(0), y.data_ptr(), rows, ACTIVATIONS[x.dtype],
-        flat.shape[0], FAST if fast else EXACT, message, _MESSAGE,
+    arguments = (
+        terms, count, flat.data_ptr(), flat.stride(0), y.data_ptr(), rows, ACTIVATIONS[x.dtype], flat.shape[0],
+        FAST if fast else EXACT,
     )  # fmt: skip
-    _answer(code, message)
+    if _loaded().rarefy_linear(*arguments, None, 0) != 0:  # once more, for the sentence
+        message = ctypes.create_string_buffer(_MESSAGE)
+        _answer(_loaded().rarefy_linear(*arguments, message, _MESSAGE), message)
     return y
 
 

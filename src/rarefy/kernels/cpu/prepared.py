@@ -26,6 +26,7 @@ NUMBERS = (
     "rows", "columns", "group_size", "second_rows", "second_groups",
 )  # fmt: skip
 LARGEST_GROUP = 256  # columns of a group of GROUPS
+PANEL = 65536  # columns that 16 bits tell apart
 
 
 @dataclass
@@ -35,10 +36,12 @@ class Prepared(prepared.Prepared):
     SLOTS: ClassVar[tuple[str, ...]] = SLOTS
     NUMBERS: ClassVar[tuple[str, ...]] = NUMBERS
 
+    packed: tuple[tuple[tuple[int, int], ...], bytes] | None = None  # for the library, and where the tensors then were
+
     @property
     def multiplies_bytes(self) -> bool:
         small = "table" not in self.tensors or self.numbers["bits"] in (3, 4)
-        return self.numbers["kind"] == KEPT or (self.numbers["kind"] == CODES and small)
+        return self.numbers["kind"] in (CODES, KEPT) and small
 
 
 def prepare(family: str, arguments: Arguments, multiplier: float = 1.0) -> Prepared:
@@ -203,22 +206,24 @@ def _undo_integer(made: Prepared) -> Arguments:
 
 def _float(arguments: Arguments) -> Prepared:
     codes, scale, second, positions, row_ptr, pattern, block, name, format, size, tile, rows, columns = arguments
-    if pattern != "full":
+    if pattern in patterns.GROUP_PATTERNS or (pattern != "full" and name == "planes"):
         raise NotCovered(f"'{format}' codes under pattern '{pattern}'")
-    _check_groups(size, columns, 4)
+    _check_groups(size, columns, 4 if pattern == "full" else tiles.UNIT)
     levels = 1 << tables.FORMATS[format]
+    values = tables.table(format)
     place = (pattern, block, positions, row_ptr, rows, columns)
     tensors, kind, bits = _put_codes(codes, place, name, levels)
     made, more = _put_scales(scale, second, tile)
-    tensors.update(made, table=tables.table(format).clone())
-    return Prepared(tensors, _numbers(kind, bits, rows, columns, size, **more), _undo_float, plain(arguments))
+    tensors.update(made, table=values.clone())
+    numbers = _numbers(kind, bits, rows, columns, size, **more)
+    return Prepared(tensors, numbers, _undo_float, plain(arguments), zero=float((values == 0).nonzero()[0]))
 
 
 def _undo_float(made: Prepared) -> Arguments:
     pattern, block, name, format, _, tile = made.plain[5:11]
-    codes, _ = _take_codes(made, pattern, block, name, 1 << tables.FORMATS[format])
+    codes, positions = _take_codes(made, pattern, block, name, 1 << tables.FORMATS[format])
     scale, second = _take_scales(made, tile)
-    return filled(made.plain, {0: codes, 1: scale, 2: second})
+    return filled(made.plain, {0: codes, 1: scale, 2: second, 3: positions})
 
 
 # ---- Tables.
@@ -306,13 +311,30 @@ def _undo_values(made: Prepared) -> Arguments:
 
 def _csr(arguments: Arguments) -> Prepared:
     entries, row_ptr, half, rows, columns = arguments
-    tensors = {"codes": entries.contiguous(), "pointers": row_ptr.contiguous()}
+    entries, row_ptr = entries.contiguous(), row_ptr.contiguous()
+    total = int(row_ptr[-1, -1])
+    if bool((row_ptr.flatten().diff() < 0).any()) or int(row_ptr[0, 0]) != 0 or total > len(entries):
+        raise NotCovered("row pointers that do not rise from 0 to the number of outliers")
+    row_of = torch.repeat_interleave(torch.arange(row_ptr.shape[0] * rows), row_ptr.diff().flatten().to(torch.int64))
+    places = row_of * PANEL + (entries[:total] & 0xFFFF)
+    if bool((places.diff() <= 0).any()):
+        raise NotCovered("outliers whose columns do not rise")
+    slices, lanes, starts = tiles.pack_entries(entries, row_ptr)
+    if len(starts) > 1 and int(starts.diff().max()) > 0xFFFF:
+        raise NotCovered("more outliers in 16 rows than kernels count")
+    tensors = {"codes": slices, "positions": lanes, "pointers": starts}
     numbers = _numbers(ENTRIES, 8, rows, columns, scale_type=F16 if half else BF16)
-    return Prepared(tensors, numbers, _undo_csr, plain(arguments))
+    # A stack fills its members up to the largest.
+    return Prepared(tensors, numbers, _undo_csr, plain(arguments), kept={"filling": entries[total:].clone()})
 
 
 def _undo_csr(made: Prepared) -> Arguments:
-    return filled(made.plain, {0: made.tensors["codes"], 1: made.tensors["pointers"]})
+    slices, lanes, starts = (made.tensors[name] for name in ("codes", "positions", "pointers"))
+    own = lanes.contiguous().view(torch.int16)[:, :16].to(torch.int64) & 0xFFFF
+    borrowed = lanes[:, 32:] != torch.arange(16)
+    kept = torch.where(borrowed, starts.diff()[:, None].to(torch.int64), own).sum()
+    entries, row_ptr = tiles.unpack_entries(slices, lanes, starts, made.rows, int(kept))
+    return filled(made.plain, {0: torch.cat([entries, made.kept["filling"]]), 1: row_ptr})
 
 
 def _integer_groups(arguments: Arguments) -> Prepared:

@@ -132,6 +132,32 @@ def unpack_kept(octets: Tensor, mask: Tensor, bits: int) -> Tensor:
     return lanes
 
 
+def pack_entries(entries: Tensor, row_ptr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compressed sparse rows, int32 ``[kept]`` and ``[panels, rows + 1]``, as the slices of ENTRIES int32
+    ``[slices, 16]``, what their lanes hold uint8 ``[panels * tiles, 48]``, and first slices int32 ``[tiles + 1]``."""
+    panels, rows = row_ptr.shape[0], row_ptr.shape[1] - 1
+    ends = torch.arange(-(-rows // TILE) + 1).mul(TILE).clamp(max=rows)
+    counts = row_ptr[:, ends].diff().flatten()
+    starts = _running((counts + TILE - 1) // TILE).to(torch.int32)
+    slices = torch.empty(int(starts[-1]), TILE, dtype=torch.int32)
+    lanes = torch.empty(len(counts), 48, dtype=torch.uint8)
+    follow_threads()
+    _loaded().rarefy_pack_entries(
+        entries.data_ptr(), row_ptr.data_ptr(), starts.data_ptr(), rows, panels, slices.data_ptr(), lanes.data_ptr()
+    )
+    return slices, lanes, starts
+
+
+def unpack_entries(slices: Tensor, lanes: Tensor, starts: Tensor, rows: int, kept: int) -> tuple[Tensor, Tensor]:
+    """Inverse of ``pack_entries`` for rows whose columns rise."""
+    panels = len(lanes) // -(-rows // TILE)
+    entries, row_ptr = torch.empty(kept, dtype=torch.int32), torch.empty(panels, rows + 1, dtype=torch.int32)
+    _loaded().rarefy_unpack_entries(
+        slices.data_ptr(), lanes.data_ptr(), starts.data_ptr(), rows, panels, entries.data_ptr(), row_ptr.data_ptr()
+    )
+    return entries, row_ptr
+
+
 def column_lanes(dense: Tensor) -> Tensor:
     """``[rows, columns] -> [tiles, columns up to a multiple of 32, 16]``."""
     return _pad(_pad(dense, 0, TILE), 1, UNIT).unflatten(0, (-1, TILE)).transpose(1, 2)

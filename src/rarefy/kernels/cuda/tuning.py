@@ -17,8 +17,8 @@ from rarefy.sources.cache import cache_root
 
 FOLDER = Path(__file__).with_name("tables")
 KEY = ("bits", "table", "rows", "columns", "tokens")  # of a measurement
+ALIKE = 2.0  # how many times larger or longer a measured size may be
 MOST_SHARED = 200 * 1024  # bytes of a block's shared memory
-NARROW = 8192  # rows that are too few blocks unless more warps share a row
 BLOCKS = 132  # that keep a large GPU busy
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens that are told apart
 
@@ -35,14 +35,15 @@ def _chosen(
 ) -> Tuning:
     kind = {"bits": code.bits, "table": code.table, "tokens": bucket}
     known = [entry for entry in table(name, capability) if all(entry[key] == value for key, value in kind.items())]
-    if known:
-        # The nearest size by the number of weights, then by proportion.
-        def distance(entry: dict[str, Any]) -> tuple[float, float]:
-            size = entry["rows"] * entry["columns"] / (rows * columns)
-            shape = entry["rows"] / entry["columns"] / (rows / columns)
-            return max(size, 1 / size), max(shape, 1 / shape)
+    # The nearest size by the number of weights, then by proportion; one of another order says nothing.
+    def distance(entry: dict[str, Any]) -> tuple[float, float]:
+        size = entry["rows"] * entry["columns"] / (rows * columns)
+        shape = entry["rows"] / entry["columns"] / (rows / columns)
+        return max(size, 1 / size), max(shape, 1 / shape)
 
-        found = Tuning(**min(known, key=distance)["tuning"])
+    nearest = min(known, key=distance, default=None)
+    if nearest is not None and max(distance(nearest)) <= ALIKE:
+        found = Tuning(**nearest["tuning"])
         if found.shared_memory(code) <= MOST_SHARED:
             return found
     return by_rule(code, rows, columns, bucket, capability)
@@ -53,8 +54,8 @@ def by_rule(code: Code, rows: int, columns: int, tokens: int, capability: tuple[
     wide, overlap = capability == (9, 0), capability >= (9, 0)
     loads = code.step * code.bits // 256
     if tokens <= 16:
-        along = 16 if tokens <= 8 and rows <= NARROW else 8
-        return Tuning(tiles=2 if loads < 4 else 1, tokens=-(-tokens // 8), along=along, depth=1, overlap=overlap)
+        tiles = 2 if loads < 4 and rows >= 16 * 2 * 2 * BLOCKS else 1
+        return Tuning(tiles=tiles, tokens=-(-tokens // 8), along=8, depth=1, overlap=overlap)
     at_once = min(16 if wide else 8, -(-tokens // 8))
     across = 8 if wide else 4
     blocks = -(-rows // (16 * across)) * -(-tokens // (8 * at_once))

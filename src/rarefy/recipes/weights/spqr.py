@@ -24,6 +24,8 @@ from rarefy.solvers.outliers import gptq_with_outliers
 from rarefy.solvers.rtn import round_to_nearest
 from rarefy.solvers.search import bisect_falling
 
+# Bits up to which a range is searched by default: with more, groups of 16 lose nothing worth the time.
+SEARCHED = 3
 # Layers on which a threshold is found for wanted bits, and between which thresholds.
 SAMPLED, THRESHOLDS, TOLERANCE = 8, (1e-3, 10.0), 0.005
 
@@ -36,10 +38,10 @@ class Spqr(WeightRecipe):
     ``target_bits``: bits per weight, all things counted, for which a threshold is found on a few layers instead.
     ``scale_bits``, ``zero_bits`` and ``scale_rows``: of the second level. ``act_order``: columns with larger inputs
     first, stored in that order. ``dampening``: share of the Hessian's mean diagonal added to it. ``clip``: "mse"
-    searches each group's range, "none" takes all of it, as published.
+    searches each group's range, "none" takes all of it, as published; by default up to 3 bits are worth a search.
     """
 
-    recipe_version: ClassVar[int] = 2  # ranges are searched unless told otherwise
+    recipe_version: ClassVar[int] = 2  # ranges of up to 3 bits are searched
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     num_bits: int = Field(3, ge=2, le=8)
@@ -49,7 +51,7 @@ class Spqr(WeightRecipe):
     scale_rows: int = Field(16, ge=1)
     outlier_threshold: float | None = Field(0.2, gt=0)
     target_bits: float | None = Field(None, gt=0)
-    clip: Literal["none", "mse"] = "mse"
+    clip: Literal["none", "mse"] | None = None
     act_order: bool = True
     dampening: float = Field(0.1, gt=0)
     true_sequential: bool = False
@@ -91,7 +93,8 @@ class Spqr(WeightRecipe):
             return [Solution([round_to_nearest(layer.weight, grid)]) for layer in layers]
         inverse = inverse_hessian(gram, self.dampening, sort=self.act_order)
         threshold = float("inf") if self.outlier_threshold is None else self.outlier_threshold
-        search = ClipSearch() if self.clip == "mse" else None
+        clip = self.clip or ("mse" if self.num_bits <= SEARCHED else "none")
+        search = ClipSearch() if clip == "mse" else None
         solved, notes = gptq_with_outliers([layer.weight for layer in layers], inverse, grid, threshold, search)
         return [Solution(terms, inverse.notes + notes) for terms in solved]
 

@@ -31,7 +31,7 @@ import rarefy
 from rarefy.attention.call import Call
 from rarefy.attention.reach import Reach
 from rarefy.attention.selectors import TopK
-from rarefy.contracts import AttentionRecipe
+from rarefy.contracts import AttentionRecipe, GatedRecipe
 from rarefy.evaluation.attention import examine
 from rarefy.evaluation.bootstrap import mean_interval
 from rarefy.evaluation.forward import step
@@ -42,7 +42,14 @@ from rarefy.evaluation.scoring import Scorer
 from rarefy.integrations.transformers.kv_setup import KvSetup, kv_recipe
 from rarefy.integrations.transformers.listening import listen
 from rarefy.integrations.transformers.plan_fitting import find_attention
-from rarefy.integrations.transformers.plan_setup import AttentionSetup, install_, prepared, shape_of, uninstall_
+from rarefy.integrations.transformers.plan_setup import (
+    AttentionSetup,
+    attention_recipe,
+    install_,
+    prepared,
+    shape_of,
+    uninstall_,
+)
 from rarefy.sources.texts import open_text
 from rarefy.sources.windows import tokenize
 from rarefy.sources.windows import windows as cut
@@ -53,6 +60,7 @@ COMMON = {"sink": 1, "local": 2, "dense_below": 0, "max_density": 1.0, "phases":
 PREFILL = {
     "oracle": {},
     "seer_attention": {"last_rows": 0},
+    "untrained gate": {"last_rows": 0},
     "infllm_v2": {},
     "infllm_v2 without coarse windows": {"coarse": False},
     "means of 64 keys": {"size": 64, "stride": 64, "coarse": False},
@@ -61,8 +69,12 @@ PREFILL = {
     "sink_local": {},
     "random": {},
 }
-IDS = {"infllm_v2 without coarse windows": "infllm_v2", "means of 64 keys": "infllm_v2"}
-DECODE = ("oracle", "seer_attention", "infllm_v2", "sparge", "quest_pages", "sink_local", "random")
+IDS = {
+    "infllm_v2 without coarse windows": "infllm_v2",
+    "means of 64 keys": "infllm_v2",
+    "untrained gate": "seer_attention",
+}
+DECODE = ("oracle", "seer_attention", "untrained gate", "infllm_v2", "sparge", "quest_pages", "sink_local", "random")
 SALE = [{"budget": budget} for budget in (0.02, 0.05, 0.1)]
 MASS = [("seer_attention", 0.9), ("seer_attention", 0.95), ("xattention", 0.95)]
 RETRIEVAL = ("passkey", "needle", "kv_easy")
@@ -84,6 +96,7 @@ class Bench:
         self.context = options.context
         self.dtype = str(dtype).removeprefix("torch.")
         self.params: Any = None
+        self.untrained: Any = None
         self.scorer = Scorer()
         self.texts = [open_text(text, "evaluation") for text in options.text]
         bos = bos_token(self.tokenizer, None)
@@ -119,7 +132,7 @@ class Bench:
         """The plan ``name`` with the options that all have."""
         method = IDS.get(name, name)
         given = {**COMMON, "executor": self.options.executor, **PREFILL.get(name, {}), **own}
-        params = self.params if method == "seer_attention" else None
+        params = {"seer_attention": self.params, "untrained gate": self.untrained}.get(name)
         data = {"data": self.options.train_text, "samples": 4, "seq_len": self.context}
         return find_attention(
             self.model, method, params=params, options=given, tokenizer=self.tokenizer, seed=0, **data
@@ -278,14 +291,24 @@ def share_for(density: float, recipe: AttentionRecipe, context: int) -> float:
 
 
 def train_gates(bench: Bench) -> None:
-    """Gates from ``--gates``, or trained here and kept in ``--keep``."""
+    """Gates from ``--gates``, or trained here and kept in ``--keep``; and untrained ones."""
     options = bench.options
+    modules = prepared(bench.model)
+    new = attention_recipe("seer_attention", {})
+    assert isinstance(new, GatedRecipe)
+    bench.untrained = {
+        layer: {
+            name: tensor
+            for phase, gate in new.new_gates(shape_of(module, bench.model, len(modules))).items()
+            for name, tensor in gate.tensors(phase).items()
+        }
+        for layer, module in modules.items()
+    }
     if options.gates is not None:
         bench.params = options.gates
         return
     from rarefy.calibration.samples import open_samples
     from rarefy.integrations.transformers.plan_fitting import GateTrainer
-    from rarefy.integrations.transformers.plan_setup import attention_recipe
     from rarefy.training.loop import Schedule
 
     begin = time.monotonic()
@@ -303,8 +326,7 @@ def train_gates(bench: Bench) -> None:
         ]
         length = min(rows.shape[1], *(len(tokens) for tokens in asked))
         rows = torch.cat([rows[:, :length], torch.stack([tokens[-length:] for tokens in asked])])
-    recipe = attention_recipe("seer_attention", {})
-    trainer = GateTrainer("seer_attention", recipe, bench.model, rows, 1, 0)
+    trainer = GateTrainer("seer_attention", new, bench.model, rows, 1, 0)
     trainer.step(0)  # the first one is slow
     start = time.monotonic()
     for _ in range(2):

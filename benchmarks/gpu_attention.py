@@ -419,88 +419,62 @@ def step(
     return {"estimate": estimate, "select": select, "attend": attend}, whole, kept
 
 
-def decode(clock: Clock, batch: int, tokens: int, rounds: int, quick: bool) -> list[Row]:
-    """One new token in each sequence, at 10%, as CUDA graphs."""
+def decode(clock: Clock, batch: int, tokens: int, rounds: int, quick: bool, keep: Callable[[list[Row]], None]) -> None:
+    """One new token in each sequence, at 10%, as CUDA graphs. Rows are kept as they come."""
     query, key, value = tensors(tokens, batch, 1)
     key, value = key.contiguous(), value.contiguous()
-    calls: dict[str, Callable[[], Any]] = {}
-    everyone = dense(query, key, value, causal=False)
-    for name, call in everyone.items():
+    dense_calls = dense(query, key, value, causal=False)
+    graphs: Timed = {}
+    for name, call in dense_calls.items():
         try:
-            calls[name] = graph_of([call]).replay
+            graphs[name] = graph_of([call]).replay
         except Exception as failure:
             print(f"  decode {name}: {type(failure).__name__}: {str(failure).splitlines()[0][:200]}")
             torch.cuda.synchronize()
     one = query[:, :, 0].contiguous()
-    checks: dict[str, float] = {}
-    parts: Timed = {}
+    size = 2 * batch * KV_HEADS * tokens * CHANNELS * 2
     variants = [(64, False, None, 3), (64, True, None, 3), (128, False, None, 3), (64, False, None, 4)]
-    kept_alive: list[Any] = []  # a graph reads the memory of its calls and does not hold it
-    for size, bound, splits, stages in variants[: 2 if quick else None]:
-        label = f"{'extremes' if bound else 'means'} of {size}, {stages} stages"
+    for block, bound, splits, stages in variants[: 2 if quick else None]:
+        label = f"{'extremes' if bound else 'means'} of {block}, {stages} stages"
         stage = "first call"
         try:
-            each, whole, kept = step(one, key, value, 0.1, size, bound, splits, stages)
-            kept_alive += [each, whole, kept]
+            # A graph reads the memory of its calls and does not hold it, so these names have to live until the end.
+            each, whole, kept = step(one, key, value, 0.1, block, bound, splits, stages)
             output = whole().clone()
             torch.cuda.synchronize()
             stage = "check"
-            mask = kept().repeat_interleave(size, 2)[:, :, None]
+            mask = kept().repeat_interleave(block, 2)[:, :, None]
             wide = one.unflatten(1, (KV_HEADS, -1)).float()
             scores = (wide @ key.float().mT * SCALING).masked_fill(~mask, -torch.inf)
-            checks[label] = relative(output, (scores.softmax(-1) @ value.float()).flatten(1, 2))
+            error = relative(output, (scores.softmax(-1) @ value.float()).flatten(1, 2))
             del scores, mask
             stage = "graph"
-            graph = graph_of([whole])
-            graph.replay()
+            own: Timed = {label: graph_of([whole]).replay}
             torch.cuda.synchronize()
-            calls[label] = graph.replay
-            stage = "graphs of parts"
-            for part, function in each.items():
-                parts[f"{label}: {part}"] = graph_of([function]).replay
-            torch.cuda.synchronize()
+            times = clock({**graphs, **own}, rounds)
+            stage = "parts"
+            inner = clock({part: graph_of([function]).replay for part, function in each.items()}, max(5, rounds // 3))
         except Exception as failure:
             print(f"  {label}, {stage}: {type(failure).__name__}: {str(failure)[:300]}", flush=True)
-            torch.cuda.synchronize()
-    times = clock(calls, rounds)
-    inner = clock(parts, max(5, rounds // 3))
-    peers = {name: times[name] for name in ("flash", "cudnn", "fa4") if name in times}
-    peer = min(peers, key=lambda name: peers[name])
-    size = 2 * batch * KV_HEADS * tokens * CHANNELS * 2
-    rows: list[Row] = []
-    print(
-        f"decode B={batch} {tokens}:",
-        {name: round(each * 1e3, 1) for name, each in peers.items()},
-        "us dense",
-        flush=True,
-    )
-    for label in checks:
+            if stage != "parts":
+                torch.cuda.synchronize()
+                continue
+            inner = {}
         if label not in times:
             continue
-        own = {part: round(inner.get(f"{label}: {part}", 0.0) * 1e3, 1) for part in ("estimate", "select", "attend")}
-        rows.append(
-            {
-                "goal": "decode",
-                "job": f"decode, {label}",
-                "tokens": tokens,
-                "density": 0.1,
-                "batch": batch,
-                "peer": f"dense {peer}",
-                "microseconds": round(times[label] * 1e3, 2),
-                "peer_microseconds": round(peers[peer] * 1e3, 2),
-                "ratio": round(peers[peer] / times[label], 3),
-                "max_rel_error": checks[label],
-                "dense_gigabytes_per_second": round(size / peers[peer] / 1e6),
-                "parts_microseconds": own,
-                "note": "estimator and selection included; CUDA graph",
-            }
-        )
-        print(
-            f"  {label}: {times[label] * 1e3:.1f} us, {rows[-1]['ratio']}x {peer}, error {checks[label]:.1e},",
-            own,
-            flush=True,
-        )
-    return rows
+        peers = {name: times[name] for name in graphs if name in times}
+        peer = min(peers, key=lambda name: peers[name])
+        parts = {part: round(milliseconds * 1e3, 1) for part, milliseconds in inner.items()}
+        row = {
+            "goal": "decode", "job": f"decode, {label}", "tokens": tokens, "density": 0.1, "batch": batch,
+            "peer": f"dense {peer}", "microseconds": round(times[label] * 1e3, 2),
+            "peer_microseconds": round(peers[peer] * 1e3, 2), "ratio": round(peers[peer] / times[label], 3),
+            "max_rel_error": error, "dense_gigabytes_per_second": round(size / peers[peer] / 1e6),
+            "parts_microseconds": parts, "note": "estimator and selection included; CUDA graph",
+        }  # fmt: skip
+        keep([row])
+        about = f"decode {batch} x {tokens}, {label}: {row['microseconds']} us, {row['ratio']}x {peer},"
+        print(about, f"error {error:.1e}", parts, {name: round(ms * 1e3, 1) for name, ms in peers.items()}, flush=True)
 
 
 def masses(clock: Clock, tokens: int, peers: dict[str, float], rounds: int) -> list[Row]:
@@ -610,6 +584,11 @@ def main() -> None:
     found = errors(set(options.check.split(",")))
     rows: list[Row] = []
 
+    def keep(found: list[Row]) -> None:
+        rows.extend(found)
+        if options.json is not None:
+            write(options, rows, KEY)
+
     def attempt(name: str, function: Callable[[], list[Row] | None]) -> None:
         if time.monotonic() - begin > options.seconds:
             print(f"{name}: no time left")
@@ -629,7 +608,7 @@ def main() -> None:
     for case in filter(None, options.decode.split(",")):
         batch, length = (int(part) for part in case.split("x"))
         few = options.quick or batch * length != 16 * 32768
-        attempt(f"decode {case}", lambda b=batch, n=length, few=few: decode(clock, b, n, 60, few))
+        attempt(f"decode {case}", lambda b=batch, n=length, few=few: decode(clock, b, n, 60, few, keep))
     for tokens in (int(part) for part in options.whole.split(",") if int(part)):
         for plan in PLANS:
             attempt(f"whole {tokens}", lambda n=tokens, plan=plan: whole(n, plan, 3))
@@ -647,7 +626,7 @@ def main() -> None:
             continue
         attempt(f"plans {tokens}", lambda t=tokens, r=rounds, p=peers: prefill(clock, t, r // 2, p))  # type: ignore[misc]
         attempt(f"execution {tokens}", lambda t=tokens, r=rounds, p=peers: execution(clock, t, r // 2, found, p))  # type: ignore[misc]
-        if tokens <= 32768:
+        if tokens <= 32768 and not options.quick:
             attempt(f"masses {tokens}", lambda t=tokens, p=peers: masses(clock, t, p, 10))  # type: ignore[misc]
     if options.json is None:
         write(options, rows, KEY)

@@ -51,7 +51,7 @@ def call_of(query: Tensor, key: Tensor, value: Tensor) -> Call:
 
 
 def gates(maps: int) -> Gated:
-    found = BlockGate.new(HEADS, maps, CHANNELS, POOLS, False, torch.Generator().manual_seed(0))
+    found = BlockGate.new(HEADS, maps, CHANNELS, POOLS, False)
     to = [None if part is None else part.to(DEVICE, torch.bfloat16) for part in (found.keys, found.queries)]
     assert to[0] is not None
     return Gated({"prefill": replace(found, keys=to[0], queries=to[1])})
@@ -181,30 +181,25 @@ def tune(clock: Clock, tokens: int, rounds: int) -> None:
     totals = windows.window_totals(query, means, size=32, stride=16, scaling=SCALING, offset=0)
     calls: dict[str, Callable[[], Any]] = {}
     for warps in (4, 8):
-        for stages in (2, 3, 4):
-            calls[f"totals {warps} warps {stages} stages"] = lambda w=warps, s=stages: windows.window_totals(
-                query, means, size=32, stride=16, scaling=SCALING, offset=0, num_warps=w, num_stages=s
+        calls[f"totals {warps} warps"] = lambda w=warps: windows.window_totals(
+            query, means, size=32, stride=16, scaling=SCALING, offset=0, num_warps=w
+        )
+        for block in (64, 128):
+            calls[f"shares {block} {warps} warps"] = lambda w=warps, b=block: windows.window_shares(
+                query, means, totals, block_q=b, size=32, stride=16, scaling=SCALING, offset=0, num_warps=w
             )
-            for block in (64, 128):
-                calls[f"shares {block} {warps} warps {stages} stages"] = (
-                    lambda w=warps, s=stages, b=block: windows.window_shares(
-                        query, means, totals, block_q=b, size=32, stride=16, scaling=SCALING, offset=0, num_warps=w,
-                        num_stages=s,
-                    )
-                )  # fmt: skip
     zero_q, zero_k = (torch.zeros(1, x.shape[1], CHANNELS, device=DEVICE) for x in (query, key))
     q_codes, k_codes = low.token_codes(query, zero_q, 7), low.token_codes(key, zero_k, 7)
     bias = torch.zeros(1, HEADS, tokens, device=DEVICE)
     calls["codes of queries"] = lambda: low.token_codes(query, zero_q, 7)
     for warps in (4, 8):
-        for stages in (2, 3):
-            for tile in (64, 128):
-                for block_q, block_k in ((64, 32), (64, 64), (128, 128)):
-                    label = f"anchored {block_q}x{block_k} tile {tile} {warps} warps {stages} stages"
-                    calls[label] = lambda w=warps, s=stages, t=tile, bq=block_q, bk=block_k: low.anchored_scores(
-                        query, key, zero_k, q_codes, k_codes, bias, block_q=bq, block_k=bk, sink=bk, local=128,
-                        scaling=SCALING, offset=0, tile=t, num_warps=w, num_stages=s,
-                    )  # fmt: skip
+        for tile in (64, 128):
+            for block_q, block_k in ((64, 32), (128, 64), (128, 128)):
+                label = f"anchored {block_q}x{block_k} tile {tile} {warps} warps"
+                calls[label] = lambda w=warps, t=tile, bq=block_q, bk=block_k: low.anchored_scores(
+                    query, key, zero_k, q_codes, k_codes, bias, block_q=bq, block_k=bk, sink=bk, local=128,
+                    scaling=SCALING, offset=0, tile=t, num_warps=w,
+                )  # fmt: skip
     for name, milliseconds in clock(calls, rounds).items():
         print(f"  tune {tokens} {name}: {milliseconds:.3f} ms", flush=True)
 
@@ -222,9 +217,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     clock = Clock()
     check()
-    if options.tune:
-        tune(clock, 32768, 5)
-    for tokens in options.tokens[: 1 if options.quick else None]:
+    for number, tokens in enumerate(options.tokens[: 1 if options.quick else None]):
+        if options.tune and number == min(2, len(options.tokens) - 1):
+            tune(clock, 32768, 5)
         if time.monotonic() - begin > options.seconds:
             print(f"no time left for {tokens}")
             break

@@ -335,20 +335,29 @@ def attention_rows(kind: str, model: str, **wanted: Any) -> list[tuple[dict[str,
     return found
 
 
+def plan_name(row: dict[str, Any]) -> str:
+    """As ``rarefy eval --attention`` has it."""
+    return re.sub(r"sale {'budget': ([\d.]+)}", r"sale:budget=\1", str(row["job"]))
+
+
 def attention_facts(data: dict[str, Any], rows: Rows) -> str:
     first = rows[0]
     return f"{first['model']}, {first['context']} tokens, {first['text']}; {measured_on({**data, 'rows': rows})}"
 
 
-def attention_losses(model: str, phase: str) -> str:
-    """What plans cost, best first at each density."""
+def attention_losses(model: str, phase: str, equal: bool = True) -> str:
+    """What plans cost, best first at each density: those that were given a density, or those that found their own with
+    controls beside them."""
     parts = []
-    for data, found in attention_rows(phase, model):
+    for data, every in attention_rows(phase, model):
+        found = [row for row in every if ("nominal" in row) == equal]
+        if not found:
+            continue
         rows = sorted(found, key=lambda row: (round(row["density"], 2), row["kl"]))
         lines = ["| plan | density | nats above dense | perplexity | KL | top-1 |", "|---" * 6 + "|"]
         for row in rows:
             lines.append(
-                f"| {row['job']} | {row['density']:.1%} | {row['gap']:+.4f} | {row['perplexity_cost']:+.1%} | "
+                f"| {plan_name(row)} | {row['density']:.1%} | {row['gap']:+.4f} | {row['perplexity_cost']:+.1%} | "
                 f"{row['kl']:.4f} | {row['top1_agreement']:.1%} |"
             )
         parts.append("\n".join([*lines, "", f"Dense: {rows[0]['dense_nll']:.4f} nats. {attention_facts(data, rows)}"]))
@@ -363,7 +372,7 @@ def attention_choices(model: str) -> str:
         lines = ["| plan | density | mass kept | most that as few could keep | output error |", "|---" * 5 + "|"]
         for row in rows:
             lines.append(
-                f"| {row['job']} | {row['density']:.1%} | {row['recall']:.1%} | {row['best']:.1%} | "
+                f"| {plan_name(row)} | {row['density']:.1%} | {row['recall']:.1%} | {row['best']:.1%} | "
                 f"{row['error']:.3f} |"
             )
         parts.append("\n".join([*lines, "", attention_facts(data, rows)]))
@@ -374,6 +383,9 @@ def attention_answers(model: str, phase: str) -> str:
     """Answers found in long contexts, a column for each task."""
     parts = []
     for data, rows in attention_rows("retrieval", model, phase=phase):
+        # What the dense model cannot answer tells nothing.
+        able = {row["task"]: row["accuracy"] for row in rows if row["job"] == "dense"}
+        rows = [row for row in rows if able.get(row["task"], 1.0) >= 0.2]
         tasks = list(dict.fromkeys(row["task"] for row in rows))
         lines = [f"| plan | density | {' | '.join(tasks)} |", "|---" * (2 + len(tasks)) + "|"]
         jobs = dict.fromkeys(row["job"] for row in rows)
@@ -382,7 +394,8 @@ def attention_answers(model: str, phase: str) -> str:
             cells = [f"{own[job][task]['accuracy']:.0%}" if task in own[job] else "-" for task in tasks]
             lines.append(f"| {job} | {mean(list(own[job].values()), 'density'):.1%} | {' | '.join(cells)} |")
         count = min(row["answers"] for row in rows)
-        parts.append("\n".join([*lines, "", f"{count} answers or more of each task. {attention_facts(data, rows)}"]))
+        told = f"{count} answers or more of each task that the dense model answers at all."
+        parts.append("\n".join([*lines, "", f"{told} {attention_facts(data, rows)}"]))
     return "\n\n".join(parts) or UNMEASURED
 
 
@@ -517,12 +530,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-linear": linear_table,
     "attention-prefill-lab": partial(attention_losses, LAB, "prefill"),
     "attention-prefill-demo": partial(attention_losses, "SmolLM2", "prefill"),
+    "attention-adaptive-lab": partial(attention_losses, LAB, "prefill", False),
+    "attention-adaptive-demo": partial(attention_losses, "SmolLM2", "prefill", False),
     "attention-decode-lab": partial(attention_losses, LAB, "decode"),
     "attention-decode-demo": partial(attention_losses, "SmolLM2", "decode"),
     "attention-choice-lab": partial(attention_choices, LAB),
     "attention-choice-demo": partial(attention_choices, "SmolLM2"),
     "attention-answers-lab": partial(attention_answers, LAB, "prefill"),
-    "attention-answers-decode-lab": partial(attention_answers, LAB, "decode"),
+    "attention-answers-demo": partial(attention_answers, "SmolLM2", "prefill"),
     "attention-budget-lab": partial(attention_budgets, LAB),
     "attention-budget-demo": partial(attention_budgets, "SmolLM2"),
     "attention-training": sparse_training_table,

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -196,7 +195,7 @@ class GatedRecipe(AttentionRecipe, ABC):
         return frozenset({"training"})
 
     @abstractmethod
-    def new_gates(self, shape: AttentionShape, generator: torch.Generator) -> dict[Phase, BlockGate]:
+    def new_gates(self, shape: AttentionShape) -> dict[Phase, BlockGate]:
         """Untrained gates of a layer."""
 
 

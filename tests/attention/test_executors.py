@@ -10,8 +10,12 @@ import torch
 from rarefy.attention.block_map import BlockMap
 from rarefy.attention.executors import choose, executors
 from rarefy.attention.reach import Reach
-from rarefy.attention.source import Plain
+from rarefy.attention.source import Plain, Stored
 from rarefy.core.errors import OptionError, UnsupportedError
+from rarefy.formats.grids import IntegerGrid
+from rarefy.kv.codecs import Gridded
+from rarefy.kv.plan import LayerCodecs
+from rarefy.kv.store import LayerStore
 from tests.attention.maps import REACHES, oracle, random_map, tensors, token_mask, tokens_of
 
 HERE = ("reference", "cpu", "flex")
@@ -160,6 +164,38 @@ def test_the_reference_has_gradients_and_others_say_that_they_have_none() -> Non
     for name in ("cpu", "flex"):
         with pytest.raises(UnsupportedError, match="gradients"):
             choose(name, query, Plain(key, value), block_map)
+
+
+@pytest.mark.parametrize("executor", ["reference", "cpu"])
+def test_few_queries_read_from_a_store_what_is_listed(executor: str) -> None:
+    """Blocks in code that nobody lists are not decoded, with padding and a tail that is not whole."""
+    codec = Gridded(IntegerGrid(num_bits=8, zero="float"), "token", 4, 8)
+    store = LayerStore(LayerCodecs(codec, codec))
+    for count in (50, 1, 1):
+        seen = store.append(torch.randn(2, 2, count, 8), torch.randn(2, 2, count, 8))
+    source = Stored(seen)
+    asked: list[tuple[int, int]] = []
+    whole = source.keys
+
+    def keys(start: int = 0, stop: int | None = None) -> torch.Tensor:
+        asked.append((start, 52 if stop is None else stop))
+        return whole(start, stop)
+
+    reach = Reach(2, 52, 50, first=torch.tensor([0, 9]))
+    blocks = reach.blocks(2, 8)
+    keep = torch.zeros(2, 2, 1, blocks.columns, dtype=torch.bool)
+    keep[..., [0, 3, 4, 6]] = True
+    block_map = BlockMap.from_mask(keep, reach, blocks)
+    query = torch.randn(2, 4, 2, 8)
+    plain = Plain(source.keys(), source.values())
+    shown = token_mask(reach, 2, 4) & tokens_of(block_map, 4)
+    expected, expected_lse = oracle(query, plain.key, plain.value, shown, 0.3)
+    source = Stored(seen)
+    source.keys = keys  # type: ignore[method-assign]
+    found, lse = executors.get(executor)().run(query, source, block_map, 0.3)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4)
+    assert asked == [(0, 8), (24, 40), (48, 56)]
 
 
 def test_executors_are_chosen_by_name_or_by_what_can_serve() -> None:

@@ -39,7 +39,10 @@ def call_of(before_query: Tensor, before_key: Tensor, value: Tensor, shift: int 
 
 
 def gate(heads: int, maps: int, normed: bool) -> BlockGate:
-    return BlockGate.new(heads, maps, 8, POOLS, normed, torch.Generator().manual_seed(3))
+    """A gate with random weights."""
+    new = BlockGate.new(heads, maps, 8, POOLS, normed)
+    drawn = {name: torch.randn(tensor.shape) / 3 for name, tensor in new.tensors("gate").items()}
+    return BlockGate.of(drawn, "gate", POOLS)
 
 
 @pytest.mark.parametrize(("maps", "queries", "keys"), [(4, 70, 70), (2, 40, 70), (4, 64, 64)])
@@ -63,6 +66,20 @@ def test_a_gate_scores_pooled_blocks_before_rotary_embedding(maps: int, queries:
                     for part, place in ((q, keys - queries + i * 16), (k, j * 16))
                 )
                 assert torch.allclose(found[:, m, i, j], (q * k).sum(-1) / math.sqrt(8), atol=1e-4)
+
+
+@pytest.mark.parametrize("pools", [("mean",), POOLS, ("max", "min")])
+def test_a_new_gate_is_a_product_of_means(pools: tuple) -> None:
+    query, key, value = tensors(Reach.last(32, 32))
+    call = replace(call_of(query, key, value), mask_heads=4)
+    found = Gated({"prefill": BlockGate.new(4, 4, 8, pools, False)}).scores(call, call.reach.blocks(16, 16))
+    blocks = key.unflatten(2, (2, 16))
+    middle = blocks.mean(3) if "mean" in pools else (blocks.amax(3) + blocks.amin(3)) / 2
+    for i in range(2):
+        for j in range(2):
+            q = ROTARY.rotate(query[:, :, i * 16 : i * 16 + 16].mean(2, keepdim=True), torch.tensor([[i * 16]]))
+            k = ROTARY.rotate(middle[:, :, j : j + 1], torch.tensor([[j * 16]])).repeat_interleave(2, 1)
+            assert torch.allclose(found[:, :, i, j], 0.5 * (q * k).sum((2, 3)) / math.sqrt(8), atol=1e-4)
 
 
 def test_a_gate_depends_on_distance_alone_and_not_on_where_a_row_begins() -> None:

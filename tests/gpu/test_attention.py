@@ -9,6 +9,8 @@ import torch
 
 import rarefy
 from rarefy.attention.block_map import BlockMap
+from rarefy.attention.call import Call
+from rarefy.attention.estimators import true_blocks
 from rarefy.attention.executors import Reference, executors
 from rarefy.attention.policy import Policy
 from rarefy.attention.reach import Reach
@@ -82,3 +84,55 @@ def test_decoding_with_a_cache_that_keeps_state(name: str) -> None:
     found = model.generate(tokens, attention_mask=mask, max_new_tokens=30, do_sample=False)
     agree = (found == expected)[:, 500:].float().mean()
     assert setup.report.layers[0].executors == {"triton": 30} and float(agree) > 0.8
+
+
+@pytest.mark.parametrize("reduce", ["mass", "max"])
+def test_true_blocks_by_the_kernel(reduce: Any) -> None:
+    reach = Reach(700, 1000, 300, first=torch.tensor([0, 137], device=DEVICE))
+    query, key = (torch.randn(2, heads, n, 128, device=DEVICE) for heads, n in ((8, 700), (2, 1000)))
+    blocks = reach.blocks(64, 64, DEVICE)
+    found = true_blocks(Call(query.half(), Plain(key.half(), key.half()), reach, 0.1), blocks, reduce)
+    host = Reach(700, 1000, 300, first=torch.tensor([0, 137]))
+    call = Call(query.half().float().cpu(), Plain(key.half().float().cpu(), key.cpu()), host, 0.1)
+    torch.testing.assert_close(found.cpu(), true_blocks(call, host.blocks(64, 64), reduce), rtol=1e-2, atol=1e-3)
+
+
+def test_a_decoding_step_is_one_graph() -> None:
+    """Scores, selection and attention are captured once and follow queries and lengths that change in place."""
+    from rarefy.kernels.triton.block_decode import BlockDecode, block_scores
+    from rarefy.kernels.triton.block_select import select_blocks
+
+    batch, heads, tokens, size = 2, 2, 2048, 64
+    key, value = (torch.randn(batch, heads, tokens, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    means = key.unflatten(2, (-1, size)).mean(3).contiguous()
+    query = torch.randn(batch, 8, 128, device=DEVICE, dtype=torch.bfloat16)
+    length = torch.tensor([1000, 1500], dtype=torch.int32, device=DEVICE)
+    scores = torch.empty(batch, heads, tokens // size, device=DEVICE)
+    start, whole, count = (torch.empty(batch, heads, 1, dtype=torch.int32, device=DEVICE) for _ in range(3))
+    columns = torch.empty(scores.numel(), dtype=torch.int32, device=DEVICE)
+    attention = BlockDecode(batch, heads, 8, 128, size, device=DEVICE)
+
+    def step() -> torch.Tensor:
+        block_scores(query, means, length, tokens=size, scaling=0.1, out=scores)
+        select_blocks(scores.unsqueeze(2), share=0.2, out=(start, whole, count, columns))
+        lists = columns.view(batch, heads, -1), count.view(batch, heads)
+        return attention(query, key, value, *lists, length, 0.1)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(3):
+        query.copy_(torch.randn_like(query))
+        length.add_(150)
+        graph.replay()
+        found, kept = attention.out.clone(), count.clone()
+        expected = step()
+        assert torch.equal(kept, count)
+        torch.testing.assert_close(found, expected)
+        visible = (length - 1) // size + 1
+        assert torch.equal(kept[:, 0, 0], (visible * 0.2 - 1e-6).ceil().int())

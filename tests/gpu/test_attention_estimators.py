@@ -33,7 +33,7 @@ def call_of(query: Tensor, key: Tensor, first: Tensor | None) -> Call:
 
 
 def gates(maps: int, device: str) -> Estimator:
-    gate = BlockGate.new(8, maps, 128, ("max", "min", "mean"), False, torch.Generator().manual_seed(0))
+    gate = BlockGate.new(8, maps, 128, ("max", "min", "mean"), False)
     queries = None if gate.queries is None else gate.queries.to(device)
     return Gated({"prefill": replace(gate, keys=gate.keys.to(device), queries=queries)})
 

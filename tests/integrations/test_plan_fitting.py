@@ -73,8 +73,8 @@ def test_trained_gates_find_more_than_untrained_ones_and_chance(family: str) -> 
     trained = recall(model, trainer.setup())
     chance = recall(model, rarefy.set_attention(model, "random", density=0.25, **SMALL))
     best = recall(model, rarefy.set_attention(model, "oracle", density=0.25, **SMALL))
-    assert sum(losses[-8:]) < 0.7 * sum(losses[:8])
-    assert best >= trained > max(untrained, chance) + 0.3 * (best - chance)
+    assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
+    assert best >= trained > untrained > chance and trained > chance + 0.8 * (best - chance)
 
 
 def test_gates_are_written_and_loaded_and_serve_every_phase(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_gates_are_written_and_loaded_and_serve_every_phase(tmp_path: Path) -> N
     setup = getattr(model, SETUP)
     assert setup.name == "seer_attention" and set(setup.params) == {0, 1}
     kept = load_setup(tmp_path / "out" / PARAMS_NAME, model)
-    assert set(kept.params[0]) == {"prefill.keys", "decode.keys", "decode.queries"}
+    assert set(kept.params[0]) == {"prefill.keys", "decode.keys", "decode.queries", "decode.gain"}
     for layer, own in kept.params.items():
         for name, tensor in own.items():
             assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, setup.params[layer][name])

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from rarefy.attention.block_map import BlockMap
 from rarefy.attention.call import Call
+from rarefy.attention.compact import FEW
 from rarefy.attention.estimators import Estimator
 from rarefy.attention.executors import choose, limit
 from rarefy.attention.policy import Phase, Policy
 from rarefy.attention.report import PlanReport
 from rarefy.attention.selectors import Selector, select_map
-
-FEW = 16  # queries of a pass that decodes, or checks what a draft proposed
 
 
 @dataclass(frozen=True)

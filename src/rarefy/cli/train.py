@@ -24,7 +24,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
     work_dir: Annotated[Path | None, typer.Option(help="Keep the state here, to go on after a break.")] = None,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws weights and the order of the text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws the order of the text.")] = 0,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:

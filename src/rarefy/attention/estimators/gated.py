@@ -56,5 +56,5 @@ class Gated(Estimator):
             pools = summaries(x, counts, *call.key_angles(places), gate.pools)
             return {"key": gate.compress(pools, begins, call.rotary).to(call.query.dtype)}
 
-        name = f"gate for {gate.maps} maps" + (", normed" if gate.normed else "")
+        name = f"gate for {gate.maps} maps" + (", normed" if gate.gain is not None else "")
         return pooled(call.source, name, block_k, make, valid=call.valid)["key"]

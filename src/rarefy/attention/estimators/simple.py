@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -59,6 +60,13 @@ def true_blocks(call: Call, blocks: Blocks, reduce: Literal["mass", "max"] = "ma
     """For each query head, the attention probabilities between two blocks, float32 ``[B, H, query blocks, key
     blocks]``: their sum (``mass``: each query counts 1 over its row) or their ``max``. Memory is bounded; no full map
     is made."""
+    if _fits(call, blocks):
+        from rarefy.kernels.triton.block_mass import block_mass
+
+        return block_mass(
+            call.query, call.source.keys(), block_q=blocks.block_q, block_k=blocks.block_k, scaling=call.scaling,
+            offset=call.reach.offset, first=call.reach.first, reduce=reduce,
+        )  # fmt: skip
     batch, heads, count, _ = call.query.shape
     keys = call.source.keys().float()
     query = grouped(call.query, call.source.heads)
@@ -79,3 +87,12 @@ def true_blocks(call: Call, blocks: Blocks, reduce: Literal["mass", "max"] = "ma
         tiles = tiles.unflatten(3, (-1, blocks.block_k)).unflatten(2, (-1, blocks.block_q))
         parts.append(tiles.amax((3, 5)) if reduce == "max" else tiles.sum((3, 5)))
     return torch.cat(parts, 2)
+
+
+def _fits(call: Call, blocks: Blocks) -> bool:
+    """Whether the kernel serves: tiles are of its sizes, and only causality and left padding hide keys."""
+    reach, sizes = call.reach, (blocks.block_q, blocks.block_k)
+    hidden = (reach.window, reach.stop, reach.segment, reach.mask, call.softcap)
+    plain = reach.causal and all(part is None for part in hidden) and not call.query.requires_grad
+    tiles = all(16 <= size <= 128 and size & (size - 1) == 0 for size in sizes)
+    return call.query.is_cuda and plain and tiles and call.query.shape[3] <= 256 and find_spec("triton") is not None

@@ -117,8 +117,8 @@ def _by_kernel(
         found = total(windows, size, stride)
     else:
         found = total(*coarse)
-        # The first queries see no coarse window yet; all they see is within the first fine ones.
-        early = windows[:, :, : coarse[1] // stride]
+        # The first queries see no coarse window yet; all they see is within the first fine ones, behind padding.
+        early = windows[:, :, : coarse[1] // stride] if reach.first is None else windows
         found = torch.where(found == -torch.inf, total(early, size, stride), found)
     return shares(
         query, windows, found, block_q=block_q, size=size, stride=stride, scaling=scaling, offset=reach.offset,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rarefy.attention.block_map import BlockMap
+from rarefy.attention.compact import compact
 from rarefy.attention.executors.base import Executor, executors
 from rarefy.attention.source import Source
 
@@ -37,6 +38,7 @@ class Cpu(Executor):
     def run(
         self, query: Tensor, source: Source, block_map: BlockMap, scaling: float, softcap: float | None = None
     ) -> tuple[Tensor, Tensor]:
+        source, block_map = compact(source, block_map)
         batch, heads, count, channels = query.shape
         if block_map.count.shape[1] not in (source.heads, heads):
             block_map = block_map.per_head(heads)
@@ -45,34 +47,50 @@ class Cpu(Executor):
         per_head = keys.shape[0] // (batch * source.heads)
         whole, partial = block_map.whole, block_map.count - block_map.whole
         lists = block_map.lists(fill=0)
-        own = torch.arange(mask_heads) // (mask_heads // source.heads)
-        begin = (torch.arange(batch)[:, None] * source.heads + own)[..., None] * per_head
+        group, size = heads // mask_heads, block_map.block_k
+        first = torch.arange(mask_heads) // (mask_heads // source.heads)
+        begin = (torch.arange(batch)[:, None] * source.heads + first)[..., None] * per_head
         output = torch.empty(batch, count, heads, source.values(0, 0).shape[3], dtype=query.dtype).transpose(1, 2)
         lse = torch.empty(batch, heads, count)
 
-        def row(index: int) -> None:
+        def part(index: int, own: slice) -> None:
+            """Query block ``index`` of the mask heads ``own``."""
             low, high = index * block_map.block_q, min((index + 1) * block_map.block_q, count)
-            columns, bias, blind = _row(block_map, lists, whole[:, :, index], partial[:, :, index], index, low, high)
+            columns, bias, blind = _row(
+                block_map, lists[:, own, index], whole[:, own, index], partial[:, own, index], low, high
+            )
+            where = slice(own.start * group, own.stop * group)
             if columns.shape[2] == 0:
-                output[:, :, low:high], lse[:, :, low:high] = 0.0, -torch.inf
+                output[:, where, low:high], lse[:, where, low:high] = 0.0, -torch.inf
                 return
-            place = (columns + begin).flatten()
+            place = (columns + begin[:, own]).flatten()
             k, v = (
-                side.index_select(0, place).view(batch, mask_heads, columns.shape[2] * block_map.block_k, -1)
+                side.index_select(0, place).view(batch, -1, columns.shape[2] * block_map.block_k, side.shape[1] // size)
                 for side in (keys, values)
             )
             # Heads that share a list are rows of one product.
-            q = query[:, :, low:high].reshape(batch, mask_heads, -1, channels)
-            if q.shape[2] != high - low:
-                bias = bias[:, :, None].expand(-1, -1, heads // mask_heads, -1, -1).flatten(2, 3)
+            q = query[:, where, low:high].reshape(batch, k.shape[1], -1, channels)
+            if group > 1:
+                bias = bias[:, :, None].expand(-1, -1, group, -1, -1).flatten(2, 3)
             found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, False, attn_mask=bias.to(q.dtype), scale=scaling
             )
-            found, sums = found.reshape(batch, heads, high - low, -1), sums.reshape(batch, heads, high - low)
+            found, sums = found.reshape(batch, -1, high - low, v.shape[3]), sums.reshape(batch, -1, high - low)
             if blind is not None and bool(blind.any()):
-                blind = blind.expand(batch, mask_heads, -1).repeat_interleave(heads // mask_heads, 1)
+                blind = blind.expand(batch, k.shape[1], -1).repeat_interleave(group, 1)
                 found, sums = found.masked_fill(blind[..., None], 0.0), sums.masked_fill(blind, -torch.inf)
-            output[:, :, low:high], lse[:, :, low:high] = found, sums
+            output[:, where, low:high], lse[:, where, low:high] = found, sums
+
+        alike = block_map.reach.mask is None or block_map.reach.mask.shape[1] == 1
+
+        def row(index: int) -> None:
+            counts = block_map.count[:, :, index]
+            # Short lists beside long ones would be filled up to their length.
+            if alike and int(counts.max()) * counts.numel() > 1.2 * int(counts.sum()):
+                for head in range(mask_heads):
+                    part(index, slice(head, head + 1))
+            else:
+                part(index, slice(0, mask_heads))
 
         _each(row, block_map.rows)
         return output, lse
@@ -86,12 +104,12 @@ def _in_blocks(side: Tensor, size: int) -> Tensor:
 
 
 def _row(
-    block_map: BlockMap, lists: Tensor, whole: Tensor, partial: Tensor, index: int, low: int, high: int
+    block_map: BlockMap, own: Tensor, whole: Tensor, partial: Tensor, low: int, high: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Blocks ``[B, M, n]`` that query block ``index`` reads, those that need a mask last, what is added to its scores
-    (float32 ``[B or 1, M or 1, queries, n * block_k]``), and which queries see nothing (None: each sees something)."""
+    """Blocks ``[B, M, n]`` of the lists ``own`` that queries ``[low, high)`` read, those that need a mask last, what is
+    added to their scores (float32 ``[B or 1, M or 1, queries, n * block_k]``), and which queries see nothing (None:
+    each sees something)."""
     size, first, last = block_map.block_k, int(whole.max()), int(partial.max())
-    own = lists[:, :, index]
     place = torch.arange(first)
     real = place < whole[..., None]
     # What fills a short list is a block that is read anyway, so that nobody else's numbers are touched.

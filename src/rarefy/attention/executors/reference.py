@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rarefy.attention.block_map import BlockMap
+from rarefy.attention.compact import compact
 from rarefy.attention.executors.base import Executor, executors
 from rarefy.attention.source import Source
 
@@ -26,6 +27,7 @@ class Reference(Executor):
     def run(
         self, query: Tensor, source: Source, block_map: BlockMap, scaling: float, softcap: float | None = None
     ) -> tuple[Tensor, Tensor]:
+        source, block_map = compact(source, block_map)
         heads, kv_heads = query.shape[1], source.heads
         block_map = block_map.per_head(heads)
         keys, values = source.keys(), source.values()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rarefy.attention.block_map import BlockMap
+from rarefy.attention.compact import FEW
 from rarefy.attention.executors.base import Executor, executors
 from rarefy.attention.source import Source, Stored
 from rarefy.kv.codecs import Exact
@@ -36,6 +37,8 @@ class Triton(Executor):
             return reason
         if query.requires_grad and torch.is_grad_enabled():
             return "it keeps no gradients"
+        if query.shape[2] <= FEW and isinstance(source, Stored) and _coded(source):
+            return "the past is in code, of which it would decode all"
         return unfit(query, block_map, softcap)
 
     def run(
@@ -52,6 +55,11 @@ class Triton(Executor):
             offset=reach.offset, causal=reach.causal, window=reach.window, first=reach.first, stop=reach.stop,
             segment=reach.segment,
         )  # fmt: skip
+
+
+def _coded(source: Stored) -> bool:
+    sides = (source.store.keys, source.store.values)
+    return any(side is not None and side.coded and not isinstance(side.codec, Exact) for side in sides)
 
 
 def unfit(query: Tensor, block_map: BlockMap, softcap: float | None) -> str | None:

@@ -97,15 +97,14 @@ class GateTrainer:
 
     def __init__(self, name: str, recipe: GatedRecipe, model: Any, rows: Tensor, batch: int, seed: int):
         self.name, self.recipe, self.model, self.rows, self.batch, self.seed = name, recipe, model, rows, batch, seed
-        generator = torch.Generator().manual_seed(seed)
         self.gates: dict[int, dict[Phase, BlockGate]] = {}
         self.weights: dict[str, nn.Parameter] = {}
         for layer, shape in _shapes(model).items():
             self.gates[layer] = {}
-            for phase, gate in recipe.new_gates(shape, generator).items():
+            for phase, gate in recipe.new_gates(shape).items():
                 own = {key: nn.Parameter(x.to(model.device)) for key, x in gate.tensors(phase).items()}
                 self.weights |= {f"layers.{layer}.{key}": weight for key, weight in own.items()}
-                self.gates[layer][phase] = BlockGate.of(own, phase, gate.pools, gate.normed)
+                self.gates[layer][phase] = BlockGate.of(own, phase, gate.pools)
 
     def train(self, schedule: Schedule, work: Path | None = None) -> list[float]:
         """Losses of all steps, in nats a row, summed over phases and averaged over layers."""

@@ -119,7 +119,8 @@ def attention_modules(model: Any) -> dict[int, nn.Module]:
     found = {
         module.layer_idx: module
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "scaling")
+        if isinstance(getattr(module, "layer_idx", None), int)
+        and (hasattr(module, "scaling") or type(module).__name__.endswith("Attention"))
     }
     return dict(sorted(found.items()))
 

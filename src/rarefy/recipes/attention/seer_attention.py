@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -44,21 +43,17 @@ class SeerAttention(GatedRecipe):
         """The phases that gates are trained for."""
         return ("prefill", "decode") if self.phases == "both" else (self.phases,)
 
-    def new_gates(self, shape: AttentionShape, generator: torch.Generator) -> dict[Phase, BlockGate]:
+    def new_gates(self, shape: AttentionShape) -> dict[Phase, BlockGate]:
         """Untrained gates of a layer."""
         maps = {"prefill": shape.heads if self.heads == "query" else shape.kv_heads, "decode": shape.kv_heads}
         return {
-            phase: BlockGate.new(shape.heads, maps[phase], shape.channels, self.pools, phase == "decode", generator)
+            phase: BlockGate.new(shape.heads, maps[phase], shape.channels, self.pools, phase == "decode")
             for phase in self.trained
         }
 
     def gates(self, params: Mapping[str, Tensor]) -> dict[Phase, BlockGate]:
         """The gates of a layer whose weights are ``params``."""
-        return {
-            phase: BlockGate.of(params, phase, self.pools, phase == "decode")
-            for phase in self.trained
-            if f"{phase}.keys" in params
-        }
+        return {phase: BlockGate.of(params, phase, self.pools) for phase in self.trained if f"{phase}.keys" in params}
 
     def estimator(self, shape: AttentionShape, params: Mapping[str, Tensor]) -> Gated:
         gates = self.gates(params)

@@ -54,8 +54,8 @@ def by_rule(code: Code, rows: int, columns: int, tokens: int, capability: tuple[
     wide, overlap = capability == (9, 0), capability >= (9, 0)
     loads = code.step * code.bits // 256
     if tokens <= 16:
-        tiles = 2 if loads < 4 and rows >= 16 * 2 * 2 * BLOCKS else 1
-        return Tuning(tiles=tiles, tokens=-(-tokens // 8), along=8, depth=1, overlap=overlap)
+        along = 16 if tokens <= 8 and rows <= NARROW else 8
+        return Tuning(tiles=2 if loads < 4 else 1, tokens=-(-tokens // 8), along=along, depth=1, overlap=overlap)
     at_once = min(16 if wide else 8, -(-tokens // 8))
     across = 8 if wide else 4
     blocks = -(-rows // (16 * across)) * -(-tokens // (8 * at_once))

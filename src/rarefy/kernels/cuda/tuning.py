@@ -19,6 +19,7 @@ FOLDER = Path(__file__).with_name("tables")
 KEY = ("bits", "table", "rows", "columns", "tokens")  # of a measurement
 ALIKE = 2.0  # how many times larger or longer a measured size may be
 MOST_SHARED = 200 * 1024  # bytes of a block's shared memory
+NARROW = 8192  # rows that are too few blocks unless more warps share a row
 BLOCKS = 132  # that keep a large GPU busy
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens that are told apart
 

@@ -299,7 +299,7 @@ def group_rows(rows: int, columns: int, limit: float) -> list[Row]:
         weights = Weights(Job(IntegerGrid(num_bits=4, group_size=group)), rows, columns)
         best, _ = measure.fastest(weights.problem, x, 24)
         calls, _ = weights.calls(best, x)
-        kept.append(calls)  # a graph does not
+        kept.append((weights, calls))  # a graph does not
         graphs[name] = graph_of(calls), len(calls)
     times = microseconds(graphs, 9)
     print(f"kept groups {rows}x{columns}", {name: round(each, 1) for name, each in times.items()}, error, flush=True)

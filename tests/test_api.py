@@ -77,8 +77,8 @@ def words() -> str:
 
 def test_everything_public_is_there() -> None:
     assert set(rarefy.__all__) == {
-        "compare", "compare_caches", "compress", "evaluate", "evaluate_long", "evaluate_tasks", "kv_cache", "load",
-        "load_tokenizer", "merge_adapter", "runner", "save",
+        "attention_maps", "compare", "compare_caches", "compress", "evaluate", "evaluate_long", "evaluate_tasks",
+        "kv_cache", "load", "load_tokenizer", "merge_adapter", "runner", "save", "set_attention", "train",
     }  # fmt: skip
     for name in rarefy.__all__:
         assert getattr(rarefy, name).__doc__

@@ -46,7 +46,9 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("known")
 def test_the_longest_length_below_decides() -> None:
-    assert measured(CPU, "prefill", 16) is DEFAULT and limit(CPU, "prefill", 16) == DEFAULT.executors["cpu"]
+    assert measured(CPU, "prefill", 16).tokens == 32  # the shortest that is known
+    other = torch.device("meta")
+    assert measured(other, "prefill", 16) is DEFAULT and limit(other, "prefill", 16) == DEFAULT.executors["reference"]
     assert limit(CPU, "prefill", 40) == 0.0
     assert limit(CPU, "prefill", 64) == limit(CPU, "prefill", 5000) == 0.4
     assert limit(CPU, "decode", 64) == 0.3
@@ -56,7 +58,7 @@ def test_the_longest_length_below_decides() -> None:
 def test_plans_follow_the_table() -> None:
     report = PlanReport()
     for tokens, selector, reason in (
-        (40, TopK(0.2), "denser than 0"),
+        (40, TopK(0.2), "dense is faster here"),
         (70, TopK(0.5), "denser than 0.4"),
         (70, TopK(0.3), None),
         (70, Threshold(0.0), "denser than 0.4"),  # which only the map tells

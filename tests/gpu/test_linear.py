@@ -38,12 +38,12 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-def checked(layer: CompressedLinear, x: Tensor) -> None:
+def checked(layer: CompressedLinear, x: Tensor, most: float = 6e-4) -> None:
     expected = x.double() @ layer.decode().double().T
     layer.prepare_()
     assert all(part.is_prepared for part in layer.terms)
     # Half of a bfloat16's last place on each weight of a table, and on each result.
-    assert relative(layer(x), expected) < (4e-3 if x.dtype == torch.bfloat16 else 6e-4)
+    assert relative(layer(x), expected) < (4e-3 if x.dtype == torch.bfloat16 else most)
 
 
 # Each number of tokens has a kernel of its own; wgmma takes 40.
@@ -65,7 +65,8 @@ def test_what_is_kept(pattern: str, tokens: int) -> None:
     if not pattern.startswith("groups"):
         terms.append(Sparse.from_weight(torch.randn(100, 640), mask_for(own, 100, 640), own))  # type: ignore[arg-type]
     for term in terms:
-        checked(CompressedLinear([term]).to(GPU), torch.randn(tokens, 640, device=GPU, dtype=torch.float16))
+        # Four products of kept groups are summed in float16.
+        checked(CompressedLinear([term]).to(GPU), torch.randn(tokens, 640, device=GPU, dtype=torch.float16), 2e-3)
 
 
 def test_products_of_bytes() -> None:

@@ -52,7 +52,10 @@ def measured(device: torch.device, phase: Phase, tokens: int) -> Measured:
 def _best(device: str, phase: Phase, bits: int) -> Measured:
     fitting = [each for each in _entries() if (each.device, each.phase) == (device, phase)]
     below = [each for each in fitting if each.tokens.bit_length() <= bits]
-    return max(below, key=lambda each: each.tokens) if below else DEFAULT
+    if below:
+        return max(below, key=lambda each: each.tokens)
+    # Shorter than anything measured, where there is less to gain.
+    return min(fitting, key=lambda each: each.tokens, default=DEFAULT)
 
 
 @functools.cache

@@ -84,7 +84,7 @@ class AttentionPlan:
         known = selector.expected(blocks.columns)
         reason = self.policy.dense(phase, call.reach.keys, call.layer, self.layers)
         if reason is None and known is not None and known > highest:
-            reason = f"denser than {highest:g}"
+            reason = f"denser than {highest:g}" if highest else "dense is faster here"
         if reason is not None:
             own.dense[reason] += 1
             with report.part(call.layer, "estimate", device):

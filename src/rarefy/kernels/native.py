@@ -31,5 +31,11 @@ def linear(x: Tensor, terms: Sequence[Prepared], fast: bool = False) -> Tensor:
 
 def takes(x: Tensor) -> bool:
     """Whether there are native kernels for activations like ``x``."""
-    found = engine(x.device)
-    return found is not None and x.dtype in found.ACTIVATIONS
+    return x.dtype in _activations(x.device.type)
+
+
+@torch.compiler.assume_constant_result
+def _activations(device: str) -> tuple[torch.dtype, ...]:
+    """What a device's kernels take; a compiler asks instead of tracing how a library is looked for."""
+    found = engine(torch.device(device))
+    return () if found is None else tuple(found.ACTIVATIONS)

@@ -62,6 +62,16 @@ def test_a_table_of_the_same_capability_serves(tmp_path: Path) -> None:
     assert tuning.choose(code, 4096, 4096, 1, GPU) == own
 
 
+def test_the_tables_of_the_package_can_be_read() -> None:
+    paths = list(Path(tuning.__file__).with_name("tables").glob("*.json"))
+    assert paths
+    for path in paths:
+        data = json.loads(path.read_text("utf-8"))
+        assert len(data["capability"]) == 2
+        places = [tuple(entry[key] for key in tuning.KEY) for entry in data["entries"]]
+        assert len(set(places)) == len(places) and all(Tuning(**entry["tuning"]) for entry in data["entries"])
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build brings the compiler along")
 def test_what_is_missing_is_said() -> None:
     with pytest.raises(UnsupportedError, match="run-time compiler"):

@@ -105,3 +105,18 @@ def test_codes_are_those_in_torch() -> None:
     expected, scale = coarse_codes(x - mean[:, :, None], 4)
     assert torch.allclose(scales, scale.squeeze(-1), rtol=1e-5)
     assert float((codes != expected).float().mean()) < 0.01  # numbers half way between two
+
+
+@pytest.mark.parametrize("first", [None, [0, 50]])
+def test_sums_from_longer_windows_are_those_in_torch_behind_padding_too(first: list[int] | None) -> None:
+    query, key, reach = problem(2, 4, 2, 100, 100, first)
+    means, long = (key.unfold(2, size, size // 2).mean(-1) for size in (8, 32))
+    given = {"scaling": 0.3, "block_q": 16, "size": 8, "stride": 4}
+    found = windowed._by_kernel(query, means, reach, coarse=(long, 32, 16), **given).cpu()
+    host = [tensor.cpu() for tensor in (query, means, long)]
+    expected = windowed.window_shares(*host[:2], reach_on_host(reach), coarse=(host[2], 32, 16), **given)
+    same(found, expected)
+
+
+def reach_on_host(reach: Reach) -> Reach:
+    return Reach(reach.queries, reach.keys, reach.offset, first=None if reach.first is None else reach.first.cpu())

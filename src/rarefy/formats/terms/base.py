@@ -150,12 +150,13 @@ class Term(nn.Module, ABC):
                 part._undo()
 
     def _undo(self) -> None:
-        members, self._members = self._members, ()
-        for member in members:
-            member.restore_()
-        for name in self._operands() if members else ():
-            parts = [member._buffers[name] for member in members]
-            self._buffers[name] = torch.stack(parts)  # type: ignore[arg-type]
+        if self._members:  # else nothing is written: a compiler would make a program for each shape
+            members, self._members = self._members, ()
+            for member in members:
+                member.restore_()
+            for name in self._operands():
+                parts = [member._buffers[name] for member in members]
+                self._buffers[name] = torch.stack(parts)  # type: ignore[arg-type]
         if self._prepared is None:
             return
         names, tensors = self._operands(), [value for value in self._prepared.canonical() if isinstance(value, Tensor)]

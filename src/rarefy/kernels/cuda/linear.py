@@ -1,6 +1,6 @@
 """The ops over execution layouts (``kernels/prepared.py``) on GPUs, with activations in 16 bits.
 
-Up to some number of tokens a kernel multiplies by codes; beyond, the weight is dequantized for the library's product.
+Up to ``MOST_TOKENS`` tokens a kernel multiplies by codes; beyond, the weight is dequantized for the library's product.
 The kernel is ``linear.cu`` where PyTorch's CUDA compiler is at hand, otherwise its portable form in Triton.
 """
 
@@ -35,7 +35,7 @@ from rarefy.kernels.prepared import flat, library
 from rarefy.kernels.reference import decode
 
 ACTIVATIONS = (torch.float16, torch.bfloat16)
-MOST_TOKENS, MOST_TOKENS_OF_HOPPER = 128, 512  # beyond, a dequantized weight and the library's product take less time
+MOST_TOKENS = 128  # beyond, a dequantized weight and the library's product take less time
 MOST_APART = 1 << 22  # numbers from a token to the next, so that 32 bits count them
 MOST_TOKENS_OF_16_BITS = 64  # up to which reading the weight is all that counts, so that activations stay exact
 MOST_TOKENS_OF_SPARSE = 4
@@ -104,19 +104,15 @@ def _multiplied(x: Tensor, terms: list[Term], rows: int, fast: bool) -> Tensor:
         if kinds == [CODES, ENTRIES] and tokens <= MOST_TOKENS_OF_OUTLIERS:
             codes, outliers = sorted(terms, key=lambda term: term[1]["kind"])
             return _product(x, codes, outliers)
-        if set(kinds) == {CODES} and tokens <= _most_tokens(x.device):
+        if set(kinds) == {CODES} and tokens <= MOST_TOKENS:
             parts = [_product(x, term) for term in terms]
             return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         if kinds in ([GROUPS], [MASKED]) and tokens <= MOST_TOKENS_OF_SPARSE:
             return _sparse_product(x, terms[0])
-    elif kinds == [CODES] and tokens <= _most_tokens(x.device) and (y := _portable(aligned(x), terms[0])) is not None:
+    elif kinds == [CODES] and tokens <= MOST_TOKENS and (y := _portable(aligned(x), terms[0])) is not None:
         return y
     columns = terms[0][1]["columns"]
     return torch.nn.functional.linear(x[:, :columns], _dense(terms, rows, columns, x.dtype))
-
-
-def _most_tokens(device: torch.device) -> int:
-    return MOST_TOKENS_OF_HOPPER if torch.cuda.get_device_capability(device) == (9, 0) else MOST_TOKENS
 
 
 def _multiplies_bytes(term: Term, device: torch.device) -> bool:

@@ -17,6 +17,7 @@ from rarefy.sources.cache import cache_root
 
 FOLDER = Path(__file__).with_name("tables")
 KEY = ("bits", "table", "rows", "columns", "tokens")  # of a measurement
+ALIKE = 2.0  # how many times larger or longer a measured size may be
 MOST_SHARED = 200 * 1024  # bytes of a block's shared memory
 NARROW = 8192  # rows that are too few blocks unless more warps share a row
 BLOCKS = 132  # that keep a large GPU busy
@@ -35,14 +36,15 @@ def _chosen(
 ) -> Tuning:
     kind = {"bits": code.bits, "table": code.table, "tokens": bucket}
     known = [entry for entry in table(name, capability) if all(entry[key] == value for key, value in kind.items())]
-    if known:
-        # The nearest size by the number of weights, then by proportion.
-        def distance(entry: dict[str, Any]) -> tuple[float, float]:
-            size = entry["rows"] * entry["columns"] / (rows * columns)
-            shape = entry["rows"] / entry["columns"] / (rows / columns)
-            return max(size, 1 / size), max(shape, 1 / shape)
+    # The nearest size by the number of weights, then by proportion; one of another order says nothing.
+    def distance(entry: dict[str, Any]) -> tuple[float, float]:
+        size = entry["rows"] * entry["columns"] / (rows * columns)
+        shape = entry["rows"] / entry["columns"] / (rows / columns)
+        return max(size, 1 / size), max(shape, 1 / shape)
 
-        found = Tuning(**min(known, key=distance)["tuning"])
+    nearest = min(known, key=distance, default=None)
+    if nearest is not None and max(distance(nearest)) <= ALIKE:
+        found = Tuning(**nearest["tuning"])
         if found.shared_memory(code) <= MOST_SHARED:
             return found
     return by_rule(code, rows, columns, bucket, capability)

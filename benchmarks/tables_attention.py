@@ -1,0 +1,208 @@
+"""Tables of sparse attention: what plans keep, cost and gain."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from tables_shared import LAB, UNMEASURED, Rows, mean, measured_on, results
+
+
+def attention_rows(kind: str, model: str, **wanted: Any) -> list[tuple[dict[str, Any], Rows]]:
+    """Rows of one kind of ``attention_accuracy.json`` for a model, by device."""
+    found = []
+    for data in results("*/attention_accuracy.json"):
+        rows = [row for row in data["rows"] if row["kind"] == kind and row["model"].startswith(model)]
+        rows = [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
+        if rows:
+            found.append((data, rows))
+    return found
+
+
+def plan_name(row: dict[str, Any]) -> str:
+    """As ``rarefy eval --attention`` has it."""
+    return re.sub(r"sale {'budget': ([\d.]+)}", r"sale:budget=\1", str(row["job"]))
+
+
+def attention_facts(data: dict[str, Any], rows: Rows) -> str:
+    first = rows[0]
+    return f"{first['model']}, {first['context']} tokens, {first['text']}; {measured_on({**data, 'rows': rows})}"
+
+
+def attention_losses(model: str, phase: str, equal: bool = True) -> str:
+    """What plans cost, best first at each density: those that were given a density, or those that found their own with
+    controls beside them."""
+    parts = []
+    for data, every in attention_rows(phase, model):
+        found = [row for row in every if ("nominal" in row) == equal]
+        if not found:
+            continue
+        rows = sorted(found, key=lambda row: (round(row["density"], 2), row["kl"]))
+        lines = ["| plan | density | nats above dense | perplexity | KL | top-1 |", "|---" * 6 + "|"]
+        for row in rows:
+            lines.append(
+                f"| {plan_name(row)} | {row['density']:.1%} | {row['gap']:+.4f} | {row['perplexity_cost']:+.1%} | "
+                f"{row['kl']:.4f} | {row['top1_agreement']:.1%} |"
+            )
+        parts.append("\n".join([*lines, "", f"Dense: {rows[0]['dense_nll']:.4f} nats. {attention_facts(data, rows)}"]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def attention_choices(model: str) -> str:
+    """What plans keep of attention, layer by layer."""
+    parts = []
+    for data, found in attention_rows("choice", model):
+        rows = sorted(found, key=lambda row: (round(row["density"], 2), -row["recall"]))
+        lines = ["| plan | density | mass kept | most that as few could keep | output error |", "|---" * 5 + "|"]
+        for row in rows:
+            lines.append(
+                f"| {plan_name(row)} | {row['density']:.1%} | {row['recall']:.1%} | {row['best']:.1%} | "
+                f"{row['error']:.3f} |"
+            )
+        parts.append("\n".join([*lines, "", attention_facts(data, rows)]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def attention_answers(model: str, phase: str) -> str:
+    """Answers found in long contexts, a column for each task."""
+    parts = []
+    for data, rows in attention_rows("retrieval", model, phase=phase):
+        # What the dense model cannot answer tells nothing.
+        able = {row["task"]: row["accuracy"] for row in rows if row["job"] == "dense"}
+        rows = [row for row in rows if able.get(row["task"], 1.0) >= 0.2]
+        tasks = list(dict.fromkeys(row["task"] for row in rows))
+        lines = [f"| plan | density | {' | '.join(tasks)} |", "|---" * (2 + len(tasks)) + "|"]
+        jobs = dict.fromkeys(row["job"] for row in rows)
+        own = {job: {row["task"]: row for row in rows if row["job"] == job} for job in jobs}
+        for job in sorted(jobs, key=lambda job: -statistics.fmean(row["accuracy"] for row in own[job].values())):
+            cells = [f"{own[job][task]['accuracy']:.0%}" if task in own[job] else "-" for task in tasks]
+            lines.append(f"| {job} | {mean(list(own[job].values()), 'density'):.1%} | {' | '.join(cells)} |")
+        count = min(row["answers"] for row in rows)
+        told = f"{count} answers or more of each task that the dense model answers at all."
+        parts.append("\n".join([*lines, "", f"{told} {attention_facts(data, rows)}"]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def attention_budgets(model: str) -> str:
+    """How calibrated thresholds keep their budget on text they were not calibrated on."""
+    parts = []
+    for data, rows in attention_rows("budget", model):
+        lines = ["| budget | mean error of a head | worst | within | within half as much again |", "|---" * 5 + "|"]
+        for row in sorted(rows, key=lambda row: row["budget"]):
+            lines.append(
+                f"| {row['budget']:g} | {row['mean_error']:.4f} | {row['worst_error']:.3f} | {row['within']:.1%} | "
+                f"{row['within_half_more']:.1%} |"
+            )
+        parts.append("\n".join([*lines, "", attention_facts(data, rows)]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def sparse_training_table() -> str:
+    parts = []
+    for data in results("*/sparse_training.json"):
+        lines = ["| trained | attends | density | nats | beside dense trained densely |", "|---" * 5 + "|"]
+        for row in data["rows"]:
+            lines.append(
+                f"| {row['job']} | {row['attention']} | {row['measured_density']:.1%} | {row['nll']:.4f} | "
+                f"{row['gap']:+.4f} |"
+            )
+        first = next(row for row in data["rows"] if row["steps"])
+        facts = f"{first['model']}, {first['steps']} steps of {first['batch']} x {first['context']} tokens;"
+        parts.append("\n".join([*lines, "", f"{facts} {measured_on(data)}"]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def estimator_table() -> str:
+    """Plans and their estimators in milliseconds, one table per device."""
+    parts = []
+    for data in results("*/gpu_estimators.json"):
+        lines = ["| plan | tokens | estimate ms | of dense | execute ms | whole ms | peer | times the peer |"]
+        lines.append("|---" * 8 + "|")
+        for row in sorted(data["rows"], key=lambda row: (row["job"], row["tokens"], row["peer"])):
+            execute = row["execute_milliseconds"]
+            lines.append(
+                f"| {row['job']} | {row['tokens']:,} | {row['estimate_milliseconds']:.2f} | {row['share']:.1%} | "
+                f"{'-' if execute is None else f'{execute:.2f}'} | {row['milliseconds']:.2f} | {row['peer']} | "
+                f"{row['ratio']:.2f} |"
+            )
+        parts.append(
+            "\n".join([*lines, "", f"Causal, 32 query heads over 8 KV heads of 128, bf16; {measured_on(data)}"])
+        )
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def plan_table(goal: str) -> str:
+    """Sparse attention beside dense kernels: whole plans (``prefill``), executors alone, or ``decode``."""
+    parts = []
+    for data in results("*/gpu_attention.json"):
+        rows = [row for row in data["rows"] if row["goal"] == goal]
+        if not rows:
+            continue
+        if goal == "prefill":
+            peers = list(dict.fromkeys(row["peer"] for row in rows))
+            heads = ["tokens", "plan", "density", "ms", "estimating", "and selecting"]
+            lines = [f"| {' | '.join([*heads, *(f'times {peer}' for peer in peers)])} |", "|---" * 10 + "|"]
+            lines[1] = "|---" * (len(heads) + len(peers)) + "|"
+            for tokens, job in sorted({(row["tokens"], row["job"]) for row in rows}):
+                own = {row["peer"]: row for row in rows if (row["tokens"], row["job"]) == (tokens, job)}
+                first = own.get("dense cudnn") or next(iter(own.values()))
+                ratios = " | ".join(f"{own[peer]['ratio']:.2f}" if peer in own else "-" for peer in peers)
+                lines.append(
+                    f"| {tokens:,} | {job.removeprefix('plan, ')} | {first['measured_density']:.3f} | "
+                    f"{first['milliseconds']:.2f} | {first['estimator_share']:.1%} | "
+                    f"{first['estimator_and_selection_share']:.1%} | {ratios} |"
+                )
+        elif goal == "execution":
+            lines = ["| tokens | executor | density | ms | times cuDNN | of its rate |", "|---" * 6 + "|"]
+            for row in sorted(rows, key=lambda row: (row["tokens"], row["job"], -row["measured_density"])):
+                lines.append(
+                    f"| {row['tokens']:,} | {row['job'].rpartition(', ')[2]} | {row['measured_density']:.3f} | "
+                    f"{row['milliseconds']:.2f} | {row['ratio']:.2f} | {row['kept_rate']:.2f} |"
+                )
+        else:
+            lines = ["| sequences | tokens | blocks | us | dense us | times dense | error |", "|---" * 7 + "|"]
+            for row in sorted(rows, key=lambda row: (-row["batch"], row["tokens"], row["microseconds"])):
+                lines.append(
+                    f"| {row['batch']} | {row['tokens']:,} | {row['job'].removeprefix('decode, ')} | "
+                    f"{row['microseconds']:.1f} | {row['peer_microseconds']:.1f} | {row['ratio']:.2f} | "
+                    f"{row['max_rel_error']:.1e} |"
+                )
+        parts.append("\n".join([*lines, "", measured_on({**data, "rows": rows})]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def cpu_plan_table() -> str:
+    """Prefill on a processor by sparse plans, one table per device."""
+    parts = []
+    for data in results("*/cpu_attention.json"):
+        lines = ["| model | tokens | threads | job | density | seconds | times dense | perplexity |", "|---" * 8 + "|"]
+        for row in data["rows"]:
+            lines.append(
+                f"| {row['model']} | {row['tokens']:,} | {row['threads']} | {row['job']} | {row['density']:.3f} | "
+                f"{row['seconds']:.2f} | {row['ratio']:.2f} | {row['perplexity_cost']:+.2%} |"
+            )
+        parts.append("\n".join([*lines, "", measured_on(data)]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "attention-prefill-lab": partial(attention_losses, LAB, "prefill"),
+    "attention-prefill-demo": partial(attention_losses, "SmolLM2", "prefill"),
+    "attention-adaptive-lab": partial(attention_losses, LAB, "prefill", False),
+    "attention-adaptive-demo": partial(attention_losses, "SmolLM2", "prefill", False),
+    "attention-decode-lab": partial(attention_losses, LAB, "decode"),
+    "attention-decode-demo": partial(attention_losses, "SmolLM2", "decode"),
+    "attention-choice-lab": partial(attention_choices, LAB),
+    "attention-choice-demo": partial(attention_choices, "SmolLM2"),
+    "attention-answers-lab": partial(attention_answers, LAB, "prefill"),
+    "attention-answers-demo": partial(attention_answers, "SmolLM2", "prefill"),
+    "attention-budget-lab": partial(attention_budgets, LAB),
+    "attention-budget-demo": partial(attention_budgets, "SmolLM2"),
+    "attention-training": sparse_training_table,
+    "attention-estimators": estimator_table,
+    **{f"attention-{goal}": partial(plan_table, goal) for goal in ("prefill", "execution", "decode")},
+    "attention-cpu": cpu_plan_table,
+}

@@ -1,0 +1,97 @@
+"""Tables of speed: single layers and whole models, on CPUs and GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tables_shared import DEMO, UNMEASURED, measured_on, results
+
+
+def cpu_decode_table() -> str:
+    """Decoding beside peers, one table per device and model."""
+    parts = []
+    for data in results("*/cpu_decode.json"):
+        for random in (False, True):
+            rows = [row for row in data["rows"] if row["quality"].startswith("random weights") == random]
+            if not rows:
+                continue
+            head = ("goal", "job", "peer", "bits", "peer's bits", "peer's time / ours", "of streaming read", "measured")
+            lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+            for row in rows:
+                bits, theirs = (
+                    "-" if row.get(name) is None else f"{row[name]:.2f}"
+                    for name in ("bits_per_weight", "peer_bits_per_weight")
+                )
+                share = "-" if row.get("fraction_of_limit") is None else f"{row['fraction_of_limit']:.0%}"
+                where = f"{row['goal']} | {row['job']} | {row['peer']} | {bits} | {theirs}"
+                lines.append(f"| {where} | {row['ratio']:.2f} | {share} | {row['note']} |")
+            model = "Llamas with random weights" if random else f"{DEMO}; {rows[0]['quality']}"
+            facts = f"{model}; bits of all weights that a token reads, head included; {rows[0]['load']}."
+            measured = measured_on({**data, "rows": rows})
+            parts.append("\n".join([*lines, "", f"{facts} All in one process and in turns; {measured}"]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def cpu_layer_table() -> str:
+    """Single layers for one token beside peers, one table for each device, shape, instruction set and executor."""
+    parts = []
+    for data in results("*/cpu_gemv.json"):
+        kinds: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+        for row in data["rows"]:
+            if row["tokens"] == 1 and row["threads"] == 1:
+                kind = tuple(row[name] for name in ("shape", "instructions", "executor"))
+                kinds.setdefault(kind, {}).setdefault(row["job"], {})[row["peer"]] = row
+        for (shape, instructions, executor), jobs in kinds.items():
+            known = {peer: None for rows in jobs.values() for peer in rows}
+            peers = [peer for peer in known if peer != "streaming read" and not peer.startswith("own ")]
+            head = ("weight", "bits", "us", "of streaming read", *peers, "own")
+            lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+            for job, rows in jobs.items():
+                row = next(iter(rows.values()))
+                ratios = [f"{rows[peer]['ratio']:.2f}" if peer in rows else "-" for peer in peers]
+                own = [f"{found['ratio']:.2f} of {name[4:]}" for name, found in rows.items() if name.startswith("own ")]
+                cells = [job, f"{row['bits_per_weight']:.2f}", f"{row['microseconds']:.0f}"]
+                cells += [f"{row['fraction_of_limit']:.0%}", *ratios, *(own or ["-"])]
+                lines.append(f"| {' | '.join(cells)} |")
+            measured = measured_on({**data, "rows": [row for rows in jobs.values() for row in rows.values()]})
+            facts = f"{shape}, one token, one thread, {instructions}, `{executor}`; peers: their time / ours."
+            parts.append("\n".join([*lines, "", f"{facts} {measured}"]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def gpu_decode_table() -> str:
+    """Whole-model decoding on GPUs, one table for each device."""
+    parts = []
+    for data in results("*/gpu_decode.json"):
+        lines = ["| weights | batch | tokens/s | of the byte limit | peer | peer's time / ours |", "|---" * 6 + "|"]
+        for row in data["rows"]:
+            if row["job"] != row["peer"]:
+                weights = f"{row['job']}, {row['bits_per_weight']:.2f} bits"
+                speed = f"{row['tokens_per_second']:,.0f} | {row['fraction_of_limit']:.2f}"
+                lines.append(f"| {weights} | {row['batch']} | {speed} | {row['peer']} | {row['ratio']:.2f} |")
+        parts.append("\n".join([*lines, "", f"{data['rows'][0]['note']}; {measured_on(data)}"]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def linear_table() -> str:
+    """Single layers in code on GPUs, one table for each device."""
+    parts = []
+    for data in results("*/gpu_linear.json"):
+        names = ("weights", "shape", "tokens", "us", "of the limit", "times bf16", "times the best peer")
+        lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        for row in sorted(data["rows"], key=lambda row: (row["rows"], row["columns"], row["job"], row["tokens"])):
+            lines.append(
+                f"| {row['job']} | {row['rows']}x{row['columns']} | {row['tokens']} | {row['microseconds']:.1f} | "
+                f"{row['fraction_of_limit']:.2f} | {row.get('ratio_to_bf16', '-')} | {row['ratio']} ({row['peer']}) |"
+            )
+        parts.append("\n".join([*lines, "", measured_on(data)]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "cpu-decode": cpu_decode_table,
+    "cpu-layer": cpu_layer_table,
+    "gpu-decode": gpu_decode_table,
+    "gpu-linear": linear_table,
+}

@@ -89,7 +89,34 @@ def linear_table() -> str:
     return "\n\n".join(parts) or UNMEASURED
 
 
+# What README shows: file, which rows, and what they are in words.
+SHOWN: list[tuple[str, dict[str, Any], str]] = [
+    ("cpu_decode", {"job": "decode after 128", "peer": "demo-q4_0"}, "SmolLM2 decoding, one CPU thread, 4.4 bits"),
+    ("cpu_decode", {"job": "decode after 128", "peer": "torch float32"}, "SmolLM2 decoding, one CPU thread, 4.4 bits"),
+    ("gpu_decode", {"job": "W4 g128", "batch": 1}, "8B shape decoding, one sequence, 4-bit weights and head"),
+    ("gpu_decode", {"job": "W4 g128", "batch": 32}, "8B shape decoding, 32 sequences, 4-bit weights and head"),
+    ("gpu_kv_decode", {"job": "decode attention, uniform 4 bit by token", "tokens": 1 << 17},
+     "attention of a token over 131,072 in 4 bits"),
+    ("gpu_attention", {"job": "plan, pooled means", "tokens": 1 << 17, "goal": "prefill"},
+     "prefill attention of 131,072 tokens, a tenth of the blocks, estimator included"),
+]  # fmt: skip
+PEERS = {"demo-q4_0": "llama.cpp Q4_0", "torch float32": "HF eager float32"}
+
+
+def short_table() -> str:
+    """One line per job and peer, from every device that ran it."""
+    lines = ["| job | on | beside | its time / ours |", "|---" * 4 + "|"]
+    for name, wanted, words in SHOWN:
+        for data in results(f"*/{name}.json"):
+            for row in data["rows"]:
+                if all(row.get(key) == value for key, value in wanted.items()) and row["peer"] != row["job"]:
+                    peer = PEERS.get(row["peer"], row["peer"])
+                    lines.append(f"| {words} | {data['device']} | {peer} | {row['ratio']:.2f} |")
+    return "\n".join(lines) if len(lines) > 2 else UNMEASURED
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "speed-short": short_table,
     "cpu-decode": cpu_decode_table,
     "cpu-layer": cpu_layer_table,
     "gpu-decode": gpu_decode_table,

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from graphs import graph_of
 from harness import Row, arguments, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -346,21 +347,6 @@ def prefill(clock: Clock, tokens: int, rounds: int, peers: dict[str, float]) -> 
         )
         del found
     return rows
-
-
-def graph_of(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """All calls, warmed up, as one graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls * 2:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
 
 
 def step(

@@ -7,15 +7,16 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from rarefy.contracts import KvRecipe, kv_recipes
+from rarefy.contracts import AttentionRecipe, KvRecipe, kv_recipes
 from rarefy.core.config import parse
 from rarefy.core.errors import CheckpointError, OptionError, RecipeError, UnsupportedError
 from rarefy.core.files import read_header, write_tensors
+from rarefy.core.registry import Registry
 from rarefy.evaluation.forward import cache_argument
 from rarefy.integrations.transformers import attention
 from rarefy.integrations.transformers.kv_cache import ROTARY, CodedCache, announce_tokens
@@ -29,6 +30,7 @@ FORMAT = "rarefy-kv-1"
 PARAMS_NAME = "kv.safetensors"  # in a checkpoint
 SETUP = "_rarefy_kv"  # attribute of a model: the setup that its caches follow
 Params = dict[int, dict[str, Tensor]]
+R = TypeVar("R", AttentionRecipe, KvRecipe)
 
 
 class KvSetup:
@@ -76,43 +78,60 @@ class KvSetup:
 
     def save(self, path: Path) -> None:
         """Write recipe, options and parameters to a safetensors file."""
-        tensors = {
-            f"layers.{layer}.{name}": tensor.contiguous()
-            for layer, own in self.params.items()
-            for name, tensor in own.items()
-        }
-        write_tensors(path, tensors, file_about(FORMAT, model=self.model or "", **self.describe()))
+        write_setup(path, FORMAT, self.params, {"model": self.model or "", **self.describe()})
 
 
 def load_setup(path: Path, model: Any | None = None) -> KvSetup:
     """The setup in a file that `KvSetup.save` wrote. Raises CheckpointError when the file is damaged, of another
     version, or was calibrated on another model than ``model``."""
+    found = read_setup(path, FORMAT, kv_recipes, model, ("KV cache", "was calibrated on", "calibrate anew"))
+    return KvSetup(*found)
+
+
+def write_setup(path: Path, form: str, params: Params, facts: Mapping[str, Any]) -> None:
+    """Write what `read_setup` reads: parameters by layer, and ``facts`` (recipe, options, version, model)."""
+    tensors = {
+        f"layers.{layer}.{name}": tensor.contiguous().cpu()
+        for layer, own in params.items()
+        for name, tensor in own.items()
+    }
+    write_tensors(path, tensors, file_about(form, **facts))
+
+
+def read_setup(
+    path: Path, form: str, recipes: Registry[R], model: Any | None, words: tuple[str, str, str]
+) -> tuple[str, R, Params, str | None]:
+    """Name, recipe, parameters and model's digest in a file of ``form``. ``words``: what the parameters are of, what
+    ties them to a model, and what to do when they do not serve. Raises CheckpointError when the file is damaged, of
+    another version, or of another model than ``model``."""
     from safetensors.torch import load_file
 
-    about = read_about(path, FORMAT)
+    what, tied, remedy = words
+    about = read_about(path, form)
     if about is None:
-        raise CheckpointError(f"'{path.name}' holds no KV cache parameters of this version; calibrate anew.")
+        raise CheckpointError(f"'{path.name}' holds no {what} parameters of this version; {remedy}.")
     try:
+        discover()
         name, options, version = about["recipe"], about["options"], about["version"]
-        cls = kv_recipes.get(name)
+        cls = recipes.get(name)
     except (KeyError, TypeError, RecipeError) as failure:
-        raise CheckpointError(f"'{path.name}' does not say how it was made ({failure}); calibrate anew.") from None
+        raise CheckpointError(f"'{path.name}' does not say how it was made ({failure}); {remedy}.") from None
     if version != cls.recipe_version:
         raise CheckpointError(
             f"'{path.name}' was made by version {version} of recipe '{name}', this rarefy has {cls.recipe_version}; "
-            "calibrate anew."
+            f"{remedy}."
         )
     if model is not None and about.get("model") and about["model"] != digest(model):
-        raise CheckpointError(f"'{path.name}' was calibrated on another model than this {type(model).__name__}.")
+        raise CheckpointError(f"'{path.name}' {tied} another model than this {type(model).__name__}.")
     recipe = parse(cls, options, f"Options in '{path.name}'", CheckpointError)
     params: Params = {}
     for full, tensor in load_file(path).items():
         lead, _, rest = full.partition(".")
         number, _, own = rest.partition(".")
         if lead != "layers" or not number.isdecimal() or not own or not bool(torch.isfinite(tensor.float()).all()):
-            raise CheckpointError(f"Tensor '{full}' of '{path.name}' is damaged; calibrate anew.")
+            raise CheckpointError(f"Tensor '{full}' of '{path.name}' is damaged; {remedy}.")
         params.setdefault(int(number), {})[own] = tensor
-    return KvSetup(name, recipe, params, about.get("model") or None)
+    return name, recipe, params, about.get("model") or None
 
 
 def file_about(form: str, **facts: Any) -> dict[str, str]:

@@ -16,9 +16,8 @@ from rarefy.attention.report import PlanReport
 from rarefy.contracts import AttentionRecipe, attention_recipes
 from rarefy.core.config import parse
 from rarefy.core.errors import CheckpointError, OptionError, RecipeError, UnsupportedError
-from rarefy.core.files import write_tensors
 from rarefy.integrations.transformers import attention, kv_setup
-from rarefy.integrations.transformers.kv_setup import Params, digest, file_about, kv_recipe, read_about
+from rarefy.integrations.transformers.kv_setup import Params, digest, kv_recipe, read_setup, write_setup
 from rarefy.layers.manifest import AttentionEntry
 from rarefy.recipes import discover
 
@@ -52,12 +51,7 @@ class AttentionSetup:
 
     def save(self, path: Path) -> None:
         """Write recipe, options and parameters to a safetensors file."""
-        tensors = {
-            f"layers.{layer}.{name}": tensor.contiguous().cpu()
-            for layer, own in self.params.items()
-            for name, tensor in own.items()
-        }
-        write_tensors(path, tensors, file_about(FORMAT, model=self.model or "", **self.describe()))
+        write_setup(path, FORMAT, self.params, {"model": self.model or "", **self.describe()})
 
 
 def attention_recipe(name: str, options: Mapping[str, Any]) -> AttentionRecipe:
@@ -85,33 +79,8 @@ def open_attention(
 def load_setup(path: Path, model: Any | None = None) -> AttentionSetup:
     """The setup in a file that `AttentionSetup.save` wrote. Raises CheckpointError when the file is damaged, of another
     version, or belongs to another model than ``model``."""
-    from safetensors.torch import load_file
-
-    about = read_about(path, FORMAT)
-    if about is None:
-        raise CheckpointError(f"'{path.name}' holds no attention parameters of this version; make them anew.")
-    try:
-        discover()
-        name, options, version = about["recipe"], about["options"], about["version"]
-        cls = attention_recipes.get(name)
-    except (KeyError, TypeError, RecipeError) as failure:
-        raise CheckpointError(f"'{path.name}' does not say how it was made ({failure}); make it anew.") from None
-    if version != cls.recipe_version:
-        raise CheckpointError(
-            f"'{path.name}' was made by version {version} of recipe '{name}', this rarefy has {cls.recipe_version}; "
-            "make it anew."
-        )
-    if model is not None and about.get("model") and about["model"] != digest(model):
-        raise CheckpointError(f"'{path.name}' belongs to another model than this {type(model).__name__}.")
-    recipe = parse(cls, options, f"Options in '{path.name}'", CheckpointError)
-    params: Params = {}
-    for full, tensor in load_file(path).items():
-        lead, _, rest = full.partition(".")
-        number, _, own = rest.partition(".")
-        if lead != "layers" or not number.isdecimal() or not own or not bool(torch.isfinite(tensor.float()).all()):
-            raise CheckpointError(f"Tensor '{full}' of '{path.name}' is damaged; make it anew.")
-        params.setdefault(int(number), {})[own] = tensor
-    return AttentionSetup(name, recipe, params, about.get("model") or None)
+    found = read_setup(path, FORMAT, attention_recipes, model, ("attention", "belongs to", "make them anew"))
+    return AttentionSetup(*found)
 
 
 def attention_modules(model: Any) -> dict[int, nn.Module]:

@@ -1,0 +1,148 @@
+"""``kernels/columns.py`` on GPUs: ``round_columns.cu`` and ``fit_around.cu``, where PyTorch's CUDA compiler is at hand."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rarefy.kernels import columns
+from rarefy.kernels.cuda import driver
+from rarefy.kernels.cuda.linear import status
+
+ROUND, FIT = (Path(__file__).with_name(name) for name in ("round_columns.cu", "fit_around.cu"))
+MOST = 128  # columns of a launch, and factors of a search: they go with its arguments
+WARPS = 4  # of a block of 32 rows
+FIT_THREADS = 128
+# 2 stages of 16 columns' shares in 128 columns, and the errors of 16 columns of 32 rows.
+SHARED = 4 * (2 * 16 * 128 + 16 * 32)
+
+
+class RoundArguments(ctypes.Structure):
+    """``Arguments`` of ``round_columns.cu``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "block errors shares scale zero codes marked lost reach unit".split()),
+        *(
+            (f"{name}_{step}", ctypes.c_longlong)
+            for name, step in (
+                ("block", "member"), ("block", "column"), ("errors", "member"), ("errors", "column"),
+                ("shares", "member"), ("shares", "row"), ("unit", "member"), ("unit", "column"),
+            )
+        ),
+        *((name, ctypes.c_int) for name in "members rows count width last".split()),
+        ("group", ctypes.c_int * MOST),
+    ]  # fmt: skip
+
+
+class FitArguments(ctypes.Structure):
+    """``Arguments`` of ``fit_around.cu``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "columns unit mass threshold codes second scale zero".split()),
+        *(
+            (name, ctypes.c_longlong)
+            for name in "columns_member columns_column unit_member unit_column mass_member".split()
+        ),
+        *((name, ctypes.c_int) for name in "members rows factors".split()),
+        *((name, ctypes.c_float) for name in "finest tiny norm".split()),
+        ("factor", ctypes.c_float * MOST),
+    ]
+
+
+def round_macros(codes: Tensor | None, rule: str) -> tuple[str, ...]:
+    """What ``round_columns.cu`` is told at compile time."""
+    return (f"-DROUND={int(codes is not None)}", f"-DRULE={columns.RULES.index(rule)}", f"-DWARPS={WARPS}", "-DHALF=1")  # type: ignore[arg-type]
+
+
+def fit_macros(size: int, levels: int, bits: list[int], tile: int, factors: int, half: bool) -> tuple[str, ...]:
+    """What ``fit_around.cu`` is told at compile time."""
+    named = dict(
+        SIZE=size, TILE=tile, LEVELS=levels, SCALE_BITS=bits[0], ZERO_BITS=bits[1], SEARCH=int(factors > 0),
+        HALF=int(half),
+    )  # fmt: skip
+    return tuple(f"-D{name}={value}" for name, value in named.items())
+
+
+def round_arguments(
+    block: Tensor, errors: Tensor, shares: Tensor, codes: Tensor | None, scale: Tensor | None, zero: Tensor | None,
+    groups: list[int], last: int, marked: Tensor | None, lost: Tensor | None, reach: Tensor | None,
+    unit: Tensor | None,
+) -> RoundArguments:  # fmt: skip
+    """``block``, ``errors`` and ``shares`` may be parts of larger tensors whose last dimension is dense."""
+    members, count, rows = errors.shape
+    pointers = [0 if own is None else own.data_ptr() for own in (scale, zero, codes, marked, lost, reach, unit)]
+    steps = (*block.stride()[:2], *errors.stride()[:2], *shares.stride()[:2])
+    units = (0, 0) if unit is None else unit.stride()
+    group = (ctypes.c_int * MOST)(*groups[:count])
+    places = block.data_ptr(), errors.data_ptr(), shares.data_ptr()
+    return RoundArguments(*places, *pointers, *steps, *units, members, rows, count, block.shape[1], last, group)
+
+
+def fit_arguments(
+    group: Tensor, unit: Tensor, mass: Tensor, threshold: Tensor, factors: list[float], norm: float, half: bool,
+    found: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> FitArguments:  # fmt: skip
+    """``mass`` is dense in its last dimension."""
+    members, _, rows = group.shape
+    pointers = [own.data_ptr() for own in (group, unit, mass, threshold, *found)]
+    finest = torch.finfo(torch.float16 if half else torch.bfloat16).eps / 16
+    tiny = torch.finfo(torch.float32).tiny
+    factor = (ctypes.c_float * MOST)(*factors)
+    steps = (*group.stride()[:2], *unit.stride(), mass.stride(0))
+    return FitArguments(*pointers, *steps, members, rows, len(factors), finest, tiny, norm, factor)
+
+
+@functools.cache
+def kernel(device: int, source: Path, macros: tuple[str, ...], shared: int) -> driver.Kernel:
+    """The kernel of ``source``, compiled once in a process: no product and sum in one but where the source says so."""
+    with torch.cuda.device(device):
+        return driver.Kernel(source, f"rarefy_{source.stem}", [*macros, "-fmad=false"], shared)
+
+
+def available() -> bool:
+    """Whether these kernels can be compiled here."""
+    return status() == "cuda"
+
+
+def _round_columns(
+    block: Tensor, errors: Tensor, shares: Tensor, codes: Tensor | None, scale: Tensor | None, zero: Tensor | None,
+    groups: list[int], last: int, rule: str, marked: Tensor | None, lost: Tensor | None, reach: Tensor | None,
+    unit: Tensor | None,
+) -> None:  # fmt: skip
+    if not available():
+        columns.reference(block, errors, shares, codes, scale, zero, groups, last, rule, marked, lost, reach, unit)
+        return
+    members, count, rows = errors.shape
+    run = kernel(block.device.index, ROUND, round_macros(codes, rule), SHARED)
+    stream = torch.cuda.current_stream(block.device).cuda_stream
+    for first in range(0, count if rows * members else 0, MOST):
+        part = slice(first, first + MOST)
+        cut = [None if own is None else own[part] for own in (codes, marked, lost)]
+        given = round_arguments(
+            block[:, first:], errors[:, part], shares[:, part, first:], cut[0], scale, zero, groups[part], last,
+            cut[1], cut[2], reach, None if unit is None else unit[:, part],
+        )  # fmt: skip
+        run((-(-rows // 32), members, 1), 32 * WARPS, given, stream)
+
+
+def _fit_around(
+    group: Tensor, unit: Tensor, mass: Tensor, threshold: Tensor, factors: list[float], norm: float, levels: int,
+    bits: list[int], tile: int, half: bool,
+) -> Any:  # fmt: skip
+    found = columns.empty_fit(group, bits, tile, half)
+    macros = fit_macros(group.shape[1], levels, bits, tile, len(factors), half)
+    run = kernel(group.device.index, FIT, macros, 0)
+    given = fit_arguments(group, unit, mass, threshold, factors, norm, half, found)
+    stream = torch.cuda.current_stream(group.device).cuda_stream
+    run((-(-group.shape[0] * group.shape[2] // FIT_THREADS), 1, 1), FIT_THREADS, given, stream)
+    return found
+
+
+columns.engines["cuda"] = available
+columns.library.impl("round_columns", _round_columns, "CUDA")
+columns.library.impl("fit_around", _fit_around, "CUDA")

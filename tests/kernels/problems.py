@@ -25,7 +25,8 @@ def stretch(rule: Rule, members: int, rows: int, count: int, width: int, rounds:
         "block": block, "errors": torch.full((members, count + 1, rows), torch.nan)[:, :count], "shares": shares,
         "codes": torch.full(shape, 99, dtype=torch.uint8) if rounds else None, "scale": scale if rounds else None,
         "zero": torch.rand(3, members * rows, generator=generator) * 7 if rounds else None, "groups": groups, "last": 7,
-        "rule": rule, "marked": None if rule == "every" else marked, "lost": torch.full(shape, torch.nan) if keeps else None,
+        "rule": rule, "marked": None if rule == "every" else marked,
+        "lost": torch.full(shape, torch.nan) if keeps else None,
         "reach": torch.rand(members * rows, generator=generator) * 0.1 if chooses else None,
         "unit": (torch.rand(members, count + 2, generator=generator) + 0.1)[:, 1:-1] if chooses else None,
     }  # fmt: skip

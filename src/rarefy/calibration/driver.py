@@ -53,6 +53,7 @@ class Job:
     everywhere: bool = False  # whether all ranks, or only the first, end up with the solutions
     seed: int = 0
     scratch: Path | None = None  # where activations are mapped; None keeps them in memory
+    hidden: torch.device | str = "cpu"  # in whose memory
 
 
 class Driver:
@@ -140,14 +141,14 @@ class Driver:
 
     def _stream(self, kind: str, finished: int) -> Stream:
         if self.job.scratch is None:
-            return MemoryStream(len(self.batches), self.job.dtype)
+            return MemoryStream(len(self.batches), self.job.dtype, self.job.hidden)
         # The first block's inputs are generation 1; what has been committed beyond the journal is done again.
         generation = finished + 1 if finished else 0
         return FileStream(self.job.scratch, f"inputs-{kind}", self.shapes, self.job.dtype, generation)
 
     def _shelf(self, name: str) -> Shelf:
         if self.job.scratch is None:
-            return MemoryShelf(len(self.batches), self.job.dtype)
+            return MemoryShelf(len(self.batches), self.job.dtype, self.job.hidden)
         return FileShelf(self.job.scratch / f"{name}.bin", self.shapes, self.job.dtype)
 
     def _sweep(self) -> None:

@@ -43,10 +43,10 @@ def round_columns(
 ) -> None:
     """Treat the first ``count`` columns of ``block``, float32 ``[members, width, rows]``, and correct those after them.
 
-    ``errors`` float32 ``[members, count, rows]`` gets what each column loses; column ``k`` loses in turn ``shares[j, k]``
+    ``errors`` float32 ``[members, count, rows]`` gets what each column loses; column ``k`` gives up ``shares[j, k]``
     (float32 ``[members, count, width]``) of the error of every ``j`` before it. ``block`` keeps each treated column as
-    it was when its turn came. With ``codes`` (uint8 ``[count, members * rows]``, written) columns are rounded to ``scale
-    * (code - zero)``, codes 0 to ``last``, with ``scale`` and ``zero`` float32 ``[groups, members * rows]`` and
+    it was when its turn came. With ``codes`` (uint8 ``[count, members * rows]``, written) columns are rounded to
+    ``scale * (code - zero)``, codes 0 to ``last``, with ``scale`` and ``zero`` float32 ``[groups, members * rows]`` and
     ``groups`` the group of each column; a scale of 0 means that all is zero. Without codes nothing is lost in rounding.
 
     ``marked`` bool ``[count, members * rows]`` says for ``drop`` what is kept, and all of the rest is lost; for
@@ -138,13 +138,13 @@ def fit_around(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two-level scales and real zeros of one group, float32 ``columns [members, size, rows]``, of ``levels`` even steps.
 
-    A weight that would spoil it takes no part: one without which the cost of rounding the group, ``(error / unit) ** 2``
-    with ``unit [members, size]``, is lower by more than ``threshold [members * rows]``; the mean of the others stands in
-    its place. Of ``factors`` by which the range is shrunk each ``tile`` of rows takes the one with the least ``mass *
-    |error| ** norm``, ``mass [members, size]``. Scales have ``bits[0]`` bits and zeros ``bits[1]``, with steps and zeros
-    of a tile in ``dtype``. Returns the codes (uint8 ``[members * rows, 1]`` or ``[members * rows, 1, 2]``) and the
-    second level (``[tiles, 1, 4]``) as they are stored (see ``reference/decode.py``), and the scale and the zero that
-    they stand for, both float32 ``[members * rows]``. Only where ``fits_around`` says so.
+    A weight that would spoil it takes no part: the cost of rounding the group, ``(error / unit) ** 2`` with
+    ``unit [members, size]``, is lower without it by more than ``threshold [members * rows]``. The mean of the others
+    stands in its place. Of ``factors`` by which the range is shrunk each ``tile`` of rows takes the one with the least
+    ``mass * |error| ** norm``, ``mass [members, size]``. Scales have ``bits[0]`` bits and zeros ``bits[1]``, with steps
+    and zeros of a tile in ``dtype``. Returns the codes (uint8 ``[members * rows, 1]`` or ``[members * rows, 1, 2]``)
+    and the second level (``[tiles, 1, 4]``) as they are stored (see ``reference/decode.py``), and the scale and the
+    zero that they stand for, both float32 ``[members * rows]``. Only where ``fits_around`` says so.
     """
     numbers = (list(factors), norm, levels, list(bits), tile, dtype == torch.float16)
     return torch.ops.rarefy.fit_around(columns, unit, mass, threshold, *numbers)  # type: ignore[no-any-return]

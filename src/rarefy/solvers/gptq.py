@@ -23,7 +23,7 @@ class RoundColumns(ColumnRule):
     """Rounds each column to ``grid``, whose parameters are fitted to each group when its turn comes, or are ``fixed``
     for all groups beforehand. ``codes`` and ``params`` are those of the flattened batch, columns in processing order.
 
-    Grids of even steps have a kernel for a whole stretch of columns; on tables columns are rounded one by one, in torch.
+    Grids of even steps have a kernel for a whole stretch of columns; those of tables are rounded one by one, in torch.
     """
 
     def __init__(self, grid: Grid, batch: Batch, search: ClipSearch | None = None, fixed: Params | None = None):
@@ -51,7 +51,9 @@ class RoundColumns(ColumnRule):
         if not self.round(block, errors, shares, part, **self._marks(part)):
             super().stretch(block, errors, shares, start)
 
-    def round(self, block: Tensor, errors: Tensor, shares: Tensor, part: slice, rule: Rule = "every", **marks: Any) -> bool:
+    def round(
+        self, block: Tensor, errors: Tensor, shares: Tensor, part: slice, rule: Rule = "every", **marks: Any
+    ) -> bool:
         """``round_columns`` for the positions ``part``; False when the grid has no even steps."""
         if self._even is None:
             return False

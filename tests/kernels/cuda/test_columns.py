@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rarefy.formats.grids import IntegerGrid
-from rarefy.formats.scales import BilevelScale, SingleScale
+from rarefy.formats.scales import BilevelScale
 from rarefy.kernels import columns
 from rarefy.kernels.cuda import columns as cuda
 from rarefy.solvers.clip import ClipSearch
@@ -47,7 +47,9 @@ def test_rounds_as_the_loop_does(rule: columns.Rule, count: int, width: int) -> 
         torch.testing.assert_close(found["block"], expected["block"], rtol=1e-6, atol=1e-7)
 
 
-def fit(group: Tensor, unit: Tensor, mass: Tensor, threshold: Tensor, search: ClipSearch | None, grid: IntegerGrid) -> Any:
+def fit(
+    group: Tensor, unit: Tensor, mass: Tensor, threshold: Tensor, search: ClipSearch | None, grid: IntegerGrid
+) -> Any:
     """``fit_around`` by the kernel."""
     scales = grid.scales
     assert isinstance(scales, BilevelScale)
@@ -90,6 +92,13 @@ def test_fits_as_the_solver_does(
     assert torch.equal(scale[None], even[0]) and torch.equal(zero[None], even[1])
 
 
-def test_single_scales_have_no_kernel_of_their_own() -> None:
-    assert isinstance(IntegerGrid(num_bits=3).scales, SingleScale)
-    assert not columns.fits_around(torch.device("cuda"), 16, 12, torch.float16, 0)
+@pytest.mark.parametrize(
+    "size,tile,dtype,factors", [(33, 16, 16, 0), (16, 12, 16, 0), (16, 16, 32, 0), (16, 16, 16, 129)]
+)
+def test_says_what_it_does_not_fit(
+    size: int, tile: int, dtype: int, factors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(columns.engines, "cuda", lambda: True)
+    assert columns.fits_around(torch.device("cuda"), 16, 16, torch.float16, 20)
+    asked = torch.float16 if dtype == 16 else torch.float32
+    assert not columns.fits_around(torch.device("cuda"), size, tile, asked, factors)

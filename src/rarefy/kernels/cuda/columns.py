@@ -1,4 +1,4 @@
-"""``kernels/columns.py`` on GPUs: ``round_columns.cu`` and ``fit_around.cu``, where PyTorch's CUDA compiler is at hand."""
+"""``kernels/columns.py`` on GPUs, where PyTorch's CUDA compiler is at hand: round_columns.cu and fit_around.cu."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def fit_around(
     factors: Sequence[float] = (),
     norm: float = 2.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two-level scales and real zeros of one group, float32 ``columns [members, size, rows]``, of ``levels`` even steps.
+    """Two-level scales and real zeros of one group, float32 ``columns [members, size, rows]``: ``levels`` even steps.
 
     A weight that would spoil it takes no part: the cost of rounding the group, ``(error / unit) ** 2`` with
     ``unit [members, size]``, is lower without it by more than ``threshold [members * rows]``. The mean of the others

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rarefy.kernels.columns import Rule
 
@@ -17,7 +18,7 @@ def stretch(rule: Rule, members: int, rows: int, count: int, width: int, rounds:
     shares = torch.randn(members, width, width + 5, generator=generator)[:, :count, 5:] * 0.3
     groups = [(7 * column) % 3 for column in range(count)]
     scale = torch.rand(3, members * rows, generator=generator) * 0.05
-    scale[1, 4] = 0
+    scale[1, rows // 3] = 0
     shape = (count, members * rows)
     marked = torch.rand(shape, generator=generator) < (0.4 if rule == "drop" else 0.02)
     chooses, keeps = rule == "choose", rule in ("spare", "choose")
@@ -30,3 +31,13 @@ def stretch(rule: Rule, members: int, rows: int, count: int, width: int, rounds:
         "reach": torch.rand(members * rows, generator=generator) * 0.1 if chooses else None,
         "unit": (torch.rand(members, count + 2, generator=generator) + 0.1)[:, 1:-1] if chooses else None,
     }  # fmt: skip
+
+
+def fit_problem(size: int, members: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Columns, unit, mass and threshold for ``rarefy::fit_around``: wild weights, and a row of zeros."""
+    generator = torch.Generator().manual_seed(size)
+    group = torch.randn(members, size, rows, generator=generator) * 0.05
+    group[:, size // 2, ::3] *= 8
+    group[0, :, 5] = 0
+    unit, mass = torch.rand(members, size, generator=generator) + 0.2, torch.rand(members, size, generator=generator)
+    return group, unit, mass, torch.rand(members * rows, generator=generator) * 2e-3

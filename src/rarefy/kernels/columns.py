@@ -8,12 +8,14 @@ kernel has rows side by side and a stretch of columns in its registers; in torch
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rarefy.core.devices import cpu_threads
+from rarefy.kernels.column_arguments import AT_ONCE
 
 # Rows from which on the work on a single column is worth more than one thread.
 LARGE = 1 << 15
@@ -118,8 +120,7 @@ library.impl("round_columns", reference, "CompositeExplicitAutograd")
 torch.library.register_fake("rarefy::round_columns", lambda *arguments: None, lib=library)
 
 
-# Columns of a group and rows of a tile that kernels hold in registers, and factors of a search that they are handed.
-MOST_COLUMNS, MOST_ROWS, MOST_FACTORS = 32, 32, 128
+MOST_COLUMNS = 32  # of a group that kernels hold in registers
 SECOND_LEVEL = (torch.float16, torch.bfloat16)
 
 
@@ -150,20 +151,27 @@ def fit_around(
     return torch.ops.rarefy.fit_around(columns, unit, mass, threshold, *numbers)  # type: ignore[no-any-return]
 
 
-# Device -> whether there are kernels for it now; each package of kernels tells.
-engines: dict[str, Callable[[], bool]] = {}
+@dataclass(frozen=True)
+class Engine:
+    """Kernels of one kind of device: whether they are there, and the most rows of a tile that ``fit_around`` takes."""
+
+    available: Callable[[], bool]
+    most_rows: int
+
+
+engines: dict[str, Engine] = {}  # by device; each package of kernels adds its own
 
 
 def compiled(device: torch.device) -> bool:
     """Whether a kernel rounds columns on ``device``; otherwise torch does."""
     engine = engines.get(device.type)
-    return engine is not None and engine()
+    return engine is not None and engine.available()
 
 
 def fits_around(device: torch.device, size: int, tile: int, dtype: torch.dtype, factors: int) -> bool:
     """Whether ``fit_around`` has a kernel on ``device`` for such groups."""
-    small = size <= MOST_COLUMNS and tile <= MOST_ROWS and tile.bit_count() == 1 and factors <= MOST_FACTORS
-    return small and dtype in SECOND_LEVEL and compiled(device)
+    small = size <= MOST_COLUMNS and factors <= AT_ONCE and dtype in SECOND_LEVEL
+    return small and compiled(device) and tile.bit_count() == 1 and tile <= engines[device.type].most_rows
 
 
 def empty_fit(columns: Tensor, bits: Sequence[int], tile: int, half: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -12,12 +12,13 @@ from torch import Tensor
 from rarefy.formats.grids import IntegerGrid
 from rarefy.formats.scales import BilevelScale
 from rarefy.kernels import columns
+from rarefy.kernels.column_arguments import fit_arguments, round_arguments
 from rarefy.kernels.cuda import columns as cuda
 from rarefy.solvers.clip import ClipSearch
 from rarefy.solvers.gptq import fit_members
 from rarefy.solvers.outliers import leave_one_out_gain, mean_filled
 from tests.kernels.cuda import emulation
-from tests.kernels.problems import stretch
+from tests.kernels.problems import fit_problem, stretch
 
 pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="there is no C++ compiler")
 
@@ -27,7 +28,7 @@ def run(given: dict[str, Any]) -> None:
     block, errors, shares = given["block"], given["errors"], given["shares"]
     macros = cuda.round_macros(given["codes"], given["rule"])
     library = emulation._library((*macros, "-DENTRY=rarefy_round_columns"), cuda.ROUND)
-    arguments = cuda.round_arguments(
+    arguments = round_arguments(
         block, errors, shares, *(given[name] for name in "codes scale zero groups last marked lost reach unit".split())
     )
     members, _, rows = errors.shape
@@ -58,7 +59,7 @@ def fit(
     found = columns.empty_fit(group, bits, scales.rows, half)
     macros = cuda.fit_macros(group.shape[1], grid.code_count, bits, scales.rows, len(factors), half)
     library = emulation._library((*macros, "-DENTRY=rarefy_fit_around"), cuda.FIT)
-    arguments = cuda.fit_arguments(group, unit, mass, threshold, factors, 2.4, half, found)
+    arguments = fit_arguments(group, unit, mass, threshold, factors, 2.4, half, found)
     blocks = -(-group.shape[0] * group.shape[2] // cuda.FIT_THREADS)
     library.run(0, ctypes.byref(arguments), blocks, 1, 1, cuda.FIT_THREADS, 0)
     return found
@@ -73,12 +74,7 @@ def fit(
 def test_fits_as_the_solver_does(
     size: int, members: int, rows: int, tile: int, bits: tuple[int, int], dtype: Any, searched: bool
 ) -> None:
-    generator = torch.Generator().manual_seed(size)
-    group = torch.randn(members, size, rows, generator=generator) * 0.05
-    group[:, size // 2, ::3] *= 8
-    group[0, :, 5] = 0
-    unit, mass = torch.rand(members, size, generator=generator) + 0.2, torch.rand(members, size, generator=generator)
-    threshold = torch.rand(members * rows, generator=generator) * 2e-3
+    group, unit, mass, threshold = fit_problem(size, members, rows)
     scales = BilevelScale(scale_bits=bits[0], zero_bits=bits[1], rows=tile, dtype=dtype)
     grid = IntegerGrid(num_bits=3, group_size=size, zero="float", scales=scales)
     search = ClipSearch() if searched else None
@@ -98,7 +94,7 @@ def test_fits_as_the_solver_does(
 def test_says_what_it_does_not_fit(
     size: int, tile: int, dtype: int, factors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(columns.engines, "cuda", lambda: True)
+    monkeypatch.setitem(columns.engines, "cuda", columns.Engine(lambda: True, 32))
     assert columns.fits_around(torch.device("cuda"), 16, 16, torch.float16, 20)
     asked = torch.float16 if dtype == 16 else torch.float32
     assert not columns.fits_around(torch.device("cuda"), size, tile, asked, factors)

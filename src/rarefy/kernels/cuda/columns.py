@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from pathlib import Path
 from typing import Any
@@ -11,47 +10,15 @@ import torch
 from torch import Tensor
 
 from rarefy.kernels import columns
+from rarefy.kernels.column_arguments import AT_ONCE, fit_arguments, round_arguments
 from rarefy.kernels.cuda import driver
 from rarefy.kernels.cuda.linear import status
 
 ROUND, FIT = (Path(__file__).with_name(name) for name in ("round_columns.cu", "fit_around.cu"))
-MOST = 128  # columns of a launch, and factors of a search: they go with its arguments
 WARPS = 4  # of a block of 32 rows
 FIT_THREADS = 128
 # 2 stages of 16 columns' shares in 128 columns, and the errors of 16 columns of 32 rows.
 SHARED = 4 * (2 * 16 * 128 + 16 * 32)
-
-
-class RoundArguments(ctypes.Structure):
-    """``Arguments`` of ``round_columns.cu``."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in "block errors shares scale zero codes marked lost reach unit".split()),
-        *(
-            (f"{name}_{step}", ctypes.c_longlong)
-            for name, step in (
-                ("block", "member"), ("block", "column"), ("errors", "member"), ("errors", "column"),
-                ("shares", "member"), ("shares", "row"), ("unit", "member"), ("unit", "column"),
-            )
-        ),
-        *((name, ctypes.c_int) for name in "members rows count width last".split()),
-        ("group", ctypes.c_int * MOST),
-    ]  # fmt: skip
-
-
-class FitArguments(ctypes.Structure):
-    """``Arguments`` of ``fit_around.cu``."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in "columns unit mass threshold codes second scale zero".split()),
-        *(
-            (name, ctypes.c_longlong)
-            for name in "columns_member columns_column unit_member unit_column mass_member".split()
-        ),
-        *((name, ctypes.c_int) for name in "members rows factors".split()),
-        *((name, ctypes.c_float) for name in "finest tiny norm".split()),
-        ("factor", ctypes.c_float * MOST),
-    ]
 
 
 def round_macros(codes: Tensor | None, rule: str) -> tuple[str, ...]:
@@ -66,35 +33,6 @@ def fit_macros(size: int, levels: int, bits: list[int], tile: int, factors: int,
         HALF=int(half),
     )  # fmt: skip
     return tuple(f"-D{name}={value}" for name, value in named.items())
-
-
-def round_arguments(
-    block: Tensor, errors: Tensor, shares: Tensor, codes: Tensor | None, scale: Tensor | None, zero: Tensor | None,
-    groups: list[int], last: int, marked: Tensor | None, lost: Tensor | None, reach: Tensor | None,
-    unit: Tensor | None,
-) -> RoundArguments:  # fmt: skip
-    """``block``, ``errors`` and ``shares`` may be parts of larger tensors whose last dimension is dense."""
-    members, count, rows = errors.shape
-    pointers = [0 if own is None else own.data_ptr() for own in (scale, zero, codes, marked, lost, reach, unit)]
-    steps = (*block.stride()[:2], *errors.stride()[:2], *shares.stride()[:2])
-    units = (0, 0) if unit is None else unit.stride()
-    group = (ctypes.c_int * MOST)(*groups[:count])
-    places = block.data_ptr(), errors.data_ptr(), shares.data_ptr()
-    return RoundArguments(*places, *pointers, *steps, *units, members, rows, count, block.shape[1], last, group)
-
-
-def fit_arguments(
-    group: Tensor, unit: Tensor, mass: Tensor, threshold: Tensor, factors: list[float], norm: float, half: bool,
-    found: tuple[Tensor, Tensor, Tensor, Tensor],
-) -> FitArguments:  # fmt: skip
-    """``mass`` is dense in its last dimension."""
-    members, _, rows = group.shape
-    pointers = [own.data_ptr() for own in (group, unit, mass, threshold, *found)]
-    finest = torch.finfo(torch.float16 if half else torch.bfloat16).eps / 16
-    tiny = torch.finfo(torch.float32).tiny
-    factor = (ctypes.c_float * MOST)(*factors)
-    steps = (*group.stride()[:2], *unit.stride(), mass.stride(0))
-    return FitArguments(*pointers, *steps, members, rows, len(factors), finest, tiny, norm, factor)
 
 
 @functools.cache
@@ -120,8 +58,8 @@ def _round_columns(
     members, count, rows = errors.shape
     run = kernel(block.device.index, ROUND, round_macros(codes, rule), SHARED)
     stream = torch.cuda.current_stream(block.device).cuda_stream
-    for first in range(0, count if rows * members else 0, MOST):
-        part = slice(first, first + MOST)
+    for first in range(0, count if rows * members else 0, AT_ONCE):
+        part = slice(first, first + AT_ONCE)
         cut = [None if own is None else own[part] for own in (codes, marked, lost)]
         given = round_arguments(
             block[:, first:], errors[:, part], shares[:, part, first:], cut[0], scale, zero, groups[part], last,
@@ -143,6 +81,6 @@ def _fit_around(
     return found
 
 
-columns.engines["cuda"] = available
+columns.engines["cuda"] = columns.Engine(available, most_rows=32)
 columns.library.impl("round_columns", _round_columns, "CUDA")
 columns.library.impl("fit_around", _fit_around, "CUDA")

@@ -1,0 +1,48 @@
+"""``kernels/columns.py`` by the native library."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from torch import Tensor
+
+from rarefy.kernels import columns
+from rarefy.kernels.column_arguments import AT_ONCE, fit_arguments, round_arguments
+from rarefy.kernels.cpu.library import _loaded, available, follow_threads
+
+
+def _round_columns(
+    block: Tensor, errors: Tensor, shares: Tensor, codes: Tensor | None, scale: Tensor | None, zero: Tensor | None,
+    groups: list[int], last: int, rule: str, marked: Tensor | None, lost: Tensor | None, reach: Tensor | None,
+    unit: Tensor | None,
+) -> None:  # fmt: skip
+    if not available():
+        columns.reference(block, errors, shares, codes, scale, zero, groups, last, rule, marked, lost, reach, unit)
+        return
+    follow_threads()
+    number = columns.RULES.index(rule)  # type: ignore[arg-type]
+    for first in range(0, errors.shape[1] if errors.numel() else 0, AT_ONCE):
+        part = slice(first, first + AT_ONCE)
+        cut = [None if own is None else own[part] for own in (codes, marked, lost)]
+        given = round_arguments(
+            block[:, first:], errors[:, part], shares[:, part, first:], cut[0], scale, zero, groups[part], last,
+            cut[1], cut[2], reach, None if unit is None else unit[:, part],
+        )  # fmt: skip
+        _loaded().rarefy_round_columns(ctypes.byref(given), number)
+
+
+def _fit_around(
+    group: Tensor, unit: Tensor, mass: Tensor, threshold: Tensor, factors: list[float], norm: float, levels: int,
+    bits: list[int], tile: int, half: bool,
+) -> Any:  # fmt: skip
+    found = columns.empty_fit(group, bits, tile, half)
+    follow_threads()
+    given = fit_arguments(group, unit, mass, threshold, factors, norm, half, found)
+    _loaded().rarefy_fit_around(ctypes.byref(given), group.shape[1], levels, *bits, tile, int(half))
+    return found
+
+
+columns.engines["cpu"] = columns.Engine(available, most_rows=16)
+columns.library.impl("round_columns", _round_columns, "CPU")
+columns.library.impl("fit_around", _fit_around, "CPU")

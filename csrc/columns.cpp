@@ -46,6 +46,13 @@ struct Fitting {
   }
 };
 
+struct Searching {
+  const rarefy_search &given;
+  const ColumnKernels &own;
+
+  void run(int64_t row) const { own.search(given, row); }
+};
+
 template <class Task> void on_pool(Task &task, int64_t pieces) {
   rarefy_parallel([](void *context, int64_t piece) { static_cast<Task *>(context)->run(piece); }, &task, pieces);
 }
@@ -64,4 +71,9 @@ void rarefy_fit_around(const rarefy_fit *given, int32_t size, int32_t levels, in
                        int32_t tile, int32_t half) {
   Fitting task{*given, {size, levels, scale_bits, zero_bits, tile, half != 0}, column_kernels()};
   on_pool(task, ceil_div(int64_t(given->members) * given->rows, column_lanes));
+}
+
+void rarefy_search_ranges(const rarefy_search *given) {
+  Searching task{*given, column_kernels()};
+  on_pool(task, given->rows);
 }

@@ -52,6 +52,26 @@ typedef struct rarefy_fit {
   float factor[RAREFY_AT_ONCE];
 } rarefy_fit;
 
+typedef struct rarefy_search {
+  const float *weight;      /* [rows, columns] */
+  const float *importance;  /* likewise, null: all count alike */
+  float *found;             /* [rows, groups] the factor of least error */
+  int64_t rows, columns, group_size;
+  int32_t factors, levels;
+  int32_t zero;             /* below */
+  int32_t type;             /* of scales, and of real zeros: RAREFY_F32, F16 or BF16 */
+  float finest, norm;
+  float factor[RAREFY_AT_ONCE];
+  float step[RAREFY_AT_ONCE]; /* factor * 2 / (levels - 1) */
+} rarefy_search;
+
+/* Zeros: at the middle code, at a stored code, anywhere. */
+enum { RAREFY_MIDDLE = 0, RAREFY_WHOLE = 1, RAREFY_REAL = 2 };
+
+/* For each group of even steps the factor on its range with the least sum of importance * |error| ** norm, the first
+ * of several. */
+RAREFY_API void rarefy_search_ranges(const rarefy_search *given);
+
 /* On the pool. Nothing is checked. */
 RAREFY_API void rarefy_round_columns(const rarefy_round *given, int32_t rule);
 

@@ -274,6 +274,71 @@ void fit_around(const rarefy_fit &a, const rarefy::Fit &f, int64_t row, int64_t 
   }
 }
 
-constexpr rarefy::ColumnKernels columns_table = {round_columns, fit_around};
+// ---- The best range of each group of a row; here lanes have neighbouring columns.
+
+inline float as_stored(float value, int32_t type) {
+  if (type == RAREFY_F32) return value;
+  const uint16_t bits = narrow(value, type == RAREFY_F16);
+  return type == RAREFY_F16 ? rarefy_scalar::half_to_float(bits) : rarefy_scalar::bfloat_to_float(bits);
+}
+inline float total(V a) {
+  float sum = 0;
+  for (int64_t i = 0; i < lanes_of; ++i) sum += a[i];
+  return sum;
+}
+
+// Scale and zero as they are stored, for the range of a group shrunk by the factor number `tried`.
+inline void even_steps(const rarefy_search &a, int32_t tried, float low, float high, float &scale, float &zero) {
+  const bool constant = low == high && low != 0;
+  const float least = low, most = high, middle = float(a.levels / 2), last = float(a.levels - 1);
+  const float reach = std::fmax(std::fabs(low), std::fabs(high));
+  if (a.zero == RAREFY_MIDDLE) {
+    scale = as_stored(constant ? std::fabs(high) : reach * a.step[tried], a.type), zero = middle;
+    return;
+  }
+  if (a.zero == RAREFY_WHOLE) low = std::fmin(low, 0.f), high = std::fmax(high, 0.f);
+  low *= a.factor[tried], high *= a.factor[tried];
+  scale = std::fmax((high - low) / last, std::fmax(std::fabs(low), std::fabs(high)) * a.finest);
+  zero = scale == 0 ? middle : -low / scale;
+  if (constant) scale = std::fmax(std::fabs(least), std::fabs(most)), zero = most < 0 ? 1.f : 0.f;
+  if (a.zero == RAREFY_WHOLE) zero = __builtin_rintf(zero), zero = zero < 0 ? 0.f : zero > last ? last : zero;
+  else zero = as_stored(zero, a.type);
+  scale = as_stored(scale, a.type);
+}
+
+void search_ranges(const rarefy_search &a, int64_t row) {
+  const int64_t groups = (a.columns + a.group_size - 1) / a.group_size;
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t first = group * a.group_size, left = a.columns - first;
+    const int64_t size = left < a.group_size ? left : a.group_size;
+    const float *weight = a.weight + row * a.columns + first;
+    const float *importance = a.importance ? a.importance + row * a.columns + first : nullptr;
+    float low = weight[0], high = weight[0], mass = 0;
+    for (int64_t n = 0; n < size; ++n) {
+      low = weight[n] < low ? weight[n] : low, high = weight[n] > high ? weight[n] : high;
+      mass += importance ? importance[n] : 1.f;
+    }
+    float least = 0;
+    for (int32_t tried = 0; tried < a.factors; ++tried) {
+      float scale, zero;
+      even_steps(a, tried, low, high, scale, zero);
+      const V divisor = all(scale == 0 ? 1.f : scale);
+      V error{};
+      for (int64_t n = 0; n < size; n += lanes_of) {
+        const int64_t lanes = size - n < lanes_of ? size - n : lanes_of;
+        const V value = load(weight + n, lanes);
+        const V steps = scale == 0 ? V{} : value / divisor;
+        const V lost = size_of(value - (bounded(steps + zero, float(a.levels - 1)) - zero) * scale);
+        V counts = importance && mass != 0 ? load(importance + n, lanes) : all(1.f);
+        for (int64_t i = lanes; i < lanes_of; ++i) counts[i] = 0;
+        error += raised(lost, a.norm) * counts;
+      }
+      const float sum = total(error);
+      if (tried == 0 || sum < least) least = sum, a.found[row * groups + group] = a.factor[tried];
+    }
+  }
+}
+
+constexpr rarefy::ColumnKernels columns_table = {round_columns, fit_around, search_ranges};
 
 }  // namespace RAREFY_NS

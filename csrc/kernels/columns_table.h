@@ -16,6 +16,8 @@ struct ColumnKernels {
   void (*round)(const rarefy_round &, int32_t rule, int64_t member, int64_t row, int64_t lanes, float *scratch);
   // Rows of all members from `row` on, a whole number of tiles.
   void (*fit)(const rarefy_fit &, const Fit &, int64_t row, int64_t lanes);
+  // The groups of a row.
+  void (*search)(const rarefy_search &, int64_t row);
 };
 
 extern const ColumnKernels scalar_columns;

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rarefy.formats.grids import Grid, IntegerGrid, Params
+from rarefy.formats.scales import SingleScale
 from rarefy.kernels.columns import Rule
+from rarefy.solvers.clip import ClipSearch, _search
 
 
 def stretch(rule: Rule, members: int, rows: int, count: int, width: int, rounds: bool = True) -> dict[str, Any]:
@@ -41,3 +44,26 @@ def fit_problem(size: int, members: int, rows: int) -> tuple[Tensor, Tensor, Ten
     group[0, :, 5] = 0
     unit, mass = torch.rand(members, size, generator=generator) + 0.2, torch.rand(members, size, generator=generator)
     return group, unit, mass, torch.rand(members * rows, generator=generator) * 2e-3
+
+
+SEARCHED = [
+    (IntegerGrid(num_bits=4, group_size=32, zero=zero, scales=SingleScale(dtype=dtype)), weighted)
+    for zero in ("none", "integer", "float") for dtype in ("float16", "bfloat16", "float32")
+    for weighted in (False, True)
+] + [(IntegerGrid(num_bits=3), True), (IntegerGrid(num_bits=2, group_size=300, zero="integer"), True)]  # fmt: skip
+
+
+def range_problem(weighted: bool) -> tuple[Tensor, Tensor | None]:
+    """A weight ``[13, 330]`` with groups of equal values and of zeros, and how much its errors count."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(13, 330, generator=generator) * 0.05
+    weight[2, :96], weight[3, 32:64], weight[4, :64] = 0.25, 0.0, -0.5
+    weight[5, 64:128] += 3
+    importance = torch.rand(13, 330, generator=generator)
+    importance[7, :128] = 0
+    return weight, importance if weighted else None
+
+
+def searched_in_torch(grid: Grid, weight: Tensor, importance: Tensor | None) -> Params:
+    """What ``clip.fit`` finds without a kernel."""
+    return grid.round(_search(grid, *grid.prepare(weight, importance), ClipSearch(), None))

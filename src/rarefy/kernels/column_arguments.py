@@ -1,6 +1,6 @@
 """What the kernels of ``kernels/columns.py`` are given, one structure for processors and GPUs.
 
-``rarefy_round`` and ``rarefy_fit`` of csrc/columns.h, ``Arguments`` of round_columns.cu and fit_around.cu.
+``rarefy_round``, ``rarefy_fit`` and ``rarefy_search`` of csrc/columns.h, ``Arguments`` of the kernels in CUDA.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import ctypes
 import torch
 from torch import Tensor
 
+ZEROS = ("none", "integer", "float")  # where the zero of even steps lies: at the middle code, at a code, anywhere
+TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 AT_ONCE = 128  # columns of a call, and factors of a search, which lie in the structures themselves
 
 
@@ -45,6 +47,18 @@ class FitArguments(ctypes.Structure):
     ]
 
 
+class SearchArguments(ctypes.Structure):
+    """Of ``search_ranges``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "weight importance found".split()),
+        *((name, ctypes.c_longlong) for name in "rows columns group_size".split()),
+        *((name, ctypes.c_int) for name in "factors levels zero type".split()),
+        *((name, ctypes.c_float) for name in "finest norm".split()),
+        ("factor", ctypes.c_float * AT_ONCE), ("step", ctypes.c_float * AT_ONCE),
+    ]  # fmt: skip
+
+
 def round_arguments(
     block: Tensor, errors: Tensor, shares: Tensor, codes: Tensor | None, scale: Tensor | None, zero: Tensor | None,
     groups: list[int], last: int, marked: Tensor | None, lost: Tensor | None, reach: Tensor | None,
@@ -72,3 +86,15 @@ def fit_arguments(
     factor = (ctypes.c_float * AT_ONCE)(*factors)
     steps = (*group.stride()[:2], *unit.stride(), mass.stride(0))
     return FitArguments(*pointers, *steps, members, rows, len(factors), finest, tiny, norm, factor)
+
+
+def search_arguments(
+    weight: Tensor, importance: Tensor | None, factors: list[float], norm: float, group_size: int, levels: int,
+    zero: str, dtype: torch.dtype, found: Tensor,
+) -> SearchArguments:  # fmt: skip
+    """``weight`` and ``importance`` are dense."""
+    pointers = weight.data_ptr(), 0 if importance is None else importance.data_ptr(), found.data_ptr()
+    numbers = len(factors), levels, ZEROS.index(zero), TYPES[dtype], torch.finfo(dtype).eps / 16, norm
+    factor, step = (ctypes.c_float * AT_ONCE)(*factors), (ctypes.c_float * AT_ONCE)()
+    step[: len(factors)] = [2 / (levels - 1) * value for value in factors]
+    return SearchArguments(*pointers, *weight.shape, group_size, *numbers, factor, step)

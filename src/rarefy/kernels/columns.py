@@ -191,3 +191,38 @@ library.define(
     "int[] bits, int tile, bool half) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 torch.library.register_fake("rarefy::fit_around", _fake_fit, lib=library)
+
+
+def search_ranges(
+    weight: Tensor,
+    importance: Tensor | None,
+    factors: Sequence[float],
+    norm: float,
+    *,
+    group_size: int,
+    levels: int,
+    zero: Literal["none", "integer", "float"],
+    dtype: torch.dtype,
+) -> Tensor:
+    """For each group of ``weight``, float32 ``[rows, columns]``, the best of ``factors`` to shrink its range by.
+
+    The best has the least sum of ``importance * |error| ** norm``, ``importance`` of the weight's shape, on a grid of
+    ``levels`` even steps with scales in ``dtype``: ``zero`` is at the middle code, at a code, or anywhere and then in
+    ``dtype`` too. Returns float32 ``[rows, groups]``. Only where ``compiled`` says so, for up to ``AT_ONCE`` factors.
+    """
+    numbers = (list(factors), norm, group_size, levels, zero, dtype)
+    return torch.ops.rarefy.search_ranges(weight, importance, *numbers)  # type: ignore[no-any-return]
+
+
+def empty_search(weight: Tensor, group_size: int) -> Tensor:
+    """Room for what ``search_ranges`` finds."""
+    return weight.new_empty(weight.shape[0], -(-weight.shape[1] // group_size))
+
+
+library.define(
+    "search_ranges(Tensor weight, Tensor? importance, float[] factors, float norm, int group_size, int levels, "
+    "str zero, ScalarType dtype) -> Tensor"
+)
+torch.library.register_fake(
+    "rarefy::search_ranges", lambda weight, importance, *rest: empty_search(weight, rest[2]), lib=library
+)

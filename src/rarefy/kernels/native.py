@@ -10,12 +10,12 @@ from torch import Tensor
 
 from rarefy.kernels import cpu, cuda
 from rarefy.kernels import prepared as layouts
-from rarefy.kernels.columns import compiled, fit_around, fits_around, round_columns
+from rarefy.kernels.columns import compiled, fit_around, fits_around, round_columns, search_ranges
 from rarefy.kernels.prepared import NotCovered, Prepared, decode
 
 __all__ = [
     "NotCovered", "Prepared", "compiled", "decode", "engine", "fit_around", "fits_around", "linear", "round_columns",
-    "takes",
+    "search_ranges", "takes",
 ]  # fmt: skip
 
 _ENGINES: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda}

@@ -11,10 +11,10 @@ from rarefy.formats.grids import IntegerGrid
 from rarefy.formats.scales import BilevelScale
 from rarefy.kernels import columns, native
 from rarefy.kernels.cpu import library
-from rarefy.solvers.clip import ClipSearch
+from rarefy.solvers.clip import ClipSearch, fit
 from rarefy.solvers.gptq import fit_members
 from rarefy.solvers.outliers import leave_one_out_gain, mean_filled
-from tests.kernels.problems import fit_problem, stretch
+from tests.kernels.problems import SEARCHED, fit_problem, range_problem, searched_in_torch, stretch
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the native library is not built")
 
@@ -73,6 +73,14 @@ def test_fits_as_the_solver_does(
     assert torch.equal(scale[None], even[0]) and torch.equal(zero[None], even[1])
 
 
+@pytest.mark.parametrize("grid,weighted", SEARCHED)
+def test_searches_ranges_as_the_loop_does(grid: IntegerGrid, weighted: bool, instructions: str) -> None:
+    weight, importance = range_problem(weighted)
+    found, expected = fit(grid, weight, importance, ClipSearch()), searched_in_torch(grid, weight, importance)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
 def test_op_is_well_formed() -> None:
     given = stretch("choose", 2, 20, 16, 40)
     names = "block errors shares codes scale zero groups last rule marked lost reach unit".split()
@@ -80,3 +88,5 @@ def test_op_is_well_formed() -> None:
     torch.library.opcheck(torch.ops.rarefy.round_columns.default, tuple(dense[name] for name in names))
     numbers = ([1.0, 0.9], 2.4, 8, [3, 3], 16, True)
     torch.library.opcheck(torch.ops.rarefy.fit_around.default, (*fit_problem(16, 1, 32), *numbers))
+    search = (*range_problem(True), [1.0, 0.8], 2.4, 32, 8, "integer", torch.float16)
+    torch.library.opcheck(torch.ops.rarefy.search_ranges.default, search)

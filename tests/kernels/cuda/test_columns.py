@@ -12,13 +12,13 @@ from torch import Tensor
 from rarefy.formats.grids import IntegerGrid
 from rarefy.formats.scales import BilevelScale
 from rarefy.kernels import columns
-from rarefy.kernels.column_arguments import fit_arguments, round_arguments
+from rarefy.kernels.column_arguments import fit_arguments, round_arguments, search_arguments
 from rarefy.kernels.cuda import columns as cuda
 from rarefy.solvers.clip import ClipSearch
 from rarefy.solvers.gptq import fit_members
 from rarefy.solvers.outliers import leave_one_out_gain, mean_filled
 from tests.kernels.cuda import emulation
-from tests.kernels.problems import fit_problem, stretch
+from tests.kernels.problems import SEARCHED, fit_problem, range_problem, searched_in_torch, stretch
 
 pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="there is no C++ compiler")
 
@@ -86,6 +86,20 @@ def test_fits_as_the_solver_does(
     assert torch.equal(codes, expected["scale"]) and torch.equal(second, expected["second_order"])
     even = grid.even(expected)
     assert torch.equal(scale[None], even[0]) and torch.equal(zero[None], even[1])
+
+
+@pytest.mark.parametrize("grid,weighted", SEARCHED)
+def test_searches_ranges_as_the_loop_does(grid: IntegerGrid, weighted: bool) -> None:
+    weight, importance = range_problem(weighted)
+    size, factors = grid.size(weight.shape[1]), ClipSearch().factors(torch.device("cpu")).tolist()
+    found, dtype = columns.empty_search(weight, size), getattr(torch, grid.scales.dtype)
+    given = search_arguments(weight, importance, factors, 2.4, size, grid.code_count, grid.zero, dtype, found)
+    library = emulation._library(("-DHALF=1", "-DENTRY=rarefy_search_ranges"), cuda.SEARCH)
+    rows = -(-weight.shape[0] // cuda.SEARCH_WARPS)
+    library.run(0, ctypes.byref(given), found.shape[1], rows, 1, 32 * cuda.SEARCH_WARPS, 0)
+    best = grid.round(grid.propose(*grid.prepare(weight, importance), found.double()))
+    for name, value in searched_in_torch(grid, weight, importance).items():
+        assert torch.equal(best[name], value), name
 
 
 @pytest.mark.parametrize(

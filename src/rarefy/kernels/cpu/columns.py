@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rarefy.kernels import columns
-from rarefy.kernels.column_arguments import AT_ONCE, fit_arguments, round_arguments
+from rarefy.kernels.column_arguments import AT_ONCE, fit_arguments, round_arguments, search_arguments
 from rarefy.kernels.cpu.library import _loaded, available, follow_threads
 
 
@@ -43,6 +44,19 @@ def _fit_around(
     return found
 
 
+def _search_ranges(
+    weight: Tensor, importance: Tensor | None, factors: list[float], norm: float, group_size: int, levels: int,
+    zero: str, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    found, weight = columns.empty_search(weight, group_size), weight.contiguous()
+    importance = None if importance is None else importance.contiguous()
+    follow_threads()
+    given = search_arguments(weight, importance, factors, norm, group_size, levels, zero, dtype, found)
+    _loaded().rarefy_search_ranges(ctypes.byref(given))
+    return found
+
+
 columns.engines["cpu"] = columns.Engine(available, most_rows=16)
 columns.library.impl("round_columns", _round_columns, "CPU")
 columns.library.impl("fit_around", _fit_around, "CPU")
+columns.library.impl("search_ranges", _search_ranges, "CPU")

@@ -151,6 +151,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "rarefy_pack_entries": (None, [pointer, pointer, pointer, whole, whole, pointer, pointer]),
         "rarefy_unpack_entries": (None, [pointer, pointer, pointer, whole, whole, pointer, pointer]),
         "rarefy_round_columns": (None, [pointer, number]),
+        "rarefy_search_ranges": (None, [pointer]),
         "rarefy_fit_around": (None, [pointer, *[number] * 6]),
         "rarefy_read": (ctypes.c_uint64, [pointer, whole]),
     }

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from rarefy.kernels import columns
-from rarefy.kernels.column_arguments import AT_ONCE, fit_arguments, round_arguments
+from rarefy.kernels.column_arguments import AT_ONCE, fit_arguments, round_arguments, search_arguments
 from rarefy.kernels.cuda import driver
 from rarefy.kernels.cuda.linear import status
 
-ROUND, FIT = (Path(__file__).with_name(name) for name in ("round_columns.cu", "fit_around.cu"))
+ROUND, FIT, SEARCH = (
+    Path(__file__).with_name(name) for name in ("round_columns.cu", "fit_around.cu", "search_ranges.cu")
+)
 WARPS = 4  # of a block of 32 rows
 FIT_THREADS = 128
+SEARCH_WARPS = 8  # rows of a block
 # 2 stages of 16 columns' shares in 128 columns, and the errors of 16 columns of 32 rows.
 SHARED = 4 * (2 * 16 * 128 + 16 * 32)
 
@@ -81,6 +84,22 @@ def _fit_around(
     return found
 
 
+def _search_ranges(
+    weight: Tensor, importance: Tensor | None, factors: list[float], norm: float, group_size: int, levels: int,
+    zero: str, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    found, weight = columns.empty_search(weight, group_size), weight.contiguous()
+    importance = None if importance is None else importance.contiguous()
+    if not found.numel():
+        return found
+    run = kernel(weight.device.index, SEARCH, ("-DHALF=1",), 0)
+    given = search_arguments(weight, importance, factors, norm, group_size, levels, zero, dtype, found)
+    stream = torch.cuda.current_stream(weight.device).cuda_stream
+    run((found.shape[1], -(-weight.shape[0] // SEARCH_WARPS), 1), 32 * SEARCH_WARPS, given, stream)
+    return found
+
+
 columns.engines["cuda"] = columns.Engine(available, most_rows=32)
 columns.library.impl("round_columns", _round_columns, "CUDA")
 columns.library.impl("fit_around", _fit_around, "CUDA")
+columns.library.impl("search_ranges", _search_ranges, "CUDA")

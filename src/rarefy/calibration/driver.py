@@ -24,7 +24,7 @@ from rarefy.calibration.samples import Batch, Samples, on_device
 from rarefy.calibration.selection import Selection
 from rarefy.calibration.solving import Solver, decoded
 from rarefy.calibration.weights import Overlay, Weights
-from rarefy.contracts import Layer, Recipe
+from rarefy.contracts import Layer, Recipe, WeightRecipe
 from rarefy.core.errors import RecipeError, UnsupportedError
 from rarefy.core.progress import Advance, progress
 from rarefy.formats.terms import Term
@@ -71,6 +71,7 @@ class Driver:
         rules = {site.name: rule for site, rule in job.selection.chosen}
         self.solver = Solver(rules, self.weights, job.device, job.ranks, job.seed)
         self.resident = Resident(job.model, self.weights, job.device, job.dtype)
+        self.solver.held = self.resident.held
         self.replay = Replay(job.model, self.blocks)
         self.batches = job.samples.batches
         self.masks = [token_mask(job.model, self.blocks[0], batch) for batch in self.batches]
@@ -251,6 +252,8 @@ class Driver:
 
         for group in capture.groups:
             recipe = self.solver.recipe(group.sites[0])
+            if type(recipe).input_scale is WeightRecipe.input_scale:
+                continue
             factor = recipe.input_scale([self.solver.layer(site, group) for site in group.sites])
             if factor is None:
                 continue

@@ -7,7 +7,7 @@ kernel has rows side by side and a stretch of columns in its registers; in torch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,7 +57,7 @@ def round_columns(
     ``lost`` (float32, of its shape) gets what rounding takes or would take.
     """
     numbers = (codes, scale, zero, list(groups), last, rule, marked, lost, reach, unit)
-    torch.ops.rarefy.round_columns(block, errors, shares, *numbers)
+    _fastest(block.device, "round_columns")(block, errors, shares, *numbers)
 
 
 def reference(
@@ -148,18 +148,34 @@ def fit_around(
     zero that they stand for, both float32 ``[members * rows]``. Only where ``fits_around`` says so.
     """
     numbers = (list(factors), norm, levels, list(bits), tile, dtype == torch.float16)
-    return torch.ops.rarefy.fit_around(columns, unit, mass, threshold, *numbers)  # type: ignore[no-any-return]
+    return _fastest(columns.device, "fit_around")(columns, unit, mass, threshold, *numbers)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Kernels of one kind of device: whether they are there, and the most rows of a tile that ``fit_around`` takes."""
+    """Kernels of one kind of device: whether they are there, the ops that they serve by name, and the most rows of a
+    tile that ``fit_around`` takes."""
 
     available: Callable[[], bool]
+    ops: Mapping[str, Callable[..., Any]]
     most_rows: int
 
 
 engines: dict[str, Engine] = {}  # by device; each package of kernels adds its own
+
+
+def add_engine(device: str, engine: Engine) -> None:
+    """Have ``engine`` serve the ops on a kind of ``device`` ("cpu", "cuda")."""
+    engines[device] = engine
+    for name, kernel in engine.ops.items():
+        library.impl(name, kernel, device.upper())
+
+
+def _fastest(device: torch.device, name: str) -> Callable[..., Any]:
+    """The op past the dispatcher, which takes longer than a kernel of a few columns."""
+    if compiled(device) and not torch.compiler.is_compiling():
+        return engines[device.type].ops[name]
+    return getattr(torch.ops.rarefy, name)  # type: ignore[no-any-return]
 
 
 def compiled(device: torch.device) -> bool:

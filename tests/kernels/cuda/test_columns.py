@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="there is no 
 def run(given: dict[str, Any]) -> None:
     """``round_columns`` by the kernel."""
     block, errors, shares = given["block"], given["errors"], given["shares"]
-    macros = cuda.round_macros(given["codes"], given["rule"])
+    macros = cuda.round_macros(given["codes"] is not None, given["rule"], True)
     library = emulation._library((*macros, "-DENTRY=rarefy_round_columns"), cuda.ROUND)
     arguments = round_arguments(
         block, errors, shares, *(given[name] for name in "codes scale zero groups last marked lost reach unit".split())
@@ -55,13 +55,14 @@ def fit(
     scales = grid.scales
     assert isinstance(scales, BilevelScale)
     factors = [] if search is None else search.factors(torch.device("cpu")).tolist()
-    half, bits = scales.dtype == "float16", [scales.scale_bits, scales.zero_bits]
+    half, bits = scales.dtype == "float16", (scales.scale_bits, scales.zero_bits)
     found = columns.empty_fit(group, bits, scales.rows, half)
-    macros = cuda.fit_macros(group.shape[1], grid.code_count, bits, scales.rows, len(factors), half)
+    macros = cuda.fit_macros(group.shape[1], grid.code_count, bits, scales.rows, bool(factors), half)
     library = emulation._library((*macros, "-DENTRY=rarefy_fit_around"), cuda.FIT)
     arguments = fit_arguments(group, unit, mass, threshold, factors, 2.4, half, found)
-    blocks = -(-group.shape[0] * group.shape[2] // cuda.FIT_THREADS)
-    library.run(0, ctypes.byref(arguments), blocks, 1, 1, cuda.FIT_THREADS, 0)
+    warps = cuda.FIT_WARPS if factors else 1
+    blocks = -(-group.shape[0] * group.shape[2] // 32)
+    library.run(0, ctypes.byref(arguments), blocks, 1, 1, 32 * warps, 256 * warps)
     return found
 
 
@@ -108,7 +109,7 @@ def test_searches_ranges_as_the_loop_does(grid: IntegerGrid, weighted: bool) -> 
 def test_says_what_it_does_not_fit(
     size: int, tile: int, dtype: int, factors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(columns.engines, "cuda", columns.Engine(lambda: True, 32))
+    monkeypatch.setitem(columns.engines, "cuda", columns.Engine(lambda: True, {}, 32))
     assert columns.fits_around(torch.device("cuda"), 16, 16, torch.float16, 20)
     asked = torch.float16 if dtype == 16 else torch.float32
     assert not columns.fits_around(torch.device("cuda"), size, tile, asked, factors)

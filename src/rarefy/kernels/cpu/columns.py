@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def _search_ranges(
     return found
 
 
-columns.engines["cpu"] = columns.Engine(available, most_rows=16)
-columns.library.impl("round_columns", _round_columns, "CPU")
-columns.library.impl("fit_around", _fit_around, "CPU")
-columns.library.impl("search_ranges", _search_ranges, "CPU")
+_OPS: dict[str, Callable[..., Any]] = {
+    "round_columns": _round_columns, "fit_around": _fit_around, "search_ranges": _search_ranges,
+}  # fmt: skip
+columns.add_engine("cpu", columns.Engine(available, _OPS, most_rows=16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,28 @@ ROUND, FIT, SEARCH = (
     Path(__file__).with_name(name) for name in ("round_columns.cu", "fit_around.cu", "search_ranges.cu")
 )
 WARPS = 4  # of a block of 32 rows
-FIT_THREADS = 128
+FIT_WARPS = 4  # of a block of 32 rows, that share the factors
 SEARCH_WARPS = 8  # rows of a block
 # 2 stages of 16 columns' shares in 128 columns, and the errors of 16 columns of 32 rows.
 SHARED = 4 * (2 * 16 * 128 + 16 * 32)
 
 
-def round_macros(codes: Tensor | None, rule: str) -> tuple[str, ...]:
-    """What ``round_columns.cu`` is told at compile time."""
-    return (f"-DROUND={int(codes is not None)}", f"-DRULE={columns.RULES.index(rule)}", f"-DWARPS={WARPS}", "-DHALF=1")  # type: ignore[arg-type]
+@functools.cache
+def round_macros(rounds: bool, rule: columns.Rule, fused: bool = False) -> tuple[str, ...]:
+    """What ``round_columns.cu`` is told at compile time. Torch rounds products before it adds them on GPUs, and so do
+    the kernels; not ``fused``, both have the same bits."""
+    return (
+        f"-DROUND={int(rounds)}", f"-DRULE={columns.RULES.index(rule)}", f"-DWARPS={WARPS}", f"-DFUSED={int(fused)}",
+        "-DHALF=1",
+    )  # fmt: skip
 
 
-def fit_macros(size: int, levels: int, bits: list[int], tile: int, factors: int, half: bool) -> tuple[str, ...]:
+@functools.cache
+def fit_macros(size: int, levels: int, bits: tuple[int, ...], tile: int, searches: bool, half: bool) -> tuple[str, ...]:
     """What ``fit_around.cu`` is told at compile time."""
     named = dict(
-        SIZE=size, TILE=tile, LEVELS=levels, SCALE_BITS=bits[0], ZERO_BITS=bits[1], SEARCH=int(factors > 0),
-        HALF=int(half),
+        SIZE=size, TILE=tile, LEVELS=levels, SCALE_BITS=bits[0], ZERO_BITS=bits[1], SEARCH=int(searches),
+        WARPS=FIT_WARPS if searches else 1, HALF=int(half),
     )  # fmt: skip
     return tuple(f"-D{name}={value}" for name, value in named.items())
 
@@ -59,8 +66,14 @@ def _round_columns(
         columns.reference(block, errors, shares, codes, scale, zero, groups, last, rule, marked, lost, reach, unit)
         return
     members, count, rows = errors.shape
-    run = kernel(block.device.index, ROUND, round_macros(codes, rule), SHARED)
+    run = kernel(block.device.index, ROUND, round_macros(codes is not None, rule), SHARED)
     stream = torch.cuda.current_stream(block.device).cuda_stream
+    grid, threads = (-(-rows // 32), members, 1), 32 * WARPS
+    if count <= AT_ONCE:
+        if errors.numel():
+            given = round_arguments(block, errors, shares, codes, scale, zero, groups, last, marked, lost, reach, unit)
+            run(grid, threads, given, stream)
+        return
     for first in range(0, count if rows * members else 0, AT_ONCE):
         part = slice(first, first + AT_ONCE)
         cut = [None if own is None else own[part] for own in (codes, marked, lost)]
@@ -68,7 +81,7 @@ def _round_columns(
             block[:, first:], errors[:, part], shares[:, part, first:], cut[0], scale, zero, groups[part], last,
             cut[1], cut[2], reach, None if unit is None else unit[:, part],
         )  # fmt: skip
-        run((-(-rows // 32), members, 1), 32 * WARPS, given, stream)
+        run(grid, threads, given, stream)
 
 
 def _fit_around(
@@ -76,11 +89,11 @@ def _fit_around(
     bits: list[int], tile: int, half: bool,
 ) -> Any:  # fmt: skip
     found = columns.empty_fit(group, bits, tile, half)
-    macros = fit_macros(group.shape[1], levels, bits, tile, len(factors), half)
-    run = kernel(group.device.index, FIT, macros, 0)
+    macros = fit_macros(group.shape[1], levels, tuple(bits), tile, bool(factors), half)
+    run = kernel(group.device.index, FIT, macros, 256 * FIT_WARPS)
     given = fit_arguments(group, unit, mass, threshold, factors, norm, half, found)
     stream = torch.cuda.current_stream(group.device).cuda_stream
-    run((-(-group.shape[0] * group.shape[2] // FIT_THREADS), 1, 1), FIT_THREADS, given, stream)
+    run((-(-group.shape[0] * group.shape[2] // 32), 1, 1), 32 * (FIT_WARPS if factors else 1), given, stream)
     return found
 
 
@@ -99,7 +112,7 @@ def _search_ranges(
     return found
 
 
-columns.engines["cuda"] = columns.Engine(available, most_rows=32)
-columns.library.impl("round_columns", _round_columns, "CUDA")
-columns.library.impl("fit_around", _fit_around, "CUDA")
-columns.library.impl("search_ranges", _search_ranges, "CUDA")
+_OPS: dict[str, Callable[..., Any]] = {
+    "round_columns": _round_columns, "fit_around": _fit_around, "search_ranges": _search_ranges,
+}  # fmt: skip
+columns.add_engine("cuda", columns.Engine(available, _OPS, most_rows=32))

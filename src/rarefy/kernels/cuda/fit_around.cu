@@ -7,7 +7,7 @@
 // whole tile.
 //
 // Macros: SIZE (columns), TILE (rows; a power of two up to 32), LEVELS, SCALE_BITS, ZERO_BITS, SEARCH (whether there are
-// factors), HALF (second level in float16, else bfloat16).
+// factors), WARPS (that share the factors for 32 rows), HALF (second level in float16, else bfloat16).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -36,6 +36,8 @@ struct Arguments {
 #ifndef RAREFY_EMULATED
 #include "machine.cuh"
 #endif
+
+shared_memory(pool);
 
 device float other(float value, int distance) { return as_float(of_lane(bits_of(value), (threadIdx.x % 32) ^ distance)); }
 device float least_of_tile(float value) {
@@ -92,8 +94,9 @@ device float costs(float (&own)[SIZE], const float (&values)[SIZE], const float 
   return sum;
 }
 
-extern "C" global void __launch_bounds__(128) rarefy_fit_around(const Arguments a) {
-  const int count = a.members * a.rows, number = blockIdx.x * 128 + threadIdx.x;
+extern "C" global void __launch_bounds__(32 * WARPS) rarefy_fit_around(const Arguments a) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int count = a.members * a.rows, number = blockIdx.x * 32 + lane;
   const bool real = number < count;
   const int flat = real ? number : count - 1;  // rows that are not there do as the last
   const int member = flat / a.rows, row = flat % a.rows;
@@ -145,8 +148,11 @@ extern "C" global void __launch_bounds__(128) rarefy_fit_around(const Arguments 
   for (int n = 0; n < SIZE; ++n) masses[n] = a.mass[member * a.mass_member + n], all += masses[n];
 #pragma unroll
   for (int n = 0; n < SIZE; ++n) masses[n] = all == 0.0f ? 1.0f : masses[n];
+  float(&errors)[WARPS][32] = *reinterpret_cast<float(*)[WARPS][32]>(pool);
+  int(&places)[WARPS][32] = *reinterpret_cast<int(*)[WARPS][32]>(pool + sizeof errors);
   float lowest_error = 0.0f;
-  for (int tried = 0; tried < a.factors; ++tried) {
+  int first = warp;
+  for (int tried = warp; tried < a.factors; tried += WARPS) {
     const Fitted found = fitted(low, high, a.factor[tried], a.finest);
     const float scale = found.scale.value, zero = found.zero.value;
     float error = 0.0f;
@@ -157,8 +163,20 @@ extern "C" global void __launch_bounds__(128) rarefy_fit_around(const Arguments 
       error += powf(lost, a.norm) * masses[n];
     }
     error = sum_of_tile(real ? error : 0.0f);
-    if (tried == 0 || error < lowest_error) lowest_error = error, factor = a.factor[tried];
+    if (tried == warp || error < lowest_error) lowest_error = error, first = tried;
   }
+  errors[warp][lane] = lowest_error, places[warp][lane] = first;
+  block_barrier();
+  if (warp != 0) return;
+  // The first of the best, whoever tried it.
+#pragma unroll
+  for (int from = 1; from < WARPS; ++from) {
+    const float error = errors[from][lane];
+    const int place = places[from][lane];
+    if (place < a.factors && (error < lowest_error || (error == lowest_error && place < first)))
+      lowest_error = error, first = place;
+  }
+  factor = a.factor[first];
 #endif
   const Fitted found = fitted(low, high, factor, a.finest);
   if (!real) return;

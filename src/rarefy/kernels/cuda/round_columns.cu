@@ -3,9 +3,10 @@
 // A lane has a row, so that nothing but the rows' independence is used: a warp rounds CHUNK columns from registers, one
 // by one, then all warps of the block take the errors of the chunk from the columns behind it. What later columns take
 // over lies in shared memory, and that of the next chunk is on its way meanwhile. Sums are in the order of the columns,
-// with one rounding for each product and sum, as a loop over columns in torch has it.
+// as a loop over columns in torch has them.
 //
-// Macros: ROUND (whether there is a grid), RULE (below), WARPS; HALF is 1.
+// Macros: ROUND (whether there is a grid), RULE (below), WARPS, FUSED (whether a product is not rounded before it is
+// added, as in torch on processors); HALF is 1.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -44,6 +45,10 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int CHUNK = 16;
 constexpr int PIECE = 128;  // columns whose shares are in shared memory at once
 constexpr int AT_ONCE = 4;  // later columns of a warp
+
+device float without(float value, float error, float share) {
+  return FUSED ? fmaf(-error, share, value) : value - error * share;
+}
 
 // Shares of the errors of columns [first, first + CHUNK) in columns [from, from + PIECE); those beyond are zero.
 device void stage(float* to, const float* shares, int first, int from, const Arguments& a) {
@@ -110,7 +115,7 @@ extern "C" global void __launch_bounds__(THREADS) rarefy_round_columns(const Arg
         passed[n * 32 + lane] = error;
 #pragma unroll
         for (int later = n + 1; later < CHUNK; ++later)
-          values[later] = fmaf(-error, share[n * PIECE + later], values[later]);
+          values[later] = without(values[later], error, share[n * PIECE + later]);
       }
     }
     block_barrier();
@@ -138,7 +143,7 @@ extern "C" global void __launch_bounds__(THREADS) rarefy_round_columns(const Arg
         for (int n = 0; n < CHUNK; ++n)
 #pragma unroll
           for (int k = 0; k < AT_ONCE; ++k)
-            values[k] = fmaf(-error[n], share[n * PIECE + column - from + k], values[k]);
+            values[k] = without(values[k], error[n], share[n * PIECE + column - from + k]);
 #pragma unroll
         for (int k = 0; k < AT_ONCE; ++k)
           if (real && column + k < end) block[(column + k) * a.block_column] = values[k];

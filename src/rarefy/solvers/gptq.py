@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class RoundColumns(ColumnRule):
         self.codes = torch.empty(columns, rows, dtype=torch.uint8, device=batch.weight.device)
         self._size = grid.size(columns)
         self._fitted: list[Params] = []
-        self._columns = self.codes.view(columns, *batch.weight.shape[:2]).unbind()
+        self._shape = batch.weight.shape[:2]
         self._group_of = [position // self._size for position in range(columns)]
         self._first = 0  # the group that the parameters at hand begin with
         self._even: tuple[Tensor, Tensor] | None = None
@@ -68,6 +69,10 @@ class RoundColumns(ColumnRule):
     def _marks(self, part: slice) -> dict[str, Any]:
         """What ``round_columns`` has to know of the positions ``part`` beyond the grid."""
         return {}
+
+    @cached_property
+    def _columns(self) -> tuple[Tensor, ...]:
+        return self.codes.unflatten(1, self._shape).unbind()
 
     def column(self, values: Tensor, position: int, error: Tensor) -> None:
         codes, rounded = self._rounding(values.flatten(), self._group_of[position] - self._first)

@@ -6,6 +6,7 @@ An outlier takes no part in fitting its group, has no error to feed back, and is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,9 +50,12 @@ class RoundOrKeep(RoundColumns):
             self.outliers = torch.empty_like(self.lost, dtype=torch.bool)
         else:
             order = batch.inverse.order[:, None].expand(-1, named.shape[1], -1)
-            self.outliers = named.gather(2, order).permute(2, 0, 1).flatten(1)  # a column's rows lie together
-        shape = (-1, *batch.weight.shape[:2])
-        self._lost_of, self._outliers_of = self.lost.view(shape).unbind(), self.outliers.view(shape).unbind()
+            self.outliers = named.gather(2, order).permute(2, 0, 1).flatten(1).contiguous()
+
+    @cached_property
+    def _parts(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Each column of ``lost`` and of ``outliers``."""
+        return self.lost.unflatten(1, self._shape).unbind(), self.outliers.unflatten(1, self._shape).unbind()
 
     def _marks(self, part: slice) -> dict[str, Any]:
         return {"rule": "spare", "marked": self.outliers[part], "lost": self.lost[part]}
@@ -60,7 +64,7 @@ class RoundOrKeep(RoundColumns):
         """Mark in ``outlier`` what stays of a column that rounding takes ``lost`` from; both ``[members, rows]``."""
 
     def column(self, values: Tensor, position: int, error: Tensor) -> None:
-        lost, outlier = self._lost_of[position], self._outliers_of[position]
+        lost, outlier = (columns[position] for columns in self._parts)
         super().column(values, position, lost)
         self.choose(lost, position, outlier)
         torch.where(outlier, self._nothing, lost, out=error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,6 +13,10 @@ from rarefy.statistics.base import Statistic
 
 # Tokens multiplied at once: bounds the 32-bit copy of 16-bit inputs, and with it the error of each partial sum.
 CHUNK_TOKENS = 1 << 14
+
+
+# Columns of a part, at least, of a product of which only half is computed, part by part; and the most parts.
+SPLIT, MOST_PARTS = {"cpu": 384, "cuda": 2048}, 4
 
 
 class InputStatistic(Statistic):
@@ -60,12 +65,17 @@ class Gram(InputStatistic):
 
     def _add(self, x: Tensor, member: int | None) -> None:
         target = self._at(self.sum, member)
-        if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-            # Products of 16-bit numbers are exact in 32 bits, and tensor cores sum them there.
-            target += torch.mm(x.T, x, out_dtype=torch.float32)
-        else:
-            wide = x.to(torch.float32)
-            target.addmm_(wide.T, wide)
+        # Products of 16-bit numbers are exact in 32 bits, and tensor cores sum them there.
+        exact = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+        x = x if exact else x.to(torch.float32)
+        parts = _parts(self.columns, SPLIT["cuda" if x.is_cuda else "cpu"])
+        for index, left in enumerate(parts):
+            for right in parts[index:]:
+                a, b = x[:, left].T, x[:, right]
+                product = torch.mm(a, b, out_dtype=torch.float32) if exact else torch.mm(a, b)
+                target[left, right] += product
+                if right is not left:  # the other half is this one again
+                    target[right, left] += product.T
 
     def sums(self) -> dict[str, Tensor]:
         return {"gram": self.sum, "tokens": self.tokens}
@@ -105,3 +115,10 @@ class ColumnMoments(InputStatistic):
     def norm(self) -> Tensor:
         """Root mean square of ``x``, float32 ``[columns]``: its L2 norm up to a common factor."""
         return (self.square / self.tokens.clamp(min=1).unsqueeze(-1)).sqrt().float()
+
+
+def _parts(columns: int, least: int) -> list[slice]:
+    """``columns`` in a few parts of about the same size."""
+    count = min(MOST_PARTS, max(1, columns // least))
+    edges = [columns * index // count for index in range(count + 1)]
+    return [slice(*pair) for pair in pairwise(edges)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rarefy.core.logs import logger
 from rarefy.formats.grids import Grid, Params
 from rarefy.formats.grids.base import Rounding
 from rarefy.formats.inputs import PermutedInput
@@ -18,6 +19,8 @@ from rarefy.kernels.native import round_columns
 from rarefy.solvers.clip import ClipSearch, fit
 from rarefy.solvers.feedback import Batch, ColumnRule, by_batch, compensate
 from rarefy.solvers.hessian import InverseHessian
+
+log = logger(__name__)
 
 
 class RoundColumns(ColumnRule):
@@ -87,8 +90,15 @@ class RoundColumns(ColumnRule):
         self._fitted.append(params)
         self._even = self.grid.even(params) if even is None else even
         if self._even is None:
+            _tell(self.grid.type, self.codes.device.type)
             self._rounding: Rounding = self.grid.rounding(params)
         self._first = start // self._size
+
+
+@lru_cache
+def _tell(grid: str, device: str) -> None:
+    """Say once that a grid has no kernel."""
+    log.info("Columns on a grid of type '%s' are rounded one by one in torch on %s.", grid, device)
 
 
 def fit_members(grid: Grid, weight: Tensor, mass: Tensor, search: ClipSearch | None) -> Params:

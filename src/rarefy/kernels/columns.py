@@ -57,7 +57,8 @@ def round_columns(
     ``lost`` (float32, of its shape) gets what rounding takes or would take.
     """
     numbers = (codes, scale, zero, list(groups), last, rule, marked, lost, reach, unit)
-    _fastest(block.device, "round_columns")(block, errors, shares, *numbers)
+    run = _kernel(block.device, "round_columns") if compiled(block.device) else reference
+    run(block, errors, shares, *numbers)
 
 
 def reference(
@@ -148,7 +149,7 @@ def fit_around(
     zero that they stand for, both float32 ``[members * rows]``. Only where ``fits_around`` says so.
     """
     numbers = (list(factors), norm, levels, list(bits), tile, dtype == torch.float16)
-    return _fastest(columns.device, "fit_around")(columns, unit, mass, threshold, *numbers)  # type: ignore[no-any-return]
+    return _kernel(columns.device, "fit_around")(columns, unit, mass, threshold, *numbers)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -171,11 +172,9 @@ def add_engine(device: str, engine: Engine) -> None:
         library.impl(name, kernel, device.upper())
 
 
-def _fastest(device: torch.device, name: str) -> Callable[..., Any]:
-    """The op past the dispatcher, which takes longer than a kernel of a few columns."""
-    if compiled(device) and not torch.compiler.is_compiling():
-        return engines[device.type].ops[name]
-    return getattr(torch.ops.rarefy, name)  # type: ignore[no-any-return]
+def _kernel(device: torch.device, name: str) -> Callable[..., Any]:
+    """What serves an op, past the dispatcher, which takes longer than a kernel of a few columns."""
+    return engines[device.type].ops[name]
 
 
 def compiled(device: torch.device) -> bool:
@@ -227,7 +226,7 @@ def search_ranges(
     ``dtype`` too. Returns float32 ``[rows, groups]``. Only where ``compiled`` says so, for up to ``AT_ONCE`` factors.
     """
     numbers = (list(factors), norm, group_size, levels, zero, dtype)
-    return torch.ops.rarefy.search_ranges(weight, importance, *numbers)  # type: ignore[no-any-return]
+    return _kernel(weight.device, "search_ranges")(weight, importance, *numbers)  # type: ignore[no-any-return]
 
 
 def empty_search(weight: Tensor, group_size: int) -> Tensor:

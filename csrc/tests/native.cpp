@@ -191,6 +191,7 @@ void *run_pool(void *) {
 }  // namespace
 
 #include "attend.h"
+#include "columns.h"
 #include "step.h"
 
 int main() {
@@ -208,6 +209,7 @@ int main() {
       coded_attention(bits, 128, 128, 128, 3);
       coded_attention(bits, 32, 32, 16, 5);
     }
+    check_columns();
     entries(33, 129, 30);
     entries(5, 40, 6);
     entries(17, 64, 1u << 24);

@@ -145,14 +145,14 @@ def quantized(codes: Tensor, params: Params, grid: Grid, batch: Batch, in_place:
     """
     rows, terms = len(codes), list[Term]()
     for index, (part, multiplier) in enumerate(zip(batch.parts, batch.multipliers, strict=True)):
-        order = batch.order_of(index)
+        order, placed = batch.order_of(index), codes[part]
         own = {  # one entry may serve several rows
             name: tensor[part.start * len(tensor) // rows : -(-part.stop * len(tensor) // rows)]
             for name, tensor in params.items()
         }
-        placed, input, tensors = codes[part], None, None
+        input, tensors = None, None
         if batch.inverse.sorted and in_place:
-            placed = torch.empty_like(placed).index_copy_(1, order, placed)
+            placed = codes.T[:, part].index_select(0, order.argsort()).T  # whole columns are moved, row by row
         elif batch.inverse.sorted:
             input, tensors = PermutedInput(), {"permutation": order.to(torch.int32)}
         terms.append(

@@ -61,21 +61,36 @@ class Gram(InputStatistic):
 
     def __init__(self, columns: int, members: int | None = None, device: torch.device | str = "cpu"):
         super().__init__(columns, members, device)
-        self.sum = self._zeros((columns, columns), torch.float32)
+        self._sum = self._zeros((columns, columns), torch.float32)
+        self._parts = _parts(columns, SPLIT["cuda" if self._sum.is_cuda else "cpu"])
+        self._half = False  # whether what lies below the parts on the diagonal has still to be copied from above
+
+    @property
+    def sum(self) -> Tensor:
+        """The sum itself, not a copy."""
+        if self._half:
+            for index, left in enumerate(self._parts):
+                for right in self._parts[index + 1 :]:
+                    self._sum[..., right, left] = self._sum[..., left, right].mT
+            self._half = False
+        return self._sum
+
+    @sum.setter
+    def sum(self, value: Tensor) -> None:
+        self._sum, self._half = value, False
 
     def _add(self, x: Tensor, member: int | None) -> None:
-        target = self._at(self.sum, member)
+        target = self._at(self._sum, member)
         # Products of 16-bit numbers are exact in 32 bits, and tensor cores sum them there.
         exact = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
         x = x if exact else x.to(torch.float32)
-        parts = _parts(self.columns, SPLIT["cuda" if x.is_cuda else "cpu"])
-        for index, left in enumerate(parts):
-            for right in parts[index:]:
-                a, b = x[:, left].T, x[:, right]
-                product = torch.mm(a, b, out_dtype=torch.float32) if exact else torch.mm(a, b)
-                target[left, right] += product
-                if right is not left:  # the other half is this one again
-                    target[right, left] += product.T
+        for index, left in enumerate(self._parts):
+            for right in self._parts[index:]:
+                if exact:
+                    target[left, right] += torch.mm(x[:, left].T, x[:, right], out_dtype=torch.float32)
+                else:
+                    target[left, right].addmm_(x[:, left].T, x[:, right])
+        self._half = len(self._parts) > 1
 
     def sums(self) -> dict[str, Tensor]:
         return {"gram": self.sum, "tokens": self.tokens}

@@ -49,9 +49,10 @@ def test_columns_are_those_of_the_loop(rule: columns.Rule, count: int, width: in
 @pytest.mark.parametrize("kind", SOLVERS)
 def test_solvers_find_what_they_find_in_torch(kind: str) -> None:
     cost, share = compared(kind, *on_gpu(192, 320))
-    assert cost <= 1.001
-    # A range or an outlier may be a tie, after which all that follows of a row differs.
-    assert share > (0.98 if kind.startswith("outliers") else 0.999)
+    # Whether a weight is an outlier may be a tie, after which all that follows of its row and tile differs.
+    chaotic = kind.startswith("outliers")
+    assert cost <= (1.02 if chaotic else 1.001)
+    assert share >= (0.9 if chaotic else 0.999)
 
 
 @pytest.mark.parametrize("zero", ["none", "integer", "float"])

@@ -20,10 +20,14 @@ extern "C" void run(int which, const Arguments* given, int x, int y, int z, int 
 #ifdef ENTRY
   kernel = ENTRY;
 #else
+#if WIDE
+  kernel = which ? rarefy_arrange : rarefy_gemm;
+#else
 #if FLOAT8
   if (which == 2) kernel = rarefy_quantize;
 #endif
   if (which < 2) kernel = which ? rarefy_dequantize : rarefy_linear;
+#endif
 #endif
   gridDim = {x, y, z};
   emulator::threads = threads;

@@ -12,6 +12,7 @@
 #define device static inline
 #define global
 #define __launch_bounds__(...)
+#define in_clusters_of(count)
 #define shared_memory(name) static unsigned char*& name = emulator::shared
 
 struct uint2 { unsigned x, y; };
@@ -32,14 +33,17 @@ std::vector<float> floats;
 ucontext_t scheduler;
 int current, threads;
 
-void arrive(Barrier& barrier, int count) {
+// Whoever has returned is not waited for.
+void arrive(Barrier& barrier, int first, int count) {
   const unsigned generation = barrier.generation;
-  if (++barrier.waiting == count) {
+  for (++barrier.waiting; barrier.generation == generation; swapcontext(&fibers[current], &scheduler)) {
+    int here = 0;
+    for (int n = first; n < first + count; ++n) here += !finished[n];
+    if (barrier.waiting < here) continue;
     barrier.waiting = 0;
     ++barrier.generation;
     return;
   }
-  while (barrier.generation == generation) swapcontext(&fibers[current], &scheduler);
 }
 }  // namespace emulator
 
@@ -58,25 +62,17 @@ device float load_fresh(const float* from) { return *from; }
 device void copy_async(unsigned char* to, const void* from, bool real) {
   if (real) memcpy(to, from, 16); else memset(to, 0, 16);
 }
-device void copy_word_async(unsigned char* to, const void* from, bool real) {
-  if (real) memcpy(to, from, 4); else memset(to, 0, 4);
-}
-device void begin_wide() {}
-device void end_wide() {}
-device void show_copies() {}
-device void settle(float&) {}
 template <class T> device void keep(T&) {}
-device void settle(unsigned&) {}
 device void commit_copies() {}
 template <int PENDING> device void wait_for_copies() {}
 device void block_barrier() {
   const int thread = threadIdx.x;
-  emulator::arrive(emulator::barriers[0], emulator::threads);
+  emulator::arrive(emulator::barriers[0], 0, emulator::threads);
   threadIdx.x = thread;
 }
 device void warp_barrier() {
   const int thread = threadIdx.x;
-  emulator::arrive(emulator::barriers[1 + thread / 32], 32);
+  emulator::arrive(emulator::barriers[1 + thread / 32], thread / 32 * 32, 32);
   threadIdx.x = thread;
 }
 device void wait_for_earlier_kernels() {}
@@ -171,13 +167,57 @@ device void reduce_over_block(float& sum, float& most, float*) {
   block_barrier();
   sum = sums, most = maxima;
 }
-template <int N>
-device void multiply_wide(float (&d)[N][4], const unsigned (&a)[4], const unsigned char* block, unsigned leading, bool add) {
+
+// ---- wgmma.cuh.
+
+typedef unsigned long long u64;
+
+// A barrier in shared memory is 8 bytes: how many are to arrive, who has, bytes to come, phase.
+struct Phased { unsigned char count, arrived; unsigned short phase; int bytes; };
+device Phased& phased(u64* barrier) { return *reinterpret_cast<Phased*>(barrier); }
+device void advance(Phased& own) {
+  if (own.arrived == own.count && own.bytes == 0) own.arrived = 0, own.phase ^= 1;
+}
+device void prepare_barrier(u64* barrier, unsigned count) { phased(barrier) = {(unsigned char)count, 0, 0, 0}; }
+device void barriers_are_prepared() {}
+device void cluster_barrier() { block_barrier(); }
+device unsigned rank_in_cluster() { return 0; }
+device void expect(u64* barrier, unsigned bytes) {
+  phased(barrier).bytes += bytes, ++phased(barrier).arrived;
+  advance(phased(barrier));
+}
+device void arrive_at(u64* barrier) { ++phased(barrier).arrived, advance(phased(barrier)); }
+device void arrive_at(u64* barrier, unsigned) { arrive_at(barrier); }
+device void wait_for(u64* barrier, unsigned phase) {
+  const int thread = threadIdx.x;
+  while (phased(barrier).phase == phase) swapcontext(&emulator::fibers[emulator::current], &emulator::scheduler);
+  threadIdx.x = thread;
+}
+template <int WARPS> device void give_registers_back() {}
+template <int WARPS> device void take_registers() {}
+device void copy_bulk(unsigned char* to, const void* from, unsigned bytes, u64* barrier) {
+  memcpy(to, from, bytes);
+  phased(barrier).bytes -= bytes;
+  advance(phased(barrier));
+}
+device void copy_bulk_to(unsigned char* to, const void* from, unsigned bytes, u64* barrier, unsigned short) {
+  copy_bulk(to, from, bytes, barrier);
+}
+device void begin_products() {}
+device void commit_products() {}
+template <int PENDING> device void wait_for_products() {}
+device void settle(float&) {}
+device void settle(unsigned&) {}
+device u64 tokens_at(const unsigned char* block, unsigned leading) {
+  return u64(block - emulator::shared) / 16 | u64(leading) << 32;
+}
+template <int N> device void multiply_wide(float (&d)[N][4], const unsigned (&a)[4], u64 tokens, bool add) {
   const int t = threadIdx.x % 4, n = threadIdx.x % 32 / 4;
+  const unsigned char* block = emulator::shared + 16 * (tokens & 0xFFFF);
   for (int first = 0; first < N; ++first) {
     if (!add) memset(d[first], 0, 16);
     unsigned b[2];
-    for (int half = 0; half < 2; ++half) memcpy(&b[half], block + half * leading + first * 128 + n * 16 + 4 * t, 4);
+    for (int half = 0; half < 2; ++half) memcpy(&b[half], block + half * (tokens >> 32) + first * 128 + n * 16 + 4 * t, 4);
     multiply(d[first], a, b[0], b[1]);
   }
 }

@@ -183,9 +183,9 @@ def _product(x: Tensor, term: Term, outliers: Term | None = None) -> Tensor:
         entries = {"entries": outliers[0]["entries"], "row_ptr": outliers[0]["row_ptr"]}
     chosen = tuning.choose(code, rows, x.shape[1], tokens, x.device)
     y = x.new_empty(tokens, rows)
-    partial, arrived = program.workspace(chosen, rows, tokens, x.device)
+    work = program.workspace(code, chosen, rows, x.shape[1], tokens, x.device)
     given = program.arguments(
-        {**pointed(term, half), **entries, "x": x, "y": y, "partial": partial, "arrived": arrived},
+        {**pointed(term, half), **entries, **work, "x": x, "y": y},
         rows=rows, columns=x.shape[1], tokens=tokens, stride=x.stride(0),
         second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
     )  # fmt: skip

@@ -47,14 +47,14 @@ class Problem:
         results: list[Tensor] = []
         for own in copies:
             y = torch.full((x.shape[0], self.rows), torch.nan, device=x.device, dtype=x.dtype)
-            partial, arrived = program.workspace(tuning, self.rows, x.shape[0], x.device)
+            work = program.workspace(self.code, tuning, self.rows, x.shape[1], x.shape[0], x.device)
             given = program.arguments(
-                {**own, "x": x, "y": y, "partial": partial, "arrived": arrived}, rows=self.rows, columns=self.columns,
+                {**own, **work, "x": x, "y": y}, rows=self.rows, columns=self.columns,
                 tokens=x.shape[0], stride=x.stride(0), second=self.second,
             )  # fmt: skip
             results.append(y)
 
-            def call(given: program.Arguments = given, kept: object = (partial, arrived)) -> None:
+            def call(given: program.Arguments = given, kept: object = work) -> None:
                 program.linear(self.code, tuning, given, x.dtype == torch.float16, x.device)
 
             found.append(call)

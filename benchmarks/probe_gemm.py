@@ -1,0 +1,148 @@
+"""Probe: many forms of gemm.cu, checked and timed. probe_gemm.py OUT PART."""
+import json, sys, time, traceback, functools
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace, asdict
+import torch
+sys.path.insert(0, "benchmarks")
+from gpu_linear import JOBS, Weights, relative, Job
+from graphs import graph_of, microseconds, bandwidth
+from rarefy.formats.grids import *
+from rarefy.kernels.cuda import program
+from rarefy.kernels.cuda.program import Tuning
+
+OUT, PART = sys.argv[1], sys.argv[2]
+T0 = time.time()
+rows_out = []
+
+def W(tiles, tokens, across, stages, split=1, cluster=1, rescaled=False, overlap=True):
+    return Tuning(tiles, tokens // 8, across, 1, 1, stages, split, True, overlap, cluster, rescaled)
+
+def say(**row):
+    rows_out.append(row)
+    print(f"{time.time() - T0:5.1f}", row, flush=True)
+    json.dump(rows_out, open(OUT, "w"))
+
+def compile_all(code, tunings, half=False):
+    def one(t):
+        try:
+            for name in ("gemm", "arrange") if t.wide else ("linear",):
+                program.kernel(0, name, code, replace(t, overlap=False), half)
+        except Exception as e:
+            print("compile", t, str(e)[-300:], flush=True)
+    with ThreadPoolExecutor(14) as pool:
+        list(pool.map(one, tunings))
+
+def trial(name, w, tokens, tunings, x=None):
+    x = torch.randn(tokens, w.columns, device="cuda", dtype=torch.bfloat16) if x is None else x
+    expected = w.product(x)
+    for t in tunings:
+        row = dict(job=name, rows=w.rows, columns=w.columns, tokens=tokens,
+                   t=f"T{t.tiles} N{8*t.tokens} A{t.across} S{t.stages} k{t.split} c{t.cluster}" + (" resc" if t.rescaled else "") + ("" if t.overlap else " noPDL") if t.wide else f"linear {t.tiles} {t.tokens} {t.across} {t.along} {t.depth} {t.stages} {t.split}")
+        try:
+            calls, y = w.calls(t, x)
+            calls[0]()
+            torch.cuda.synchronize()
+            row["err"] = float(f"{relative(y, expected):.2g}")
+            if row["err"] < 1e-2:
+                g = graph_of(calls)
+                row["us"] = round(microseconds({"": (g, len(calls))}, 5)[""], 2)
+                row["err2"] = float(f"{relative(calls[0].results[-1], expected):.2g}")
+                del g
+        except Exception as e:
+            row["failure"] = str(e).splitlines()[0][:200]
+            say(**row)
+            if "CUDA" in row["failure"] and "compile" not in row["failure"]:
+                raise
+            continue
+        say(**row)
+
+VARIANTS = {
+    16: [W(1, 16, 8, 8), W(2, 16, 8, 6)],
+    32: [W(1, 32, 8, 8), W(1, 32, 8, 12), W(2, 32, 8, 6), W(2, 32, 8, 6, 2), W(2, 32, 4, 6), W(2, 32, 4, 12), W(1, 32, 4, 6), W(1, 32, 8, 8, overlap=False), W(1, 32, 8, 8, 2), W(1, 32, 12, 8)],
+    64: [W(1, 64, 8, 8), W(1, 64, 8, 4), W(2, 64, 8, 6), W(2, 64, 8, 6, 2), W(2, 64, 4, 8), W(1, 64, 12, 6), W(2, 64, 8, 6, 1, 1, True), W(2, 64, 8, 6, 2, 1, True), W(1, 64, 8, 8, 1, 1, True)],
+    128: [W(1, 128, 8, 5), W(1, 128, 8, 5, 1, 1, True), W(2, 128, 8, 4, 1, 1, True), W(2, 128, 8, 4, 2, 1, True), W(1, 128, 12, 4, 1, 1, True), W(1, 64, 8, 8)],
+    256: [W(1, 256, 8, 3, 1, 1, True), W(1, 128, 8, 5), W(2, 128, 8, 4, 1, 1, True), W(1, 128, 12, 4, 1, 1, True)],
+}
+CLUSTERS = {
+    32: [W(1, 32, 8, 12, 1, 2), W(2, 32, 8, 6, 2, 2), W(1, 32, 8, 12, 1, 4)],
+    64: [W(1, 64, 8, 8, 1, 2), W(1, 64, 8, 8, 1, 4), W(2, 64, 8, 6, 2, 2)],
+    128: [W(1, 128, 8, 5, 1, 2), W(1, 128, 8, 5, 1, 4), W(2, 128, 8, 4, 2, 2, True), W(1, 128, 8, 5, 1, 2, True)],
+    256: [W(1, 256, 8, 3, 1, 2, True), W(1, 256, 8, 3, 1, 4, True), W(1, 128, 8, 5, 1, 2)],
+}
+
+def main():
+    torch.manual_seed(0)
+    if PART == "A":
+        w = Weights(JOBS["W4"], 14336, 4096)
+        compile_all(w.code, [t for v in VARIANTS.values() for t in v])
+        print("compiled", time.time() - T0, torch.cuda.get_device_name(), flush=True)
+        dense = [torch.randn(14336, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+        for tokens in (64, 32, 128, 256, 16):
+            x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
+            us = microseconds({"": (graph_of([functools.partial(torch.nn.functional.linear, x, d) for d in dense]), 4)}, 9)[""]
+            say(job="bf16", tokens=tokens, us=round(us, 2))
+            trial("W4", w, tokens, VARIANTS[tokens], x)
+        # the product alone, and the arranging alone
+        for t in (W(1, 64, 8, 8), W(1, 32, 8, 12), W(1, 128, 8, 5)):
+            x = torch.randn(8 * t.tokens, 4096, device="cuda", dtype=torch.bfloat16)
+            calls, givens, keep = [], [], []
+            for own in w.copies:
+                y = torch.empty(x.shape[0], w.rows, device="cuda", dtype=x.dtype)
+                work = program.workspace(w.code, t, w.rows, 4096, x.shape[0], x.device)
+                given = program.arguments({**own, **work, "x": x, "y": y}, rows=w.rows, columns=4096, tokens=x.shape[0], stride=4096)
+                keep += [y, work, given]; givens.append(given)
+            c = replace(t, overlap=False)
+            k = program.kernel(0, "gemm", w.code, c, False); ar = program.kernel(0, "arrange", w.code, c, False)
+            for over in (True, False):
+                calls = [lambda g=g: k(program.grid(t, w.rows, g.tokens), t.threads, g, torch.cuda.current_stream().cuda_stream, over) for g in givens]
+                us = microseconds({"": (graph_of(calls), len(calls))}, 5)[""]
+                calls = [lambda g=g: ar(program.arranging(w.code, t, g), 128, g, torch.cuda.current_stream().cuda_stream, over) for g in givens]
+                us2 = microseconds({"": (graph_of(calls), len(calls))}, 5)[""]
+                say(job="alone", tokens=x.shape[0], overlap=over, gemm=round(us, 2), arrange=round(us2, 2))
+        # dequantize, then the library
+        y = torch.empty(14336, 4096, device="cuda", dtype=torch.bfloat16)
+        for tokens in (128, 256):
+            x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
+            def both(own):
+                given = program.arguments({**own, "y": y}, rows=14336, columns=4096)
+                program.dequantize(w.code, given, False, x.device)
+                return torch.nn.functional.linear(x, y)
+            def only(own):
+                given = program.arguments({**own, "y": y}, rows=14336, columns=4096)
+                program.dequantize(w.code, given, False, x.device)
+            for n, f in (("both", both), ("only", only)):
+                calls = [functools.partial(f, own) for own in w.copies]
+                say(job="dequantized " + n, tokens=tokens, us=round(microseconds({"": (graph_of(calls), len(calls))}, 5)[""], 2))
+    if PART == "B":
+        w = Weights(JOBS["W4"], 14336, 4096)
+        compile_all(w.code, [t for v in CLUSTERS.values() for t in v])
+        for tokens, v in CLUSTERS.items():
+            trial("W4", w, tokens, v)
+    if PART == "C":
+        for rows, columns in ((4096, 4096), (4096, 14336)):
+            w = Weights(JOBS["W4"], rows, columns)
+            v = {32: [W(1, 32, 8, 12, k) for k in (1, 2, 4)] + [W(1, 32, 4, 6, k) for k in (1, 2, 4)] + [W(1, 32, 4, 12, 2)],
+                 64: [W(1, 64, 8, 8, k) for k in (1, 2, 4)] + [W(1, 64, 4, 9, k) for k in (2, 4)] + [W(1, 64, 4, 4, k) for k in (2, 4)],
+                 128: [W(1, 128, 8, 5, k) for k in (1, 2, 4)] + [W(1, 64, 8, 8, k) for k in (1, 2, 4)] + [W(1, 128, 4, 6, k) for k in (2,)]}
+            compile_all(w.code, [t for u in v.values() for t in u])
+            dense = [torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) for _ in range(5)]
+            for tokens, u in v.items():
+                x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+                us = microseconds({"": (graph_of([functools.partial(torch.nn.functional.linear, x, d) for d in dense]), 5)}, 9)[""]
+                say(job="bf16", rows=rows, columns=columns, tokens=tokens, us=round(us, 2))
+                trial("W4", w, tokens, u, x)
+    if PART == "D":
+        jobs = {**{k: JOBS[k] for k in ("W3", "W2", "W8", "LUT4", "LUT4 rows", "NF4 g64", "W4 zero", "SpQR", "binary")}}
+        jobs["SpQR"] = replace(jobs["SpQR"], outliers=0.0)
+        for name, job in jobs.items():
+            w = Weights(job, 14336, 4096)
+            big = 2 if w.code.step == 256 else 1
+            v = [W(1, 64, 8, 4), W(1, 32, 8, 5)]
+            compile_all(w.code, v)
+            trial(name, w, 64, v[:1]); trial(name, w, 32, v[1:])
+            del w
+
+try:
+    main()
+except Exception:
+    traceback.print_exc()

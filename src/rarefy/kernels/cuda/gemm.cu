@@ -1,0 +1,345 @@
+// Y[token][row] = sum over columns of X[token][column] * W[row][column], W in code, for many tokens (wgmma; compute
+// capability 9.0).
+//
+// One warp brings codes and tokens into shared memory, a few steps ahead; warps in fours turn codes into the first
+// operand in registers, while the product before still runs. A group's sums are formed apart and scaled in float32, so
+// that no weight is rounded. Tokens come in the order in which they are wanted: `rarefy_arrange` has written them so.
+//
+// Macros besides those of codes.cuh: TOKENS (of 8), ACROSS (warps over rows, a multiple of four), STAGES (steps in
+// shared memory), SPLIT (blocks over columns), CLUSTER (neighbouring blocks that share what they read of the tokens),
+// RESCALED (sums are kept in units of the last group's scale, which spares registers).
+
+constexpr int THREADS = 32 * ACROSS + 128;  // the last four warps bring what the others multiply
+
+#include "codes.cuh"
+#ifndef RAREFY_EMULATED
+#include "wgmma.cuh"
+#endif
+
+constexpr int WIDTH = 8 * TOKENS, ROWS = 16 * TILES * ACROSS;
+constexpr int CODES_PITCH = STEP + 16;  // of bytes row by row; the rest keeps banks apart
+constexpr int STAGE_TOKENS = STEP * WIDTH * 2, STAGE_SUMS = SUMS ? PARTS * WIDTH * 4 : 0;
+constexpr int STAGE_CODES = SPAN == 16 ? ROWS * CODES_PITCH : ROWS / 16 * LOADS * 512;
+constexpr int STAGE = STAGE_TOKENS + STAGE_SUMS + STAGE_CODES;  // bytes
+constexpr int SUM_PITCH = ROWS + 4;
+constexpr int CHUNK = PART < 4 ? PART : 4;  // blocks of 16 columns that are unpacked at once
+constexpr int CHUNKS = BLOCKS / CHUNK;
+constexpr bool DIRECT = !SUMS && (GROUP == 0 || RESCALED);  // whether products are added to the sums at once
+constexpr int LEADING = WIDTH * 16;
+static_assert(STAGE_TOKENS % (16 * CLUSTER) == 0, "blocks of a cluster read equal shares");
+
+// Where a step's tokens lie, and their sums by group.
+device const u8* arranged_tokens(const Arguments& a, int token_tile, int step) {
+  return a.arranged + (i64(token_tile) * a.steps + step) * STAGE_TOKENS;
+}
+device const float* arranged_sums(const Arguments& a, int token_tile, int step) {
+  return a.ones + (i64(token_tile) * a.steps + step) * (PARTS * WIDTH);
+}
+
+// One warp: brings steps begin..begin + rounds to shared memory.
+device void bring(const Arguments& a, u8* stages, u64* full, u64* empty, int begin, int rounds, int lane, u32 rank) {
+  const auto bytes_of = [&](int step) {
+    if (SPAN != 16 || !RAGGED) return STEP;
+    return a.pitch - step * STEP < STEP ? a.pitch - step * STEP : STEP;
+  };
+  const auto bring_codes = [&](int round) {
+    const int step = begin + round, stage = round % STAGES;
+    u8* to = stages + stage * STAGE + STAGE_TOKENS + STAGE_SUMS;
+    if (lane == 0)
+      expect(full + stage, STAGE_TOKENS + STAGE_SUMS + (SPAN == 16 ? ROWS * bytes_of(step) : STAGE_CODES));
+    warp_barrier();
+    if constexpr (SPAN == 16) {
+      for (int n = lane; n < ROWS; n += 32) {
+        const int row = blockIdx.x * ROWS + n;
+        const u8* from = reinterpret_cast<const u8*>(a.codes) + i64(row < a.rows ? row : a.rows - 1) * a.pitch + step * STEP;
+        copy_bulk(to + n * CODES_PITCH, from, bytes_of(step), full + stage);
+      }
+    } else {
+      for (int n = lane; n < ROWS / 16; n += 32) {
+        const uint4* from = of_step(codes_of(a, tile_of(a, blockIdx.x * (ROWS / 16) + n), 0, 0), step);
+        copy_bulk(to + n * LOADS * 512, from, LOADS * 512, full + stage);
+      }
+    }
+  };
+  const auto bring_tokens = [&](int round) {
+    if (lane) return;
+    const int step = begin + round, stage = round % STAGES;
+    u8* to = stages + stage * STAGE;
+    if constexpr (CLUSTER > 1) {
+      constexpr int SHARE = STAGE_TOKENS / CLUSTER;
+      copy_bulk_to(to + rank * SHARE, arranged_tokens(a, blockIdx.z, step) + rank * SHARE, SHARE, full + stage, (1 << CLUSTER) - 1);
+    } else {
+      copy_bulk(to, arranged_tokens(a, blockIdx.z, step), STAGE_TOKENS, full + stage);
+    }
+    if constexpr (SUMS) copy_bulk(to + STAGE_TOKENS, arranged_sums(a, blockIdx.z, step), STAGE_SUMS, full + stage);
+  };
+  const int ahead = rounds < STAGES ? rounds : STAGES;
+  for (int round = 0; round < ahead; ++round) bring_codes(round);
+  wait_for_earlier_kernels();  // weights never depend on them
+  for (int round = 0; round < ahead; ++round) bring_tokens(round);
+  for (int round = STAGES; round < rounds; ++round) {
+    wait_for(empty + round % STAGES, (round / STAGES - 1) & 1);
+    bring_codes(round);
+    bring_tokens(round);
+  }
+}
+
+typedef u32 Operands[TILES][CHUNK][4];
+
+device void unpack(Operands& weights, const Codes& codes, int chunk, int step, Tables (&tables)[TILES], const Arguments& a, int lane, int first_tile) {
+#pragma unroll
+  for (int r = 0; r < TILES; ++r) {
+    if (GROUP != 0 && chunk * CHUNK % PART == 0)
+      load(tables[r], a, tile_of(a, first_tile + 4 * r), group_of(a, step, chunk * CHUNK / PART), lane / 4);
+#pragma unroll
+    for (int b = 0; b < CHUNK; ++b) {
+      operands(weights[r][b], codes.at[r], chunk * CHUNK + b, 4 * lane, tables[r]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) settle(weights[r][b][i]);
+    }
+  }
+}
+
+extern "C" global __launch_bounds__(THREADS, 1) in_clusters_of(CLUSTER) void rarefy_gemm(const Arguments a) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int first_row = blockIdx.x * ROWS, first_token = blockIdx.z * WIDTH;
+  const int share = (a.steps + SPLIT - 1) / SPLIT;
+  const int begin = blockIdx.y * share, end = begin + share < a.steps ? begin + share : a.steps;
+  const int rounds = end > begin ? end - begin : 0;
+  u8* stages = pool + TABLE_BYTES;
+  u64* full = reinterpret_cast<u64*>(stages + STAGES * STAGE);
+  u64* empty = full + STAGES;
+  const u32 rank = CLUSTER > 1 ? rank_in_cluster() : 0;
+
+  if (threadIdx.x == 0) {
+    for (int n = 0; n < STAGES; ++n) {
+      prepare_barrier(full + n, 1);
+      prepare_barrier(empty + n, CLUSTER * ACROSS);
+    }
+    barriers_are_prepared();
+  }
+  if constexpr (TABLE == SHARED) copy_table(a);
+  if constexpr (CLUSTER > 1) cluster_barrier();
+  else block_barrier();
+
+  if (warp >= ACROSS) {
+    give_registers_back<ACROSS>();
+    if (warp == ACROSS) bring(a, stages, full, empty, begin, rounds, lane, rank);
+    return;
+  }
+  take_registers<ACROSS>();
+  float sums[TILES][TOKENS][4] = {};
+  // A warp's tiles are four apart: four warps multiply 64 rows together.
+  const int own_tile = warp / 4 * 4 * TILES + warp % 4, first_tile = blockIdx.x * (ROWS / 16) + own_tile;
+  if (rounds > 0) {
+    i64 places[TILES];
+    const uint2* second[TILES];
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) {
+      const i64 tile = tile_of(a, first_tile + 4 * r);
+      places[r] = tile * a.groups * 8 + g;
+      if constexpr (SCALE == BILEVEL || SCALE == LEVEL)
+        second[r] = a.second + tile / a.second_rows * ((a.groups + a.second_groups - 1) / a.second_groups);
+    }
+    const auto fetch_scales = [&](Scales& scales, int step) {
+#pragma unroll
+      for (int p = 0; p < PARTS; ++p) {
+        const int group = group_of(a, step, p), above = a.second_groups == 1 ? group : group / a.second_groups;
+#pragma unroll
+        for (int r = 0; r < TILES; ++r) {
+          load(scales.scale[r][p], a.scale, places[r] + i64(group) * 8, second[r], above);
+          load(scales.zero[r][p], a.zero, places[r] + i64(group) * 8, second[r], above);
+        }
+      }
+    };
+    Codes codes;
+    const auto take_codes = [&](int round) {
+      wait_for(full + round % STAGES, round / STAGES & 1);
+      const u8* from = stages + round % STAGES * STAGE + STAGE_TOKENS + STAGE_SUMS;
+#pragma unroll
+      for (int r = 0; r < TILES; ++r)
+#pragma unroll
+        for (int l = 0; l < LOADS; ++l) {
+          const int tile = own_tile + 4 * r;
+          const u8* place = SPAN == 16 ? from + (tile * 16 + g + 8 * (l % 2)) * CODES_PITCH + l / 2 * 64 + 16 * t
+                                       : from + ((tile * LOADS + l) * 32 + lane) * 16;
+          put(codes, r, l, *reinterpret_cast<const uint4*>(place));
+        }
+    };
+    Tables tables[TILES];
+    if constexpr (GROUP == 0) {
+#pragma unroll
+      for (int r = 0; r < TILES; ++r) load(tables[r], a, tile_of(a, first_tile + 4 * r), 0, g);
+    }
+    Scales scales, coming;
+    float units[TILES][2];
+    fetch_scales(scales, begin);
+    Operands weights[2];
+    float part[TILES][DIRECT ? 1 : TOKENS][4];
+    auto& products = reinterpret_cast<float(&)[TILES][TOKENS][4]>(*(DIRECT ? &sums[0][0][0] : &part[0][0][0]));
+    take_codes(0);
+    unpack(weights[0], codes, 0, begin, tables, a, lane, first_tile);
+    for (int round = 0; round < rounds; ++round) {
+      const u8* stage = stages + round % STAGES * STAGE;
+      const u64 first_tokens = tokens_at(stage, LEADING);
+      const float* ones = reinterpret_cast<const float*>(stage + STAGE_TOKENS);
+      if (round + 1 < rounds) fetch_scales(coming, begin + round + 1);
+#pragma unroll
+      for (int c = 0; c < CHUNKS; ++c) {
+        constexpr int IN_PART = PART / CHUNK;
+        if constexpr (RESCALED && GROUP != 0) {
+          if (c % IN_PART == 0) {
+#pragma unroll
+            for (int r = 0; r < TILES; ++r)
+#pragma unroll
+              for (int which = 0; which < 2; ++which) {
+                float unit = number(scales.scale[r][c / IN_PART], which);
+                unit = unit == 0.0f ? 1e-18f : unit;
+                const float factor = round + c == 0 ? 1.0f : units[r][which] / unit;
+                units[r][which] = unit;
+#pragma unroll
+                for (int n = 0; n < TOKENS; ++n) sums[r][n][2 * which] *= factor, sums[r][n][2 * which + 1] *= factor;
+              }
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < TILES; ++r)
+#pragma unroll
+          for (int n = 0; n < (DIRECT ? TOKENS : 0); ++n)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) settle(sums[r][n][j]);
+        begin_products();
+#pragma unroll
+        for (int b = 0; b < CHUNK; ++b) {
+          const u64 tokens = first_tokens + (c * CHUNK + b) * (2 * LEADING / 16);
+#pragma unroll
+          for (int r = 0; r < TILES; ++r)
+            multiply_wide<TOKENS>(products[r], weights[c % 2][r][b], tokens, DIRECT || c % IN_PART + b > 0);
+        }
+        commit_products();
+        if (c + 1 < CHUNKS) {
+          wait_for_products<1>();
+          unpack(weights[(c + 1) % 2], codes, c + 1, begin + round, tables, a, lane, first_tile);
+        } else if (round + 1 < rounds) {
+          wait_for_products<1>();
+          take_codes(round + 1);
+          unpack(weights[0], codes, 0, begin + round + 1, tables, a, lane, first_tile);
+        }
+        if (c % IN_PART == IN_PART - 1) {
+          wait_for_products<0>();
+          if constexpr (!DIRECT) {
+#pragma unroll
+            for (int r = 0; r < TILES; ++r)
+#pragma unroll
+              for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                  settle(part[r][n][j]);
+                  const float own = SUMS ? ones[c / IN_PART * WIDTH + 8 * n + 2 * t + j % 2] : 0.0f;
+                  sums[r][n][j] += contribution(
+                      scales.scale[r][c / IN_PART], scales.zero[r][c / IN_PART], j / 2, part[r][n][j], own);
+                }
+          }
+        }
+      }
+      warp_barrier();
+      if (lane < CLUSTER) {
+        if constexpr (CLUSTER > 1) arrive_at(empty + round % STAGES, lane);
+        else arrive_at(empty + round % STAGES);
+      }
+      scales = coming;
+    }
+    if constexpr (DIRECT) {
+#pragma unroll
+      for (int r = 0; r < TILES; ++r)
+#pragma unroll
+        for (int which = 0; which < 2; ++which) {
+          const float unit = RESCALED && GROUP != 0 ? units[r][which] : number(scales.scale[r][0], which);
+#pragma unroll
+          for (int n = 0; n < TOKENS; ++n) sums[r][n][2 * which] *= unit, sums[r][n][2 * which + 1] *= unit;
+        }
+    }
+  }
+
+  // Nothing is on its way to this block any more, and nobody has to arrive here.
+  if constexpr (CLUSTER > 1) cluster_barrier();
+  else block_barrier();
+  float* meeting = reinterpret_cast<float*>(stages);
+#pragma unroll
+  for (int r = 0; r < TILES; ++r)
+#pragma unroll
+    for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int row = (own_tile + 4 * r) * 16 + g + j / 2 * 8, token = 8 * n + 2 * t + j % 2;
+        meeting[token * SUM_PITCH + row] = sums[r][n][j];
+      }
+  block_barrier();
+  for (int n = threadIdx.x; n < WIDTH * ROWS; n += 32 * ACROSS) {
+    const int token = n / ROWS, row = n % ROWS;
+    if (first_token + token >= a.tokens || first_row + row >= a.rows) continue;
+    const float sum = meeting[token * SUM_PITCH + row];
+    const i64 place = i64(first_token + token) * a.rows + first_row + row;
+    if constexpr (SPLIT == 1) a.y[place] = rounded<HALF>(sum * a.multiplier);
+    else a.partial[i64(blockIdx.y) * a.tokens * a.rows + place] = sum;
+  }
+  if constexpr (SPLIT > 1) {
+    if (!last_to_arrive(a.arrived + blockIdx.z * gridDim.x + blockIdx.x, SPLIT)) return;
+    for (int n = threadIdx.x; n < WIDTH * ROWS; n += 32 * ACROSS) {
+      const int token = n / ROWS, row = n % ROWS;
+      if (first_token + token >= a.tokens || first_row + row >= a.rows) continue;
+      const i64 place = i64(first_token + token) * a.rows + first_row + row;
+      float sum = 0.0f;
+#pragma unroll
+      for (int k = 0; k < SPLIT; ++k) sum += load_fresh(a.partial + i64(k) * a.tokens * a.rows + place);
+      a.y[place] = rounded<HALF>(sum * a.multiplier);
+    }
+  }
+}
+
+// Tokens in the order of the operands, [token tiles][steps][STEP / 8][WIDTH][8], of which the pieces 2 b and 2 b + 1 are
+// what lanes take of block b; and their sums by group, [token tiles][steps][PARTS][WIDTH]. A thread takes one part of a
+// token.
+extern "C" global __launch_bounds__(128) void rarefy_arrange(const Arguments a) {
+  constexpr int UNIT = PART < 2 ? 2 : PART, UNITS = BLOCKS / UNIT;  // blocks of a thread
+  const i64 unit = i64(blockIdx.x) * 128 + threadIdx.x;
+  const int token = unit % WIDTH, part = unit / WIDTH % UNITS;
+  const int step = unit / WIDTH / UNITS % a.steps, tile = unit / WIDTH / UNITS / a.steps;
+  const bool real = tile * WIDTH + token < a.tokens;
+  wait_for_earlier_kernels();
+  if (tile * WIDTH >= a.tokens) return;
+  const u16* x = a.x + (real ? i64(tile * WIDTH + token) * a.stride : 0);
+  uint4* to = reinterpret_cast<uint4*>(a.arranged) + ((i64(tile) * a.steps + step) * (STEP / 8)) * WIDTH + token;
+  float sum = 0.0f;
+#pragma unroll
+  for (int b = 0; b < UNIT; b += 2) {
+    const int pair = (part * UNIT + b) / 2;
+    u32 words[16];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int column = step * STEP + (SPAN == 4 ? 32 * pair + 8 * i : first_of(pair, i));
+      const uint4 all = load_shared_by_all(reinterpret_cast<const uint4*>(x + (real ? column : 0)), real && (!RAGGED || column < a.columns));
+      words[4 * i] = all.x, words[4 * i + 1] = all.y, words[4 * i + 2] = all.z, words[4 * i + 3] = all.w;
+    }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        u32 own[4];
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+          own[t] = words[SPAN == 4 ? 8 * e + 2 * t + q : 4 * t + 2 * e + q];
+          if constexpr (SUMS) sum += widened(u16(own[t])) + widened(u16(own[t] >> 16));
+        }
+        to[(4 * pair + 2 * e + q) * WIDTH] = {own[0], own[1], own[2], own[3]};
+      }
+      if constexpr (SUMS) {
+        if (PART < 2 || b + e == UNIT - 1) {
+          const int group = PART < 2 ? 2 * part + e : part;
+          a.ones[((i64(tile) * a.steps + step) * PARTS + group) * WIDTH + token] = sum;
+          sum = 0.0f;
+        }
+      }
+    }
+  }
+}

@@ -10,7 +10,7 @@ from rarefy.formats.grids import *
 from rarefy.kernels.cuda import program
 from rarefy.kernels.cuda.program import Tuning
 
-OUT, PART = sys.argv[1], sys.argv[2]
+OUT, PARTS, LIMIT = sys.argv[1], sys.argv[2], float(sys.argv[3])
 T0 = time.time()
 rows_out = []
 
@@ -36,8 +36,10 @@ def trial(name, w, tokens, tunings, x=None):
     x = torch.randn(tokens, w.columns, device="cuda", dtype=torch.bfloat16) if x is None else x
     expected = w.product(x)
     for t in tunings:
+        if time.time() - T0 > LIMIT:
+            return
         row = dict(job=name, rows=w.rows, columns=w.columns, tokens=tokens,
-                   t=f"T{t.tiles} N{8*t.tokens} A{t.across} S{t.stages} k{t.split} c{t.cluster}" + (" resc" if t.rescaled else "") + ("" if t.overlap else " noPDL") if t.wide else f"linear {t.tiles} {t.tokens} {t.across} {t.along} {t.depth} {t.stages} {t.split}")
+                   t=f"T{t.tiles} N{8*t.tokens} A{t.across} S{t.stages} k{t.split} c{t.cluster}" + (" resc" if t.rescaled else "") + ("" if t.overlap else " noPDL") if t.wide else f"linear T{t.tiles} N{t.tokens} {t.across}x{t.along} d{t.depth} s{t.stages} k{t.split}" + (" spread" if t.spread else ""))
         try:
             calls, y = w.calls(t, x)
             calls[0]()
@@ -72,7 +74,7 @@ CLUSTERS = {
 
 def main():
     torch.manual_seed(0)
-    if PART == "A":
+    if "A" in PARTS:
         w = Weights(JOBS["W4"], 14336, 4096)
         compile_all(w.code, [t for v in VARIANTS.values() for t in v])
         print("compiled", time.time() - T0, torch.cuda.get_device_name(), flush=True)
@@ -113,12 +115,12 @@ def main():
             for n, f in (("both", both), ("only", only)):
                 calls = [functools.partial(f, own) for own in w.copies]
                 say(job="dequantized " + n, tokens=tokens, us=round(microseconds({"": (graph_of(calls), len(calls))}, 5)[""], 2))
-    if PART == "B":
+    if "B" in PARTS:
         w = Weights(JOBS["W4"], 14336, 4096)
         compile_all(w.code, [t for v in CLUSTERS.values() for t in v])
         for tokens, v in CLUSTERS.items():
             trial("W4", w, tokens, v)
-    if PART == "C":
+    if "C" in PARTS:
         for rows, columns in ((4096, 4096), (4096, 14336)):
             w = Weights(JOBS["W4"], rows, columns)
             v = {32: [W(1, 32, 8, 12, k) for k in (1, 2, 4)] + [W(1, 32, 4, 6, k) for k in (1, 2, 4)] + [W(1, 32, 4, 12, 2)],
@@ -131,7 +133,7 @@ def main():
                 us = microseconds({"": (graph_of([functools.partial(torch.nn.functional.linear, x, d) for d in dense]), 5)}, 9)[""]
                 say(job="bf16", rows=rows, columns=columns, tokens=tokens, us=round(us, 2))
                 trial("W4", w, tokens, u, x)
-    if PART == "D":
+    if "D" in PARTS:
         jobs = {**{k: JOBS[k] for k in ("W3", "W2", "W8", "LUT4", "LUT4 rows", "NF4 g64", "W4 zero", "SpQR", "binary")}}
         jobs["SpQR"] = replace(jobs["SpQR"], outliers=0.0)
         for name, job in jobs.items():
@@ -141,8 +143,29 @@ def main():
             compile_all(w.code, v)
             trial(name, w, 64, v[:1]); trial(name, w, 32, v[1:])
             del w
+    if "E" in PARTS:
+        def L(tiles, across, along, depth, spread=True):
+            return Tuning(tiles, 1, across, along, depth, 0, 1, False, True, 1, False, spread)
+        low = [L(4, 1, 4, 1, False), L(4, 1, 4, 1), L(4, 1, 4, 2), L(4, 1, 8, 1), L(4, 1, 8, 2), L(2, 1, 8, 2), L(2, 1, 8, 4), L(2, 1, 4, 4), L(1, 1, 8, 4), L(2, 2, 4, 2), L(2, 1, 16, 1), L(1, 1, 16, 2)]
+        jobs = {
+            "binary": low + [L(8, 1, 4, 1), L(4, 1, 4, 4)], "W2": low,
+            "SpQR": [L(1, 1, 4, 1, False), L(1, 1, 8, 1), L(2, 1, 8, 1), L(1, 1, 4, 1), L(1, 1, 16, 1), L(1, 1, 8, 2), L(2, 1, 4, 1), L(2, 2, 4, 1)],
+            "W3 + 0.45%": [L(2, 2, 4, 1, False), L(2, 2, 4, 1), L(2, 1, 8, 1), L(1, 1, 8, 1), L(1, 1, 8, 2), L(1, 2, 8, 1), L(1, 1, 16, 1)],
+            "W3": [L(2, 2, 4, 1, False), L(2, 2, 4, 1), L(2, 1, 8, 1), L(1, 1, 8, 1), L(1, 1, 8, 2), L(1, 2, 8, 1), L(1, 1, 16, 1)],
+            "W4": [L(4, 1, 8, 1, False), L(4, 1, 8, 1), L(2, 1, 8, 1), L(2, 1, 8, 2), L(1, 1, 8, 2), L(1, 1, 8, 4), L(2, 1, 4, 2), L(2, 1, 16, 1), L(1, 1, 16, 2)],
+            "LUT4 rows": [L(1, 1, 4, 2, False), L(1, 1, 4, 2), L(1, 1, 8, 2), L(2, 1, 8, 1), L(1, 1, 8, 1)],
+            "W8": [L(1, 1, 4, 1, False), L(1, 1, 4, 1), L(1, 1, 8, 1), L(1, 1, 8, 2)],
+        }
+        for name, tunings in jobs.items():
+            if time.time() - T0 > LIMIT:
+                return
+            w = Weights(JOBS[name], 14336, 4096)
+            compile_all(w.code, tunings)
+            trial(name, w, 1, tunings)
+            del w
 
-try:
-    main()
-except Exception:
-    traceback.print_exc()
+if __name__ == "__main__":
+    try:
+        main()
+    except Exception:
+        traceback.print_exc()

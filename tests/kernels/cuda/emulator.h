@@ -105,6 +105,7 @@ device float sum_of(int count, float value) {
   warp_barrier();
   return sum;
 }
+device float sum_of_four(float value) { return sum_of(4, value); }
 device float sum_of_eight(float value) { return sum_of(8, value); }
 device float sum_of_warp(float value) { return sum_of(32, value); }
 device unsigned of_lane(unsigned value, int lane) {

@@ -126,12 +126,17 @@ device u32 bytes_as_numbers(u32 word, int pair) {
   }
 }
 
+// Codes of one bit can stay in a mantissa if its power of two is such that the bit counts one: the number is then more
+// by that power. It is the same for all rows, so that what is too much in the sums is formed but once.
+constexpr int ONE_BIT_PLACES = HALF ? 10 : 7;
+device constexpr u32 lift_of(int b, int i) { return power(ONE_BIT_PLACES - (4 * (b % 4) + i) % ONE_BIT_PLACES); }
+
 // A word whose bit `from` is to be bit `to`.
 device u32 moved(u32 word, int from, int to) { return from < to ? word << (to - from) : word >> (from - to); }
 
-// The 16-bit numbers of pair i (0..3) of block b. Both codes of a pair lie at the same place of a word's two halves, or
+// The 16-bit numbers of pair i (0..3) of block b, LIFTED by `lift_of` of the same pair (codes of one bit). Both codes of a pair lie at the same place of a word's two halves, or
 // for a table beside each other, so that together they are one index.
-device u32 operand(const u32* words, int b, int i, u32 bank) {
+template <bool LIFTED = false> device u32 operand(const u32* words, int b, int i, u32 bank) {
   if constexpr (TABLE == SHARED) {
     // Copies of an entry fill 128 bytes, so an index is wanted seven bits up; `bank` is the lane's place among them.
     constexpr u32 MASK = ((1u << 2 * BITS) - 1) << 7;
@@ -173,7 +178,8 @@ device u32 operand(const u32* words, int b, int i, u32 bank) {
       const u32 word = words[BITS == 4 ? b : BITS == 2 ? b / 2 : BITS == 3 ? 3 * (b / 4) + pair / 5 : b / 4];
       const int own = BITS == 3 ? pair % 5 : pair;
       place = BITS * (own % PLACES);
-      found = chosen(word >> BITS * (own / PLACES * PLACES), MASK << place, MAGIC);
+      found = chosen(word >> BITS * (own / PLACES * PLACES), MASK << place, LIFTED ? lift_of(b, i) : MAGIC);
+      if constexpr (LIFTED) return found;
     }
     return fused(found, power(-place), minus((MAGIC_VALUE >> place) + CENTER));
   }
@@ -204,8 +210,8 @@ device void load(Tables& tables, const Arguments& a, i64 tile, int group, int g)
   }
 }
 
-// The four operands of block b. A byte permutation looks up four codes among eight bytes.
-device void operands(u32 (&weights)[4], const u32* words, int b, u32 bank, const Tables& tables) {
+// The four operands of block b (LIFTED: see above). A byte permutation looks up four codes among eight bytes.
+template <bool LIFTED = false> device void operands(u32 (&weights)[4], const u32* words, int b, u32 bank, const Tables& tables) {
   if constexpr (TABLE == BY_ROW) {
     u32 codes, halves = 0;
     if constexpr (BITS == 4) {
@@ -236,7 +242,7 @@ device void operands(u32 (&weights)[4], const u32* words, int b, u32 bank, const
     for (int i = 0; i < 4; ++i) weights[i] = bytes_as_numbers(words[4 * (b / 4 * 2 + i % 2) + b % 4], i / 2);
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) weights[i] = operand(words, b, i, bank);
+    for (int i = 0; i < 4; ++i) weights[i] = operand<LIFTED>(words, b, i, bank);
   }
 }
 
@@ -322,7 +328,7 @@ struct Scales {
   Pair<ZERO> zero[TILES][PARTS];
 };
 
-device void fetch(Scales& scales, const Arguments& a, const Places& places, int step) {
+device void fetch(Scales& scales, const Arguments& a, const Places& places, int step, int lane) {
 #pragma unroll
   for (int p = 0; p < PARTS; ++p) {
     const int group = group_of(a, step, p), above = a.second_groups == 1 ? group : group / a.second_groups;

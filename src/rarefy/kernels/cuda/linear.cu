@@ -18,8 +18,8 @@ constexpr int ROWS = 16 * TILES * ACROSS, COLUMNS = STEP * ALONG, WIDTH = 8 * TO
 constexpr int PITCH = 2 * COLUMNS + (SPAN == 16 ? 16 : 64);  // bytes of a staged token; the rest keeps banks apart
 constexpr int STAGE_TOKENS = WIDTH * PITCH;  // bytes
 constexpr int STAGE_CODES = STAGED ? ROWS / 16 * ALONG * LOADS * 512 : 0;  // bytes
-constexpr int STAGE = STAGE_TOKENS + STAGE_CODES;
 constexpr int SUM_PITCH = ROWS + 4;
+constexpr bool LIFT = BITS == 1 && TABLE == NONE && SUMS;
 
 // ---- Activations: four words of one token for two blocks.
 
@@ -67,7 +67,7 @@ template <class Tokens>
 device void multiply_step(
     float (&sums)[TILES][TOKENS][4], const Codes& codes, const Scales& scales, const Tokens& tokens,
     Tables (&tables)[TILES], const Arguments& a, int first_tile, int step, int lane) {
-  float part[TILES][TOKENS][4], ones[TOKENS][4];
+  float part[TILES][TOKENS][4], ones[TOKENS][4], lift[TOKENS][4];
   Words x[TOKENS];
 #pragma unroll
   for (int b = 0; b < BLOCKS; ++b) {
@@ -80,7 +80,7 @@ device void multiply_step(
       for (int n = 0; n < TOKENS; ++n)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          ones[n][j] = 0.0f;
+          ones[n][j] = lift[n][j] = 0.0f;
 #pragma unroll
           for (int r = 0; r < TILES; ++r) part[r][n][j] = 0.0f;
         }
@@ -90,7 +90,7 @@ device void multiply_step(
       u32 weights[4];
       if (GROUP != 0 && b % PART == 0)
         load(tables[r], a, tile_of(a, first_tile + r), group_of(a, step, b / PART), lane / 4);
-      operands(weights, codes.at[r], b, 4 * lane, tables[r]);
+      operands<LIFT>(weights, codes.at[r], b, 4 * lane, tables[r]);
 #pragma unroll
       for (int n = 0; n < TOKENS; ++n) multiply(part[r][n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
     }
@@ -98,6 +98,11 @@ device void multiply_step(
       const u32 weights[4] = {ONES, ONES, ONES, ONES};
 #pragma unroll
       for (int n = 0; n < TOKENS; ++n) multiply(ones[n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
+    }
+    if constexpr (LIFT) {
+      const u32 weights[4] = {lift_of(b, 0), lift_of(b, 1), lift_of(b, 2), lift_of(b, 3)};
+#pragma unroll
+      for (int n = 0; n < TOKENS; ++n) multiply(lift[n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
     }
     if (b % PART == PART - 1) {
 #pragma unroll
@@ -107,35 +112,138 @@ device void multiply_step(
 #pragma unroll
           for (int j = 0; j < 4; ++j)
             sums[r][n][j] += contribution(
-                scales.scale[r][b / PART], scales.zero[r][b / PART], j / 2, part[r][n][j], ones[n][j]);
+                scales.scale[r][b / PART], scales.zero[r][b / PART], j / 2, part[r][n][j] - lift[n][j], ones[n][j]);
     }
   }
 }
+
+// ---- One token: its blocks of columns take the places of eight tokens. A lane then reads an eighth of the activations
+// and has sums of other groups than its neighbours, not the same ones.
+
+#if SPREAD
+static_assert(TOKENS == 1, "of one token");
+constexpr int SETS = BLOCKS / 8;
+constexpr int OWN_PARTS = PART >= 8 ? PARTS : PART > 1 ? SETS : 2 * SETS;  // whose scales a lane needs
+device constexpr int own_part(int set, int c) { return PART >= 8 ? set * 8 / PART : PART > 1 ? set : 2 * set + c; }
+
+struct SpreadActivations { uint2 at[SETS]; };
+struct SpreadScales {
+  Pair<SCALE> scale[TILES][OWN_PARTS];
+  Pair<ZERO> zero[TILES][OWN_PARTS];
+};
+
+device void fetch(SpreadActivations& x, const Arguments& a, int step, int lane) {
+#pragma unroll
+  for (int set = 0; set < SETS; ++set) {
+    const int b = 8 * set + lane / 4, t = lane % 4;
+    const int column = step * STEP + (SPAN == 4 ? 16 * b + 4 * t : first_of(b / 2, t) + b % 2 * 4);
+    x.at[set] = load_shared_by_all(reinterpret_cast<const uint2*>(a.x + column), !RAGGED || column < a.columns);
+  }
+}
+
+device void fetch(SpreadScales& scales, const Arguments& a, const Places& places, int step, int lane) {
+#pragma unroll
+  for (int own = 0; own < OWN_PARTS; ++own) {
+    const int part = PART >= 8 ? own : PART > 1 ? (8 * own + 2 * (lane % 4)) / PART : own / 2 * 8 + 2 * (lane % 4) + own % 2;
+    const int group = group_of(a, step, part), above = a.second_groups == 1 ? group : group / a.second_groups;
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) {
+      load(scales.scale[r][own], a.scale, places.scales[r] + i64(group) * 8, places.second[r], above);
+      load(scales.zero[r][own], a.zero, places.scales[r] + i64(group) * 8, places.second[r], above);
+    }
+  }
+}
+
+device void multiply_step(
+    float (&sums)[TILES][TOKENS][4], const Codes& codes, const SpreadScales& scales, const SpreadActivations& x,
+    Tables (&tables)[TILES], const Arguments& a, int first_tile, int step, int lane) {
+#pragma unroll
+  for (int set = 0; set < SETS; ++set) {
+    float part[TILES][4] = {}, ones[4] = {}, lift[4] = {};
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const int b = 8 * set + n;
+      const u32 first = lane / 4 == n ? x.at[set].x : 0, second = lane / 4 == n ? x.at[set].y : 0;
+#pragma unroll
+      for (int r = 0; r < TILES; ++r) {
+        u32 weights[4];
+        if (GROUP != 0 && b % PART == 0)
+          load(tables[r], a, tile_of(a, first_tile + r), group_of(a, step, b / PART), lane / 4);
+        operands<LIFT>(weights, codes.at[r], b, 4 * lane, tables[r]);
+        multiply(part[r], weights, first, second);
+      }
+      const u32 constant[4] = {ONES, ONES, ONES, ONES};
+      if constexpr (SUMS) multiply(ones, constant, first, second);
+      const u32 lifts[4] = {lift_of(b, 0), lift_of(b, 1), lift_of(b, 2), lift_of(b, 3)};
+      if constexpr (LIFT) multiply(lift, lifts, first, second);
+    }
+#pragma unroll
+    for (int r = 0; r < TILES; ++r)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int own = own_part(set, j % 2);
+        sums[r][0][j / 2 * 2] += contribution(scales.scale[r][own], scales.zero[r][own], j / 2, part[r][j] - lift[j], ones[j]);
+      }
+  }
+}
+
+typedef SpreadScales StepScales;
+#else
+typedef Scales StepScales;
+#endif
 
 // ---- Outliers: eight lanes a row, each with every eighth entry; the block's first share of columns takes them all.
 
 constexpr int TURNS = (ROWS * 8 + THREADS - 1) / THREADS;
 constexpr int EXTRA = OUTLIERS != NONE ? TURNS * WIDTH : 1;
+constexpr int AHEAD = OUTLIERS != NONE ? 3 : 1;  // entries of a lane that are on their way while weights are
 
-device void add_outliers(float (&extra)[EXTRA], const Arguments& a, int first_row, int first_token) {
+struct Entries { u32 at[TURNS][AHEAD], begin[TURNS], end[TURNS]; };
+
+// The next entries of each row, zeros where there are none.
+device void fetch(Entries& entries, const Arguments& a, int turn) {
+#pragma unroll
+  for (int n = 0; n < AHEAD; ++n) {
+    const u32 at = entries.begin[turn] + 8 * n;
+    entries.at[turn][n] = at < entries.end[turn] ? load_once(a.entries + at) : 0;
+  }
+  entries.begin[turn] += 8 * AHEAD;
+}
+
+device void begin_outliers(Entries& entries, const Arguments& a, int first_row) {
 #pragma unroll
   for (int turn = 0; turn < TURNS; ++turn) {
-    const int row = first_row + (turn * THREADS + threadIdx.x) / 8;
+    const int within = (turn * THREADS + threadIdx.x) / 8, row = first_row + within;
+    const bool real = row < a.rows && within < ROWS && blockIdx.y == 0;
+    entries.end[turn] = real ? a.row_ptr[row + 1] : 0;
+    entries.begin[turn] = (real ? a.row_ptr[row] : 0) + threadIdx.x % 8;
+  }
+#pragma unroll
+  for (int turn = 0; turn < TURNS; ++turn) fetch(entries, a, turn);
+}
+
+device void add_outliers(float (&extra)[EXTRA], Entries& entries, const Arguments& a, int first_token) {
+#pragma unroll
+  for (int turn = 0; turn < TURNS; ++turn) {
     float* own = extra + turn * WIDTH;
 #pragma unroll
     for (int n = 0; n < WIDTH; ++n) own[n] = 0.0f;
-    const bool real = row < a.rows && row < first_row + ROWS && blockIdx.y == 0;
-    const u32 end = real ? a.row_ptr[row + 1] : 0;
-    for (u32 at = (real ? a.row_ptr[row] : 0) + threadIdx.x % 8; at < end; at += 8) {
-      const u32 entry = load_once(a.entries + at);
-      const float value = OUTLIERS == F16 ? half_value(u16(entry >> 16)) : as_float(entry & 0xFFFF0000u);
-      const u16* x = a.x + i64(first_token) * a.stride + (entry & 0xFFFF);
+    while (true) {
 #pragma unroll
-      for (int n = 0; n < WIDTH; ++n)
-        if (first_token + n < a.tokens) own[n] += value * widened(x[i64(n) * a.stride]);
+      for (int k = 0; k < AHEAD; ++k) {
+        const u32 entry = entries.at[turn][k];
+        const float value = OUTLIERS == F16 ? half_value(u16(entry >> 16)) : as_float(entry & 0xFFFF0000u);
+        const u16* x = a.x + i64(first_token) * a.stride + (entry & 0xFFFF);
+#pragma unroll
+        for (int n = 0; n < WIDTH; ++n)
+          if (first_token + n < a.tokens) own[n] += value * widened(x[i64(n) * a.stride]);
+      }
+      if (entries.begin[turn] >= entries.end[turn]) break;
+      fetch(entries, a, turn);
     }
 #pragma unroll
-    for (int n = 0; n < WIDTH; ++n) own[n] = sum_of_eight(own[n]);
+    for (int n = 0; n < WIDTH; ++n)
+      if (first_token + n < a.tokens) own[n] = sum_of_eight(own[n]);
   }
 }
 
@@ -164,7 +272,11 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
 
   // What the weights are is on its way before anything is waited for.
   Codes codes[DEPTH];
-  Scales scales[DEPTH];
+  StepScales scales[DEPTH];
+  Entries entries;
+  float extra[EXTRA] = {};
+#if STAGED
+  constexpr int STAGE = STAGE_TOKENS + STAGE_CODES;
   const auto stage_codes = [&](int round) {
     u8* target = stages + round % STAGES * STAGE + STAGE_TOKENS;
     for (int n = threadIdx.x; round < rounds && n < STAGE_CODES / 16; n += THREADS) {
@@ -175,18 +287,18 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
       copy_async(target + 16 * n, real ? of_step(from, at) + load_at(load) : a.codes, real);
     }
   };
-  if constexpr (STAGED) {
-    for (int round = 0; round < STAGES - 1; ++round) stage_codes(round);
-    if (step_at(0) < end) fetch(scales[0], a, places, step_at(0));
-  } else {
+  for (int round = 0; round < STAGES - 1; ++round) stage_codes(round);
+  if (step_at(0) < end) fetch(scales[0], a, places, step_at(0), lane);
+#else
 #pragma unroll
-    for (int d = 0; d < DEPTH; ++d)
-      if (step_at(d) < end) {
-        fetch(codes[d], a, places, step_at(d), lane);
-        fetch(scales[d], a, places, step_at(d));
-      }
-  }
+  for (int d = 0; d < DEPTH; ++d)
+    if (step_at(d) < end) {
+      fetch(codes[d], a, places, step_at(d), lane);
+      fetch(scales[d], a, places, step_at(d), lane);
+    }
+#endif
 
+  if constexpr (OUTLIERS != NONE) begin_outliers(entries, a, first_row);
   if constexpr (TABLE == SHARED) {
     copy_table(a);
     block_barrier();
@@ -197,84 +309,105 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
     for (int r = 0; r < TILES; ++r) load(tables[r], a, tile_of(a, first_tile + r), 0, g);
   }
   wait_for_earlier_kernels();  // weights never depend on them
-  float extra[EXTRA];
-  if constexpr (OUTLIERS != NONE) add_outliers(extra, a, first_row, first_token);
 
   float sums[TILES][TOKENS][4] = {};
-  if constexpr (STAGED) {
-    constexpr int UNIT = 8, UNITS = COLUMNS / UNIT;  // columns of a copy, copies of a token
-    constexpr int AT_ONCE = UNITS < THREADS ? UNITS : THREADS, APART = THREADS / AT_ONCE;
-    constexpr int TURNS_OF_TOKENS = (WIDTH + APART - 1) / APART;
-    int offsets[TURNS_OF_TOKENS];
+#if STAGED
+  constexpr int UNIT = 8, UNITS = COLUMNS / UNIT;  // columns of a copy, copies of a token
+  constexpr int AT_ONCE = UNITS < THREADS ? UNITS : THREADS, APART = THREADS / AT_ONCE;
+  constexpr int TURNS_OF_TOKENS = (WIDTH + APART - 1) / APART;
+  int offsets[TURNS_OF_TOKENS];
 #pragma unroll
-    for (int n = 0; n < TURNS_OF_TOKENS; ++n) {
-      const int token = first_token + threadIdx.x / AT_ONCE + n * APART;
-      offsets[n] = (token < a.tokens ? token : a.tokens - 1) * a.stride;
-    }
-    const auto stage_tokens = [&](int round) {
-      u8* target = stages + round % STAGES * STAGE;
-      for (int unit = threadIdx.x % AT_ONCE; round < rounds && unit < UNITS; unit += AT_ONCE) {
-        const int column = (begin + round * ALONG) * STEP + unit * UNIT;
-        const bool real = (unit * UNIT / STEP + begin + round * ALONG < end) && (!RAGGED || column < a.columns);
-        u8* to = target + threadIdx.x / AT_ONCE * PITCH + 2 * unit * UNIT;
-        const u16* from = a.x + (real ? column : 0);
+  for (int n = 0; n < TURNS_OF_TOKENS; ++n) {
+    const int token = first_token + threadIdx.x / AT_ONCE + n * APART;
+    offsets[n] = (token < a.tokens ? token : a.tokens - 1) * a.stride;
+  }
+  const auto stage_tokens = [&](int round) {
+    u8* target = stages + round % STAGES * STAGE;
+    for (int unit = threadIdx.x % AT_ONCE; round < rounds && unit < UNITS; unit += AT_ONCE) {
+      const int column = (begin + round * ALONG) * STEP + unit * UNIT;
+      const bool real = (unit * UNIT / STEP + begin + round * ALONG < end) && (!RAGGED || column < a.columns);
+      u8* to = target + threadIdx.x / AT_ONCE * PITCH + 2 * unit * UNIT;
+      const u16* from = a.x + (real ? column : 0);
 #pragma unroll
-        for (int n = 0; n < TURNS_OF_TOKENS; ++n) {
-          if (WIDTH % APART != 0 && threadIdx.x / AT_ONCE + n * APART >= WIDTH) break;
-          copy_async(to + n * APART * PITCH, from + offsets[n], real);
-        }
+      for (int n = 0; n < TURNS_OF_TOKENS; ++n) {
+        if (WIDTH % APART != 0 && threadIdx.x / AT_ONCE + n * APART >= WIDTH) break;
+        copy_async(to + n * APART * PITCH, from + offsets[n], real);
       }
-      commit_copies();
-    };
-    for (int round = 0; round < STAGES - 1; ++round) stage_tokens(round);
-    for (int round = 0; round < rounds; ++round) {
-      wait_for_copies<STAGES - 2>();
-      block_barrier();
-      stage_codes(round + STAGES - 1);
-      stage_tokens(round + STAGES - 1);
-      if (step_at(round) >= end) continue;
-      const Scales now = scales[0];
-      if (step_at(round + 1) < end) fetch(scales[0], a, places, step_at(round + 1));
-      const u8* stage = stages + round % STAGES * STAGE;
-#pragma unroll
-      for (int r = 0; r < TILES; ++r)
-#pragma unroll
-        for (int l = 0; l < LOADS; ++l) {
-          const int place = (((across * TILES + r) * ALONG + along) * LOADS + l) * 32 + lane;
-          put(codes[0], r, l, reinterpret_cast<const uint4*>(stage + STAGE_TOKENS)[place]);
-        }
-      const u8* own = stage + g * PITCH + along * STEP * 2;
-      const auto tokens = [&](int n, int pair) { return columns_of(own + 8 * n * PITCH, pair, t); };
-      multiply_step(sums, codes[0], now, tokens, tables, a, first_tile, step_at(round), lane);
     }
-  } else {
-    const u8* token_rows[TOKENS];
-#pragma unroll
-    for (int n = 0; n < TOKENS; ++n) {
-      const int token = first_token + 8 * n + g;
-      const u16* row = a.x + i64(token < a.tokens ? token : a.tokens - 1) * a.stride;
-      token_rows[n] = reinterpret_cast<const u8*>(row + first_of(0, t));
-      keep(token_rows[n]);
+    commit_copies();
+  };
+  for (int round = 0; round < STAGES - 1; ++round) stage_tokens(round);
+  for (int round = 0; round < rounds; ++round) {
+    wait_for_copies<STAGES - 2>();
+    block_barrier();
+    stage_codes(round + STAGES - 1);
+    stage_tokens(round + STAGES - 1);
+    if constexpr (OUTLIERS != NONE) {
+      if (round == 0) add_outliers(extra, entries, a, first_token);
     }
-    Activations x[DEPTH];
+    if (step_at(round) >= end) continue;
+    const Scales now = scales[0];
+    if (step_at(round + 1) < end) fetch(scales[0], a, places, step_at(round + 1), lane);
+    const u8* stage = stages + round % STAGES * STAGE;
 #pragma unroll
-    for (int d = 0; d < DEPTH; ++d)
-      if (step_at(d) < end) fetch(x[d], a, token_rows, step_at(d), t);
-    for (int base = 0; base < rounds; base += DEPTH) {
+    for (int r = 0; r < TILES; ++r)
 #pragma unroll
-      for (int d = 0; d < DEPTH; ++d) {
-        if (step_at(base + d) >= end) break;
-        const auto tokens = [&](int n, int pair) { return x[d].at[n][pair]; };
-        multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(base + d), lane);
-        const int next = step_at(base + d + DEPTH);
-        if (next < end) {
-          fetch(codes[d], a, places, next, lane);
-          fetch(scales[d], a, places, next);
-          fetch(x[d], a, token_rows, next, t);
-        }
+      for (int l = 0; l < LOADS; ++l) {
+        const int place = (((across * TILES + r) * ALONG + along) * LOADS + l) * 32 + lane;
+        put(codes[0], r, l, reinterpret_cast<const uint4*>(stage + STAGE_TOKENS)[place]);
       }
+    const u8* own = stage + g * PITCH + along * STEP * 2;
+    const auto tokens = [&](int n, int pair) { return columns_of(own + 8 * n * PITCH, pair, t); };
+    multiply_step(sums, codes[0], now, tokens, tables, a, first_tile, step_at(round), lane);
+  }
+#else
+#if SPREAD
+  SpreadActivations x[DEPTH];
+  const auto fetch_tokens = [&](int d, int step) { fetch(x[d], a, step, lane); };
+#else
+  const u8* token_rows[TOKENS];
+#pragma unroll
+  for (int n = 0; n < TOKENS; ++n) {
+    const int token = first_token + 8 * n + g;
+    const u16* row = a.x + i64(token < a.tokens ? token : a.tokens - 1) * a.stride;
+    token_rows[n] = reinterpret_cast<const u8*>(row + first_of(0, t));
+    keep(token_rows[n]);
+  }
+  Activations x[DEPTH];
+  const auto fetch_tokens = [&](int d, int step) { fetch(x[d], a, token_rows, step, t); };
+#endif
+#pragma unroll
+  for (int d = 0; d < DEPTH; ++d)
+    if (step_at(d) < end) fetch_tokens(d, step_at(d));
+  for (int base = 0; base < rounds; base += DEPTH) {
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d) {
+      if (step_at(base + d) >= end) break;
+#if SPREAD
+      multiply_step(sums, codes[d], scales[d], x[d], tables, a, first_tile, step_at(base + d), lane);
+#else
+      const auto tokens = [&](int n, int pair) { return x[d].at[n][pair]; };
+      multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(base + d), lane);
+#endif
+      const int next = step_at(base + d + DEPTH);
+      if (next < end) {
+        fetch(codes[d], a, places, next, lane);
+        fetch(scales[d], a, places, next, lane);
+        fetch_tokens(d, next);
+      }
+    }
+    if constexpr (OUTLIERS != NONE) {
+      if (base == 0) add_outliers(extra, entries, a, first_token);
     }
   }
+#endif
+#if SPREAD
+#pragma unroll
+  for (int r = 0; r < TILES; ++r) {
+    sums[r][0][0] = sum_of_four(sums[r][0][0]);
+    sums[r][0][2] = sum_of_four(sums[r][0][2]);
+  }
+#endif
 
   // Warps along the columns meet in shared memory, blocks along the columns in device memory, always in one order.
   if constexpr (STAGED) {
@@ -332,7 +465,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Argume
   Scales scales;
   const Places places = places_of(a, tile, lane);
   fetch(codes, a, places, step, lane);
-  fetch(scales, a, places, step);
+  fetch(scales, a, places, step, lane);
   Tables tables;
 #pragma unroll
   for (int b = 0; b < BLOCKS; ++b) {

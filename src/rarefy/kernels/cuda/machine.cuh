@@ -124,12 +124,14 @@ template <bool HALF_> device u16 rounded(float value) {
   return bits;
 }
 device float widened(u16 bits) { return HALF ? half_value(bits) : as_float(u32(bits) << 16); }
-// The sum over eight neighbouring lanes, in all of them.
-device float sum_of_eight(float value) {
+// The sum over so many neighbouring lanes, in all of them.
+template <int LANES> device float sum_of_lanes(float value) {
 #pragma unroll
-  for (int distance = 4; distance > 0; distance /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
+  for (int distance = LANES / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
   return value;
 }
+device float sum_of_four(float value) { return sum_of_lanes<4>(value); }
+device float sum_of_eight(float value) { return sum_of_lanes<8>(value); }
 device float absolute(float value) { return fabsf(value); }
 device float max_of(float a, float b) { return fmaxf(a, b); }
 device float inverse_root(float value) { return rsqrtf(value); }
@@ -154,11 +156,7 @@ device void reduce_over_block(float& sum, float& most, float* shared) {
   sum = 0.0f, most = 0.0f;
   for (int n = 0; n < warps; ++n) sum += shared[n], most = fmaxf(most, shared[32 + n]);
 }
-device float sum_of_warp(float value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
-  return value;
-}
+device float sum_of_warp(float value) { return sum_of_lanes<32>(value); }
 device u32 of_lane(u32 value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
 device int ones_of(u32 word) { return __popc(word); }
 device u32 bits_of(float value) { return __float_as_uint(value); }

@@ -88,6 +88,7 @@ class Tuning:
     overlap: bool = False
     cluster: int = 1
     rescaled: bool = False
+    spread: bool = False
 
     @property
     def threads(self) -> int:

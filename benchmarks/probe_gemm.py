@@ -77,13 +77,13 @@ def main():
     if "A" in PARTS:
         w = Weights(JOBS["W4"], 14336, 4096)
         compile_all(w.code, [t for v in VARIANTS.values() for t in v])
-        print("compiled", time.time() - T0, torch.cuda.get_device_name(), flush=True)
+        print("compiled", time.time() - T0, torch.cuda.get_device_name(), "copy bytes/us", bandwidth(), flush=True)
         dense = [torch.randn(14336, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
         for tokens in (64, 32, 128, 256, 16):
             x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
             us = microseconds({"": (graph_of([functools.partial(torch.nn.functional.linear, x, d) for d in dense]), 4)}, 9)[""]
             say(job="bf16", tokens=tokens, us=round(us, 2))
-            trial("W4", w, tokens, VARIANTS[tokens], x)
+            trial("W4", w, tokens, VARIANTS[tokens] + ([Tuning(2, 2, 1, 4, 1)] if tokens == 16 else []), x)
         # the product alone, and the arranging alone
         for t in (W(1, 64, 8, 8), W(1, 32, 8, 12), W(1, 128, 8, 5)):
             x = torch.randn(8 * t.tokens, 4096, device="cuda", dtype=torch.bfloat16)
@@ -120,6 +120,16 @@ def main():
         compile_all(w.code, [t for v in CLUSTERS.values() for t in v])
         for tokens, v in CLUSTERS.items():
             trial("W4", w, tokens, v)
+    if "D" in PARTS:
+        jobs = {**{k: JOBS[k] for k in ("W3", "W2", "W8", "LUT4", "LUT4 rows", "NF4 g64", "W4 zero", "SpQR", "binary")}}
+        jobs["SpQR"] = replace(jobs["SpQR"], outliers=0.0)
+        for name, job in jobs.items():
+            w = Weights(job, 14336, 4096)
+            big = 2 if w.code.step == 256 else 1
+            v = [W(1, 64, 8, 4), W(1, 32, 8, 5)]
+            compile_all(w.code, v)
+            trial(name, w, 64, v[:1]); trial(name, w, 32, v[1:])
+            del w
     if "C" in PARTS:
         for rows, columns in ((4096, 4096), (4096, 14336)):
             w = Weights(JOBS["W4"], rows, columns)
@@ -133,16 +143,6 @@ def main():
                 us = microseconds({"": (graph_of([functools.partial(torch.nn.functional.linear, x, d) for d in dense]), 5)}, 9)[""]
                 say(job="bf16", rows=rows, columns=columns, tokens=tokens, us=round(us, 2))
                 trial("W4", w, tokens, u, x)
-    if "D" in PARTS:
-        jobs = {**{k: JOBS[k] for k in ("W3", "W2", "W8", "LUT4", "LUT4 rows", "NF4 g64", "W4 zero", "SpQR", "binary")}}
-        jobs["SpQR"] = replace(jobs["SpQR"], outliers=0.0)
-        for name, job in jobs.items():
-            w = Weights(job, 14336, 4096)
-            big = 2 if w.code.step == 256 else 1
-            v = [W(1, 64, 8, 4), W(1, 32, 8, 5)]
-            compile_all(w.code, v)
-            trial(name, w, 64, v[:1]); trial(name, w, 32, v[1:])
-            del w
     if "E" in PARTS:
         def L(tiles, across, along, depth, spread=True):
             return Tuning(tiles, 1, across, along, depth, 0, 1, False, True, 1, False, spread)

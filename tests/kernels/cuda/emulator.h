@@ -194,8 +194,8 @@ device void wait_for(u64* barrier, unsigned phase) {
   while (phased(barrier).phase == phase) swapcontext(&emulator::fibers[emulator::current], &emulator::scheduler);
   threadIdx.x = thread;
 }
-template <int WARPS> device void give_registers_back() {}
-template <int WARPS> device void take_registers() {}
+template <int COUNT> device void give_registers_back() {}
+template <int COUNT> device void take_registers() {}
 device void copy_bulk(unsigned char* to, const void* from, unsigned bytes, u64* barrier) {
   memcpy(to, from, bytes);
   phased(barrier).bytes -= bytes;

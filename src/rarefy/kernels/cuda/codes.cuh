@@ -25,6 +25,8 @@ struct Arguments {
   const u16* x;         // [tokens][stride]
   u8* arranged;         // the same as gemm.cu wants it
   float* ones;          // and its sums by group
+  u16* turned;          // and, for outliers, [token tiles][columns][WIDTH]
+  float* extra;         // what outliers add there: [token tiles][rows][WIDTH]
   u16* y;               // [tokens][rows]
   float* partial;       // [SPLIT][tokens][rows]
   u32* arrived;         // [blocks], zero before and after

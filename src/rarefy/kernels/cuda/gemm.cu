@@ -7,7 +7,8 @@
 //
 // Macros besides those of codes.cuh: TOKENS (of 8), ACROSS (warps over rows, a multiple of four), STAGES (steps in
 // shared memory), SPLIT (blocks over columns), CLUSTER (neighbouring blocks that share what they read of the tokens),
-// RESCALED (sums are kept in units of the last group's scale, which spares registers).
+// RESCALED (sums are kept in units of the last group's scale, which spares registers), OUTLIERS (type of single values
+// that are added to the weight).
 
 constexpr int THREADS = 32 * ACROSS + 128;  // the last four warps bring what the others multiply
 
@@ -84,6 +85,60 @@ device void bring(const Arguments& a, u8* stages, u64* full, u64* empty, int beg
   }
 }
 
+// ---- Outliers: three warps that have nothing else to do add those of one row after another, over all tokens of the
+// block. Lanes are tokens, two of them a word.
+
+#if OUTLIERS
+static_assert(WIDTH == 16 || WIDTH == 32 || WIDTH == 64 || WIDTH == 128, "words of tokens for all lanes");
+constexpr int LANES = WIDTH < 64 ? WIDTH / 2 : 32, ENTRIES_AT_ONCE = 32 / LANES, WORDS = WIDTH / 2 / LANES;
+constexpr int BATCH = WORDS > 1 ? 10 : 16 / ENTRIES_AT_ONCE;  // loads on their way
+
+device void add_outliers(const Arguments& a, int first_row, int token_tile, int which, int lane) {
+  const u32* tokens = reinterpret_cast<const u32*>(a.turned) + i64(token_tile) * a.steps * STEP * (WIDTH / 2) + lane % LANES * WORDS;
+  for (int row = first_row + which; row < first_row + ROWS && row < a.rows; row += 3) {
+    const u32 end = a.row_ptr[row + 1];
+    float sums[WORDS][2] = {};
+    for (u32 first = a.row_ptr[row]; first < end; first += 32) {
+      const u32 mine = first + lane < end ? load_once(a.entries + first + lane) : 0;
+      const int left = end - first < 32 ? end - first : 32;
+      for (int k = 0; k < left; k += BATCH * ENTRIES_AT_ONCE) {
+        u32 words[BATCH][WORDS];
+#pragma unroll
+        for (int n = 0; n < BATCH; ++n) {
+          const int at = k + n * ENTRIES_AT_ONCE + lane / LANES;
+          const u32 entry = of_lane(mine, at < 32 ? at : 31);
+          const u32* from = tokens + (entry & 0xFFFF) * (WIDTH / 2);
+#pragma unroll
+          for (int w = 0; w < WORDS; ++w) words[n][w] = from[w];
+        }
+#pragma unroll
+        for (int n = 0; n < BATCH; ++n) {
+          const int at = k + n * ENTRIES_AT_ONCE + lane / LANES;
+          const u32 entry = of_lane(mine, at < 32 ? at : 31);
+          float value = OUTLIERS == F16 ? half_value(u16(entry >> 16)) : as_float(entry & 0xFFFF0000u);
+          value = at < left ? value : 0.0f;
+#pragma unroll
+          for (int w = 0; w < WORDS; ++w) {
+            sums[w][0] += value * widened(u16(words[n][w]));
+            sums[w][1] += value * widened(u16(words[n][w] >> 16));
+          }
+        }
+      }
+    }
+    float* to = a.extra + (i64(token_tile) * a.rows + row) * WIDTH + lane % LANES * (2 * WORDS);
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w)
+#pragma unroll
+      for (int f = 0; f < 2; ++f) {
+#pragma unroll
+        for (int distance = 16; distance >= LANES; distance /= 2)
+          sums[w][f] += as_float(of_lane(bits_of(sums[w][f]), lane ^ distance));
+        if (lane < LANES) to[2 * w + f] = sums[w][f];
+      }
+  }
+}
+#endif
+
 typedef u32 Operands[TILES][CHUNK][4];
 
 device void unpack(Operands& weights, const Codes& codes, int chunk, int step, Tables (&tables)[TILES], const Arguments& a, int lane, int first_tile) {
@@ -125,6 +180,13 @@ extern "C" global __launch_bounds__(THREADS, 1) in_clusters_of(CLUSTER) void rar
   if (warp >= ACROSS) {
     give_registers_back<ACROSS>();
     if (warp == ACROSS) bring(a, stages, full, empty, begin, rounds, lane, rank);
+#if OUTLIERS
+    if (warp > ACROSS && blockIdx.y == 0) {
+      wait_for_earlier_kernels();
+      add_outliers(a, first_row, blockIdx.z, warp - ACROSS - 1, lane);
+    }
+    block_barrier();
+#endif
     return;
   }
   take_registers<ACROSS>();
@@ -262,8 +324,23 @@ extern "C" global __launch_bounds__(THREADS, 1) in_clusters_of(CLUSTER) void rar
   }
 
   // Nothing is on its way to this block any more, and nobody has to arrive here.
+  block_barrier();
   if constexpr (CLUSTER > 1) cluster_barrier();
-  else block_barrier();
+#if OUTLIERS
+  if (blockIdx.y == 0) {
+#pragma unroll
+    for (int r = 0; r < TILES; ++r)
+#pragma unroll
+      for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+        for (int which = 0; which < 2; ++which) {
+          const int row = first_row + (own_tile + 4 * r) * 16 + g + 8 * which;
+          if (row >= a.rows) continue;
+          const float* more = a.extra + (i64(blockIdx.z) * a.rows + row) * WIDTH + 8 * n + 2 * t;
+          sums[r][n][2 * which] += load_fresh(more), sums[r][n][2 * which + 1] += load_fresh(more + 1);
+        }
+  }
+#endif
   float* meeting = reinterpret_cast<float*>(stages);
 #pragma unroll
   for (int r = 0; r < TILES; ++r)
@@ -332,6 +409,14 @@ extern "C" global __launch_bounds__(128) void rarefy_arrange(const Arguments a) 
           if constexpr (SUMS) sum += widened(u16(own[t])) + widened(u16(own[t] >> 16));
         }
         to[(4 * pair + 2 * e + q) * WIDTH] = {own[0], own[1], own[2], own[3]};
+#if OUTLIERS
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+          const int column = step * STEP + (SPAN == 4 ? 32 * pair + 16 * e + 4 * t : first_of(pair, t) + 4 * e) + 2 * q;
+          u16* turned = a.turned + (i64(tile) * a.steps * STEP + column) * WIDTH + token;
+          turned[0] = u16(own[t]), turned[WIDTH] = u16(own[t] >> 16);
+        }
+#endif
       }
       if constexpr (SUMS) {
         if (PART < 2 || b + e == UNIT - 1) {

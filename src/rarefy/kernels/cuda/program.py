@@ -115,7 +115,7 @@ class Tuning:
 
 
 _NUMBERS = "rows columns steps groups tokens stride second_rows second_groups pitch".split()
-_POINTERS = "codes scale zero second table x arranged ones y partial arrived entries row_ptr".split()
+_POINTERS = "codes scale zero second table x arranged ones turned extra y partial arrived entries row_ptr".split()
 
 
 class Arguments(ctypes.Structure):
@@ -314,6 +314,9 @@ def workspace(
         found["arranged"] = torch.empty(deep, steps, code.step // 8, width, 8, dtype=torch.int16, device=device)
         if code.sums:
             found["ones"] = torch.empty(deep, steps, code.parts, width, dtype=torch.float32, device=device)
+        if code.outliers is not None:
+            found["turned"] = torch.empty(deep, steps * code.step, width, dtype=torch.int16, device=device)
+            found["extra"] = torch.empty(deep, rows, width, dtype=torch.float32, device=device)
     return found
 
 

@@ -42,11 +42,11 @@ device void wait_for(u64* barrier, u32 phase) {
 // ---- Registers: four warps that only bring things leave theirs to `warps` that multiply.
 
 template <int WARPS> device void give_registers_back() {
-  if constexpr (WARPS == 8) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+  if constexpr (WARPS == 8) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
   if constexpr (WARPS == 12) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
 }
 template <int WARPS> device void take_registers() {
-  if constexpr (WARPS == 8) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+  if constexpr (WARPS == 8) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
   if constexpr (WARPS == 12) asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
 }
 

@@ -121,12 +121,11 @@ def main():
         for tokens, v in CLUSTERS.items():
             trial("W4", w, tokens, v)
     if "D" in PARTS:
-        jobs = {**{k: JOBS[k] for k in ("W3", "W2", "W8", "LUT4", "LUT4 rows", "NF4 g64", "W4 zero", "SpQR", "binary")}}
-        jobs["SpQR"] = replace(jobs["SpQR"], outliers=0.0)
+        jobs = {**{k: JOBS[k] for k in ("W3 + 0.45%", "W3", "W2", "W8", "LUT4", "LUT4 rows", "NF4 g64", "W4 zero", "SpQR", "binary")}}
         for name, job in jobs.items():
             w = Weights(job, 14336, 4096)
             big = 2 if w.code.step == 256 else 1
-            v = [W(1, 64, 8, 4), W(1, 32, 8, 5)]
+            v = [W(1, 64, 8, 4), W(1, 32, 8, 4)]
             compile_all(w.code, v)
             trial(name, w, 64, v[:1]); trial(name, w, 32, v[1:])
             del w

@@ -61,6 +61,11 @@ class Code:
         return self.step // self.group if 0 < self.group < self.step else 1
 
     @property
+    def can_rescale(self) -> bool:
+        """Whether sums can be kept in units of the last scale: ratios of 16-bit floats neither vanish nor overflow."""
+        return not self.sums and (self.group == 0 or self.scale == torch.float16)
+
+    @property
     def sums(self) -> bool:
         """Whether sums of activations are wanted beside the product."""
         return self.zero is not None or self.scale in ("pairs", "bilevel")
@@ -71,7 +76,7 @@ class Tuning:
     """How the work is cut up. A warp computes ``16 * tiles`` rows for ``8 * tokens`` tokens; a block has ``across``
     warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps are
     loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``overlap``: the kernel starts
-    while its forerunner still runs; from 9.0 on.
+    while its forerunner still runs; from 9.0 on. ``spread``: blocks of one token take the places of eight tokens.
 
     ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
     multiple of 4 and ``along`` 1; ``cluster`` neighbouring blocks share what they read of the tokens; ``rescaled``: sums
@@ -89,6 +94,11 @@ class Tuning:
     cluster: int = 1
     rescaled: bool = False
     spread: bool = False
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """What is launched, in this order."""
+        return ("arrange", "gemm") if self.wide else ("linear",)
 
     @property
     def threads(self) -> int:
@@ -178,13 +188,18 @@ def kernel(device: int, name: str, code: Code, tuning: Tuning, half: bool) -> dr
 
 def linear(code: Code, tuning: Tuning, given: Arguments, half: bool, device: torch.device) -> None:
     """The product, on the current stream of ``device``."""
-    index, stream = _index(device), torch.cuda.current_stream(device).cuda_stream
-    compiled = replace(tuning, overlap=False)
-    if tuning.wide:
-        arrange = kernel(index, "arrange", code, compiled, half)
-        arrange(arranging(code, tuning, given), ARRANGING, given, stream, tuning.overlap)
-    program = kernel(index, "gemm" if tuning.wide else "linear", code, compiled, half)
-    program(grid(tuning, given.rows, given.tokens), tuning.threads, given, stream, tuning.overlap)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    for name, program in compiled(code, tuning, half, device).items():
+        if name == "arrange":
+            program(arranging(code, tuning, given), ARRANGING, given, stream, tuning.overlap)
+        else:
+            program(grid(tuning, given.rows, given.tokens), tuning.threads, given, stream, tuning.overlap)
+
+
+def compiled(code: Code, tuning: Tuning, half: bool, device: torch.device) -> dict[str, driver.Kernel]:
+    """The kernels of a product by their names. Raises UnsupportedError where one does not compile."""
+    own = replace(tuning, overlap=False)
+    return {name: kernel(_index(device), name, code, own, half) for name in tuning.kernels}
 
 
 ARRANGING = 128  # threads of a block
@@ -308,7 +323,7 @@ def workspace(
     across, _, deep = grid(tuning, rows, tokens)
     if tuning.split > 1:
         found["partial"] = torch.empty(tuning.split, tokens, rows, dtype=torch.float32, device=device)
-        found["arrived"] = _counters(device, across * deep) if device.type == "cuda" else torch.zeros(across * deep, dtype=torch.int32)
+        found["arrived"] = _counters(device, across * deep)
     if tuning.wide:
         steps, width = -(-columns // code.step), 8 * tuning.tokens
         found["arranged"] = torch.empty(deep, steps, code.step // 8, width, 8, dtype=torch.int16, device=device)
@@ -331,6 +346,8 @@ def _counters(device: torch.device, count: int) -> Tensor:
     time. A capture that no call came before makes its own, which every replay sets to zero. Those that have become too
     few are kept, since a graph may count in them.
     """
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32)
     if torch.cuda.is_current_stream_capturing():
         known = _arrived.get((device, "graphs"), [])
         if known and known[-1].numel() >= count:

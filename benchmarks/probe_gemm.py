@@ -63,6 +63,7 @@ VARIANTS = {
     32: [W(1, 32, 8, 8), W(1, 32, 8, 12), W(2, 32, 8, 6), W(2, 32, 8, 6, 2), W(2, 32, 4, 6), W(2, 32, 4, 12), W(1, 32, 4, 6), W(1, 32, 8, 8, overlap=False), W(1, 32, 8, 8, 2), W(1, 32, 12, 8)],
     64: [W(1, 64, 8, 8), W(1, 64, 8, 4), W(2, 64, 8, 6), W(2, 64, 8, 6, 2), W(2, 64, 4, 8), W(1, 64, 12, 6), W(2, 64, 8, 6, 1, 1, True), W(2, 64, 8, 6, 2, 1, True), W(1, 64, 8, 8, 1, 1, True)],
     128: [W(1, 128, 8, 5), W(1, 128, 8, 5, 1, 1, True), W(2, 128, 8, 4, 1, 1, True), W(2, 128, 8, 4, 2, 1, True), W(1, 128, 12, 4, 1, 1, True), W(1, 64, 8, 8)],
+    512: [W(1, 256, 8, 3, 1, 1, True), W(2, 128, 8, 4, 1, 1, True)],
     256: [W(1, 256, 8, 3, 1, 1, True), W(1, 128, 8, 5), W(2, 128, 8, 4, 1, 1, True), W(1, 128, 12, 4, 1, 1, True)],
 }
 CLUSTERS = {
@@ -79,7 +80,7 @@ def main():
         compile_all(w.code, [t for v in VARIANTS.values() for t in v])
         print("compiled", time.time() - T0, torch.cuda.get_device_name(), "copy bytes/us", bandwidth(), flush=True)
         dense = [torch.randn(14336, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
-        for tokens in (64, 32, 128, 256, 16):
+        for tokens in (64, 32, 128, 256, 16, 512):
             x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
             us = microseconds({"": (graph_of([functools.partial(torch.nn.functional.linear, x, d) for d in dense]), 4)}, 9)[""]
             say(job="bf16", tokens=tokens, us=round(us, 2))
@@ -103,7 +104,7 @@ def main():
                 say(job="alone", tokens=x.shape[0], overlap=over, gemm=round(us, 2), arrange=round(us2, 2))
         # dequantize, then the library
         y = torch.empty(14336, 4096, device="cuda", dtype=torch.bfloat16)
-        for tokens in (128, 256):
+        for tokens in (256, 512):
             x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
             def both(own):
                 given = program.arguments({**own, "y": y}, rows=14336, columns=4096)

@@ -454,7 +454,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
 // one step of a tile.
 extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Arguments a) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const i64 unit = i64(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
+  const u32 unit = u32(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
   if constexpr (TABLE == SHARED) {
     copy_table(a);
     block_barrier();
@@ -467,28 +467,41 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Argume
   fetch(codes, a, places, step, lane);
   fetch(scales, a, places, step, lane);
   Tables tables;
+  const bool aligned = a.columns % 8 == 0;
 #pragma unroll
-  for (int b = 0; b < BLOCKS; ++b) {
-    if (b % PART == 0) load(tables, a, tile, group_of(a, step, b / PART), g);
-    u32 weights[4];
-    operands(weights, codes.at[0], b, 4 * lane, tables);
+  for (int pair = 0; pair < BLOCKS / 2; ++pair) {
+    u32 words[2][4];  // of a row: the lane's columns of both blocks
 #pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      const int row = tile * 16 + g + 8 * which;
-      const int column = step * STEP + (SPAN == 4 ? b * 16 + 4 * t : first_of(b / 2, t) + b % 2 * 4);
-      u32 pairs[2];
+    for (int e = 0; e < 2; ++e) {
+      const int b = 2 * pair + e;
+      if (b % PART == 0) load(tables, a, tile, group_of(a, step, b / PART), g);
+      u32 weights[4];
+      operands(weights, codes.at[0], b, 4 * lane, tables);
 #pragma unroll
-      for (int q = 0; q < 2; ++q) {
+      for (int i = 0; i < 4; ++i) {
         float values[2];
 #pragma unroll
         for (int f = 0; f < 2; ++f) {
-          const float code = widened(u16(weights[which + 2 * q] >> 16 * f));
-          values[f] = contribution(scales.scale[0][b / PART], scales.zero[0][b / PART], which, code, 1.0f) * a.multiplier;
+          const float code = widened(u16(weights[i] >> 16 * f));
+          values[f] = contribution(scales.scale[0][b / PART], scales.zero[0][b / PART], i % 2, code, 1.0f) * a.multiplier;
         }
-        pairs[q] = rounded<HALF>(values[0]) | u32(rounded<HALF>(values[1])) << 16;
+        words[i % 2][2 * e + i / 2] = rounded<HALF>(values[0]) | u32(rounded<HALF>(values[1])) << 16;
       }
-      if (row < a.rows && column < a.columns)
-        *reinterpret_cast<uint2*>(a.y + i64(row) * a.columns + column) = {pairs[0], pairs[1]};
+    }
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const int row = tile * 16 + g + 8 * which;
+      const int column = step * STEP + (SPAN == 4 ? 32 * pair + 4 * t : first_of(pair, t));
+      constexpr int NEXT = SPAN == 4 ? 16 : 4;  // from the columns of one block to those of the other
+      if (row >= a.rows) continue;
+      u16* to = a.y + i64(row) * a.columns + column;
+      const u32(&own)[4] = words[which];
+      if (SPAN != 4 && aligned) {
+        if (column < a.columns) *reinterpret_cast<uint4*>(to) = {own[0], own[1], own[2], own[3]};
+      } else {
+        if (column < a.columns) *reinterpret_cast<uint2*>(to) = {own[0], own[1]};
+        if (column + NEXT < a.columns) *reinterpret_cast<uint2*>(to + NEXT) = {own[2], own[3]};
+      }
     }
   }
 }

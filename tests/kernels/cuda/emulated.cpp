@@ -40,6 +40,7 @@ extern "C" void run(int which, const Arguments* given, int x, int y, int z, int 
     emulator::shared = memory.data();
     barriers.assign(1 + threads / 32, {});
     finished.assign(threads, 0);
+    memset(passed, 0, sizeof passed), memset(taken, 0, sizeof taken);
     fibers.assign(threads, {});
     for (int n = 0; n < threads; ++n) {
       getcontext(&fibers[n]);

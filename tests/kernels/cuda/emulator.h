@@ -105,6 +105,7 @@ device float sum_of(int count, float value) {
   warp_barrier();
   return sum;
 }
+template <int LANES_> device float sum_of_lanes(float value) { return sum_of(LANES_, value); }
 device float sum_of_four(float value) { return sum_of(4, value); }
 device float sum_of_eight(float value) { return sum_of(8, value); }
 device float sum_of_warp(float value) { return sum_of(32, value); }
@@ -192,6 +193,13 @@ device void arrive_at(u64* barrier, unsigned) { arrive_at(barrier); }
 device void wait_for(u64* barrier, unsigned phase) {
   const int thread = threadIdx.x;
   while (phased(barrier).phase == phase) swapcontext(&emulator::fibers[emulator::current], &emulator::scheduler);
+  threadIdx.x = thread;
+}
+static int passed[2], taken[1024];
+device void pass_turn(int four) { ++passed[1 - four]; }
+device void take_turn(int four) {
+  const int thread = threadIdx.x, wanted = 128 * ++taken[thread];
+  while (passed[four] < wanted) swapcontext(&emulator::fibers[emulator::current], &emulator::scheduler);
   threadIdx.x = thread;
 }
 template <int COUNT> device void give_registers_back() {}

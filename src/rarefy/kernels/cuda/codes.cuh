@@ -289,11 +289,12 @@ struct Places {
   const uint2* second[TILES];
 };
 
-device Places places_of(const Arguments& a, int first_tile, int lane) {
+// `apart`: from one tile of the warp to its next.
+device Places places_of(const Arguments& a, int first_tile, int lane, int apart = 1) {
   Places found;
 #pragma unroll
   for (int r = 0; r < TILES; ++r) {
-    const i64 tile = tile_of(a, first_tile + r);
+    const i64 tile = tile_of(a, first_tile + apart * r);
 #pragma unroll
     for (int which = 0; which < (SPAN == 16 ? 2 : 1); ++which) {
       found.codes[r][which] = codes_of(a, tile, lane, which);

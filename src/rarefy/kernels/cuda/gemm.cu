@@ -1,13 +1,15 @@
 // Y[token][row] = sum over columns of X[token][column] * W[row][column], W in code, for many tokens (wgmma; compute
 // capability 9.0).
 //
-// One warp brings codes and tokens into shared memory, a few steps ahead; warps in fours turn codes into the first
-// operand in registers, while the product before still runs. A group's sums are formed apart and scaled in float32, so
-// that no weight is rounded. Tokens come in the order in which they are wanted: `rarefy_arrange` has written them so.
+// One warp brings tokens into shared memory, a few steps ahead, in the order in which they are wanted: `rarefy_arrange`
+// has written them so. Warps in fours load codes, a few steps ahead too, and turn them into the first operand in
+// registers, while the product before still runs. A group's sums are formed apart and scaled in float32, so that no
+// weight is rounded.
 //
-// Macros besides those of codes.cuh: TOKENS (of 8), ACROSS (warps over rows, a multiple of four), STAGES (steps in
-// shared memory), SPLIT (blocks over columns), CLUSTER (neighbouring blocks that share what they read of the tokens),
-// RESCALED (sums are kept in units of the last group's scale, which spares registers), OUTLIERS (type of single values
+// Macros besides those of codes.cuh: TOKENS (of 8), ACROSS (warps over rows, a multiple of four), STAGES (steps of
+// tokens in shared memory), DEPTH (steps of codes in registers), SPLIT (blocks over columns), CLUSTER (neighbouring blocks that share what they read of the tokens),
+// IN_TURNS (two fours
+// of warps multiply in turns), RESCALED (sums are kept in units of the last group's scale, which spares registers), OUTLIERS (type of single values
 // that are added to the weight).
 
 constexpr int THREADS = 32 * ACROSS + 128;  // the last four warps bring what the others multiply
@@ -18,10 +20,8 @@ constexpr int THREADS = 32 * ACROSS + 128;  // the last four warps bring what th
 #endif
 
 constexpr int WIDTH = 8 * TOKENS, ROWS = 16 * TILES * ACROSS;
-constexpr int CODES_PITCH = STEP + 16;  // of bytes row by row; the rest keeps banks apart
 constexpr int STAGE_TOKENS = STEP * WIDTH * 2, STAGE_SUMS = SUMS ? PARTS * WIDTH * 4 : 0;
-constexpr int STAGE_CODES = SPAN == 16 ? ROWS * CODES_PITCH : ROWS / 16 * LOADS * 512;
-constexpr int STAGE = STAGE_TOKENS + STAGE_SUMS + STAGE_CODES;  // bytes
+constexpr int STAGE = STAGE_TOKENS + STAGE_SUMS;  // bytes
 constexpr int SUM_PITCH = ROWS + 4;
 constexpr int CHUNK = PART < 4 ? PART : 4;  // blocks of 16 columns that are unpacked at once
 constexpr int CHUNKS = BLOCKS / CHUNK;
@@ -37,34 +37,12 @@ device const float* arranged_sums(const Arguments& a, int token_tile, int step) 
   return a.ones + (i64(token_tile) * a.steps + step) * (PARTS * WIDTH);
 }
 
-// One warp: brings steps begin..begin + rounds to shared memory.
-device void bring(const Arguments& a, u8* stages, u64* full, u64* empty, int begin, int rounds, int lane, u32 rank) {
-  const auto bytes_of = [&](int step) {
-    if (SPAN != 16 || !RAGGED) return STEP;
-    return a.pitch - step * STEP < STEP ? a.pitch - step * STEP : STEP;
-  };
-  const auto bring_codes = [&](int round) {
+// One thread: brings the tokens of steps begin..begin + rounds to shared memory.
+device void bring(const Arguments& a, u8* stages, u64* full, u64* empty, int begin, int rounds, u32 rank) {
+  for (int round = 0; round < rounds; ++round) {
     const int step = begin + round, stage = round % STAGES;
-    u8* to = stages + stage * STAGE + STAGE_TOKENS + STAGE_SUMS;
-    if (lane == 0)
-      expect(full + stage, STAGE_TOKENS + STAGE_SUMS + (SPAN == 16 ? ROWS * bytes_of(step) : STAGE_CODES));
-    warp_barrier();
-    if constexpr (SPAN == 16) {
-      for (int n = lane; n < ROWS; n += 32) {
-        const int row = blockIdx.x * ROWS + n;
-        const u8* from = reinterpret_cast<const u8*>(a.codes) + i64(row < a.rows ? row : a.rows - 1) * a.pitch + step * STEP;
-        copy_bulk(to + n * CODES_PITCH, from, bytes_of(step), full + stage);
-      }
-    } else {
-      for (int n = lane; n < ROWS / 16; n += 32) {
-        const uint4* from = of_step(codes_of(a, tile_of(a, blockIdx.x * (ROWS / 16) + n), 0, 0), step);
-        copy_bulk(to + n * LOADS * 512, from, LOADS * 512, full + stage);
-      }
-    }
-  };
-  const auto bring_tokens = [&](int round) {
-    if (lane) return;
-    const int step = begin + round, stage = round % STAGES;
+    if (round >= STAGES) wait_for(empty + stage, (round / STAGES - 1) & 1);
+    expect(full + stage, STAGE);
     u8* to = stages + stage * STAGE;
     if constexpr (CLUSTER > 1) {
       constexpr int SHARE = STAGE_TOKENS / CLUSTER;
@@ -73,15 +51,6 @@ device void bring(const Arguments& a, u8* stages, u64* full, u64* empty, int beg
       copy_bulk(to, arranged_tokens(a, blockIdx.z, step), STAGE_TOKENS, full + stage);
     }
     if constexpr (SUMS) copy_bulk(to + STAGE_TOKENS, arranged_sums(a, blockIdx.z, step), STAGE_SUMS, full + stage);
-  };
-  const int ahead = rounds < STAGES ? rounds : STAGES;
-  for (int round = 0; round < ahead; ++round) bring_codes(round);
-  wait_for_earlier_kernels();  // weights never depend on them
-  for (int round = 0; round < ahead; ++round) bring_tokens(round);
-  for (int round = STAGES; round < rounds; ++round) {
-    wait_for(empty + round % STAGES, (round / STAGES - 1) & 1);
-    bring_codes(round);
-    bring_tokens(round);
   }
 }
 
@@ -179,7 +148,10 @@ extern "C" global __launch_bounds__(THREADS, 1) in_clusters_of(CLUSTER) void rar
 
   if (warp >= ACROSS) {
     give_registers_back<ACROSS>();
-    if (warp == ACROSS) bring(a, stages, full, empty, begin, rounds, lane, rank);
+    if (threadIdx.x == 32 * ACROSS) {
+      wait_for_earlier_kernels();
+      bring(a, stages, full, empty, begin, rounds, rank);
+    }
 #if OUTLIERS
     if (warp > ACROSS && blockIdx.y == 0) {
       wait_for_earlier_kernels();
@@ -194,129 +166,116 @@ extern "C" global __launch_bounds__(THREADS, 1) in_clusters_of(CLUSTER) void rar
   // A warp's tiles are four apart: four warps multiply 64 rows together.
   const int own_tile = warp / 4 * 4 * TILES + warp % 4, first_tile = blockIdx.x * (ROWS / 16) + own_tile;
   if (rounds > 0) {
-    i64 places[TILES];
-    const uint2* second[TILES];
+    const Places places = places_of(a, first_tile, lane, 4);
+    Codes codes[DEPTH];
+    Scales scales[DEPTH];
 #pragma unroll
-    for (int r = 0; r < TILES; ++r) {
-      const i64 tile = tile_of(a, first_tile + 4 * r);
-      places[r] = tile * a.groups * 8 + g;
-      if constexpr (SCALE == BILEVEL || SCALE == LEVEL)
-        second[r] = a.second + tile / a.second_rows * ((a.groups + a.second_groups - 1) / a.second_groups);
-    }
-    const auto fetch_scales = [&](Scales& scales, int step) {
-#pragma unroll
-      for (int p = 0; p < PARTS; ++p) {
-        const int group = group_of(a, step, p), above = a.second_groups == 1 ? group : group / a.second_groups;
-#pragma unroll
-        for (int r = 0; r < TILES; ++r) {
-          load(scales.scale[r][p], a.scale, places[r] + i64(group) * 8, second[r], above);
-          load(scales.zero[r][p], a.zero, places[r] + i64(group) * 8, second[r], above);
-        }
+    for (int d = 0; d < DEPTH; ++d)
+      if (d < rounds) {
+        fetch(codes[d], a, places, begin + d, lane);
+        fetch(scales[d], a, places, begin + d, lane);
       }
-    };
-    Codes codes;
-    const auto take_codes = [&](int round) {
-      wait_for(full + round % STAGES, round / STAGES & 1);
-      const u8* from = stages + round % STAGES * STAGE + STAGE_TOKENS + STAGE_SUMS;
-#pragma unroll
-      for (int r = 0; r < TILES; ++r)
-#pragma unroll
-        for (int l = 0; l < LOADS; ++l) {
-          const int tile = own_tile + 4 * r;
-          const u8* place = SPAN == 16 ? from + (tile * 16 + g + 8 * (l % 2)) * CODES_PITCH + l / 2 * 64 + 16 * t
-                                       : from + ((tile * LOADS + l) * 32 + lane) * 16;
-          put(codes, r, l, *reinterpret_cast<const uint4*>(place));
-        }
-    };
     Tables tables[TILES];
     if constexpr (GROUP == 0) {
 #pragma unroll
       for (int r = 0; r < TILES; ++r) load(tables[r], a, tile_of(a, first_tile + 4 * r), 0, g);
     }
-    Scales scales, coming;
     float units[TILES][2];
-    fetch_scales(scales, begin);
     Operands weights[2];
     float part[TILES][DIRECT ? 1 : TOKENS][4];
     auto& products = reinterpret_cast<float(&)[TILES][TOKENS][4]>(*(DIRECT ? &sums[0][0][0] : &part[0][0][0]));
-    take_codes(0);
-    unpack(weights[0], codes, 0, begin, tables, a, lane, first_tile);
-    for (int round = 0; round < rounds; ++round) {
-      const u8* stage = stages + round % STAGES * STAGE;
-      const u64 first_tokens = tokens_at(stage, LEADING);
-      const float* ones = reinterpret_cast<const float*>(stage + STAGE_TOKENS);
-      if (round + 1 < rounds) fetch_scales(coming, begin + round + 1);
+    if constexpr (IN_TURNS) {
+      if (warp >= 4) pass_turn(1);
+    }
+    unpack(weights[0], codes[0], 0, begin, tables, a, lane, first_tile);
+    for (int base = 0; base < rounds; base += DEPTH) {
 #pragma unroll
-      for (int c = 0; c < CHUNKS; ++c) {
-        constexpr int IN_PART = PART / CHUNK;
-        if constexpr (RESCALED && GROUP != 0) {
-          if (c % IN_PART == 0) {
+      for (int d = 0; d < DEPTH; ++d) {
+        const int round = base + d, step = begin + round;
+        if (round >= rounds) break;
+        const u8* stage = stages + round % STAGES * STAGE;
+        const u64 first_tokens = tokens_at(stage, LEADING);
+        const float* ones = reinterpret_cast<const float*>(stage + STAGE_TOKENS);
+        wait_for(full + round % STAGES, round / STAGES & 1);
 #pragma unroll
-            for (int r = 0; r < TILES; ++r)
+        for (int c = 0; c < CHUNKS; ++c) {
+          constexpr int IN_PART = PART / CHUNK;
+          const int p = c / IN_PART;
+          if constexpr (RESCALED && GROUP != 0) {
+            if (c % IN_PART == 0) {
 #pragma unroll
-              for (int which = 0; which < 2; ++which) {
-                float unit = number(scales.scale[r][c / IN_PART], which);
-                unit = unit == 0.0f ? 1e-18f : unit;
-                const float factor = round + c == 0 ? 1.0f : units[r][which] / unit;
-                units[r][which] = unit;
+              for (int r = 0; r < TILES; ++r)
 #pragma unroll
-                for (int n = 0; n < TOKENS; ++n) sums[r][n][2 * which] *= factor, sums[r][n][2 * which + 1] *= factor;
-              }
+                for (int which = 0; which < 2; ++which) {
+                  float unit = number(scales[d].scale[r][p], which);
+                  unit = unit == 0.0f ? 1e-18f : unit;
+                  const float factor = round + c == 0 ? 1.0f : units[r][which] / unit;
+                  units[r][which] = unit;
+#pragma unroll
+                  for (int n = 0; n < TOKENS; ++n) sums[r][n][2 * which] *= factor, sums[r][n][2 * which + 1] *= factor;
+                }
+            }
           }
-        }
-#pragma unroll
-        for (int r = 0; r < TILES; ++r)
-#pragma unroll
-          for (int n = 0; n < (DIRECT ? TOKENS : 0); ++n)
-#pragma unroll
-            for (int j = 0; j < 4; ++j) settle(sums[r][n][j]);
-        begin_products();
-#pragma unroll
-        for (int b = 0; b < CHUNK; ++b) {
-          const u64 tokens = first_tokens + (c * CHUNK + b) * (2 * LEADING / 16);
 #pragma unroll
           for (int r = 0; r < TILES; ++r)
-            multiply_wide<TOKENS>(products[r], weights[c % 2][r][b], tokens, DIRECT || c % IN_PART + b > 0);
-        }
-        commit_products();
-        if (c + 1 < CHUNKS) {
-          wait_for_products<1>();
-          unpack(weights[(c + 1) % 2], codes, c + 1, begin + round, tables, a, lane, first_tile);
-        } else if (round + 1 < rounds) {
-          wait_for_products<1>();
-          take_codes(round + 1);
-          unpack(weights[0], codes, 0, begin + round + 1, tables, a, lane, first_tile);
-        }
-        if (c % IN_PART == IN_PART - 1) {
-          wait_for_products<0>();
-          if constexpr (!DIRECT) {
+#pragma unroll
+            for (int n = 0; n < (DIRECT ? TOKENS : 0); ++n)
+#pragma unroll
+              for (int j = 0; j < 4; ++j) settle(sums[r][n][j]);
+          if constexpr (IN_TURNS) {
+            if (c % IN_PART == 0) take_turn(warp / 4);
+          }
+          begin_products();
+#pragma unroll
+          for (int b = 0; b < CHUNK; ++b) {
+            const u64 tokens = first_tokens + (c * CHUNK + b) * (2 * LEADING / 16);
 #pragma unroll
             for (int r = 0; r < TILES; ++r)
+              multiply_wide<TOKENS>(products[r], weights[c % 2][r][b], tokens, DIRECT || c % IN_PART + b > 0);
+          }
+          commit_products();
+          if constexpr (IN_TURNS) {
+            if (c % IN_PART == IN_PART - 1 && (warp < 4 || c + 1 < CHUNKS || round + 1 < rounds)) pass_turn(warp / 4);
+          }
+          if (c + 1 < CHUNKS) {
+            wait_for_products<1>();
+            unpack(weights[(c + 1) % 2], codes[d], c + 1, step, tables, a, lane, first_tile);
+            if (c + 2 == CHUNKS && round + DEPTH < rounds) fetch(codes[d], a, places, step + DEPTH, lane);
+          } else if (round + 1 < rounds) {
+            wait_for_products<1>();
+            unpack(weights[0], codes[(d + 1) % DEPTH], 0, step + 1, tables, a, lane, first_tile);
+          }
+          if (c % IN_PART == IN_PART - 1) {
+            wait_for_products<0>();
+            if constexpr (!DIRECT) {
 #pragma unroll
-              for (int n = 0; n < TOKENS; ++n)
+              for (int r = 0; r < TILES; ++r)
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                  settle(part[r][n][j]);
-                  const float own = SUMS ? ones[c / IN_PART * WIDTH + 8 * n + 2 * t + j % 2] : 0.0f;
-                  sums[r][n][j] += contribution(
-                      scales.scale[r][c / IN_PART], scales.zero[r][c / IN_PART], j / 2, part[r][n][j], own);
-                }
+                for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+                  for (int j = 0; j < 4; ++j) {
+                    settle(part[r][n][j]);
+                    const float own = SUMS ? ones[p * WIDTH + 8 * n + 2 * t + j % 2] : 0.0f;
+                    sums[r][n][j] += contribution(scales[d].scale[r][p], scales[d].zero[r][p], j / 2, part[r][n][j], own);
+                  }
+            }
           }
         }
+        warp_barrier();
+        if (lane < CLUSTER) {
+          if constexpr (CLUSTER > 1) arrive_at(empty + round % STAGES, lane);
+          else arrive_at(empty + round % STAGES);
+        }
+        if constexpr (DIRECT && GROUP == 0) continue;
+        if (round + DEPTH < rounds) fetch(scales[d], a, places, step + DEPTH, lane);
       }
-      warp_barrier();
-      if (lane < CLUSTER) {
-        if constexpr (CLUSTER > 1) arrive_at(empty + round % STAGES, lane);
-        else arrive_at(empty + round % STAGES);
-      }
-      scales = coming;
     }
     if constexpr (DIRECT) {
 #pragma unroll
       for (int r = 0; r < TILES; ++r)
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
-          const float unit = RESCALED && GROUP != 0 ? units[r][which] : number(scales.scale[r][0], which);
+          const float unit = RESCALED && GROUP != 0 ? units[r][which] : number(scales[0].scale[r][0], which);
 #pragma unroll
           for (int n = 0; n < TOKENS; ++n) sums[r][n][2 * which] *= unit, sums[r][n][2 * which + 1] *= unit;
         }
@@ -375,56 +334,51 @@ extern "C" global __launch_bounds__(THREADS, 1) in_clusters_of(CLUSTER) void rar
 }
 
 // Tokens in the order of the operands, [token tiles][steps][STEP / 8][WIDTH][8], of which the pieces 2 b and 2 b + 1 are
-// what lanes take of block b; and their sums by group, [token tiles][steps][PARTS][WIDTH]. A thread takes one part of a
-// token.
+// what lanes take of block b; and their sums by group, [token tiles][steps][PARTS][WIDTH]. A thread takes two blocks of a
+// token, neighbours those of the same group.
 extern "C" global __launch_bounds__(128) void rarefy_arrange(const Arguments a) {
-  constexpr int UNIT = PART < 2 ? 2 : PART, UNITS = BLOCKS / UNIT;  // blocks of a thread
-  const i64 unit = i64(blockIdx.x) * 128 + threadIdx.x;
-  const int token = unit % WIDTH, part = unit / WIDTH % UNITS;
-  const int step = unit / WIDTH / UNITS % a.steps, tile = unit / WIDTH / UNITS / a.steps;
+  constexpr int PAIRS = PART < 2 ? 1 : PART / 2, GROUPS = BLOCKS / 2 / PAIRS;
+  const u32 unit = blockIdx.x * 128u + threadIdx.x;
+  const int token = unit / PAIRS % WIDTH, rest = unit / PAIRS / WIDTH;
+  const int pair = rest % GROUPS * PAIRS + unit % PAIRS, step = rest / GROUPS % a.steps, tile = rest / GROUPS / a.steps;
   const bool real = tile * WIDTH + token < a.tokens;
   wait_for_earlier_kernels();
   if (tile * WIDTH >= a.tokens) return;
   const u16* x = a.x + (real ? i64(tile * WIDTH + token) * a.stride : 0);
   uint4* to = reinterpret_cast<uint4*>(a.arranged) + ((i64(tile) * a.steps + step) * (STEP / 8)) * WIDTH + token;
-  float sum = 0.0f;
+  u32 words[16];
 #pragma unroll
-  for (int b = 0; b < UNIT; b += 2) {
-    const int pair = (part * UNIT + b) / 2;
-    u32 words[16];
+  for (int i = 0; i < 4; ++i) {
+    const int column = step * STEP + (SPAN == 4 ? 32 * pair + 8 * i : first_of(pair, i));
+    const bool there = real && (!RAGGED || column < a.columns);
+    const uint4 all = load_shared_by_all(reinterpret_cast<const uint4*>(x + (there ? column : 0)), there);
+    words[4 * i] = all.x, words[4 * i + 1] = all.y, words[4 * i + 2] = all.z, words[4 * i + 3] = all.w;
+  }
+  float sums[2] = {};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int column = step * STEP + (SPAN == 4 ? 32 * pair + 8 * i : first_of(pair, i));
-      const uint4 all = load_shared_by_all(reinterpret_cast<const uint4*>(x + (real ? column : 0)), real && (!RAGGED || column < a.columns));
-      words[4 * i] = all.x, words[4 * i + 1] = all.y, words[4 * i + 2] = all.z, words[4 * i + 3] = all.w;
-    }
+  for (int e = 0; e < 2; ++e)
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
+    for (int q = 0; q < 2; ++q) {
+      u32 own[4];
 #pragma unroll
-      for (int q = 0; q < 2; ++q) {
-        u32 own[4];
-#pragma unroll
-        for (int t = 0; t < 4; ++t) {
-          own[t] = words[SPAN == 4 ? 8 * e + 2 * t + q : 4 * t + 2 * e + q];
-          if constexpr (SUMS) sum += widened(u16(own[t])) + widened(u16(own[t] >> 16));
-        }
-        to[(4 * pair + 2 * e + q) * WIDTH] = {own[0], own[1], own[2], own[3]};
+      for (int t = 0; t < 4; ++t) {
+        own[t] = words[SPAN == 4 ? 8 * e + 2 * t + q : 4 * t + 2 * e + q];
+        if constexpr (SUMS) sums[e] += widened(u16(own[t])) + widened(u16(own[t] >> 16));
 #if OUTLIERS
-#pragma unroll
-        for (int t = 0; t < 4; ++t) {
-          const int column = step * STEP + (SPAN == 4 ? 32 * pair + 16 * e + 4 * t : first_of(pair, t) + 4 * e) + 2 * q;
-          u16* turned = a.turned + (i64(tile) * a.steps * STEP + column) * WIDTH + token;
-          turned[0] = u16(own[t]), turned[WIDTH] = u16(own[t] >> 16);
-        }
+        const int column = step * STEP + (SPAN == 4 ? 32 * pair + 16 * e + 4 * t : first_of(pair, t) + 4 * e) + 2 * q;
+        u16* turned = a.turned + (i64(tile) * a.steps * STEP + column) * WIDTH + token;
+        turned[0] = u16(own[t]), turned[WIDTH] = u16(own[t] >> 16);
 #endif
       }
-      if constexpr (SUMS) {
-        if (PART < 2 || b + e == UNIT - 1) {
-          const int group = PART < 2 ? 2 * part + e : part;
-          a.ones[((i64(tile) * a.steps + step) * PARTS + group) * WIDTH + token] = sum;
-          sum = 0.0f;
-        }
-      }
+      to[(4 * pair + 2 * e + q) * WIDTH] = {own[0], own[1], own[2], own[3]};
+    }
+  if constexpr (SUMS) {
+    float* ones = a.ones + (i64(tile) * a.steps + step) * (PARTS * WIDTH) + token;
+    if constexpr (PART < 2) {
+      ones[2 * pair * WIDTH] = sums[0], ones[(2 * pair + 1) * WIDTH] = sums[1];
+    } else {
+      const float sum = sum_of_lanes<PAIRS>(sums[0] + sums[1]);
+      if (unit % PAIRS == 0) ones[pair / PAIRS * WIDTH] = sum;
     }
   }
 }

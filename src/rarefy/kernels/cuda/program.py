@@ -94,6 +94,7 @@ class Tuning:
     cluster: int = 1
     rescaled: bool = False
     spread: bool = False
+    in_turns: bool = False
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -114,9 +115,8 @@ class Tuning:
         width = 8 * self.tokens
         table = 32 * 4 << 2 * code.bits if code.table == "shared" else 0
         if self.wide:
-            codes = self.rows * (code.step + 16 if code.span == 16 else code.step * code.bits // 8)
             sums = code.parts * width * 4 if code.sums else 0
-            staged = self.stages * (2 * code.step * width + sums + codes) + 16 * self.stages
+            staged = self.stages * (2 * code.step * width + sums) + 16 * self.stages
             return table + max(staged, 4 * width * (self.rows + 4))
         tokens = width * (2 * code.step * self.along + (16 if code.span == 16 else 64))
         staged = self.stages * (tokens + self.rows * self.along * code.step * code.bits // 8)
@@ -208,8 +208,7 @@ ARRANGING = 128  # threads of a block
 def arranging(code: Code, tuning: Tuning, given: Arguments) -> tuple[int, int, int]:
     """Blocks that arrange tokens."""
     width = 8 * tuning.tokens
-    part = max(2, code.step // code.parts // 16)
-    threads = -(-given.tokens // width) * given.steps * (code.step // 16 // part) * width
+    threads = -(-given.tokens // width) * given.steps * (code.step // 32) * width
     return -(-threads // ARRANGING), 1, 1
 
 

@@ -39,6 +39,11 @@ device void wait_for(u64* barrier, u32 phase) {
                  : "=r"(done) : "r"(shared_address(barrier)), "r"(phase) : "memory");
 }
 
+// ---- Turns of two fours of warps: who takes one waits until the other has passed it on.
+
+device void take_turn(int four) { asm volatile("bar.sync %0, 256;" ::"r"(1 + four) : "memory"); }
+device void pass_turn(int four) { asm volatile("bar.arrive %0, 256;" ::"r"(2 - four) : "memory"); }
+
 // ---- Registers: four warps that only bring things leave theirs to `warps` that multiply.
 
 template <int WARPS> device void give_registers_back() {

@@ -7,7 +7,8 @@
 // weight is rounded.
 //
 // Macros besides those of codes.cuh: TOKENS (of 8), ACROSS (warps over rows, a multiple of four), STAGES (steps of
-// tokens in shared memory), DEPTH (steps of codes in registers), SPLIT (blocks over columns), CLUSTER (neighbouring blocks that share what they read of the tokens),
+// tokens in shared memory), DEPTH (steps of codes in registers), SPLIT (blocks over columns, which
+// add up what they have in each other's shared memory), CLUSTER (neighbouring blocks that share what they read of the tokens),
 // IN_TURNS (two fours
 // of warps multiply in turns), RESCALED (sums are kept in units of the last group's scale, which spares registers), OUTLIERS (type of single values
 // that are added to the weight).
@@ -27,7 +28,7 @@ constexpr int CHUNK = PART < 4 ? PART : 4;  // blocks of 16 columns that are unp
 constexpr int CHUNKS = BLOCKS / CHUNK;
 constexpr bool DIRECT = !SUMS && (GROUP == 0 || RESCALED);  // whether products are added to the sums at once
 constexpr int LEADING = WIDTH * 16;
-static_assert(STAGE_TOKENS % (16 * CLUSTER) == 0, "blocks of a cluster read equal shares");
+static_assert(STAGE_TOKENS % (16 * CLUSTER) == 0 && WIDTH * ROWS % SPLIT == 0, "blocks of a cluster have equal shares");
 
 // Where a step's tokens lie, and their sums by group.
 device const u8* arranged_tokens(const Arguments& a, int token_tile, int step) {
@@ -46,7 +47,8 @@ device void bring(const Arguments& a, u8* stages, u64* full, u64* empty, int beg
     u8* to = stages + stage * STAGE;
     if constexpr (CLUSTER > 1) {
       constexpr int SHARE = STAGE_TOKENS / CLUSTER;
-      copy_bulk_to(to + rank * SHARE, arranged_tokens(a, blockIdx.z, step) + rank * SHARE, SHARE, full + stage, (1 << CLUSTER) - 1);
+      const u8* from = arranged_tokens(a, blockIdx.z, step) + rank % CLUSTER * SHARE;
+      copy_bulk_to(to + rank % CLUSTER * SHARE, from, SHARE, full + stage, ((1 << CLUSTER) - 1) << rank / CLUSTER * CLUSTER);
     } else {
       copy_bulk(to, arranged_tokens(a, blockIdx.z, step), STAGE_TOKENS, full + stage);
     }
@@ -124,7 +126,7 @@ device void unpack(Operands& weights, const Codes& codes, int chunk, int step, T
   }
 }
 
-extern "C" global __launch_bounds__(THREADS, 1) in_clusters_of(CLUSTER) void rarefy_gemm(const Arguments a) {
+extern "C" global __launch_bounds__(THREADS, 1) in_clusters_of(CLUSTER, SPLIT) void rarefy_gemm(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int first_row = blockIdx.x * ROWS, first_token = blockIdx.z * WIDTH;
   const int share = (a.steps + SPLIT - 1) / SPLIT;
@@ -133,7 +135,7 @@ extern "C" global __launch_bounds__(THREADS, 1) in_clusters_of(CLUSTER) void rar
   u8* stages = pool + TABLE_BYTES;
   u64* full = reinterpret_cast<u64*>(stages + STAGES * STAGE);
   u64* empty = full + STAGES;
-  const u32 rank = CLUSTER > 1 ? rank_in_cluster() : 0;
+  const u32 rank = CLUSTER * SPLIT > 1 ? rank_in_cluster() : 0;  // those over rows are neighbours
 
   if (threadIdx.x == 0) {
     for (int n = 0; n < STAGES; ++n) {
@@ -209,7 +211,7 @@ extern "C" global __launch_bounds__(THREADS, 1) in_clusters_of(CLUSTER) void rar
                 for (int which = 0; which < 2; ++which) {
                   float unit = number(scales[d].scale[r][p], which);
                   unit = unit == 0.0f ? 1e-18f : unit;
-                  const float factor = round + c == 0 ? 1.0f : units[r][which] / unit;
+                  const float factor = round + c == 0 ? 1.0f : quotient(units[r][which], unit);
                   units[r][which] = unit;
 #pragma unroll
                   for (int n = 0; n < TOKENS; ++n) sums[r][n][2 * which] *= factor, sums[r][n][2 * which + 1] *= factor;
@@ -263,7 +265,7 @@ extern "C" global __launch_bounds__(THREADS, 1) in_clusters_of(CLUSTER) void rar
         }
         warp_barrier();
         if (lane < CLUSTER) {
-          if constexpr (CLUSTER > 1) arrive_at(empty + round % STAGES, lane);
+          if constexpr (CLUSTER > 1) arrive_at(empty + round % STAGES, rank / CLUSTER * CLUSTER + lane);
           else arrive_at(empty + round % STAGES);
         }
         if constexpr (DIRECT && GROUP == 0) continue;
@@ -310,27 +312,21 @@ extern "C" global __launch_bounds__(THREADS, 1) in_clusters_of(CLUSTER) void rar
         const int row = (own_tile + 4 * r) * 16 + g + j / 2 * 8, token = 8 * n + 2 * t + j % 2;
         meeting[token * SUM_PITCH + row] = sums[r][n][j];
       }
-  block_barrier();
-  for (int n = threadIdx.x; n < WIDTH * ROWS; n += 32 * ACROSS) {
-    const int token = n / ROWS, row = n % ROWS;
-    if (first_token + token >= a.tokens || first_row + row >= a.rows) continue;
-    const float sum = meeting[token * SUM_PITCH + row];
-    const i64 place = i64(first_token + token) * a.rows + first_row + row;
-    if constexpr (SPLIT == 1) a.y[place] = rounded<HALF>(sum * a.multiplier);
-    else a.partial[i64(blockIdx.y) * a.tokens * a.rows + place] = sum;
-  }
-  if constexpr (SPLIT > 1) {
-    if (!last_to_arrive(a.arrived + blockIdx.z * gridDim.x + blockIdx.x, SPLIT)) return;
-    for (int n = threadIdx.x; n < WIDTH * ROWS; n += 32 * ACROSS) {
-      const int token = n / ROWS, row = n % ROWS;
-      if (first_token + token >= a.tokens || first_row + row >= a.rows) continue;
-      const i64 place = i64(first_token + token) * a.rows + first_row + row;
-      float sum = 0.0f;
+  if constexpr (SPLIT > 1) cluster_barrier();
+  else block_barrier();
+  constexpr int OWN = WIDTH * ROWS / SPLIT;  // numbers that a block adds up
+  for (int n = threadIdx.x; n < OWN; n += 32 * ACROSS) {
+    const int token = (blockIdx.y * OWN + n) / ROWS, row = (blockIdx.y * OWN + n) % ROWS;
+    float sum = 0.0f;
 #pragma unroll
-      for (int k = 0; k < SPLIT; ++k) sum += load_fresh(a.partial + i64(k) * a.tokens * a.rows + place);
-      a.y[place] = rounded<HALF>(sum * a.multiplier);
+    for (int k = 0; k < SPLIT; ++k) {
+      const float* at = meeting + token * SUM_PITCH + row;
+      sum += SPLIT > 1 ? load_of_block(at, k * CLUSTER + rank % CLUSTER) : *at;
     }
+    if (first_token + token < a.tokens && first_row + row < a.rows)
+      a.y[i64(first_token + token) * a.rows + first_row + row] = rounded<HALF>(sum * a.multiplier);
   }
+  if constexpr (SPLIT > 1) cluster_barrier();  // shared memory stays until all have read it
 }
 
 // Tokens in the order of the operands, [token tiles][steps][STEP / 8][WIDTH][8], of which the pieces 2 b and 2 b + 1 are

@@ -3,7 +3,7 @@
 
 #define device __device__ __forceinline__
 #define global __global__
-#define in_clusters_of(count) __cluster_dims__(count, 1, 1)
+#define in_clusters_of(x, y) __cluster_dims__(x, y, 1)
 #define shared_memory(name) extern __shared__ __align__(128) u8 name[]
 
 #if __CUDA_ARCH__ >= 900
@@ -134,6 +134,7 @@ device float sum_of_four(float value) { return sum_of_lanes<4>(value); }
 device float sum_of_eight(float value) { return sum_of_lanes<8>(value); }
 device float absolute(float value) { return fabsf(value); }
 device float max_of(float a, float b) { return fmaxf(a, b); }
+device float quotient(float a, float b) { return __fdividef(a, b); }  // but for the last bits
 device float inverse_root(float value) { return rsqrtf(value); }
 #if defined(FLOAT8) && FLOAT8 && __CUDA_ARCH__ >= 890
 // The nearest number of E4M3, never infinite.

@@ -320,7 +320,7 @@ def workspace(
     before and after; for four warps that multiply together: the tokens as they want them, and their sums by group."""
     found: dict[str, Tensor] = {}
     across, _, deep = grid(tuning, rows, tokens)
-    if tuning.split > 1:
+    if tuning.split > 1 and not tuning.wide:
         found["partial"] = torch.empty(tuning.split, tokens, rows, dtype=torch.float32, device=device)
         found["arrived"] = _counters(device, across * deep)
     if tuning.wide:

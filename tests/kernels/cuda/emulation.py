@@ -41,7 +41,7 @@ def _run(
     run = _library(tuple(macros), program.SOURCES.get(name, program.SOURCE)).run
     which = {"linear": 0, "dequantize": 1, "quantize": 2, "gemm": 0, "arrange": 1}[name]
     threads = program.ARRANGING if name == "arrange" else tuning.threads
-    run(which, ctypes.byref(given), *grid, threads, tuning.shared_memory(code))
+    run(which, ctypes.byref(given), *grid, threads, program.shared_memory(name, code, tuning))
 
 
 def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> Tensor:

@@ -452,6 +452,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
 
 // The weight in the type of the activations, [rows][columns] at `y`; what many tokens are multiplied by. A warp takes
 // one step of a tile.
+constexpr int WEIGHT_PITCH = 2 * STEP + 64;  // bytes of a row of a step; the rest keeps banks apart
 extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Arguments a) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const u32 unit = u32(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
@@ -467,7 +468,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Argume
   fetch(codes, a, places, step, lane);
   fetch(scales, a, places, step, lane);
   Tables tables;
-  const bool aligned = a.columns % 8 == 0;
+  u8* own = pool + TABLE_BYTES + threadIdx.x / 32 * 16 * WEIGHT_PITCH;
 #pragma unroll
   for (int pair = 0; pair < BLOCKS / 2; ++pair) {
     u32 words[2][4];  // of a row: the lane's columns of both blocks
@@ -490,19 +491,18 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Argume
     }
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-      const int row = tile * 16 + g + 8 * which;
-      const int column = step * STEP + (SPAN == 4 ? 32 * pair + 4 * t : first_of(pair, t));
-      constexpr int NEXT = SPAN == 4 ? 16 : 4;  // from the columns of one block to those of the other
-      if (row >= a.rows) continue;
-      u16* to = a.y + i64(row) * a.columns + column;
-      const u32(&own)[4] = words[which];
-      if (SPAN != 4 && aligned) {
-        if (column < a.columns) *reinterpret_cast<uint4*>(to) = {own[0], own[1], own[2], own[3]};
-      } else {
-        if (column < a.columns) *reinterpret_cast<uint2*>(to) = {own[0], own[1]};
-        if (column + NEXT < a.columns) *reinterpret_cast<uint2*>(to + NEXT) = {own[2], own[3]};
-      }
+      u8* to = own + (g + 8 * which) * WEIGHT_PITCH + 2 * (SPAN == 4 ? 32 * pair + 4 * t : first_of(pair, t));
+      *reinterpret_cast<uint2*>(to) = {words[which][0], words[which][1]};
+      *reinterpret_cast<uint2*>(to + (SPAN == 4 ? 32 : 8)) = {words[which][2], words[which][3]};
     }
+  }
+  warp_barrier();
+#pragma unroll
+  for (int n = 0; n < 16 * STEP / 128; ++n) {  // whole rows, as memory likes them
+    const int within = n % (STEP / 128) * 128 + 4 * lane, row = n / (STEP / 128);
+    if (tile * 16 + row < a.rows && step * STEP + within < a.columns)
+      *reinterpret_cast<uint2*>(a.y + i64(tile * 16 + row) * a.columns + step * STEP + within) =
+          *reinterpret_cast<const uint2*>(own + row * WEIGHT_PITCH + 2 * within);
   }
 }
 

@@ -61,6 +61,11 @@ class Code:
         return self.step // self.group if 0 < self.group < self.step else 1
 
     @property
+    def table_bytes(self) -> int:
+        """Shared memory of a table: each lane has a bank to itself."""
+        return 32 * 4 << 2 * self.bits if self.table == "shared" else 0
+
+    @property
     def can_rescale(self) -> bool:
         """Whether sums can be kept in units of the last scale: ratios of 16-bit floats neither vanish nor overflow."""
         return not self.sums and (self.group == 0 or self.scale == torch.float16)
@@ -113,7 +118,7 @@ class Tuning:
     def shared_memory(self, code: Code) -> int:
         """Bytes of a block."""
         width = 8 * self.tokens
-        table = 32 * 4 << 2 * code.bits if code.table == "shared" else 0
+        table = code.table_bytes
         if self.wide:
             sums = code.parts * width * 4 if code.sums else 0
             staged = self.stages * (2 * code.step * width + sums) + 16 * self.stages
@@ -176,14 +181,22 @@ def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
     return across, tuning.split, -(-tokens // (8 * tuning.tokens))
 
 
+def shared_memory(name: str, code: Code, tuning: Tuning) -> int:
+    """Bytes of a block of ``rarefy_<name>``."""
+    if name == "arrange":
+        return 0
+    if name == "dequantize":
+        return code.table_bytes + tuning.threads // 32 * TILE * (2 * code.step + 64)
+    return tuning.shared_memory(code)
+
+
 @functools.cache
 def kernel(device: int, name: str, code: Code, tuning: Tuning, half: bool) -> driver.Kernel:
     """``rarefy_<name>`` of the source for ``device``, compiled once in a process. Raises UnsupportedError where that
     fails."""
     macros = [f"-D{macro}={value}" for macro, value in definitions(code, tuning, half).items()]
     with torch.cuda.device(device):
-        shared = 0 if name == "arrange" else tuning.shared_memory(code)
-        return driver.Kernel(SOURCES.get(name, SOURCE), f"rarefy_{name}", macros, shared)
+        return driver.Kernel(SOURCES.get(name, SOURCE), f"rarefy_{name}", macros, shared_memory(name, code, tuning))
 
 
 def linear(code: Code, tuning: Tuning, given: Arguments, half: bool, device: torch.device) -> None:

@@ -1,5 +1,5 @@
 """Probe: many forms of gemm.cu, checked and timed. probe_gemm.py OUT PART."""
-import json, sys, time, traceback, functools
+import faulthandler, json, os, sys, time, traceback, functools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace, asdict
 import torch
@@ -12,10 +12,20 @@ from rarefy.kernels.cuda.program import Tuning
 
 OUT, PARTS, LIMIT = sys.argv[1], sys.argv[2], float(sys.argv[3])
 T0 = time.time()
+faulthandler.dump_traceback_later(LIMIT + 2)
 rows_out = []
 
-def W(tiles, tokens, across, stages, split=1, cluster=1, rescaled=False, overlap=True):
-    return Tuning(tiles, tokens // 8, across, 1, 1, stages, split, True, overlap, cluster, rescaled)
+def W(tiles, tokens, across, stages, depth=3, split=1, cluster=1, resc=False, turns=False, overlap=True):
+    return Tuning(tiles, tokens // 8, across, 1, depth, stages, split, True, overlap, cluster, resc, False, turns)
+
+def L(tiles, across, along, depth, spread=True, late=False, overlap=True):
+    return Tuning(tiles, 1, across, along, depth, 0, 1, False, overlap, 1, False, spread, False, late)
+
+def name_of(t):
+    flags = "".join(f" {n}" for n in ("rescaled", "in_turns", "spread", "late") if getattr(t, n)) + ("" if t.overlap else " noPDL")
+    if t.wide:
+        return f"T{t.tiles} N{8*t.tokens} A{t.across} S{t.stages} d{t.depth} k{t.split} c{t.cluster}" + flags
+    return f"linear T{t.tiles} {t.across}x{t.along} d{t.depth} s{t.stages}" + flags
 
 def say(**row):
     rows_out.append(row)
@@ -39,7 +49,7 @@ def trial(name, w, tokens, tunings, x=None):
         if time.time() - T0 > LIMIT:
             return
         row = dict(job=name, rows=w.rows, columns=w.columns, tokens=tokens,
-                   t=f"T{t.tiles} N{8*t.tokens} A{t.across} S{t.stages} k{t.split} c{t.cluster}" + (" resc" if t.rescaled else "") + ("" if t.overlap else " noPDL") if t.wide else f"linear T{t.tiles} N{t.tokens} {t.across}x{t.along} d{t.depth} s{t.stages} k{t.split}" + (" spread" if t.spread else ""))
+                   t=name_of(t))
         try:
             calls, y = w.calls(t, x)
             calls[0]()
@@ -59,18 +69,19 @@ def trial(name, w, tokens, tunings, x=None):
         say(**row)
 
 VARIANTS = {
-    16: [W(1, 16, 8, 8), W(2, 16, 8, 6)],
-    32: [W(1, 32, 8, 8), W(1, 32, 8, 12), W(2, 32, 8, 6), W(2, 32, 8, 6, 2), W(2, 32, 4, 6), W(2, 32, 4, 12), W(1, 32, 4, 6), W(1, 32, 8, 8, overlap=False), W(1, 32, 8, 8, 2), W(1, 32, 12, 8)],
-    64: [W(1, 64, 8, 8), W(1, 64, 8, 4), W(2, 64, 8, 6), W(2, 64, 8, 6, 2), W(2, 64, 4, 8), W(1, 64, 12, 6), W(2, 64, 8, 6, 1, 1, True), W(2, 64, 8, 6, 2, 1, True), W(1, 64, 8, 8, 1, 1, True)],
-    128: [W(1, 128, 8, 5), W(1, 128, 8, 5, 1, 1, True), W(2, 128, 8, 4, 1, 1, True), W(2, 128, 8, 4, 2, 1, True), W(1, 128, 12, 4, 1, 1, True), W(1, 64, 8, 8)],
-    512: [W(1, 256, 8, 3, 1, 1, True), W(2, 128, 8, 4, 1, 1, True)],
-    256: [W(1, 256, 8, 3, 1, 1, True), W(1, 128, 8, 5), W(2, 128, 8, 4, 1, 1, True), W(1, 128, 12, 4, 1, 1, True)],
+    64: [W(1, 64, 8, 6, 3), W(1, 64, 8, 6, 2), W(1, 64, 8, 6, 4), W(1, 64, 8, 4, 3), W(1, 64, 4, 4, 3), W(1, 64, 4, 6, 2), W(1, 64, 8, 6, 3, turns=True), W(1, 64, 12, 6, 2)],
+    32: [W(1, 32, 8, 8, 3), W(1, 32, 8, 8, 2), W(1, 32, 8, 8, 4), W(1, 32, 8, 4, 3), W(1, 32, 4, 6, 3), W(1, 32, 4, 8, 4), W(1, 32, 8, 8, 3, turns=True), W(1, 32, 8, 8, 3, overlap=False), W(1, 32, 12, 8, 3)],
+    128: [W(1, 128, 8, 5, 2), W(1, 128, 8, 5, 3), W(1, 128, 8, 5, 2, resc=True), W(1, 128, 8, 5, 3, resc=True), W(1, 128, 8, 5, 2, turns=True), W(1, 128, 8, 5, 3, resc=True, turns=True), W(1, 128, 8, 3, 2)],
+    256: [W(1, 256, 8, 3, 2, resc=True), W(1, 256, 8, 3, 2, resc=True, turns=True), W(1, 128, 8, 5, 2), W(1, 128, 8, 5, 2, turns=True), W(1, 128, 8, 5, 3, resc=True, turns=True), W(1, 256, 8, 2, 2, resc=True, turns=True)],
+    512: [W(1, 256, 8, 3, 2, resc=True), W(1, 256, 8, 3, 2, resc=True, turns=True), W(1, 128, 8, 5, 2, turns=True)],
+    1024: [W(1, 256, 8, 3, 2, resc=True), W(1, 256, 8, 3, 2, resc=True, turns=True)],
+    16: [W(1, 16, 8, 8, 3), W(1, 16, 4, 8, 3), Tuning(2, 2, 1, 4, 1), Tuning(2, 2, 1, 4, 1, overlap=True), Tuning(1, 2, 1, 8, 1, overlap=True)],
 }
 CLUSTERS = {
-    32: [W(1, 32, 8, 12, 1, 2), W(2, 32, 8, 6, 2, 2), W(1, 32, 8, 12, 1, 4)],
-    64: [W(1, 64, 8, 8, 1, 2), W(1, 64, 8, 8, 1, 4), W(2, 64, 8, 6, 2, 2)],
-    128: [W(1, 128, 8, 5, 1, 2), W(1, 128, 8, 5, 1, 4), W(2, 128, 8, 4, 2, 2, True), W(1, 128, 8, 5, 1, 2, True)],
-    256: [W(1, 256, 8, 3, 1, 2, True), W(1, 256, 8, 3, 1, 4, True), W(1, 128, 8, 5, 1, 2)],
+    64: [W(1, 64, 8, 6, 3, 1, 2), W(1, 64, 8, 6, 3, 1, 4)],
+    32: [W(1, 32, 8, 8, 3, 1, 2)],
+    128: [W(1, 128, 8, 5, 2, 1, 2), W(1, 128, 8, 5, 3, 1, 2, True, True)],
+    256: [W(1, 256, 8, 3, 2, 1, 2, True, True), W(1, 256, 8, 3, 2, 1, 2, True), W(1, 128, 8, 5, 3, 1, 2, True, True)],
 }
 
 def main():
@@ -80,13 +91,13 @@ def main():
         compile_all(w.code, [t for v in VARIANTS.values() for t in v])
         print("compiled", time.time() - T0, torch.cuda.get_device_name(), "copy bytes/us", bandwidth(), flush=True)
         dense = [torch.randn(14336, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
-        for tokens in (64, 32, 128, 256, 16, 512):
+        for tokens in VARIANTS:
             x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
             us = microseconds({"": (graph_of([functools.partial(torch.nn.functional.linear, x, d) for d in dense]), 4)}, 9)[""]
             say(job="bf16", tokens=tokens, us=round(us, 2))
-            trial("W4", w, tokens, VARIANTS[tokens] + ([Tuning(2, 2, 1, 4, 1)] if tokens == 16 else []), x)
+            trial("W4", w, tokens, VARIANTS[tokens], x)
         # the product alone, and the arranging alone
-        for t in (W(1, 64, 8, 8), W(1, 32, 8, 12), W(1, 128, 8, 5)):
+        for t in (W(1, 64, 8, 6), W(1, 32, 8, 8), W(1, 128, 8, 5)):
             x = torch.randn(8 * t.tokens, 4096, device="cuda", dtype=torch.bfloat16)
             calls, givens, keep = [], [], []
             for own in w.copies:
@@ -96,7 +107,7 @@ def main():
                 keep += [y, work, given]; givens.append(given)
             c = replace(t, overlap=False)
             k = program.kernel(0, "gemm", w.code, c, False); ar = program.kernel(0, "arrange", w.code, c, False)
-            for over in (True, False):
+            for over in (True,):
                 calls = [lambda g=g: k(program.grid(t, w.rows, g.tokens), t.threads, g, torch.cuda.current_stream().cuda_stream, over) for g in givens]
                 us = microseconds({"": (graph_of(calls), len(calls))}, 5)[""]
                 calls = [lambda g=g: ar(program.arranging(w.code, t, g), 128, g, torch.cuda.current_stream().cuda_stream, over) for g in givens]
@@ -104,7 +115,7 @@ def main():
                 say(job="alone", tokens=x.shape[0], overlap=over, gemm=round(us, 2), arrange=round(us2, 2))
         # dequantize, then the library
         y = torch.empty(14336, 4096, device="cuda", dtype=torch.bfloat16)
-        for tokens in (256, 512):
+        for tokens in (1024,):
             x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
             def both(own):
                 given = program.arguments({**own, "y": y}, rows=14336, columns=4096)
@@ -118,24 +129,30 @@ def main():
                 say(job="dequantized " + n, tokens=tokens, us=round(microseconds({"": (graph_of(calls), len(calls))}, 5)[""], 2))
     if "B" in PARTS:
         w = Weights(JOBS["W4"], 14336, 4096)
-        compile_all(w.code, [t for v in CLUSTERS.values() for t in v])
+        print("weights", time.time() - T0, flush=True)
         for tokens, v in CLUSTERS.items():
+            compile_all(w.code, v)
+            print("compiled", time.time() - T0, flush=True)
             trial("W4", w, tokens, v)
     if "D" in PARTS:
-        jobs = {**{k: JOBS[k] for k in ("W3 + 0.45%", "W3", "W2", "W8", "LUT4", "LUT4 rows", "NF4 g64", "W4 zero", "SpQR", "binary")}}
-        for name, job in jobs.items():
-            w = Weights(job, 14336, 4096)
-            big = 2 if w.code.step == 256 else 1
-            v = [W(1, 64, 8, 4), W(1, 32, 8, 4)]
-            compile_all(w.code, v)
-            trial(name, w, 64, v[:1]); trial(name, w, 32, v[1:])
+        for name in ("W8", "W3 + 0.45%", "W3", "W2", "LUT4", "LUT4 rows", "NF4 g64", "W4 zero", "SpQR", "binary"):
+            w = Weights(JOBS[name], 14336, 4096)
+            v = {64: [W(1, 64, 8, 4, 2), W(1, 64, 8, 4, 3)], 128: [W(1, 128, 8, 3, 2)], 32: [W(1, 32, 8, 4, 2)]}
+            compile_all(w.code, [t for u in v.values() for t in u])
+            for tokens, u in v.items():
+                trial(name, w, tokens, u)
             del w
     if "C" in PARTS:
-        for rows, columns in ((4096, 4096), (4096, 14336)):
+        for rows, columns in ((4096, 4096), (4096, 14336), (28672, 4096), (6144, 4096)):
+            if time.time() - T0 > LIMIT:
+                return
             w = Weights(JOBS["W4"], rows, columns)
-            v = {32: [W(1, 32, 8, 12, k) for k in (1, 2, 4)] + [W(1, 32, 4, 6, k) for k in (1, 2, 4)] + [W(1, 32, 4, 12, 2)],
-                 64: [W(1, 64, 8, 8, k) for k in (1, 2, 4)] + [W(1, 64, 4, 9, k) for k in (2, 4)] + [W(1, 64, 4, 4, k) for k in (2, 4)],
-                 128: [W(1, 128, 8, 5, k) for k in (1, 2, 4)] + [W(1, 64, 8, 8, k) for k in (1, 2, 4)] + [W(1, 128, 4, 6, k) for k in (2,)]}
+            if rows == 28672:
+                v = {32: [W(1, 32, 8, 8, 3)], 64: [W(1, 64, 8, 6, 3), W(1, 64, 8, 4, 3, turns=True)], 128: [W(1, 128, 8, 5, 2), W(1, 128, 8, 5, 3, resc=True, turns=True)]}
+            else:
+                v = {32: [W(1, 32, 8, 8, 3, k) for k in (2, 4)] + [W(1, 32, 4, 8, 3, k) for k in (1, 2, 4)],
+                     64: [W(1, 64, 8, 6, 3, k) for k in (2, 4)] + [W(1, 64, 4, 4, 3, k) for k in (1, 2, 4)],
+                     128: [W(1, 128, 8, 5, 2, k) for k in (2, 4)] + [W(1, 128, 4, 5, 2, k) for k in (2, 4)] + [W(1, 64, 8, 6, 3, k) for k in (2, 4)] + [W(1, 64, 4, 4, 3, 2)]}
             compile_all(w.code, [t for u in v.values() for t in u])
             dense = [torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) for _ in range(5)]
             for tokens, u in v.items():
@@ -144,17 +161,16 @@ def main():
                 say(job="bf16", rows=rows, columns=columns, tokens=tokens, us=round(us, 2))
                 trial("W4", w, tokens, u, x)
     if "E" in PARTS:
-        def L(tiles, across, along, depth, spread=True):
-            return Tuning(tiles, 1, across, along, depth, 0, 1, False, True, 1, False, spread)
-        low = [L(4, 1, 4, 1, False), L(4, 1, 4, 1), L(4, 1, 4, 2), L(4, 1, 8, 1), L(4, 1, 8, 2), L(2, 1, 8, 2), L(2, 1, 8, 4), L(2, 1, 4, 4), L(1, 1, 8, 4), L(2, 2, 4, 2), L(2, 1, 16, 1), L(1, 1, 16, 2)]
+        def three(*shape, spread=True):
+            return [L(*shape, spread), L(*shape, spread, late=True), L(*shape, spread, overlap=False)]
         jobs = {
-            "binary": low + [L(8, 1, 4, 1), L(4, 1, 4, 4)], "W2": low,
-            "SpQR": [L(1, 1, 4, 1, False), L(1, 1, 8, 1), L(2, 1, 8, 1), L(1, 1, 4, 1), L(1, 1, 16, 1), L(1, 1, 8, 2), L(2, 1, 4, 1), L(2, 2, 4, 1)],
-            "W3 + 0.45%": [L(2, 2, 4, 1, False), L(2, 2, 4, 1), L(2, 1, 8, 1), L(1, 1, 8, 1), L(1, 1, 8, 2), L(1, 2, 8, 1), L(1, 1, 16, 1)],
-            "W3": [L(2, 2, 4, 1, False), L(2, 2, 4, 1), L(2, 1, 8, 1), L(1, 1, 8, 1), L(1, 1, 8, 2), L(1, 2, 8, 1), L(1, 1, 16, 1)],
-            "W4": [L(4, 1, 8, 1, False), L(4, 1, 8, 1), L(2, 1, 8, 1), L(2, 1, 8, 2), L(1, 1, 8, 2), L(1, 1, 8, 4), L(2, 1, 4, 2), L(2, 1, 16, 1), L(1, 1, 16, 2)],
-            "LUT4 rows": [L(1, 1, 4, 2, False), L(1, 1, 4, 2), L(1, 1, 8, 2), L(2, 1, 8, 1), L(1, 1, 8, 1)],
-            "W8": [L(1, 1, 4, 1, False), L(1, 1, 4, 1), L(1, 1, 8, 1), L(1, 1, 8, 2)],
+            "W2": three(4, 1, 8, 1) + three(2, 1, 8, 2) + [L(2, 1, 8, 1, late=True), L(4, 1, 4, 2, late=True), L(2, 2, 4, 2, late=True), L(1, 1, 8, 4, late=True), L(2, 1, 4, 2, late=True), L(4, 1, 8, 2, late=True)],
+            "binary": three(4, 1, 4, 2) + three(2, 2, 4, 2) + [L(2, 1, 8, 2, late=True), L(4, 1, 8, 1, late=True), L(2, 1, 4, 2, late=True), L(4, 2, 4, 1, late=True), L(4, 1, 4, 4, late=True), L(2, 1, 8, 1, late=True)],
+            "W3 + 0.45%": three(2, 2, 4, 1) + three(1, 1, 8, 1) + [L(2, 1, 8, 1, late=True), L(2, 1, 4, 1, late=True)],
+            "W3": three(2, 2, 4, 1) + three(1, 1, 8, 1) + [L(2, 1, 8, 1, late=True), L(2, 2, 4, 1, False), L(2, 1, 4, 1, late=True)],
+            "SpQR": three(2, 2, 4, 1) + [L(2, 1, 8, 1, late=True), L(1, 2, 8, 1, late=True), L(1, 2, 4, 1, late=True)],
+            "W4": three(1, 1, 8, 2) + three(2, 1, 8, 1) + [L(2, 1, 4, 2, late=True), L(4, 1, 8, 1, late=True)],
+            "W8": three(1, 1, 8, 2) + [L(1, 1, 4, 2, late=True), L(2, 1, 8, 1, late=True)],
         }
         for name, tunings in jobs.items():
             if time.time() - T0 > LIMIT:
@@ -169,3 +185,5 @@ if __name__ == "__main__":
         main()
     except Exception:
         traceback.print_exc()
+    print("end", time.time() - T0, flush=True)
+    os._exit(0)

@@ -126,7 +126,7 @@ device void unpack(Operands& weights, const Codes& codes, int chunk, int step, T
   }
 }
 
-extern "C" global __launch_bounds__(THREADS, 1) in_clusters_of(CLUSTER, SPLIT) void rarefy_gemm(const Arguments a) {
+extern "C" global __launch_bounds__(THREADS, ACROSS == 4 && TILES * TOKENS <= 8 ? 2 : 1) in_clusters_of(CLUSTER, SPLIT) void rarefy_gemm(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int first_row = blockIdx.x * ROWS, first_token = blockIdx.z * WIDTH;
   const int share = (a.steps + SPLIT - 1) / SPLIT;
@@ -151,11 +151,13 @@ extern "C" global __launch_bounds__(THREADS, 1) in_clusters_of(CLUSTER, SPLIT) v
   if (warp >= ACROSS) {
     give_registers_back<ACROSS>();
     if (threadIdx.x == 32 * ACROSS) {
+      start_later_kernels();
       wait_for_earlier_kernels();
       bring(a, stages, full, empty, begin, rounds, rank);
     }
 #if OUTLIERS
     if (warp > ACROSS && blockIdx.y == 0) {
+      start_later_kernels();
       wait_for_earlier_kernels();
       add_outliers(a, first_row, blockIdx.z, warp - ACROSS - 1, lane);
     }
@@ -338,6 +340,7 @@ extern "C" global __launch_bounds__(128) void rarefy_arrange(const Arguments a) 
   const int token = unit / PAIRS % WIDTH, rest = unit / PAIRS / WIDTH;
   const int pair = rest % GROUPS * PAIRS + unit % PAIRS, step = rest / GROUPS % a.steps, tile = rest / GROUPS / a.steps;
   const bool real = tile * WIDTH + token < a.tokens;
+  start_later_kernels();
   wait_for_earlier_kernels();
   if (tile * WIDTH >= a.tokens) return;
   const u16* x = a.x + (real ? i64(tile * WIDTH + token) * a.stride : 0);

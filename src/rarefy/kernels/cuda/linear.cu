@@ -192,70 +192,87 @@ typedef SpreadScales StepScales;
 typedef Scales StepScales;
 #endif
 
-// ---- Outliers: eight lanes a row, each with every eighth entry; the block's first share of columns takes them all.
+// ---- Outliers: eight lanes a row, each with every eighth entry; the block's first share of columns takes them all. What
+// they need is fetched piece by piece between the steps of the product, so that nobody waits for it.
 
 constexpr int TURNS = (ROWS * 8 + THREADS - 1) / THREADS;
-constexpr int EXTRA = OUTLIERS != NONE ? TURNS * WIDTH : 1;
-constexpr int AHEAD = OUTLIERS != NONE ? 3 : 1;  // entries of a lane that are on their way while weights are
+constexpr int AHEAD = 3;  // entries of a lane that are fetched so
+constexpr int EXTRA = SPREAD ? 1 : WIDTH;  // tokens
 
-struct Entries { u32 at[TURNS][AHEAD], begin[TURNS], end[TURNS]; };
+#if OUTLIERS
+struct Outliers {
+  u32 begin[TURNS], end[TURNS], entries[TURNS][AHEAD];
+  u16 gathered[TURNS][SPREAD ? AHEAD : 1];
+  float sums[TURNS][EXTRA];
+};
 
-// The next entries of each row, zeros where there are none.
-device void fetch(Entries& entries, const Arguments& a, int turn) {
-#pragma unroll
-  for (int n = 0; n < AHEAD; ++n) {
-    const u32 at = entries.begin[turn] + 8 * n;
-    entries.at[turn][n] = at < entries.end[turn] ? load_once(a.entries + at) : 0;
-  }
-  entries.begin[turn] += 8 * AHEAD;
-}
-
-device void begin_outliers(Entries& entries, const Arguments& a, int first_row) {
+device void begin_outliers(Outliers& own, const Arguments& a, int first_row) {
 #pragma unroll
   for (int turn = 0; turn < TURNS; ++turn) {
     const int within = (turn * THREADS + threadIdx.x) / 8, row = first_row + within;
     const bool real = row < a.rows && within < ROWS && blockIdx.y == 0;
-    entries.end[turn] = real ? a.row_ptr[row + 1] : 0;
-    entries.begin[turn] = (real ? a.row_ptr[row] : 0) + threadIdx.x % 8;
-  }
+    own.end[turn] = real ? load_once(a.row_ptr + row + 1) : 0;
+    own.begin[turn] = real ? load_once(a.row_ptr + row) : 0;
 #pragma unroll
-  for (int turn = 0; turn < TURNS; ++turn) fetch(entries, a, turn);
+    for (int n = 0; n < EXTRA; ++n) own.sums[turn][n] = 0.0f;
+  }
 }
 
-device void add_outliers(float (&extra)[EXTRA], Entries& entries, const Arguments& a, int first_token) {
+// The next entries of a row, zeros where there are none.
+device void fetch_entries(Outliers& own, const Arguments& a, int turn) {
+#pragma unroll
+  for (int n = 0; n < AHEAD; ++n) {
+    const u32 at = own.begin[turn] + threadIdx.x % 8 + 8 * n;
+    own.entries[turn][n] = at < own.end[turn] ? load_once(a.entries + at) : 0;
+  }
+  own.begin[turn] += 8 * AHEAD;
+}
+
+device void add_entries(Outliers& own, const Arguments& a, int turn, int first_token, bool is_gathered) {
+#pragma unroll
+  for (int k = 0; k < AHEAD; ++k) {
+    const u32 entry = own.entries[turn][k];
+    const float value = OUTLIERS == F16 ? half_value(u16(entry >> 16)) : as_float(entry & 0xFFFF0000u);
+    const u16* x = a.x + i64(first_token) * a.stride + (entry & 0xFFFF);
+#pragma unroll
+    for (int n = 0; n < EXTRA; ++n)
+      if (first_token + n < a.tokens)
+        own.sums[turn][n] += value * widened(SPREAD && is_gathered ? own.gathered[turn][SPREAD ? k : 0] : x[i64(n) * a.stride]);
+  }
+}
+
+// After the first step of the product their entries are fetched, after the second the activations.
+device void prepare_outliers(Outliers& own, const Arguments& a, int round) {
+  if (round == 0) {
+#pragma unroll
+    for (int turn = 0; turn < TURNS; ++turn) fetch_entries(own, a, turn);
+  } else if (SPREAD && round == 1) {
+#pragma unroll
+    for (int turn = 0; turn < TURNS; ++turn)
+#pragma unroll
+      for (int k = 0; k < AHEAD; ++k) own.gathered[turn][SPREAD ? k : 0] = a.x[own.entries[turn][k] & 0xFFFF];
+  }
+}
+
+// Sums of all rows, beside those of the product.
+device void end_outliers(Outliers& own, const Arguments& a, int first_token, float* meeting) {
 #pragma unroll
   for (int turn = 0; turn < TURNS; ++turn) {
-    float* own = extra + turn * WIDTH;
-#pragma unroll
-    for (int n = 0; n < WIDTH; ++n) own[n] = 0.0f;
-    while (true) {
-#pragma unroll
-      for (int k = 0; k < AHEAD; ++k) {
-        const u32 entry = entries.at[turn][k];
-        const float value = OUTLIERS == F16 ? half_value(u16(entry >> 16)) : as_float(entry & 0xFFFF0000u);
-        const u16* x = a.x + i64(first_token) * a.stride + (entry & 0xFFFF);
-#pragma unroll
-        for (int n = 0; n < WIDTH; ++n)
-          if (first_token + n < a.tokens) own[n] += value * widened(x[i64(n) * a.stride]);
-      }
-      if (entries.begin[turn] >= entries.end[turn]) break;
-      fetch(entries, a, turn);
+    add_entries(own, a, turn, first_token, true);
+    while (own.begin[turn] < own.end[turn]) {
+      fetch_entries(own, a, turn);
+      add_entries(own, a, turn, first_token, false);
     }
-#pragma unroll
-    for (int n = 0; n < WIDTH; ++n)
-      if (first_token + n < a.tokens) own[n] = sum_of_eight(own[n]);
-  }
-}
-
-device void leave_outliers(const float (&extra)[EXTRA], float* meeting) {
-#pragma unroll
-  for (int turn = 0; turn < TURNS; ++turn) {
     const int row = (turn * THREADS + threadIdx.x) / 8;
-    if (row >= ROWS || threadIdx.x % 8) continue;
 #pragma unroll
-    for (int n = 0; n < WIDTH; ++n) meeting[n * SUM_PITCH + row] = extra[turn * WIDTH + n];
+    for (int n = 0; n < EXTRA; ++n) {
+      if (first_token + n >= a.tokens) break;
+      const float sum = sum_of_eight(own.sums[turn][n]);
+      if (row < ROWS && threadIdx.x % 8 == 0) meeting[n * SUM_PITCH + row] = sum;
+    }
   }
 }
+#endif
 
 extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -273,8 +290,6 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   // What the weights are is on its way before anything is waited for.
   Codes codes[DEPTH];
   StepScales scales[DEPTH];
-  Entries entries;
-  float extra[EXTRA] = {};
 #if STAGED
   constexpr int STAGE = STAGE_TOKENS + STAGE_CODES;
   const auto stage_codes = [&](int round) {
@@ -298,7 +313,10 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
     }
 #endif
 
-  if constexpr (OUTLIERS != NONE) begin_outliers(entries, a, first_row);
+#if OUTLIERS
+  Outliers outliers;
+  begin_outliers(outliers, a, first_row);
+#endif
   if constexpr (TABLE == SHARED) {
     copy_table(a);
     block_barrier();
@@ -308,6 +326,9 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
 #pragma unroll
     for (int r = 0; r < TILES; ++r) load(tables[r], a, tile_of(a, first_tile + r), 0, g);
   }
+#if !LATE
+  start_later_kernels();
+#endif
   wait_for_earlier_kernels();  // weights never depend on them
 
   float sums[TILES][TOKENS][4] = {};
@@ -342,9 +363,9 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
     block_barrier();
     stage_codes(round + STAGES - 1);
     stage_tokens(round + STAGES - 1);
-    if constexpr (OUTLIERS != NONE) {
-      if (round == 0) add_outliers(extra, entries, a, first_token);
-    }
+#if OUTLIERS
+    prepare_outliers(outliers, a, round);
+#endif
     if (step_at(round) >= end) continue;
     const Scales now = scales[0];
     if (step_at(round + 1) < end) fetch(scales[0], a, places, step_at(round + 1), lane);
@@ -396,9 +417,9 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
         fetch_tokens(d, next);
       }
     }
-    if constexpr (OUTLIERS != NONE) {
-      if (base == 0) add_outliers(extra, entries, a, first_token);
-    }
+#if OUTLIERS
+    prepare_outliers(outliers, a, base / DEPTH);
+#endif
   }
 #endif
 #if SPREAD
@@ -409,6 +430,9 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   }
 #endif
 
+#if LATE
+  start_later_kernels();
+#endif
   // Warps along the columns meet in shared memory, blocks along the columns in device memory, always in one order.
   if constexpr (STAGED) {
     wait_for_copies<0>();
@@ -424,7 +448,10 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
         const int row = (across * TILES + r) * 16 + g + j / 2 * 8, token = 8 * n + 2 * t + j % 2;
         meeting[(along * WIDTH + token) * SUM_PITCH + row] = sums[r][n][j];
       }
-  if constexpr (OUTLIERS != NONE) leave_outliers(extra, meeting + ALONG * WIDTH * SUM_PITCH);
+#if OUTLIERS
+  for (int round = rounds / DEPTH + (rounds % DEPTH > 0); round < 2; ++round) prepare_outliers(outliers, a, round);
+  end_outliers(outliers, a, first_token, meeting + ALONG * WIDTH * SUM_PITCH);
+#endif
   block_barrier();
   for (int n = threadIdx.x; n < WIDTH * ROWS; n += THREADS) {
     const int token = n / ROWS, row = n % ROWS;
@@ -515,6 +542,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_quantize(const Argument
   float* shared = reinterpret_cast<float*>(pool);
   const u16* x = a.x + i64(blockIdx.x) * a.stride;
   const u16* gain = static_cast<const u16*>(a.scale);
+  start_later_kernels();
   wait_for_earlier_kernels();
   float squares = 0.0f, most = 0.0f;
   for (int first = threadIdx.x * 8; first < a.columns; first += THREADS * 8) {

@@ -86,9 +86,14 @@ template <int PENDING> device void wait_for_copies() { asm volatile("cp.async.wa
 
 device void block_barrier() { __syncthreads(); }
 device void warp_barrier() { __syncwarp(); }
-device void wait_for_earlier_kernels() {
+// Later kernels may start, up to where they wait, when all blocks have come here.
+device void start_later_kernels() {
 #if ORDERED
   asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+device void wait_for_earlier_kernels() {
+#if ORDERED
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }

@@ -100,6 +100,7 @@ class Tuning:
     rescaled: bool = False
     spread: bool = False
     in_turns: bool = False
+    late: bool = False
 
     @property
     def kernels(self) -> tuple[str, ...]:

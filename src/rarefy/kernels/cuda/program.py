@@ -84,8 +84,8 @@ class Tuning:
     while its forerunner still runs; from 9.0 on. ``spread``: blocks of one token take the places of eight tokens.
 
     ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
-    multiple of 4 and ``along`` 1; ``cluster`` neighbouring blocks share what they read of the tokens; ``rescaled``: sums
-    are kept in units of the last scale, which has to be of 16 bits and to have no zero beside it."""
+    multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; two fours of
+    warps multiply ``in_turns``; ``rescaled``: sums are kept in units of the last scale (see ``Code.can_rescale``)."""
 
     tiles: int = 1
     tokens: int = 1

@@ -100,7 +100,6 @@ class Tuning:
     rescaled: bool = False
     spread: bool = False
     in_turns: bool = False
-    late: bool = False
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -109,7 +108,8 @@ class Tuning:
 
     @property
     def threads(self) -> int:
-        return 32 * self.across * self.along + 128 * self.wide
+        beside = 0 if not self.wide else 32 if self.across == 4 else 128  # that bring what the others multiply
+        return 32 * self.across * self.along + beside
 
     @property
     def rows(self) -> int:

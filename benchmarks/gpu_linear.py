@@ -143,7 +143,9 @@ class Trials:
         """The fastest tuning that computes the right thing."""
         code, tokens = weights.code, x.shape[0]
         wide = measure.takes_wide(x.device) and not self.narrow
-        tried = list(itertools.islice(measure.candidates(code, tokens, wide), most))
+        overlap = tuning_tables.overlaps(x.device)
+        every = itertools.islice(measure.candidates(code, tokens, wide), most)
+        tried = [replace(each, overlap=overlap) for each in every]
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda each: _compiles(code, each, x.dtype), tried))
         expected = weights.product(x)
@@ -166,8 +168,8 @@ class Trials:
         first = len(self.rows)
         for tuning in tried:
             attempt(tuning)
-        for tuning in sorted(times, key=lambda each: times[each])[: measure.OVERLAPPED]:
-            attempt(replace(tuning, overlap=True))
+        if times:  # rarely better alone
+            attempt(replace(min(times, key=lambda each: times[each]), overlap=False))
         wrong = [row for row in self.rows[first:] if "error" in row and not row["error"] < 1e-2]
         failed = [row for row in self.rows[first:] if "failure" in row]
         if wrong or failed:

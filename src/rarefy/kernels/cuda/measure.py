@@ -113,13 +113,13 @@ def _wide(code: Code, tokens: int) -> Iterator[Tuning]:
     for at_once in widths(tokens):
         own = Tuning(1, at_once, across=8, along=1, stages=MOST_STAGES, wide=True)
         every = [replace(own, split=split, cluster=cluster) for split, cluster in ((1, 1), (1, 2), (2, 1), (4, 1))]
-        if at_once <= 4 and code.outliers is None:  # of which a processor takes three
+        if at_once <= 4:  # of which a processor takes three
             every[1:1] = [replace(own, across=4, stages=6, split=split) for split in (1, 2, 4)]
         if code.can_rescale and at_once >= 16:
             every = [replace(each, rescaled=True, in_turns=at_once > 16) for each in every]
             every += [replace(own, rescaled=True)] if at_once > 16 else [own]
         for each in every:
-            if fits_registers(each):
+            if fits_registers(each) and each.suits(code):
                 yield fitted(code, each)
 
 

@@ -111,6 +111,14 @@ class Tuning:
         beside = 0 if not self.wide else 32 if self.across == 4 else 128  # that bring what the others multiply
         return 32 * self.across * self.along + beside
 
+    def suits(self, code: Code) -> bool:
+        """Whether four warps together multiply such a code so: sums in units of a scale want one, and outliers warps that
+        have nothing else to do and whole words of tokens."""
+        if not self.wide:
+            return True
+        outliers = code.outliers is None or (self.across > 4 and self.tokens in (2, 4, 8, 16))
+        return outliers and (code.can_rescale or not self.rescaled)
+
     @property
     def rows(self) -> int:
         """Rows of a block."""

@@ -46,8 +46,9 @@ def _chosen(
 
     nearest = min(known, key=distance, default=None)
     if nearest is not None and max(distance(nearest)) <= ALIKE:
-        found = Tuning(**nearest["tuning"])
-        if found.shared_memory(code) <= MOST_SHARED:
+        measured = Tuning(**nearest["tuning"])
+        found = fitted(code, measured) if measured.wide else measured
+        if found.suits(code) and found.shared_memory(code) <= (MOST_SHARED_WIDE if found.wide else MOST_SHARED):
             return found
     return by_rule(code, rows, columns, bucket, capability)
 
@@ -73,8 +74,9 @@ def by_rule(code: Code, rows: int, columns: int, tokens: int, capability: tuple[
 def _wide(code: Code, rows: int, tokens: int) -> Tuning:
     """The rule where four warps can multiply together."""
     own = Tuning(1, widths(tokens)[-1], across=8, along=1, stages=MOST_STAGES, wide=True, overlap=True)
-    if tokens > 128 and code.can_rescale and code.step == 128:  # more would not fit into shared memory
-        own = replace(own, tokens=32, rescaled=True, in_turns=True)
+    most = replace(own, tokens=32, rescaled=True, in_turns=True)
+    if tokens > 128 and most.suits(code) and code.step == 128:  # more would not fit into shared memory
+        own = most
     blocks = -(-rows // own.rows) * -(-tokens // (8 * own.tokens))
     split = next((each for each in (1, 2, 4) if blocks * each >= 0.6 * BLOCKS), 4)
     return fitted(code, replace(own, split=split))

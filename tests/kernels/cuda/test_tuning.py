@@ -12,7 +12,10 @@ from rarefy.core.errors import UnsupportedError
 from rarefy.kernels.cuda import driver, measure, tuning
 from rarefy.kernels.cuda.program import SOURCE, Code, Tuning
 
-CODES = [Code(4, 128), Code(3, 128, outliers=torch.float16), Code(4, 128, zero=torch.uint8), Code(3, 16, span=4), Code(1, 256), Code(8, 0, span=16), Code(4, table="shared"), Code(7, 128)]
+CODES = [
+    Code(4, 128), Code(3, 128, outliers=torch.float16), Code(4, 128, zero=torch.uint8), Code(3, 16, span=4),
+    Code(1, 256), Code(8, 0, span=16), Code(4, table="shared"), Code(7, 128),
+]  # fmt: skip
 GPU = torch.device("cuda", 0)
 CAPABILITY = (9, 0)
 
@@ -37,7 +40,8 @@ def test_the_rule_and_all_candidates_can_run(code: Code, capability: tuple[int, 
         assert tried and len(set(tried)) == len(tried)
         for each in (chosen, *tried):
             assert each.shared_memory(code) <= tuning.MOST_SHARED_WIDE and each.threads <= 1024
-            assert each.suits(code) and 8 * each.tokens * 16 >= tokens and not (each.wide and (each.across % 4 or not each.stages))
+            assert each.suits(code) and 8 * each.tokens * 16 >= tokens
+            assert not (each.wide and (each.across % 4 or not each.stages))
         assert chosen.wide == (capability == (9, 0) and tokens > 16) and chosen.overlap == (capability >= (9, 0))
 
 

@@ -112,8 +112,8 @@ class Tuning:
         return 32 * self.across * self.along + beside
 
     def suits(self, code: Code) -> bool:
-        """Whether four warps together multiply such a code so: sums in units of a scale want one, and outliers warps that
-        have nothing else to do and whole words of tokens."""
+        """Whether four warps together multiply such a code so: sums in units of a scale want one, and outliers want
+        warps that have nothing else to do and whole words of tokens."""
         if not self.wide:
             return True
         outliers = code.outliers is None or (self.across > 4 and self.tokens in (2, 4, 8, 16))

@@ -325,7 +325,7 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--trials", type=Path, help="keep the times of everything that was tried here")
     parser.add_argument("--seconds", type=float, default=1800, help="stop trying after so many")
-    parser.add_argument("--most", type=int, default=48, help="tunings to try for a job; 0: what is chosen without trying")
+    parser.add_argument("--most", type=int, default=48, help="tunings to try; 0: what is chosen without trying")
     parser.add_argument("--jobs", default=DEFAULT, help="names and tokens: 'W4@1,16; W3@1'")
     parser.add_argument("--shapes", default=",".join(f"{rows}x{columns}" for rows, columns in SHAPES))
     parser.add_argument("--gemlite", default="1,16,64", help="numbers of tokens for which gemlite is a peer")

@@ -62,6 +62,9 @@ device float load_fresh(const float* from) { return *from; }
 device void copy_async(unsigned char* to, const void* from, bool real) {
   if (real) memcpy(to, from, 16); else memset(to, 0, 16);
 }
+device void copy_word_async(unsigned char* to, const void* from, bool real) {
+  if (real) memcpy(to, from, 4); else memset(to, 0, 4);
+}
 template <class T> device void keep(T&) {}
 device void commit_copies() {}
 template <int PENDING> device void wait_for_copies() {}

@@ -79,6 +79,11 @@ device void copy_async(u8* to, const void* from, bool real) {
   const u32 address = static_cast<u32>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(real ? 16 : 0) : "memory");
 }
+// Four bytes.
+device void copy_word_async(u8* to, const void* from, bool real) {
+  const u32 address = static_cast<u32>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(from), "r"(real ? 4 : 0) : "memory");
+}
 device void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> device void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 

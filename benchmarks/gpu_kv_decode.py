@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rarefy.kernels.triton.decode_attention import DecodeAttention
-from rarefy.kernels.triton.tiles import Tiles
+from rarefy.kernels.coded import Tiles
 
 KEY = ("job", "tokens")
 HEADS, QUERY_HEADS, CHANNELS = 8, 32, 128

@@ -162,7 +162,7 @@ def longest_row(num_bits: int, weights: float) -> Row:
 
 
 def _synthetic(kind: str, num_bits: int, heads: int, tokens: int) -> Any:
-    from rarefy.kernels.triton.tiles import Tiles
+    from rarefy.kernels.coded import Tiles
 
     codes = torch.randint(
         -(2**31), 2**31 - 1, (1, heads, tokens * CHANNELS * num_bits // 32), device="cuda", dtype=torch.int32

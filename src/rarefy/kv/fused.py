@@ -33,7 +33,7 @@ PIECE = 128  # tokens after the last whole segment that the kernel reads at once
 
 if TYPE_CHECKING:
     from rarefy.kernels.triton.decode_attention import DecodeAttention
-    from rarefy.kernels.triton.tiles import Tiles
+    from rarefy.kernels.coded import Tiles
 
 
 @dataclass
@@ -149,7 +149,7 @@ def _build(
 
 def tiles_of(codec: Codec, runs: list[Payload], heads: int) -> Tiles | None:
     """What the kernel reads of a codec's runs; None where it has no loader for it."""
-    from rarefy.kernels.triton.tiles import Tiles
+    from rarefy.kernels.coded import Tiles
 
     def tensors(*names: str) -> tuple[tuple[Tensor, ...], ...]:
         return tuple(tuple(run[name].contiguous() for name in names) for run in runs)
@@ -190,7 +190,7 @@ def tiles_of(codec: Codec, runs: list[Payload], heads: int) -> Tiles | None:
 
 def _corrected(codec: Residual, runs: list[Payload], heads: int) -> Tiles | None:
     """Codes of which an outlier list and a low-rank product tell what they leave over."""
-    from rarefy.kernels.triton import tiles as kernel
+    from rarefy.kernels import coded as kernel
 
     def pairs(number: int, *names: str) -> tuple[tuple[Tensor, Tensor], ...]:
         parts = [part_of(run, str(number)) for run in runs]

@@ -10,11 +10,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rarefy.kernels.cuda import program
+from rarefy.kernels.coded import Tiles
+from rarefy.kernels.cuda import attend, program
 from rarefy.kernels.cuda.linear import aligned, pointed, pointed_sparse, terms_of
 from rarefy.kernels.cuda.prepared import code_of, sparse_code_of
 from rarefy.kernels.prepared import Prepared, flat
@@ -102,3 +104,20 @@ def sparse(x: Tensor, prepared: Prepared) -> Tensor:
     shared = code.shared_memory(most, x.shape[1])
     library.run(0, ctypes.byref(given), *code.grid(prepared.rows, 2), 32 * code.WARPS, shared)
     return y
+
+
+def attention(
+    keys: Tiles, values: Tiles, query: Tensor, scaling: float, run_tokens: int, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Attention of ``query [B, Hq, D]`` over runs in code."""
+    batch, heads = keys.runs[0][0].shape[:2]
+    whole = attend.CodedAttention(
+        keys, values, batch, heads, *query.shape[1:], run_tokens, device=query.device, **options
+    )
+    code = whole.program(query.dtype)
+    macros = [f"-D{macro}={value}" for macro, value in code.definitions().items()]
+    library = _library((*macros, "-DENTRY=rarefy_attend"), attend.SOURCE)
+    given = whole.arguments(query, scaling)
+    for _ in range(2):  # the second finds its counters as the first did
+        library.run(0, ctypes.byref(given), *whole.grid, code.threads, code.shared_memory)
+    return whole.results

@@ -21,7 +21,7 @@ from tests.kv.coded import samples
 
 pytest.importorskip("triton")
 from rarefy.kernels.triton.decode_attention import DecodeAttention, fits
-from rarefy.kernels.triton.tiles import Tiles
+from rarefy.kernels.coded import Tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH, HEADS, CHANNELS, TOKENS, RUN = 2, 2, 128, 256, 128

@@ -29,8 +29,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from rarefy.kernels.coded import DEPTH, KINDS, Tiles
 from rarefy.kernels.triton.decode_stretch import attend_stretch
-from rarefy.kernels.triton.tiles import DEPTH, KINDS, Tiles
 
 NUMBERS = {
     torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32,

@@ -1,0 +1,589 @@
+// Attention of one new token over keys and values in code: all query heads of one KV head, 128 channels.
+//
+// A warp takes tiles of 128 tokens. Its tensor-core products have codes as the left operand and query heads as columns,
+// so that codes need no padding, and numbers are taken out of words where they were loaded: a lane holds 16 neighbouring
+// tokens (of keys) or channels (of values), and which row of a product each of them is does not matter. The bits of a
+// uniform code are at once a float16 below the smallest normal one, `code * 2^(shift - 24)`, which products take without
+// loss; powers of two, scales and zeros go into the query, the weights and the sums, or into the numbers where several
+// groups meet. A table has an entry for two codes at once, of which every lane has its own copy, so that lookups never
+// wait for each other.
+//
+// Macros: K_KIND, V_KIND, K_BITS, V_BITS, K_GROUP, V_GROUP (tokens or channels that share a scale), K_SCALE, K_OFFSET,
+// V_OFFSET, SAME_TABLE, GROUP_HEADS, QUERY (type), SINKS, WARPS, BLOCKS (of a multiprocessor), DEPTH (eighths of a tile
+// loaded ahead); HALF is 1.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef long long i64;
+
+enum { CHANNEL = 1, TOKEN = 2, TABLE = 3, PRODUCT = 4 };
+enum { F32 = 1, F16 = 2, BF16 = 3 };
+enum { K_CODES, K_STEPS, K_ZEROS, V_CODES, V_STEPS, V_ZEROS, K_TOKENS, V_TOKENS };  // rows of `places`
+
+struct Arguments {
+  const void* query;   // [pairs * GROUP_HEADS][128]
+  const i64* places;   // [8][tiles]: addresses for the first pair, and tokens from one pair to the next
+  const u16* k_table;  // float16 [entries], or [64][256][2] of products
+  const u16* v_table;
+  const i64* sinks;    // [batch][SINKS]: tokens that are left out
+  float* part_out;     // [pairs * GROUP_HEADS][splits][128]
+  float* part_lse;     // [pairs * GROUP_HEADS][splits]
+  float* out;          // [pairs * GROUP_HEADS][128]
+  float* lse;          // [pairs * GROUP_HEADS]
+  u32* arrived;        // [pairs], zero before and after
+  int tiles, heads, splits;
+  float scaling;
+};
+
+#ifndef RAREFY_EMULATED
+#include "machine.cuh"
+#endif
+
+shared_memory(pool);
+
+constexpr int THREADS = 32 * WARPS, D = 128, TILE = 128, STEPS = 8;
+constexpr int K_GROUPS = TILE / K_GROUP, V_GROUPS = D / V_GROUP;
+constexpr bool FOLDED = K_KIND == CHANNEL && K_GROUPS == 1;  // scales go into the query
+constexpr bool K_AFFINE = K_KIND == CHANNEL && K_GROUPS > 1, V_AFFINE = V_KIND == TOKEN && V_GROUPS > 1;
+constexpr float K_UP = FOLDED ? 16.0f : 1.0f, V_UP = 16.0f;  // keeps products with scales normal
+constexpr int MIDDLE = 3;                                    // the shift whose codes meet the query as it is
+constexpr u32 ONES = 0x3C003C00u, SIGNS = 0x80008000u;
+
+// ---- Shared memory: tables, then scales of each warp, two tiles of them; sums of warps come in the place of all.
+
+constexpr int table_bytes(int kind, int bits) { return kind == TABLE ? 128 << 2 * bits : kind == PRODUCT ? 64 * 1024 : 0; }
+constexpr int K_TABLE = 0, V_TABLE = SAME_TABLE ? 0 : table_bytes(K_KIND, K_BITS);
+constexpr int SCALES = V_TABLE + (SAME_TABLE ? table_bytes(K_KIND, K_BITS) : table_bytes(V_KIND, V_BITS));
+constexpr int K_SPAN = K_KIND == CHANNEL ? 256 * K_GROUPS : K_SCALE ? 256 : 0;  // bytes of a tile's scales, and of its zeros
+constexpr int V_SPAN = V_KIND == TOKEN ? 256 * V_GROUPS : V_KIND == TABLE ? 256 : 0;
+constexpr int K_ZERO_SPAN = K_KIND == CHANNEL || K_KIND == TOKEN || K_OFFSET ? K_SPAN : 0;
+constexpr int V_ZERO_SPAN = V_KIND == TOKEN || V_OFFSET ? V_SPAN : 0;
+constexpr int BUFFER = K_SPAN + K_ZERO_SPAN + V_SPAN + V_ZERO_SPAN;
+
+device float power(int exponent) { return as_float(u32(127 + exponent) << 23); }
+device float never() { return as_float(0xFF800000u); }  // minus infinity: the score of what is not there
+template <int TYPE> device float number_at(const void* base, i64 index) {
+  if constexpr (TYPE == F32) return static_cast<const float*>(base)[index];
+  else if constexpr (TYPE == F16) return half_value(static_cast<const u16*>(base)[index]);
+  else return as_float(u32(static_cast<const u16*>(base)[index]) << 16);
+}
+
+// ---- Codes in words.
+
+constexpr int words_of(int bits, int codes) { return bits == 3 && codes == 16 ? 2 : bits * codes / 32; }
+constexpr int K_WORDS = K_KIND == CHANNEL ? 4 * words_of(K_BITS, 16) : K_KIND == PRODUCT ? 8 : 2 * words_of(K_BITS, 32);
+constexpr int V_WORDS = V_KIND == PRODUCT ? 8 : 4 * words_of(V_BITS, 16);
+constexpr int MOST_WORDS = K_WORDS > V_WORDS ? K_WORDS : V_WORDS;
+
+constexpr int shift_of(int bits, int n) { return n * bits % 8; }
+constexpr int distance_of(int bits) { return bits == 3 ? 8 : 16 / bits; }  // between codes that one word gives at once
+constexpr int first_of(int bits, int pair) {
+  return pair / distance_of(bits) * 2 * distance_of(bits) + pair % distance_of(bits);
+}
+constexpr u32 mask_of(int bits, int n) { return ((1u << bits) - 1) << shift_of(bits, n) | ((1u << bits) - 1) << (16 + shift_of(bits, n)); }
+
+// 16 codes. Of 3 bits, words are the first and the last 32 of 48 bits.
+template <int BITS> device void load_16(u32* words, const u8* from, int number) {
+  if constexpr (BITS == 8) {
+    const uint4 all = load_once(reinterpret_cast<const uint4*>(from) + number);
+    words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
+  } else if constexpr (BITS == 4) {
+    const uint2 all = load_once(reinterpret_cast<const uint2*>(from) + number);
+    words[0] = all.x, words[1] = all.y;
+  } else if constexpr (BITS == 2) {
+    words[0] = load_once(reinterpret_cast<const u32*>(from) + number);
+  } else {
+    const u32* at = reinterpret_cast<const u32*>(from) + number * 3 / 2;
+    words[0] = load_near(at), words[1] = load_near(at + 1);
+  }
+}
+// Loaded words as the rest reads them.
+template <int BITS> device void settle_16(u32* words, int number) {
+  if constexpr (BITS == 3) {
+    const u32 middle = funnel(words[0], words[1], 16);
+    const bool odd = number & 1;
+    const u32 first = odd ? middle : words[0], last = odd ? words[1] : middle;
+    words[0] = first, words[1] = last;
+  }
+}
+// 32 codes.
+template <int BITS> device void load_32(u32* words, const u8* from) {
+  if constexpr (BITS == 8) {
+    load_16<8>(words, from, 0), load_16<8>(words + 4, from, 1);
+  } else if constexpr (BITS == 4) {
+    load_16<8>(words, from, 0);
+  } else if constexpr (BITS == 2) {
+    load_16<4>(words, from, 0);
+  } else {
+#pragma unroll
+    for (int n = 0; n < 3; ++n) words[n] = load_near(reinterpret_cast<const u32*>(from) + n);
+  }
+}
+
+// Code `n` of two pieces of 16, where it is in the halves of a word: times 2^(shift - 24) as float16.
+template <int BITS> device u32 both(const u32* a, const u32* b, int n) {
+  const int bit = n * BITS, word = BITS == 3 ? bit >= 24 : bit / 32, at = BITS == 3 ? bit - 16 * word : bit % 32;
+  const u32 low = at / 8, high = low < 3 ? low + 1 : 3;
+  return permuted(a[word], b[word], low | high << 4 | (4 + low) << 8 | (4 + high) << 12) & mask_of(BITS, n);
+}
+// Codes `first_of(pair)` and `distance_of` further on of one piece of 32.
+template <int BITS> device u32 apart(const u32* words, int pair) {
+  const int n = first_of(BITS, pair), bit = n * BITS, word = BITS == 3 ? (n < 16 ? 0 : 1) : bit / 32;
+  const u32 one = (bit - 32 * word) / 8, two = one + distance_of(BITS) * BITS / 8, top = BITS == 3 ? 7 : 3;
+  const u32 bytes = one | (one < top ? one + 1 : top) << 4 | two << 8 | (two < top ? two + 1 : top) << 12;
+  return permuted(words[word], BITS == 3 ? words[word + 1] : words[word], bytes) & mask_of(BITS, n);
+}
+// The word that a table has for the two codes at `bit`.
+template <int BITS> device u32 looked_up(const u8* table, const u32* words, int bit, u32 own) {
+  constexpr u32 MASK = ((1u << 2 * BITS) - 1) << 7;
+  const int word = bit / 32, at = bit % 32;
+  u32 index;
+  if (at + 2 * BITS > 32) index = funnel(words[word], words[word + 1], at) << 7;
+  else index = at >= 7 ? words[word] >> (at - 7) : words[word] << (7 - at);
+  return *reinterpret_cast<const u32*>(table + chosen(index, MASK, own));
+}
+// The entry of a codebook that byte `n` names.
+device u32 entry_of(const u8* table, const u32* words, int part, int n) {
+  const int at = n % 4 * 8;
+  const u32 index = at >= 2 ? words[n / 4] >> (at - 2) : words[n / 4] << 2;
+  return *reinterpret_cast<const u32*>(table + 1024 * part + (index & 0x3FCu));
+}
+constexpr u32 evens_of(int bits, int word) {
+  u32 mask = 0;
+  for (int bit = 0; bit < 32; ++bit) mask |= u32((32 * word + bit) % (2 * bits) < bits) << bit;
+  return mask;
+}
+// Codes of two pieces of 16 side by side: even ones, then odd ones.
+template <int BITS> device void interleaved(u32* even, u32* odd, const u32* a, const u32* b) {
+  constexpr int WORDS = words_of(BITS, 16);
+  constexpr u32 FIRST = evens_of(BITS, 0), SECOND = evens_of(BITS, 1);
+#pragma unroll
+  for (int n = 0; n < WORDS; ++n) {
+    const u32 mask = n == 0 ? FIRST : SECOND;
+    const u32 under = n == 0 ? b[n] << BITS : funnel(b[n - 1], b[n], 32 - BITS);
+    const u32 over = n + 1 < WORDS ? funnel(a[n], a[n + 1], BITS) : a[n] >> BITS;
+    even[n] = chosen(a[n], mask, under & ~mask);
+    odd[n] = chosen(over, mask, b[n] & ~mask);
+  }
+}
+// Codes of 3 bits as one stream.
+template <int BITS> device void stream_16(u32* words) {
+  if constexpr (BITS == 3) words[1] >>= 16;
+}
+// (code - zero) * step of two codes in place; `below` is -zero * step.
+template <int BITS> device u32 affine(u32 in_place, int n, u32 step, u32 below) {
+  const u32 shift = shift_of(BITS, n), magic = (25 - shift) << 10;  // a number whose last bit is 2^-shift
+  const u32 code = fused(in_place | magic * 0x10001u, ONES, (0x8000u | magic) * 0x10001u);
+  return fused(code, step, below);
+}
+
+// ---- One warp.
+
+struct Places {
+  const u8* k_codes;
+  const u8* k_steps;
+  const u8* k_zeros;
+  const u8* v_codes;
+  const u8* v_steps;
+  const u8* v_zeros;
+};
+
+constexpr int K_ROW = K_KIND == CHANNEL ? TILE * K_BITS / 8 : K_KIND == PRODUCT ? 64 : D * K_BITS / 8;  // bytes of a channel or token
+constexpr int V_ROW = V_KIND == PRODUCT ? 64 : D * V_BITS / 8;
+
+device Places places_of(const Arguments& a, int tile, i64 pair) {
+  const i64* at = a.places + tile;
+  const i64 k_tokens = pair * at[i64(K_TOKENS) * a.tiles], v_tokens = pair * at[i64(V_TOKENS) * a.tiles];
+  constexpr i64 K_BYTES = K_KIND == CHANNEL ? D * K_BITS / 8 : K_ROW;  // of a token
+  const auto from = [&](int row, i64 offset) { return reinterpret_cast<const u8*>(at[i64(row) * a.tiles] + offset); };
+  const i64 k_span = k_tokens * (K_SPAN / TILE), v_span = v_tokens * (V_SPAN / TILE);
+  return {from(K_CODES, k_tokens * K_BYTES), from(K_STEPS, k_span), from(K_ZEROS, k_span),
+          from(V_CODES, v_tokens * V_ROW), from(V_STEPS, v_span), from(V_ZEROS, v_span)};
+}
+
+device void copy_span(u8* to, const u8* from, int bytes, int lane) {
+  for (int n = 16 * lane; n < bytes; n += 512) copy_async(to + n, from + n, true);
+}
+device void copy_scales(u8* buffer, const Places& p, int lane) {
+  copy_span(buffer, p.k_steps, K_SPAN, lane);
+  copy_span(buffer + K_SPAN, p.k_zeros, K_ZERO_SPAN, lane);
+  copy_span(buffer + K_SPAN + K_ZERO_SPAN, p.v_steps, V_SPAN, lane);
+  copy_span(buffer + K_SPAN + K_ZERO_SPAN + V_SPAN, p.v_zeros, V_ZERO_SPAN, lane);
+}
+
+// Eighth `step` of a tile's keys: 16 channels of all tokens, or all channels of every eighth pair of tokens.
+device void fetch_keys(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g, int t) {
+  if constexpr (K_KIND == CHANNEL) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+      load_16<K_BITS>(slot + n * words_of(K_BITS, 16), codes + (16 * step + 4 * t + n) * K_ROW, g);
+  } else {
+    constexpr int BITS = K_KIND == PRODUCT ? 4 : K_BITS;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+      load_32<BITS>(slot + n * words_of(BITS, 32), codes + (16 * g + 2 * step + n) * K_ROW + t * (K_ROW / 4));
+  }
+}
+// Eighth `step` of a tile's values: four tokens of a lane, as products of weights have them.
+device void fetch_values(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g, int t) {
+  constexpr int BITS = V_KIND == PRODUCT ? 4 : V_BITS;
+#pragma unroll
+  for (int n = 0; n < 4; ++n)
+    load_16<BITS>(slot + n * words_of(BITS, 16), codes + (32 * t + 2 * step + n / 2 + 16 * (n % 2)) * V_ROW, g);
+}
+
+device u32 half_at(const u8* base, int index) { return reinterpret_cast<const u16*>(base)[index]; }
+device u32 halves_at(const u8* base, int first, int second) { return half_at(base, first) | half_at(base, second) << 16; }
+
+// The query as keys of this lane meet it: pairs of channels.
+device void load_query(u32 (&query)[STEPS][2], float (&sums)[2], const Arguments& a, i64 pair, int g, int t) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int number = 2 * step + half;
+      int first = 32 * t + 2 * number, second = first + 1;
+      float up = K_UP;
+      if constexpr (K_KIND == CHANNEL) first = 16 * step + 4 * t + 2 * half, second = first + 1;
+      if constexpr (K_KIND == TOKEN) {
+        first = 32 * t + first_of(K_BITS, number), second = first + distance_of(K_BITS);
+        up = power(MIDDLE - shift_of(K_BITS, first_of(K_BITS, number)));
+      }
+      const i64 row = (pair * GROUP_HEADS + g) * D;
+      const bool real = g < GROUP_HEADS;
+      const float x = real ? number_at<QUERY>(a.query, row + first) : 0.0f;
+      const float y = real ? number_at<QUERY>(a.query, row + second) : 0.0f;
+      query[step][half] = half_pair(x * (a.scaling * up), y * (a.scaling * up));
+      sum += (half_value(u16(query[step][half])) + half_value(u16(query[step][half] >> 16))) / up;
+    }
+  // Of head g over the lanes of its channels, then of the two heads whose scores a lane has.
+  sum += of_lane_xor(sum, 1), sum += of_lane_xor(sum, 2);
+  sums[0] = of_lane(sum, 8 * t), sums[1] = of_lane(sum, 8 * t + 4);
+}
+
+// What all blocks of a pair have found, by the last of them.
+device void merge(const Arguments& a, i64 pair) {
+  for (int n = threadIdx.x; n < GROUP_HEADS * D; n += THREADS) {
+    const i64 row = pair * GROUP_HEADS + n / D;
+    const float* own = a.part_lse + row * a.splits;
+    float most = never(), sum = 0.0f, whole = 0.0f;
+    for (int split = 0; split < a.splits; ++split) most = max_of(most, load_fresh(own + split));
+    const float base = most == never() ? 0.0f : most;
+    for (int split = 0; split < a.splits; ++split) {
+      const float share = power_of_two(load_fresh(own + split) - base);
+      sum += share * load_fresh(a.part_out + (row * a.splits + split) * D + n % D);
+      whole += share;
+    }
+    a.out[row * D + n % D] = whole == 0.0f ? 0.0f : sum / whole;
+    if (n % D == 0) a.lse[row] = whole == 0.0f ? never() : (base + log_of_two(whole)) * 0.6931471805599453f;
+  }
+}
+
+extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Arguments a) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int split = blockIdx.x, stride = a.splits * WARPS;
+  const i64 pair = blockIdx.y;
+  const u32 own = 4 * lane;  // this lane's copy of tables
+  wait_for_earlier_kernels();
+
+  if constexpr (K_KIND == TABLE)
+    for (int n = threadIdx.x; n < 32 << 2 * K_BITS; n += THREADS)
+      reinterpret_cast<u32*>(pool + K_TABLE)[n] =
+          a.k_table[n / 32 % (1 << K_BITS)] | u32(a.k_table[n / 32 >> K_BITS]) << 16;
+  if constexpr (K_KIND == PRODUCT)
+    for (int n = threadIdx.x; n < 64 * 256; n += THREADS)
+      reinterpret_cast<u32*>(pool + K_TABLE)[n] = reinterpret_cast<const u32*>(a.k_table)[n];
+  if constexpr (V_KIND == TABLE && !SAME_TABLE)
+    for (int n = threadIdx.x; n < 32 << 2 * V_BITS; n += THREADS)
+      reinterpret_cast<u32*>(pool + V_TABLE)[n] =
+          a.v_table[n / 32 % (1 << V_BITS)] | u32(a.v_table[n / 32 >> V_BITS]) << 16;
+  if constexpr (V_KIND == PRODUCT && !SAME_TABLE)
+    for (int n = threadIdx.x; n < 64 * 256; n += THREADS)
+      reinterpret_cast<u32*>(pool + V_TABLE)[n] = reinterpret_cast<const u32*>(a.v_table)[n];
+  block_barrier();
+
+  u32 query[STEPS][2];
+  float query_sums[2];
+  load_query(query, query_sums, a, pair, g, t);
+
+  float out[STEPS][4] = {};
+  float top[2] = {never(), never()}, total[2] = {}, lift[2] = {};
+  u32 ring[DEPTH][MOST_WORDS];
+  u8* buffers = pool + SCALES + warp * 2 * BUFFER;
+  int tile = split * WARPS + warp, parity = 0;
+  Places here = {}, next = {};
+  if (tile < a.tiles) {
+    here = places_of(a, tile, pair);
+    copy_scales(buffers, here, lane);
+#pragma unroll
+    for (int step = 0; step < DEPTH; ++step) fetch_keys(ring[step], here.k_codes, step, g, t);
+  }
+  commit_copies();
+
+  for (; tile < a.tiles; tile += stride) {
+    const bool more = tile + stride < a.tiles;
+    if (more) next = places_of(a, tile + stride, pair);
+    wait_for_copies<0>();
+    warp_barrier();
+    const u8* k_steps = buffers + parity * BUFFER;
+    const u8 *k_zeros = k_steps + K_SPAN, *v_steps = k_zeros + K_ZERO_SPAN, *v_zeros = v_steps + V_SPAN;
+
+    // ---- Scores: of row g of product n, token 16 g + 2 n; of row g + 8, the next.
+    float scores[STEPS][4] = {};
+    float zeros[4] = {};
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      u32(&slot)[MOST_WORDS] = ring[step % DEPTH];
+      if constexpr (K_KIND == CHANNEL) {
+        constexpr int WORDS = words_of(K_BITS, 16);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) settle_16<K_BITS>(slot + n * WORDS, g);
+        const int channel = 16 * step + 4 * t;
+        u32 left = query[step][0], right = query[step][1];
+        u32 steps[2], below[2];
+        if constexpr (FOLDED) {
+          const uint2 scale = *reinterpret_cast<const uint2*>(k_steps + 2 * channel);
+          const uint2 zero = *reinterpret_cast<const uint2*>(k_zeros + 2 * channel);
+          left = fused(left, scale.x, 0), right = fused(right, scale.y, 0);
+          const u32 all[4] = {zero.x, zero.x, zero.y, zero.y};
+          multiply(zeros, all, left, right);
+        } else {
+          const int group = 16 * g / K_GROUP;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int one = (channel + 2 * half) * K_GROUPS + group;
+            steps[half] = halves_at(k_steps, one, one + K_GROUPS);
+            below[half] = fused(steps[half], halves_at(k_zeros, one, one + K_GROUPS) ^ SIGNS, 0);
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < STEPS; ++n) {
+          u32 keys[4];
+#pragma unroll
+          for (int part = 0; part < 4; ++part) {
+            const int half = part / 2, token = 2 * n + part % 2;
+            keys[part] = both<K_BITS>(slot + 2 * half * WORDS, slot + (2 * half + 1) * WORDS, token);
+            if constexpr (K_AFFINE) keys[part] = affine<K_BITS>(keys[part], token, steps[half], below[half]);
+          }
+          multiply(scores[n], keys, left, right);
+        }
+      } else {
+        constexpr int WORDS = K_KIND == PRODUCT ? 4 : words_of(K_BITS, 32);
+        float second[4] = {};
+#pragma unroll
+        for (int n = 0; n < STEPS; ++n) {
+          u32 keys[4];
+#pragma unroll
+          for (int part = 0; part < 4; ++part) {
+            const u32* words = slot + part % 2 * WORDS;
+            const int number = 2 * n + part / 2;
+            if constexpr (K_KIND == TOKEN) keys[part] = apart<K_BITS>(words, number);
+            else if constexpr (K_KIND == TABLE)
+              keys[part] = looked_up<K_BITS>(pool + K_TABLE, words, 2 * K_BITS * number, own);
+            else keys[part] = entry_of(pool + K_TABLE, words, 16 * t + number, number);
+          }
+          multiply(n % 2 ? second : scores[step], keys, query[n][0], query[n][1]);
+        }
+#pragma unroll
+        for (int n = 0; n < 4; ++n) scores[step][n] += second[n];
+      }
+      const int ahead = step + DEPTH;
+      if (ahead < STEPS) fetch_keys(slot, here.k_codes, ahead, g, t);
+      else fetch_values(slot, here.v_codes, ahead - STEPS, g, t);
+    }
+
+    if (more) copy_scales(buffers + (1 - parity) * BUFFER, next, lane);
+    commit_copies();
+
+    // ---- Weights.
+    float peak[2] = {top[0], top[1]};
+#pragma unroll
+    for (int n = 0; n < STEPS; ++n) {
+      float scale[2] = {1.0f, 1.0f}, shift[2] = {};
+      if constexpr (FOLDED) {
+#pragma unroll
+        for (int row = 0; row < 2; ++row) scale[row] = power(24 - shift_of(K_BITS, 2 * n + row)) / K_UP;
+      }
+      if constexpr (K_KIND == TOKEN || (K_KIND == TABLE && K_SCALE)) {
+        const u32 steps = *reinterpret_cast<const u32*>(k_steps + 2 * (16 * g + 2 * n));
+        scale[0] = half_value(u16(steps)), scale[1] = half_value(u16(steps >> 16));
+        if constexpr (K_KIND == TOKEN || K_OFFSET) {
+          const u32 offsets = *reinterpret_cast<const u32*>(k_zeros + 2 * (16 * g + 2 * n));
+          shift[0] = half_value(u16(offsets)), shift[1] = half_value(u16(offsets >> 16));
+        }
+        if constexpr (K_KIND == TOKEN)
+#pragma unroll
+          for (int row = 0; row < 2; ++row) shift[row] *= -scale[row], scale[row] *= power(24 - MIDDLE);
+      }
+#pragma unroll
+      for (int part = 0; part < 4; ++part) {
+        const int row = part / 2, head = part % 2;
+        float score = scores[n][part] * scale[row];
+        if constexpr (FOLDED) score -= zeros[part] / K_UP;
+        if constexpr (K_KIND == TOKEN || K_OFFSET) score += shift[row] * query_sums[head];
+        scores[n][part] = score;
+      }
+    }
+    if constexpr (SINKS > 0) {
+      for (int sink = 0; sink < SINKS; ++sink) {
+        const i64 token = a.sinks[pair / a.heads * SINKS + sink] - i64(tile) * TILE;
+        if (token < 0 || token >= TILE) continue;
+#pragma unroll
+        for (int n = 0; n < STEPS; ++n)
+#pragma unroll
+          for (int part = 0; part < 4; ++part)
+            if (16 * g + 2 * n + part / 2 == token) scores[n][part] = never();
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < STEPS; ++n)
+#pragma unroll
+      for (int part = 0; part < 4; ++part) peak[part % 2] = max_of(peak[part % 2], scores[n][part]);
+    float safe[2], fade[2];
+#pragma unroll
+    for (int head = 0; head < 2; ++head) {
+#pragma unroll
+      for (int distance = 4; distance < 32; distance *= 2)
+        peak[head] = max_of(peak[head], of_lane_xor(peak[head], distance));
+      safe[head] = peak[head] == never() ? 0.0f : peak[head];
+      fade[head] = power_of_two(top[head] - safe[head]);
+      top[head] = peak[head];
+      total[head] *= fade[head], lift[head] *= fade[head];
+    }
+    u32 weights[STEPS][2];
+#pragma unroll
+    for (int n = 0; n < STEPS; ++n) {
+      u32 steps = 0, offsets = 0;
+      if constexpr (!V_AFFINE && V_KIND != PRODUCT) {
+        steps = *reinterpret_cast<const u32*>(v_steps + 2 * (16 * g + 2 * n));
+        if constexpr (V_ZERO_SPAN > 0) offsets = *reinterpret_cast<const u32*>(v_zeros + 2 * (16 * g + 2 * n));
+      }
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        float shares[2];
+#pragma unroll
+        for (int head = 0; head < 2; ++head) {
+          shares[head] = power_of_two(scores[n][2 * row + head] - safe[head]);
+          total[head] += shares[head];
+        }
+        float up = V_UP;
+        if constexpr (!V_AFFINE && V_KIND != PRODUCT) up *= half_value(u16(steps >> 16 * row));
+        weights[n][row] = half_pair(shares[0] * up, shares[1] * up);
+        const float offset = half_value(u16(offsets >> 16 * row));
+        if constexpr (V_KIND == TOKEN && !V_AFFINE) {
+          lift[0] -= half_value(u16(weights[n][row])) * offset;
+          lift[1] -= half_value(u16(weights[n][row] >> 16)) * offset;
+        } else if constexpr (V_OFFSET) {
+          lift[0] += shares[0] * V_UP * offset, lift[1] += shares[1] * V_UP * offset;
+        }
+        weights[n][row] = transposed(weights[n][row]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < STEPS; ++n)
+#pragma unroll
+      for (int part = 0; part < 4; ++part) out[n][part] *= fade[part % 2];
+
+    // ---- Sums: of row g of product n, channel 16 g + 2 n; of row g + 8, the next.
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      u32(&slot)[MOST_WORDS] = ring[step % DEPTH];
+      constexpr int WORDS = V_KIND == PRODUCT ? 2 : words_of(V_BITS, 16);
+      u32 even[2][WORDS], odd[2][WORDS], steps[2], below[2];
+      if constexpr (V_KIND != PRODUCT) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) settle_16<V_BITS>(slot + n * WORDS, g);
+      }
+      if constexpr (V_KIND == TABLE) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) stream_16<V_BITS>(slot + n * WORDS);
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          interleaved<V_BITS>(even[half], odd[half], slot + 2 * half * WORDS, slot + (2 * half + 1) * WORDS);
+      }
+      if constexpr (V_AFFINE) {
+        const int group = 16 * g / V_GROUP;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int one = (32 * t + 2 * step + half) * V_GROUPS + group;
+          steps[half] = halves_at(v_steps, one, one + 16 * V_GROUPS);
+          below[half] = fused(steps[half], halves_at(v_zeros, one, one + 16 * V_GROUPS) ^ SIGNS, 0);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < STEPS; ++n) {
+        u32 values[4];
+        if constexpr (V_KIND == PRODUCT) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const u32 one = entry_of(pool + V_TABLE, slot + 4 * half, 8 * g + n, n);
+            const u32 two = entry_of(pool + V_TABLE, slot + 4 * half + 2, 8 * g + n, n);
+            values[2 * half] = permuted(one, two, 0x5410), values[2 * half + 1] = permuted(one, two, 0x7632);
+          }
+        } else {
+#pragma unroll
+          for (int part = 0; part < 4; ++part) {
+            const int half = part / 2, channel = 2 * n + part % 2;
+            if constexpr (V_KIND == TABLE)
+              values[part] = looked_up<V_BITS>(pool + V_TABLE, part % 2 ? odd[half] : even[half], 2 * V_BITS * n, own);
+            else values[part] = both<V_BITS>(slot + 2 * half * WORDS, slot + (2 * half + 1) * WORDS, channel);
+            if constexpr (V_AFFINE) values[part] = affine<V_BITS>(values[part], channel, steps[half], below[half]);
+          }
+        }
+        multiply(out[n], values, weights[step][0], weights[step][1]);
+      }
+      const int ahead = step + DEPTH;
+      if (ahead < STEPS) fetch_values(slot, here.v_codes, ahead, g, t);
+      else if (more) fetch_keys(slot, next.k_codes, ahead - STEPS, g, t);
+    }
+    here = next;
+    parity ^= 1;
+    warp_barrier();
+  }
+
+  // ---- Sums of all warps of the block.
+#pragma unroll
+  for (int head = 0; head < 2; ++head)
+#pragma unroll
+    for (int distance = 4; distance < 32; distance *= 2) {
+      total[head] += of_lane_xor(total[head], distance);
+      lift[head] += of_lane_xor(lift[head], distance);
+    }
+  block_barrier();
+  float* sums = reinterpret_cast<float*>(pool);  // [WARPS][8][D]
+  float* tops = sums + WARPS * 8 * D;            // [WARPS][8]
+  float* totals = tops + WARPS * 8;              // likewise
+#pragma unroll
+  for (int n = 0; n < STEPS; ++n)
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      const int channel = 16 * g + 2 * n + part / 2, head = 2 * t + part % 2;
+      float up = 1.0f;
+      if constexpr (V_KIND == TOKEN && !V_AFFINE) up = power(24 - shift_of(V_BITS, 2 * n + part / 2));
+      if (head < GROUP_HEADS) sums[(warp * 8 + head) * D + channel] = (out[n][part] * up + lift[part % 2]) / V_UP;
+    }
+  if (g == 0)
+#pragma unroll
+    for (int head = 0; head < 2; ++head) {
+      tops[warp * 8 + 2 * t + head] = top[head];
+      totals[warp * 8 + 2 * t + head] = total[head];
+    }
+  block_barrier();
+  for (int n = threadIdx.x; n < GROUP_HEADS * D; n += THREADS) {
+    const int head = n / D, channel = n % D;
+    float most = never(), sum = 0.0f, whole = 0.0f;
+    for (int each = 0; each < WARPS; ++each) most = max_of(most, tops[each * 8 + head]);
+    const float base = most == never() ? 0.0f : most;
+    for (int each = 0; each < WARPS; ++each) {
+      const float share = power_of_two(tops[each * 8 + head] - base);
+      sum += share * sums[(each * 8 + head) * D + channel];
+      whole += share * totals[each * 8 + head];
+    }
+    const i64 row = (pair * GROUP_HEADS + head) * a.splits + split;
+    a.part_out[row * D + channel] = whole == 0.0f ? 0.0f : sum / whole;
+    if (channel == 0) a.part_lse[row] = whole == 0.0f ? never() : base + log_of_two(whole);
+  }
+  if (last_to_arrive(a.arrived + pair, a.splits)) merge(a, pair);
+}

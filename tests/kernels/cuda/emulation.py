@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rarefy.kernels.coded import Tiles
-from rarefy.kernels.cuda import attend, program
+from rarefy.kernels.cuda import attend, encode, program
 from rarefy.kernels.cuda.linear import aligned, pointed, pointed_sparse, terms_of
 from rarefy.kernels.cuda.prepared import code_of, sparse_code_of
 from rarefy.kernels.prepared import Prepared, flat
@@ -121,3 +121,16 @@ def attention(
     for _ in range(2):  # the second finds its counters as the first did
         library.run(0, ctypes.byref(given), *whole.grid, code.threads, code.shared_memory)
     return whole.results
+
+
+def encoded(code: encode.Code, x: Tensor, **tables: Tensor | None) -> tuple[encode.Encoded, Tensor]:
+    """Codes of ``x [B, H, tokens, D]``, and what is wrong with it."""
+    assert code.fits
+    to, faults = encode.empty(code, x), torch.zeros(1, dtype=torch.int32)
+    named = {name: tables.get(name) for name in ("source", "signs", "middles", "lut")}
+    given = encode.arguments(x, to, faults, **named)
+    macros = [f"-D{macro}={value}" for macro, value in code.definitions(x.dtype).items()]
+    library = _library((*macros, f"-DENTRY={code.entry}"), encode.SOURCE)
+    grid = code.grid(x.shape[2], x.shape[0] * x.shape[1])
+    library.run(0, ctypes.byref(given), *grid, code.threads, code.shared_memory)
+    return to, faults

@@ -128,6 +128,9 @@ device float of_lane(float value, int lane) {
 device float of_lane_xor(float value, int distance) { return of_lane(value, threadIdx.x % 32 ^ distance); }
 device unsigned half_pair(float low, float high) { return rounded<true>(low) | unsigned(rounded<true>(high)) << 16; }
 device float power_of_two(float value) { return std::exp2(value); }
+device float root(float value) { return std::sqrt(value); }
+device float nearest_integer(float value) { return std::nearbyint(value); }
+device void raise(unsigned* flags, unsigned bits) { *flags |= bits; }
 device float log_of_two(float value) { return std::log2(value); }
 device unsigned funnel(unsigned low, unsigned high, unsigned shift) {
   return unsigned((uint64_t(high) << 32 | low) >> (shift & 31));

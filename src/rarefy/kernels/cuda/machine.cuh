@@ -189,6 +189,9 @@ device float power_of_two(float value) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(value));
   return found;
 }
+device float root(float value) { return sqrtf(value); }
+device float nearest_integer(float value) { return rintf(value); }
+device void raise(u32* flags, u32 bits) { atomicOr(flags, bits); }
 device float log_of_two(float value) { return log2f(value); }
 // 32 bits of `high` and `low` from bit `shift` of `low` on.
 device u32 funnel(u32 low, u32 high, u32 shift) { return __funnelshift_r(low, high, shift); }

@@ -82,9 +82,9 @@ class NormTable(_Table):
     stored ``scale``, float16 ``[tokens, 1]`` per block, gives what is decoded the norm that ``x`` had."""
 
     def encode(self, x: Tensor) -> Payload:
-        norm = x.norm(dim=-1, keepdim=True)
+        norm = _norm(x)
         codes = self._nearest(x * (self.channels**0.5 / norm.clamp(min=torch.finfo(torch.float32).tiny)))
-        coded = self._beside("lut", x)[codes].norm(dim=-1, keepdim=True)
+        coded = _norm(self._beside("lut", x)[codes])
         return {"codes": self._pack(codes), "scale": _half(norm / coded)}
 
     def decode(self, payload: Payload) -> Tensor:
@@ -110,7 +110,7 @@ class ProductTable(Codec):
         codebook = self._beside("codebook", x).float()
         half = codebook.square().sum(-1) / 2
         codes = torch.stack(
-            [(parts[..., m, :] @ codebook[m].T - half[m]).argmax(-1) for m in range(self.parts)], -1
+            [(_products(parts[..., m, :], codebook[m]) - half[m]).argmax(-1) for m in range(self.parts)], -1
         )
         return {"codes": packing.pack_bits(codes.to(torch.uint8).flatten(-2), self.num_bits)}
 
@@ -142,3 +142,22 @@ def _half(numbers: Tensor) -> Tensor:
     """float16, at most its largest number, so that an extreme token is coarse and not infinite."""
     limit = torch.finfo(torch.float16).max
     return numbers.clamp(-limit, limit).to(torch.float16)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Euclidean norms ``[..., 1]`` of ``x [..., D]``, with sums in an order that every device can keep."""
+    squares = x.square()
+    size = 1 << (x.shape[-1] - 1).bit_length()
+    squares = torch.nn.functional.pad(squares, (0, size - x.shape[-1]))
+    while size > 1:
+        size //= 2
+        squares = squares[..., :size] + squares[..., size:]
+    return squares.sqrt()
+
+
+def _products(x: Tensor, entries: Tensor) -> Tensor:
+    """``x [..., width]`` times all ``entries [K, width]``; of few channels in an order that every device can keep."""
+    if entries.shape[-1] > 2:
+        return x @ entries.T
+    terms = [x[..., n, None] * entries[:, n] for n in range(entries.shape[-1])]
+    return terms[0] if len(terms) == 1 else terms[0] + terms[1]

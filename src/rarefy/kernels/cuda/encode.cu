@@ -1,0 +1,264 @@
+// Codes of keys or values, as the codecs of kv/ have them, bit for bit: no product is fused with a sum, and sums are
+// taken in the codecs' order.
+//
+// A thread has 32 numbers, neighbouring channels of a token or neighbouring tokens of a channel, and packs their codes by
+// itself. Threads of one vector are neighbours (of a token), or meet in shared memory (of a channel).
+//
+// Macros: KIND, BITS, GROUP (numbers that share a scale), BLOCK (tokens of a block of a channel), D, X (type of the
+// numbers), ROTATED; HALF is 1.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef long long i64;
+
+enum { CHANNEL = 1, TOKEN = 2, NORM = 3, RANGE = 4, PRODUCT = 5 };
+enum { F32 = 1, F16 = 2, BF16 = 3 };
+enum { NOT_FINITE = 1, OVERFLOWS = 2 };
+
+struct Arguments {
+  const void* x;        // [batch][heads][tokens][D], with strides
+  const int* source;    // [batch][tokens]: the token that is read in the place of each, -1: zeros; or null
+  const float* signs;   // [D]
+  const float* middles; // [2^BITS - 1], between neighbours of a table
+  const float* lut;     // [2^BITS], or [D / 2][256][4] of products: two numbers, half their squares, nothing
+  u32* codes;
+  u16* scale;
+  u16* zero;
+  u32* faults;
+  i64 batch_stride, head_stride;
+  int tokens, heads;
+};
+
+#ifndef RAREFY_EMULATED
+#include "machine.cuh"
+#endif
+
+shared_memory(pool);
+
+constexpr int MINE = 32, LEVELS = 1 << BITS;
+constexpr int PARTS = KIND == CHANNEL ? (BLOCK < 128 ? BLOCK : 128) / MINE : D / MINE;  // threads of a vector
+constexpr int THREADS = KIND == CHANNEL ? D * PARTS : 128;
+constexpr int TOGETHER = KIND == CHANNEL || KIND == TOKEN ? GROUP / MINE : PARTS;  // threads of a group
+
+template <int TYPE> device float number_at(const void* base, i64 index) {
+  if constexpr (TYPE == F32) return static_cast<const float*>(base)[index];
+  else if constexpr (TYPE == F16) return half_value(static_cast<const u16*>(base)[index]);
+  else return as_float(u32(static_cast<const u16*>(base)[index]) << 16);
+}
+device float at_most(float value) { return value > 65504.0f ? 65504.0f : value < -65504.0f ? -65504.0f : value; }
+device float larger(float a, float b) { return a > b ? a : b; }
+device float smaller(float a, float b) { return a < b ? a : b; }
+
+// 32 numbers of a token or a channel from `first` on.
+device bool load_mine(float (&x)[MINE], const Arguments& a, i64 batch, i64 head, int token, int channel) {
+  const i64 base = batch * a.batch_stride + head * a.head_stride;
+  bool finite = true;
+#pragma unroll
+  for (int n = 0; n < MINE; ++n) {
+    int from = KIND == CHANNEL ? token + n : token;
+    if (a.source != nullptr) from = a.source[batch * a.tokens + from];
+    x[n] = from < 0 ? 0.0f : number_at<X>(a.x, base + i64(from) * D + (KIND == CHANNEL ? channel : channel + n));
+    finite &= absolute(x[n]) <= 3.4028234e38f;
+  }
+  return finite;
+}
+
+// The codes of this thread as 32 * BITS bits.
+device void store_codes(u32* to, const u32 (&codes)[MINE]) {
+#pragma unroll
+  for (int word = 0; word < BITS; ++word) {
+    u32 bits = 0;
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) {
+      const int at = n * BITS - 32 * word;
+      if (at > -BITS && at < 32) bits |= at >= 0 ? codes[n] << at : codes[n] >> -at;
+    }
+    to[word] = bits;
+  }
+}
+
+struct Steps {
+  u16 scale, zero;
+};
+// Scale and zero of a group between `low` and `high`, as formats/grids/integer.py proposes and rounds them.
+device Steps steps_of(float low, float high) {
+  const float reach = larger(absolute(low), absolute(high));
+  const bool constant = low == high && low != 0.0f;
+  float scale = larger((high - low) / float(LEVELS - 1), reach * 6.103515625e-05f);
+  float zero = scale == 0.0f ? float(LEVELS / 2) : -low / scale;
+  if (constant) scale = reach, zero = high < 0.0f ? 1.0f : 0.0f;
+  return {rounded<true>(scale), rounded<true>(zero)};
+}
+
+device u32 level_of(const float* middles, float value) {
+  u32 code = 0;
+#pragma unroll
+  for (int n = 0; n < LEVELS - 1; ++n) code += !(middles[n] >= value);
+  return code;
+}
+
+// Numbers that are added in pairs half a vector apart, then half of that, and so on.
+device float tree(float (&x)[MINE]) {
+#pragma unroll
+  for (int distance = PARTS / 2; distance > 0; distance /= 2)
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) x[n] += of_lane_xor(x[n], distance);
+#pragma unroll
+  for (int half = MINE / 2; half > 0; half /= 2)
+#pragma unroll
+    for (int n = 0; n < half; ++n) x[n] += x[n + half];
+  return x[0];
+}
+
+device void rotate(float (&x)[MINE], const float* signs, int channel, int part) {
+#pragma unroll
+  for (int n = 0; n < MINE; ++n) x[n] *= signs[channel + n];
+#pragma unroll
+  for (int half = 1; half < MINE; half *= 2)
+#pragma unroll
+    for (int n = 0; n < MINE; ++n)
+      if ((n & half) == 0) {
+        const float first = x[n], second = x[n + half];
+        x[n] = first + second, x[n + half] = first - second;
+      }
+#pragma unroll
+  for (int distance = 1; distance < PARTS; distance *= 2)
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) {
+      const float other = of_lane_xor(x[n], distance);
+      x[n] = part & distance ? other - x[n] : x[n] + other;
+    }
+#pragma unroll
+  for (int n = 0; n < MINE; ++n) x[n] *= D == 128 ? 0.08838834764831845f : 0.125f;
+}
+
+extern "C" global __launch_bounds__(THREADS) void rarefy_encode(const Arguments a) {
+  const i64 pair = blockIdx.y, batch = pair / a.heads, head = pair % a.heads;
+  const int thread = threadIdx.x;
+  float x[MINE];
+  u32 codes[MINE];
+
+  if constexpr (KIND == CHANNEL) {
+    const int channel = thread % D, part = thread / D, token = blockIdx.x * PARTS * MINE + part * MINE;
+    bool fine = load_mine(x, a, batch, head, token, channel);
+    float low = x[0], high = x[0];
+#pragma unroll
+    for (int n = 1; n < MINE; ++n) low = smaller(low, x[n]), high = larger(high, x[n]);
+    if constexpr (TOGETHER > 1) {
+      float* lows = reinterpret_cast<float*>(pool);
+      float* highs = lows + THREADS;
+      lows[thread] = low, highs[thread] = high;
+      block_barrier();
+      const int first = part / TOGETHER * TOGETHER * D + channel;
+#pragma unroll
+      for (int n = 0; n < TOGETHER; ++n) low = smaller(low, lows[first + n * D]), high = larger(high, highs[first + n * D]);
+    }
+    const Steps steps = steps_of(low, high);
+    const float scale = half_value(steps.scale), zero = half_value(steps.zero);
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) {
+      const float place = nearest_integer((scale == 0.0f ? 0.0f : x[n] / scale) + zero);
+      codes[n] = u32(smaller(larger(place, 0.0f), float(LEVELS - 1)));
+    }
+    const i64 row = (pair * (a.tokens / BLOCK) + token / BLOCK) * D + channel;
+    store_codes(a.codes + (row * (BLOCK / MINE) + token % BLOCK / MINE) * BITS, codes);
+    if (part % TOGETHER == 0) {
+      const i64 group = row * (BLOCK / GROUP) + token % BLOCK / GROUP;
+      a.scale[group] = steps.scale, a.zero[group] = steps.zero;
+    }
+    const u32 fault = (fine ? 0 : NOT_FINITE) | (absolute(scale) <= 65504.0f && absolute(zero) <= 65504.0f ? 0 : OVERFLOWS);
+    if (fault) raise(a.faults, fault);
+    return;
+  }
+
+  const int at = blockIdx.x * THREADS + thread, part = at % PARTS, channel = part * MINE;
+  const bool real = at / PARTS < a.tokens;
+  const int token = real ? at / PARTS : a.tokens - 1;  // all lanes of a warp take part in exchanges
+  const i64 row = pair * a.tokens + token;
+  u32 fault = load_mine(x, a, batch, head, token, channel) ? 0 : NOT_FINITE;
+  if constexpr (ROTATED) rotate(x, a.signs, channel, part);
+
+  if constexpr (KIND == TOKEN || KIND == RANGE) {
+    float low = x[0], high = x[0];
+#pragma unroll
+    for (int n = 1; n < MINE; ++n) low = smaller(low, x[n]), high = larger(high, x[n]);
+#pragma unroll
+    for (int distance = 1; distance < TOGETHER; distance *= 2) {
+      low = smaller(low, of_lane_xor(low, distance));
+      high = larger(high, of_lane_xor(high, distance));
+    }
+    if constexpr (KIND == TOKEN) {
+      const Steps steps = steps_of(low, high);
+      const float scale = half_value(steps.scale), zero = half_value(steps.zero);
+#pragma unroll
+      for (int n = 0; n < MINE; ++n) {
+        const float place = nearest_integer((scale == 0.0f ? 0.0f : x[n] / scale) + zero);
+        codes[n] = u32(smaller(larger(place, 0.0f), float(LEVELS - 1)));
+      }
+      if (!(absolute(scale) <= 65504.0f && absolute(zero) <= 65504.0f)) fault |= OVERFLOWS;
+      if (real && part % TOGETHER == 0) {
+        const i64 group = row * (D / GROUP) + part / TOGETHER;
+        a.scale[group] = steps.scale, a.zero[group] = steps.zero;
+      }
+    } else {
+      const u16 half = rounded<true>(at_most((high - low) / 2.0f)), middle = rounded<true>(at_most((high + low) / 2.0f));
+      const float scale = half_value(half), offset = half_value(middle);
+#pragma unroll
+      for (int n = 0; n < MINE; ++n) codes[n] = level_of(a.middles, (x[n] - offset) / (scale == 0.0f ? 1.0f : scale));
+      if (real && part == 0) a.scale[row] = half, a.zero[row] = middle;
+    }
+  }
+  if constexpr (KIND == NORM) {
+    float squares[MINE];
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) squares[n] = x[n] * x[n];
+    const float norm = root(tree(squares));
+    const float up = 1.0f / larger(norm, 1.1754943508222875e-38f) * (D == 128 ? 11.313708498984761f : 8.0f);
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) {
+      codes[n] = level_of(a.middles, x[n] * up);
+      const float coded = a.lut[codes[n]];
+      squares[n] = coded * coded;
+    }
+    const float coded = root(tree(squares));
+    if (real && part == 0) a.scale[row] = rounded<true>(at_most(norm / coded));
+  }
+  if constexpr (KIND != PRODUCT) {
+    if (real) store_codes(a.codes + (row * PARTS + part) * BITS, codes);
+  }
+  if (real && fault) raise(a.faults, fault);
+}
+
+// Product codes of two channels: threads of a block have different tokens and the same 32 channels, whose codebooks lie
+// in shared memory.
+extern "C" global __launch_bounds__(256) void rarefy_encode_products(const Arguments a) {
+  const i64 pair = blockIdx.y, batch = pair / a.heads, head = pair % a.heads;
+  const int part = blockIdx.z, tokens = blockIdx.x * 256 + threadIdx.x;
+  const int token = tokens < a.tokens ? tokens : a.tokens - 1;
+  uint4* entries = reinterpret_cast<uint4*>(pool);
+  const uint4* from = reinterpret_cast<const uint4*>(a.lut) + part * 16 * 256;
+  for (int n = threadIdx.x; n < 16 * 256; n += 256) entries[n] = from[n];
+  block_barrier();
+  float x[MINE];
+  const bool fine = load_mine(x, a, batch, head, token, part * MINE);
+  u32 words[4] = {};
+#pragma unroll
+  for (int n = 0; n < 16; ++n) {
+    float best = as_float(0xFF800000u);
+    u32 code = 0;
+#pragma unroll 8
+    for (int entry = 0; entry < 256; ++entry) {
+      const uint4 e = entries[n * 256 + entry];
+      const float score = (x[2 * n] * as_float(e.x) + x[2 * n + 1] * as_float(e.y)) - as_float(e.z);
+      if (score > best) best = score, code = entry;
+    }
+    words[n / 4] |= code << 8 * (n % 4);
+  }
+  if (tokens < a.tokens) {
+    u32* to = a.codes + ((pair * a.tokens + token) * (D / MINE) + part) * 4;
+#pragma unroll
+    for (int n = 0; n < 4; ++n) to[n] = words[n];
+    if (!fine) raise(a.faults, NOT_FINITE);
+  }
+}

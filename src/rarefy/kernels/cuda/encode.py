@@ -1,0 +1,157 @@
+"""Codes of keys or values by ``encode.cu``: what it is compiled for, and its launch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rarefy.core.errors import UnsupportedError
+from rarefy.kernels.cuda import driver
+
+SOURCE = Path(__file__).with_name("encode.cu")
+KINDS = {"channel": 1, "token": 2, "norm": 3, "range": 4, "product": 5}
+TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+CHANNELS, MINE, SPAN = (64, 128), 32, 128  # numbers of a thread, and tokens of a block of threads at most
+NOT_FINITE, OVERFLOWS = 1, 2  # bits of what was wrong
+TOKENS_OF_PRODUCTS, ENTRIES = 256, 256
+
+
+@dataclass(frozen=True)
+class Code:
+    """What is stored. ``kind``: uniform codes with a scale and zero for ``group`` tokens of a ``channel`` (in blocks of
+    ``block``) or channels of a ``token``; a table for vectors brought to one ``norm`` or ``range``; codebooks of two
+    channels each (``product``). ``rotated``: vectors are turned by signs and a Hadamard matrix first."""
+
+    kind: str
+    num_bits: int
+    channels: int
+    group: int = 0
+    block: int = 1
+    rotated: bool = False
+
+    @property
+    def fits(self) -> bool:
+        """Whether the kernel knows it."""
+        if self.channels not in CHANNELS or not 1 <= self.num_bits <= 8:
+            return False
+        if self.kind == "product":
+            return self.num_bits == 8
+        if self.kind in ("norm", "range"):
+            return self.num_bits <= 4
+        length = self.block if self.kind == "channel" else self.channels
+        whole = self.group in (32, 64, 128) and length % self.group == 0
+        return whole and (self.kind == "token" or self.block in (32, 64) or self.block % SPAN == 0)
+
+    @property
+    def span(self) -> int:
+        """Tokens of a block of threads."""
+        if self.kind == "product":
+            return TOKENS_OF_PRODUCTS
+        return min(self.block, SPAN) if self.kind == "channel" else 128 * MINE // self.channels
+
+    @property
+    def threads(self) -> int:
+        if self.kind == "product":
+            return TOKENS_OF_PRODUCTS
+        return self.channels * self.span // MINE if self.kind == "channel" else 128
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of a block of threads."""
+        return 16 * ENTRIES * MINE // 2 if self.kind == "product" else 8 * self.threads
+
+    def definitions(self, dtype: torch.dtype) -> dict[str, int]:
+        """The macros of the source."""
+        return {
+            "KIND": KINDS[self.kind], "BITS": self.num_bits, "GROUP": self.group or self.channels, "BLOCK": self.block,
+            "D": self.channels, "X": TYPES[dtype], "ROTATED": int(self.rotated), "HALF": 1,
+        }  # fmt: skip
+
+    @property
+    def entry(self) -> str:
+        return "rarefy_encode_products" if self.kind == "product" else "rarefy_encode"
+
+    def grid(self, tokens: int, pairs: int) -> tuple[int, int, int]:
+        return -(-tokens // self.span), pairs, self.channels // MINE if self.kind == "product" else 1
+
+
+class Arguments(ctypes.Structure):
+    """``Arguments`` of the source."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "x source signs middles lut codes scale zero faults".split()),
+        ("batch_stride", ctypes.c_longlong), ("head_stride", ctypes.c_longlong),
+        ("tokens", ctypes.c_int), ("heads", ctypes.c_int),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """``codes`` int32 ``[B, H, tokens * codes of a token / 32, bits]`` as streams, channels first in each block for
+    ``channel``; ``scale`` and ``zero`` (or offset) float16 ``[B, H, tokens / block, channels, groups]`` or ``[B, H,
+    tokens, groups]``; empty where there is none."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+def empty(code: Code, x: Tensor) -> Encoded:
+    """Memory for the codes of ``x [B, H, tokens, D]``."""
+    batch, heads, tokens, channels = x.shape
+    numbers = tokens * channels // (2 if code.kind == "product" else 1)
+    groups = {"channel": (tokens // code.block, channels, code.block // (code.group or 1)), "product": (0,)}.get(
+        code.kind, (tokens, channels // code.group if code.kind == "token" else 1)
+    )
+    scale = x.new_empty(batch, heads, *groups, dtype=torch.float16)
+    has_zero = code.kind in ("channel", "token", "range")
+    codes = x.new_empty(batch, heads, numbers // 32, code.num_bits, dtype=torch.int32)
+    return Encoded(codes, scale, torch.empty_like(scale) if has_zero else scale[:0])
+
+
+def arguments(
+    x: Tensor, to: Encoded, faults: Tensor, source: Tensor | None, signs: Tensor | None, middles: Tensor | None,
+    lut: Tensor | None,
+) -> Arguments:  # fmt: skip
+    if x.stride(3) != 1 or x.stride(2) != x.shape[3]:
+        raise UnsupportedError("Tokens of keys and values have to follow each other in memory.")
+    given = (x, source, signs, middles, lut, to.codes, to.scale, to.zero, faults)
+    addresses = [0 if each is None else each.data_ptr() for each in given]
+    return Arguments(*addresses, x.stride(0), x.stride(1), x.shape[2], x.shape[1])
+
+
+@functools.cache
+def kernel(device: int, code: Code, dtype: torch.dtype) -> driver.Kernel:
+    """Compiled once in a process. Raises UnsupportedError where that fails."""
+    macros = [f"-D{macro}={value}" for macro, value in code.definitions(dtype).items()]
+    with torch.cuda.device(device):
+        return driver.Kernel(SOURCE, code.entry, ["-fmad=false", *macros], code.shared_memory)
+
+
+def encode(
+    code: Code, x: Tensor, faults: Tensor, *, source: Tensor | None = None, signs: Tensor | None = None,
+    middles: Tensor | None = None, lut: Tensor | None = None,
+) -> Encoded:  # fmt: skip
+    """Codes of ``x [B, H, tokens, D]``, by one launch on the current stream.
+
+    ``faults`` int32 ``[1]`` gets bits of what is wrong. ``source`` int32 ``[B, tokens]``: which token is read in the
+    place of each (-1: zeros). ``signs`` float32 ``[D]`` of a rotation, ``middles`` float32 between neighbours of a
+    table, ``lut`` float32: the table, or of products `entries`.
+    """
+    to = empty(code, x)
+    given = arguments(x, to, faults, source, signs, middles, lut)
+    index = x.device.index if x.device.index is not None else torch.cuda.current_device()
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    kernel(index, code, x.dtype)(code.grid(x.shape[2], x.shape[0] * x.shape[1]), code.threads, given, stream)
+    return to
+
+
+def entries(codebook: Tensor, half: Tensor) -> Tensor:
+    """Float32 ``[parts, entries, 4]``: two numbers of a codebook ``[parts, entries, 2]``, half the sum of their squares
+    and nothing."""
+    return torch.cat([codebook.float(), half.unsqueeze(-1), torch.zeros_like(half).unsqueeze(-1)], -1).contiguous()

@@ -41,10 +41,12 @@ constexpr int PARTS = KIND == CHANNEL ? (BLOCK < 128 ? BLOCK : 128) / MINE : D /
 constexpr int THREADS = KIND == CHANNEL ? D * PARTS : 128;
 constexpr int TOGETHER = KIND == CHANNEL || KIND == TOKEN ? GROUP / MINE : PARTS;  // threads of a group
 
+template <int TYPE> device float number_of(u32 bits) {
+  return TYPE == F16 ? half_value(u16(bits)) : as_float(bits << 16);
+}
 template <int TYPE> device float number_at(const void* base, i64 index) {
   if constexpr (TYPE == F32) return static_cast<const float*>(base)[index];
-  else if constexpr (TYPE == F16) return half_value(static_cast<const u16*>(base)[index]);
-  else return as_float(u32(static_cast<const u16*>(base)[index]) << 16);
+  else return number_of<TYPE>(static_cast<const u16*>(base)[index]);
 }
 device float at_most(float value) { return value > 65504.0f ? 65504.0f : value < -65504.0f ? -65504.0f : value; }
 device float larger(float a, float b) { return a > b ? a : b; }
@@ -53,14 +55,27 @@ device float smaller(float a, float b) { return a < b ? a : b; }
 // 32 numbers of a token or a channel from `first` on.
 device bool load_mine(float (&x)[MINE], const Arguments& a, i64 batch, i64 head, int token, int channel) {
   const i64 base = batch * a.batch_stride + head * a.head_stride;
+  if constexpr (KIND == CHANNEL) {
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) {
+      const int from = a.source != nullptr ? a.source[batch * a.tokens + token + n] : token + n;
+      x[n] = from < 0 ? 0.0f : number_at<X>(a.x, base + i64(from) * D + channel);
+    }
+  } else {
+    const int from = a.source != nullptr ? a.source[batch * a.tokens + token] : token;
+    constexpr int EACH = X == F32 ? 4 : 8;
+    const uint4* at = static_cast<const uint4*>(a.x) + (base + i64(from) * D + channel) / EACH;
+#pragma unroll
+    for (int n = 0; n < MINE / EACH; ++n) {
+      const uint4 all = load_once(at + n, from >= 0);
+      const u32 words[4] = {all.x, all.y, all.z, all.w};
+#pragma unroll
+      for (int k = 0; k < EACH; ++k) x[n * EACH + k] = X == F32 ? as_float(words[k % 4]) : number_of<X>(words[k / 2 % 4] >> 16 * (k % 2));
+    }
+  }
   bool finite = true;
 #pragma unroll
-  for (int n = 0; n < MINE; ++n) {
-    int from = KIND == CHANNEL ? token + n : token;
-    if (a.source != nullptr) from = a.source[batch * a.tokens + from];
-    x[n] = from < 0 ? 0.0f : number_at<X>(a.x, base + i64(from) * D + (KIND == CHANNEL ? channel : channel + n));
-    finite &= absolute(x[n]) <= 3.4028234e38f;
-  }
+  for (int n = 0; n < MINE; ++n) finite &= absolute(x[n]) <= 3.4028234e38f;
   return finite;
 }
 

@@ -118,7 +118,7 @@ def arguments(
     x: Tensor, to: Encoded, faults: Tensor, source: Tensor | None, signs: Tensor | None, middles: Tensor | None,
     lut: Tensor | None,
 ) -> Arguments:  # fmt: skip
-    if x.stride(3) != 1 or x.stride(2) != x.shape[3]:
+    if x.stride(3) != 1 or x.stride(2) != x.shape[3] or x.data_ptr() % 16:
         raise UnsupportedError("Tokens of keys and values have to follow each other in memory.")
     given = (x, source, signs, middles, lut, to.codes, to.scale, to.zero, faults)
     addresses = [0 if each is None else each.data_ptr() for each in given]

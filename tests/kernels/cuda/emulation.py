@@ -107,17 +107,13 @@ def sparse(x: Tensor, prepared: Prepared) -> Tensor:
 
 
 def attention(
-    keys: Tiles, values: Tiles, query: Tensor, scaling: float, run_tokens: int, **options: Any
+    whole: attend.CodedAttention, query: Tensor, scaling: float, exact: attend.Exact | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of ``query [B, Hq, D]`` over runs in code."""
-    batch, heads = keys.runs[0][0].shape[:2]
-    whole = attend.CodedAttention(
-        keys, values, batch, heads, *query.shape[1:], run_tokens, device=query.device, **options
-    )
-    code = whole.program(query.dtype)
+    """Attention of ``query [B, Hq, D]`` over runs in code and what is exact."""
+    code = whole.program(query.dtype, exact)
     macros = [f"-D{macro}={value}" for macro, value in code.definitions().items()]
     library = _library((*macros, "-DENTRY=rarefy_attend"), attend.SOURCE)
-    given = whole.arguments(query, scaling)
+    given = whole.arguments(query, scaling, exact)
     for _ in range(2):  # the second finds its counters as the first did
         library.run(0, ctypes.byref(given), *whole.grid, code.threads, code.shared_memory)
     return whole.results

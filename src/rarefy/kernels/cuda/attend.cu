@@ -8,9 +8,12 @@
 // groups meet. A table has an entry for two codes at once, of which every lane has its own copy, so that lookups never
 // wait for each other.
 //
+// What fills no tile, in code or not, and the sinks are the rest: a warp takes a few tokens of it one by one.
+//
 // Macros: K_KIND, V_KIND, K_BITS, V_BITS, K_GROUP, V_GROUP (tokens or channels that share a scale), K_SCALE, K_OFFSET,
-// V_OFFSET, SAME_TABLE, GROUP_HEADS, QUERY (type), SINKS, WARPS, BLOCKS (of a multiprocessor), DEPTH (eighths of a tile
-// loaded ahead); HALF is 1.
+// V_OFFSET, K_ROTATED, V_ROTATED (what is in code was turned by signs and a Hadamard matrix), SAME_TABLE, GROUP_HEADS,
+// QUERY, EXACT (types of the query and of what is not in code), SINKS, WARPS, BLOCKS (of a multiprocessor), DEPTH
+// (eighths of a tile loaded ahead); HALF is 1.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -24,6 +27,9 @@ enum { K_CODES, K_STEPS, K_ZEROS, V_CODES, V_STEPS, V_ZEROS, K_TOKENS, V_TOKENS 
 struct Arguments {
   const void* query;   // [pairs * GROUP_HEADS][128]
   const i64* places;   // [8][tiles]: addresses for the first pair, and tokens from one pair to the next
+  const i64* pieces;   // likewise of every 32 tokens in code after them
+  const float* k_signs;
+  const float* v_signs;
   const u16* k_table;  // float16 [entries], or [64][256][2] of products
   const u16* v_table;
   const i64* sinks;    // [batch][SINKS]: tokens that are left out
@@ -32,7 +38,12 @@ struct Arguments {
   float* out;          // [pairs * GROUP_HEADS][128]
   float* lse;          // [pairs * GROUP_HEADS]
   u32* arrived;        // [pairs], zero before and after
-  int tiles, heads, splits;
+  const void* k_tail;  // [pairs][tokens not in code][128]
+  const void* v_tail;
+  const void* k_sink;  // [pairs][SINKS][128]
+  const void* v_sink;
+  int tiles, heads, splits, count_of_pieces;
+  int k_coded, v_coded, length;  // tokens in code, and all
   float scaling;
 };
 
@@ -48,6 +59,7 @@ constexpr bool FOLDED = K_KIND == CHANNEL && K_GROUPS == 1;  // scales go into t
 constexpr bool K_AFFINE = K_KIND == CHANNEL && K_GROUPS > 1, V_AFFINE = V_KIND == TOKEN && V_GROUPS > 1;
 constexpr float K_UP = FOLDED ? 16.0f : 1.0f, V_UP = 16.0f;  // keeps products with scales normal
 constexpr int MIDDLE = 3;                                    // the shift whose codes meet the query as it is
+constexpr float HADAMARD = 0.08838834764831845f;             // makes the matrix its own inverse
 constexpr u32 ONES = 0x3C003C00u, SIGNS = 0x80008000u;
 
 // ---- Shared memory: tables, then scales of each warp, two tiles of them; sums of warps come in the place of all.
@@ -60,6 +72,9 @@ constexpr int V_SPAN = V_KIND == TOKEN ? 256 * V_GROUPS : V_KIND == TABLE ? 256 
 constexpr int K_ZERO_SPAN = K_KIND == CHANNEL || K_KIND == TOKEN || K_OFFSET ? K_SPAN : 0;
 constexpr int V_ZERO_SPAN = V_KIND == TOKEN || V_OFFSET ? V_SPAN : 0;
 constexpr int BUFFER = K_SPAN + K_ZERO_SPAN + V_SPAN + V_ZERO_SPAN;
+constexpr int MAIN = SCALES + 2 * WARPS * BUFFER, SUMS = WARPS * 4 * 8 * (D + 2);
+constexpr int ASKED = MAIN > SUMS ? MAIN : SUMS;       // float: the query for exact keys, then for keys in code
+constexpr int REST = ASKED + 2 * 4 * GROUP_HEADS * D;  // float: per warp, exact and coded sums, tops and totals of the rest
 
 device float power(int exponent) { return as_float(u32(127 + exponent) << 23); }
 device float never() { return as_float(0xFF800000u); }  // minus infinity: the score of what is not there
@@ -192,11 +207,11 @@ struct Places {
 constexpr int K_ROW = K_KIND == CHANNEL ? TILE * K_BITS / 8 : K_KIND == PRODUCT ? 64 : D * K_BITS / 8;  // bytes of a channel or token
 constexpr int V_ROW = V_KIND == PRODUCT ? 64 : D * V_BITS / 8;
 
-device Places places_of(const Arguments& a, int tile, i64 pair) {
-  const i64* at = a.places + tile;
-  const i64 k_tokens = pair * at[i64(K_TOKENS) * a.tiles], v_tokens = pair * at[i64(V_TOKENS) * a.tiles];
+device Places places_of(const i64* places, int count, int number, i64 pair) {
+  const i64* at = places + number;
+  const i64 k_tokens = pair * at[i64(K_TOKENS) * count], v_tokens = pair * at[i64(V_TOKENS) * count];
   constexpr i64 K_BYTES = K_KIND == CHANNEL ? D * K_BITS / 8 : K_ROW;  // of a token
-  const auto from = [&](int row, i64 offset) { return reinterpret_cast<const u8*>(at[i64(row) * a.tiles] + offset); };
+  const auto from = [&](int row, i64 offset) { return reinterpret_cast<const u8*>(at[i64(row) * count] + offset); };
   const i64 k_span = k_tokens * (K_SPAN / TILE), v_span = v_tokens * (V_SPAN / TILE);
   return {from(K_CODES, k_tokens * K_BYTES), from(K_STEPS, k_span), from(K_ZEROS, k_span),
           from(V_CODES, v_tokens * V_ROW), from(V_STEPS, v_span), from(V_ZEROS, v_span)};
@@ -237,7 +252,7 @@ device u32 half_at(const u8* base, int index) { return reinterpret_cast<const u1
 device u32 halves_at(const u8* base, int first, int second) { return half_at(base, first) | half_at(base, second) << 16; }
 
 // The query as keys of this lane meet it: pairs of channels.
-device void load_query(u32 (&query)[STEPS][2], float (&sums)[2], const Arguments& a, i64 pair, int g, int t) {
+device void load_query(u32 (&query)[STEPS][2], float (&sums)[2], const float* asked, int g, int t) {
   float sum = 0.0f;
 #pragma unroll
   for (int step = 0; step < STEPS; ++step)
@@ -251,17 +266,136 @@ device void load_query(u32 (&query)[STEPS][2], float (&sums)[2], const Arguments
         first = 32 * t + first_of(K_BITS, number), second = first + distance_of(K_BITS);
         up = power(MIDDLE - shift_of(K_BITS, first_of(K_BITS, number)));
       }
-      const i64 row = (pair * GROUP_HEADS + g) * D;
-      const bool real = g < GROUP_HEADS;
-      const float x = real ? number_at<QUERY>(a.query, row + first) : 0.0f;
-      const float y = real ? number_at<QUERY>(a.query, row + second) : 0.0f;
-      query[step][half] = half_pair(x * (a.scaling * up), y * (a.scaling * up));
+      const float x = g < GROUP_HEADS ? asked[g * D + first] : 0.0f;
+      const float y = g < GROUP_HEADS ? asked[g * D + second] : 0.0f;
+      query[step][half] = half_pair(x * up, y * up);
       sum += (half_value(u16(query[step][half])) + half_value(u16(query[step][half] >> 16))) / up;
     }
   // Of head g over the lanes of its channels, then of the two heads whose scores a lane has.
   sum += of_lane_xor(sum, 1), sum += of_lane_xor(sum, 2);
   sums[0] = of_lane(sum, 8 * t), sums[1] = of_lane(sum, 8 * t + 4);
 }
+
+// Rows of 128 numbers turned by a Hadamard matrix, by the whole block.
+device void hadamard(float* rows, int count) {
+  for (int half = 1; half < D; half *= 2) {
+    for (int n = threadIdx.x; n < count * D / 2; n += THREADS) {
+      float* at = rows + n / half * 2 * half + n % half;
+      const float first = at[0], second = at[half];
+      at[0] = first + second, at[half] = first - second;
+    }
+    block_barrier();
+  }
+}
+
+// ---- The rest.
+
+template <int BITS> device int code_at(const u8* base, int number) {
+  const int bit = number * BITS, shift = bit % 8;
+  u32 bits = base[bit / 8];
+  if (8 % BITS != 0 && shift + BITS > 8) bits |= u32(base[bit / 8 + 1]) << 8;
+  return bits >> shift & ((1 << BITS) - 1);
+}
+// Four channels from `channel` on of token `inside` of a piece in code.
+template <int KIND, int BITS, int GROUP, bool OFFSET>
+device void coded_numbers(float (&x)[4], const u8* codes, const u8* steps, const u8* zeros, const u16* table, int inside, int channel) {
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    const int c = channel + n;
+    if constexpr (KIND == CHANNEL) {
+      const int group = c * (TILE / GROUP);
+      x[n] = (code_at<BITS>(codes + c * (TILE * BITS / 8), inside) - half_value(half_at(zeros, group))) * half_value(half_at(steps, group));
+    } else if constexpr (KIND == TOKEN) {
+      const int group = inside * (D / GROUP) + c / GROUP;
+      x[n] = (code_at<BITS>(codes, inside * D + c) - half_value(half_at(zeros, group))) * half_value(half_at(steps, group));
+    } else if constexpr (KIND == TABLE) {
+      x[n] = half_value(table[code_at<BITS>(codes, inside * D + c)]) * half_value(half_at(steps, inside));
+      if constexpr (OFFSET) x[n] += half_value(half_at(zeros, inside));
+    } else {
+      x[n] = half_value(table[(c / 2 * 256 + codes[inside * (D / 2) + c / 2]) * 2 + c % 2]);
+    }
+  }
+}
+template <int TYPE> device void exact_numbers(float (&x)[4], const void* from, i64 row, int channel) {
+#pragma unroll
+  for (int n = 0; n < 4; ++n) x[n] = number_at<TYPE>(from, row * D + channel + n);
+}
+
+struct Token {
+  float key[4], value[4];
+  bool there, k_coded, v_coded;
+};
+device void load_token(Token& it, const Arguments& a, i64 pair, int token, int lane) {
+  const int channel = 4 * lane, first = a.tiles * TILE;
+  const i64* sinks = a.sinks + pair / a.heads * SINKS;
+  it.k_coded = token < a.k_coded, it.v_coded = token < a.v_coded;
+  it.there = token < a.length + SINKS;
+  if constexpr (SINKS > 0) {
+    if (token < a.length)
+      for (int n = 0; n < SINKS; ++n) it.there &= sinks[n] != token;
+    else it.there &= it.there && sinks[token - a.length] >= 0;
+  }
+  if (!it.there) return;
+  if (token >= a.length) {
+    it.k_coded = it.v_coded = false;
+    exact_numbers<EXACT>(it.key, a.k_sink, pair * SINKS + token - a.length, channel);
+    exact_numbers<EXACT>(it.value, a.v_sink, pair * SINKS + token - a.length, channel);
+    return;
+  }
+  Places p = {};
+  const int inside = (token - first) % 32;
+  if (it.k_coded || it.v_coded) p = places_of(a.pieces, a.count_of_pieces, (token - first) / 32, pair);
+  if (it.k_coded) coded_numbers<K_KIND, K_BITS, K_GROUP, K_OFFSET>(it.key, p.k_codes, p.k_steps, p.k_zeros, a.k_table, inside, channel);
+  else exact_numbers<EXACT>(it.key, a.k_tail, pair * (a.length - a.k_coded) + token - a.k_coded, channel);
+  if (it.v_coded) coded_numbers<V_KIND, V_BITS, V_GROUP, V_OFFSET>(it.value, p.v_codes, p.v_steps, p.v_zeros, a.v_table, inside, channel);
+  else exact_numbers<EXACT>(it.value, a.v_tail, pair * (a.length - a.v_coded) + token - a.v_coded, channel);
+}
+
+// This warp's tokens of the rest, left in shared memory: [exact or coded][GROUP_HEADS][D], tops, totals.
+device void take_rest(const Arguments& a, const float* asked, float* to, i64 pair, int number, int stride, int lane) {
+  constexpr int TOGETHER = 4;
+  float sums[2][GROUP_HEADS][4] = {}, top[GROUP_HEADS], total[GROUP_HEADS] = {};
+#pragma unroll
+  for (int head = 0; head < GROUP_HEADS; ++head) top[head] = never();
+  for (int token = a.tiles * TILE + number; token < a.length + SINKS; token += TOGETHER * stride) {
+    Token tokens[TOGETHER];
+#pragma unroll
+    for (int n = 0; n < TOGETHER; ++n) load_token(tokens[n], a, pair, token + n * stride, lane);
+#pragma unroll
+    for (int n = 0; n < TOGETHER; ++n) {
+      const Token& it = tokens[n];
+      if (!it.there) continue;
+      const float* own = asked + (it.k_coded ? GROUP_HEADS * D : 0) + 4 * lane;
+#pragma unroll
+      for (int head = 0; head < GROUP_HEADS; ++head) {
+        float score = 0.0f;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) score += own[head * D + c] * it.key[c];
+#pragma unroll
+        for (int distance = 16; distance > 0; distance /= 2) score += of_lane_xor(score, distance);
+        const float peak = max_of(top[head], score), fade = power_of_two(top[head] - peak), share = power_of_two(score - peak);
+        top[head] = peak;
+        total[head] = total[head] * fade + share;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const float part = share * it.value[c];
+          sums[0][head][c] = sums[0][head][c] * fade + (it.v_coded ? 0.0f : part);
+          sums[1][head][c] = sums[1][head][c] * fade + (it.v_coded ? part : 0.0f);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int head = 0; head < GROUP_HEADS; ++head) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      to[head * D + 4 * lane + c] = sums[0][head][c];
+      to[(GROUP_HEADS + head) * D + 4 * lane + c] = sums[1][head][c];
+    }
+    if (lane == 0) to[2 * GROUP_HEADS * D + head] = top[head], to[2 * GROUP_HEADS * D + GROUP_HEADS + head] = total[head];
+  }
+}
+constexpr int REST_OF_WARP = 2 * GROUP_HEADS * (D + 1);  // numbers
 
 // What all blocks of a pair have found, by the last of them.
 device void merge(const Arguments& a, i64 pair) {
@@ -302,11 +436,18 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   if constexpr (V_KIND == PRODUCT && !SAME_TABLE)
     for (int n = threadIdx.x; n < 64 * 256; n += THREADS)
       reinterpret_cast<u32*>(pool + V_TABLE)[n] = reinterpret_cast<const u32*>(a.v_table)[n];
+  float* asked = reinterpret_cast<float*>(pool + ASKED);
+  float* asked_coded = asked + GROUP_HEADS * D;
+  for (int n = threadIdx.x; n < GROUP_HEADS * D; n += THREADS) {
+    asked[n] = number_at<QUERY>(a.query, pair * GROUP_HEADS * D + n) * a.scaling;
+    asked_coded[n] = K_ROTATED ? asked[n] * a.k_signs[n % D] * HADAMARD : asked[n];
+  }
   block_barrier();
+  if constexpr (K_ROTATED) hadamard(asked_coded, GROUP_HEADS);
 
   u32 query[STEPS][2];
   float query_sums[2];
-  load_query(query, query_sums, a, pair, g, t);
+  load_query(query, query_sums, asked_coded, g, t);
 
   float out[STEPS][4] = {};
   float top[2] = {never(), never()}, total[2] = {}, lift[2] = {};
@@ -315,16 +456,19 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   int tile = split * WARPS + warp, parity = 0;
   Places here = {}, next = {};
   if (tile < a.tiles) {
-    here = places_of(a, tile, pair);
+    here = places_of(a.places, a.tiles, tile, pair);
     copy_scales(buffers, here, lane);
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) fetch_keys(ring[step], here.k_codes, step, g, t);
   }
   commit_copies();
+  // While the first tile is on its way. The last warps have the fewest tiles.
+  float* rest = reinterpret_cast<float*>(pool + REST);
+  take_rest(a, asked, rest + warp * REST_OF_WARP, pair, stride - 1 - (split * WARPS + warp), stride, lane);
 
   for (; tile < a.tiles; tile += stride) {
     const bool more = tile + stride < a.tiles;
-    if (more) next = places_of(a, tile + stride, pair);
+    if (more) next = places_of(a.places, a.tiles, tile + stride, pair);
     wait_for_copies<0>();
     warp_barrier();
     const u8* k_steps = buffers + parity * BUFFER;
@@ -571,19 +715,33 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       totals[warp * 8 + 2 * t + head] = total[head];
     }
   block_barrier();
+  // In the place of the query: sums of what is in code, and of what is exact, of a block.
   for (int n = threadIdx.x; n < GROUP_HEADS * D; n += THREADS) {
     const int head = n / D, channel = n % D;
-    float most = never(), sum = 0.0f, whole = 0.0f;
-    for (int each = 0; each < WARPS; ++each) most = max_of(most, tops[each * 8 + head]);
+    float most = never(), coded = 0.0f, exact = 0.0f, whole = 0.0f;
+    for (int each = 0; each < WARPS; ++each) {
+      const float* own = rest + each * REST_OF_WARP + 2 * GROUP_HEADS * D + head;
+      most = max_of(most, max_of(tops[each * 8 + head], own[0]));
+    }
     const float base = most == never() ? 0.0f : most;
     for (int each = 0; each < WARPS; ++each) {
+      const float* own = rest + each * REST_OF_WARP;
       const float share = power_of_two(tops[each * 8 + head] - base);
-      sum += share * sums[(each * 8 + head) * D + channel];
-      whole += share * totals[each * 8 + head];
+      const float of_rest = power_of_two(own[2 * GROUP_HEADS * D + head] - base);
+      coded += share * sums[(each * 8 + head) * D + channel] + of_rest * own[(GROUP_HEADS + head) * D + channel];
+      exact += of_rest * own[head * D + channel];
+      whole += share * totals[each * 8 + head] + of_rest * own[2 * GROUP_HEADS * D + GROUP_HEADS + head];
     }
-    const i64 row = (pair * GROUP_HEADS + head) * a.splits + split;
-    a.part_out[row * D + channel] = whole == 0.0f ? 0.0f : sum / whole;
-    if (channel == 0) a.part_lse[row] = whole == 0.0f ? never() : base + log_of_two(whole);
+    const float over = whole == 0.0f ? 0.0f : 1.0f / whole;
+    asked[n] = exact * over, asked_coded[n] = coded * over;
+    if (channel == 0)
+      a.part_lse[(pair * GROUP_HEADS + head) * a.splits + split] = whole == 0.0f ? never() : base + log_of_two(whole);
+  }
+  block_barrier();
+  if constexpr (V_ROTATED) hadamard(asked_coded, GROUP_HEADS);
+  for (int n = threadIdx.x; n < GROUP_HEADS * D; n += THREADS) {
+    const float coded = V_ROTATED ? asked_coded[n] * HADAMARD * a.v_signs[n % D] : asked_coded[n];
+    a.part_out[((pair * GROUP_HEADS + n / D) * a.splits + split) * D + n % D] = asked[n] + coded;
   }
   if (last_to_arrive(a.arrived + pair, a.splits)) merge(a, pair);
 }

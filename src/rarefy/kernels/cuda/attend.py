@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,8 +16,10 @@ from rarefy.kernels.coded import KINDS, Tiles
 from rarefy.kernels.cuda import driver
 
 SOURCE = Path(__file__).with_name("attend.cu")
-TILE, CHANNELS, MOST_HEADS = 128, 128, 8
-QUERIES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+TILE, PIECE, CHANNELS, MOST_HEADS = 128, 32, 128, 8
+PIECES = TILE // PIECE
+BLOCKS_OF_REST = 8  # that share what fills no tile
+TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 COPIES = 32  # of a table, one for each lane
 
 
@@ -54,9 +56,9 @@ class Code:
         return one * (self.scale + self.offset)
 
 
-def fits(keys: Tiles, values: Tiles, channels: int, run_tokens: int, heads: int) -> bool:
+def fits(keys: Tiles, values: Tiles, channels: int, heads: int) -> bool:
     """Whether the kernel can read these tiles, for so many query heads over one of them."""
-    if channels != CHANNELS or run_tokens % TILE or heads > MOST_HEADS or values.kind == "channel":
+    if channels != CHANNELS or heads > MOST_HEADS or values.kind == "channel":
         return False
     return all(_fits(side) for side in (keys, values))
 
@@ -70,50 +72,61 @@ def _fits(side: Tiles) -> bool:
         case "token":
             return side.group in (32, 64, 128) and side.num_bits in (2, 3, 4, 8)
         case "table":
-            return len(side.runs[0]) > 1 and side.num_bits in (2, 3, 4)
+            return (not side.runs or len(side.runs[0]) > 1) and side.num_bits in (2, 3, 4)
         case "product":
             return side.num_bits == 8 and side.lut is not None and side.lut.shape[-1] == 2
     return False
 
 
 def code_of(side: Tiles) -> Code:
-    tensors = len(side.runs[0])
+    tensors = len(side.runs[0]) if side.runs else {"product": 1, "table": 2}.get(side.kind, 3)
     group = side.group if side.kind in ("channel", "token") else CHANNELS
     return Code(side.kind, side.num_bits, group, tensors > 1, tensors > 2)
+
+
+_POINTERS = (
+    "query places pieces k_signs v_signs k_table v_table sinks part_out part_lse out lse arrived "
+    "k_tail v_tail k_sink v_sink".split()
+)
 
 
 class Arguments(ctypes.Structure):
     """``Arguments`` of the source."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "query places k_table v_table sinks part_out part_lse out lse arrived".split()),
-        *((name, ctypes.c_int) for name in "tiles heads splits".split()),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int) for name in "tiles heads splits count_of_pieces k_coded v_coded length".split()),
         ("scaling", ctypes.c_float),
-    ]  # fmt: skip
+    ]
 
 
 @dataclass(frozen=True)
 class Program:
-    """One compiled form of the kernel."""
+    """One compiled form of the kernel. ``rotated``: keys and values; ``query`` and ``exact``: types of the query and of
+    what is not in code."""
 
     keys: Code
     values: Code
+    rotated: tuple[bool, bool]
     same_table: bool
     group_heads: int
     query: torch.dtype
+    exact: torch.dtype
     sinks: int
     shape: Shape
 
     def definitions(self) -> dict[str, int]:
         """The macros of the source."""
         found = {
-            "SAME_TABLE": int(self.same_table), "GROUP_HEADS": self.group_heads, "QUERY": QUERIES[self.query],
-            "SINKS": self.sinks, "WARPS": self.shape.warps, "BLOCKS": self.shape.blocks, "DEPTH": self.shape.depth,
-            "HALF": 1, "K_SCALE": int(self.keys.scale), "K_OFFSET": int(self.keys.kind == "table" and self.keys.offset),
-            "V_OFFSET": int(self.values.kind == "table" and self.values.offset),
+            "SAME_TABLE": int(self.same_table), "GROUP_HEADS": self.group_heads, "QUERY": TYPES[self.query],
+            "EXACT": TYPES[self.exact], "SINKS": self.sinks, "WARPS": self.shape.warps, "BLOCKS": self.shape.blocks,
+            "DEPTH": self.shape.depth, "HALF": 1, "K_SCALE": int(self.keys.scale),
         }  # fmt: skip
-        for prefix, code in (("K", self.keys), ("V", self.values)):
-            found |= {f"{prefix}_KIND": KINDS[code.kind], f"{prefix}_BITS": code.num_bits, f"{prefix}_GROUP": code.group}
+        for prefix, code, rotated in (("K", self.keys, self.rotated[0]), ("V", self.values, self.rotated[1])):
+            found |= {
+                f"{prefix}_KIND": KINDS[code.kind], f"{prefix}_BITS": code.num_bits, f"{prefix}_GROUP": code.group,
+                f"{prefix}_OFFSET": int(code.kind == "table" and code.offset), f"{prefix}_ROTATED": int(rotated),
+            }  # fmt: skip
         return found
 
     @property
@@ -121,7 +134,9 @@ class Program:
         """Bytes of a block."""
         tables = self.keys.table + (0 if self.same_table else self.values.table)
         scales = 2 * self.shape.warps * (self.keys.scales + self.values.scales)
-        return max(tables + scales, self.shape.warps * 4 * MOST_HEADS * (CHANNELS + 2))
+        sums = self.shape.warps * 4 * MOST_HEADS * (CHANNELS + 2)
+        rest = 8 * self.group_heads * (CHANNELS + self.shape.warps * (CHANNELS + 1))
+        return max(tables + scales, sums) + rest
 
     @property
     def threads(self) -> int:
@@ -136,28 +151,46 @@ def kernel(device: int, program: Program) -> driver.Kernel:
         return driver.Kernel(SOURCE, "rarefy_attend", macros, program.shared_memory)
 
 
-def places(keys: Tiles, values: Tiles, run_tokens: int) -> Tensor:
-    """Addresses int64 ``[8, tiles]`` of the first head's codes, scales and zeros for each 128 tokens, keys before
-    values, and how many tokens are from one head to the next."""
-    rows = [*_addresses(keys, run_tokens), *_addresses(values, run_tokens)]
-    return torch.stack([rows[n] for n in (0, 1, 2, 4, 5, 6, 3, 7)])
+def places(keys: Tiles, values: Tiles, tokens: tuple[Sequence[int], Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Addresses int64 ``[8, tiles]`` of the first head's codes, scales and zeros of keys, then of values, for each 128
+    tokens that lie in one run of both, and how many tokens are from one head to the next; and ``[8, pieces]`` of each
+    32 tokens after them. ``tokens``: of all runs of keys and of values."""
+    both = [_pieces(side, each) for side, each in zip((keys, values), tokens, strict=True)]
+    whole = min(part.shape[1] for part in both) // PIECES
+    # A tile lies in one run if its last piece is as far from its first as within a run.
+    lies = torch.ones(whole, dtype=torch.bool)
+    for part in both:
+        run = part[4, : whole * PIECES].view(whole, PIECES)
+        lies &= run[:, 0] == run[:, -1]
+    tiles = int(lies.int().cumprod(0).sum()) if whole else 0
+    most = max(part.shape[1] for part in both)
+    rows = [torch.nn.functional.pad(part, (0, most - part.shape[1])) for part in both]
+    table = torch.cat([rows[0][:3], rows[1][:3], rows[0][3:4], rows[1][3:4]])
+    return table[:, : tiles * PIECES : PIECES].contiguous(), table[:, tiles * PIECES :].contiguous()
 
 
-def _addresses(side: Tiles, run_tokens: int) -> Iterator[Tensor]:
-    tile = torch.arange(run_tokens // TILE) * TILE
-    bases, pitches, lengths = [], [], []
-    for number, run in enumerate(side.runs):
-        skip, length = side.spans[number] if side.spans else (0, run_tokens)
-        tensors: list[Tensor | None] = [*run, *[None] * (3 - len(run))]
-        sizes = [0 if each is None else each.numel() * each.element_size() // (each.shape[0] * each.shape[1] * length)
-                 for each in tensors]  # fmt: skip
-        bases.append([0 if each is None else each.data_ptr() + skip * size
-                      for each, size in zip(tensors, sizes, strict=True)])  # fmt: skip
-        pitches.append(sizes)
-        lengths.append(length)
-    base, pitch = torch.tensor(bases), torch.tensor(pitches)  # [runs, 3]
-    yield from (base[:, :, None] + pitch[:, :, None] * tile).permute(1, 0, 2).flatten(1)
-    yield torch.tensor(lengths).repeat_interleave(len(tile))
+def _pieces(side: Tiles, tokens: Sequence[int]) -> Tensor:
+    """Addresses of codes, scales and zeros of each 32 tokens, their run's tokens and its number: int64 ``[5, n]``."""
+    found = []
+    for number, (run, length) in enumerate(zip(side.runs, tokens, strict=True)):
+        place = torch.arange(length // PIECE) * PIECE
+        rows = []
+        for tensor in (*run, *[None] * (3 - len(run))):
+            # Of a channel's scales, those of one group follow each other.
+            rows.append(torch.zeros_like(place) if tensor is None else tensor.data_ptr() + _bytes(side, tensor, length, place))
+        found.append(torch.stack([*rows, torch.full_like(place, length), torch.full_like(place, number)]))
+    return torch.cat(found, 1) if found else torch.empty(5, 0, dtype=torch.int64)
+
+
+def _bytes(side: Tiles, tensor: Tensor, length: int, token: Tensor) -> Tensor:
+    """How many bytes of the first head's ``tensor`` come before what is of ``token``."""
+    size = tensor.numel() * tensor.element_size() // (tensor.shape[0] * tensor.shape[1] * length)
+    if side.kind != "channel":
+        return token * size
+    # A block has its channels one after the other, and in each its tokens.
+    inside = token % side.block
+    each = side.num_bits * inside // 8 if tensor.dtype == torch.int32 else inside // side.group * 2
+    return (token - inside) * size + each
 
 
 def table_of(side: Tiles, device: torch.device) -> Tensor | None:
@@ -165,64 +198,82 @@ def table_of(side: Tiles, device: torch.device) -> Tensor | None:
     return None if side.lut is None else side.lut.to(device, torch.float16).contiguous()
 
 
+@dataclass(frozen=True)
+class Exact:
+    """What is not in code, ``[B, H, tokens, D]`` each: the tokens after those in code, and sinks."""
+
+    keys: Tensor
+    values: Tensor
+    sink_keys: Tensor | None = None
+    sink_values: Tensor | None = None
+
+
 class CodedAttention:
-    """Attention over fixed runs of coded keys and values, as ``kernels/triton/decode_attention.py`` has it; one launch,
-    which can be captured in a CUDA graph."""
+    """Attention over runs of coded keys and values and what is not in code after them; one launch, which can be captured
+    in a CUDA graph."""
 
     def __init__(
-        self, keys: Tiles, values: Tiles, batch: int, heads: int, query_heads: int, channels: int, run_tokens: int, *,
-        device: torch.device, sinks: Tensor | None = None, splits: int | None = None, shape: Shape | None = None,
+        self, keys: Tiles, values: Tiles, tokens: tuple[Sequence[int], Sequence[int]], batch: int, heads: int,
+        query_heads: int, *, device: torch.device, sinks: Tensor | None = None,
+        signs: tuple[Tensor | None, Tensor | None] = (None, None), splits: int | None = None,
+        shape: Shape | None = None,
     ):  # fmt: skip
-        """``run_tokens``: tokens of each run. ``sinks`` int64 ``[B, S]``: tokens that are left out. ``splits``: blocks
-        for each KV head (None: enough to fill the GPU). Raises UnsupportedError where sizes do not fit the kernel (see
-        `fits`)."""
+        """``tokens`` of all runs of keys and of values, multiples of 32. ``sinks`` int64 ``[B, S]``: tokens that are left
+        out where they are (-1: none). ``signs`` float32 ``[D]``: keys or values in code are turned by them and a
+        Hadamard matrix. ``splits``: blocks for each KV head (None: enough to fill the GPU). Raises UnsupportedError
+        where sizes do not fit the kernel (see `fits`)."""
         group = query_heads // heads
-        if not fits(keys, values, channels, run_tokens, group):
-            raise UnsupportedError(f"{run_tokens} tokens of {channels} channels do not fit the kernel.")
+        if not fits(keys, values, CHANNELS, group) or any(each % PIECE for part in tokens for each in part):
+            raise UnsupportedError(f"These codes, for {group} query heads a KV head, do not fit the kernel.")
         self.keys, self.values, self.shape = keys, values, shape or Shape()  # whose memory the addresses point to
         self.batch, self.heads, self.query_heads = batch, heads, query_heads
-        tiles, pairs = len(keys.runs) * run_tokens // TILE, batch * heads
+        tiles, pieces = places(keys, values, tokens)
+        count = tiles.shape[1]
         if splits is None:
             processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-            splits = max(1, processors * self.shape.blocks // pairs)
-        self.splits = min(splits, -(-tiles // self.shape.warps))
-        self.same_table = keys.kind == values.kind == "table" and keys.num_bits == values.num_bits and _equal(keys, values)
+            splits = max(1, processors * self.shape.blocks // (batch * heads))
+        self.splits = min(splits, -(-count // self.shape.warps) + BLOCKS_OF_REST)
+        self.rotated = signs[0] is not None, signs[1] is not None
+        self.same_table = _same_table(keys, values)
         rows = batch * query_heads
         self._tensors: dict[str, Tensor | None] = {
-            "places": places(keys, values, run_tokens).to(device), "k_table": table_of(keys, device),
-            "v_table": table_of(values, device), "sinks": sinks,
-            "part_out": torch.empty(rows, self.splits, channels, device=device),
+            "places": tiles.to(device), "pieces": pieces.to(device), "k_signs": signs[0], "v_signs": signs[1],
+            "k_table": table_of(keys, device), "v_table": table_of(values, device), "sinks": sinks,
+            "part_out": torch.empty(rows, self.splits, CHANNELS, device=device),
             "part_lse": torch.empty(rows, self.splits, device=device),
-            "out": torch.empty(batch, query_heads, channels, device=device),
+            "out": torch.empty(batch, query_heads, CHANNELS, device=device),
             "lse": torch.empty(batch, query_heads, device=device),
-            "arrived": torch.zeros(pairs, dtype=torch.int32, device=device),
+            "arrived": torch.zeros(batch * heads, dtype=torch.int32, device=device),
         }  # fmt: skip
-        self._sizes = tiles, heads, self.splits
+        self._sizes = count, heads, self.splits, pieces.shape[1], sum(tokens[0]), sum(tokens[1])
 
-    def program(self, dtype: torch.dtype) -> Program:
+    def program(self, dtype: torch.dtype, exact: Exact | None = None) -> Program:
         """What is compiled for queries of ``dtype``."""
         sinks = self._tensors["sinks"]
         return Program(
-            code_of(self.keys), code_of(self.values), self.same_table, self.query_heads // self.heads, dtype,
-            0 if sinks is None else sinks.shape[1], self.shape,
+            code_of(self.keys), code_of(self.values), self.rotated, self.same_table, self.query_heads // self.heads,
+            dtype, dtype if exact is None else exact.keys.dtype, 0 if sinks is None else sinks.shape[1], self.shape,
         )  # fmt: skip
 
     @property
     def grid(self) -> tuple[int, int, int]:
         return self.splits, self.batch * self.heads, 1
 
-    def arguments(self, query: Tensor, scaling: float) -> Arguments:
-        tensors = [0 if each is None else each.data_ptr() for each in self._tensors.values()]
-        return Arguments(query.data_ptr(), *tensors, *self._sizes, scaling * 1.4426950408889634)
+    def arguments(self, query: Tensor, scaling: float, exact: Exact | None) -> Arguments:
+        ours = [*self._tensors.values()]
+        theirs = [None] * 4 if exact is None else [exact.keys, exact.values, exact.sink_keys, exact.sink_values]
+        pointers = [0 if each is None else each.data_ptr() for each in (*ours, *theirs)]
+        *sizes, k_coded, v_coded = self._sizes
+        length = k_coded + (0 if exact is None else exact.keys.shape[2])
+        return Arguments(query.data_ptr(), *pointers, *sizes, k_coded, v_coded, length, scaling * 1.4426950408889634)
 
-    def __call__(self, query: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    def __call__(self, query: Tensor, scaling: float, exact: Exact | None = None) -> tuple[Tensor, Tensor]:
         """``query [B, Hq, D]``; the result float32 ``[B, Hq, D]`` and its log-sum-exp ``[B, Hq]``, overwritten by the
-        next call."""
-        query = query.contiguous()
-        program = self.program(query.dtype)
+        next call. All tensors are contiguous."""
+        program = self.program(query.dtype, exact)
         index = query.device.index if query.device.index is not None else torch.cuda.current_device()
         stream = torch.cuda.current_stream(query.device).cuda_stream
-        kernel(index, program)(self.grid, program.threads, self.arguments(query, scaling), stream)
+        kernel(index, program)(self.grid, program.threads, self.arguments(query, scaling, exact), stream)
         return self.results
 
     @property
@@ -232,5 +283,7 @@ class CodedAttention:
         return out, lse
 
 
-def _equal(keys: Tiles, values: Tiles) -> bool:
-    return keys.lut is values.lut or (keys.lut is not None and values.lut is not None and torch.equal(keys.lut, values.lut))
+def _same_table(keys: Tiles, values: Tiles) -> bool:
+    if keys.kind != "table" or values.kind != "table" or keys.lut is None or values.lut is None:
+        return False
+    return keys.lut is values.lut or torch.equal(keys.lut, values.lut)

@@ -25,8 +25,8 @@ from harness import Row, arguments, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rarefy.kernels.triton.decode_attention import DecodeAttention
 from rarefy.kernels.coded import Tiles
+from rarefy.kernels.triton.decode_attention import DecodeAttention
 
 KEY = ("job", "tokens")
 HEADS, QUERY_HEADS, CHANNELS = 8, 32, 128

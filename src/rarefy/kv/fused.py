@@ -11,6 +11,8 @@ from torch import Tensor
 
 from rarefy.formats.grids import IntegerGrid
 from rarefy.formats.scales import SingleScale
+from rarefy.kernels import coded
+from rarefy.kernels.coded import Tiles
 from rarefy.kv.codec import Codec, Payload, part_of
 from rarefy.kv.codecs import (
     ChannelTable,
@@ -33,7 +35,6 @@ PIECE = 128  # tokens after the last whole segment that the kernel reads at once
 
 if TYPE_CHECKING:
     from rarefy.kernels.triton.decode_attention import DecodeAttention
-    from rarefy.kernels.coded import Tiles
 
 
 @dataclass
@@ -149,7 +150,6 @@ def _build(
 
 def tiles_of(codec: Codec, runs: list[Payload], heads: int) -> Tiles | None:
     """What the kernel reads of a codec's runs; None where it has no loader for it."""
-    from rarefy.kernels.coded import Tiles
 
     def tensors(*names: str) -> tuple[tuple[Tensor, ...], ...]:
         return tuple(tuple(run[name].contiguous() for name in names) for run in runs)
@@ -174,7 +174,7 @@ def tiles_of(codec: Codec, runs: list[Payload], heads: int) -> Tiles | None:
             return Tiles(codec.axis, tensors("codes", "scale", "zero_point"), **options)
         case NormTable() | RangeTable() | ChannelTable():
             names = {NormTable: ("scale",), RangeTable: ("scale", "offset")}.get(type(codec), ())
-            device = runs[0]["codes"].device
+            device = runs[0]["codes"].device if runs else codec.decoded.device
             lut = codec.decoded.to(device, torch.float32)
             affine = None
             if isinstance(codec, ChannelTable):
@@ -183,14 +183,13 @@ def tiles_of(codec: Codec, runs: list[Payload], heads: int) -> Tiles | None:
                 affine = center, spread
             return Tiles("table", tensors("codes", *names), codec.num_bits, codec.tokens, 1, lut, affine=affine)
         case ProductTable():
-            lut = codec.codebook.to(runs[0]["codes"].device)
+            lut = codec.codebook.to(runs[0]["codes"].device) if runs else codec.codebook
             return Tiles("product", tensors("codes"), codec.num_bits, codec.tokens, 1, lut)
     return None
 
 
 def _corrected(codec: Residual, runs: list[Payload], heads: int) -> Tiles | None:
     """Codes of which an outlier list and a low-rank product tell what they leave over."""
-    from rarefy.kernels import coded as kernel
 
     def pairs(number: int, *names: str) -> tuple[tuple[Tensor, Tensor], ...]:
         parts = [part_of(run, str(number)) for run in runs]
@@ -201,9 +200,9 @@ def _corrected(codec: Residual, runs: list[Payload], heads: int) -> Tiles | None
         if base is None:
             return None
         if isinstance(part, Sparse) and base.outliers is None:
-            base = replace(base, outliers=kernel.Outliers(pairs(number, "values", "indices"), part.axis))
+            base = replace(base, outliers=coded.Outliers(pairs(number, "values", "indices"), part.axis))
         elif isinstance(part, LowRank) and base.low_rank is None:
-            base = replace(base, low_rank=kernel.LowRank(pairs(number, "lowrank_a", "lowrank_b")))
+            base = replace(base, low_rank=coded.LowRank(pairs(number, "lowrank_a", "lowrank_b")))
         else:
             return None
     return base

@@ -10,12 +10,10 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rarefy.kernels.coded import Tiles
 from rarefy.kernels.cuda import attend, encode, program
 from rarefy.kernels.cuda.linear import aligned, pointed, pointed_sparse, terms_of
 from rarefy.kernels.cuda.prepared import code_of, sparse_code_of
@@ -113,10 +111,11 @@ def attention(
     code = whole.program(query.dtype, exact)
     macros = [f"-D{macro}={value}" for macro, value in code.definitions().items()]
     library = _library((*macros, "-DENTRY=rarefy_attend"), attend.SOURCE)
-    given = whole.arguments(query, scaling, exact)
+    out, lse = torch.full_like(query, torch.nan), torch.full(query.shape[:2], torch.nan)
+    given = whole.arguments(query, scaling, exact, out, lse)
     for _ in range(2):  # the second finds its counters as the first did
         library.run(0, ctypes.byref(given), *whole.grid, code.threads, code.shared_memory)
-    return whole.results
+    return out, lse
 
 
 def encoded(code: encode.Code, x: Tensor, **tables: Tensor | None) -> tuple[encode.Encoded, Tensor]:

@@ -26,6 +26,8 @@ enum { K_CODES, K_STEPS, K_ZEROS, V_CODES, V_STEPS, V_ZEROS, K_TOKENS, V_TOKENS 
 
 struct Arguments {
   const void* query;   // [pairs * GROUP_HEADS][128]
+  void* out;           // likewise
+  float* lse;          // [pairs * GROUP_HEADS]
   const i64* places;   // [8][tiles]: addresses for the first pair, and tokens from one pair to the next
   const i64* pieces;   // likewise of every 32 tokens in code after them
   const float* k_signs;
@@ -35,8 +37,6 @@ struct Arguments {
   const i64* sinks;    // [batch][SINKS]: tokens that are left out
   float* part_out;     // [pairs * GROUP_HEADS][splits][128]
   float* part_lse;     // [pairs * GROUP_HEADS][splits]
-  float* out;          // [pairs * GROUP_HEADS][128]
-  float* lse;          // [pairs * GROUP_HEADS]
   u32* arrived;        // [pairs], zero before and after
   const void* k_tail;  // [pairs][tokens not in code][128]
   const void* v_tail;
@@ -410,7 +410,9 @@ device void merge(const Arguments& a, i64 pair) {
       sum += share * load_fresh(a.part_out + (row * a.splits + split) * D + n % D);
       whole += share;
     }
-    a.out[row * D + n % D] = whole == 0.0f ? 0.0f : sum / whole;
+    const float mean = whole == 0.0f ? 0.0f : sum / whole;
+    if constexpr (QUERY == F32) static_cast<float*>(a.out)[row * D + n % D] = mean;
+    else static_cast<u16*>(a.out)[row * D + n % D] = rounded<QUERY == F16>(mean);
     if (n % D == 0) a.lse[row] = whole == 0.0f ? never() : (base + log_of_two(whole)) * 0.6931471805599453f;
   }
 }

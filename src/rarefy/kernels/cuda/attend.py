@@ -20,6 +20,7 @@ TILE, PIECE, CHANNELS, MOST_HEADS = 128, 32, 128, 8
 PIECES = TILE // PIECE
 BLOCKS_OF_REST = 8  # that share what fills no tile
 TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+LOG2E = 1.4426950408889634
 COPIES = 32  # of a table, one for each lane
 
 
@@ -85,7 +86,7 @@ def code_of(side: Tiles) -> Code:
 
 
 _POINTERS = (
-    "query places pieces k_signs v_signs k_table v_table sinks part_out part_lse out lse arrived "
+    "query out lse places pieces k_signs v_signs k_table v_table sinks part_out part_lse arrived "
     "k_tail v_tail k_sink v_sink".split()
 )
 
@@ -177,7 +178,9 @@ def _pieces(side: Tiles, tokens: Sequence[int]) -> Tensor:
         rows = []
         for tensor in (*run, *[None] * (3 - len(run))):
             # Of a channel's scales, those of one group follow each other.
-            rows.append(torch.zeros_like(place) if tensor is None else tensor.data_ptr() + _bytes(side, tensor, length, place))
+            rows.append(
+                torch.zeros_like(place) if tensor is None else tensor.data_ptr() + _bytes(side, tensor, length, place)
+            )
         found.append(torch.stack([*rows, torch.full_like(place, length), torch.full_like(place, number)]))
     return torch.cat(found, 1) if found else torch.empty(5, 0, dtype=torch.int64)
 
@@ -209,8 +212,8 @@ class Exact:
 
 
 class CodedAttention:
-    """Attention over runs of coded keys and values and what is not in code after them; one launch, which can be captured
-    in a CUDA graph."""
+    """Attention over runs of coded keys and values and what is not in code after them; one launch, which can be
+    captured in a CUDA graph."""
 
     def __init__(
         self, keys: Tiles, values: Tiles, tokens: tuple[Sequence[int], Sequence[int]], batch: int, heads: int,
@@ -218,10 +221,10 @@ class CodedAttention:
         signs: tuple[Tensor | None, Tensor | None] = (None, None), splits: int | None = None,
         shape: Shape | None = None,
     ):  # fmt: skip
-        """``tokens`` of all runs of keys and of values, multiples of 32. ``sinks`` int64 ``[B, S]``: tokens that are left
-        out where they are (-1: none). ``signs`` float32 ``[D]``: keys or values in code are turned by them and a
-        Hadamard matrix. ``splits``: blocks for each KV head (None: enough to fill the GPU). Raises UnsupportedError
-        where sizes do not fit the kernel (see `fits`)."""
+        """``tokens`` of all runs of keys and of values, multiples of 32. ``sinks`` int64 ``[B, S]``: tokens that are
+        left out where they are (-1: none). ``signs`` float32 ``[D]``: keys or values in code are turned by them and a
+        Hadamard matrix. ``splits``: blocks for each KV head (None: enough to fill the GPU). Tables that are one tensor
+        are kept once. Raises UnsupportedError where sizes do not fit the kernel (see `fits`)."""
         group = query_heads // heads
         if not fits(keys, values, CHANNELS, group) or any(each % PIECE for part in tokens for each in part):
             raise UnsupportedError(f"These codes, for {group} query heads a KV head, do not fit the kernel.")
@@ -234,15 +237,13 @@ class CodedAttention:
             splits = max(1, processors * self.shape.blocks // (batch * heads))
         self.splits = min(splits, -(-count // self.shape.warps) + BLOCKS_OF_REST)
         self.rotated = signs[0] is not None, signs[1] is not None
-        self.same_table = _same_table(keys, values)
+        self.same_table = keys.kind == values.kind == "table" and keys.lut is values.lut
         rows = batch * query_heads
         self._tensors: dict[str, Tensor | None] = {
             "places": tiles.to(device), "pieces": pieces.to(device), "k_signs": signs[0], "v_signs": signs[1],
             "k_table": table_of(keys, device), "v_table": table_of(values, device), "sinks": sinks,
             "part_out": torch.empty(rows, self.splits, CHANNELS, device=device),
             "part_lse": torch.empty(rows, self.splits, device=device),
-            "out": torch.empty(batch, query_heads, CHANNELS, device=device),
-            "lse": torch.empty(batch, query_heads, device=device),
             "arrived": torch.zeros(batch * heads, dtype=torch.int32, device=device),
         }  # fmt: skip
         self._sizes = count, heads, self.splits, pieces.shape[1], sum(tokens[0]), sum(tokens[1])
@@ -259,31 +260,21 @@ class CodedAttention:
     def grid(self) -> tuple[int, int, int]:
         return self.splits, self.batch * self.heads, 1
 
-    def arguments(self, query: Tensor, scaling: float, exact: Exact | None) -> Arguments:
-        ours = [*self._tensors.values()]
+    def arguments(self, query: Tensor, scaling: float, exact: Exact | None, out: Tensor, lse: Tensor) -> Arguments:
         theirs = [None] * 4 if exact is None else [exact.keys, exact.values, exact.sink_keys, exact.sink_values]
-        pointers = [0 if each is None else each.data_ptr() for each in (*ours, *theirs)]
+        tensors = query, out, lse, *self._tensors.values(), *theirs
+        pointers = [0 if each is None else each.data_ptr() for each in tensors]
         *sizes, k_coded, v_coded = self._sizes
         length = k_coded + (0 if exact is None else exact.keys.shape[2])
-        return Arguments(query.data_ptr(), *pointers, *sizes, k_coded, v_coded, length, scaling * 1.4426950408889634)
+        return Arguments(*pointers, *sizes, k_coded, v_coded, length, scaling * LOG2E)
 
     def __call__(self, query: Tensor, scaling: float, exact: Exact | None = None) -> tuple[Tensor, Tensor]:
-        """``query [B, Hq, D]``; the result float32 ``[B, Hq, D]`` and its log-sum-exp ``[B, Hq]``, overwritten by the
-        next call. All tensors are contiguous."""
+        """``query [B, Hq, D]``; the result ``[B, Hq, D]`` in its dtype and the log-sum-exp float32 ``[B, Hq]``. All
+        tensors are contiguous."""
         program = self.program(query.dtype, exact)
+        out, lse = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
         index = query.device.index if query.device.index is not None else torch.cuda.current_device()
         stream = torch.cuda.current_stream(query.device).cuda_stream
-        kernel(index, program)(self.grid, program.threads, self.arguments(query, scaling, exact), stream)
-        return self.results
-
-    @property
-    def results(self) -> tuple[Tensor, Tensor]:
-        out, lse = self._tensors["out"], self._tensors["lse"]
-        assert out is not None and lse is not None
+        given = self.arguments(query, scaling, exact, out, lse)
+        kernel(index, program)(self.grid, program.threads, given, stream)
         return out, lse
-
-
-def _same_table(keys: Tiles, values: Tiles) -> bool:
-    if keys.kind != "table" or values.kind != "table" or keys.lut is None or values.lut is None:
-        return False
-    return keys.lut is values.lut or torch.equal(keys.lut, values.lut)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+
 @triton.jit
 def pointer(address, DTYPE: tl.constexpr):
     """A pointer to memory that torch allocated, hence aligned."""

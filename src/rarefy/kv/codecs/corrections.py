@@ -47,7 +47,7 @@ class LowRank(Codec):
 
     def encode(self, x: Tensor) -> Payload:
         # A block of zeros has no directions; any orthonormal ones do.
-        right = self._beside("start", x).expand(*x.shape[:3], -1, -1)
+        right = self.beside("start", x).expand(*x.shape[:3], -1, -1)
         for _ in range(self.iterations):
             left = torch.linalg.qr(x @ right).Q
             right = x.transpose(-1, -2) @ left

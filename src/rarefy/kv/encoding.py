@@ -1,0 +1,123 @@
+"""Blocks put into code by one launch on a GPU, with the bits that the codec itself would give, and without waiting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rarefy.core.errors import FormatError
+from rarefy.formats.grids import IntegerGrid
+from rarefy.formats.scales import SingleScale
+from rarefy.kernels import cuda
+from rarefy.kv.codec import Codec, Payload
+from rarefy.kv.codecs import Gridded, NormTable, ProductTable, RangeTable, Rotated
+
+if TYPE_CHECKING:
+    from rarefy.kernels.cuda.encode import Code
+
+NOT_FINITE = 1  # the bit of `Faults` that says so
+
+
+class Faults:
+    """What kernels on ``device`` found wrong, which is looked at when it costs no waiting."""
+
+    def __init__(self, device: torch.device):
+        self.bits = torch.zeros(1, dtype=torch.int32, device=device)
+        self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._event: Any = torch.cuda.Event() if device.type == "cuda" else None
+        self._asked = False
+
+    def ask(self) -> None:
+        """Bring here what kernels on the current stream will have found."""
+        self._seen.copy_(self.bits, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+        self._asked = True
+
+    def look(self, name: str, wait: bool = False) -> None:
+        """Raise FormatError if something was wrong with ``name``; without ``wait``, if that is known."""
+        if not self._asked or (self._event is not None and not wait and not self._event.query()):
+            return
+        if self._event is not None:
+            self._event.synchronize()
+        self._asked = False
+        found = int(self._seen)
+        if found:
+            what = "were not finite" if found & NOT_FINITE else "have a scale that overflows float16"
+            raise FormatError(f"Keys or values of {name} {what}; load the model in bfloat16 or float32.")
+
+
+@dataclass(frozen=True)
+class Fast:
+    """A codec as the kernel knows it, and the tensors that the kernel reads beside the numbers."""
+
+    code: Code
+    tables: dict[str, Tensor]
+
+
+def fast_form(codec: Codec, x: Tensor) -> Fast | None:
+    """How the kernel puts ``x [B, H, tokens, D]`` into code; None where it knows no such codec or is not there."""
+    from rarefy.kernels.cuda.encode import TYPES
+
+    if not (x.is_cuda and cuda.status() == "cuda") or x.dtype not in TYPES:
+        return None
+    return form_of(codec, x.shape[3], x.device)
+
+
+def form_of(codec: Codec, channels: int, device: torch.device) -> Fast | None:
+    """The kernel's form of ``codec``, which stays with it."""
+    known: dict[Any, Fast | None] = codec.__dict__.setdefault("_fast", {})
+    key = channels, device
+    if key not in known:
+        known[key] = _form(codec, channels, device)
+    return known[key]
+
+
+def _form(codec: Codec, channels: int, device: torch.device) -> Fast | None:
+    from rarefy.kernels.cuda.encode import Code, entries
+
+    code, tables = None, {}
+    match codec:
+        case Gridded(grid=IntegerGrid(zero="float", scales=SingleScale(dtype="float16")) as grid):
+            length = codec.tokens if codec.axis == "channel" else channels
+            code = Code(codec.axis, grid.num_bits, channels, min(grid.group_size or length, length), codec.tokens)
+        case NormTable() | RangeTable():
+            tables = {"middles": (codec.lut[1:] + codec.lut[:-1]) / 2, "lut": codec.lut}
+            code = Code("norm" if isinstance(codec, NormTable) else "range", codec.num_bits, channels)
+            code = code if len(codec.lut) == 1 << codec.num_bits else None
+        case Rotated(inner=NormTable() as inner):
+            found = _form(inner, channels, device)
+            if found is None:
+                return None
+            code = Code("norm", inner.num_bits, channels, rotated=True)
+            tables = {**found.tables, "signs": codec.signs}
+        case ProductTable(width=2, count=256):
+            book = codec.codebook.float()
+            tables, code = {"lut": entries(book, book.square().sum(-1) / 2)}, Code("product", 8, channels)
+    if code is None or not code.fits:
+        return None
+    return Fast(code, {name: table.to(device, torch.float32).contiguous() for name, table in tables.items()})
+
+
+def fast_payload(codec: Codec, fast: Fast, x: Tensor, source: Tensor | None, faults: Tensor) -> Payload:
+    """What ``codec.encode`` gives for whole blocks ``x [B, H, n, D]``, where ``source`` int32 ``[B, n]`` says which
+    token stands for each (-1: zeros)."""
+    from rarefy.kernels.cuda import encode
+
+    found = encode.encode(fast.code, x, faults, source=source, **fast.tables)
+    blocks = x.shape[2] // codec.tokens
+    payload = {"codes": found.codes.unflatten(2, (blocks, -1))}
+    match fast.code.kind:
+        case "channel":
+            payload |= {"scale": found.scale, "zero_point": found.zero}
+        case "token" | "range":
+            second = "zero_point" if fast.code.kind == "token" else "offset"
+            payload |= {
+                name: part.unflatten(2, (blocks, -1)) for name, part in (("scale", found.scale), (second, found.zero))
+            }
+        case "norm":
+            payload["scale"] = found.scale.unflatten(2, (blocks, -1))
+    return payload

@@ -80,9 +80,9 @@ def _build(store: LayerStore, keys: Side, values: Side, query: Tensor) -> CodedA
         side.codec.tokens % PIECE for side in sides
     ):
         return None
-    if k_tiles.kind == v_tiles.kind == "table":
+    if k_tiles.kind == v_tiles.kind == "table" and k_tiles.lut is not None and v_tiles.lut is not None:
         if SAME_TABLE not in store.plans:  # to compare makes a GPU wait
-            store.plans[SAME_TABLE] = torch.equal(*(side.lut.to(query.device) for side in (k_tiles, v_tiles)))
+            store.plans[SAME_TABLE] = torch.equal(k_tiles.lut.to(query.device), v_tiles.lut.to(query.device))
         v_tiles = replace(v_tiles, lut=k_tiles.lut) if store.plans[SAME_TABLE] else v_tiles
     tokens = [[run.stop - run.start for run in side.runs] for side in sides]
     sinks = None if store.sink is None else store.sink.index.to(query.device)

@@ -227,7 +227,11 @@ device void copy_scales(u8* buffer, const Places& p, int lane) {
   copy_span(buffer + K_SPAN + K_ZERO_SPAN + V_SPAN, p.v_zeros, V_ZERO_SPAN, lane);
 }
 
-// Eighth `step` of a tile's keys: 16 channels of all tokens, or all channels of every eighth pair of tokens.
+// The token of row g (`half` 0) or g + 8 of product n of a tile. By channel a lane has neighbours; else neighbouring lanes
+// do, so that a load finds them side by side.
+device int token_of(int g, int n, int half) { return K_KIND == CHANNEL ? 16 * g + 2 * n + half : 16 * n + g + 8 * half; }
+
+// Eighth `step` of a tile's keys: 16 channels of all tokens, or all channels of 16 tokens.
 device void fetch_keys(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g, int t) {
   if constexpr (K_KIND == CHANNEL) {
 #pragma unroll
@@ -237,7 +241,7 @@ device void fetch_keys(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g
     constexpr int BITS = K_KIND == PRODUCT ? 4 : K_BITS;
 #pragma unroll
     for (int n = 0; n < 2; ++n)
-      load_32<BITS>(slot + n * words_of(BITS, 32), codes + (16 * g + 2 * step + n) * K_ROW + t * (K_ROW / 4));
+      load_32<BITS>(slot + n * words_of(BITS, 32), codes + token_of(g, step, n) * K_ROW + t * (K_ROW / 4));
   }
 }
 // Eighth `step` of a tile's values: four tokens of a lane, as products of weights have them.
@@ -245,11 +249,16 @@ device void fetch_values(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int
   constexpr int BITS = V_KIND == PRODUCT ? 4 : V_BITS;
 #pragma unroll
   for (int n = 0; n < 4; ++n)
-    load_16<BITS>(slot + n * words_of(BITS, 16), codes + (32 * t + 2 * step + n / 2 + 16 * (n % 2)) * V_ROW, g);
+    load_16<BITS>(slot + n * words_of(BITS, 16), codes + token_of(2 * t + n % 2, step, n / 2) * V_ROW, g);
 }
 
 device u32 half_at(const u8* base, int index) { return reinterpret_cast<const u16*>(base)[index]; }
 device u32 halves_at(const u8* base, int first, int second) { return half_at(base, first) | half_at(base, second) << 16; }
+// Numbers of tokens, those of rows g and g + 8 of product n.
+device u32 two_rows(const u8* base, int g, int n) {
+  if constexpr (K_KIND == CHANNEL) return *reinterpret_cast<const u32*>(base + 2 * token_of(g, n, 0));
+  else return halves_at(base, token_of(g, n, 0), token_of(g, n, 1));
+}
 
 // The query as keys of this lane meet it: pairs of channels.
 device void load_query(u32 (&query)[STEPS][2], float (&sums)[2], const float* asked, int g, int t) {
@@ -285,6 +294,17 @@ device void hadamard(float* rows, int count) {
       at[0] = first + second, at[half] = first - second;
     }
     block_barrier();
+  }
+}
+
+// A table for all lanes, or a codebook as it is.
+template <int KIND, int BITS> device void fill_table(u8* to, const u16* from) {
+  if constexpr (KIND == TABLE) {
+#pragma unroll 8
+    for (int n = threadIdx.x; n < 32 << 2 * BITS; n += THREADS)
+      reinterpret_cast<u32*>(to)[n] = from[n / 32 % (1 << BITS)] | u32(from[n / 32 >> BITS]) << 16;
+  } else if constexpr (KIND == PRODUCT) {
+    for (int n = threadIdx.x; n < 4096; n += THREADS) copy_async(to + 16 * n, from + 8 * n, true);
   }
 }
 
@@ -399,21 +419,31 @@ constexpr int REST_OF_WARP = 2 * GROUP_HEADS * (D + 1);  // numbers
 
 // What all blocks of a pair have found, by the last of them.
 device void merge(const Arguments& a, i64 pair) {
+  constexpr int AT_ONCE = 8;
+  const i64 row = pair * GROUP_HEADS;
+  float* shares = reinterpret_cast<float*>(pool);  // [GROUP_HEADS][splits]
+  for (int n = threadIdx.x; n < GROUP_HEADS * a.splits; n += THREADS) shares[n] = load_fresh(a.part_lse + row * a.splits + n);
+  block_barrier();
   for (int n = threadIdx.x; n < GROUP_HEADS * D; n += THREADS) {
-    const i64 row = pair * GROUP_HEADS + n / D;
-    const float* own = a.part_lse + row * a.splits;
+    const float* own = shares + n / D * a.splits;
+    const float* from = a.part_out + (row + n / D) * a.splits * D + n % D;
     float most = never(), sum = 0.0f, whole = 0.0f;
-    for (int split = 0; split < a.splits; ++split) most = max_of(most, load_fresh(own + split));
+    for (int split = 0; split < a.splits; ++split) most = max_of(most, own[split]);
     const float base = most == never() ? 0.0f : most;
-    for (int split = 0; split < a.splits; ++split) {
-      const float share = power_of_two(load_fresh(own + split) - base);
-      sum += share * load_fresh(a.part_out + (row * a.splits + split) * D + n % D);
-      whole += share;
+    for (int split = 0; split < a.splits; split += AT_ONCE) {
+      float found[AT_ONCE];
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; ++k) found[k] = load_fresh(from + (split + k < a.splits ? split + k : split) * D);
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; ++k) {
+        const float share = split + k < a.splits ? power_of_two(own[split + k] - base) : 0.0f;
+        sum += share * found[k], whole += share;
+      }
     }
     const float mean = whole == 0.0f ? 0.0f : sum / whole;
-    if constexpr (QUERY == F32) static_cast<float*>(a.out)[row * D + n % D] = mean;
-    else static_cast<u16*>(a.out)[row * D + n % D] = rounded<QUERY == F16>(mean);
-    if (n % D == 0) a.lse[row] = whole == 0.0f ? never() : (base + log_of_two(whole)) * 0.6931471805599453f;
+    if constexpr (QUERY == F32) static_cast<float*>(a.out)[row * D + n] = mean;
+    else static_cast<u16*>(a.out)[row * D + n] = rounded<QUERY == F16>(mean);
+    if (n % D == 0) a.lse[row + n / D] = whole == 0.0f ? never() : (base + log_of_two(whole)) * 0.6931471805599453f;
   }
 }
 
@@ -424,26 +454,28 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   const u32 own = 4 * lane;  // this lane's copy of tables
   wait_for_earlier_kernels();
 
-  if constexpr (K_KIND == TABLE)
-    for (int n = threadIdx.x; n < 32 << 2 * K_BITS; n += THREADS)
-      reinterpret_cast<u32*>(pool + K_TABLE)[n] =
-          a.k_table[n / 32 % (1 << K_BITS)] | u32(a.k_table[n / 32 >> K_BITS]) << 16;
-  if constexpr (K_KIND == PRODUCT)
-    for (int n = threadIdx.x; n < 64 * 256; n += THREADS)
-      reinterpret_cast<u32*>(pool + K_TABLE)[n] = reinterpret_cast<const u32*>(a.k_table)[n];
-  if constexpr (V_KIND == TABLE && !SAME_TABLE)
-    for (int n = threadIdx.x; n < 32 << 2 * V_BITS; n += THREADS)
-      reinterpret_cast<u32*>(pool + V_TABLE)[n] =
-          a.v_table[n / 32 % (1 << V_BITS)] | u32(a.v_table[n / 32 >> V_BITS]) << 16;
-  if constexpr (V_KIND == PRODUCT && !SAME_TABLE)
-    for (int n = threadIdx.x; n < 64 * 256; n += THREADS)
-      reinterpret_cast<u32*>(pool + V_TABLE)[n] = reinterpret_cast<const u32*>(a.v_table)[n];
+  // The first tile is on its way while tables and the query are made ready.
+  u32 ring[DEPTH][MOST_WORDS];
+  u8* buffers = pool + SCALES + warp * 2 * BUFFER;
+  const int number = warp * a.splits + split;  // of this warp, so that few tiles are shared by all blocks
+  int tile = number, parity = 0;
+  Places here = {}, next = {};
+  if (tile < a.tiles) {
+    here = places_of(a.places, a.tiles, tile, pair);
+    copy_scales(buffers, here, lane);
+#pragma unroll
+    for (int step = 0; step < DEPTH; ++step) fetch_keys(ring[step], here.k_codes, step, g, t);
+  }
+  fill_table<K_KIND, K_BITS>(pool + K_TABLE, a.k_table);
+  if constexpr (!SAME_TABLE) fill_table<V_KIND, V_BITS>(pool + V_TABLE, a.v_table);
+  commit_copies();
   float* asked = reinterpret_cast<float*>(pool + ASKED);
   float* asked_coded = asked + GROUP_HEADS * D;
   for (int n = threadIdx.x; n < GROUP_HEADS * D; n += THREADS) {
     asked[n] = number_at<QUERY>(a.query, pair * GROUP_HEADS * D + n) * a.scaling;
     asked_coded[n] = K_ROTATED ? asked[n] * a.k_signs[n % D] * HADAMARD : asked[n];
   }
+  wait_for_copies<0>();
   block_barrier();
   if constexpr (K_ROTATED) hadamard(asked_coded, GROUP_HEADS);
 
@@ -453,20 +485,9 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
 
   float out[STEPS][4] = {};
   float top[2] = {never(), never()}, total[2] = {}, lift[2] = {};
-  u32 ring[DEPTH][MOST_WORDS];
-  u8* buffers = pool + SCALES + warp * 2 * BUFFER;
-  int tile = split * WARPS + warp, parity = 0;
-  Places here = {}, next = {};
-  if (tile < a.tiles) {
-    here = places_of(a.places, a.tiles, tile, pair);
-    copy_scales(buffers, here, lane);
-#pragma unroll
-    for (int step = 0; step < DEPTH; ++step) fetch_keys(ring[step], here.k_codes, step, g, t);
-  }
-  commit_copies();
-  // While the first tile is on its way. The last warps have the fewest tiles.
+  // The last warps have the fewest tiles.
   float* rest = reinterpret_cast<float*>(pool + REST);
-  take_rest(a, asked, rest + warp * REST_OF_WARP, pair, stride - 1 - (split * WARPS + warp), stride, lane);
+  take_rest(a, asked, rest + warp * REST_OF_WARP, pair, stride - 1 - number, stride, lane);
 
   for (; tile < a.tiles; tile += stride) {
     const bool more = tile + stride < a.tiles;
@@ -476,7 +497,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     const u8* k_steps = buffers + parity * BUFFER;
     const u8 *k_zeros = k_steps + K_SPAN, *v_steps = k_zeros + K_ZERO_SPAN, *v_zeros = v_steps + V_SPAN;
 
-    // ---- Scores: of row g of product n, token 16 g + 2 n; of row g + 8, the next.
+    // ---- Scores: of rows g and g + 8 of product n, tokens `token_of` for two heads.
     float scores[STEPS][4] = {};
     float zeros[4] = {};
 #pragma unroll
@@ -553,10 +574,10 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         for (int row = 0; row < 2; ++row) scale[row] = power(24 - shift_of(K_BITS, 2 * n + row)) / K_UP;
       }
       if constexpr (K_KIND == TOKEN || (K_KIND == TABLE && K_SCALE)) {
-        const u32 steps = *reinterpret_cast<const u32*>(k_steps + 2 * (16 * g + 2 * n));
+        const u32 steps = two_rows(k_steps, g, n);
         scale[0] = half_value(u16(steps)), scale[1] = half_value(u16(steps >> 16));
         if constexpr (K_KIND == TOKEN || K_OFFSET) {
-          const u32 offsets = *reinterpret_cast<const u32*>(k_zeros + 2 * (16 * g + 2 * n));
+          const u32 offsets = two_rows(k_zeros, g, n);
           shift[0] = half_value(u16(offsets)), shift[1] = half_value(u16(offsets >> 16));
         }
         if constexpr (K_KIND == TOKEN)
@@ -580,7 +601,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         for (int n = 0; n < STEPS; ++n)
 #pragma unroll
           for (int part = 0; part < 4; ++part)
-            if (16 * g + 2 * n + part / 2 == token) scores[n][part] = never();
+            if (token_of(g, n, part / 2) == token) scores[n][part] = never();
       }
     }
 #pragma unroll
@@ -603,8 +624,8 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     for (int n = 0; n < STEPS; ++n) {
       u32 steps = 0, offsets = 0;
       if constexpr (!V_AFFINE && V_KIND != PRODUCT) {
-        steps = *reinterpret_cast<const u32*>(v_steps + 2 * (16 * g + 2 * n));
-        if constexpr (V_ZERO_SPAN > 0) offsets = *reinterpret_cast<const u32*>(v_zeros + 2 * (16 * g + 2 * n));
+        steps = two_rows(v_steps, g, n);
+        if constexpr (V_ZERO_SPAN > 0) offsets = two_rows(v_zeros, g, n);
       }
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
@@ -653,9 +674,10 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         const int group = 16 * g / V_GROUP;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int one = (32 * t + 2 * step + half) * V_GROUPS + group;
-          steps[half] = halves_at(v_steps, one, one + 16 * V_GROUPS);
-          below[half] = fused(steps[half], halves_at(v_zeros, one, one + 16 * V_GROUPS) ^ SIGNS, 0);
+          const int one = token_of(2 * t, step, half) * V_GROUPS + group;
+          const int two = token_of(2 * t + 1, step, half) * V_GROUPS + group;
+          steps[half] = halves_at(v_steps, one, two);
+          below[half] = fused(steps[half], halves_at(v_zeros, one, two) ^ SIGNS, 0);
         }
       }
 #pragma unroll

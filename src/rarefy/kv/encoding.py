@@ -39,9 +39,12 @@ class Faults:
 
     def look(self, name: str, wait: bool = False) -> None:
         """Raise FormatError if something was wrong with ``name``; without ``wait``, if that is known."""
-        if not self._asked or (self._event is not None and not wait and not self._event.query()):
+        if not self._asked:
             return
         if self._event is not None:
+            # Nothing may be asked of an event while a graph is captured.
+            if torch.cuda.is_current_stream_capturing() or not (wait or self._event.query()):
+                return
             self._event.synchronize()
         self._asked = False
         found = int(self._seen)

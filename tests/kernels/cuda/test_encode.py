@@ -63,7 +63,10 @@ def test_tables(kind: str, num_bits: int, rotated: bool, dtype: torch.dtype, cha
 
 def test_products() -> None:
     x = torch.randn(1, 2, 64, 64)
-    codec = ProductTable(torch.randn(32, 256, 2).half(), 32)
+    codebook = torch.randn(32, 256, 2).half()
+    codebook[:, 130:140] = codebook[:, 10:20]  # of equals the first is taken
+    codebook[:, 20:24] = codebook[:, 19:20]
+    codec = ProductTable(codebook, 32)
     expected = codec.encode(x.unflatten(2, (-1, 32)))["codes"]
     half = codec.codebook.float().square().sum(-1) / 2
     found, _ = encoded(kernel.Code("product", 8, 64), x, lut=kernel.entries(codec.codebook, half))

@@ -131,6 +131,10 @@ class Program:
         return found
 
     @property
+    def options(self) -> tuple[str, ...]:
+        return tuple(f"-D{macro}={value}" for macro, value in self.definitions().items())
+
+    @property
     def shared_memory(self) -> int:
         """Bytes of a block."""
         tables = self.keys.table + (0 if self.same_table else self.values.table)
@@ -147,9 +151,8 @@ class Program:
 @functools.cache
 def kernel(device: int, program: Program) -> driver.Kernel:
     """Compiled once in a process. Raises UnsupportedError where that fails."""
-    macros = [f"-D{macro}={value}" for macro, value in program.definitions().items()]
     with torch.cuda.device(device):
-        return driver.Kernel(SOURCE, "rarefy_attend", macros, program.shared_memory)
+        return driver.Kernel(SOURCE, "rarefy_attend", program.options, program.shared_memory)
 
 
 def places(keys: Tiles, values: Tiles, tokens: tuple[Sequence[int], Sequence[int]]) -> tuple[Tensor, Tensor]:

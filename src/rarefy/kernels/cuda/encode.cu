@@ -245,6 +245,11 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_encode(const Arguments 
   if (real && fault) raise(a.faults, fault);
 }
 
+constexpr int FEW = 8;
+device float score_of(const uint4& entry, float x, float y) {
+  return (x * as_float(entry.x) + y * as_float(entry.y)) - as_float(entry.z);
+}
+
 // Product codes of two channels: threads of a block have different tokens and the same 32 channels, whose codebooks lie
 // in shared memory.
 extern "C" global __launch_bounds__(256) void rarefy_encode_products(const Arguments a) {
@@ -260,14 +265,21 @@ extern "C" global __launch_bounds__(256) void rarefy_encode_products(const Argum
   u32 words[4] = {};
 #pragma unroll
   for (int n = 0; n < 16; ++n) {
+    // The best of each few entries first: which of them it is matters for one few only.
     float best = as_float(0xFF800000u);
     u32 code = 0;
-#pragma unroll 8
-    for (int entry = 0; entry < 256; ++entry) {
-      const uint4 e = entries[n * 256 + entry];
-      const float score = (x[2 * n] * as_float(e.x) + x[2 * n + 1] * as_float(e.y)) - as_float(e.z);
-      if (score > best) best = score, code = entry;
+    const uint4* own = entries + n * 256;
+#pragma unroll 2
+    for (int first = 0; first < 256; first += FEW) {
+      float most = score_of(own[first], x[2 * n], x[2 * n + 1]);
+#pragma unroll
+      for (int k = 1; k < FEW; ++k) most = max_of(most, score_of(own[first + k], x[2 * n], x[2 * n + 1]));
+      if (most > best) best = most, code = first;
     }
+    const u32 first = code;
+#pragma unroll
+    for (int k = FEW - 1; k >= 0; --k)
+      if (score_of(own[first + k], x[2 * n], x[2 * n + 1]) == best) code = first + k;
     words[n / 4] |= code << 8 * (n % 4);
   }
   if (tokens < a.tokens) {

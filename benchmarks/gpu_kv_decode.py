@@ -49,7 +49,7 @@ class Shape:
     programs: int = 1584
 
 
-DENSE = tuple(Shape(rows, 1, stages, programs) for rows, stages in ((32, 2), (32, 3), (64, 2)) for programs in PROGRAMS)
+DENSE = tuple(Shape(32, 1, stages, programs) for stages in (2, 3) for programs in PROGRAMS[1:])
 CODED = (attend.Shape(8, 1, 8), attend.Shape(8, 1, 4), attend.Shape(12, 1, 4))
 AnyShape = Shape | attend.Shape
 Attention = Callable[[Tensor, float], Any]

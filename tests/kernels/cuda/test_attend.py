@@ -55,12 +55,9 @@ def oracle(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> tuple
 @pytest.mark.parametrize(
     ("keys", "values", "num_bits", "group"),
     [
-        ("channel", "token", 4, 128), ("channel", "token", 3, 128), ("channel", "token", 2, 128),
-        ("channel", "token", 8, 128), ("channel", "token", 4, 64), ("channel", "token", 4, 32),
-        ("channel", "token", 3, 32), ("channel", "token", 8, 32), ("token", "token", 4, 128),
-        ("token", "token", 3, 128), ("token", "token", 2, 128), ("token", "token", 8, 128), ("norm", "norm", 4, 0),
-        ("norm", "norm", 3, 0), ("range", "range", 4, 0), ("norm", "range", 3, 0), ("range", "norm", 2, 0),
-        ("product", "product", 8, 0), ("norm", "token", 4, 128),
+        ("channel", "token", 4, 128), ("channel", "token", 3, 128), ("channel", "token", 2, 64),
+        ("channel", "token", 8, 32), ("token", "token", 3, 128), ("token", "token", 4, 128), ("norm", "norm", 4, 0),
+        ("norm", "range", 3, 0), ("range", "norm", 2, 0), ("product", "product", 8, 0),
     ],
 )  # fmt: skip
 def test_the_kernel_is_attention_over_what_is_decoded(keys: str, values: str, num_bits: int, group: int) -> None:

@@ -60,7 +60,6 @@ constexpr bool K_AFFINE = K_KIND == CHANNEL && K_GROUPS > 1, V_AFFINE = V_KIND =
 constexpr float K_UP = FOLDED ? 16.0f : 1.0f, V_UP = 16.0f;  // keeps products with scales normal
 constexpr int MIDDLE = 3;                                    // the shift whose codes meet the query as it is
 constexpr float HADAMARD = 0.08838834764831845f;             // makes the matrix its own inverse
-constexpr u32 ONES = 0x3C003C00u, SIGNS = 0x80008000u;
 
 // ---- Shared memory: tables, then scales of each warp, two tiles of them; sums of warps come in the place of all.
 
@@ -78,122 +77,22 @@ constexpr int REST = ASKED + 2 * 4 * GROUP_HEADS * D;  // float: per warp, exact
 
 device float power(int exponent) { return as_float(u32(127 + exponent) << 23); }
 device float never() { return as_float(0xFF800000u); }  // minus infinity: the score of what is not there
+template <int TYPE> device float number_of(u32 bits) {
+  return TYPE == F16 ? half_value(u16(bits)) : as_float(bits << 16);
+}
 template <int TYPE> device float number_at(const void* base, i64 index) {
   if constexpr (TYPE == F32) return static_cast<const float*>(base)[index];
-  else if constexpr (TYPE == F16) return half_value(static_cast<const u16*>(base)[index]);
-  else return as_float(u32(static_cast<const u16*>(base)[index]) << 16);
+  else return number_of<TYPE>(static_cast<const u16*>(base)[index]);
 }
 
-// ---- Codes in words.
+#include "attend_codes.cuh"
 
-constexpr int words_of(int bits, int codes) { return bits == 3 && codes == 16 ? 2 : bits * codes / 32; }
+// ---- One warp.
+
+constexpr u32 SIGNS = 0x80008000u;
 constexpr int K_WORDS = K_KIND == CHANNEL ? 4 * words_of(K_BITS, 16) : K_KIND == PRODUCT ? 8 : 2 * words_of(K_BITS, 32);
 constexpr int V_WORDS = V_KIND == PRODUCT ? 8 : 4 * words_of(V_BITS, 16);
 constexpr int MOST_WORDS = K_WORDS > V_WORDS ? K_WORDS : V_WORDS;
-
-constexpr int shift_of(int bits, int n) { return n * bits % 8; }
-constexpr int distance_of(int bits) { return bits == 3 ? 8 : 16 / bits; }  // between codes that one word gives at once
-constexpr int first_of(int bits, int pair) {
-  return pair / distance_of(bits) * 2 * distance_of(bits) + pair % distance_of(bits);
-}
-constexpr u32 mask_of(int bits, int n) { return ((1u << bits) - 1) << shift_of(bits, n) | ((1u << bits) - 1) << (16 + shift_of(bits, n)); }
-
-// 16 codes. Of 3 bits, words are the first and the last 32 of 48 bits.
-template <int BITS> device void load_16(u32* words, const u8* from, int number) {
-  if constexpr (BITS == 8) {
-    const uint4 all = load_once(reinterpret_cast<const uint4*>(from) + number);
-    words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
-  } else if constexpr (BITS == 4) {
-    const uint2 all = load_once(reinterpret_cast<const uint2*>(from) + number);
-    words[0] = all.x, words[1] = all.y;
-  } else if constexpr (BITS == 2) {
-    words[0] = load_once(reinterpret_cast<const u32*>(from) + number);
-  } else {
-    const u32* at = reinterpret_cast<const u32*>(from) + number * 3 / 2;
-    words[0] = load_near(at), words[1] = load_near(at + 1);
-  }
-}
-// Loaded words as the rest reads them.
-template <int BITS> device void settle_16(u32* words, int number) {
-  if constexpr (BITS == 3) {
-    const u32 middle = funnel(words[0], words[1], 16);
-    const bool odd = number & 1;
-    const u32 first = odd ? middle : words[0], last = odd ? words[1] : middle;
-    words[0] = first, words[1] = last;
-  }
-}
-// 32 codes.
-template <int BITS> device void load_32(u32* words, const u8* from) {
-  if constexpr (BITS == 8) {
-    load_16<8>(words, from, 0), load_16<8>(words + 4, from, 1);
-  } else if constexpr (BITS == 4) {
-    load_16<8>(words, from, 0);
-  } else if constexpr (BITS == 2) {
-    load_16<4>(words, from, 0);
-  } else {
-#pragma unroll
-    for (int n = 0; n < 3; ++n) words[n] = load_near(reinterpret_cast<const u32*>(from) + n);
-  }
-}
-
-// Code `n` of two pieces of 16, where it is in the halves of a word: times 2^(shift - 24) as float16.
-template <int BITS> device u32 both(const u32* a, const u32* b, int n) {
-  const int bit = n * BITS, word = BITS == 3 ? bit >= 24 : bit / 32, at = BITS == 3 ? bit - 16 * word : bit % 32;
-  const u32 low = at / 8, high = low < 3 ? low + 1 : 3;
-  return permuted(a[word], b[word], low | high << 4 | (4 + low) << 8 | (4 + high) << 12) & mask_of(BITS, n);
-}
-// Codes `first_of(pair)` and `distance_of` further on of one piece of 32.
-template <int BITS> device u32 apart(const u32* words, int pair) {
-  const int n = first_of(BITS, pair), bit = n * BITS, word = BITS == 3 ? (n < 16 ? 0 : 1) : bit / 32;
-  const u32 one = (bit - 32 * word) / 8, two = one + distance_of(BITS) * BITS / 8, top = BITS == 3 ? 7 : 3;
-  const u32 bytes = one | (one < top ? one + 1 : top) << 4 | two << 8 | (two < top ? two + 1 : top) << 12;
-  return permuted(words[word], BITS == 3 ? words[word + 1] : words[word], bytes) & mask_of(BITS, n);
-}
-// The word that a table has for the two codes at `bit`.
-template <int BITS> device u32 looked_up(const u8* table, const u32* words, int bit, u32 own) {
-  constexpr u32 MASK = ((1u << 2 * BITS) - 1) << 7;
-  const int word = bit / 32, at = bit % 32;
-  u32 index;
-  if (at + 2 * BITS > 32) index = funnel(words[word], words[word + 1], at) << 7;
-  else index = at >= 7 ? words[word] >> (at - 7) : words[word] << (7 - at);
-  return *reinterpret_cast<const u32*>(table + chosen(index, MASK, own));
-}
-// The entry of a codebook that byte `n` names.
-device u32 entry_of(const u8* table, const u32* words, int part, int n) {
-  const int at = n % 4 * 8;
-  const u32 index = at >= 2 ? words[n / 4] >> (at - 2) : words[n / 4] << 2;
-  return *reinterpret_cast<const u32*>(table + 1024 * part + (index & 0x3FCu));
-}
-constexpr u32 evens_of(int bits, int word) {
-  u32 mask = 0;
-  for (int bit = 0; bit < 32; ++bit) mask |= u32((32 * word + bit) % (2 * bits) < bits) << bit;
-  return mask;
-}
-// Codes of two pieces of 16 side by side: even ones, then odd ones.
-template <int BITS> device void interleaved(u32* even, u32* odd, const u32* a, const u32* b) {
-  constexpr int WORDS = words_of(BITS, 16);
-  constexpr u32 FIRST = evens_of(BITS, 0), SECOND = evens_of(BITS, 1);
-#pragma unroll
-  for (int n = 0; n < WORDS; ++n) {
-    const u32 mask = n == 0 ? FIRST : SECOND;
-    const u32 under = n == 0 ? b[n] << BITS : funnel(b[n - 1], b[n], 32 - BITS);
-    const u32 over = n + 1 < WORDS ? funnel(a[n], a[n + 1], BITS) : a[n] >> BITS;
-    even[n] = chosen(a[n], mask, under & ~mask);
-    odd[n] = chosen(over, mask, b[n] & ~mask);
-  }
-}
-// Codes of 3 bits as one stream.
-template <int BITS> device void stream_16(u32* words) {
-  if constexpr (BITS == 3) words[1] >>= 16;
-}
-// (code - zero) * step of two codes in place; `below` is -zero * step.
-template <int BITS> device u32 affine(u32 in_place, int n, u32 step, u32 below) {
-  const u32 shift = shift_of(BITS, n), magic = (25 - shift) << 10;  // a number whose last bit is 2^-shift
-  const u32 code = fused(in_place | magic * 0x10001u, ONES, (0x8000u | magic) * 0x10001u);
-  return fused(code, step, below);
-}
-
-// ---- One warp.
 
 struct Places {
   const u8* k_codes;
@@ -285,18 +184,6 @@ device void load_query(u32 (&query)[STEPS][2], float (&sums)[2], const float* as
   sums[0] = of_lane(sum, 8 * t), sums[1] = of_lane(sum, 8 * t + 4);
 }
 
-// Rows of 128 numbers turned by a Hadamard matrix, by the whole block.
-device void hadamard(float* rows, int count) {
-  for (int half = 1; half < D; half *= 2) {
-    for (int n = threadIdx.x; n < count * D / 2; n += THREADS) {
-      float* at = rows + n / half * 2 * half + n % half;
-      const float first = at[0], second = at[half];
-      at[0] = first + second, at[half] = first - second;
-    }
-    block_barrier();
-  }
-}
-
 // A table for all lanes, or a codebook as it is.
 template <int KIND, int BITS> device void fill_table(u8* to, const u16* from) {
   if constexpr (KIND == TABLE) {
@@ -308,144 +195,7 @@ template <int KIND, int BITS> device void fill_table(u8* to, const u16* from) {
   }
 }
 
-// ---- The rest.
-
-template <int BITS> device int code_at(const u8* base, int number) {
-  const int bit = number * BITS, shift = bit % 8;
-  u32 bits = base[bit / 8];
-  if (8 % BITS != 0 && shift + BITS > 8) bits |= u32(base[bit / 8 + 1]) << 8;
-  return bits >> shift & ((1 << BITS) - 1);
-}
-// Four channels from `channel` on of token `inside` of a piece in code.
-template <int KIND, int BITS, int GROUP, bool OFFSET>
-device void coded_numbers(float (&x)[4], const u8* codes, const u8* steps, const u8* zeros, const u16* table, int inside, int channel) {
-#pragma unroll
-  for (int n = 0; n < 4; ++n) {
-    const int c = channel + n;
-    if constexpr (KIND == CHANNEL) {
-      const int group = c * (TILE / GROUP);
-      x[n] = (code_at<BITS>(codes + c * (TILE * BITS / 8), inside) - half_value(half_at(zeros, group))) * half_value(half_at(steps, group));
-    } else if constexpr (KIND == TOKEN) {
-      const int group = inside * (D / GROUP) + c / GROUP;
-      x[n] = (code_at<BITS>(codes, inside * D + c) - half_value(half_at(zeros, group))) * half_value(half_at(steps, group));
-    } else if constexpr (KIND == TABLE) {
-      x[n] = half_value(table[code_at<BITS>(codes, inside * D + c)]) * half_value(half_at(steps, inside));
-      if constexpr (OFFSET) x[n] += half_value(half_at(zeros, inside));
-    } else {
-      x[n] = half_value(table[(c / 2 * 256 + codes[inside * (D / 2) + c / 2]) * 2 + c % 2]);
-    }
-  }
-}
-template <int TYPE> device void exact_numbers(float (&x)[4], const void* from, i64 row, int channel) {
-#pragma unroll
-  for (int n = 0; n < 4; ++n) x[n] = number_at<TYPE>(from, row * D + channel + n);
-}
-
-struct Token {
-  float key[4], value[4];
-  bool there, k_coded, v_coded;
-};
-device void load_token(Token& it, const Arguments& a, i64 pair, int token, int lane) {
-  const int channel = 4 * lane, first = a.tiles * TILE;
-  const i64* sinks = a.sinks + pair / a.heads * SINKS;
-  it.k_coded = token < a.k_coded, it.v_coded = token < a.v_coded;
-  it.there = token < a.length + SINKS;
-  if constexpr (SINKS > 0) {
-    if (token < a.length)
-      for (int n = 0; n < SINKS; ++n) it.there &= sinks[n] != token;
-    else it.there &= it.there && sinks[token - a.length] >= 0;
-  }
-  if (!it.there) return;
-  if (token >= a.length) {
-    it.k_coded = it.v_coded = false;
-    exact_numbers<EXACT>(it.key, a.k_sink, pair * SINKS + token - a.length, channel);
-    exact_numbers<EXACT>(it.value, a.v_sink, pair * SINKS + token - a.length, channel);
-    return;
-  }
-  Places p = {};
-  const int inside = (token - first) % 32;
-  if (it.k_coded || it.v_coded) p = places_of(a.pieces, a.count_of_pieces, (token - first) / 32, pair);
-  if (it.k_coded) coded_numbers<K_KIND, K_BITS, K_GROUP, K_OFFSET>(it.key, p.k_codes, p.k_steps, p.k_zeros, a.k_table, inside, channel);
-  else exact_numbers<EXACT>(it.key, a.k_tail, pair * (a.length - a.k_coded) + token - a.k_coded, channel);
-  if (it.v_coded) coded_numbers<V_KIND, V_BITS, V_GROUP, V_OFFSET>(it.value, p.v_codes, p.v_steps, p.v_zeros, a.v_table, inside, channel);
-  else exact_numbers<EXACT>(it.value, a.v_tail, pair * (a.length - a.v_coded) + token - a.v_coded, channel);
-}
-
-// This warp's tokens of the rest, left in shared memory: [exact or coded][GROUP_HEADS][D], tops, totals.
-device void take_rest(const Arguments& a, const float* asked, float* to, i64 pair, int number, int stride, int lane) {
-  constexpr int TOGETHER = 4;
-  float sums[2][GROUP_HEADS][4] = {}, top[GROUP_HEADS], total[GROUP_HEADS] = {};
-#pragma unroll
-  for (int head = 0; head < GROUP_HEADS; ++head) top[head] = never();
-  for (int token = a.tiles * TILE + number; token < a.length + SINKS; token += TOGETHER * stride) {
-    Token tokens[TOGETHER];
-#pragma unroll
-    for (int n = 0; n < TOGETHER; ++n) load_token(tokens[n], a, pair, token + n * stride, lane);
-#pragma unroll
-    for (int n = 0; n < TOGETHER; ++n) {
-      const Token& it = tokens[n];
-      if (!it.there) continue;
-      const float* own = asked + (it.k_coded ? GROUP_HEADS * D : 0) + 4 * lane;
-#pragma unroll
-      for (int head = 0; head < GROUP_HEADS; ++head) {
-        float score = 0.0f;
-#pragma unroll
-        for (int c = 0; c < 4; ++c) score += own[head * D + c] * it.key[c];
-#pragma unroll
-        for (int distance = 16; distance > 0; distance /= 2) score += of_lane_xor(score, distance);
-        const float peak = max_of(top[head], score), fade = power_of_two(top[head] - peak), share = power_of_two(score - peak);
-        top[head] = peak;
-        total[head] = total[head] * fade + share;
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const float part = share * it.value[c];
-          sums[0][head][c] = sums[0][head][c] * fade + (it.v_coded ? 0.0f : part);
-          sums[1][head][c] = sums[1][head][c] * fade + (it.v_coded ? part : 0.0f);
-        }
-      }
-    }
-  }
-#pragma unroll
-  for (int head = 0; head < GROUP_HEADS; ++head) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      to[head * D + 4 * lane + c] = sums[0][head][c];
-      to[(GROUP_HEADS + head) * D + 4 * lane + c] = sums[1][head][c];
-    }
-    if (lane == 0) to[2 * GROUP_HEADS * D + head] = top[head], to[2 * GROUP_HEADS * D + GROUP_HEADS + head] = total[head];
-  }
-}
-constexpr int REST_OF_WARP = 2 * GROUP_HEADS * (D + 1);  // numbers
-
-// What all blocks of a pair have found, by the last of them.
-device void merge(const Arguments& a, i64 pair) {
-  constexpr int AT_ONCE = 8;
-  const i64 row = pair * GROUP_HEADS;
-  float* shares = reinterpret_cast<float*>(pool);  // [GROUP_HEADS][splits]
-  for (int n = threadIdx.x; n < GROUP_HEADS * a.splits; n += THREADS) shares[n] = load_fresh(a.part_lse + row * a.splits + n);
-  block_barrier();
-  for (int n = threadIdx.x; n < GROUP_HEADS * D; n += THREADS) {
-    const float* own = shares + n / D * a.splits;
-    const float* from = a.part_out + (row + n / D) * a.splits * D + n % D;
-    float most = never(), sum = 0.0f, whole = 0.0f;
-    for (int split = 0; split < a.splits; ++split) most = max_of(most, own[split]);
-    const float base = most == never() ? 0.0f : most;
-    for (int split = 0; split < a.splits; split += AT_ONCE) {
-      float found[AT_ONCE];
-#pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k) found[k] = load_fresh(from + (split + k < a.splits ? split + k : split) * D);
-#pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k) {
-        const float share = split + k < a.splits ? power_of_two(own[split + k] - base) : 0.0f;
-        sum += share * found[k], whole += share;
-      }
-    }
-    const float mean = whole == 0.0f ? 0.0f : sum / whole;
-    if constexpr (QUERY == F32) static_cast<float*>(a.out)[row * D + n] = mean;
-    else static_cast<u16*>(a.out)[row * D + n] = rounded<QUERY == F16>(mean);
-    if (n % D == 0) a.lse[row + n / D] = whole == 0.0f ? never() : (base + log_of_two(whole)) * 0.6931471805599453f;
-  }
-}
+#include "attend_rest.cuh"
 
 extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;

@@ -50,7 +50,7 @@ class Shape:
 
 
 DENSE = tuple(Shape(32, 1, stages, programs) for stages in (2, 3) for programs in PROGRAMS[1:])
-CODED = (attend.Shape(8, 1, 8), attend.Shape(8, 1, 4), attend.Shape(12, 1, 4))
+CODED = (attend.Shape(8, 1, 4), attend.Shape(8, 1, 8), attend.Shape(12, 1, 4))
 AnyShape = Shape | attend.Shape
 Attention = Callable[[Tensor, float], Any]
 

@@ -14,6 +14,7 @@ from rarefy.kernels.cuda import attend as decode_kernel
 from rarefy.kernels.cuda import encode as encode_kernel
 from rarefy.kv import attend, encoding, side, store, whole
 from rarefy.kv.plan import HeadShape
+from rarefy.kv.rotary import Rotary
 from rarefy.kv.store import Arrival, LayerStore
 from tests.kernels.cuda import emulation
 from tests.kv.coded import samples
@@ -25,7 +26,11 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "kivi": ("kivi", {"num_bits": 4, "group_size": 32, "residual": 128, "sink": 2}),
     "turbo_quant": ("turbo_quant", {"num_bits": 3, "recent": 5}),
     "million": ("million", {"width": 2, "code_bits": 8, "steps": 1}),
+    "kv_quant": ("kv_quant", {"num_bits": 4, "outliers": 0.04}),
+    "kv_quant3": ("kv_quant", {"num_bits": 3, "outliers": 0.02, "rotated_keys": True}),
 }
+ENCODED = ("kivi", "turbo_quant", "million")
+ROTARY = Rotary(10000 ** -(torch.arange(64) / 64), 1.2)
 
 
 @pytest.fixture
@@ -57,7 +62,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def empty_store(name: str) -> LayerStore:
     id_, options = RECIPES[name]
     recipe = kv_recipes.get(id_)(**options)
-    params = recipe.fit(samples(HEADS, CHANNELS, 300)) if recipe.needs else {}
+    params = recipe.fit(samples(HEADS, CHANNELS, 300, pre_rope=recipe.pre_rope)) if recipe.needs else {}
     return LayerStore(recipe.codecs(HeadShape(HEADS, CHANNELS, CHANNELS, torch.bfloat16), params))
 
 
@@ -65,14 +70,17 @@ def filled(name: str, key: Tensor, value: Tensor, valid: Tensor | None = None) -
     found = empty_store(name)
     for low, high in ((0, 200), (200, 201), (201, key.shape[2])):
         own = None if valid is None else valid[:, low:high]
-        found.append(key[:, :, low:high], value[:, :, low:high], Arrival(own))
+        positions = torch.arange(low, high)[None] + torch.tensor([[0], [5000]])
+        arrival = Arrival(own, positions, *ROTARY.angles(positions), ROTARY)
+        found.append(key[:, :, low:high], value[:, :, low:high], arrival)
     return found
 
 
 def tokens(count: int) -> tuple[Tensor, Tensor]:
     dice = torch.Generator().manual_seed(3)
-    key, value = (torch.randn(2, HEADS, count, CHANNELS, generator=dice).bfloat16() for _ in range(2))
-    return key, value
+    key, value = (torch.randn(2, HEADS, count, CHANNELS, generator=dice) for _ in range(2))
+    key[:, :, 5:9, :3] *= 6  # outliers
+    return key.bfloat16(), value.bfloat16()
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -81,16 +89,17 @@ def test_kernels_store_and_read_what_the_reference_does(name: str, emulated: lis
     found = filled(name, key, value)
     query = torch.randn(2, 3 * HEADS, 1, CHANNELS).bfloat16()
     seen = attend.attend(found, query, scaling=0.1)
-    assert emulated.count("attend") == 1 and emulated.count("encode") >= 4
+    assert emulated.count("attend") == 1 and (emulated.count("encode") >= 4) == (name in ENCODED)
     expected = attend.attend(found, query, scaling=0.1, fused=False)
     torch.testing.assert_close(seen, expected, rtol=1e-2, atol=6e-3)
-    found.append(key[:, :, :1], value[:, :, :1])
+    positions = torch.tensor([[421], [5421]])
+    found.append(key[:, :, :1], value[:, :, :1], Arrival(None, positions, *ROTARY.angles(positions), ROTARY))
     fresh = attend.attend(found, query, scaling=0.1)
     assert not torch.equal(fresh, seen)
     torch.testing.assert_close(fresh, attend.attend(found, query, scaling=0.1, fused=False), rtol=1e-2, atol=6e-3)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ENCODED)
 @pytest.mark.parametrize("padded", [False, True])
 def test_what_is_stored_is_what_codecs_give(
     name: str, padded: bool, emulated: list[str], monkeypatch: pytest.MonkeyPatch

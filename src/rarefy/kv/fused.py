@@ -12,7 +12,7 @@ from torch import Tensor
 from rarefy.formats.grids import IntegerGrid
 from rarefy.formats.scales import SingleScale
 from rarefy.kernels import coded
-from rarefy.kernels.coded import Tiles
+from rarefy.kernels.coded import Tiles, Turns
 from rarefy.kv.codec import Codec, Payload, part_of
 from rarefy.kv.codecs import (
     ChannelTable,
@@ -124,7 +124,7 @@ def _plan(
 def _build(
     store: LayerStore, keys: list[Piece], values: list[Piece], tokens: int, origin: int, query: Tensor
 ) -> DecodeAttention | None:
-    from rarefy.kernels.triton.decode_attention import DecodeAttention, Turns, fits
+    from rarefy.kernels.triton.decode_attention import DecodeAttention, fits
 
     assert store.keys is not None
     batch, heads, _, channels = store.keys.tail.shape

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rarefy.kernels import cuda
+from rarefy.kernels.coded import Turns
 from rarefy.kv.codecs import Rotated
 from rarefy.kv.fused import tiles_of
 from rarefy.kv.side import Side
@@ -41,7 +42,7 @@ def attended(store: LayerStore, query: Tensor, scaling: float) -> Tensor | None:
 
     assert store.keys is not None and store.values is not None
     keys, values, sink = store.keys, store.values, store.sink
-    if store.codecs.pre_rope or keys.tail.dtype not in TYPES or query.dtype not in TYPES:
+    if keys.tail.dtype not in TYPES or query.dtype not in TYPES:
         return None
     if values.tail.dtype != keys.tail.dtype:
         return None
@@ -84,10 +85,19 @@ def _build(store: LayerStore, keys: Side, values: Side, query: Tensor) -> CodedA
         if SAME_TABLE not in store.plans:  # to compare makes a GPU wait
             store.plans[SAME_TABLE] = torch.equal(k_tiles.lut.to(query.device), v_tiles.lut.to(query.device))
         v_tiles = replace(v_tiles, lut=k_tiles.lut) if store.plans[SAME_TABLE] else v_tiles
+    if k_tiles.affine is not None:
+        center, spread = (part.to(query.device) for part in k_tiles.affine)
+        k_tiles = replace(k_tiles, affine=(center, spread))
     tokens = [[run.stop - run.start for run in side.runs] for side in sides]
     sinks = None if store.sink is None else store.sink.index.to(query.device)
+    turns = None
+    if store.codecs.pre_rope:
+        assert store.rotary is not None and store.shift is not None
+        if 2 * len(store.rotary.inv_freq) != channels:
+            return None
+        turns = Turns(store.rotary.inv_freq.to(query.device), store.rotary.factor, store.shift)
     signs = [side.codec.beside("signs", query) if isinstance(side.codec, Rotated) else None for side in sides]
     return CodedAttention(
         k_tiles, v_tiles, (tokens[0], tokens[1]), batch, heads, query.shape[1], device=query.device, sinks=sinks,
-        signs=(signs[0], signs[1]),
+        signs=(signs[0], signs[1]), turns=turns,
     )  # fmt: skip

@@ -145,6 +145,16 @@ device unsigned transposed(unsigned pair) {
   warp_barrier();
   return found;
 }
+device unsigned votes(bool ours) {
+  const int thread = threadIdx.x;
+  emulator::exchanged[thread].a[0] = ours;
+  warp_barrier();
+  unsigned found = 0;
+  for (int n = 0; n < 32; ++n) found |= emulator::exchanged[thread / 32 * 32 + n].a[0] << n;
+  warp_barrier();
+  return found;
+}
+device void add_shared(float* to, float value) { *to += value; }
 device int ones_of(unsigned word) { return __builtin_popcount(word); }
 device unsigned bits_of(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
 device unsigned bf16_pair(float low, float high) { return rounded<false>(low) | unsigned(rounded<false>(high)) << 16; }

@@ -11,7 +11,8 @@
 // What fills no tile, in code or not, and the sinks are the rest: a warp takes a few tokens of it one by one.
 //
 // Macros: K_KIND, V_KIND, K_BITS, V_BITS, K_GROUP, V_GROUP (tokens or channels that share a scale), K_SCALE, K_OFFSET,
-// V_OFFSET, K_ROTATED, V_ROTATED (what is in code was turned by signs and a Hadamard matrix), SAME_TABLE, GROUP_HEADS,
+// V_OFFSET, K_SPREAD (keys have a center and a spread for each channel), TURNED (keys are without RoPE), JOINED (a token's
+// row is that of all heads), K_ENTRIES, V_ENTRIES, INDEX_BYTES (outliers of a token, and their indices), K_ROTATED, V_ROTATED (what is in code was turned by signs and a Hadamard matrix), SAME_TABLE, GROUP_HEADS,
 // QUERY, EXACT (types of the query and of what is not in code), SINKS, WARPS, BLOCKS (of a multiprocessor), DEPTH
 // (eighths of a tile loaded ahead); HALF is 1.
 
@@ -22,19 +23,23 @@ typedef long long i64;
 
 enum { CHANNEL = 1, TOKEN = 2, TABLE = 3, PRODUCT = 4 };
 enum { F32 = 1, F16 = 2, BF16 = 3 };
-enum { K_CODES, K_STEPS, K_ZEROS, V_CODES, V_STEPS, V_ZEROS, K_TOKENS, V_TOKENS };  // rows of `places`
+enum { K_CODES, K_STEPS, K_ZEROS, V_CODES, V_STEPS, V_ZEROS, K_TOKENS, V_TOKENS, K_OUT, K_OUT_AT, V_OUT, V_OUT_AT, PLACES };
 
 struct Arguments {
   const void* query;   // [pairs * GROUP_HEADS][128]
   void* out;           // likewise
   float* lse;          // [pairs * GROUP_HEADS]
-  const i64* places;   // [8][tiles]: addresses for the first pair, and tokens from one pair to the next
+  const i64* places;   // [PLACES][tiles]: addresses for the first pair, and tokens from one pair to the next
   const i64* pieces;   // likewise of every 32 tokens in code after them
   const float* k_signs;
   const float* v_signs;
   const u16* k_table;  // float16 [entries], or [64][256][2] of products
   const u16* v_table;
-  const i64* sinks;    // [batch][SINKS]: tokens that are left out
+  const float* k_center;  // [heads][128]
+  const float* k_spread;
+  const u32* turns;       // float16 [128 places][32][2][2]: cosines of two channels, then sines
+  const float* starts;    // [batch][count_of_starts][2][128]: cosines and sines of tiles' first positions
+  const i64* sinks;       // [batch][SINKS]: tokens that are left out
   float* part_out;     // [pairs * GROUP_HEADS][splits][128]
   float* part_lse;     // [pairs * GROUP_HEADS][splits]
   u32* arrived;        // [pairs], zero before and after
@@ -42,7 +47,7 @@ struct Arguments {
   const void* v_tail;
   const void* k_sink;  // [pairs][SINKS][128]
   const void* v_sink;
-  int tiles, heads, splits, count_of_pieces;
+  int tiles, heads, splits, count_of_pieces, count_of_starts;
   int k_coded, v_coded, length;  // tokens in code, and all
   float scaling;
 };
@@ -65,7 +70,8 @@ constexpr float HADAMARD = 0.08838834764831845f;             // makes the matrix
 
 constexpr int table_bytes(int kind, int bits) { return kind == TABLE ? 128 << 2 * bits : kind == PRODUCT ? 64 * 1024 : 0; }
 constexpr int K_TABLE = 0, V_TABLE = SAME_TABLE ? 0 : table_bytes(K_KIND, K_BITS);
-constexpr int SCALES = V_TABLE + (SAME_TABLE ? table_bytes(K_KIND, K_BITS) : table_bytes(V_KIND, V_BITS));
+constexpr int TURNS = V_TABLE + (SAME_TABLE ? table_bytes(K_KIND, K_BITS) : table_bytes(V_KIND, V_BITS));
+constexpr int SCALES = TURNS + (TURNED ? 4 * 68 * TILE : 0);
 constexpr int K_SPAN = K_KIND == CHANNEL ? 256 * K_GROUPS : K_SCALE ? 256 : 0;  // bytes of a tile's scales, and of its zeros
 constexpr int V_SPAN = V_KIND == TOKEN ? 256 * V_GROUPS : V_KIND == TABLE ? 256 : 0;
 constexpr int K_ZERO_SPAN = K_KIND == CHANNEL || K_KIND == TOKEN || K_OFFSET ? K_SPAN : 0;
@@ -74,6 +80,8 @@ constexpr int BUFFER = K_SPAN + K_ZERO_SPAN + V_SPAN + V_ZERO_SPAN;
 constexpr int MAIN = SCALES + 2 * WARPS * BUFFER, SUMS = WARPS * 4 * 8 * (D + 2);
 constexpr int ASKED = MAIN > SUMS ? MAIN : SUMS;       // float: the query for exact keys, then for keys in code
 constexpr int REST = ASKED + 2 * 4 * GROUP_HEADS * D;  // float: per warp, exact and coded sums, tops and totals of the rest
+constexpr int APART = REST + WARPS * 4 * 2 * GROUP_HEADS * (D + 1);  // per warp: weights and sums of outliers, and a list
+constexpr int APART_OF_WARP = K_ENTRIES + V_ENTRIES > 0 ? 4 * GROUP_HEADS * (TILE + D) + 2048 : 0;
 
 device float power(int exponent) { return as_float(u32(127 + exponent) << 23); }
 device float never() { return as_float(0xFF800000u); }  // minus infinity: the score of what is not there
@@ -101,19 +109,31 @@ struct Places {
   const u8* v_codes;
   const u8* v_steps;
   const u8* v_zeros;
+  const u8* k_out;
+  const u8* k_out_at;
+  const u8* v_out;
+  const u8* v_out_at;
 };
 
 constexpr int K_ROW = K_KIND == CHANNEL ? TILE * K_BITS / 8 : K_KIND == PRODUCT ? 64 : D * K_BITS / 8;  // bytes of a channel or token
 constexpr int V_ROW = V_KIND == PRODUCT ? 64 : D * V_BITS / 8;
 
-device Places places_of(const i64* places, int count, int number, i64 pair) {
+device Places places_of(const i64* places, int count, int number, i64 pair, int heads) {
   const i64* at = places + number;
-  const i64 k_tokens = pair * at[i64(K_TOKENS) * count], v_tokens = pair * at[i64(V_TOKENS) * count];
+  const i64 rows = JOINED ? pair / heads : pair;
+  const i64 k_tokens = rows * at[i64(K_TOKENS) * count], v_tokens = rows * at[i64(V_TOKENS) * count];
   constexpr i64 K_BYTES = K_KIND == CHANNEL ? D * K_BITS / 8 : K_ROW;  // of a token
+  const i64 k_codes = JOINED ? (k_tokens * heads + pair % heads) * K_BYTES : k_tokens * K_BYTES;
+  const i64 v_codes = JOINED ? (v_tokens * heads + pair % heads) * V_ROW : v_tokens * V_ROW;
   const auto from = [&](int row, i64 offset) { return reinterpret_cast<const u8*>(at[i64(row) * count] + offset); };
   const i64 k_span = k_tokens * (K_SPAN / TILE), v_span = v_tokens * (V_SPAN / TILE);
-  return {from(K_CODES, k_tokens * K_BYTES), from(K_STEPS, k_span), from(K_ZEROS, k_span),
-          from(V_CODES, v_tokens * V_ROW), from(V_STEPS, v_span), from(V_ZEROS, v_span)};
+  Places p = {from(K_CODES, k_codes), from(K_STEPS, k_span), from(K_ZEROS, k_span), from(V_CODES, v_codes),
+              from(V_STEPS, v_span), from(V_ZEROS, v_span)};
+  if constexpr (K_ENTRIES > 0)
+    p.k_out = from(K_OUT, k_tokens * K_ENTRIES * 2), p.k_out_at = from(K_OUT_AT, k_tokens * K_ENTRIES * INDEX_BYTES);
+  if constexpr (V_ENTRIES > 0)
+    p.v_out = from(V_OUT, v_tokens * V_ENTRIES * 2), p.v_out_at = from(V_OUT_AT, v_tokens * V_ENTRIES * INDEX_BYTES);
+  return p;
 }
 
 device void copy_span(u8* to, const u8* from, int bytes, int lane) {
@@ -131,7 +151,7 @@ device void copy_scales(u8* buffer, const Places& p, int lane) {
 device int token_of(int g, int n, int half) { return K_KIND == CHANNEL ? 16 * g + 2 * n + half : 16 * n + g + 8 * half; }
 
 // Eighth `step` of a tile's keys: 16 channels of all tokens, or all channels of 16 tokens.
-device void fetch_keys(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g, int t) {
+device void fetch_keys(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g, int t, int heads) {
   if constexpr (K_KIND == CHANNEL) {
 #pragma unroll
     for (int n = 0; n < 4; ++n)
@@ -140,15 +160,15 @@ device void fetch_keys(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g
     constexpr int BITS = K_KIND == PRODUCT ? 4 : K_BITS;
 #pragma unroll
     for (int n = 0; n < 2; ++n)
-      load_32<BITS>(slot + n * words_of(BITS, 32), codes + token_of(g, step, n) * K_ROW + t * (K_ROW / 4));
+      load_32<BITS>(slot + n * words_of(BITS, 32), codes + token_of(g, step, n) * (JOINED ? heads * K_ROW : K_ROW) + t * (K_ROW / 4));
   }
 }
 // Eighth `step` of a tile's values: four tokens of a lane, as products of weights have them.
-device void fetch_values(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g, int t) {
+device void fetch_values(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g, int t, int heads) {
   constexpr int BITS = V_KIND == PRODUCT ? 4 : V_BITS;
 #pragma unroll
   for (int n = 0; n < 4; ++n)
-    load_16<BITS>(slot + n * words_of(BITS, 16), codes + token_of(2 * t + n % 2, step, n / 2) * V_ROW, g);
+    load_16<BITS>(slot + n * words_of(BITS, 16), codes + token_of(2 * t + n % 2, step, n / 2) * (JOINED ? heads * V_ROW : V_ROW), g);
 }
 
 device u32 half_at(const u8* base, int index) { return reinterpret_cast<const u16*>(base)[index]; }
@@ -159,8 +179,9 @@ device u32 two_rows(const u8* base, int g, int n) {
   else return halves_at(base, token_of(g, n, 0), token_of(g, n, 1));
 }
 
-// The query as keys of this lane meet it: pairs of channels.
-device void load_query(u32 (&query)[STEPS][2], float (&sums)[2], const float* asked, int g, int t) {
+// The query as keys of this lane meet it: pairs of channels; and its sums, or what the centers of channels add.
+device void load_query(
+    u32 (&query)[STEPS][2], float (&sums)[2], const float* asked, const float* center, const float* spread, int g, int t) {
   float sum = 0.0f;
 #pragma unroll
   for (int step = 0; step < STEPS; ++step)
@@ -174,10 +195,13 @@ device void load_query(u32 (&query)[STEPS][2], float (&sums)[2], const float* as
         first = 32 * t + first_of(K_BITS, number), second = first + distance_of(K_BITS);
         up = power(MIDDLE - shift_of(K_BITS, first_of(K_BITS, number)));
       }
-      const float x = g < GROUP_HEADS ? asked[g * D + first] : 0.0f;
-      const float y = g < GROUP_HEADS ? asked[g * D + second] : 0.0f;
+      float x = g < GROUP_HEADS ? asked[g * D + first] : 0.0f, y = g < GROUP_HEADS ? asked[g * D + second] : 0.0f;
+      if constexpr (K_SPREAD) {
+        sum += x * center[first] + y * center[second];
+        x *= spread[first], y *= spread[second];
+      }
       query[step][half] = half_pair(x * up, y * up);
-      sum += (half_value(u16(query[step][half])) + half_value(u16(query[step][half] >> 16))) / up;
+      if constexpr (!K_SPREAD) sum += (half_value(u16(query[step][half])) + half_value(u16(query[step][half] >> 16))) / up;
     }
   // Of head g over the lanes of its channels, then of the two heads whose scores a lane has.
   sum += of_lane_xor(sum, 1), sum += of_lane_xor(sum, 2);
@@ -195,6 +219,7 @@ template <int KIND, int BITS> device void fill_table(u8* to, const u16* from) {
   }
 }
 
+#include "attend_turns.cuh"
 #include "attend_rest.cuh"
 
 extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Arguments a) {
@@ -211,13 +236,15 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   int tile = number, parity = 0;
   Places here = {}, next = {};
   if (tile < a.tiles) {
-    here = places_of(a.places, a.tiles, tile, pair);
+    here = places_of(a.places, a.tiles, tile, pair, a.heads);
     copy_scales(buffers, here, lane);
 #pragma unroll
-    for (int step = 0; step < DEPTH; ++step) fetch_keys(ring[step], here.k_codes, step, g, t);
+    for (int step = 0; step < DEPTH; ++step) fetch_keys(ring[step], here.k_codes, step, g, t, a.heads);
   }
   fill_table<K_KIND, K_BITS>(pool + K_TABLE, a.k_table);
   if constexpr (!SAME_TABLE) fill_table<V_KIND, V_BITS>(pool + V_TABLE, a.v_table);
+  u32* turns = reinterpret_cast<u32*>(pool + TURNS);
+  if constexpr (TURNED) fill_turns(turns, a.turns);
   commit_copies();
   float* asked = reinterpret_cast<float*>(pool + ASKED);
   float* asked_coded = asked + GROUP_HEADS * D;
@@ -231,17 +258,24 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
 
   u32 query[STEPS][2];
   float query_sums[2];
-  load_query(query, query_sums, asked_coded, g, t);
+  const float *center = a.k_center + pair % a.heads * D, *spread = a.k_spread + pair % a.heads * D;
+  const float* starts = a.starts + pair / a.heads * a.count_of_starts * 2 * D;
+  if constexpr (!TURNED) load_query(query, query_sums, asked_coded, center, spread, g, t);
+  float* beside = reinterpret_cast<float*>(pool + APART + warp * APART_OF_WARP);  // [TILE][GROUP_HEADS]
+  float* added = beside + GROUP_HEADS * TILE;                                      // [GROUP_HEADS][D]
+  u32* list = reinterpret_cast<u32*>(added + GROUP_HEADS * D);
+  if constexpr (V_ENTRIES > 0)
+    for (int n = lane; n < GROUP_HEADS * D; n += 32) added[n] = 0.0f;
 
   float out[STEPS][4] = {};
   float top[2] = {never(), never()}, total[2] = {}, lift[2] = {};
   // The last warps have the fewest tiles.
   float* rest = reinterpret_cast<float*>(pool + REST);
-  take_rest(a, asked, rest + warp * REST_OF_WARP, pair, stride - 1 - number, stride, lane);
+  take_rest(a, asked, turns, starts, rest + warp * REST_OF_WARP, pair, stride - 1 - number, stride, lane);
 
   for (; tile < a.tiles; tile += stride) {
     const bool more = tile + stride < a.tiles;
-    if (more) next = places_of(a.places, a.tiles, tile + stride, pair);
+    if (more) next = places_of(a.places, a.tiles, tile + stride, pair, a.heads);
     wait_for_copies<0>();
     warp_barrier();
     const u8* k_steps = buffers + parity * BUFFER;
@@ -250,6 +284,9 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     // ---- Scores: of rows g and g + 8 of product n, tokens `token_of` for two heads.
     float scores[STEPS][4] = {};
     float zeros[4] = {};
+    const float* start = starts + i64(tile) * 2 * D;
+    Turned turned;
+    if constexpr (TURNED) turn_query(turned, asked_coded, start, center, spread, g, t);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
       u32(&slot)[MOST_WORDS] = ring[step % DEPTH];
@@ -301,18 +338,48 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
               keys[part] = looked_up<K_BITS>(pool + K_TABLE, words, 2 * K_BITS * number, own);
             else keys[part] = entry_of(pool + K_TABLE, words, 16 * t + number, number);
           }
-          multiply(n % 2 ? second : scores[step], keys, query[n][0], query[n][1]);
+          if constexpr (TURNED) {
+            u32 sines[4], places[4];
+#pragma unroll
+            for (int part = 0; part < 4; ++part) {
+              const int two = 16 * (t % 2) + 2 * n + part / 2;
+              const uint2 angle = *reinterpret_cast<const uint2*>(turns + turn_at(token_of(g, step, part % 2), two));
+              places[part] = t < 2 ? angle.x : angle.y;
+              sines[part] = fused(keys[part], angle.y, 0);
+              keys[part] = fused(keys[part], angle.x, 0);
+            }
+            multiply(scores[step], keys, turned.straight[n][0], turned.straight[n][1]);
+            multiply(second, sines, turned.crossed[n][0], turned.crossed[n][1]);
+            if constexpr (K_SPREAD) multiply(n % 2 ? second : scores[step], places, turned.center[n][0], turned.center[n][1]);
+          } else {
+            multiply(n % 2 ? second : scores[step], keys, query[n][0], query[n][1]);
+          }
         }
 #pragma unroll
         for (int n = 0; n < 4; ++n) scores[step][n] += second[n];
       }
       const int ahead = step + DEPTH;
-      if (ahead < STEPS) fetch_keys(slot, here.k_codes, ahead, g, t);
-      else fetch_values(slot, here.v_codes, ahead - STEPS, g, t);
+      if (ahead < STEPS) fetch_keys(slot, here.k_codes, ahead, g, t, a.heads);
+      else fetch_values(slot, here.v_codes, ahead - STEPS, g, t, a.heads);
     }
 
     if (more) copy_scales(buffers + (1 - parity) * BUFFER, next, lane);
     commit_copies();
+
+    if constexpr (K_ENTRIES > 0) {
+      for (int n = lane; n < GROUP_HEADS * TILE; n += 32) beside[n] = 0.0f;
+      warp_barrier();
+      each_outlier<K_ENTRIES>(here.k_out, here.k_out_at, pair % a.heads, list, lane, [&](int place, int channel, float value) {
+        Angle angle = {1.0f, 0.0f};
+        if constexpr (TURNED) angle = angle_at(turns, start, place, channel);
+#pragma unroll
+        for (int head = 0; head < GROUP_HEADS; ++head) {
+          const float* one = asked_coded + head * D;
+          const float met = one[channel] * angle.cosine + (TURNED ? partner_of(one, channel) * angle.sine : 0.0f);
+          add_shared(beside + place * GROUP_HEADS + head, value * met);
+        }
+      });
+    }
 
     // ---- Weights.
     float peak[2] = {top[0], top[1]};
@@ -340,6 +407,9 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         float score = scores[n][part] * scale[row];
         if constexpr (FOLDED) score -= zeros[part] / K_UP;
         if constexpr (K_KIND == TOKEN || K_OFFSET) score += shift[row] * query_sums[head];
+        if constexpr (K_SPREAD && !TURNED) score += query_sums[head];
+        if constexpr (K_ENTRIES > 0)
+          if (2 * t + head < GROUP_HEADS) score += beside[token_of(g, n, row) * GROUP_HEADS + 2 * t + head];
         scores[n][part] = score;
       }
     }
@@ -370,6 +440,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       total[head] *= fade[head], lift[head] *= fade[head];
     }
     u32 weights[STEPS][2];
+    if constexpr (V_ENTRIES > 0) warp_barrier();  // scores have been read where weights come
 #pragma unroll
     for (int n = 0; n < STEPS; ++n) {
       u32 steps = 0, offsets = 0;
@@ -384,6 +455,8 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         for (int head = 0; head < 2; ++head) {
           shares[head] = power_of_two(scores[n][2 * row + head] - safe[head]);
           total[head] += shares[head];
+          if constexpr (V_ENTRIES > 0)
+            if (2 * t + head < GROUP_HEADS) beside[token_of(g, n, row) * GROUP_HEADS + 2 * t + head] = shares[head] * V_UP;
         }
         float up = V_UP;
         if constexpr (!V_AFFINE && V_KIND != PRODUCT) up *= half_value(u16(steps >> 16 * row));
@@ -402,6 +475,17 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     for (int n = 0; n < STEPS; ++n)
 #pragma unroll
       for (int part = 0; part < 4; ++part) out[n][part] *= fade[part % 2];
+
+    if constexpr (V_ENTRIES > 0) {
+#pragma unroll
+      for (int n = 0; n < GROUP_HEADS * D / 32; ++n) added[32 * n + lane] *= of_lane(fade[n / 4 % 2], n / 8);
+      warp_barrier();
+      each_outlier<V_ENTRIES>(here.v_out, here.v_out_at, pair % a.heads, list, lane, [&](int place, int channel, float value) {
+#pragma unroll
+        for (int head = 0; head < GROUP_HEADS; ++head)
+          add_shared(added + head * D + channel, beside[place * GROUP_HEADS + head] * value);
+      });
+    }
 
     // ---- Sums: of row g of product n, channel 16 g + 2 n; of row g + 8, the next.
 #pragma unroll
@@ -453,8 +537,8 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         multiply(out[n], values, weights[step][0], weights[step][1]);
       }
       const int ahead = step + DEPTH;
-      if (ahead < STEPS) fetch_values(slot, here.v_codes, ahead, g, t);
-      else if (more) fetch_keys(slot, next.k_codes, ahead - STEPS, g, t);
+      if (ahead < STEPS) fetch_values(slot, here.v_codes, ahead, g, t, a.heads);
+      else if (more) fetch_keys(slot, next.k_codes, ahead - STEPS, g, t, a.heads);
     }
     here = next;
     parity ^= 1;
@@ -480,7 +564,10 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       const int channel = 16 * g + 2 * n + part / 2, head = 2 * t + part % 2;
       float up = 1.0f;
       if constexpr (V_KIND == TOKEN && !V_AFFINE) up = power(24 - shift_of(V_BITS, 2 * n + part / 2));
-      if (head < GROUP_HEADS) sums[(warp * 8 + head) * D + channel] = (out[n][part] * up + lift[part % 2]) / V_UP;
+      float sum = out[n][part] * up + lift[part % 2];
+      if constexpr (V_ENTRIES > 0)
+        if (head < GROUP_HEADS) sum += added[head * D + channel];
+      if (head < GROUP_HEADS) sums[(warp * 8 + head) * D + channel] = sum / V_UP;
     }
   if (g == 0)
 #pragma unroll

@@ -6,9 +6,9 @@ template <int BITS> device int code_at(const u8* base, int number) {
   if (8 % BITS != 0 && shift + BITS > 8) bits |= u32(base[bit / 8 + 1]) << 8;
   return bits >> shift & ((1 << BITS) - 1);
 }
-// Four channels from `channel` on of token `inside` of a piece in code.
-template <int KIND, int BITS, int GROUP, bool OFFSET>
-device void coded_numbers(float (&x)[4], const u8* codes, const u8* steps, const u8* zeros, const u16* table, int inside, int channel) {
+// Four channels from `channel` on of token `inside` of a piece in code, without outliers; `heads` of a row.
+template <int KIND, int BITS, int GROUP, bool SCALE, bool OFFSET>
+device void coded_numbers(float (&x)[4], const u8* codes, const u8* steps, const u8* zeros, const u16* table, int inside, int channel, int heads) {
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
     const int c = channel + n;
@@ -19,7 +19,8 @@ device void coded_numbers(float (&x)[4], const u8* codes, const u8* steps, const
       const int group = inside * (D / GROUP) + c / GROUP;
       x[n] = (code_at<BITS>(codes, inside * D + c) - half_value(half_at(zeros, group))) * half_value(half_at(steps, group));
     } else if constexpr (KIND == TABLE) {
-      x[n] = half_value(table[code_at<BITS>(codes, inside * D + c)]) * half_value(half_at(steps, inside));
+      x[n] = half_value(table[code_at<BITS>(codes, inside * heads * D + c)]);
+      if constexpr (SCALE) x[n] *= half_value(half_at(steps, inside));
       if constexpr (OFFSET) x[n] += half_value(half_at(zeros, inside));
     } else {
       x[n] = half_value(table[(c / 2 * 256 + codes[inside * (D / 2) + c / 2]) * 2 + c % 2]);
@@ -38,11 +39,21 @@ template <int TYPE> device void exact_numbers(float (&x)[4], const void* from, i
   }
 }
 
+// Outliers of token `inside`, added to its four channels from `channel` on.
+template <int ENTRIES> device void add_outliers(float (&x)[4], const u8* values, const u8* indices, int inside, int channel) {
+  for (int n = 0; n < ENTRIES; ++n) {
+    const int at = index_at<INDEX_BYTES>(indices, inside * ENTRIES + n) - channel;
+    const float value = half_value(half_at(values, inside * ENTRIES + n));
+#pragma unroll
+    for (int k = 0; k < 4; ++k) x[k] += at == k ? value : 0.0f;
+  }
+}
+
 struct Token {
   float key[4], value[4];
   bool there, k_coded, v_coded;
 };
-device void load_token(Token& it, const Arguments& a, i64 pair, int token, int lane) {
+device void load_token(Token& it, const Arguments& a, const u32* turns, const float* starts, i64 pair, int token, int lane) {
   const int channel = 4 * lane, first = a.tiles * TILE;
   const i64* sinks = a.sinks + pair / a.heads * SINKS;
   it.k_coded = token < a.k_coded, it.v_coded = token < a.v_coded;
@@ -61,15 +72,36 @@ device void load_token(Token& it, const Arguments& a, i64 pair, int token, int l
   }
   Places p = {};
   const int inside = (token - first) % 32;
-  if (it.k_coded || it.v_coded) p = places_of(a.pieces, a.count_of_pieces, (token - first) / 32, pair);
-  if (it.k_coded) coded_numbers<K_KIND, K_BITS, K_GROUP, K_OFFSET>(it.key, p.k_codes, p.k_steps, p.k_zeros, a.k_table, inside, channel);
-  else exact_numbers<EXACT>(it.key, a.k_tail, pair * (a.length - a.k_coded) + token - a.k_coded, channel);
-  if (it.v_coded) coded_numbers<V_KIND, V_BITS, V_GROUP, V_OFFSET>(it.value, p.v_codes, p.v_steps, p.v_zeros, a.v_table, inside, channel);
-  else exact_numbers<EXACT>(it.value, a.v_tail, pair * (a.length - a.v_coded) + token - a.v_coded, channel);
+  if (it.k_coded || it.v_coded) p = places_of(a.pieces, a.count_of_pieces, (token - first) / 32, pair, a.heads);
+  const int head = pair % a.heads, heads = JOINED ? a.heads : 1, of_head = head * D + channel;
+  if (it.k_coded) {
+    coded_numbers<K_KIND, K_BITS, K_GROUP, K_SCALE, K_OFFSET>(it.key, p.k_codes, p.k_steps, p.k_zeros, a.k_table, inside, channel, heads);
+    if constexpr (K_SPREAD)
+#pragma unroll
+      for (int n = 0; n < 4; ++n) it.key[n] = it.key[n] * a.k_spread[of_head + n] + a.k_center[of_head + n];
+    add_outliers<K_ENTRIES>(it.key, p.k_out, p.k_out_at, inside, of_head);
+    if constexpr (TURNED)
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const Angle angle = angle_at(turns, starts + token / TILE * 2 * D, token % TILE, channel + n);
+        const float other = of_lane_xor(it.key[n], 16);
+        it.key[n] = it.key[n] * angle.cosine + (channel < D / 2 ? -other : other) * angle.sine;
+      }
+  } else {
+    exact_numbers<EXACT>(it.key, a.k_tail, pair * (a.length - a.k_coded) + token - a.k_coded, channel);
+  }
+  if (it.v_coded) {
+    coded_numbers<V_KIND, V_BITS, V_GROUP, true, V_OFFSET>(it.value, p.v_codes, p.v_steps, p.v_zeros, a.v_table, inside, channel, heads);
+    add_outliers<V_ENTRIES>(it.value, p.v_out, p.v_out_at, inside, of_head);
+  } else {
+    exact_numbers<EXACT>(it.value, a.v_tail, pair * (a.length - a.v_coded) + token - a.v_coded, channel);
+  }
 }
 
 // This warp's tokens of the rest, left in shared memory: [exact or coded][GROUP_HEADS][D], tops, totals.
-device void take_rest(const Arguments& a, const float* asked, float* to, i64 pair, int number, int stride, int lane) {
+device void take_rest(
+    const Arguments& a, const float* asked, const u32* turns, const float* starts, float* to, i64 pair, int number, int stride,
+    int lane) {
   constexpr int TOGETHER = 4;
   float sums[2][GROUP_HEADS][4] = {}, top[GROUP_HEADS], total[GROUP_HEADS] = {};
 #pragma unroll
@@ -77,7 +109,7 @@ device void take_rest(const Arguments& a, const float* asked, float* to, i64 pai
   for (int token = a.tiles * TILE + number; token < a.length + SINKS; token += TOGETHER * stride) {
     Token tokens[TOGETHER];
 #pragma unroll
-    for (int n = 0; n < TOGETHER; ++n) load_token(tokens[n], a, pair, token + n * stride, lane);
+    for (int n = 0; n < TOGETHER; ++n) load_token(tokens[n], a, turns, starts, pair, token + n * stride, lane);
 #pragma unroll
     for (int n = 0; n < TOGETHER; ++n) {
       const Token& it = tokens[n];

@@ -172,6 +172,9 @@ device float sum_of_warp(float value) {
 device u32 of_lane(u32 value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
 device float of_lane(float value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
 device float of_lane_xor(float value, int distance) { return __shfl_xor_sync(0xFFFFFFFFu, value, distance); }
+// Which lanes say so.
+device u32 votes(bool ours) { return __ballot_sync(0xFFFFFFFFu, ours); }
+device void add_shared(float* to, float value) { atomicAdd(to, value); }
 device int ones_of(u32 word) { return __popc(word); }
 device u32 bits_of(float value) { return __float_as_uint(value); }
 device u32 bf16_pair(float low, float high) {

@@ -32,7 +32,10 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gear": ("gear", {"num_bits": 4}),
     "gear without outliers": ("gear", {"num_bits": 2, "outliers": 0.0, "rank": 4}),
 }
-ONE_LAUNCH = {"kivi", "kivi in groups of 32", "turbo_quant", "turbo_quant of fewer bits for values", "million"}
+ONE_LAUNCH = {
+    "kivi", "kivi in groups of 32", "turbo_quant", "turbo_quant of fewer bits for values", "million", "kv_quant",
+    "kv_quant of turned keys",
+}  # fmt: skip
 
 
 def filled(name: str, key: Tensor, value: Tensor) -> LayerStore:

@@ -13,7 +13,18 @@ from rarefy.formats.grids import IntegerGrid
 from rarefy.formats.scales import SingleScale
 from rarefy.kernels import cuda
 from rarefy.kv.codec import Codec, Payload
-from rarefy.kv.codecs import Gridded, NormTable, ProductTable, RangeTable, Rotated
+from rarefy.kv.codecs import (
+    ChannelTable,
+    Gridded,
+    JoinedHeads,
+    NormTable,
+    ProductTable,
+    RangeTable,
+    Residual,
+    Rotated,
+    Sparse,
+    Trimmed,
+)
 
 if TYPE_CHECKING:
     from rarefy.kernels.cuda.encode import Code
@@ -88,9 +99,8 @@ def _form(codec: Codec, channels: int, device: torch.device) -> Fast | None:
             length = codec.tokens if codec.axis == "channel" else channels
             code = Code(codec.axis, grid.num_bits, channels, min(grid.group_size or length, length), codec.tokens)
         case NormTable() | RangeTable():
-            tables = {"middles": (codec.lut[1:] + codec.lut[:-1]) / 2, "lut": codec.lut}
+            tables = _table(codec)
             code = Code("norm" if isinstance(codec, NormTable) else "range", codec.num_bits, channels)
-            code = code if len(codec.lut) == 1 << codec.num_bits else None
         case Rotated(inner=NormTable() as inner):
             found = _form(inner, channels, device)
             if found is None:
@@ -100,9 +110,22 @@ def _form(codec: Codec, channels: int, device: torch.device) -> Fast | None:
         case ProductTable(width=2, count=256):
             book = codec.codebook.float()
             tables, code = {"lut": entries(book, book.square().sum(-1) / 2)}, Code("product", 8, channels)
+        case JoinedHeads(inner=Residual(parts=(ChannelTable() as base, Sparse(axis="token") as sparse)), heads=heads):
+            tables = {**_table(base), "center": base.center.reshape(-1), "spread": base.scale.reshape(-1)}
+            code = Code("row spread", base.num_bits, channels, heads=heads, entries=sparse.count)
+        case JoinedHeads(inner=Residual(parts=(Trimmed() as trimmed, Sparse(axis="token") as sparse)), heads=heads):
+            if isinstance(trimmed.inner, RangeTable) and trimmed.axis == "token" and sparse.count == 2 * trimmed.count:
+                tables = _table(trimmed.inner)
+                code = Code("row range", trimmed.inner.num_bits, channels, heads=heads, entries=sparse.count)
+    if code is not None and "middles" in tables and len(tables["middles"]) + 1 != 1 << code.num_bits:
+        return None
     if code is None or not code.fits:
         return None
     return Fast(code, {name: table.to(device, torch.float32).contiguous() for name, table in tables.items()})
+
+
+def _table(codec: NormTable | RangeTable | ChannelTable) -> dict[str, Tensor]:
+    return {"middles": (codec.lut[1:] + codec.lut[:-1]) / 2, "lut": codec.lut, "decoded": codec.decoded}
 
 
 def fast_payload(codec: Codec, fast: Fast, x: Tensor, source: Tensor | None, faults: Tensor) -> Payload:
@@ -112,15 +135,16 @@ def fast_payload(codec: Codec, fast: Fast, x: Tensor, source: Tensor | None, fau
 
     found = encode.encode(fast.code, x, faults, source=source, **fast.tables)
     blocks = x.shape[2] // codec.tokens
-    payload = {"codes": found.codes.unflatten(2, (blocks, -1))}
-    match fast.code.kind:
-        case "channel":
-            payload |= {"scale": found.scale, "zero_point": found.zero}
-        case "token" | "range":
-            second = "zero_point" if fast.code.kind == "token" else "offset"
-            payload |= {
-                name: part.unflatten(2, (blocks, -1)) for name, part in (("scale", found.scale), (second, found.zero))
-            }
-        case "norm":
-            payload["scale"] = found.scale.unflatten(2, (blocks, -1))
-    return payload
+    parts = {
+        "channel": {"scale": found.scale, "zero_point": found.zero},
+        "token": {"scale": found.scale, "zero_point": found.zero},
+        "range": {"scale": found.scale, "offset": found.zero},
+        "norm": {"scale": found.scale},
+        "row range": {"0.scale": found.scale, "0.offset": found.zero},
+    }.get(fast.code.kind, {})
+    parts["0.codes" if fast.code.rows else "codes"] = found.codes
+    if fast.code.rows:
+        parts |= {"1.values": found.values, "1.indices": found.indices}
+    # All but the scales of channels are by token so far.
+    by_block = ("scale", "zero_point") if fast.code.kind == "channel" else ()
+    return {name: part if name in by_block else part.unflatten(2, (blocks, -1)) for name, part in parts.items()}

@@ -122,10 +122,8 @@ def encoded(code: encode.Code, x: Tensor, **tables: Tensor | None) -> tuple[enco
     """Codes of ``x [B, H, tokens, D]``, and what is wrong with it."""
     assert code.fits
     to, faults = encode.empty(code, x), torch.zeros(1, dtype=torch.int32)
-    named = {name: tables.get(name) for name in ("source", "signs", "middles", "lut")}
-    given = encode.arguments(x, to, faults, **named)
+    given = encode.arguments(x, to, faults, tables)
     macros = [f"-D{macro}={value}" for macro, value in code.definitions(x.dtype).items()]
     library = _library((*macros, f"-DENTRY={code.entry}"), encode.SOURCE)
-    grid = code.grid(x.shape[2], x.shape[0] * x.shape[1])
-    library.run(0, ctypes.byref(given), *grid, code.threads, code.shared_memory)
+    library.run(0, ctypes.byref(given), *code.grid(x), code.threads, code.shared_memory)
     return to, faults

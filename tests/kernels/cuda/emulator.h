@@ -125,6 +125,7 @@ device float of_lane(float value, int lane) {
   memcpy(&bits, &value, 4);
   return as_float(of_lane(bits, lane));
 }
+device unsigned of_lane_xor(unsigned value, int distance) { return of_lane(value, threadIdx.x % 32 ^ distance); }
 device float of_lane_xor(float value, int distance) { return of_lane(value, threadIdx.x % 32 ^ distance); }
 device unsigned half_pair(float low, float high) { return rounded<true>(low) | unsigned(rounded<true>(high)) << 16; }
 device float power_of_two(float value) { return std::exp2(value); }

@@ -292,7 +292,8 @@ class CodedAttention:
         sinks = self._tensors["sinks"]
         return Program(
             code_of(self.keys), code_of(self.values), self.rotated, self.turned, self.keys.joined, self.same_table,
-            self.query_heads // self.heads, dtype, dtype if exact is None else exact.keys.dtype, 0 if sinks is None else sinks.shape[1], self.shape,
+            self.query_heads // self.heads, dtype, dtype if exact is None else exact.keys.dtype,
+            0 if sinks is None else sinks.shape[1], self.shape,
         )  # fmt: skip
 
     @property

@@ -5,14 +5,14 @@
 // itself. Threads of one vector are neighbours (of a token), or meet in shared memory (of a channel).
 //
 // Macros: KIND, BITS, GROUP (numbers that share a scale), BLOCK (tokens of a block of a channel), D, X (type of the
-// numbers), ROTATED; HALF is 1.
+// numbers), ROTATED, HEADS (of a row), ENTRIES (outliers of a row), INDEX_BYTES; HALF is 1.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 typedef long long i64;
 
-enum { CHANNEL = 1, TOKEN = 2, NORM = 3, RANGE = 4, PRODUCT = 5 };
+enum { CHANNEL = 1, TOKEN = 2, NORM = 3, RANGE = 4, PRODUCT = 5, ROW_SPREAD = 6, ROW_RANGE = 7 };
 enum { F32 = 1, F16 = 2, BF16 = 3 };
 enum { NOT_FINITE = 1, OVERFLOWS = 2 };
 
@@ -22,9 +22,14 @@ struct Arguments {
   const float* signs;   // [D]
   const float* middles; // [2^BITS - 1], between neighbours of a table
   const float* lut;     // [2^BITS], or [D / 2][256][4] of products: two numbers, half their squares, nothing
+  const float* decoded; // [2^BITS]: what codes stand for
+  const float* center;  // [HEADS * D]
+  const float* spread;
   u32* codes;
   u16* scale;
   u16* zero;
+  u16* values;          // [batch][tokens][ENTRIES]
+  void* indices;
   u32* faults;
   i64 batch_stride, head_stride;
   int tokens, heads;
@@ -37,7 +42,8 @@ struct Arguments {
 shared_memory(pool);
 
 constexpr int MINE = 32, LEVELS = 1 << BITS;
-constexpr int PARTS = KIND == CHANNEL ? (BLOCK < 128 ? BLOCK : 128) / MINE : D / MINE;  // threads of a vector
+constexpr bool ROWS = KIND == ROW_SPREAD || KIND == ROW_RANGE;  // of all heads
+constexpr int PARTS = ROWS ? HEADS * D / MINE : KIND == CHANNEL ? (BLOCK < 128 ? BLOCK : 128) / MINE : D / MINE;  // threads of a vector
 constexpr int THREADS = KIND == CHANNEL ? D * PARTS : 128;
 constexpr int TOGETHER = KIND == CHANNEL || KIND == TOKEN ? GROUP / MINE : PARTS;  // threads of a group
 
@@ -148,6 +154,7 @@ device void rotate(float (&x)[MINE], const float* signs, int channel, int part) 
   for (int n = 0; n < MINE; ++n) x[n] *= D == 128 ? 0.08838834764831845f : 0.125f;
 }
 
+#if KIND <= 4
 extern "C" global __launch_bounds__(THREADS) void rarefy_encode(const Arguments a) {
   const i64 pair = blockIdx.y, batch = pair / a.heads, head = pair % a.heads;
   const int thread = threadIdx.x;
@@ -239,12 +246,87 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_encode(const Arguments 
     const float coded = root(tree(squares));
     if (real && part == 0) a.scale[row] = rounded<true>(at_most(norm / coded));
   }
-  if constexpr (KIND != PRODUCT) {
-    if (real) store_codes(a.codes + (row * PARTS + part) * BITS, codes);
-  }
+  if (real) store_codes(a.codes + (row * PARTS + part) * BITS, codes);
   if (real && fault) raise(a.faults, fault);
 }
 
+#elif KIND >= 6
+// The largest number of a row and where it is, the first of equals, which a row then has no more; `x` are this thread's.
+struct Largest {
+  float value;
+  int index;
+};
+device Largest take_largest(float (&x)[MINE], int part) {
+  Largest best = {as_float(0xFF800000u), 0};
+#pragma unroll
+  for (int n = 0; n < MINE; ++n)
+    if (x[n] > best.value) best = {x[n], part * MINE + n};
+#pragma unroll
+  for (int distance = 1; distance < PARTS; distance *= 2) {
+    const float value = of_lane_xor(best.value, distance);
+    const int index = int(of_lane_xor(u32(best.index), distance));
+    if (value > best.value || (value == best.value && index < best.index)) best = {value, index};
+  }
+#pragma unroll
+  for (int n = 0; n < MINE; ++n)
+    if (part * MINE + n == best.index) x[n] = as_float(0xFF800000u);
+  return best;
+}
+
+// A row of all heads: a table's codes, between the extremes that are left when half of ENTRIES are taken away at both
+// ends or around the centers of channels, and the ENTRIES largest errors.
+extern "C" global __launch_bounds__(THREADS) void rarefy_encode_rows(const Arguments a) {
+  const i64 batch = blockIdx.y;
+  const int at = blockIdx.x * THREADS + threadIdx.x, part = at % PARTS, head = part * MINE / D, channel = part * MINE % D;
+  const bool real = at / PARTS < a.tokens;
+  const int token = real ? at / PARTS : a.tokens - 1;  // all lanes of a warp take part in exchanges
+  const i64 row = batch * a.tokens + token;
+  float x[MINE], left[MINE];
+  u32 codes[MINE];
+  const bool fine = load_mine(x, a, batch, head, token, channel);
+  float scale = 0.0f, offset = 0.0f;
+  if constexpr (KIND == ROW_RANGE) {
+    float high = 0.0f, low = 0.0f;
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) left[n] = x[n];
+    for (int n = 0; n <= ENTRIES / 2; ++n) high = take_largest(left, part).value;
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) left[n] = -x[n];
+    for (int n = 0; n <= ENTRIES / 2; ++n) low = -take_largest(left, part).value;
+    const u16 half = rounded<true>(at_most((high - low) / 2.0f)), middle = rounded<true>(at_most((high + low) / 2.0f));
+    if (real && part == 0) a.scale[row] = half, a.zero[row] = middle;
+    scale = half_value(half), offset = half_value(middle);
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) {
+      const float inside = smaller(larger(x[n], low), high);
+      codes[n] = level_of(a.middles, (inside - offset) / (scale == 0.0f ? 1.0f : scale));
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < MINE; ++n) {
+    if constexpr (KIND == ROW_SPREAD) {
+      scale = a.spread[part * MINE + n], offset = a.center[part * MINE + n];
+      codes[n] = level_of(a.middles, (x[n] - offset) / (scale == 0.0f ? 1.0f : scale));
+    }
+    x[n] -= a.decoded[codes[n]] * scale + offset;
+    left[n] = absolute(x[n]);
+  }
+  if (real) store_codes(a.codes + (row * PARTS + part) * BITS, codes);
+  for (int entry = 0; entry < ENTRIES; ++entry) {
+    const int index = take_largest(left, part).index;
+    float error = 0.0f;
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) error = part * MINE + n == index ? x[n] : error;
+    if (real && index / MINE == part) {
+      a.values[row * ENTRIES + entry] = rounded<true>(at_most(error));
+      if constexpr (INDEX_BYTES == 1) static_cast<u8*>(a.indices)[row * ENTRIES + entry] = u8(index);
+      else static_cast<u16*>(a.indices)[row * ENTRIES + entry] = u16(index);
+    }
+  }
+  if (real && !fine) raise(a.faults, NOT_FINITE);
+}
+
+#else
 constexpr int FEW = 8;
 device float score_of(const uint4& entry, float x, float y) {
   return (x * as_float(entry.x) + y * as_float(entry.y)) - as_float(entry.z);
@@ -289,3 +371,4 @@ extern "C" global __launch_bounds__(256) void rarefy_encode_products(const Argum
     if (!fine) raise(a.faults, NOT_FINITE);
   }
 }
+#endif

@@ -171,6 +171,7 @@ device float sum_of_warp(float value) {
 }
 device u32 of_lane(u32 value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
 device float of_lane(float value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
+device u32 of_lane_xor(u32 value, int distance) { return __shfl_xor_sync(0xFFFFFFFFu, value, distance); }
 device float of_lane_xor(float value, int distance) { return __shfl_xor_sync(0xFFFFFFFFu, value, distance); }
 // Which lanes say so.
 device u32 votes(bool ours) { return __ballot_sync(0xFFFFFFFFu, ours); }

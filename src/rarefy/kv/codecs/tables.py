@@ -108,7 +108,7 @@ class ProductTable(Codec):
         codebook = self.beside("codebook", x).float()
         half = codebook.square().sum(-1) / 2
         codes = torch.stack(
-            [(_products(parts[..., m, :], codebook[m]) - half[m]).argmax(-1) for m in range(self.parts)], -1
+            [_products(parts[..., m, :], codebook[m]).sub_(half[m]).argmax(-1) for m in range(self.parts)], -1
         )
         return {"codes": packing.pack_bits(codes.to(torch.uint8).flatten(-2), self.num_bits)}
 
@@ -158,4 +158,4 @@ def _products(x: Tensor, entries: Tensor) -> Tensor:
     if entries.shape[-1] > 2:
         return x @ entries.T
     terms = [x[..., n, None] * entries[:, n] for n in range(entries.shape[-1])]
-    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+    return terms[0] if len(terms) == 1 else terms[0].add_(terms[1])

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.gpu
 HEADS, CHANNELS, TOKENS = 4, 128, 2700
 ROTARY = Rotary(500000.0 ** -(torch.arange(CHANNELS // 2) / (CHANNELS // 2)))
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp8": ("fp8", {"sink": 1}),
     "kivi": ("kivi", {"num_bits": 4, "group_size": 128, "residual": 128, "sink": 2}),
     "kivi in groups of 32": ("kivi", {"num_bits": 3}),
     "turbo_quant": ("turbo_quant", {"num_bits": 4}),
@@ -33,7 +34,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gear without outliers": ("gear", {"num_bits": 2, "outliers": 0.0, "rank": 4}),
 }
 ONE_LAUNCH = {
-    "kivi", "kivi in groups of 32", "turbo_quant", "turbo_quant of fewer bits for values", "million", "kv_quant",
+    "fp8", "kivi", "kivi in groups of 32", "turbo_quant", "turbo_quant of fewer bits for values", "million", "kv_quant",
     "kv_quant of turned keys",
 }  # fmt: skip
 

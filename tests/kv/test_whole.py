@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="there is no 
 
 HEADS, CHANNELS = 2, 128
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp8": ("fp8", {"recent": 3}),
     "kivi": ("kivi", {"num_bits": 4, "group_size": 32, "residual": 128, "sink": 2}),
     "turbo_quant": ("turbo_quant", {"num_bits": 3, "recent": 5}),
     "million": ("million", {"width": 2, "code_bits": 8, "steps": 1}),

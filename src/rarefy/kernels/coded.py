@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-DENSE, CHANNEL, TOKEN, TABLE, PRODUCT = 0, 1, 2, 3, 4
-KINDS = {"dense": DENSE, "channel": CHANNEL, "token": TOKEN, "table": TABLE, "product": PRODUCT}
+DENSE, CHANNEL, TOKEN, TABLE, PRODUCT, FLOAT8 = range(6)
+KINDS = {"dense": DENSE, "channel": CHANNEL, "token": TOKEN, "table": TABLE, "product": PRODUCT, "float8": FLOAT8}
 DEPTH = 16  # the fewest numbers of a product that a tensor core adds up
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import FormatError
-from rarefy.formats.grids import IntegerGrid
+from rarefy.formats.grids import FloatGrid, IntegerGrid
+from rarefy.formats.grids.float import nearest
 from rarefy.formats.scales import SingleScale
 from rarefy.kernels import cuda
 from rarefy.kv.codec import Codec, Payload
@@ -25,6 +26,7 @@ from rarefy.kv.codecs import (
     Sparse,
     Trimmed,
 )
+from rarefy.kv.codecs.plain import is_float8
 
 if TYPE_CHECKING:
     from rarefy.kernels.cuda.encode import Code
@@ -98,6 +100,9 @@ def _form(codec: Codec, channels: int, device: torch.device) -> Fast | None:
         case Gridded(grid=IntegerGrid(zero="float", scales=SingleScale(dtype="float16")) as grid):
             length = codec.tokens if codec.axis == "channel" else channels
             code = Code(codec.axis, grid.num_bits, channels, min(grid.group_size or length, length), codec.tokens)
+        case Gridded(grid=FloatGrid() as floats, axis="token") if is_float8(floats, channels):
+            boundaries, codes = nearest("fp8_e4m3", torch.device("cpu"))
+            tables, code = {"middles": boundaries, "lut": codes}, Code("float8", 8, channels)
         case NormTable() | RangeTable():
             tables = _table(codec)
             code = Code("norm" if isinstance(codec, NormTable) else "range", codec.num_bits, channels)
@@ -117,7 +122,7 @@ def _form(codec: Codec, channels: int, device: torch.device) -> Fast | None:
             if isinstance(trimmed.inner, RangeTable) and trimmed.axis == "token" and sparse.count == 2 * trimmed.count:
                 tables = _table(trimmed.inner)
                 code = Code("row range", trimmed.inner.num_bits, channels, heads=heads, entries=sparse.count)
-    if code is not None and "middles" in tables and len(tables["middles"]) + 1 != 1 << code.num_bits:
+    if code is not None and "decoded" in tables and len(tables["decoded"]) != 1 << code.num_bits:
         return None
     if code is None or not code.fits:
         return None
@@ -140,6 +145,7 @@ def fast_payload(codec: Codec, fast: Fast, x: Tensor, source: Tensor | None, fau
         "token": {"scale": found.scale, "zero_point": found.zero},
         "range": {"scale": found.scale, "offset": found.zero},
         "norm": {"scale": found.scale},
+        "float8": {"scale": found.scale},
         "row range": {"0.scale": found.scale, "0.offset": found.zero},
     }.get(fast.code.kind, {})
     parts["0.codes" if fast.code.rows else "codes"] = found.codes

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rarefy.formats.grids import IntegerGrid
+from rarefy.formats.grids import FloatGrid, IntegerGrid
 from rarefy.formats.scales import SingleScale
 from rarefy.kernels import coded
 from rarefy.kernels.coded import Tiles, Turns
@@ -28,6 +28,7 @@ from rarefy.kv.codecs import (
     Sparse,
     Trimmed,
 )
+from rarefy.kv.codecs.plain import is_float8
 from rarefy.kv.side import SEGMENT, Run, Side
 from rarefy.kv.store import LayerStore
 
@@ -172,6 +173,8 @@ def tiles_of(codec: Codec, runs: list[Payload], heads: int) -> Tiles | None:
                 return None
             options = {"num_bits": grid.num_bits, "block": codec.tokens, "group": group}
             return Tiles(codec.axis, tensors("codes", "scale", "zero_point"), **options)
+        case Gridded(grid=FloatGrid() as floats, axis="token") if is_float8(floats, codec.channels):
+            return Tiles("float8", tensors("codes", "scale"), 8, codec.tokens, 1)
         case NormTable() | RangeTable() | ChannelTable():
             names = {NormTable: ("scale",), RangeTable: ("scale", "offset")}.get(type(codec), ())
             device = runs[0]["codes"].device if runs else codec.decoded.device

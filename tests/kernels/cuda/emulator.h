@@ -128,6 +128,15 @@ device float of_lane(float value, int lane) {
 device unsigned of_lane_xor(unsigned value, int distance) { return of_lane(value, threadIdx.x % 32 ^ distance); }
 device float of_lane_xor(float value, int distance) { return of_lane(value, threadIdx.x % 32 ^ distance); }
 device unsigned half_pair(float low, float high) { return rounded<true>(low) | unsigned(rounded<true>(high)) << 16; }
+device unsigned halves_of_e4m3(unsigned short pair) {
+  float found[2];
+  for (int k = 0; k < 2; ++k) {
+    const int code = pair >> 8 * k & 127, exponent = code >> 3, digits = code & 7;
+    const float size = std::ldexp(float(exponent ? 8 + digits : digits), (exponent ? exponent : 1) - 10);
+    found[k] = pair >> 8 * k & 128 ? -size : size;
+  }
+  return half_pair(found[0], found[1]);
+}
 device float power_of_two(float value) { return std::exp2(value); }
 device float root(float value) { return std::sqrt(value); }
 device float nearest_integer(float value) { return std::nearbyint(value); }

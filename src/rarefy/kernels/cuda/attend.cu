@@ -21,7 +21,7 @@ typedef unsigned short u16;
 typedef unsigned char u8;
 typedef long long i64;
 
-enum { CHANNEL = 1, TOKEN = 2, TABLE = 3, PRODUCT = 4 };
+enum { CHANNEL = 1, TOKEN = 2, TABLE = 3, PRODUCT = 4, FLOAT8 = 5 };
 enum { F32 = 1, F16 = 2, BF16 = 3 };
 enum { K_CODES, K_STEPS, K_ZEROS, V_CODES, V_STEPS, V_ZEROS, K_TOKENS, V_TOKENS, K_OUT, K_OUT_AT, V_OUT, V_OUT_AT, PLACES };
 
@@ -73,7 +73,7 @@ constexpr int K_TABLE = 0, V_TABLE = SAME_TABLE ? 0 : table_bytes(K_KIND, K_BITS
 constexpr int TURNS = V_TABLE + (SAME_TABLE ? table_bytes(K_KIND, K_BITS) : table_bytes(V_KIND, V_BITS));
 constexpr int SCALES = TURNS + (TURNED ? 4 * 68 * TILE : 0);
 constexpr int K_SPAN = K_KIND == CHANNEL ? 256 * K_GROUPS : K_SCALE ? 256 : 0;  // bytes of a tile's scales, and of its zeros
-constexpr int V_SPAN = V_KIND == TOKEN ? 256 * V_GROUPS : V_KIND == TABLE ? 256 : 0;
+constexpr int V_SPAN = V_KIND == TOKEN ? 256 * V_GROUPS : V_KIND == PRODUCT ? 0 : 256;
 constexpr int K_ZERO_SPAN = K_KIND == CHANNEL || K_KIND == TOKEN || K_OFFSET ? K_SPAN : 0;
 constexpr int V_ZERO_SPAN = V_KIND == TOKEN || V_OFFSET ? V_SPAN : 0;
 constexpr int BUFFER = K_SPAN + K_ZERO_SPAN + V_SPAN + V_ZERO_SPAN;
@@ -336,6 +336,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
             if constexpr (K_KIND == TOKEN) keys[part] = apart<K_BITS>(words, number);
             else if constexpr (K_KIND == TABLE)
               keys[part] = looked_up<K_BITS>(pool + K_TABLE, words, 2 * K_BITS * number, own);
+            else if constexpr (K_KIND == FLOAT8) keys[part] = halves_of_e4m3(u16(words[number / 2] >> 16 * (number % 2)));
             else keys[part] = entry_of(pool + K_TABLE, words, 16 * t + number, number);
           }
           if constexpr (TURNED) {
@@ -390,7 +391,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
 #pragma unroll
         for (int row = 0; row < 2; ++row) scale[row] = power(24 - shift_of(K_BITS, 2 * n + row)) / K_UP;
       }
-      if constexpr (K_KIND == TOKEN || (K_KIND == TABLE && K_SCALE)) {
+      if constexpr (K_KIND == TOKEN || (K_KIND != CHANNEL && K_SCALE)) {
         const u32 steps = two_rows(k_steps, g, n);
         scale[0] = half_value(u16(steps)), scale[1] = half_value(u16(steps >> 16));
         if constexpr (K_KIND == TOKEN || K_OFFSET) {
@@ -530,7 +531,11 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
             const int half = part / 2, channel = 2 * n + part % 2;
             if constexpr (V_KIND == TABLE)
               values[part] = looked_up<V_BITS>(pool + V_TABLE, part % 2 ? odd[half] : even[half], 2 * V_BITS * n, own);
-            else values[part] = both<V_BITS>(slot + 2 * half * WORDS, slot + (2 * half + 1) * WORDS, channel);
+            else if constexpr (V_KIND == FLOAT8) {
+              const u32 *one = slot + 2 * half * WORDS, *two = one + WORDS;
+              const u32 at = channel % 4;
+              values[part] = halves_of_e4m3(u16(permuted(one[channel / 4], two[channel / 4], at | (4 + at) << 4)));
+            } else values[part] = both<V_BITS>(slot + 2 * half * WORDS, slot + (2 * half + 1) * WORDS, channel);
             if constexpr (V_AFFINE) values[part] = affine<V_BITS>(values[part], channel, steps[half], below[half]);
           }
         }

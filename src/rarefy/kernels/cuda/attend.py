@@ -84,6 +84,8 @@ def _fits(side: Tiles) -> bool:
             return side.group in (32, 64, 128) and side.num_bits in (2, 3, 4, 8)
         case "table":
             return side.num_bits in (2, 3, 4)
+        case "float8":
+            return True
         case "product":
             return side.num_bits == 8 and side.lut is not None and side.lut.shape[-1] == 2
     return False
@@ -93,7 +95,7 @@ def _tensors(side: Tiles) -> int:
     """How many tensors a run has; where there is none, as many as such codes may have."""
     if side.runs:
         return len(side.runs[0])
-    return {"product": 1, "table": 1 if side.affine else 2}.get(side.kind, 3)
+    return {"product": 1, "float8": 2, "table": 1 if side.affine else 2}.get(side.kind, 3)
 
 
 def code_of(side: Tiles) -> Code:

@@ -22,6 +22,8 @@ device void coded_numbers(float (&x)[4], const u8* codes, const u8* steps, const
       x[n] = half_value(table[code_at<BITS>(codes, inside * heads * D + c)]);
       if constexpr (SCALE) x[n] *= half_value(half_at(steps, inside));
       if constexpr (OFFSET) x[n] += half_value(half_at(zeros, inside));
+    } else if constexpr (KIND == FLOAT8) {
+      x[n] = half_value(u16(halves_of_e4m3(codes[inside * D + c]))) * half_value(half_at(steps, inside));
     } else {
       x[n] = half_value(table[(c / 2 * 256 + codes[inside * (D / 2) + c / 2]) * 2 + c % 2]);
     }

@@ -12,7 +12,7 @@ typedef unsigned short u16;
 typedef unsigned char u8;
 typedef long long i64;
 
-enum { CHANNEL = 1, TOKEN = 2, NORM = 3, RANGE = 4, PRODUCT = 5, ROW_SPREAD = 6, ROW_RANGE = 7 };
+enum { CHANNEL = 1, TOKEN = 2, NORM = 3, RANGE = 4, PRODUCT = 5, ROW_SPREAD = 6, ROW_RANGE = 7, FLOAT8 = 8 };
 enum { F32 = 1, F16 = 2, BF16 = 3 };
 enum { NOT_FINITE = 1, OVERFLOWS = 2 };
 
@@ -154,7 +154,16 @@ device void rotate(float (&x)[MINE], const float* signs, int channel, int part) 
   for (int n = 0; n < MINE; ++n) x[n] *= D == 128 ? 0.08838834764831845f : 0.125f;
 }
 
-#if KIND <= 4
+#if KIND <= 4 || KIND == 8
+// How many of 252 ascending boundaries are below a number.
+device int place_of(const float* boundaries, float value) {
+  int place = 0;
+#pragma unroll
+  for (int step = 128; step > 0; step /= 2)
+    if (place + step <= 252 && boundaries[place + step - 1] < value) place += step;
+  return place;
+}
+
 extern "C" global __launch_bounds__(THREADS) void rarefy_encode(const Arguments a) {
   const i64 pair = blockIdx.y, batch = pair / a.heads, head = pair % a.heads;
   const int thread = threadIdx.x;
@@ -201,7 +210,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_encode(const Arguments 
   u32 fault = load_mine(x, a, batch, head, token, channel) ? 0 : NOT_FINITE;
   if constexpr (ROTATED) rotate(x, a.signs, channel, part);
 
-  if constexpr (KIND == TOKEN || KIND == RANGE) {
+  if constexpr (KIND == TOKEN || KIND == RANGE || KIND == FLOAT8) {
     float low = x[0], high = x[0];
 #pragma unroll
     for (int n = 1; n < MINE; ++n) low = smaller(low, x[n]), high = larger(high, x[n]);
@@ -223,6 +232,13 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_encode(const Arguments 
         const i64 group = row * (D / GROUP) + part / TOGETHER;
         a.scale[group] = steps.scale, a.zero[group] = steps.zero;
       }
+    } else if constexpr (KIND == FLOAT8) {
+      const u16 half = rounded<true>(larger(larger(high, 0.0f) / 448.0f, smaller(low, 0.0f) / -448.0f));
+      const float scale = half_value(half);
+#pragma unroll
+      for (int n = 0; n < MINE; ++n) codes[n] = u32(a.lut[place_of(a.middles, scale == 0.0f ? 0.0f : x[n] / scale)]);
+      if (!(scale <= 65504.0f)) fault |= OVERFLOWS;
+      if (real && part == 0) a.scale[row] = half;
     } else {
       const u16 half = rounded<true>(at_most((high - low) / 2.0f)), middle = rounded<true>(at_most((high + low) / 2.0f));
       const float scale = half_value(half), offset = half_value(middle);

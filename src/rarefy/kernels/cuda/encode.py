@@ -15,7 +15,7 @@ from rarefy.core.errors import UnsupportedError
 from rarefy.kernels.cuda import driver
 
 SOURCE = Path(__file__).with_name("encode.cu")
-KINDS = {"channel": 1, "token": 2, "norm": 3, "range": 4, "product": 5, "row spread": 6, "row range": 7}
+KINDS = {"channel": 1, "token": 2, "norm": 3, "range": 4, "product": 5, "row spread": 6, "row range": 7, "float8": 8}
 TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 CHANNELS, MINE, SPAN = (64, 128), 32, 128  # numbers of a thread, and tokens of a block of threads at most
 NOT_FINITE, OVERFLOWS = 1, 2  # bits of what was wrong
@@ -27,8 +27,8 @@ class Code:
     """What is stored. ``kind``: uniform codes with a scale and zero for ``group`` tokens of a ``channel`` (in blocks of
     ``block``) or channels of a ``token``; a table for vectors brought to one ``norm`` or ``range``; codebooks of two
     channels each (``product``); a table for rows of all ``heads`` with ``entries`` outliers, around centers of channels
-    (``row spread``) or within a range (``row range``). ``rotated``: vectors are turned by signs and a Hadamard matrix
-    first."""
+    (``row spread``) or within a range (``row range``); 8-bit floats in E4M3 (``float8``). ``rotated``: vectors are
+    turned by signs and a Hadamard matrix first."""
 
     kind: str
     num_bits: int
@@ -44,7 +44,7 @@ class Code:
         """Whether the kernel knows it."""
         if self.channels not in CHANNELS or not 1 <= self.num_bits <= 8:
             return False
-        if self.kind == "product":
+        if self.kind in ("product", "float8"):
             return self.num_bits == 8
         if self.kind in ("norm", "range"):
             return self.num_bits <= 4

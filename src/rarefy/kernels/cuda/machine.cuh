@@ -188,6 +188,14 @@ device u32 half_pair(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
+// Two numbers of E4M3 as float16.
+device u32 halves_of_e4m3(u16 pair) {
+  u32 found = 0;
+#if __CUDA_ARCH__ >= 890
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(found) : "h"(pair));
+#endif
+  return found;
+}
 device float power_of_two(float value) {
   float found;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(value));

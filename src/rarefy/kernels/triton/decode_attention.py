@@ -96,6 +96,8 @@ def fits(
     tile = _tile(keys, channels, rows)
     if keys.kind == "channel" and (keys.block < 4 * chunks[0] or keys.group < chunks[0] or turns is not None):
         return False
+    if "float8" in (keys.kind, values.kind):
+        return False
     for side, chunk in zip((keys, values), chunks, strict=True):
         by_token = side.kind != "channel"
         # Four chunks of 3 bits fill three words, a chunk lies in one group, and rows of codes begin with a word.

@@ -3,10 +3,10 @@
 32 query heads over 8 KV heads of 128 channels, one sequence. Caches are filled with random codes (no quality is
 claimed here), several until they exceed the GPU's own cache; peers are timed in turn in one process, as CUDA graphs.
 ``ratio`` is the time of the best of torch's bf16 kernels over ours, ``ratio_to_fp8`` that of our own kernel over 8-bit
-floats with a scale for each token, ``fraction_of_limit`` the bytes of the cache at the bandwidth of a copy or a sum over
-our time, ``max_rel_error`` that against the decoded cache in float32 at 8,192 tokens. What is in code goes through the
-kernel in CUDA C++, 16-bit numbers through the one in Triton. Every job is tried with several shapes of the kernel, and
-the best counts; ``--trials FILE`` keeps them all.
+floats with a scale for each token, ``fraction_of_limit`` the bytes of the cache at the bandwidth of a copy or a sum
+over our time, ``max_rel_error`` that against the decoded cache in float32 at 8,192 tokens. What is in code goes through
+the kernel in CUDA C++, 16-bit numbers through the one in Triton. Every job is tried with several shapes of the kernel,
+and the best counts; ``--trials FILE`` keeps them all.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Shape:
 
     warps: int = 8
     blocks: int = 1
-    depth: int = 8
+    depth: int = 4
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rarefy.kernels.cuda import program
+from rarefy.kernels.cuda import attend, encode, program
 from rarefy.kernels.cuda.linear import aligned, pointed, pointed_sparse, terms_of
 from rarefy.kernels.cuda.prepared import code_of, sparse_code_of
 from rarefy.kernels.prepared import Prepared, flat
@@ -104,3 +104,28 @@ def sparse(x: Tensor, prepared: Prepared) -> Tensor:
     shared = code.shared_memory(most, x.shape[1])
     library.run(0, ctypes.byref(given), *code.grid(prepared.rows, 2), 32 * code.WARPS, shared)
     return y
+
+
+def attention(
+    whole: attend.CodedAttention, query: Tensor, scaling: float, exact: attend.Exact | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of ``query [B, Hq, D]`` over runs in code and what is exact."""
+    code = whole.program(query.dtype, exact)
+    macros = [f"-D{macro}={value}" for macro, value in code.definitions().items()]
+    library = _library((*macros, "-DENTRY=rarefy_attend"), attend.SOURCE)
+    out, lse = torch.full_like(query, torch.nan), torch.full(query.shape[:2], torch.nan)
+    given = whole.arguments(query, scaling, exact, out, lse)
+    for _ in range(2):  # the second finds its counters as the first did
+        library.run(0, ctypes.byref(given), *whole.grid, code.threads, code.shared_memory)
+    return out, lse
+
+
+def encoded(code: encode.Code, x: Tensor, **tables: Tensor | None) -> tuple[encode.Encoded, Tensor]:
+    """Codes of ``x [B, H, tokens, D]``, and what is wrong with it."""
+    assert code.fits
+    to, faults = encode.empty(code, x), torch.zeros(1, dtype=torch.int32)
+    given = encode.arguments(x, to, faults, tables)
+    macros = [f"-D{macro}={value}" for macro, value in code.definitions(x.dtype).items()]
+    library = _library((*macros, f"-DENTRY={code.entry}"), encode.SOURCE)
+    library.run(0, ctypes.byref(given), *code.grid(x), code.threads, code.shared_memory)
+    return to, faults

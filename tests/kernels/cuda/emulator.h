@@ -53,6 +53,7 @@ device uint4 load_once(const uint4* from) { return *from; }
 device uint4 load_once(const uint4* from, bool real) { return real ? *from : uint4{0, 0, 0, 0}; }
 device uint2 load_once(const uint2* from) { return *from; }
 device unsigned load_once(const unsigned* from) { return *from; }
+device unsigned load_near(const unsigned* from) { return *from; }
 device unsigned short load_once(const unsigned short* from) { return *from; }
 device uint4 load_shared_by_all(const uint4* from, bool real) { return real ? *from : uint4{0, 0, 0, 0}; }
 device uint2 load_shared_by_all(const uint2* from, bool real) { return real ? *from : uint2{0, 0}; }
@@ -119,6 +120,51 @@ device unsigned of_lane(unsigned value, int lane) {
   warp_barrier();
   return found;
 }
+device float of_lane(float value, int lane) {
+  unsigned bits;
+  memcpy(&bits, &value, 4);
+  return as_float(of_lane(bits, lane));
+}
+device unsigned of_lane_xor(unsigned value, int distance) { return of_lane(value, threadIdx.x % 32 ^ distance); }
+device float of_lane_xor(float value, int distance) { return of_lane(value, threadIdx.x % 32 ^ distance); }
+device unsigned half_pair(float low, float high) { return rounded<true>(low) | unsigned(rounded<true>(high)) << 16; }
+device unsigned halves_of_e4m3(unsigned short pair) {
+  float found[2];
+  for (int k = 0; k < 2; ++k) {
+    const int code = pair >> 8 * k & 127, exponent = code >> 3, digits = code & 7;
+    const float size = std::ldexp(float(exponent ? 8 + digits : digits), (exponent ? exponent : 1) - 10);
+    found[k] = pair >> 8 * k & 128 ? -size : size;
+  }
+  return half_pair(found[0], found[1]);
+}
+device float power_of_two(float value) { return std::exp2(value); }
+device float root(float value) { return std::sqrt(value); }
+device float nearest_integer(float value) { return std::nearbyint(value); }
+device void raise(unsigned* flags, unsigned bits) { *flags |= bits; }
+device float log_of_two(float value) { return std::log2(value); }
+device unsigned funnel(unsigned low, unsigned high, unsigned shift) {
+  return unsigned((uint64_t(high) << 32 | low) >> (shift & 31));
+}
+device unsigned transposed(unsigned pair) {
+  const int thread = threadIdx.x, warp = thread / 32 * 32, g = thread % 32 / 4, t = thread % 4;
+  emulator::exchanged[thread].a[0] = pair;
+  warp_barrier();
+  unsigned found = 0;
+  for (int k = 0; k < 2; ++k)
+    found |= (emulator::exchanged[warp + 4 * (2 * t + k) + g / 2].a[0] >> g % 2 * 16 & 0xFFFF) << 16 * k;
+  warp_barrier();
+  return found;
+}
+device unsigned votes(bool ours) {
+  const int thread = threadIdx.x;
+  emulator::exchanged[thread].a[0] = ours;
+  warp_barrier();
+  unsigned found = 0;
+  for (int n = 0; n < 32; ++n) found |= emulator::exchanged[thread / 32 * 32 + n].a[0] << n;
+  warp_barrier();
+  return found;
+}
+device void add_shared(float* to, float value) { *to += value; }
 device int ones_of(unsigned word) { return __builtin_popcount(word); }
 device unsigned bits_of(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
 device unsigned bf16_pair(float low, float high) { return rounded<false>(low) | unsigned(rounded<false>(high)) << 16; }

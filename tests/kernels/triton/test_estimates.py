@@ -14,7 +14,7 @@ from rarefy.attention.reach import Reach
 from rarefy.kv.rotary import Rotary, unrotate
 
 pytest.importorskip("triton")
-from rarefy.kernels.triton.anchored_scores import anchored_scores, token_codes
+from rarefy.kernels.triton.anchored_scores import Tile, anchored_scores, key_codes, query_codes
 from rarefy.kernels.triton.block_summaries import block_summaries
 from rarefy.kernels.triton.window_shares import window_shares, window_totals
 
@@ -83,28 +83,45 @@ def test_window_shares_are_those_in_torch(shape: tuple, block_q: int, coarse: bo
     same(window_shares(query, means, totals, block_q=block_q, size=8, stride=4, **given), expected)
 
 
-@pytest.mark.parametrize("shape", SHAPES[:3])
-@pytest.mark.parametrize(("block_k", "tile"), [(16, 32), (32, 32)])
-def test_anchored_scores_are_those_in_torch(shape: tuple, block_k: int, tile: int) -> None:
+# Queries of a block, every so many-th of which is looked at, keys of a block, keys and queries of a tile.
+@pytest.mark.parametrize("shape", [*SHAPES[:3], (2, 2, 1, 130, 130, [0, 100])])
+@pytest.mark.parametrize(("sizes", "smooth"), [((16, 1, 16, 32, 32), True), ((32, 2, 32, 32, 16), False)])
+def test_anchored_scores_are_those_in_torch(shape: tuple, sizes: tuple, smooth: bool) -> None:
     query, key, reach = problem(*shape)
-    options = {"block_q": 16, "block_k": block_k, "sink": block_k, "local": 2 * block_k, "scaling": 0.3}
-    expected = low_bit.anchored_scores(query, key, reach, **options)
+    block_q, every, block_k, keys, rows = sizes
+    options = {
+        "block_q": block_q, "block_k": block_k, "sink": block_k, "local": 2 * block_k, "scaling": 0.3, "every": every,
+    }  # fmt: skip
+    host = [tensor.cpu() for tensor in (query, key)]
+    expected = low_bit.anchored_scores(*host, reach_on_host(reach), smooth=smooth, **options).to(DEVICE)
     asked, kept = query.mean(2), key.mean(2)
-    bias = torch.matmul(asked.unflatten(1, (key.shape[1], -1)), (key - kept[:, :, None]).mT).flatten(1, 2)
     found = anchored_scores(
-        query, key, kept, token_codes(query, asked, 7), token_codes(key, kept, 7), bias, offset=reach.offset,
-        first=reach.first, tile=tile, **options,
+        query, key, asked if smooth else None, kept if smooth else torch.zeros_like(kept), most=7, offset=reach.offset,
+        first=reach.first, tile=Tile(rows, keys, 4, 2), dtype=torch.int8, **options,
     )  # fmt: skip
     same(found * math.log(2), expected, 1e-3)
 
 
 def test_codes_are_those_in_torch() -> None:
-    x = torch.randn(2, 70, 3, 16, device=DEVICE).transpose(1, 2)
-    mean = x.mean(2)
-    codes, scales = token_codes(x, mean, 7)
-    expected, scale = coarse_codes(x - mean[:, :, None], 4)
-    assert torch.allclose(scales, scale.squeeze(-1), rtol=1e-5)
-    assert float((codes != expected).float().mean()) < 0.01  # numbers half way between two
+    query, key, _ = problem(2, 6, 3, 70, 70, None)
+    asked, kept = query.mean(2), key.mean(2)
+    codes, scales, bias = key_codes(key, kept, asked, most=7, block_k=32, width=128)
+    moved = key - kept[:, :, None]
+    expected, scale = coarse_codes(moved, 4, 32)
+    assert torch.allclose(scales[..., :3], scale[:, :, ::32, 0], rtol=1e-5)
+    assert float((codes[:, :, :70, :16] != expected).float().mean()) < 0.01  # numbers half way between two
+    assert not bool(codes[:, :, 70:].any() | codes[..., 16:].any())
+    added = torch.matmul(asked.unflatten(1, (3, 2)), moved.mT).flatten(1, 2)
+    assert torch.allclose(bias[..., :70] * scale.squeeze(-1).repeat_interleave(2, 1), added, atol=1e-5)
+    codes, scales, _ = query_codes(
+        query, key, asked, kept, most=7, block_q=16, block_k=16, rows=16, lines=6, every=1, sink=16, local=16,
+        scaling=0.3, offset=0,
+    )  # fmt: skip
+    # Rows of the last block lie at its end.
+    taken = torch.cat([torch.arange(64), torch.arange(74, 80)]).to(DEVICE)
+    expected, scale = coarse_codes(query - asked[:, :, None], 4)
+    assert torch.allclose(scales[..., taken], scale.squeeze(-1), rtol=1e-5)
+    assert float((codes[:, :, taken, :16] != expected).float().mean()) < 0.01
 
 
 @pytest.mark.parametrize("first", [None, [0, 50]])

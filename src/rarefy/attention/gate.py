@@ -65,8 +65,10 @@ class BlockGate:
     def compress(self, summary: Tensor, places: Tensor, rotary: Rotary | None) -> Tensor:
         """What stands for blocks with these ``summaries.summaries`` that begin at ``places [N]``: float32 ``[B, maps,
         N, D]``."""
-        wide = summary.repeat_interleave(self.maps // summary.shape[1], 1)
-        return self._placed(torch.matmul(wide, self.keys.float()), places, rotary)
+        # Maps that read the same keys side by side, so that summaries are read once.
+        keys = self.keys.float().unflatten(0, (summary.shape[1], -1)).transpose(1, 2)
+        found = torch.matmul(summary, keys.flatten(2)).unflatten(3, keys.shape[2:])
+        return self._placed(found.transpose(2, 3).flatten(1, 2), places, rotary)
 
     def ask(self, query: Tensor, places: Tensor, rotary: Rotary | None) -> Tensor:
         """What stands for queries ``[B, H, n, D]`` (tokens, or means of blocks of them) at ``places [n]``: float32
@@ -79,7 +81,7 @@ class BlockGate:
 
     def score(self, asked: Tensor, compressed: Tensor) -> Tensor:
         """Scores ``[B, maps, n, N]``, float32, of which a softmax over blocks is taken."""
-        return torch.matmul(asked, compressed.float().mT) / math.sqrt(asked.shape[-1])
+        return torch.matmul(asked / math.sqrt(asked.shape[-1]), compressed.float().mT)
 
     def _placed(self, x: Tensor, places: Tensor, rotary: Rotary | None, gain: Tensor | None = None) -> Tensor:
         if self.gain is not None:

@@ -16,7 +16,6 @@ from rarefy.kv.rotary import Rotary, unrotate
 pytest.importorskip("triton")
 from rarefy.kernels.triton.anchored_scores import Tile, anchored_scores, key_codes, query_codes
 from rarefy.kernels.triton.block_summaries import block_summaries
-from rarefy.kernels.triton.window_shares import window_shares, window_totals
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Batch, query heads, KV heads, queries, keys, first tokens that are no padding.
@@ -59,28 +58,29 @@ def test_summaries_are_those_of_tokens_before_rotary_embedding(tokens: int, bloc
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("block_q", [1, 16])
+@pytest.mark.parametrize(("block_q", "every"), [(1, 1), (16, 1), (16, 3)])
 @pytest.mark.parametrize("coarse", [False, True])
-def test_window_shares_are_those_in_torch(shape: tuple, block_q: int, coarse: bool) -> None:
+def test_window_shares_are_those_in_torch(shape: tuple, block_q: int, every: int, coarse: bool) -> None:
     query, key, reach = problem(*shape)
     means = key.unfold(2, 8, 4).mean(-1)
     long = key.unfold(2, 32, 16).mean(-1) if coarse and reach.keys >= 32 else None
-    expected = windowed.window_shares(
-        query,
-        means,
-        reach,
-        scaling=0.3,
-        block_q=block_q,
-        size=8,
-        stride=4,
-        coarse=None if long is None else (long, 32, 16),
-    )
-    given = {"scaling": 0.3, "offset": reach.offset, "first": reach.first}
-    totals = window_totals(query, means, size=8, stride=4, **given)
-    if long is not None:
-        rough = window_totals(query, long, size=32, stride=16, more=2.0, **given)
-        totals = torch.where(rough.isneginf(), totals, rough)
-    same(window_shares(query, means, totals, block_q=block_q, size=8, stride=4, **given), expected)
+    rough = None if long is None else (long.cpu(), 32, 16)
+    given = {"scaling": 0.3, "block_q": block_q, "size": 8, "stride": 4, "every": every}
+    host = [tensor.cpu() for tensor in (query, means)]
+    expected = windowed.window_shares(*host, reach_on_host(reach), coarse=rough, **given).to(DEVICE)
+    rough = None if long is None else (long, 32, 16)
+    same(windowed._by_kernel(query, means, reach, coarse=rough, **given), expected)
+
+
+def test_heads_that_do_not_fit_into_one_product_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rarefy.kernels.triton import window_shares as kernel
+
+    monkeypatch.setattr(kernel, "MOST", 32)
+    query, key, reach = problem(1, 6, 2, 40, 40, None)
+    means = key.unfold(2, 8, 4).mean(-1)
+    given = {"scaling": 0.3, "block_q": 16, "size": 8, "stride": 4}
+    expected = windowed.window_shares(query.cpu(), means.cpu(), reach_on_host(reach), **given).to(DEVICE)
+    same(windowed._by_kernel(query, means, reach, **given), expected)
 
 
 # Queries of a block, every so many-th of which is looked at, keys of a block, keys and queries of a tile.

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from rarefy.attention.call import Call, by_mask_head
 from rarefy.attention.estimators.base import Estimator
-from rarefy.attention.estimators.rows import by_blocks, kernel_serves, pieces, seen
+from rarefy.attention.estimators.rows import by_blocks, kernel_serves, looked_at, pieces, seen
 from rarefy.attention.reach import Blocks, Reach
 
 TINY = 1e-12
@@ -98,7 +98,7 @@ def anchored_scores(
     place = torch.arange(reach.keys, device=key.device)
     found = []
     for low, high in pieces(query, reach.keys, block_q):
-        rows = _looked_at(low, high, query.shape[2], block_q, every, key.device)
+        rows = looked_at(low, high, query.shape[2], block_q, every, key.device)
         may = seen(reach, rows, place)
         part = query[:, :, rows].float()
         begin = (rows // block_q * block_q + reach.offset - local).clamp(min=0) // block_k * block_k
@@ -121,11 +121,3 @@ def anchored_scores(
 def _fits(query: Tensor, reach: Reach, *sizes: int) -> bool:
     """Whether the kernel serves: tiles of ``sizes`` are of those that it has."""
     return kernel_serves(query, reach) and all(16 <= size <= 128 and size & (size - 1) == 0 for size in sizes)
-
-
-def _looked_at(low: int, high: int, count: int, block: int, every: int, device: torch.device) -> Tensor:
-    """Of each block of queries in ``[low, high)``, out of ``count``, the last and each ``every``-th before it,
-    int64."""
-    rows = torch.arange(low, high, device=device)
-    last = ((rows // block + 1) * block).clamp(max=count) - 1
-    return rows[(last - rows) % every == 0]

@@ -11,8 +11,8 @@ from torch import Tensor
 from rarefy.attention.source import Source
 from rarefy.kv.store import SideState
 
-# Of tokens `[B, H, N, span, D]`, which of them count `[B or 1, 1, N, span, 1]` (None: all) and where each of the N blocks
-# begins: tensors `[B, H, N, ...]` by name.
+# Of tokens `[B, H, N, span, D]`, which of them count `[B or 1, 1, N, span, 1]` (None: all) and where each block begins:
+# tensors `[B, H, N, ...]` by name.
 Summary = Callable[[Tensor, Tensor | None, range], dict[str, Tensor]]
 
 

@@ -31,7 +31,8 @@ def _summaries(
     sin_low = tl.load(sin + angle, mask=here, other=0.0).to(tl.float32)
     sin_high = tl.load(sin + angle + D // 2, mask=here, other=0.0).to(tl.float32)
     low_size, high_size = cos_low * cos_low + sin_low * sin_low, cos_high * cos_high + sin_high * sin_high
-    cos_low, sin_low, cos_high, sin_high = cos_low / low_size, sin_low / low_size, cos_high / high_size, sin_high / high_size
+    cos_low, sin_low = cos_low / low_size, sin_low / low_size
+    cos_high, sin_high = cos_high / high_size, sin_high / high_size
     number = tl.sum(real.to(tl.float32))
     wide = (MAX >= 0) + (MIN >= 0) + (MEAN >= 0)
     start = x + row * stride_b + block.to(tl.int64) * stride_n

@@ -16,6 +16,7 @@ from rarefy.kv.rotary import Rotary, unrotate
 pytest.importorskip("triton")
 from rarefy.kernels.triton.anchored_scores import Tile, anchored_scores, key_codes, query_codes
 from rarefy.kernels.triton.block_summaries import block_summaries
+from rarefy.kernels.triton.window_shares import block_scores
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Batch, query heads, KV heads, queries, keys, first tokens that are no padding.
@@ -70,6 +71,15 @@ def test_window_shares_are_those_in_torch(shape: tuple, block_q: int, every: int
     expected = windowed.window_shares(*host, reach_on_host(reach), coarse=rough, **given).to(DEVICE)
     rough = None if long is None else (long, 32, 16)
     same(windowed._by_kernel(query, means, reach, coarse=rough, **given), expected)
+
+
+@pytest.mark.parametrize(("block", "size", "stride"), [(64, 32, 16), (8, 4, 2), (8, 8, 8), (16, 4, 4)])
+def test_scores_of_blocks_are_those_in_torch(block: int, size: int, stride: int) -> None:
+    for windows in (1, 5, 11):
+        unseen = torch.arange(windows, device=DEVICE) > 7
+        shares = torch.rand(2, 3, windows, device=DEVICE).masked_fill(unseen, -math.inf)
+        expected = windowed.windows_to_blocks(shares, 4, block, size, stride).clamp(min=0).log()
+        same(block_scores(shares, 4, size=size, stride=stride, block_k=block), expected)
 
 
 def test_heads_that_do_not_fit_into_one_product_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:

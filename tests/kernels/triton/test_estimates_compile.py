@@ -48,7 +48,7 @@ def compile_all() -> None:
 
     for module, names in (
         (block_summaries, ("_summaries",)),
-        (window_shares, ("_totals", "_shares")),
+        (window_shares, ("_totals", "_shares", "_blocks")),
         (anchored_scores, ("_keys", "_queries", "_anchored")),
     ):
         for name in names:
@@ -64,7 +64,8 @@ def compile_all() -> None:
                 totals = window_shares.window_totals(
                     query, means, coarse, block_q=block_q, coarse_size=128, coarse_stride=64, **windows
                 )
-            window_shares.window_shares(query, means, totals, block_q=block_q, **windows)
+            shares = window_shares.window_shares(query, means, totals, block_q=block_q, **windows)
+            window_shares.block_scores(shares, 8, size=32, stride=16, block_k=64)
         asked, kept = (torch.zeros(1, heads, channels) for heads in (8, 2))
         for block_q, block_k, every, codes in (
             (64, 32, 1, torch.float8_e4m3fn), (64, 64, 4, torch.int8), (128, 128, 1, torch.float8_e4m3fn),
@@ -82,7 +83,7 @@ def test_kernels_of_estimators_compile() -> None:
         [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert set(done.stdout.split()) == {"_summaries", "_totals", "_shares", "_keys", "_queries", "_anchored"}
+    assert set(done.stdout.split()) == {"_summaries", "_totals", "_shares", "_blocks", "_keys", "_queries", "_anchored"}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -41,7 +42,13 @@ class WindowMeans(Estimator):
             call.query, windows, call.reach, scaling=call.scaling, block_q=blocks.block_q, size=self.size,
             stride=self.stride, coarse=rough, every=self.every,
         )  # fmt: skip
-        found = windows_to_blocks(shares, blocks.columns, blocks.block_k, self.size, self.stride).clamp(min=0).log()
+        if shares.is_cuda and shares.shape[3] and find_spec("triton") is not None:
+            from rarefy.kernels.triton.window_shares import block_scores
+
+            found = block_scores(shares, blocks.columns, size=self.size, stride=self.stride, block_k=blocks.block_k)
+        else:
+            found = windows_to_blocks(shares, blocks.columns, blocks.block_k, self.size, self.stride)
+            found = found.clamp(min=0).log()
         return found.repeat_interleave(call.mask_heads // found.shape[1], 1)
 
     def _means(self, call: Call) -> Tensor:

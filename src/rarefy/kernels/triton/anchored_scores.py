@@ -177,7 +177,7 @@ class Tile:
 
     rows: int = 128
     keys: int = 128
-    num_warps: int = 8
+    num_warps: int = 4
     num_stages: int = 3
 
 

@@ -55,13 +55,15 @@ def _summaries(
 
 
 def block_summaries(
-    x: Tensor, cos: Tensor, sin: Tensor, kinds: Sequence[str], tokens: int | None = None, *, heads_at_once: int = 8,
-    num_warps: int = 8,
+    x: Tensor, cos: Tensor, sin: Tensor, kinds: Sequence[str], tokens: int | None = None, *,
+    heads_at_once: int | None = None, num_warps: int = 4,
 ) -> Tensor:  # fmt: skip
     """Blocks ``x [B, H, N, block, D]`` of rotated tokens, of which the first ``tokens`` of all blocks count (None:
     all), summed up as they were before: float32 ``[B, H, N, len(kinds) * D]``, for ``kinds`` among ``max``, ``min`` and
     ``mean``. ``cos`` and ``sin`` ``[B or 1, tokens, D]``; all channels are rotated, halves in pairs."""
     batch, heads, blocks, span, channels = x.shape
+    # More share angles; fewer leave more programs.
+    heads_at_once = heads_at_once or max(1, min(8, heads // 4))
     cos, sin = cos.contiguous(), sin.contiguous()
     out = torch.empty(batch, heads, blocks, len(kinds) * channels, device=x.device)
     places = {kind.upper(): kinds.index(kind) if kind in kinds else NEVER for kind in ("max", "min", "mean")}

@@ -139,10 +139,34 @@ def _shares(
         tl.store(end + window, tl.full((BN,), float("-inf"), tl.float32), mask=window < number)
 
 
+@triton.jit
+def _blocks(shares, out, number, blocks, before, PER: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr):
+    line, block = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN)
+    best = tl.zeros((BN,), tl.float32)
+    for place in tl.static_range(SPAN):
+        window = block * PER - before + place
+        share = tl.load(shares + line * number + window, mask=(window >= 0) & (window < number), other=0.0)
+        best = tl.maximum(best, share)
+    tl.store(out + line * blocks + block, tl.math.log2(best) * 0.6931471805599453, mask=block < blocks)
+
+
+def block_scores(shares: Tensor, blocks: int, *, size: int, stride: int, block_k: int) -> Tensor:
+    """The logarithm of the largest of ``shares [..., n]`` of windows that touch a block, float32 ``[..., blocks]``;
+    -inf where none does or has any. ``stride`` divides ``size`` and ``block_k``."""
+    lines, number = shares.numel() // shares.shape[-1], shares.shape[-1]
+    out = torch.empty(*shares.shape[:-1], blocks, device=shares.device)
+    before, per = size // stride - 1, block_k // stride
+    tile = min(256, triton.next_power_of_2(blocks))
+    _blocks[(lines, triton.cdiv(blocks, tile))](
+        shares, out, number, blocks, before, PER=per, SPAN=per + before, BN=tile, num_warps=2
+    )
+    return out
+
+
 def window_totals(
     query: Tensor, means: Tensor, coarse: Tensor | None = None, *, size: int, stride: int, scaling: float, offset: int,
     block_q: int, coarse_size: int = 0, coarse_stride: int = 0, every: int = 1, first: Tensor | None = None,
-    tile: int = 128, windows: int = 64, num_warps: int = 4, num_stages: int = 3,
+    tile: int = 128, windows: int = 64, num_warps: int = 4, num_stages: int = 2,
 ) -> Tensor:  # fmt: skip
     """The log-sum-exp (to base 2) over the windows that a query sees whole, of those that are looked at: float32 ``[B,
     H, query blocks * rows]``, inf where there is none or no query. See `window_shares`.

@@ -95,8 +95,15 @@ def test_heads_that_do_not_fit_into_one_product_are_added_up(monkeypatch: pytest
 
 # Queries of a block, every so many-th of which is looked at, keys of a block, keys and queries of a tile.
 @pytest.mark.parametrize("shape", [*SHAPES[:3], (2, 2, 1, 130, 130, [0, 100])])
-@pytest.mark.parametrize(("sizes", "smooth"), [((16, 1, 16, 32, 32), True), ((32, 2, 32, 32, 16), False)])
-def test_anchored_scores_are_those_in_torch(shape: tuple, sizes: tuple, smooth: bool) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "smooth", "kind"),
+    [
+        ((16, 1, 16, 32, 32), True, torch.int8),
+        ((16, 1, 16, 32, 32), True, torch.float16),
+        ((32, 2, 32, 32, 16), False, torch.int8),
+    ],
+)
+def test_anchored_scores_are_those_in_torch(shape: tuple, sizes: tuple, smooth: bool, kind: torch.dtype) -> None:
     query, key, reach = problem(*shape)
     block_q, every, block_k, keys, rows = sizes
     options = {
@@ -107,9 +114,22 @@ def test_anchored_scores_are_those_in_torch(shape: tuple, sizes: tuple, smooth: 
     asked, kept = query.mean(2), key.mean(2)
     found = anchored_scores(
         query, key, asked if smooth else None, kept if smooth else torch.zeros_like(kept), most=7, offset=reach.offset,
-        first=reach.first, tile=Tile(rows, keys, 4, 2), dtype=torch.int8, **options,
+        first=reach.first, tile=Tile(rows, keys, 4, 2), dtype=kind, **options,
     )  # fmt: skip
-    same(found * math.log(2), expected, 1e-3)
+    same(found * math.log(2), expected, 1e-3 if kind == torch.int8 else 1e-2)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float16])
+def test_queries_that_are_nearly_their_mean_are_no_more_than_it(kind: torch.dtype) -> None:
+    """What queries share is exact, whatever is left of them."""
+    query, key, reach = problem(1, 2, 1, 64, 64, None)
+    query = 20.0 + 1e-4 * query
+    options = {"block_q": 16, "block_k": 16, "sink": 16, "local": 16, "scaling": 0.3}
+    expected = low_bit.anchored_scores(query.cpu(), key.cpu(), reach, num_bits=None, **options).to(DEVICE)
+    found = anchored_scores(
+        query, key, query.mean(2), key.mean(2), most=7, offset=0, tile=Tile(32, 32, 4, 2), dtype=kind, **options
+    )
+    same(found * math.log(2), expected, 0.02 * float(expected[expected > -math.inf].std()))
 
 
 def test_codes_are_those_in_torch() -> None:
@@ -122,8 +142,9 @@ def test_codes_are_those_in_torch() -> None:
     assert float((codes[:, :, :70, :16] != expected).float().mean()) < 0.01  # numbers half way between two
     assert not bool(codes[:, :, 70:].any() | codes[..., 16:].any())
     added = torch.matmul(asked.unflatten(1, (3, 2)), moved.mT).flatten(1, 2)
-    assert torch.allclose(bias[..., :70] * scale.squeeze(-1).repeat_interleave(2, 1), added, atol=1e-5)
-    codes, scales, _ = query_codes(
+    greatest = asked.abs().amax(-1, keepdim=True)
+    assert torch.allclose(bias[..., :70] * scale.squeeze(-1).repeat_interleave(2, 1) * greatest, added, atol=1e-5)
+    codes, scales, shifts, _ = query_codes(
         query, key, asked, kept, most=7, block_q=16, block_k=16, rows=16, lines=6, every=1, sink=16, local=16,
         scaling=0.3, offset=0,
     )  # fmt: skip
@@ -131,6 +152,7 @@ def test_codes_are_those_in_torch() -> None:
     taken = torch.cat([torch.arange(64), torch.arange(74, 80)]).to(DEVICE)
     expected, scale = coarse_codes(query - asked[:, :, None], 4)
     assert torch.allclose(scales[..., taken], scale.squeeze(-1), rtol=1e-5)
+    assert torch.allclose((scales * shifts)[..., taken], greatest.expand(-1, -1, 70), rtol=1e-5)
     assert float((codes[:, :, taken, :16] != expected).float().mean()) < 0.01
 
 

@@ -16,18 +16,29 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
-EXACT = 16  # whole numbers up to this are numbers of float8 e4m3
+EXACT = 7  # the largest code that floats serve
+# Codes as floats are a quarter of themselves, and a query's scale is at least this share of the mean of queries: so sums
+# of products stay within float16, whatever the mean is to them.
+QUARTER = tl.constexpr(0.25)
+LEAST = tl.constexpr(1 / 128)
 
 
 @triton.jit
-def _rounded(values, scale):
-    return tl.math.floor(values / scale + 0.5)
+def _rounded(values, scale, kind, FLOATS: tl.constexpr):
+    codes = tl.math.floor(values / scale + 0.5)
+    return (codes * QUARTER if FLOATS else codes).to(kind)
+
+
+@triton.jit
+def _greatest(mean, channel, inside):
+    """The greatest channel of a mean, not zero."""
+    return tl.maximum(tl.max(tl.abs(tl.load(mean + channel, mask=inside, other=0.0))), 1e-12)
 
 
 @triton.jit
 def _keys(
     key, key_mean, query_mean, codes, scales, bias, stride_b, stride_h, stride_n, tokens, width, heads, most,
-    GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr, FLOATS: tl.constexpr,
 ):  # fmt: skip
     block, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token, channel = block * BK + tl.arange(0, BK), tl.arange(0, DP)
@@ -39,21 +50,22 @@ def _keys(
     values = tl.where(real, values - mean[None, :], 0.0)
     scale = tl.maximum(tl.max(tl.abs(values)), 1e-12) / most
     place = codes + (pair * width + token[:, None]) * DP + channel[None, :]
-    tl.store(place, _rounded(values, scale).to(codes.dtype.element_ty))
+    tl.store(place, _rounded(values, scale, codes.dtype.element_ty, FLOATS))
     tl.store(scales + pair * (width // BK) + block, scale)
     if BIAS:
         for member in range(GROUP):
-            asked = tl.load(query_mean + (pair * GROUP + member) * D + channel, mask=inside, other=0.0)
+            at_mean = query_mean + (pair * GROUP + member) * D
+            asked = tl.load(at_mean + channel, mask=inside, other=0.0) / _greatest(at_mean, channel, inside)
             added = tl.sum(values * asked[None, :], 1) / scale
             tl.store(bias + (pair * GROUP + member) * width + token, added)
 
 
 @triton.jit
 def _queries(
-    query, key, query_mean, key_mean, codes, scales, anchors, first, stride_qb, stride_qh, stride_qn, stride_kb,
+    query, key, query_mean, key_mean, codes, scales, shifts, anchors, first, stride_qb, stride_qh, stride_qn, stride_kb,
     stride_kh, stride_kn, queries, tokens, offset, scale, most, sink, local, every, heads,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-    BN: tl.constexpr, FIRST: tl.constexpr,
+    BN: tl.constexpr, FIRST: tl.constexpr, FLOATS: tl.constexpr,
 ):  # fmt: skip
     block, pair = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, head = pair // heads, pair % heads
@@ -95,42 +107,48 @@ def _queries(
     anchor = tl.where(real & (total > 0.0), top + tl.math.log2(tl.where(total > 0.0, total, 1.0)) - shift, float("inf"))
     asked = tl.load(query_mean + pair * D + channel, mask=inside, other=0.0)
     values = tl.where(real[:, None] & inside[None, :], values - asked[None, :], 0.0)
-    own = tl.maximum(tl.max(tl.abs(values), 1), 1e-12) / most
+    middle = _greatest(query_mean + pair * D, channel, inside)
+    own = tl.maximum(tl.max(tl.abs(values), 1), middle * LEAST) / most
     out = (pair * tl.num_programs(0) + block) * ROWS + within
-    tl.store(codes + out[:, None] * DP + channel[None, :], _rounded(values, own[:, None]).to(codes.dtype.element_ty))
-    tl.store(scales + out, own)
+    kind: tl.constexpr = codes.dtype.element_ty
+    tl.store(codes + out[:, None] * DP + channel[None, :], _rounded(values, own[:, None], kind, FLOATS))
+    unit: tl.constexpr = QUARTER * QUARTER if FLOATS else 1.0
+    tl.store(scales + out, own / unit)
+    tl.store(shifts + out, middle / own * unit)
     tl.store(anchors + out, anchor)
 
 
 @triton.jit
 def _best(
-    left, inverse, rate, anchor, k_codes, k_scales, bias, at_key, place, low, tokens,
+    left, shift, rate, anchor, k_codes, k_scales, bias, at_key, place, low, tokens,
     M: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DP: tl.constexpr, BIAS: tl.constexpr,
-    MASK: tl.constexpr,
+    FLOATS: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """The greatest anchored score of each block of queries in each block of a tile of keys."""
     token = at_key + tl.arange(0, BN)
     right_scale = tl.load(k_scales + at_key // BK + tl.arange(0, BN // BK))
-    right = tl.load(k_codes + token[:, None] * DP + tl.arange(0, DP)[None, :])
-    if BIAS:
-        added = tl.load(bias + token)
-        product = tl.dot(left, tl.trans(right)).to(tl.float32) + added[None, :] * inverse[:, None]
+    right = tl.load(k_codes + at_key * DP)
+    # Two float16 are added and compared at once.
+    if FLOATS:
+        product = tl.dot(left, tl.trans(right), out_dtype=tl.float16)
     else:
         product = tl.dot(left, tl.trans(right)).to(tl.float32)
+    if BIAS:
+        product += tl.load(bias + token).to(product.dtype)[None, :] * shift.to(product.dtype)[:, None]
     if MASK:
         seen = ((token < tokens) & (token >= low))[None, :] & (token[None, :] <= place[:, None])
         product = tl.where(seen, product, float("-inf"))
-    best = tl.max(tl.reshape(product, (M, BN // BK, BK)), 2)
+    best = tl.max(tl.reshape(product, (M, BN // BK, BK)), 2).to(tl.float32)
     best = best * (rate[:, None] * right_scale[None, :]) - anchor[:, None]
     return tl.max(tl.reshape(best, (M // ROWS, ROWS, BN // BK)), 1)
 
 
 @triton.jit
 def _anchored(
-    q_codes, q_scales, anchors, k_codes, k_scales, bias, out, first, queries, tokens, width, offset, scale, every,
-    heads, lines, blocks,
+    q_codes, q_scales, q_shifts, anchors, k_codes, k_scales, bias, out, first, queries, tokens, width, offset, scale,
+    every, heads, lines, blocks,
     GROUP: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, M: tl.constexpr,
-    BN: tl.constexpr, BIAS: tl.constexpr, FIRST: tl.constexpr,
+    BN: tl.constexpr, BIAS: tl.constexpr, FLOATS: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     tile, pair = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, head = pair // heads, pair % heads
@@ -140,9 +158,8 @@ def _anchored(
     place = tl.minimum(line * BQ + BQ, queries) - 1 - (ROWS - 1 - within) * every + offset
     at = (pair * tl.num_programs(0) + tile) * M + tl.arange(0, M)
     left = tl.load(q_codes + at[:, None] * DP + tl.arange(0, DP)[None, :])
-    left_scale, anchor = tl.load(q_scales + at), tl.load(anchors + at)
-    inverse, rate = 1.0 / left_scale, left_scale * scale
-    right = k_codes + kv_head * width * DP
+    shift, rate, anchor = tl.load(q_shifts + at), tl.load(q_scales + at) * scale, tl.load(anchors + at)
+    right = k_codes + kv_head * width * DP + tl.arange(0, BN)[:, None] * DP + tl.arange(0, DP)[None, :]
     right_scales, added = k_scales + kv_head * (width // BK), bias + pair * width
     low = 0
     if FIRST:
@@ -157,16 +174,16 @@ def _anchored(
     column, real = tl.arange(0, BN // BK)[None, :], (tile * PER + tl.arange(0, PER) < lines)[:, None]
     for at_key in range(plain, whole, BN):
         best = _best(
-            left, inverse, rate, anchor, right, right_scales, added, at_key, place, low, tokens, M, ROWS, BN, BK, DP,
-            BIAS, False,
+            left, shift, rate, anchor, right, right_scales, added, at_key, place, low, tokens, M, ROWS, BN, BK, DP,
+            BIAS, FLOATS, False,
         )  # fmt: skip
         tl.store(lines_at + at_key // BK + column, best, mask=real)
     for number in range(0, early + tl.maximum(0, (stop - rest + BN - 1) // BN)):
         at_key = tl.where(number < early, begin, rest + (number - early) * BN)
         if at_key < stop:
             best = _best(
-                left, inverse, rate, anchor, right, right_scales, added, at_key, place, low, tokens, M, ROWS, BN, BK,
-                DP, BIAS, True,
+                left, shift, rate, anchor, right, right_scales, added, at_key, place, low, tokens, M, ROWS, BN, BK, DP,
+                BIAS, FLOATS, True,
             )  # fmt: skip
             tl.store(lines_at + at_key // BK + column, best, mask=real & (at_key // BK + column < blocks))
 
@@ -177,13 +194,14 @@ class Tile:
 
     rows: int = 128
     keys: int = 128
-    num_warps: int = 4
+    num_warps: int = 8
     num_stages: int = 3
 
 
 def code_type(most: int, device: torch.device) -> torch.dtype:
-    """The type of codes up to ``most``: whole numbers, or floats that hold them, whose products need no conversion."""
-    floats = device.type == "cuda" and most <= EXACT and torch.cuda.get_device_capability(device) >= (8, 9)
+    """The type of codes up to ``most``: whole numbers, or floats that hold them, where their products need no
+    conversion."""
+    floats = device.type == "cuda" and most <= EXACT and torch.cuda.get_device_capability(device)[0] == 9
     return torch.float8_e4m3fn if floats else torch.int8
 
 
@@ -192,9 +210,9 @@ def key_codes(
     dtype: torch.dtype = torch.int8, num_warps: int = 4,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``key [B, Hkv, L, D]`` beyond ``key_mean`` float32 ``[B, Hkv, D]`` as whole numbers up to ``most`` either way,
-    ``dtype`` ``[B, Hkv, width, D']`` with zeros behind; a scale for each block of them, float32 ``[B, Hkv, width /
-    block_k]``; and what ``query_mean`` float32 ``[B, H, D]`` times them is, over that scale, float32 ``[B, H, width]``
-    (None: nothing, and the scales are returned in its place)."""
+    ``dtype`` ``[B, Hkv, width, D']`` with zeros behind (a quarter of them where it is a float's); a scale for each
+    block, float32 ``[B, Hkv, width / block_k]``; and what ``query_mean`` float32 ``[B, H, D]`` times them is, over that
+    scale and its own greatest channel, float32 ``[B, H, width]`` (None: nothing; the scales are returned again)."""
     batch, heads, tokens, channels = key.shape
     codes = torch.empty(batch, heads, width, max(32, triton.next_power_of_2(channels)), dtype=dtype, device=key.device)
     scales = torch.empty(batch, heads, width // block_k, device=key.device)
@@ -203,7 +221,7 @@ def key_codes(
     _keys[(width // block_k, batch * heads)](
         key, key_mean.contiguous(), key_mean if query_mean is None else query_mean.contiguous(), codes, scales, bias,
         *key.stride()[:3], tokens, width, heads, most, GROUP=group, D=channels, DP=codes.shape[3], BK=block_k,
-        BIAS=query_mean is not None, num_warps=num_warps,
+        BIAS=query_mean is not None, FLOATS=dtype.is_floating_point, num_warps=num_warps,
     )  # fmt: skip
     return codes, scales, bias
 
@@ -212,21 +230,22 @@ def query_codes(
     query: Tensor, key: Tensor, query_mean: Tensor, key_mean: Tensor, *, most: int, block_q: int, block_k: int,
     rows: int, lines: int, every: int, sink: int, local: int, scaling: float, offset: int, first: Tensor | None = None,
     dtype: torch.dtype = torch.int8, num_warps: int = 4,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Of each block of ``query [B, H, Q, D]`` the ``rows`` that are looked at, beyond ``query_mean`` float32 ``[B, H,
-    D]``: codes ``[B, H, lines * rows, D']``, scales and anchors (the log-sum-exp to base 2 of the exact scores of sinks
-    and neighbours, with keys beyond ``key_mean``; inf where there is none), both float32 ``[B, H, lines * rows]``."""
+    D]``: codes as in `key_codes` ``[B, H, lines * rows, D']``, and float32 ``[B, H, lines * rows]`` the scale of a
+    product with codes of keys, what their third tensor is multiplied by, and anchors (the log-sum-exp to base 2 of the
+    exact scores of sinks and neighbours, with keys beyond ``key_mean``; inf where there is none)."""
     batch, heads, queries, channels = query.shape
     wide = max(32, triton.next_power_of_2(channels))
     codes = torch.empty(batch, heads, lines * rows, wide, dtype=dtype, device=query.device)
-    scales, anchors = torch.empty(2, batch, heads, lines * rows, device=query.device).unbind()
+    scales, shifts, anchors = torch.empty(3, batch, heads, lines * rows, device=query.device).unbind()
     _queries[(lines, batch * heads)](
-        query, key, query_mean.contiguous(), key_mean.contiguous(), codes, scales, anchors,
+        query, key, query_mean.contiguous(), key_mean.contiguous(), codes, scales, shifts, anchors,
         anchors if first is None else first, *query.stride()[:3], *key.stride()[:3], queries, key.shape[2], offset,
         scaling * LOG2E, most, sink, local, every, heads, GROUP=heads // key.shape[1], D=channels, DP=wide, ROWS=rows,
-        BQ=block_q, BK=block_k, BN=64, FIRST=first is not None, num_warps=num_warps,
+        BQ=block_q, BK=block_k, BN=64, FIRST=first is not None, FLOATS=dtype.is_floating_point, num_warps=num_warps,
     )  # fmt: skip
-    return codes, scales, anchors
+    return codes, scales, shifts, anchors
 
 
 def anchored_scores(
@@ -260,7 +279,7 @@ def anchored_scores(
     _anchored[(lines * rows // size, batch * heads)](
         *asked, *kept, out, out if first is None else first, queries, tokens, width, offset, scaling * LOG2E, every,
         heads, many, out.shape[3], GROUP=heads // key.shape[1], DP=asked[0].shape[3], ROWS=rows, BQ=block_q,
-        BK=block_k, M=size, BN=keys, BIAS=query_mean is not None, FIRST=first is not None, num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        BK=block_k, M=size, BN=keys, BIAS=query_mean is not None, FLOATS=dtype.is_floating_point,
+        FIRST=first is not None, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out

@@ -69,7 +69,7 @@ def check() -> None:
         ("low bit 64x64, every 4", lambda: LowBitProducts(sink=64, every=4), HEADS, 64, 64),
         ("8 bits 128x128", lambda: LowBitProducts(num_bits=8, smooth=False, sink=128), HEADS, 128, 128),
     ]
-    for tokens in (1000, 2048):
+    for tokens in (1000,):
         query, key, value = tensors(tokens)
         call, exact = call_of(query, key, value), call_of(*(part.float().cpu() for part in (query, key, value)))
         for name, make, maps, block_q, block_k in jobs:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 LOG2E = 1.4426950408889634
 EXACT = 7  # the largest code that floats serve
-# Codes as floats are a quarter of themselves, and a query's scale is at least this share of the mean of queries: so sums
-# of products stay within float16, whatever the mean is to them.
+# Codes as floats are a quarter of themselves, and a query's scale is at least this share of the mean of queries: so
+# sums of products stay within float16, whatever the mean is to them.
 QUARTER = tl.constexpr(0.25)
 LEAST = tl.constexpr(1 / 128)
 

@@ -38,7 +38,7 @@ class InfLlmV2(AttentionRecipe):
     size: int = Field(32, ge=1)
     stride: int = Field(16, ge=1)
     coarse: bool = True
-    every: int = Field(1, ge=1)
+    every: int = Field(4, ge=1)
     count: int = Field(63, ge=0)
     count_forced: bool = False
     density: float | None = Field(None, gt=0, le=1)

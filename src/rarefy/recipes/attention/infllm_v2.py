@@ -7,7 +7,7 @@ a second pass over the short ones. Nothing is added to the model, so that it can
 still attend densely: gradients go through the blocks that are read.
 
 The paper lets each query choose for itself, in groups of 16 heads; with ``block_q`` 1 so does this. With fewer heads in
-a group that leaves a GPU idle, so by default the queries of a block choose together in prefill.
+a group that leaves a GPU idle, so by default the queries of a block choose together in prefill, by each fourth of them.
 """
 
 from __future__ import annotations

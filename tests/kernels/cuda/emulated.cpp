@@ -6,7 +6,6 @@ Arguments arguments;
 void (*kernel)(const Arguments);
 
 void thread() {
-  threadIdx.x = emulator::current;
   kernel(arguments);
   emulator::finished[emulator::current] = 1;
   while (true) swapcontext(&emulator::fibers[emulator::current], &emulator::scheduler);
@@ -47,6 +46,7 @@ extern "C" void run(int which, const Arguments* given, int x, int y, int z, int 
       left = 0;
       for (current = 0; current < threads; ++current) {
         if (finished[current]) continue;
+        threadIdx.x = current;
         swapcontext(&scheduler, &fibers[current]);
         left += !finished[current];
       }

@@ -26,12 +26,13 @@ std::vector<unsigned char> memory;
 unsigned char* shared;
 std::vector<ucontext_t> fibers;
 std::vector<char> finished;
-std::vector<Barrier> barriers;  // of the block, then of each warp
+std::vector<Barrier> barriers;  // of each block, then of each warp
 std::vector<Operands> exchanged;
 std::vector<float> floats;
 ucontext_t scheduler;
-int current, threads;
+int current, threads, blocks = 1;
 
+void rest() { swapcontext(&fibers[current], &scheduler); }
 void arrive(Barrier& barrier, int count) {
   const unsigned generation = barrier.generation;
   if (++barrier.waiting == count) {
@@ -39,7 +40,7 @@ void arrive(Barrier& barrier, int count) {
     ++barrier.generation;
     return;
   }
-  while (barrier.generation == generation) swapcontext(&fibers[current], &scheduler);
+  while (barrier.generation == generation) rest();
 }
 }  // namespace emulator
 
@@ -70,15 +71,9 @@ device void settle(unsigned&) {}
 device void commit_copies() {}
 template <int PENDING> device void wait_for_copies() {}
 device void block_barrier() {
-  const int thread = threadIdx.x;
-  emulator::arrive(emulator::barriers[0], emulator::threads);
-  threadIdx.x = thread;
+  emulator::arrive(emulator::barriers[emulator::current / emulator::threads], emulator::threads);
 }
-device void warp_barrier() {
-  const int thread = threadIdx.x;
-  emulator::arrive(emulator::barriers[1 + thread / 32], 32);
-  threadIdx.x = thread;
-}
+device void warp_barrier() { emulator::arrive(emulator::barriers[emulator::blocks + emulator::current / 32], 32); }
 device void wait_for_earlier_kernels() {}
 device bool last_to_arrive(unsigned* arrived, unsigned count) {
   static unsigned before;
@@ -101,7 +96,7 @@ template <bool HALF_> device unsigned short rounded(float value) {
 }
 device float widened(unsigned short bits) { return HALF ? half_value(bits) : as_float(unsigned(bits) << 16); }
 device float sum_of(int count, float value) {
-  const int thread = threadIdx.x, first = thread / count * count;
+  const int thread = emulator::current, first = thread / count * count;
   emulator::floats[thread] = value;
   warp_barrier();
   float sum = 0;
@@ -112,7 +107,7 @@ device float sum_of(int count, float value) {
 device float sum_of_eight(float value) { return sum_of(8, value); }
 device float sum_of_warp(float value) { return sum_of(32, value); }
 device unsigned of_lane(unsigned value, int lane) {
-  const int thread = threadIdx.x;
+  const int thread = emulator::current;
   emulator::exchanged[thread].a[0] = value;
   warp_barrier();
   const unsigned found = emulator::exchanged[thread / 32 * 32 + lane].a[0];
@@ -138,7 +133,7 @@ device unsigned permuted(unsigned a, unsigned b, unsigned bytes) {
   return d;
 }
 device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  const int thread = threadIdx.x, warp = thread / 32 * 32, g = thread % 32 / 4, t = thread % 4;
+  const int thread = emulator::current, warp = thread / 32 * 32, g = thread % 32 / 4, t = thread % 4;
   emulator::exchanged[thread] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
   warp_barrier();
   for (int j = 0; j < 4; ++j) {
@@ -181,3 +176,41 @@ device void multiply_wide(float (&d)[N][4], const unsigned (&a)[4], const unsign
     multiply(d[first], a, b[0], b[1]);
   }
 }
+
+// ---- stream.cuh: copies are done at once, and whoever waits lets others go on.
+
+typedef unsigned long long emulated_barrier;  // arrivals that are missing, 32 bits; parity, 8 bits; all arrivals
+device void start_barrier(emulated_barrier* barrier, unsigned count) { *barrier = (unsigned long long)count << 40 | count; }
+device void show_barriers() {}
+device void arrive(emulated_barrier* barrier) {
+  if (unsigned(--*barrier) == 0) *barrier = ((*barrier ^ 1ull << 32) & ~0xFFFFFFFFull) | *barrier >> 40;
+}
+device void expect(emulated_barrier* barrier, unsigned) { arrive(barrier); }
+device void wait_for(emulated_barrier* barrier, unsigned parity) {
+  while ((*barrier >> 32 & 1) == parity) emulator::rest();
+}
+device void copy_bulk(unsigned char* to, const void* from, unsigned bytes, emulated_barrier*, unsigned long long) {
+  memcpy(to, from, bytes);
+}
+device unsigned long long read_once() { return 0; }
+template <int THREADS_> device void barrier_of() { emulator::arrive(emulator::barriers[emulator::current / emulator::threads], THREADS_); }
+device void leave(unsigned* counter) { ++*counter; }
+device unsigned seen(const unsigned* counter) { return *counter; }
+device unsigned counted(unsigned* counter) { return (*counter)++; }
+device void wait_a_little() { emulator::rest(); }
+device void all_may_begin() {}
+device void wait_for_kernels_before() {}
+device uint4 fresh(const uint4* from) { return *from; }
+device unsigned short fresh(const unsigned short* from) { return *from; }
+device float fresh(const float* from) { return *from; }
+device int fresh(const int* from) { return *from; }
+template <int COUNT> device float sum_over(float value) { return sum_of(COUNT, value); }
+device float other_lane(float value, int distance) {
+  const unsigned lane = emulator::current % 32;
+  return as_float(of_lane(bits_of(value), lane ^ distance));
+}
+device float power_of_two(float value) { return std::exp2(value); }
+device float log_of_two(float value) { return std::log2(value); }
+device float exponential(float value) { return std::exp(value); }
+device float error_function(float value) { return std::erf(value); }
+device long long cycles() { return 1; }

@@ -1,0 +1,762 @@
+// One token's way through a whole model in one launch.
+//
+// A block stays on each multiprocessor for the whole step. Its last warp does nothing but fetch: what the block will
+// multiply is known beforehand, phase after phase, so weights flow through a ring in shared memory without a pause,
+// while the other warps work, wait for each other and for other blocks. A phase is a product with what lies around it
+// (the norm of its input before; activation or residual sum after), or attention with rotation and the cache's new row;
+// after each, all blocks meet.
+//
+// Weights lie as linear.cu wants them (layout.py): a block's tiles follow each other in memory, so that a piece of a
+// stage is one copy. A warp takes every so many steps of a tile; the warps' sums meet in shared memory, in one order.
+//
+// Macros: CODES (the kinds of codes, Code<...>, by commas), HALF (float16 activations, else bfloat16), WARPS (that
+// multiply), STAGES, STAGE (bytes), INPUT (bytes of a product's input), WORK (of all that is no ring), BATCH (tiles whose
+// sums meet together), HEADS, KV_HEADS, CHANNELS (of attention), SPLITS (blocks that share a head's positions at most),
+// LEAST (positions that are worth a block).
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef long long i64;
+typedef unsigned long long u64;
+
+enum { NONE = 0, F32 = 1, F16 = 2, BF16 = 3, U8 = 4, PAIRS = 5, BILEVEL = 6, LEVEL = 7 };
+enum { BY_ROW = 2 };
+enum { PRODUCT = 0, ATTENTION = 1 };
+enum { PLAIN = 1, CENTRED = 2 };
+enum { SILU = 1, GELU = 2, GELU_TANH = 3, RELU = 4 };
+
+struct __attribute__((aligned(16))) Phase {
+  const u8* codes;       // as in linear.cu, and the next five
+  const u8* scale;
+  const u8* zero;
+  const u8* table;
+  const u8* second;
+  const u32* entries;
+  const u32* row_ptr;    // [rows, filled up to whole tiles, and four]
+  const u16* x;          // [columns]; of attention: q, k and v
+  const u16* gain;       // [columns], where `norm`
+  u16* y;
+  u16* keys;             // [KV_HEADS] of [CHANNELS] for each position
+  u16* values;
+  const u16* turns;      // [positions][2][CHANNELS / 2]
+  i64 head_stride;
+  int kind, code, rows, columns, steps, groups;
+  int units;             // tiles, or pairs of them where `pair`
+  int pair;              // tiles from a gate to what it opens; 0: no gates
+  int norm, add, activation, window, second_rows;
+  int second_shift;      // groups that share second-order numbers, as a power of two
+  float eps, multiplier, score_scale;
+  int filler;
+};
+
+struct Step {
+  const Phase* phases;
+  const int* position;
+  u32* met;              // [2], zero before and after
+  u32* heads_met;        // [KV_HEADS], zero before and after
+  float* part;           // [KV_HEADS][SPLITS][HEADS / KV_HEADS][CHANNELS]
+  float* part_log;       // [KV_HEADS][SPLITS][HEADS / KV_HEADS]
+  i64* times;            // [phases][blocks][3]: cycles when a phase begins, has its input and is done; or none
+  int count;
+};
+
+#ifndef RAREFY_EMULATED
+#include "machine.cuh"
+#include "stream.cuh"
+#endif
+
+shared_memory(pool);
+
+constexpr int MEMBERS = HEADS / KV_HEADS, CONSUMERS = 32 * WARPS, THREADS = CONSUMERS + 32;
+constexpr int LANES_OF_HEAD = CHANNELS / 8, AT_ONCE = 32 / LANES_OF_HEAD;  // a lane takes eight channels
+constexpr u32 MAGIC = HALF ? 0x64006400u : 0x43004300u;
+constexpr u32 MAGIC_VALUE = HALF ? 1024 : 128;
+constexpr u32 ONES = HALF ? 0x3C003C00u : 0x3F803F80u;
+constexpr float NOTHING = -1e30f;
+
+device constexpr u32 minus(u32 number) {
+  u32 exponent = 0;
+  while (number >> (exponent + 1)) ++exponent;
+  const u32 fraction = HALF ? number << 10 >> exponent & 1023 : number << 7 >> exponent & 127;
+  return (0x8000u | (HALF ? 15 + exponent << 10 : 127 + exponent << 7) | fraction) * 0x10001u;
+}
+device constexpr u32 power(int n) { return u32(HALF ? 15 + n << 10 : 127 + n << 7) * 0x10001u; }
+
+// Bytes of 16 numbers: rows g and g + 8 beside each other.
+device constexpr int bytes_of(int type) {
+  return type == NONE ? 0 : type == F32 || type == PAIRS ? 64 : type == F16 || type == BF16 ? 32 : 16;
+}
+
+template <int BITS_, int GROUP_, int SPAN_, int TABLE_, int SCALE_, int ZERO_, int CENTER_, int OUTLIERS_, int ENTRIES_>
+struct Code {
+  static constexpr int BITS = BITS_, GROUP = GROUP_, SPAN = SPAN_, TABLE = TABLE_, SCALE = SCALE_, ZERO = ZERO_;
+  static constexpr int CENTER = CENTER_, OUTLIERS = OUTLIERS_;
+  static constexpr int STEP = BITS % 2 ? 256 : 128, LOADS = STEP * BITS / 256, BYTES = LOADS * 512;
+  static constexpr int BLOCKS = STEP / 16, PART = GROUP == 0 || GROUP > STEP ? BLOCKS : GROUP / 16, PARTS = BLOCKS / PART;
+  static constexpr bool SUMS = ZERO != NONE || SCALE == PAIRS || SCALE == BILEVEL;
+  // A stage: codes of WARPS steps, and what belongs to them.
+  static constexpr int MOST_GROUPS = GROUP == 0 ? 1 : GROUP > STEP ? (WARPS - 1) / (GROUP > STEP ? GROUP / STEP : 1) + 2 : WARPS * PARTS;
+  static constexpr int SCALES_AT = WARPS * BYTES;
+  static constexpr int ZEROS_AT = SCALES_AT + MOST_GROUPS * bytes_of(SCALE);
+  static constexpr int TABLE_AT = ZEROS_AT + MOST_GROUPS * bytes_of(ZERO);
+  static constexpr int TABLE_BYTES = TABLE == BY_ROW ? 32 << BITS : 0;
+  static constexpr bool SECONDS = SCALE == BILEVEL || SCALE == LEVEL;
+  static constexpr int SECONDS_AT = TABLE_AT + MOST_GROUPS * TABLE_BYTES;
+  static constexpr int POINTERS_AT = SECONDS_AT + (SECONDS ? (MOST_GROUPS / 2 + 2) * 16 : 0);
+  static constexpr int ENTRIES_AT = POINTERS_AT + (OUTLIERS != NONE ? 80 : 0);
+  static constexpr int END = ENTRIES_AT + (OUTLIERS != NONE ? 4 * ENTRIES_ : 0);
+  static_assert(END <= STAGE, "a stage is too small");
+};
+
+template <class C> device int group_of(int step, int part) {
+  constexpr int STEPS = C::GROUP > C::STEP ? C::GROUP / C::STEP : 1;
+  return C::GROUP == 0 ? 0 : C::GROUP > C::STEP ? step / STEPS : step * C::PARTS + part;
+}
+
+// ---- The ring.
+
+struct Ring {
+  u8* stages;
+  u64 *full, *empty;
+  int at;
+  u32 parity;
+};
+
+device void go_on(Ring& ring) {
+  if (++ring.at == STAGES) ring.at = 0, ring.parity ^= 1;
+}
+
+struct Range { int begin, end; };
+
+device Range share_of(int units) {
+  return {int(i64(units) * blockIdx.x / gridDim.x), int(i64(units) * (blockIdx.x + 1) / gridDim.x)};
+}
+
+// Where the second-order numbers of a tile's group are.
+device i64 second_of(const Phase& p, i64 tile, int group) {
+  const int all = (p.groups + (1 << p.second_shift) - 1) >> p.second_shift;
+  return tile / p.second_rows * all + (group >> p.second_shift);
+}
+
+// Of the entries [first, last) of a tile those that go with piece `piece` of `pieces`, to whole 16 bytes.
+device u32 entry_at(u32 first, u32 last, int piece, int pieces) {
+  return piece == pieces ? last : piece == 0 ? first & ~3u : (first + u32(u64(last - first) * piece / pieces)) & ~3u;
+}
+
+template <class C> device void fetch(const Phase& p, Ring& ring, u64 policy) {
+  const Range own = share_of(p.units);
+  const int pieces = (p.steps + WARPS - 1) / WARPS;
+  u32 next_entry = 0, end_entry = 0;
+  const auto look_ahead = [&](i64 tile) {
+    if constexpr (C::OUTLIERS != NONE) next_entry = p.row_ptr[tile * 16], end_entry = p.row_ptr[tile * 16 + 16];
+  };
+  if (own.begin < own.end) look_ahead(own.begin);
+  for (int unit = own.begin; unit < own.end; ++unit)
+    for (int half = 0; half < (p.pair ? 2 : 1); ++half) {
+      const i64 tile = unit + half * p.pair;
+      const u32 first_entry = next_entry, last_entry = end_entry;
+      if (p.pair && half == 0) look_ahead(tile + p.pair);
+      else if (unit + 1 < own.end) look_ahead(unit + 1);
+      for (int piece = 0; piece < pieces; ++piece) {
+        const int first = piece * WARPS, count = p.steps - first < WARPS ? p.steps - first : WARPS;
+        const int group = group_of<C>(first, 0), after = group_of<C>(first + count - 1, C::PARTS - 1) + 1;
+        const u32 groups = (after < p.groups ? after : p.groups) - group;
+        u8* to = ring.stages + ring.at * STAGE;
+        u64* full = ring.full + ring.at;
+        u32 bytes = count * C::BYTES + groups * (bytes_of(C::SCALE) + bytes_of(C::ZERO) + C::TABLE_BYTES);
+        u32 entry = 0, entries = 0;
+        i64 second = 0;
+        u32 seconds = 0;
+        if constexpr (C::SECONDS) {
+          second = second_of(p, tile, group) & ~1ll;
+          seconds = ((second_of(p, tile, group + groups - 1) | 1) + 1 - second) * 8;
+          bytes += seconds;
+        }
+        if constexpr (C::OUTLIERS != NONE) {
+          entry = entry_at(first_entry, last_entry, piece, pieces);
+          entries = (entry_at(first_entry, last_entry, piece + 1, pieces) - entry + 3 & ~3u) * 4;
+          bytes += 80 + entries;
+        }
+        wait_for(ring.empty + ring.at, ring.parity ^ 1);
+        expect(full, bytes);
+        copy_bulk(to, p.codes + (tile * p.steps + first) * C::BYTES, count * C::BYTES, full, policy);
+        const i64 place = tile * p.groups + group;
+        if constexpr (C::SCALE != NONE)
+          copy_bulk(to + C::SCALES_AT, p.scale + place * bytes_of(C::SCALE), groups * bytes_of(C::SCALE), full, policy);
+        if constexpr (C::ZERO != NONE)
+          copy_bulk(to + C::ZEROS_AT, p.zero + place * bytes_of(C::ZERO), groups * bytes_of(C::ZERO), full, policy);
+        if constexpr (C::TABLE == BY_ROW)
+          copy_bulk(to + C::TABLE_AT, p.table + place * C::TABLE_BYTES, groups * C::TABLE_BYTES, full, policy);
+        if constexpr (C::SECONDS) copy_bulk(to + C::SECONDS_AT, p.second + second * 8, seconds, full, policy);
+        if constexpr (C::OUTLIERS != NONE) {
+          copy_bulk(to + C::POINTERS_AT, p.row_ptr + tile * 16, 80, full, policy);
+          if (entries) copy_bulk(to + C::ENTRIES_AT, p.entries + entry, entries, full, policy);
+        }
+        go_on(ring);
+      }
+    }
+}
+
+// ---- From codes to operands, as in linear.cu.
+
+template <class C> device u32 operand(const u32* words, int b, int i) {
+  if constexpr (C::BITS == 8) {
+    if constexpr (HALF) {
+      return fused(permuted(words[2 * b + i / 2], MAGIC, i % 2 ? 0x5352 : 0x5150), ONES, minus(MAGIC_VALUE + C::CENTER));
+    } else {
+      const float low = as_float(permuted(words[2 * b + i / 2], 0x4B000000u, i % 2 ? 0x7442 : 0x7440)) - (8388608.0f + C::CENTER);
+      const float high = as_float(permuted(words[2 * b + i / 2], 0x4B000000u, i % 2 ? 0x7443 : 0x7441)) - (8388608.0f + C::CENTER);
+      return bf16_pair(low, high);
+    }
+  } else {
+    constexpr int BITS = C::BITS, PLACES = (HALF ? 10 : 7) / BITS;
+    constexpr u32 MASK = ((1u << BITS) - 1) * 0x10001u;
+    u32 found;
+    int place = 0;
+    const int pair = BITS == 4 ? i : BITS == 2 ? 4 * (b % 2) + i : 4 * (b % 4) + i;
+    if (BITS == 3 && pair == 15) {
+      const u32* own = words + 3 * (b / 4);
+      found = (own[0] >> 15 & 0x10001u) | (own[1] >> 14 & 0x20002u) | (own[2] >> 13 & 0x40004u) | MAGIC;
+    } else {
+      const u32 word = words[BITS == 4 ? b : BITS == 2 ? b / 2 : BITS == 3 ? 3 * (b / 4) + pair / 5 : b / 4];
+      const int own = BITS == 3 ? pair % 5 : pair;
+      place = BITS * (own % PLACES);
+      found = chosen(word >> BITS * (own / PLACES * PLACES), MASK << place, MAGIC);
+    }
+    return fused(found, power(-place), minus((MAGIC_VALUE >> place) + C::CENTER));
+  }
+}
+
+template <class C> struct Tables { u32 at[2][C::TABLE == BY_ROW ? 1 << (C::BITS - 1) : 1]; };
+
+template <class C> device void load(Tables<C>& tables, const u8* from, int g) {
+  if constexpr (C::TABLE == BY_ROW) {
+    constexpr int WORDS = 1 << (C::BITS - 1);
+    const uint4* own = reinterpret_cast<const uint4*>(from) + g * (WORDS / 2);
+#pragma unroll
+    for (int n = 0; n < WORDS / 2; ++n) {
+      const uint4 all = own[n];
+      u32* to = tables.at[n * 4 / WORDS] + n * 4 % WORDS;
+      to[0] = all.x, to[1] = all.y, to[2] = all.z, to[3] = all.w;
+    }
+  }
+}
+
+template <class C> device void operands(u32 (&weights)[4], const u32* words, int b, const Tables<C>& tables) {
+  if constexpr (C::TABLE == BY_ROW) {
+    constexpr int ENTRIES = 1 << (C::BITS - 1);
+    u32 codes, halves = 0;
+    if constexpr (C::BITS == 4) {
+      codes = words[b];
+      halves = chosen(codes >> 1, 0x44444444u, 0x32103210u);
+    } else {
+      const u32* own = words + 3 * (b / 4);
+      codes = b % 4 < 3 ? own[b % 4]
+                        : chosen(own[0] >> 3, 0x11111111u, chosen(own[1] >> 2, 0x22222222u, own[2] >> 1 & 0x44444444u));
+    }
+    codes &= 0x77777777u;
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      u32 found[2];
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        const u32* bytes = tables.at[which] + part * ENTRIES / 2;
+        found[part] = permuted(bytes[0], bytes[1], codes >> 16 * which);
+        if constexpr (C::BITS == 4)
+          found[part] = permuted(found[part], permuted(bytes[2], bytes[3], codes >> 16 * which), halves >> 16 * which);
+      }
+      weights[which] = permuted(found[0], found[1], 0x5140);
+      weights[which + 2] = permuted(found[0], found[1], 0x7362);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) weights[i] = operand<C>(words, b, i);
+  }
+}
+
+// ---- Scales and zeros of rows g and g + 8, and what a group adds to the sums of both.
+
+device float half_of(u32 word, int which) { return half_value(u16(which ? word >> 16 : word)); }
+
+template <int TYPE> device float number(const u8* from, int which) {
+  if constexpr (TYPE == F32) return reinterpret_cast<const float*>(from)[which];
+  else if constexpr (TYPE == F16) return half_value(reinterpret_cast<const u16*>(from)[which]);
+  else if constexpr (TYPE == BF16) return as_float(u32(reinterpret_cast<const u16*>(from)[which]) << 16);
+  else return float(from[which]);
+}
+
+// `part`: of rows g and g + 8, over (code - CENTER) * x; `ones` over x.
+template <class C>
+device void contribute(
+    float (&sums)[2], const float (&part)[2], float ones, const u8* stage, const uint2* second_numbers, int local, int g) {
+  const u8* scales = stage + C::SCALES_AT + (local * 8 + g) * (bytes_of(C::SCALE) / 8);
+  const u8* zeros = stage + C::ZEROS_AT + (local * 8 + g) * (bytes_of(C::ZERO) / 8);
+  if constexpr (C::SCALE == NONE) {
+    sums[0] += part[0], sums[1] += part[1];
+  } else if constexpr (C::SCALE == PAIRS) {
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const u32 values = reinterpret_cast<const u32*>(scales)[which];
+      const float first = half_of(values, 0);
+      sums[which] += first * ones + (half_of(values, 1) - first) * part[which];
+    }
+  } else if constexpr (C::SCALE == BILEVEL || C::SCALE == LEVEL) {
+    const uint2 second = *second_numbers;
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const u32 octet = scales[which];
+      float sum = part[which];
+      if constexpr (C::SCALE == BILEVEL)
+        sum += (C::CENTER - half_of(second.y, 0) * (float(octet >> 4) - half_of(second.y, 1))) * ones;
+      sums[which] += half_of(second.x, 0) * (float(octet & 15) - half_of(second.x, 1)) * sum;
+    }
+  } else {
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      float sum = part[which];
+      if constexpr (C::ZERO != NONE) sum += (C::CENTER - number<C::ZERO>(zeros, which)) * ones;
+      sums[which] += number<C::SCALE>(scales, which) * sum;
+    }
+  }
+}
+
+// ---- A product.
+
+template <class C>
+device void multiply_step(
+    float (&sums)[2], const u8* stage, const u8* input, const Phase& p, i64 tile, int step, int slot, int first_group, int lane) {
+  const int g = lane / 4, t = lane % 4;
+  u32 words[4 * C::LOADS];
+#pragma unroll
+  for (int l = 0; l < C::LOADS; ++l) {
+    const uint4 all = reinterpret_cast<const uint4*>(stage + slot * C::BYTES)[l * 32 + lane];
+    words[4 * l] = all.x, words[4 * l + 1] = all.y, words[4 * l + 2] = all.z, words[4 * l + 3] = all.w;
+  }
+  const u8* own = input + step * (2 * C::STEP);
+  const i64 first_second = C::SECONDS ? second_of(p, tile, 0) - (second_of(p, tile, first_group) & ~1ll) : 0;
+  const uint2* seconds = reinterpret_cast<const uint2*>(stage + C::SECONDS_AT) + first_second;
+  Tables<C> tables;
+  float part[4], ones[4];
+  u32 x[4];
+#pragma unroll
+  for (int b = 0; b < C::BLOCKS; ++b) {
+    if (b % 2 == 0) {
+      if constexpr (C::SPAN != 4) {
+        const uint4 all = *reinterpret_cast<const uint4*>(own + 2 * (16 * b + 8 * t));
+        x[0] = all.x, x[1] = all.y, x[2] = all.z, x[3] = all.w;
+      } else {
+        const uint2 one = *reinterpret_cast<const uint2*>(own + 32 * b + 8 * t);
+        const uint2 two = *reinterpret_cast<const uint2*>(own + 32 * b + 32 + 8 * t);
+        x[0] = one.x, x[1] = one.y, x[2] = two.x, x[3] = two.y;
+      }
+    }
+    int group = group_of<C>(step, b / C::PART);
+    group = group < p.groups ? group : p.groups - 1;
+    if (b % C::PART == 0) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) part[j] = ones[j] = 0.0f;
+      load(tables, stage + C::TABLE_AT + (group - first_group) * C::TABLE_BYTES, g);
+    }
+    u32 weights[4];
+    operands<C>(weights, words, b, tables);
+    multiply(part, weights, x[2 * (b % 2)], x[2 * (b % 2) + 1]);
+    if constexpr (C::SUMS) {
+      const u32 constant[4] = {ONES, ONES, ONES, ONES};
+      multiply(ones, constant, x[2 * (b % 2)], x[2 * (b % 2) + 1]);
+    }
+    if (b % C::PART == C::PART - 1) {
+      const float two[2] = {part[0], part[2]};
+      contribute<C>(sums, two, ones[0], stage, seconds + (group >> p.second_shift), group - first_group, g);
+    }
+  }
+}
+
+// The sum of a row's outliers in this piece, in all lanes of the warp that has the row.
+template <class C>
+device float outliers_of(const u8* stage, const u8* input, int row, int piece, int pieces, int lane) {
+  const u32* pointers = reinterpret_cast<const u32*>(stage + C::POINTERS_AT);
+  const u32* entries = reinterpret_cast<const u32*>(stage + C::ENTRIES_AT);
+  const u32 from = entry_at(pointers[0], pointers[16], piece, pieces), to = entry_at(pointers[0], pointers[16], piece + 1, pieces);
+  const u32 begin = pointers[row] > from ? pointers[row] : from, end = pointers[row + 1] < to ? pointers[row + 1] : to;
+  float sum = 0.0f;
+  for (u32 at = begin + lane; at < end; at += 32) {
+    const u32 entry = entries[at - from];
+    const float value = C::OUTLIERS == F16 ? half_value(u16(entry >> 16)) : as_float(entry & 0xFFFF0000u);
+    sum += value * widened(reinterpret_cast<const u16*>(input)[entry & 0xFFFF]);
+  }
+  return end > begin ? sum_over<32>(sum) : 0.0f;
+}
+
+device float activated(float x, int kind) {
+  if (kind == SILU) return x / (1.0f + exponential(-x));
+  if (kind == GELU) return 0.5f * x * (1.0f + error_function(x * 0.7071067811865476f));
+  if (kind == GELU_TANH) return x / (1.0f + exponential(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
+  return x > 0.0f ? x : 0.0f;
+}
+
+// The input of a product into shared memory, normed where that is wanted, and zeros behind it.
+device void take_input(const Phase& p, u8* input, float* shared, int filled) {
+  const int thread = threadIdx.x, pieces = p.columns / 8;
+  uint4* to = reinterpret_cast<uint4*>(input);
+  float squares = 0.0f;
+  for (int n = thread; n < filled / 8; n += CONSUMERS) {
+    uint4 all = {0, 0, 0, 0};
+    if (n < pieces) all = fresh(reinterpret_cast<const uint4*>(p.x) + n);
+    to[n] = all;
+    const u32 words[4] = {all.x, all.y, all.z, all.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float value = widened(u16(words[i / 2] >> 16 * (i % 2)));
+      squares += value * value;
+    }
+  }
+  if (p.norm) {
+    squares = sum_over<32>(squares);
+    if (thread % 32 == 0) shared[thread / 32] = squares;
+    barrier_of<CONSUMERS>();
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) total += shared[w];
+    const float factor = inverse_root(total / p.columns + p.eps);
+    for (int n = thread; n < pieces; n += CONSUMERS) {
+      const uint4 all = to[n], gains = load_shared_by_all(reinterpret_cast<const uint4*>(p.gain) + n);
+      const u32 words[4] = {all.x, all.y, all.z, all.w}, factors[4] = {gains.x, gains.y, gains.z, gains.w};
+      u32 made[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        u32 pair = 0;
+#pragma unroll
+        for (int f = 0; f < 2; ++f) {
+          const float value = widened(u16(words[i] >> 16 * f)) * factor, gain = widened(u16(factors[i] >> 16 * f));
+          const u16 one = p.norm == CENTRED ? rounded<HALF>(value * (1.0f + gain)) : rounded<HALF>(gain * widened(rounded<HALF>(value)));
+          pair |= u32(one) << 16 * f;
+        }
+        made[i] = pair;
+      }
+      to[n] = {made[0], made[1], made[2], made[3]};
+    }
+  }
+  barrier_of<CONSUMERS>();
+}
+
+// Sums of the warps over `tiles` tiles, from tile `first` of this block's on.
+device void finish(const Phase& p, const float* sums, int first_unit, int tiles) {
+  const auto total = [&](int tile, int row) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) sum += sums[(tile * WARPS + w) * 16 + row];
+    return rounded<HALF>(sum * p.multiplier);
+  };
+  if (p.pair) {
+    for (int n = threadIdx.x; n < tiles * 8; n += CONSUMERS) {
+      const int unit = n / 16, row = n % 16, place = (first_unit + unit) * 16 + row;
+      const float gate = widened(total(2 * unit, row)), up = widened(total(2 * unit + 1, row));
+      p.y[place] = rounded<HALF>(widened(rounded<HALF>(activated(gate, p.activation))) * up);
+    }
+  } else {
+    for (int n = threadIdx.x; n < tiles * 16; n += CONSUMERS) {
+      const int place = first_unit * 16 + n;
+      if (place >= p.rows) continue;
+      const u16 own = total(n / 16, n % 16);
+      p.y[place] = p.add ? rounded<HALF>(widened(fresh(p.y + place)) + widened(own)) : own;
+    }
+  }
+}
+
+device void note(i64* times, int which) {
+  if (times && threadIdx.x == 0) times[which] = cycles();
+}
+
+template <class C> device void multiply_all(const Phase& p, Ring& ring, u8* input, float* meeting, i64* times) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  take_input(p, input, meeting, p.steps * C::STEP);
+  note(times, 1);
+  const Range own = share_of(p.units);
+  const int pieces = (p.steps + WARPS - 1) / WARPS;
+  int tiles = 0, first_unit = own.begin;
+  for (int unit = own.begin; unit < own.end; ++unit) {
+    for (int half = 0; half < (p.pair ? 2 : 1); ++half) {
+      const i64 tile = unit + half * p.pair;
+      float sums[2] = {0.0f, 0.0f};
+      for (int piece = 0; piece < pieces; ++piece) {
+        const int step = piece * WARPS + warp;
+        const u8* stage = ring.stages + ring.at * STAGE;
+        wait_for(ring.full + ring.at, ring.parity);
+        if (step < p.steps) multiply_step<C>(sums, stage, input, p, tile, step, warp, group_of<C>(piece * WARPS, 0), lane);
+        if constexpr (C::OUTLIERS != NONE) {
+#pragma unroll
+          for (int row = warp; row < 16; row += WARPS) {
+            const float extra = outliers_of<C>(stage, input, row, piece, pieces, lane);
+            sums[0] += row < 8 && lane == row * 4 ? extra : 0.0f;
+            sums[1] += row >= 8 && lane == row * 4 - 32 ? extra : 0.0f;
+          }
+        }
+        warp_barrier();
+        if (lane == 0) arrive(ring.empty + ring.at);
+        go_on(ring);
+      }
+      if (lane % 4 == 0) {
+        float* to = meeting + (tiles * WARPS + warp) * 16 + lane / 4;
+        to[0] = sums[0], to[8] = sums[1];
+      }
+      ++tiles;
+    }
+    if (tiles + 2 > BATCH || unit + 1 == own.end) {
+      barrier_of<CONSUMERS>();
+      finish(p, meeting, first_unit, tiles);
+      if (unit + 1 < own.end) barrier_of<CONSUMERS>();
+      tiles = 0, first_unit = unit + 1;
+    }
+  }
+}
+
+// ---- Attention of one token.
+
+struct Eight { float at[8]; };
+
+device Eight widened(const uint4& all) {
+  const u32 words[4] = {all.x, all.y, all.z, all.w};
+  Eight found;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) found.at[i] = widened(u16(words[i / 2] >> 16 * (i % 2)));
+  return found;
+}
+
+// Eight channels of a head, turned and rounded as the model does; `lane` of LANES_OF_HEAD.
+device Eight turned(const u16* head, const u16* turn, int lane) {
+  constexpr int HALF_OF = LANES_OF_HEAD / 2;
+  const Eight own = widened(fresh(reinterpret_cast<const uint4*>(head) + lane));
+  const Eight other = widened(fresh(reinterpret_cast<const uint4*>(head) + (lane ^ HALF_OF)));
+  const uint4* from = reinterpret_cast<const uint4*>(turn) + lane % HALF_OF;
+  const Eight cosine = widened(load_shared_by_all(from)), sine = widened(load_shared_by_all(from + HALF_OF));
+  Eight found;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float sign = lane < HALF_OF ? -sine.at[i] : sine.at[i];
+    found.at[i] = widened(rounded<HALF>(own.at[i] * cosine.at[i] + other.at[i] * sign));
+  }
+  return found;
+}
+
+device uint4 narrowed(const Eight& values) {
+  u32 words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = rounded<HALF>(values.at[2 * i]) | u32(rounded<HALF>(values.at[2 * i + 1])) << 16;
+  return {words[0], words[1], words[2], words[3]};
+}
+
+struct Mixed {
+  float top[MEMBERS], total[MEMBERS];
+  Eight at[MEMBERS];
+};
+
+// One more token, where `real`.
+device void see(Mixed& mixed, const float (&scores)[MEMBERS], const Eight& value, bool real) {
+#pragma unroll
+  for (int m = 0; m < MEMBERS; ++m) {
+    const float highest = real ? max_of(mixed.top[m], scores[m]) : mixed.top[m];
+    const float fade = power_of_two(mixed.top[m] - highest), share = real ? power_of_two(scores[m] - highest) : 0.0f;
+    mixed.total[m] = mixed.total[m] * fade + share;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) mixed.at[m].at[i] = mixed.at[m].at[i] * fade + share * value.at[i];
+    mixed.top[m] = highest;
+  }
+}
+
+device void score(float (&scores)[MEMBERS], const Eight (&query)[MEMBERS], const Eight& key) {
+#pragma unroll
+  for (int m = 0; m < MEMBERS; ++m) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum += query[m].at[i] * key.at[i];
+    scores[m] = sum_over<LANES_OF_HEAD>(sum);
+  }
+}
+
+device void attend(const Phase& p, const Step& s, u8* memory) {
+  const int head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS;
+  if (head >= KV_HEADS) return;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, own = lane % LANES_OF_HEAD, which = lane / LANES_OF_HEAD;
+  const int position = fresh(s.position);
+  const int start = p.window > 0 && position - p.window + 1 > 0 ? position - p.window + 1 : 0;
+  const int length = position - start;
+  int active = (length + LEAST - 1) / LEAST;
+  active = active < 1 ? 1 : active > SPLITS ? SPLITS : active;
+  if (split >= active) return;
+  const int each = (length + active - 1) / active;
+  const int begin = start + split * each, end = begin + each < position ? begin + each : position;
+  const u16* turn = p.turns + i64(position) * CHANNELS;
+  Eight query[MEMBERS];
+#pragma unroll
+  for (int m = 0; m < MEMBERS; ++m) {
+    query[m] = turned(p.x + (head * MEMBERS + m) * CHANNELS, turn, own);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) query[m].at[i] *= p.score_scale;
+  }
+  Mixed mixed;
+#pragma unroll
+  for (int m = 0; m < MEMBERS; ++m) {
+    mixed.top[m] = NOTHING, mixed.total[m] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) mixed.at[m].at[i] = 0.0f;
+  }
+  u16* keys = p.keys + head * p.head_stride;
+  u16* values = p.values + head * p.head_stride;
+  constexpr int STRIDE = WARPS * AT_ONCE, UNROLLED = 2;
+  for (int first = begin + warp * AT_ONCE; first < end; first += UNROLLED * STRIDE) {
+    uint4 key[UNROLLED], value[UNROLLED];
+#pragma unroll
+    for (int u = 0; u < UNROLLED; ++u) {
+      const int token = first + u * STRIDE + which, safe = token < end ? token : end - 1;
+      key[u] = fresh(reinterpret_cast<const uint4*>(keys + i64(safe) * CHANNELS) + own);
+      value[u] = fresh(reinterpret_cast<const uint4*>(values + i64(safe) * CHANNELS) + own);
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLLED; ++u) {
+      float scores[MEMBERS];
+      score(scores, query, widened(key[u]));
+      see(mixed, scores, widened(value[u]), first + u * STRIDE + which < end);
+    }
+  }
+  if (split == 0 && warp == 0) {  // the token's own key and value, which the cache gets too
+    const u16* new_key = p.x + (HEADS + head) * CHANNELS;
+    const Eight key = turned(new_key, turn, own);
+    const uint4 value = fresh(reinterpret_cast<const uint4*>(new_key + KV_HEADS * CHANNELS) + own);
+    if (which == 0) {
+      reinterpret_cast<uint4*>(keys + i64(position) * CHANNELS)[own] = narrowed(key);
+      reinterpret_cast<uint4*>(values + i64(position) * CHANNELS)[own] = value;
+    }
+    float scores[MEMBERS];
+    score(scores, query, key);
+    see(mixed, scores, widened(value), which == 0);
+  }
+  // Those of a warp that saw other tokens, then warps, then blocks.
+#pragma unroll
+  for (int distance = 16; distance >= LANES_OF_HEAD; distance /= 2)
+#pragma unroll
+    for (int m = 0; m < MEMBERS; ++m) {
+      const float top = other_lane(mixed.top[m], distance), highest = max_of(top, mixed.top[m]);
+      const float mine = power_of_two(mixed.top[m] - highest), others = power_of_two(top - highest);
+      mixed.total[m] = mixed.total[m] * mine + other_lane(mixed.total[m], distance) * others;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) mixed.at[m].at[i] = mixed.at[m].at[i] * mine + other_lane(mixed.at[m].at[i], distance) * others;
+      mixed.top[m] = highest;
+    }
+  float* sums = reinterpret_cast<float*>(memory);              // [WARPS][MEMBERS][CHANNELS]
+  float* tops = sums + WARPS * MEMBERS * CHANNELS;             // [WARPS][MEMBERS][2]
+  if (which == 0) {
+#pragma unroll
+    for (int m = 0; m < MEMBERS; ++m) {
+      float* to = sums + (warp * MEMBERS + m) * CHANNELS + 8 * own;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) to[i] = mixed.at[m].at[i];
+      if (own == 0) tops[(warp * MEMBERS + m) * 2] = mixed.top[m], tops[(warp * MEMBERS + m) * 2 + 1] = mixed.total[m];
+    }
+  }
+  barrier_of<CONSUMERS>();
+  for (int n = thread; n < MEMBERS * CHANNELS; n += CONSUMERS) {
+    const int m = n / CHANNELS;
+    float highest = NOTHING, total = 0.0f, sum = 0.0f;
+    for (int w = 0; w < WARPS; ++w) highest = max_of(highest, tops[(w * MEMBERS + m) * 2]);
+    for (int w = 0; w < WARPS; ++w) {
+      const float share = power_of_two(tops[(w * MEMBERS + m) * 2] - highest);
+      total += share * tops[(w * MEMBERS + m) * 2 + 1];
+      sum += share * sums[w * MEMBERS * CHANNELS + n];
+    }
+    if (active == 1) {
+      p.y[head * MEMBERS * CHANNELS + n] = rounded<HALF>(sum / total);
+    } else {
+      const int place = (head * SPLITS + split) * MEMBERS;
+      s.part[place * CHANNELS + n] = sum / total;
+      if (n % CHANNELS == 0) s.part_log[place + m] = highest + log_of_two(total);
+    }
+  }
+  if (active == 1) return;
+  u32* last = reinterpret_cast<u32*>(tops + WARPS * MEMBERS * 2);
+  barrier_of<CONSUMERS>();
+  if (thread == 0) {
+    *last = counted(s.heads_met + head) == u32(active - 1);
+    if (*last) s.heads_met[head] = 0;
+  }
+  barrier_of<CONSUMERS>();
+  if (!*last) return;
+  for (int n = thread; n < MEMBERS * CHANNELS; n += CONSUMERS) {
+    const float* logs = s.part_log + head * SPLITS * MEMBERS + n / CHANNELS;
+    float highest = NOTHING, total = 0.0f, sum = 0.0f;
+    for (int k = 0; k < active; ++k) highest = max_of(highest, fresh(logs + k * MEMBERS));
+    for (int k = 0; k < active; ++k) {
+      const float share = power_of_two(fresh(logs + k * MEMBERS) - highest);
+      total += share;
+      sum += share * fresh(s.part + (head * SPLITS + k) * MEMBERS * CHANNELS + n);
+    }
+    p.y[head * MEMBERS * CHANNELS + n] = rounded<HALF>(sum / total);
+  }
+}
+
+// ---- The step.
+
+template <class... All> device void fetch_any(const Phase& p, Ring& ring, u64 policy) {
+  int n = 0;
+  ((p.code == n++ ? fetch<All>(p, ring, policy) : void()), ...);
+}
+template <class... All> device void multiply_any(const Phase& p, Ring& ring, u8* input, float* meeting, i64* times) {
+  int n = 0;
+  ((p.code == n++ ? multiply_all<All>(p, ring, input, meeting, times) : void()), ...);
+}
+
+constexpr int RING = STAGES * STAGE, PHASE_WORDS = sizeof(Phase) / 16;
+
+extern "C" global __launch_bounds__(THREADS, 1) void rarefy_step(const Step s) {
+  u8* input = pool + RING;
+  float* meeting = reinterpret_cast<float*>(input + INPUT);
+  Phase* phases = reinterpret_cast<Phase*>(pool + RING + WORK);  // two, in turn
+  u64* barriers = reinterpret_cast<u64*>(phases + 2);
+  const int thread = threadIdx.x, warp = thread / 32;
+  Ring ring = {pool, barriers, barriers + STAGES, 0, 0};
+  if (thread == 0) {
+    for (int n = 0; n < STAGES; ++n) start_barrier(ring.full + n, 1), start_barrier(ring.empty + n, WARPS);
+    show_barriers();
+  }
+  const auto get_phase = [&](int n) {
+    u8* to = reinterpret_cast<u8*>(phases + n % 2);
+    if (thread < PHASE_WORDS) copy_async(to + 16 * thread, reinterpret_cast<const uint4*>(s.phases + n) + thread, true);
+    commit_copies();
+  };
+  get_phase(0);
+  wait_for_copies<0>();
+  block_barrier();
+  if (warp == WARPS) {
+    if (thread % 32 == 0) {
+      const u64 policy = read_once();
+      for (int n = 0; n < s.count; ++n) {
+        const Phase p = s.phases[n];
+        if (p.kind == PRODUCT) fetch_any<CODES>(p, ring, policy);
+      }
+    }
+    return;
+  }
+  wait_for_kernels_before();  // weights never depend on them
+  for (int n = 0; n < s.count; ++n) {
+    const Phase& p = phases[n % 2];
+    if (n + 1 < s.count) get_phase(n + 1);
+    i64* times = s.times ? s.times + (i64(n) * gridDim.x + blockIdx.x) * 3 : nullptr;
+    note(times, 0);
+    if (p.kind == PRODUCT) multiply_any<CODES>(p, ring, input, meeting, times);
+    else attend(p, s, input);
+    wait_for_copies<0>();
+    barrier_of<CONSUMERS>();
+    note(times, 2);
+    if (thread == 0) {
+      leave(s.met);
+      if (n + 1 < s.count) {
+        const u32 wanted = gridDim.x * u32(n + 1);
+        while (seen(s.met) < wanted) wait_a_little();
+      } else if (counted(s.met + 1) == gridDim.x - 1) {
+        s.met[0] = s.met[1] = 0;
+      }
+    }
+    barrier_of<CONSUMERS>();
+  }
+  all_may_begin();
+}

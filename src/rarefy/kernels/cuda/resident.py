@@ -32,6 +32,7 @@ ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 SHARED = 227 * 1024  # bytes of a block that stays alone
 BATCH = 16  # tiles whose sums meet together
 LEAST = 256  # positions of the cache that are worth a block
+SUMMED = ("pairs", "bilevel")  # scales that come with a number to add
 PHASE, BARRIER = 192, 8  # bytes
 
 
@@ -138,7 +139,13 @@ class Form:
         """Bytes of all that is no ring."""
         members = self.heads // self.kv_heads
         attention = 4 * self.warps * members * (self.channels + 2) + 16
-        return max(self.input + BATCH * self.warps * TILE * 4, -(-attention // 128) * 128)
+        return max(self.input + self.input_sums + BATCH * self.warps * TILE * 4, -(-attention // 128) * 128)
+
+    @property
+    def input_sums(self) -> int:
+        """Bytes of the sums of the longest input over groups."""
+        groups = [min(code.group or code.step, code.step) for code, _ in self.codes if code.zero is not None or code.scale in SUMMED]
+        return -(-2 * self.input // min(groups) // 128) * 128 if groups else 0
 
     @property
     def stages(self) -> int:
@@ -157,7 +164,7 @@ class Form:
         )
         return {
             "CODES": kinds, "HALF": int(self.half), "WARPS": self.warps, "STAGES": self.stages, "STAGE": self.stage,
-            "INPUT": self.input, "WORK": self.work, "BATCH": BATCH, "HEADS": self.heads, "KV_HEADS": self.kv_heads,
+            "INPUT": self.input, "INPUT_SUMS": self.input_sums, "WORK": self.work, "BATCH": BATCH, "HEADS": self.heads, "KV_HEADS": self.kv_heads,
             "CHANNELS": self.channels, "SPLITS": self.splits, "LEAST": self.least,
         }  # fmt: skip
 

@@ -10,9 +10,9 @@
 // stage is one copy. A warp takes every so many steps of a tile; the warps' sums meet in shared memory, in one order.
 //
 // Macros: CODES (the kinds of codes, Code<...>, by commas), HALF (float16 activations, else bfloat16), WARPS (that
-// multiply), STAGES, STAGE (bytes), INPUT (bytes of a product's input), WORK (of all that is no ring), BATCH (tiles whose
-// sums meet together), HEADS, KV_HEADS, CHANNELS (of attention), SPLITS (blocks that share a head's positions at most),
-// LEAST (positions that are worth a block).
+// multiply), STAGES, STAGE (bytes), INPUT (bytes of a product's input), INPUT_SUMS (bytes of its sums over groups), WORK
+// (bytes of all that is no ring), BATCH (tiles whose sums meet together), HEADS, KV_HEADS, CHANNELS (of attention), SPLITS
+// (blocks that share a head's positions at most), LEAST (positions that are worth a block).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -94,6 +94,9 @@ struct Code {
   static constexpr int CENTER = CENTER_, OUTLIERS = OUTLIERS_;
   static constexpr int STEP = BITS % 2 ? 256 : 128, LOADS = STEP * BITS / 256, BYTES = LOADS * 512;
   static constexpr int BLOCKS = STEP / 16, PART = GROUP == 0 || GROUP > STEP ? BLOCKS : GROUP / 16, PARTS = BLOCKS / PART;
+  // All tokens of an operand are the same one, so that the lanes of a row hold the same sums: with many groups in a step
+  // each of the four lanes applies the scales of every fourth.
+  static constexpr bool IN_TURNS = PARTS % 4 == 0;
   static constexpr bool SUMS = ZERO != NONE || SCALE == PAIRS || SCALE == BILEVEL;
   // A stage: codes of WARPS steps, and what belongs to them.
   static constexpr int MOST_GROUPS = GROUP == 0 ? 1 : GROUP > STEP ? (WARPS - 1) / (GROUP > STEP ? GROUP / STEP : 1) + 2 : WARPS * PARTS;
@@ -279,11 +282,14 @@ template <class C> device void operands(u32 (&weights)[4], const u32* words, int
 
 device float half_of(u32 word, int which) { return half_value(u16(which ? word >> 16 : word)); }
 
+// A number below 2 to the power 23, as the mantissa of that power.
+device float small(u32 number) { return as_float(number | 0x4B000000u) - 8388608.0f; }
+
 template <int TYPE> device float number(const u8* from, int which) {
   if constexpr (TYPE == F32) return reinterpret_cast<const float*>(from)[which];
   else if constexpr (TYPE == F16) return half_value(reinterpret_cast<const u16*>(from)[which]);
   else if constexpr (TYPE == BF16) return as_float(u32(reinterpret_cast<const u16*>(from)[which]) << 16);
-  else return float(from[which]);
+  else return small(from[which]);
 }
 
 // `part`: of rows g and g + 8, over (code - CENTER) * x; `ones` over x.
@@ -303,13 +309,13 @@ device void contribute(
     }
   } else if constexpr (C::SCALE == BILEVEL || C::SCALE == LEVEL) {
     const uint2 second = *second_numbers;
+    const u32 octets = *reinterpret_cast<const u16*>(scales);
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-      const u32 octet = scales[which];
       float sum = part[which];
       if constexpr (C::SCALE == BILEVEL)
-        sum += (C::CENTER - half_of(second.y, 0) * (float(octet >> 4) - half_of(second.y, 1))) * ones;
-      sums[which] += half_of(second.x, 0) * (float(octet & 15) - half_of(second.x, 1)) * sum;
+        sum += (C::CENTER - half_of(second.y, 0) * (small(octets >> (8 * which + 4) & 15) - half_of(second.y, 1))) * ones;
+      sums[which] += half_of(second.x, 0) * (small(octets >> 8 * which & 15) - half_of(second.x, 1)) * sum;
     }
   } else {
 #pragma unroll
@@ -337,7 +343,8 @@ device void multiply_step(
   const i64 first_second = C::SECONDS ? second_of(p, tile, 0) - (second_of(p, tile, first_group) & ~1ll) : 0;
   const uint2* seconds = reinterpret_cast<const uint2*>(stage + C::SECONDS_AT) + first_second;
   Tables<C> tables;
-  float part[4], ones[4];
+  const float* input_sums = reinterpret_cast<const float*>(input + INPUT);
+  float part[4], kept[2];
   u32 x[4];
 #pragma unroll
   for (int b = 0; b < C::BLOCKS; ++b) {
@@ -355,20 +362,26 @@ device void multiply_step(
     group = group < p.groups ? group : p.groups - 1;
     if (b % C::PART == 0) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) part[j] = ones[j] = 0.0f;
+      for (int j = 0; j < 4; ++j) part[j] = 0.0f;
       load(tables, stage + C::TABLE_AT + (group - first_group) * C::TABLE_BYTES, g);
     }
     u32 weights[4];
     operands<C>(weights, words, b, tables);
     multiply(part, weights, x[2 * (b % 2)], x[2 * (b % 2) + 1]);
-    if constexpr (C::SUMS) {
-      const u32 constant[4] = {ONES, ONES, ONES, ONES};
-      multiply(ones, constant, x[2 * (b % 2)], x[2 * (b % 2) + 1]);
+    if (b % C::PART != C::PART - 1) continue;
+    const int which = b / C::PART;
+    if constexpr (C::IN_TURNS) {
+      if (which % 4 == t) kept[0] = part[0], kept[1] = part[2];
+      if (which % 4 != 3) continue;
+    } else {
+      kept[0] = part[0], kept[1] = part[2];
     }
-    if (b % C::PART == C::PART - 1) {
-      const float two[2] = {part[0], part[2]};
-      contribute<C>(sums, two, ones[0], stage, seconds + (group >> p.second_shift), group - first_group, g);
-    }
+    const int own_part = C::IN_TURNS ? which - 3 + t : which;
+    group = group_of<C>(step, own_part);
+    group = group < p.groups ? group : p.groups - 1;
+    contribute<C>(
+        sums, kept, C::SUMS ? input_sums[step * C::PARTS + own_part] : 0.0f, stage, seconds + (group >> p.second_shift),
+        group - first_group, g);
   }
 }
 
@@ -395,23 +408,51 @@ device float activated(float x, int kind) {
   return x > 0.0f ? x : 0.0f;
 }
 
-// The input of a product into shared memory, normed where that is wanted, and zeros behind it.
-device void take_input(const Phase& p, u8* input, float* shared, int filled) {
-  const int thread = threadIdx.x, pieces = p.columns / 8;
-  uint4* to = reinterpret_cast<uint4*>(input);
-  float squares = 0.0f;
-  for (int n = thread; n < filled / 8; n += CONSUMERS) {
-    uint4 all = {0, 0, 0, 0};
-    if (n < pieces) all = fresh(reinterpret_cast<const uint4*>(p.x) + n);
-    to[n] = all;
-    const u32 words[4] = {all.x, all.y, all.z, all.w};
+device float sum_of(const uint4& all, bool squared) {
+  const u32 words[4] = {all.x, all.y, all.z, all.w};
+  float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float value = widened(u16(words[i / 2] >> 16 * (i % 2)));
-      squares += value * value;
+  for (int i = 0; i < 8; ++i) {
+    const float value = widened(u16(words[i / 2] >> 16 * (i % 2)));
+    sum += squared ? value * value : value;
+  }
+  return sum;
+}
+
+// A norm's factor and gain for eight numbers, rounded as the model does.
+device uint4 normed(const uint4& all, const uint4& gains, float factor, bool centred) {
+  const u32 words[4] = {all.x, all.y, all.z, all.w}, factors[4] = {gains.x, gains.y, gains.z, gains.w};
+  u32 made[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    made[i] = 0;
+#pragma unroll
+    for (int f = 0; f < 2; ++f) {
+      const float value = widened(u16(words[i] >> 16 * f)) * factor, gain = widened(u16(factors[i] >> 16 * f));
+      made[i] |= u32(centred ? rounded<HALF>(value * (1.0f + gain)) : rounded<HALF>(gain * widened(rounded<HALF>(value)))) << 16 * f;
     }
   }
+  return {made[0], made[1], made[2], made[3]};
+}
+
+// The input of a product into shared memory, normed where that is wanted, zeros behind it; and for codes with zeros, its
+// sums over groups.
+template <class C> device void take_input(const Phase& p, u8* input, float* shared) {
+  constexpr int TURNS = (INPUT / 16 + CONSUMERS - 1) / CONSUMERS;
+  const int thread = threadIdx.x, pieces = p.columns / 8, filled = p.steps * C::STEP / 8;
+  uint4* to = reinterpret_cast<uint4*>(input);
+  uint4 own[TURNS], gains[TURNS];
+#pragma unroll
+  for (int k = 0; k < TURNS; ++k) {
+    const int n = thread + k * CONSUMERS;
+    own[k] = gains[k] = {0, 0, 0, 0};
+    if (n < pieces) own[k] = fresh(reinterpret_cast<const uint4*>(p.x) + n);
+    if (n < pieces && p.norm) gains[k] = load_shared_by_all(reinterpret_cast<const uint4*>(p.gain) + n);
+  }
   if (p.norm) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int k = 0; k < TURNS; ++k) squares += sum_of(own[k], true);
     squares = sum_over<32>(squares);
     if (thread % 32 == 0) shared[thread / 32] = squares;
     barrier_of<CONSUMERS>();
@@ -419,25 +460,23 @@ device void take_input(const Phase& p, u8* input, float* shared, int filled) {
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) total += shared[w];
     const float factor = inverse_root(total / p.columns + p.eps);
-    for (int n = thread; n < pieces; n += CONSUMERS) {
-      const uint4 all = to[n], gains = load_shared_by_all(reinterpret_cast<const uint4*>(p.gain) + n);
-      const u32 words[4] = {all.x, all.y, all.z, all.w}, factors[4] = {gains.x, gains.y, gains.z, gains.w};
-      u32 made[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        u32 pair = 0;
-#pragma unroll
-        for (int f = 0; f < 2; ++f) {
-          const float value = widened(u16(words[i] >> 16 * f)) * factor, gain = widened(u16(factors[i] >> 16 * f));
-          const u16 one = p.norm == CENTRED ? rounded<HALF>(value * (1.0f + gain)) : rounded<HALF>(gain * widened(rounded<HALF>(value)));
-          pair |= u32(one) << 16 * f;
-        }
-        made[i] = pair;
-      }
-      to[n] = {made[0], made[1], made[2], made[3]};
-    }
+    for (int k = 0; k < TURNS; ++k) own[k] = normed(own[k], gains[k], factor, p.norm == CENTRED);
   }
+#pragma unroll
+  for (int k = 0; k < TURNS; ++k)
+    if (thread + k * CONSUMERS < filled) to[thread + k * CONSUMERS] = own[k];
   barrier_of<CONSUMERS>();
+  if constexpr (C::SUMS) {
+    float* sums = reinterpret_cast<float*>(input + INPUT);
+    for (int n = thread; n < p.steps * C::PARTS; n += CONSUMERS) {
+      float sum = 0.0f;
+#pragma unroll 4
+      for (int k = 0; k < 2 * C::PART; ++k) sum += sum_of(to[n * 2 * C::PART + k], false);
+      sums[n] = sum;
+    }
+    barrier_of<CONSUMERS>();
+  }
 }
 
 // Sums of the warps over `tiles` tiles, from tile `first` of this block's on.
@@ -470,7 +509,7 @@ device void note(i64* times, int which) {
 
 template <class C> device void multiply_all(const Phase& p, Ring& ring, u8* input, float* meeting, i64* times) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  take_input(p, input, meeting, p.steps * C::STEP);
+  take_input<C>(p, input, meeting);
   note(times, 1);
   const Range own = share_of(p.units);
   const int pieces = (p.steps + WARPS - 1) / WARPS;
@@ -496,6 +535,7 @@ template <class C> device void multiply_all(const Phase& p, Ring& ring, u8* inpu
         if (lane == 0) arrive(ring.empty + ring.at);
         go_on(ring);
       }
+      if constexpr (C::IN_TURNS) sums[0] = sum_over<4>(sums[0]), sums[1] = sum_over<4>(sums[1]);
       if (lane % 4 == 0) {
         float* to = meeting + (tiles * WARPS + warp) * 16 + lane / 4;
         to[0] = sums[0], to[8] = sums[1];
@@ -709,7 +749,7 @@ constexpr int RING = STAGES * STAGE, PHASE_WORDS = sizeof(Phase) / 16;
 
 extern "C" global __launch_bounds__(THREADS, 1) void rarefy_step(const Step s) {
   u8* input = pool + RING;
-  float* meeting = reinterpret_cast<float*>(input + INPUT);
+  float* meeting = reinterpret_cast<float*>(input + INPUT + INPUT_SUMS);
   Phase* phases = reinterpret_cast<Phase*>(pool + RING + WORK);  // two, in turn
   u64* barriers = reinterpret_cast<u64*>(phases + 2);
   const int thread = threadIdx.x, warp = thread / 32;

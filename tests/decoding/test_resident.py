@@ -6,24 +6,31 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from rarefy.core.errors import UnsupportedError
 from rarefy.decoding import interpreter, resident
 from rarefy.decoding.build import build
 from rarefy.decoding.cache import KeyValues
-from rarefy.decoding.fuse import fuse
+from rarefy.decoding.fuse import AddNorm, Projects, fuse
 from rarefy.formats.grids import BinaryGrid, Grid, IntegerGrid, LutGrid
 from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms import Quantized, Residual
 from rarefy.kernels.cuda.join import join_
 from rarefy.kernels.cuda.prepared import prepare
 from rarefy.layers.linear import CompressedLinear
+from tests.decoding.models import build_model, compress
 from tests.kernels.cuda import emulation
 
 pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="there is no C++ compiler")
 
-SIZES = {
-    "hidden_size": 256, "intermediate_size": 416, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
-    "num_hidden_layers": 2, "vocab_size": 330, "max_position_embeddings": 1024, "initializer_range": 0.06,
+BLOCKS = 5
+SIZES = {  # a product in one piece, and one in several
+    "hidden_size": 128, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "num_hidden_layers": 1, "vocab_size": 170, "max_position_embeddings": 1024, "initializer_range": 0.06,
+}  # fmt: skip
+WIDE = {  # enough rows of keys for a tile
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
 }  # fmt: skip
 GRIDS: dict[str, tuple[Grid, bool]] = {  # and whether there are outliers
     "int4": (IntegerGrid(num_bits=4, group_size=64), False),
@@ -40,6 +47,8 @@ GRIDS: dict[str, tuple[Grid, bool]] = {  # and whether there are outliers
 
 def prepared_of(linears: Any) -> Any:
     """As ``decoding/products.py`` does on a GPU."""
+    if not all(isinstance(each, CompressedLinear) for each in linears):
+        return None
     columns = []
     for terms in zip(*([*each.terms] for each in linears), strict=True):
         parts = []
@@ -47,7 +56,14 @@ def prepared_of(linears: Any) -> Any:
             family, arguments, multiplier = term.operation()
             parts.append(prepare(family, arguments, multiplier))
         columns.append(join_(parts))
-    return columns
+    return columns if all(each is not None for each in columns) else None
+
+
+@pytest.fixture(autouse=True)
+def few_warps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resident, "prepared_of", prepared_of)
+    monkeypatch.setattr(resident, "WARPS", 4)
+    monkeypatch.setattr(resident, "blocks_of", lambda device: BLOCKS)
 
 
 def step_of(model: Any, dtype: torch.dtype) -> Any:
@@ -73,31 +89,53 @@ def model_of(name: str, dtype: torch.dtype, **changes: Any) -> Any:
     return model.to(dtype)
 
 
-@pytest.mark.parametrize(("length", "dtype"), [(1, torch.bfloat16), (300, torch.float16)])
-@pytest.mark.parametrize("name", GRIDS)
-def test_logits_are_the_interpreters(
-    name: str, length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(resident, "prepared_of", prepared_of)
-    monkeypatch.setattr(resident, "WARPS", 4)
-    model = model_of(name, dtype)
+def agrees(model: Any, length: int, dtype: torch.dtype, most: float = 3e-2) -> Any:
+    """Two steps after ``length`` tokens."""
     program, made = step_of(model, dtype)
-    kept = [KeyValues(2, 2, 64, dtype, 1024) for _ in range(2)]
-    tokens = torch.randint(3, 330, (length + 2,), generator=torch.Generator().manual_seed(1))
-    for cache in kept:
+    sizes = (program.layers, program.kv_heads, program.head_dim, dtype, program.positions)
+    ours, oracle = (KeyValues(*sizes) for _ in range(2))
+    tokens = torch.randint(3, program.vocabulary, (length + 2,), generator=torch.Generator().manual_seed(1))
+    for cache in (ours, oracle):
         interpreter.run(program, tokens[:length], cache)
         cache.length = length
         cache.reserve(length + 2)
-    ours, oracle = kept
     position = torch.tensor([length], dtype=torch.int32)
 
-    def turned(rotate: Any) -> torch.Tensor:
+    def turned(rotate: Any) -> Tensor:
         return torch.stack(interpreter.turns(rotate, 0, ours.capacity, dtype), 1)
 
     step = made.bind(ours.keys[:, None], ours.values[:, None], position, turned)
     for token in tokens[length:].split(1):
-        made.hidden.copy_(made.plan.embed.table.weight[token])
-        emulation.step(step, blocks=5)
+        embed = made.plan.embed
+        made.hidden.copy_(embed.table.weight[token] * torch.tensor(embed.scale, dtype=dtype))
+        emulation.step(step, BLOCKS)
+        buffers = made.made
+        for operation in made.plan.rest:
+            if isinstance(operation, AddNorm):
+                buffers[operation.norm.out] = interpreter.normalize(operation.norm, buffers[operation.norm.x])
+            elif isinstance(operation, Projects):
+                (part,) = operation.parts
+                buffers[part.out] = part.linear(buffers[part.x])
         wanted = interpreter.run(program, token, oracle).double()
         position += 1
-        assert float((made.logits.double() - wanted).norm() / wanted.norm()) < 3e-2
+        assert float((buffers["logits"].double() - wanted).norm() / wanted.norm()) < most
+    return made
+
+
+@pytest.mark.parametrize(("length", "dtype"), [(1, torch.bfloat16), (300, torch.float16)])
+@pytest.mark.parametrize("name", GRIDS)
+def test_logits_are_the_interpreters(name: str, length: int, dtype: torch.dtype) -> None:
+    agrees(model_of(name, dtype), length, dtype)
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "qwen2", "qwen3", "mistral"])
+def test_families_of_models(family: str) -> None:
+    model = compress(build_model(family, **WIDE)).to(torch.float16).requires_grad_(False)
+    made = agrees(model, 9, torch.float16)
+    assert made.plan.rest  # the head is dense
+
+
+def test_what_is_refused() -> None:
+    for model in (build_model("llama"), compress(build_model("gemma2"))):
+        with pytest.raises(UnsupportedError):
+            step_of(model.to(torch.float16), torch.float16)

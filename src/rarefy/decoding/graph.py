@@ -205,11 +205,12 @@ class GraphExecutor:
                 embed = self._resident.plan.embed
                 step.embed(at.tokens, embed.table.weight, embed.scale, self._resident.hidden)
                 at.stays()
-                logits = self._resident.logits
+                buffers = self._resident.made
+                self._execute(self._resident.plan.rest, buffers, attend)
             else:
                 buffers = {"tokens": at.tokens}
                 self._execute(self._whole, buffers, attend)
-                logits = buffers["logits"]
+            logits = buffers["logits"]
             if ending is not None:
                 draw, top_k, top_p = ending
                 at.pick(logits, at.tokens, at.positions, draw=draw, top_k=top_k, top_p=top_p)

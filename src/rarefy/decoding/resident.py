@@ -14,67 +14,83 @@ from rarefy.core.errors import UnsupportedError
 from rarefy.decoding.fuse import AddNorm, Attention, Fused, Projects
 from rarefy.decoding.products import prepared_of
 from rarefy.decoding.program import Add, Embed, Gate, Norm, Program, Rotate
-from rarefy.kernels.cuda.resident import ACTIVATIONS, ATTENTION, LEAST, PRODUCT, Form, Resident, Weights, weights
+from rarefy.kernels.cuda.resident import ACTIVATIONS, ATTENTION, LEAST, PRODUCT, Form, Resident, Weights, blocks_of, weights
 
 WARPS = 16
-EMULATED_BLOCKS = 5
 PLAIN, CENTRED = 1, 2
 
 
 @dataclass
 class _Product:
-    """``gate``: what opens the second half of the rows, and ``add`` whether the result is added to what is there."""
+    """``gate``: what opens the second half of the rows; ``add``: the result is added to what is there."""
 
     x: str
     outs: tuple[str, ...]
     weights: Weights
     norm: Norm | None
+    bias: Tensor | None = None
     add: bool = False
     gate: Gate | None = None
 
 
 @dataclass
 class Plan:
-    """The phases of a step, in terms of names."""
+    """The phases of a step, in terms of names, and what is left to do when they have ended."""
 
     embed: Embed
     phases: list[_Product | Attention] = field(default_factory=list)
+    rest: tuple[Fused, ...] = ()
 
 
-def plan(operations: Sequence[Fused], half: bool) -> Plan:
-    """Raises UnsupportedError for operations or weights that a step in one launch does not take."""
-    first, *rest = operations
+def plan(operations: Sequence[Fused], dtype: torch.dtype) -> Plan:
+    """Raises UnsupportedError for operations or weights that a step in one launch does not take, unless only the head
+    is so."""
+    first, *left = operations
     if not isinstance(first, Embed):
         raise UnsupportedError("A step in one launch begins with tokens.")
     made = Plan(first)
     norms: dict[str, Norm] = {}
-    for operation in rest:
-        match operation:
-            case AddNorm(norm, add, None):
-                if add is not None:
-                    _add(made, add)
-                norms[norm.out] = norm
-            case Add():
-                _add(made, operation)
-            case Projects(parts):
-                x, outs = parts[0].x, tuple(part.out for part in parts)
-                linears = [part.linear for part in parts]
-                terms = prepared_of(linears)
-                if terms is None or any(linear.bias is not None for linear in linears):
-                    raise UnsupportedError("A step in one launch takes weights in code that lie together, without biases.")
-                own = norms.get(x)
-                made.phases.append(_Product(own.x if own else x, outs, weights(terms, half, WARPS), own))
-            case Attention(q_norm=None, k_norm=None) if operation.attend.softcap is None:
-                made.phases.append(operation)
-            case Gate():
-                last = made.phases[-1]
-                gated = isinstance(last, _Product) and last.outs == (operation.gate, operation.up)
-                if not gated or last.weights.rows % 32:  # type: ignore[union-attr]
-                    raise UnsupportedError("A step in one launch takes gates right after their product.")
-                last.gate = operation  # type: ignore[union-attr]
-            case _:
-                raise UnsupportedError(f"A step in one launch takes no {type(operation).__name__} here.")
+    for index, operation in enumerate(left):
+        try:
+            _take(made, norms, operation, dtype)
+        except UnsupportedError:
+            rest = left[index:]
+            if not made.phases or any(isinstance(each, Attention | Gate) for each in rest):
+                raise
+            wanted = operation.parts[0].x if isinstance(operation, Projects) else None
+            made.rest = (*(AddNorm(norm) for out, norm in norms.items() if out == wanted), *rest)
+            break
     return made
+
+
+def _take(made: Plan, norms: dict[str, Norm], operation: Fused, dtype: torch.dtype) -> None:
+    """Put one more operation into the phases."""
+    match operation:
+        case AddNorm(norm, add, None) if norm.weight.dtype == dtype:
+            if add is not None:
+                _add(made, add)
+            norms[norm.out] = norm
+        case Add():
+            _add(made, operation)
+        case Projects(parts):
+            x, linears = parts[0].x, [part.linear for part in parts]
+            terms = prepared_of(linears)
+            biases = [linear.bias for linear in linears if linear.bias is not None]
+            if terms is None or len(biases) not in (0, len(linears)) or {each.dtype for each in biases} - {dtype}:
+                raise UnsupportedError("A step in one launch takes weights in code that can lie together.")
+            own = norms.get(x)
+            bias = torch.cat([each.detach() for each in biases]) if biases else None
+            outs = tuple(part.out for part in parts)
+            made.phases.append(_Product(own.x if own else x, outs, weights(terms, dtype == torch.float16, WARPS), own, bias))
+        case Attention() if all(norm is None or norm.weight.dtype == dtype for norm in (operation.q_norm, operation.k_norm)):
+            made.phases.append(operation)
+        case Gate():
+            last = made.phases[-1]
+            if not isinstance(last, _Product) or last.outs != (operation.gate, operation.up) or last.weights.rows % 32:
+                raise UnsupportedError("A step in one launch takes gates right after their product.")
+            last.gate = operation
+        case _:
+            raise UnsupportedError(f"A step in one launch takes no {type(operation).__name__} here.")
 
 
 def _add(made: Plan, add: Add) -> None:
@@ -89,17 +105,16 @@ class ResidentStep:
 
     def __init__(self, program: Program, operations: Sequence[Fused], dtype: torch.dtype, device: torch.device):
         self._program, self._dtype, self._device = program, dtype, device
-        self.plan = plan(operations, dtype == torch.float16)
+        self.plan = plan(operations, dtype)
         products = [phase for phase in self.plan.phases if isinstance(phase, _Product)]
         kinds: dict[Any, int] = {}
         for each in products:
             code = each.weights.code
             kinds[code] = max(kinds.get(code, 0), each.weights.entries)
         longest = max(each.weights.phase()["steps"] * each.weights.code.step for each in products)
-        blocks = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else EMULATED_BLOCKS
         self._form = Form(
             tuple(kinds.items()), dtype == torch.float16, program.heads, program.kv_heads, program.head_dim,
-            max(1, blocks // program.kv_heads), 2 * longest, WARPS,
+            max(1, blocks_of(device) // program.kv_heads), 2 * longest, WARPS,
         )  # fmt: skip
         self._form.check()
         self._kinds = list(kinds)
@@ -124,9 +139,9 @@ class ResidentStep:
         return self._buffers[self.plan.embed.out]
 
     @property
-    def logits(self) -> Tensor:
-        """Where a step leaves its result, ``[1, vocabulary]``."""
-        return self._buffers["logits"]
+    def made(self) -> dict[str, Tensor]:
+        """What a step leaves, by name: the logits ``[1, vocabulary]``, or what ``plan.rest`` makes them of."""
+        return dict(self._buffers)
 
     def bind(
         self, keys: Tensor, values: Tensor, position: Tensor, turned: Callable[[Rotate], Tensor]
@@ -143,10 +158,16 @@ class ResidentStep:
             if phase.k_rotate != replace(phase.q_rotate, x=phase.k_rotate.x, heads=phase.k_rotate.heads):
                 raise UnsupportedError("A step in one launch turns queries and keys alike.")
             key, value = keys[attend.layer, 0], values[attend.layer, 0]
+            norms = phase.q_norm, phase.k_norm
+            own: dict[str, Any] = {}
+            for norm, (gain, eps, kind) in zip(norms, (("gain", "eps", "norm"), ("k_gain", "k_eps", "k_norm")), strict=True):
+                if norm is not None:
+                    own.update({gain: norm.weight.data_ptr(), eps: norm.eps, kind: _kind(norm)})
             phases.append({
-                "kind": ATTENTION, "x": self._buffers[attend.q].data_ptr(), "y": self._buffers[attend.out].data_ptr(),
+                **own, "kind": ATTENTION, "x": self._buffers[attend.q].data_ptr(), "y": self._buffers[attend.out].data_ptr(),
                 "keys": key.data_ptr(), "values": value.data_ptr(), "head_stride": key.stride(0),
                 "turns": turns.data_ptr(), "window": attend.window or 0, "score_scale": attend.scale * log2(EULER),
+                "softcap": (attend.softcap or 0.0) * log2(EULER),
             })  # fmt: skip
         return Resident(self._form, phases, position, (kept, self))
 
@@ -158,8 +179,14 @@ class ResidentStep:
             "x": self._buffers[phase.x].data_ptr(), "y": self._buffers[out].data_ptr(), "add": int(phase.add),
         }  # fmt: skip
         if norm is not None:
-            said.update(gain=norm.weight.data_ptr(), eps=norm.eps, norm=CENTRED if norm.centred else PLAIN)
+            said.update(gain=norm.weight.data_ptr(), eps=norm.eps, norm=_kind(norm))
+        if phase.bias is not None:
+            said["bias"] = phase.bias.data_ptr()
         if phase.gate is not None:
             half = said["units"] // 2
             said.update(units=half, pair=half, activation=ACTIVATIONS[phase.gate.activation])
         return said
+
+
+def _kind(norm: Norm) -> int:
+    return CENTRED if norm.centred else PLAIN

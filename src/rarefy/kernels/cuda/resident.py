@@ -21,19 +21,22 @@ from rarefy.kernels.cuda.program import TYPES, Code
 from rarefy.kernels.prepared import flat
 
 SOURCE = Path(__file__).with_name("step.cu")
-PLACES = ("codes", "scale", "zero", "table", "second", "entries", "row_ptr", "x", "gain", "y", "keys", "values", "turns")
-NUMBERS = (
-    "kind", "code", "rows", "columns", "steps", "groups", "units", "pair", "norm", "add", "activation", "window",
-    "second_rows", "second_shift",
+PLACES = (
+    "codes", "scale", "zero", "table", "second", "entries", "row_ptr", "x", "gain", "k_gain", "bias", "y", "keys",
+    "values", "turns",
 )  # fmt: skip
-FACTORS = ("eps", "multiplier", "score_scale")
+NUMBERS = (
+    "kind", "code", "rows", "columns", "steps", "groups", "units", "pair", "norm", "k_norm", "add", "activation",
+    "window", "second_rows", "second_shift",
+)  # fmt: skip
+FACTORS = ("eps", "k_eps", "multiplier", "score_scale", "softcap")
 PRODUCT, ATTENTION = range(2)
 ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 SHARED = 227 * 1024  # bytes of a block that stays alone
 BATCH = 16  # tiles whose sums meet together
 LEAST = 256  # positions of the cache that are worth a block
+BARRIER = 8  # bytes
 SUMMED = ("pairs", "bilevel")  # scales that come with a number to add
-PHASE, BARRIER = 192, 8  # bytes
 
 
 class Phase(ctypes.Structure):
@@ -44,8 +47,10 @@ class Phase(ctypes.Structure):
         ("head_stride", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in NUMBERS),
         *((name, ctypes.c_float) for name in FACTORS),
-        ("filler", ctypes.c_int * 3),
     ]
+
+
+PHASE = ctypes.sizeof(Phase)
 
 
 class _Step(ctypes.Structure):
@@ -170,7 +175,7 @@ class Form:
 
     def check(self) -> None:
         """Raise UnsupportedError for what the source does not take."""
-        if self.channels not in (64, 128, 256) or self.heads % self.kv_heads or self.heads // self.kv_heads > 8:
+        if self.channels not in (16, 32, 64, 128, 256) or self.heads % self.kv_heads or self.heads // self.kv_heads > 8:
             raise UnsupportedError(f"A step in one launch takes no {self.heads} heads of {self.channels} channels.")
         if self.stages < 3:
             raise UnsupportedError("Weights of a step in one launch do not fit a multiprocessor's memory.")
@@ -214,18 +219,18 @@ class Resident:
         device = self.position.device
         program = _kernel(device.index or 0, self.form)
         stream = torch.cuda.current_stream(device).cuda_stream
-        program((_blocks(device), 1, 1), self.form.threads, self.given, stream, True)
+        program((blocks_of(device), 1, 1), self.form.threads, self.given, stream, True)
 
     def timed(self) -> Tensor:
         """Where launches from now on leave cycles, int64 ``[phases, blocks, 3]``: when a block began a phase, had the
         input of a product, and was done."""
-        blocks = _blocks(self.position.device)
+        blocks = blocks_of(self.position.device)
         self.times = torch.zeros(self.given.count, blocks, 3, dtype=torch.int64, device=self.position.device)
         self.given.times = self.times.data_ptr()
         return self.times
 
 
-def _blocks(device: torch.device) -> int:
+def blocks_of(device: torch.device) -> int:
     """All of a GPU's multiprocessors, a block on each."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 

@@ -35,7 +35,9 @@ struct __attribute__((aligned(16))) Phase {
   const u32* entries;
   const u32* row_ptr;    // [rows, filled up to whole tiles, and four]
   const u16* x;          // [columns]; of attention: q, k and v
-  const u16* gain;       // [columns], where `norm`
+  const u16* gain;       // [columns], where `norm`; of attention: [CHANNELS], of q
+  const u16* k_gain;     // [CHANNELS], where `k_norm`
+  const u16* bias;       // [rows], or none
   u16* y;
   u16* keys;             // [KV_HEADS] of [CHANNELS] for each position
   u16* values;
@@ -44,10 +46,10 @@ struct __attribute__((aligned(16))) Phase {
   int kind, code, rows, columns, steps, groups;
   int units;             // tiles, or pairs of them where `pair`
   int pair;              // tiles from a gate to what it opens; 0: no gates
-  int norm, add, activation, window, second_rows;
+  int norm, k_norm, add, activation, window, second_rows;
   int second_shift;      // groups that share second-order numbers, as a power of two
-  float eps, multiplier, score_scale;
-  int filler;
+  float eps, k_eps, multiplier;
+  float score_scale, softcap;  // in logarithms of two
 };
 
 struct Step {
@@ -481,23 +483,25 @@ template <class C> device void take_input(const Phase& p, u8* input, float* shar
 
 // Sums of the warps over `tiles` tiles, from tile `first` of this block's on.
 device void finish(const Phase& p, const float* sums, int first_unit, int tiles) {
-  const auto total = [&](int tile, int row) {
+  const auto total = [&](int tile, int row, int place) {
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) sum += sums[(tile * WARPS + w) * 16 + row];
-    return rounded<HALF>(sum * p.multiplier);
+    const u16 own = rounded<HALF>(sum * p.multiplier);
+    return p.bias ? rounded<HALF>(widened(own) + widened(p.bias[place])) : own;
   };
   if (p.pair) {
     for (int n = threadIdx.x; n < tiles * 8; n += CONSUMERS) {
       const int unit = n / 16, row = n % 16, place = (first_unit + unit) * 16 + row;
-      const float gate = widened(total(2 * unit, row)), up = widened(total(2 * unit + 1, row));
+      const float gate = widened(total(2 * unit, row, place));
+      const float up = widened(total(2 * unit + 1, row, place + p.pair * 16));
       p.y[place] = rounded<HALF>(widened(rounded<HALF>(activated(gate, p.activation))) * up);
     }
   } else {
     for (int n = threadIdx.x; n < tiles * 16; n += CONSUMERS) {
       const int place = first_unit * 16 + n;
       if (place >= p.rows) continue;
-      const u16 own = total(n / 16, n % 16);
+      const u16 own = total(n / 16, n % 16, place);
       p.y[place] = p.add ? rounded<HALF>(widened(fresh(p.y + place)) + widened(own)) : own;
     }
   }
@@ -563,11 +567,17 @@ device Eight widened(const uint4& all) {
   return found;
 }
 
-// Eight channels of a head, turned and rounded as the model does; `lane` of LANES_OF_HEAD.
-device Eight turned(const u16* head, const u16* turn, int lane) {
+// Eight channels of a head, normed where that is wanted and turned, rounded as the model does; `lane` of LANES_OF_HEAD.
+device Eight turned(const u16* head, const u16* turn, const u16* gain, int norm, float eps, int lane) {
   constexpr int HALF_OF = LANES_OF_HEAD / 2;
-  const Eight own = widened(fresh(reinterpret_cast<const uint4*>(head) + lane));
-  const Eight other = widened(fresh(reinterpret_cast<const uint4*>(head) + (lane ^ HALF_OF)));
+  uint4 raw = fresh(reinterpret_cast<const uint4*>(head) + lane), raw_other = fresh(reinterpret_cast<const uint4*>(head) + (lane ^ HALF_OF));
+  if (norm) {
+    const float factor = inverse_root(sum_over<LANES_OF_HEAD>(sum_of(raw, true)) / CHANNELS + eps);
+    const uint4* gains = reinterpret_cast<const uint4*>(gain);
+    raw = normed(raw, load_shared_by_all(gains + lane), factor, norm == CENTRED);
+    raw_other = normed(raw_other, load_shared_by_all(gains + (lane ^ HALF_OF)), factor, norm == CENTRED);
+  }
+  const Eight own = widened(raw), other = widened(raw_other);
   const uint4* from = reinterpret_cast<const uint4*>(turn) + lane % HALF_OF;
   const Eight cosine = widened(load_shared_by_all(from)), sine = widened(load_shared_by_all(from + HALF_OF));
   Eight found;
@@ -604,13 +614,14 @@ device void see(Mixed& mixed, const float (&scores)[MEMBERS], const Eight& value
   }
 }
 
-device void score(float (&scores)[MEMBERS], const Eight (&query)[MEMBERS], const Eight& key) {
+device void score(float (&scores)[MEMBERS], const Eight (&query)[MEMBERS], const Eight& key, float softcap) {
 #pragma unroll
   for (int m = 0; m < MEMBERS; ++m) {
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum += query[m].at[i] * key.at[i];
-    scores[m] = sum_over<LANES_OF_HEAD>(sum);
+    sum = sum_over<LANES_OF_HEAD>(sum);
+    scores[m] = softcap > 0.0f ? softcap * (2.0f / (1.0f + exponential(-2.0f * sum / softcap)) - 1.0f) : sum;
   }
 }
 
@@ -630,7 +641,7 @@ device void attend(const Phase& p, const Step& s, u8* memory) {
   Eight query[MEMBERS];
 #pragma unroll
   for (int m = 0; m < MEMBERS; ++m) {
-    query[m] = turned(p.x + (head * MEMBERS + m) * CHANNELS, turn, own);
+    query[m] = turned(p.x + (head * MEMBERS + m) * CHANNELS, turn, p.gain, p.norm, p.eps, own);
 #pragma unroll
     for (int i = 0; i < 8; ++i) query[m].at[i] *= p.score_scale;
   }
@@ -655,20 +666,20 @@ device void attend(const Phase& p, const Step& s, u8* memory) {
 #pragma unroll
     for (int u = 0; u < UNROLLED; ++u) {
       float scores[MEMBERS];
-      score(scores, query, widened(key[u]));
+      score(scores, query, widened(key[u]), p.softcap);
       see(mixed, scores, widened(value[u]), first + u * STRIDE + which < end);
     }
   }
   if (split == 0 && warp == 0) {  // the token's own key and value, which the cache gets too
     const u16* new_key = p.x + (HEADS + head) * CHANNELS;
-    const Eight key = turned(new_key, turn, own);
+    const Eight key = turned(new_key, turn, p.k_gain, p.k_norm, p.k_eps, own);
     const uint4 value = fresh(reinterpret_cast<const uint4*>(new_key + KV_HEADS * CHANNELS) + own);
     if (which == 0) {
       reinterpret_cast<uint4*>(keys + i64(position) * CHANNELS)[own] = narrowed(key);
       reinterpret_cast<uint4*>(values + i64(position) * CHANNELS)[own] = value;
     }
     float scores[MEMBERS];
-    score(scores, query, key);
+    score(scores, query, key, p.softcap);
     see(mixed, scores, widened(value), which == 0);
   }
   // Those of a warp that saw other tokens, then warps, then blocks.

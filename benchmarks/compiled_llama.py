@@ -70,7 +70,7 @@ def decoder(
         linear = nn.Linear(columns, rows, bias=False, device=device, dtype=dtype)
         nn.init.normal_(linear.weight, 0, spread)
         if quantize is not None:
-            quantize(linear)
+            quantize(nn.Sequential(linear))
         return linear.weight.detach()
 
     wide, kept = shape.heads * shape.channels, shape.kv_heads * shape.channels

@@ -128,7 +128,6 @@ class Form:
     input: int
     warps: int = 16
     least: int = LEAST
-    most: int = SHARED
 
     @property
     def threads(self) -> int:
@@ -154,7 +153,7 @@ class Form:
 
     @property
     def stages(self) -> int:
-        return (self.most - self.work - 2 * PHASE) // (self.stage + 2 * BARRIER)
+        return (SHARED - self.work - 2 * PHASE) // (self.stage + 2 * BARRIER)
 
     @property
     def shared_memory(self) -> int:

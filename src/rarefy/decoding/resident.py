@@ -21,7 +21,7 @@ PLAIN, CENTRED = 1, 2
 
 
 @dataclass
-class _Product:
+class Product:
     """``gate``: what opens the second half of the rows; ``add``: the result is added to what is there."""
 
     x: str
@@ -38,7 +38,7 @@ class Plan:
     """The phases of a step, in terms of names, and what is left to do when they have ended."""
 
     embed: Embed
-    phases: list[_Product | Attention] = field(default_factory=list)
+    phases: list[Product | Attention] = field(default_factory=list)
     rest: tuple[Fused, ...] = ()
 
 
@@ -81,12 +81,12 @@ def _take(made: Plan, norms: dict[str, Norm], operation: Fused, dtype: torch.dty
             own = norms.get(x)
             bias = torch.cat([each.detach() for each in biases]) if biases else None
             outs = tuple(part.out for part in parts)
-            made.phases.append(_Product(own.x if own else x, outs, weights(terms, dtype == torch.float16, WARPS), own, bias))
+            made.phases.append(Product(own.x if own else x, outs, weights(terms, dtype == torch.float16, WARPS), own, bias))
         case Attention() if all(norm is None or norm.weight.dtype == dtype for norm in (operation.q_norm, operation.k_norm)):
             made.phases.append(operation)
         case Gate():
             last = made.phases[-1]
-            if not isinstance(last, _Product) or last.outs != (operation.gate, operation.up) or last.weights.rows % 32:
+            if not isinstance(last, Product) or last.outs != (operation.gate, operation.up) or last.weights.rows % 32:
                 raise UnsupportedError("A step in one launch takes gates right after their product.")
             last.gate = operation
         case _:
@@ -95,7 +95,7 @@ def _take(made: Plan, norms: dict[str, Norm], operation: Fused, dtype: torch.dty
 
 def _add(made: Plan, add: Add) -> None:
     last = made.phases[-1]
-    if not isinstance(last, _Product) or last.outs != (add.y,) or last.gate is not None:
+    if not isinstance(last, Product) or last.outs != (add.y,) or last.gate is not None:
         raise UnsupportedError("A step in one launch adds what a product has just made.")
     last.outs, last.add = (add.x,), True
 
@@ -106,7 +106,7 @@ class ResidentStep:
     def __init__(self, program: Program, operations: Sequence[Fused], dtype: torch.dtype, device: torch.device):
         self._program, self._dtype, self._device = program, dtype, device
         self.plan = plan(operations, dtype)
-        products = [phase for phase in self.plan.phases if isinstance(phase, _Product)]
+        products = [phase for phase in self.plan.phases if isinstance(phase, Product)]
         kinds: dict[Any, int] = {}
         for each in products:
             code = each.weights.code
@@ -150,7 +150,7 @@ class ResidentStep:
         as it is; ``turned`` answers with cosines and sines."""
         phases, kept = [], [keys, values, position]
         for phase in self.plan.phases:
-            if isinstance(phase, _Product):
+            if isinstance(phase, Product):
                 phases.append(self._product(phase))
                 continue
             attend, turns = phase.attend, turned(phase.q_rotate)
@@ -171,7 +171,7 @@ class ResidentStep:
             })  # fmt: skip
         return Resident(self._form, phases, position, (kept, self))
 
-    def _product(self, phase: _Product) -> dict[str, Any]:
+    def _product(self, phase: Product) -> dict[str, Any]:
         norm, own = phase.norm, phase.weights
         out = phase.outs[0] if phase.gate is None else phase.gate.out
         said = {

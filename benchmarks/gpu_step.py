@@ -1,9 +1,9 @@
 """Where the time of a step in one launch goes, by the cycles that its blocks note themselves (``Resident.timed``).
 
-Every block says when it began each phase, when it had a product's input (normed, in shared memory) and when it was done;
-what follows until the next phase is waiting for the other blocks. Weights are on their way all the while, so the time of
-a phase has no limit of its own: ``microseconds_of_bytes`` is what its weights would take at the bandwidth of a copy, and
-only the sum over phases has to be longer. Cycles become microseconds by the time that a whole step takes.
+Every block says when it began each phase, when it had a product's input (normed, in shared memory) and when it was
+done; what follows until the next phase is waiting for other blocks. Weights are on their way all the while, so a phase
+has no limit of its own: ``microseconds_of_bytes`` is what its weights would take at the bandwidth of a copy, and only
+the sum over phases has to be longer. Cycles become microseconds by the time that a whole step takes.
 """
 
 from __future__ import annotations

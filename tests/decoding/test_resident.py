@@ -109,7 +109,7 @@ def agrees(model: Any, length: int, dtype: torch.dtype, most: float = 3e-2) -> A
         embed = made.plan.embed
         made.hidden.copy_(embed.table.weight[token] * torch.tensor(embed.scale, dtype=dtype))
         emulation.step(step, BLOCKS)
-        buffers = made.made
+        buffers = dict(made.buffers)
         for operation in made.plan.rest:
             if isinstance(operation, AddNorm):
                 buffers[operation.norm.out] = interpreter.normalize(operation.norm, buffers[operation.norm.x])

@@ -205,7 +205,7 @@ class GraphExecutor:
                 embed = self._resident.plan.embed
                 step.embed(at.tokens, embed.table.weight, embed.scale, self._resident.hidden)
                 at.stays()
-                buffers = self._resident.made
+                buffers = dict(self._resident.buffers)
                 self._execute(self._resident.plan.rest, buffers, attend)
             else:
                 buffers = {"tokens": at.tokens}

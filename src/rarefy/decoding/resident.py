@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from math import log2, e as EULER
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,42 +14,60 @@ from rarefy.core.errors import UnsupportedError
 from rarefy.decoding.fuse import AddNorm, Attention, Fused, Projects
 from rarefy.decoding.products import prepared_of
 from rarefy.decoding.program import Add, Embed, Gate, Norm, Program, Rotate
-from rarefy.kernels.cuda.resident import ACTIVATIONS, ATTENTION, LEAST, PRODUCT, Form, Resident, Weights, blocks_of, weights
+from rarefy.kernels.cuda.resident import (
+    ACTIVATIONS,
+    ATTENTION,
+    CENTRED,
+    PLAIN,
+    PRODUCT,
+    Form,
+    Resident,
+    Weights,
+    blocks_of,
+    weights,
+)
 
-WARPS = 16
-PLAIN, CENTRED = 1, 2
+WARPS = 16  # of a block that multiply
 
 
 @dataclass
 class Product:
-    """``gate``: what opens the second half of the rows; ``add``: the result is added to what is there."""
+    """``norm``: of what is multiplied; ``gate``: what opens the second half of the rows; ``add``: the result is added
+    to what is there."""
 
     x: str
     outs: tuple[str, ...]
     weights: Weights
     norm: Norm | None
-    bias: Tensor | None = None
+    bias: Tensor | None
     add: bool = False
     gate: Gate | None = None
+
+    @property
+    def out(self) -> str:
+        """The buffer of the result, which is named after the first of several."""
+        return self.outs[0] if self.gate is None else self.gate.out
 
 
 @dataclass
 class Plan:
-    """The phases of a step, in terms of names, and what is left to do when they have ended."""
+    """The phases of a step, and what is left to do when they have ended."""
 
     embed: Embed
     phases: list[Product | Attention] = field(default_factory=list)
     rest: tuple[Fused, ...] = ()
 
+    def products(self) -> list[Product]:
+        return [phase for phase in self.phases if isinstance(phase, Product)]
+
 
 def plan(operations: Sequence[Fused], dtype: torch.dtype) -> Plan:
-    """Raises UnsupportedError for operations or weights that a step in one launch does not take, unless only the head
-    is so."""
+    """Raises UnsupportedError for operations or weights that a step in one launch does not take, unless they come after
+    all layers, as a dense head does."""
     first, *left = operations
     if not isinstance(first, Embed):
         raise UnsupportedError("A step in one launch begins with tokens.")
-    made = Plan(first)
-    norms: dict[str, Norm] = {}
+    made, norms = Plan(first), dict[str, Norm]()
     for index, operation in enumerate(left):
         try:
             _take(made, norms, operation, dtype)
@@ -72,17 +90,11 @@ def _take(made: Plan, norms: dict[str, Norm], operation: Fused, dtype: torch.dty
             norms[norm.out] = norm
         case Add():
             _add(made, operation)
-        case Projects(parts):
-            x, linears = parts[0].x, [part.linear for part in parts]
-            terms = prepared_of(linears)
-            biases = [linear.bias for linear in linears if linear.bias is not None]
-            if terms is None or len(biases) not in (0, len(linears)) or {each.dtype for each in biases} - {dtype}:
-                raise UnsupportedError("A step in one launch takes weights in code that can lie together.")
-            own = norms.get(x)
-            bias = torch.cat([each.detach() for each in biases]) if biases else None
-            outs = tuple(part.out for part in parts)
-            made.phases.append(Product(own.x if own else x, outs, weights(terms, dtype == torch.float16, WARPS), own, bias))
-        case Attention() if all(norm is None or norm.weight.dtype == dtype for norm in (operation.q_norm, operation.k_norm)):
+        case Projects():
+            made.phases.append(_product(operation, norms, dtype))
+        case Attention(_, _, _, q_norm, k_norm):
+            if any(norm is not None and norm.weight.dtype != dtype for norm in (q_norm, k_norm)):
+                raise UnsupportedError("A step in one launch takes norms in the model's dtype.")
             made.phases.append(operation)
         case Gate():
             last = made.phases[-1]
@@ -90,7 +102,18 @@ def _take(made: Plan, norms: dict[str, Norm], operation: Fused, dtype: torch.dty
                 raise UnsupportedError("A step in one launch takes gates right after their product.")
             last.gate = operation
         case _:
-            raise UnsupportedError(f"A step in one launch takes no {type(operation).__name__} here.")
+            raise UnsupportedError(f"A step in one launch takes no {type(operation).__name__} like this.")
+
+
+def _product(operation: Projects, norms: dict[str, Norm], dtype: torch.dtype) -> Product:
+    linears, x = [part.linear for part in operation.parts], operation.parts[0].x
+    terms = prepared_of(linears)
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    if terms is None or len(biases) not in (0, len(linears)) or any(bias.dtype != dtype for bias in biases):
+        raise UnsupportedError("A step in one launch takes weights in code that can lie together.")
+    norm, outs = norms.get(x), tuple(part.out for part in operation.parts)
+    coded = weights(terms, dtype == torch.float16, WARPS)
+    return Product(norm.x if norm else x, outs, coded, norm, torch.cat(biases) if biases else None)
 
 
 def _add(made: Plan, add: Add) -> None:
@@ -101,85 +124,60 @@ def _add(made: Plan, add: Add) -> None:
 
 
 class ResidentStep:
-    """``program``'s step for one sequence. Raises UnsupportedError for one that does not fit."""
+    """``program``'s step for one sequence, of which ``operations`` are the fused ones. Raises UnsupportedError for one
+    that does not fit."""
 
     def __init__(self, program: Program, operations: Sequence[Fused], dtype: torch.dtype, device: torch.device):
-        self._program, self._dtype, self._device = program, dtype, device
         self.plan = plan(operations, dtype)
-        products = [phase for phase in self.plan.phases if isinstance(phase, Product)]
-        kinds: dict[Any, int] = {}
+        products = self.plan.products()
+        entries: dict[Any, int] = {}
         for each in products:
             code = each.weights.code
-            kinds[code] = max(kinds.get(code, 0), each.weights.entries)
-        longest = max(each.weights.phase()["steps"] * each.weights.code.step for each in products)
-        self._form = Form(
-            tuple(kinds.items()), dtype == torch.float16, program.heads, program.kv_heads, program.head_dim,
-            max(1, blocks_of(device) // program.kv_heads), 2 * longest, WARPS,
+            entries[code] = max(entries.get(code, 0), each.weights.entries)
+        self._kinds = list(entries)
+        self.form = Form(
+            tuple(entries.items()), dtype == torch.float16, program.heads, program.kv_heads, program.head_dim,
+            splits=max(1, blocks_of(device) // program.kv_heads),
+            input=2 * max(each.weights.steps * each.weights.code.step for each in products), warps=WARPS,
         )  # fmt: skip
-        self._form.check()
-        self._kinds = list(kinds)
-        self._buffers: dict[str, Tensor] = {}
+        self.form.check()
         embed = self.plan.embed
-        self._make((embed.out,), embed.table.weight.shape[1])
+        widths = {embed.out: embed.table.embedding_dim}
         for phase in self.plan.phases:
             if isinstance(phase, Attention):
-                self._make((phase.attend.out,), program.heads * program.head_dim)
-            elif phase.gate is not None:
-                self._make((phase.gate.out,), phase.weights.rows // 2)
+                widths[phase.attend.out] = program.heads * program.head_dim
             elif not phase.add:
-                self._make(phase.outs, phase.weights.rows)
-
-    def _make(self, names: tuple[str, ...], width: int) -> None:
-        if names[0] not in self._buffers:
-            self._buffers[names[0]] = torch.zeros(1, width, dtype=self._dtype, device=self._device)
+                widths[phase.out] = phase.weights.rows // (1 if phase.gate is None else 2)
+        self.buffers = {name: torch.zeros(1, width, dtype=dtype, device=device) for name, width in widths.items()}
 
     @property
     def hidden(self) -> Tensor:
-        """Where the embedding of the token is wanted, ``[1, width]``."""
-        return self._buffers[self.plan.embed.out]
-
-    @property
-    def made(self) -> dict[str, Tensor]:
-        """What a step leaves, by name: the logits ``[1, vocabulary]``, or what ``plan.rest`` makes them of."""
-        return dict(self._buffers)
+        """Where the token's embedding is wanted, ``[1, width]``."""
+        return self.buffers[self.plan.embed.out]
 
     def bind(
         self, keys: Tensor, values: Tensor, position: Tensor, turned: Callable[[Rotate], Tensor]
     ) -> Resident:
-        """The step with caches ``[layers, 1, heads, capacity, channels]``; ``position`` int32 ``[1]`` is read and left
-        as it is; ``turned`` answers with cosines and sines."""
-        phases, kept = [], [keys, values, position]
+        """The step with caches ``[layers, 1, heads, capacity, channels]``. It leaves logits ``[1, vocabulary]``, or
+        what ``plan.rest`` makes them of, in ``buffers``. ``position`` int32 ``[1]`` is only read; ``turned`` answers
+        with cosines and sines."""
+        kept: list[Any] = [self, keys, values]
+        phases = []
         for phase in self.plan.phases:
             if isinstance(phase, Product):
-                phases.append(self._product(phase))
-                continue
-            attend, turns = phase.attend, turned(phase.q_rotate)
-            kept.append(turns)
-            if phase.k_rotate != replace(phase.q_rotate, x=phase.k_rotate.x, heads=phase.k_rotate.heads):
-                raise UnsupportedError("A step in one launch turns queries and keys alike.")
-            key, value = keys[attend.layer, 0], values[attend.layer, 0]
-            norms = phase.q_norm, phase.k_norm
-            own: dict[str, Any] = {}
-            for norm, (gain, eps, kind) in zip(norms, (("gain", "eps", "norm"), ("k_gain", "k_eps", "k_norm")), strict=True):
-                if norm is not None:
-                    own.update({gain: norm.weight.data_ptr(), eps: norm.eps, kind: _kind(norm)})
-            phases.append({
-                **own, "kind": ATTENTION, "x": self._buffers[attend.q].data_ptr(), "y": self._buffers[attend.out].data_ptr(),
-                "keys": key.data_ptr(), "values": value.data_ptr(), "head_stride": key.stride(0),
-                "turns": turns.data_ptr(), "window": attend.window or 0, "score_scale": attend.scale * log2(EULER),
-                "softcap": (attend.softcap or 0.0) * log2(EULER),
-            })  # fmt: skip
-        return Resident(self._form, phases, position, (kept, self))
+                phases.append(self._of_product(phase))
+            else:
+                turns, layer = turned(phase.q_rotate), phase.attend.layer
+                kept.append(turns)
+                phases.append(self._of_attention(phase, keys[layer, 0], values[layer, 0], turns))
+        return Resident(self.form, phases, position, kept)
 
-    def _product(self, phase: Product) -> dict[str, Any]:
-        norm, own = phase.norm, phase.weights
-        out = phase.outs[0] if phase.gate is None else phase.gate.out
+    def _of_product(self, phase: Product) -> dict[str, Any]:
         said = {
-            **own.phase(), "kind": PRODUCT, "code": self._kinds.index(own.code),
-            "x": self._buffers[phase.x].data_ptr(), "y": self._buffers[out].data_ptr(), "add": int(phase.add),
+            **phase.weights.phase(), "kind": PRODUCT, "code": self._kinds.index(phase.weights.code),
+            "x": self.buffers[phase.x].data_ptr(), "y": self.buffers[phase.out].data_ptr(), "add": int(phase.add),
+            **_norm(phase.norm, ""),
         }  # fmt: skip
-        if norm is not None:
-            said.update(gain=norm.weight.data_ptr(), eps=norm.eps, norm=_kind(norm))
         if phase.bias is not None:
             said["bias"] = phase.bias.data_ptr()
         if phase.gate is not None:
@@ -187,6 +185,22 @@ class ResidentStep:
             said.update(units=half, pair=half, activation=ACTIVATIONS[phase.gate.activation])
         return said
 
+    def _of_attention(self, phase: Attention, keys: Tensor, values: Tensor, turns: Tensor) -> dict[str, Any]:
+        attend = phase.attend
+        q, k = phase.q_rotate, phase.k_rotate
+        if (q.inv_freq.data_ptr(), q.scaling) != (k.inv_freq.data_ptr(), k.scaling):
+            raise UnsupportedError("A step in one launch turns queries and keys alike.")
+        return {
+            "kind": ATTENTION, "x": self.buffers[attend.q].data_ptr(), "y": self.buffers[attend.out].data_ptr(),
+            "keys": keys.data_ptr(), "values": values.data_ptr(), "head_stride": keys.stride(0),
+            "turns": turns.data_ptr(), "window": attend.window or 0, "score_scale": attend.scale * math.log2(math.e),
+            "softcap": (attend.softcap or 0.0) * math.log2(math.e), **_norm(phase.q_norm, ""),
+            **_norm(phase.k_norm, "k_"),
+        }  # fmt: skip
 
-def _kind(norm: Norm) -> int:
-    return CENTRED if norm.centred else PLAIN
+
+def _norm(norm: Norm | None, prefix: str) -> dict[str, Any]:
+    if norm is None:
+        return {}
+    kind = CENTRED if norm.centred else PLAIN
+    return {f"{prefix}gain": norm.weight.data_ptr(), f"{prefix}eps": norm.eps, f"{prefix}norm": kind}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ NUMBERS = (
 )  # fmt: skip
 FACTORS = ("eps", "k_eps", "multiplier", "score_scale", "softcap")
 PRODUCT, ATTENTION = range(2)
+PLAIN, CENTRED = 1, 2  # norms
 ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 SHARED = 227 * 1024  # bytes of a block that stays alone
 BATCH = 16  # tiles whose sums meet together
@@ -74,6 +75,11 @@ class Weights:
     def rows(self) -> int:
         return self.numbers["rows"]
 
+    @property
+    def steps(self) -> int:
+        """Steps of columns of a tile."""
+        return self.tensors["codes"].shape[1]
+
     def phase(self) -> dict[str, Any]:
         """What a phase says of them."""
         codes = self.tensors["codes"]
@@ -81,7 +87,7 @@ class Weights:
         groups = next((each.shape[1] for each in grouped if each is not None), 1)
         found = {name: each.data_ptr() for name, each in self.tensors.items()}
         return {
-            **found, "rows": self.rows, "columns": self.numbers["columns"], "steps": codes.shape[1], "groups": groups,
+            **found, "rows": self.rows, "columns": self.numbers["columns"], "steps": self.steps, "groups": groups,
             "units": codes.shape[0], "second_rows": self.numbers["second_rows"],
             "second_shift": self.numbers["second_groups"].bit_length() - 1, "multiplier": self.multiplier,
         }  # fmt: skip
@@ -148,7 +154,8 @@ class Form:
     @property
     def input_sums(self) -> int:
         """Bytes of the sums of the longest input over groups."""
-        groups = [min(code.group or code.step, code.step) for code, _ in self.codes if code.zero is not None or code.scale in SUMMED]
+        summed = [code for code, _ in self.codes if code.zero is not None or code.scale in SUMMED]
+        groups = [min(code.group or code.step, code.step) for code in summed]
         return -(-2 * self.input // min(groups) // 128) * 128 if groups else 0
 
     @property
@@ -168,8 +175,8 @@ class Form:
         )
         return {
             "CODES": kinds, "HALF": int(self.half), "WARPS": self.warps, "STAGES": self.stages, "STAGE": self.stage,
-            "INPUT": self.input, "INPUT_SUMS": self.input_sums, "WORK": self.work, "BATCH": BATCH, "HEADS": self.heads, "KV_HEADS": self.kv_heads,
-            "CHANNELS": self.channels, "SPLITS": self.splits, "LEAST": self.least,
+            "INPUT": self.input, "INPUT_SUMS": self.input_sums, "WORK": self.work, "BATCH": BATCH, "HEADS": self.heads,
+            "KV_HEADS": self.kv_heads, "CHANNELS": self.channels, "SPLITS": self.splits, "LEAST": self.least,
         }  # fmt: skip
 
     def check(self) -> None:

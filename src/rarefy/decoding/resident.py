@@ -112,7 +112,7 @@ def _product(operation: Projects, norms: dict[str, Norm], dtype: torch.dtype) ->
     if terms is None or len(biases) not in (0, len(linears)) or any(bias.dtype != dtype for bias in biases):
         raise UnsupportedError("A step in one launch takes weights in code that can lie together.")
     norm, outs = norms.get(x), tuple(part.out for part in operation.parts)
-    coded = weights(terms, dtype == torch.float16, WARPS)
+    coded = weights(terms, WARPS)
     return Product(norm.x if norm else x, outs, coded, norm, torch.cat(biases) if biases else None)
 
 
@@ -178,6 +178,8 @@ class ResidentStep:
             "x": self.buffers[phase.x].data_ptr(), "y": self.buffers[phase.out].data_ptr(), "add": int(phase.add),
             **_norm(phase.norm, ""),
         }  # fmt: skip
+        if phase.norm is not None:
+            said["input_scale"] = _scale(phase.norm)
         if phase.bias is not None:
             said["bias"] = phase.bias.data_ptr()
         if phase.gate is not None:
@@ -204,3 +206,10 @@ def _norm(norm: Norm | None, prefix: str) -> dict[str, Any]:
         return {}
     kind = CENTRED if norm.centred else PLAIN
     return {f"{prefix}gain": norm.weight.data_ptr(), f"{prefix}eps": norm.eps, f"{prefix}norm": kind}
+
+
+def _scale(norm: Norm) -> float:
+    """A power of two that takes the largest number a norm can make to between 2 ** 13 and 2 ** 14, for float16."""
+    gain = norm.weight.detach().float() + (1.0 if norm.centred else 0.0)
+    most = float(gain.abs().max()) * math.sqrt(norm.weight.numel())
+    return 1.0 if most == 0 or norm.weight.dtype == torch.float16 else 2.0 ** (13 - math.floor(math.log2(most)))

@@ -132,7 +132,8 @@ device unsigned permuted(unsigned a, unsigned b, unsigned bytes) {
   for (int k = 0; k < 4; ++k) d |= unsigned(all >> 8 * (bytes >> 4 * k & 7) & 255) << 8 * k;
   return d;
 }
-device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+template <class Number>
+void multiplied(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, const Number& number) {
   const int thread = emulator::current, warp = thread / 32 * 32, g = thread % 32 / 4, t = thread % 4;
   emulator::exchanged[thread] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
   warp_barrier();
@@ -142,10 +143,16 @@ device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsig
       const emulator::Operands& weights = emulator::exchanged[warp + 4 * g + k % 8 / 2];
       const emulator::Operands& tokens = emulator::exchanged[warp + 4 * column + k % 8 / 2];
       const unsigned w = weights.a[j / 2 + k / 8 * 2] >> k % 2 * 16, x = tokens.b[k / 8] >> k % 2 * 16;
-      sum[j] += widened(w) * widened(x);
+      sum[j] += number(w) * number(x);
     }
   }
   warp_barrier();
+}
+device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  multiplied(sum, a, b0, b1, [](unsigned bits) { return widened(bits); });
+}
+device void multiply_halves(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  multiplied(sum, a, b0, b1, [](unsigned bits) { return half_value(bits); });
 }
 device float absolute(float value) { return std::fabs(value); }
 device float max_of(float a, float b) { return std::fmax(a, b); }
@@ -214,3 +221,11 @@ device float log_of_two(float value) { return std::log2(value); }
 device float exponential(float value) { return std::exp(value); }
 device float error_function(float value) { return std::erf(value); }
 device long long cycles() { return 1; }
+device unsigned largest_of_warp(unsigned value) {
+  unsigned most = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    const unsigned own = of_lane(value, lane);
+    most = most > own ? most : own;
+  }
+  return most;
+}

@@ -29,15 +29,15 @@ NUMBERS = (
     "kind", "code", "rows", "columns", "steps", "groups", "units", "pair", "norm", "k_norm", "add", "activation",
     "window", "second_rows", "second_shift",
 )  # fmt: skip
-FACTORS = ("eps", "k_eps", "multiplier", "score_scale", "softcap")
+FACTORS = ("eps", "k_eps", "multiplier", "input_scale", "score_scale", "softcap")
 PRODUCT, ATTENTION = range(2)
 PLAIN, CENTRED = 1, 2  # norms
 ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 SHARED = 227 * 1024  # bytes of a block that stays alone
 BATCH = 16  # tiles whose sums meet together
 LEAST = 256  # positions of the cache that are worth a block
+FLYING = 72 * 1024  # bytes that a block has on their way at most
 BARRIER = 8  # bytes
-SUMMED = ("pairs", "bilevel")  # scales that come with a number to add
 
 
 class Phase(ctypes.Structure):
@@ -48,6 +48,7 @@ class Phase(ctypes.Structure):
         ("head_stride", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in NUMBERS),
         *((name, ctypes.c_float) for name in FACTORS),
+        ("filler", ctypes.c_int * 3),
     ]
 
 
@@ -93,7 +94,7 @@ class Weights:
         }  # fmt: skip
 
 
-def weights(parts: Sequence[Prepared], half: bool, warps: int) -> Weights:
+def weights(parts: Sequence[Prepared], warps: int) -> Weights:
     """``parts``: a term of codes, with or without one of outliers. Raises UnsupportedError for others."""
     terms = terms_of(*flat(parts)[:3])
     by_kind = {term[1]["kind"]: term for term in terms}
@@ -105,7 +106,7 @@ def weights(parts: Sequence[Prepared], half: bool, warps: int) -> Weights:
         raise UnsupportedError(f"A step in one launch does not read codes of {code.bits} bits that lie so.")
     if term[1]["second_groups"].bit_count() != 1:
         raise UnsupportedError("A step in one launch takes second-order scales of a power of two of groups.")
-    own = {name: tensor for name, tensor in pointed(term, half).items() if tensor is not None}
+    own = {name: tensor for name, tensor in pointed(term, True).items() if tensor is not None}
     steps, entries = own["codes"].shape[1], 0
     if ENTRIES in by_kind:
         tensors, numbers, _ = by_kind[ENTRIES]
@@ -142,7 +143,8 @@ class Form:
     @property
     def stage(self) -> int:
         """Bytes of a piece of the ring."""
-        return max(_stage(code, entries, self.warps) for code, entries in self.codes)
+        cache = 4 * self.channels * (256 // self.channels)  # a warp's tokens at once
+        return max(cache, *(_stage(code, entries, self.warps) for code, entries in self.codes))
 
     @property
     def work(self) -> int:
@@ -154,8 +156,7 @@ class Form:
     @property
     def input_sums(self) -> int:
         """Bytes of the sums of the longest input over groups."""
-        summed = [code for code, _ in self.codes if code.zero is not None or code.scale in SUMMED]
-        groups = [min(code.group or code.step, code.step) for code in summed]
+        groups = [min(code.group or code.step, code.step) for code, _ in self.codes if not code.table]
         return -(-2 * self.input // min(groups) // 128) * 128 if groups else 0
 
     @property
@@ -177,6 +178,7 @@ class Form:
             "CODES": kinds, "HALF": int(self.half), "WARPS": self.warps, "STAGES": self.stages, "STAGE": self.stage,
             "INPUT": self.input, "INPUT_SUMS": self.input_sums, "WORK": self.work, "BATCH": BATCH, "HEADS": self.heads,
             "KV_HEADS": self.kv_heads, "CHANNELS": self.channels, "SPLITS": self.splits, "LEAST": self.least,
+            "FLYING": min(FLYING // self.stage, self.stages - 1),
         }  # fmt: skip
 
     def check(self) -> None:

@@ -49,7 +49,9 @@ struct __attribute__((aligned(16))) Phase {
   int norm, k_norm, add, activation, window, second_rows;
   int second_shift;      // groups that share second-order numbers, as a power of two
   float eps, k_eps, multiplier;
+  float input_scale;     // a power of two that keeps a normed input in the range of float16
   float score_scale, softcap;  // in logarithms of two
+  int filler[3];
 };
 
 struct Step {
@@ -72,18 +74,7 @@ shared_memory(pool);
 
 constexpr int MEMBERS = HEADS / KV_HEADS, CONSUMERS = 32 * WARPS, THREADS = CONSUMERS + 32;
 constexpr int LANES_OF_HEAD = CHANNELS / 8, AT_ONCE = 32 / LANES_OF_HEAD;  // a lane takes eight channels
-constexpr u32 MAGIC = HALF ? 0x64006400u : 0x43004300u;
-constexpr u32 MAGIC_VALUE = HALF ? 1024 : 128;
-constexpr u32 ONES = HALF ? 0x3C003C00u : 0x3F803F80u;
 constexpr float NOTHING = -1e30f;
-
-device constexpr u32 minus(u32 number) {
-  u32 exponent = 0;
-  while (number >> (exponent + 1)) ++exponent;
-  const u32 fraction = HALF ? number << 10 >> exponent & 1023 : number << 7 >> exponent & 127;
-  return (0x8000u | (HALF ? 15 + exponent << 10 : 127 + exponent << 7) | fraction) * 0x10001u;
-}
-device constexpr u32 power(int n) { return u32(HALF ? 15 + n << 10 : 127 + n << 7) * 0x10001u; }
 
 // Bytes of 16 numbers: rows g and g + 8 beside each other.
 device constexpr int bytes_of(int type) {
@@ -99,7 +90,6 @@ struct Code {
   // All tokens of an operand are the same one, so that the lanes of a row hold the same sums: with many groups in a step
   // each of the four lanes applies the scales of every fourth.
   static constexpr bool IN_TURNS = PARTS % 4 == 0;
-  static constexpr bool SUMS = ZERO != NONE || SCALE == PAIRS || SCALE == BILEVEL;
   // A stage: codes of WARPS steps, and what belongs to them.
   static constexpr int MOST_GROUPS = GROUP == 0 ? 1 : GROUP > STEP ? (WARPS - 1) / (GROUP > STEP ? GROUP / STEP : 1) + 2 : WARPS * PARTS;
   static constexpr int SCALES_AT = WARPS * BYTES;
@@ -132,10 +122,25 @@ device void go_on(Ring& ring) {
   if (++ring.at == STAGES) ring.at = 0, ring.parity ^= 1;
 }
 
-struct Range { int begin, end; };
+// A block's units: every so manieth, so that at any time all blocks read what lies together.
+device int units_of(int units) { return (units - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x); }
+device int unit_at(int number) { return blockIdx.x + number * gridDim.x; }
 
-device Range share_of(int units) {
-  return {int(i64(units) * blockIdx.x / gridDim.x), int(i64(units) * (blockIdx.x + 1) / gridDim.x)};
+// The next stage of the ring, when it is empty and no more than so many bytes are on their way: a queue that is longer
+// than memory needs only makes everybody else wait.
+struct Filling { Ring next, oldest; int flying; };
+
+device u8* begin_stage(Filling& filling, u32 bytes) {
+  if (FLYING && filling.flying == FLYING) {
+    wait_for(filling.oldest.full + filling.oldest.at, filling.oldest.parity);
+    go_on(filling.oldest);
+    --filling.flying;
+  }
+  Ring& ring = filling.next;
+  wait_for(ring.empty + ring.at, ring.parity ^ 1);
+  expect(ring.full + ring.at, bytes);
+  ++filling.flying;
+  return ring.stages + ring.at * STAGE;
 }
 
 // Where the second-order numbers of a tile's group are.
@@ -149,87 +154,77 @@ device u32 entry_at(u32 first, u32 last, int piece, int pieces) {
   return piece == pieces ? last : piece == 0 ? first & ~3u : (first + u32(u64(last - first) * piece / pieces)) & ~3u;
 }
 
-template <class C> device void fetch(const Phase& p, Ring& ring, u64 policy) {
-  const Range own = share_of(p.units);
-  const int pieces = (p.steps + WARPS - 1) / WARPS;
+template <class C> device void fetch(const Phase& p, Filling& filling, u64 policy) {
+  const int pieces = (p.steps + WARPS - 1) / WARPS, halves = p.pair ? 2 : 1, tiles = units_of(p.units) * halves;
   u32 next_entry = 0, end_entry = 0;
+  const auto tile_at = [&](int n) { return i64(unit_at(n / halves)) + n % halves * p.pair; };
   const auto look_ahead = [&](i64 tile) {
     if constexpr (C::OUTLIERS != NONE) next_entry = p.row_ptr[tile * 16], end_entry = p.row_ptr[tile * 16 + 16];
   };
-  if (own.begin < own.end) look_ahead(own.begin);
-  for (int unit = own.begin; unit < own.end; ++unit)
-    for (int half = 0; half < (p.pair ? 2 : 1); ++half) {
-      const i64 tile = unit + half * p.pair;
-      const u32 first_entry = next_entry, last_entry = end_entry;
-      if (p.pair && half == 0) look_ahead(tile + p.pair);
-      else if (unit + 1 < own.end) look_ahead(unit + 1);
-      for (int piece = 0; piece < pieces; ++piece) {
-        const int first = piece * WARPS, count = p.steps - first < WARPS ? p.steps - first : WARPS;
-        const int group = group_of<C>(first, 0), after = group_of<C>(first + count - 1, C::PARTS - 1) + 1;
-        const u32 groups = (after < p.groups ? after : p.groups) - group;
-        u8* to = ring.stages + ring.at * STAGE;
-        u64* full = ring.full + ring.at;
-        u32 bytes = count * C::BYTES + groups * (bytes_of(C::SCALE) + bytes_of(C::ZERO) + C::TABLE_BYTES);
-        u32 entry = 0, entries = 0;
-        i64 second = 0;
-        u32 seconds = 0;
-        if constexpr (C::SECONDS) {
-          second = second_of(p, tile, group) & ~1ll;
-          seconds = ((second_of(p, tile, group + groups - 1) | 1) + 1 - second) * 8;
-          bytes += seconds;
-        }
-        if constexpr (C::OUTLIERS != NONE) {
-          entry = entry_at(first_entry, last_entry, piece, pieces);
-          entries = (entry_at(first_entry, last_entry, piece + 1, pieces) - entry + 3 & ~3u) * 4;
-          bytes += 80 + entries;
-        }
-        wait_for(ring.empty + ring.at, ring.parity ^ 1);
-        expect(full, bytes);
-        copy_bulk(to, p.codes + (tile * p.steps + first) * C::BYTES, count * C::BYTES, full, policy);
-        const i64 place = tile * p.groups + group;
-        if constexpr (C::SCALE != NONE)
-          copy_bulk(to + C::SCALES_AT, p.scale + place * bytes_of(C::SCALE), groups * bytes_of(C::SCALE), full, policy);
-        if constexpr (C::ZERO != NONE)
-          copy_bulk(to + C::ZEROS_AT, p.zero + place * bytes_of(C::ZERO), groups * bytes_of(C::ZERO), full, policy);
-        if constexpr (C::TABLE == BY_ROW)
-          copy_bulk(to + C::TABLE_AT, p.table + place * C::TABLE_BYTES, groups * C::TABLE_BYTES, full, policy);
-        if constexpr (C::SECONDS) copy_bulk(to + C::SECONDS_AT, p.second + second * 8, seconds, full, policy);
-        if constexpr (C::OUTLIERS != NONE) {
-          copy_bulk(to + C::POINTERS_AT, p.row_ptr + tile * 16, 80, full, policy);
-          if (entries) copy_bulk(to + C::ENTRIES_AT, p.entries + entry, entries, full, policy);
-        }
-        go_on(ring);
+  if (tiles > 0) look_ahead(tile_at(0));
+  for (int n = 0; n < tiles; ++n) {
+    const i64 tile = tile_at(n);
+    const u32 first_entry = next_entry, last_entry = end_entry;
+    if (n + 1 < tiles) look_ahead(tile_at(n + 1));
+    for (int piece = 0; piece < pieces; ++piece) {
+      const int first = piece * WARPS, count = p.steps - first < WARPS ? p.steps - first : WARPS;
+      const int group = group_of<C>(first, 0), after = group_of<C>(first + count - 1, C::PARTS - 1) + 1;
+      const u32 groups = (after < p.groups ? after : p.groups) - group;
+      u32 bytes = count * C::BYTES + groups * (bytes_of(C::SCALE) + bytes_of(C::ZERO) + C::TABLE_BYTES);
+      u32 entry = 0, entries = 0, seconds = 0;
+      i64 second = 0;
+      if constexpr (C::SECONDS) {
+        second = second_of(p, tile, group) & ~1ll;
+        seconds = ((second_of(p, tile, group + groups - 1) | 1) + 1 - second) * 8;
+        bytes += seconds;
       }
+      if constexpr (C::OUTLIERS != NONE) {
+        entry = entry_at(first_entry, last_entry, piece, pieces);
+        entries = (entry_at(first_entry, last_entry, piece + 1, pieces) - entry + 3 & ~3u) * 4;
+        bytes += 80 + entries;
+      }
+      u64* full = filling.next.full + filling.next.at;
+      u8* to = begin_stage(filling, bytes);
+      copy_bulk(to, p.codes + (tile * p.steps + first) * C::BYTES, count * C::BYTES, full, policy);
+      const i64 place = tile * p.groups + group;
+      if constexpr (C::SCALE != NONE)
+        copy_bulk(to + C::SCALES_AT, p.scale + place * bytes_of(C::SCALE), groups * bytes_of(C::SCALE), full, policy);
+      if constexpr (C::ZERO != NONE)
+        copy_bulk(to + C::ZEROS_AT, p.zero + place * bytes_of(C::ZERO), groups * bytes_of(C::ZERO), full, policy);
+      if constexpr (C::TABLE == BY_ROW)
+        copy_bulk(to + C::TABLE_AT, p.table + place * C::TABLE_BYTES, groups * C::TABLE_BYTES, full, policy);
+      if constexpr (C::SECONDS) copy_bulk(to + C::SECONDS_AT, p.second + second * 8, seconds, full, policy);
+      if constexpr (C::OUTLIERS != NONE) {
+        copy_bulk(to + C::POINTERS_AT, p.row_ptr + tile * 16, 80, full, policy);
+        if (entries) copy_bulk(to + C::ENTRIES_AT, p.entries + entry, entries, full, policy);
+      }
+      go_on(filling.next);
     }
+  }
 }
 
-// ---- From codes to operands, as in linear.cu.
+// ---- From codes to operands. A code is the mantissa of a float16 whose exponent is zero, which makes it that number of
+// the smallest steps: nothing but a mask has to be applied. Codes of row g + 8 lie higher by their width.
+
+template <class C> constexpr float ONE = C::TABLE == BY_ROW ? 1.0f : 16777216.0f;  // the number of steps in one
+template <class C> constexpr float ONE_ABOVE = C::TABLE == BY_ROW || C::BITS == 8 ? ONE<C> : ONE<C> / (1 << C::BITS);
 
 template <class C> device u32 operand(const u32* words, int b, int i) {
   if constexpr (C::BITS == 8) {
-    if constexpr (HALF) {
-      return fused(permuted(words[2 * b + i / 2], MAGIC, i % 2 ? 0x5352 : 0x5150), ONES, minus(MAGIC_VALUE + C::CENTER));
-    } else {
-      const float low = as_float(permuted(words[2 * b + i / 2], 0x4B000000u, i % 2 ? 0x7442 : 0x7440)) - (8388608.0f + C::CENTER);
-      const float high = as_float(permuted(words[2 * b + i / 2], 0x4B000000u, i % 2 ? 0x7443 : 0x7441)) - (8388608.0f + C::CENTER);
-      return bf16_pair(low, high);
-    }
+    return permuted(words[2 * b + i / 2], 0, i % 2 ? 0x4342 : 0x4140);
+  } else if constexpr (C::BITS == 3) {
+    constexpr u32 MASK = 0x00070007u;
+    const u32* own = words + 3 * (b / 4);
+    const int pair = 4 * (b % 4) + i, even = pair & ~1;
+    if (pair == 15) return (own[0] >> 12 & 0x00080008u) | (own[1] >> 11 & 0x00100010u) | (own[2] >> 10 & 0x00200020u);
+    if (pair == 5) return own[1] << 3 & MASK << 3;
+    return own[even / 5] >> 3 * (even % 5) & (i % 2 ? MASK << 3 : MASK);
   } else {
-    constexpr int BITS = C::BITS, PLACES = (HALF ? 10 : 7) / BITS;
+    constexpr int BITS = C::BITS;
     constexpr u32 MASK = ((1u << BITS) - 1) * 0x10001u;
-    u32 found;
-    int place = 0;
-    const int pair = BITS == 4 ? i : BITS == 2 ? 4 * (b % 2) + i : 4 * (b % 4) + i;
-    if (BITS == 3 && pair == 15) {
-      const u32* own = words + 3 * (b / 4);
-      found = (own[0] >> 15 & 0x10001u) | (own[1] >> 14 & 0x20002u) | (own[2] >> 13 & 0x40004u) | MAGIC;
-    } else {
-      const u32 word = words[BITS == 4 ? b : BITS == 2 ? b / 2 : BITS == 3 ? 3 * (b / 4) + pair / 5 : b / 4];
-      const int own = BITS == 3 ? pair % 5 : pair;
-      place = BITS * (own % PLACES);
-      found = chosen(word >> BITS * (own / PLACES * PLACES), MASK << place, MAGIC);
-    }
-    return fused(found, power(-place), minus((MAGIC_VALUE >> place) + C::CENTER));
+    const u32 word = words[BITS == 4 ? b : BITS == 2 ? b / 2 : b / 4];
+    const int even = (BITS == 4 ? i : BITS == 2 ? 4 * (b % 2) + i : 4 * (b % 4) + i) & ~1;
+    return word >> BITS * even & (i % 2 ? MASK << BITS : MASK);
   }
 }
 
@@ -294,14 +289,14 @@ template <int TYPE> device float number(const u8* from, int which) {
   else return small(from[which]);
 }
 
-// `part`: of rows g and g + 8, over (code - CENTER) * x; `ones` over x.
+// `part`: of rows g and g + 8, over code * x; `ones` over x.
 template <class C>
 device void contribute(
     float (&sums)[2], const float (&part)[2], float ones, const u8* stage, const uint2* second_numbers, int local, int g) {
   const u8* scales = stage + C::SCALES_AT + (local * 8 + g) * (bytes_of(C::SCALE) / 8);
   const u8* zeros = stage + C::ZEROS_AT + (local * 8 + g) * (bytes_of(C::ZERO) / 8);
   if constexpr (C::SCALE == NONE) {
-    sums[0] += part[0], sums[1] += part[1];
+    sums[0] += part[0] - C::CENTER * ones, sums[1] += part[1] - C::CENTER * ones;
   } else if constexpr (C::SCALE == PAIRS) {
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
@@ -316,14 +311,17 @@ device void contribute(
     for (int which = 0; which < 2; ++which) {
       float sum = part[which];
       if constexpr (C::SCALE == BILEVEL)
-        sum += (C::CENTER - half_of(second.y, 0) * (small(octets >> (8 * which + 4) & 15) - half_of(second.y, 1))) * ones;
+        sum -= half_of(second.y, 0) * (small(octets >> (8 * which + 4) & 15) - half_of(second.y, 1)) * ones;
+      else
+        sum -= C::CENTER * ones;
       sums[which] += half_of(second.x, 0) * (small(octets >> 8 * which & 15) - half_of(second.x, 1)) * sum;
     }
   } else {
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       float sum = part[which];
-      if constexpr (C::ZERO != NONE) sum += (C::CENTER - number<C::ZERO>(zeros, which)) * ones;
+      if constexpr (C::ZERO != NONE) sum -= number<C::ZERO>(zeros, which) * ones;
+      else sum -= C::CENTER * ones;
       sums[which] += number<C::SCALE>(scales, which) * sum;
     }
   }
@@ -369,20 +367,20 @@ device void multiply_step(
     }
     u32 weights[4];
     operands<C>(weights, words, b, tables);
-    multiply(part, weights, x[2 * (b % 2)], x[2 * (b % 2) + 1]);
+    multiply_halves(part, weights, x[2 * (b % 2)], x[2 * (b % 2) + 1]);
     if (b % C::PART != C::PART - 1) continue;
     const int which = b / C::PART;
     if constexpr (C::IN_TURNS) {
-      if (which % 4 == t) kept[0] = part[0], kept[1] = part[2];
+      if (which % 4 == t) kept[0] = part[0] * ONE<C>, kept[1] = part[2] * ONE_ABOVE<C>;
       if (which % 4 != 3) continue;
     } else {
-      kept[0] = part[0], kept[1] = part[2];
+      kept[0] = part[0] * ONE<C>, kept[1] = part[2] * ONE_ABOVE<C>;
     }
     const int own_part = C::IN_TURNS ? which - 3 + t : which;
     group = group_of<C>(step, own_part);
     group = group < p.groups ? group : p.groups - 1;
     contribute<C>(
-        sums, kept, C::SUMS ? input_sums[step * C::PARTS + own_part] : 0.0f, stage, seconds + (group >> p.second_shift),
+        sums, kept, C::TABLE == BY_ROW ? 0.0f : input_sums[step * C::PARTS + own_part], stage, seconds + (group >> p.second_shift),
         group - first_group, g);
   }
 }
@@ -398,7 +396,7 @@ device float outliers_of(const u8* stage, const u8* input, int row, int piece, i
   for (u32 at = begin + lane; at < end; at += 32) {
     const u32 entry = entries[at - from];
     const float value = C::OUTLIERS == F16 ? half_value(u16(entry >> 16)) : as_float(entry & 0xFFFF0000u);
-    sum += value * widened(reinterpret_cast<const u16*>(input)[entry & 0xFFFF]);
+    sum += value * half_value(reinterpret_cast<const u16*>(input)[entry & 0xFFFF]);
   }
   return end > begin ? sum_over<32>(sum) : 0.0f;
 }
@@ -437,20 +435,52 @@ device uint4 normed(const uint4& all, const uint4& gains, float factor, bool cen
   return {made[0], made[1], made[2], made[3]};
 }
 
-// The input of a product into shared memory, normed where that is wanted, zeros behind it; and for codes with zeros, its
-// sums over groups.
-template <class C> device void take_input(const Phase& p, u8* input, float* shared) {
+// Eight numbers as float16, times a power of two.
+device uint4 halves_of(const uint4& all, float scale) {
+  if constexpr (HALF) return all;
+  const u32 words[4] = {all.x, all.y, all.z, all.w};
+  u32 made[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    made[i] = rounded<true>(widened(u16(words[i])) * scale) | u32(rounded<true>(widened(u16(words[i] >> 16)) * scale)) << 16;
+  return {made[0], made[1], made[2], made[3]};
+}
+
+device float sum_of_halves(const uint4& all) {
+  const u32 words[4] = {all.x, all.y, all.z, all.w};
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum += half_of(words[i], 0) + half_of(words[i], 1);
+  return sum;
+}
+
+device u32 largest_of(const uint4& all) {
+  const u32 words[4] = {all.x, all.y, all.z, all.w};
+  u32 most = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const u32 low = words[i] & 0x7FFF, high = words[i] >> 16 & 0x7FFF;
+    most = most > low ? most : low;
+    most = most > high ? most : high;
+  }
+  return most;
+}
+
+// The input of a product into shared memory: normed where that is wanted, in float16 times a power of two that keeps it
+// in range, zeros behind it; and beside it the sums over groups. Returns what undoes the power.
+template <class C> device float take_input(const Phase& p, u8* input, float* shared, const uint4& first_gain) {
   constexpr int TURNS = (INPUT / 16 + CONSUMERS - 1) / CONSUMERS;
   const int thread = threadIdx.x, pieces = p.columns / 8, filled = p.steps * C::STEP / 8;
   uint4* to = reinterpret_cast<uint4*>(input);
-  uint4 own[TURNS], gains[TURNS];
+  float* sums = reinterpret_cast<float*>(input + INPUT);
+  uint4 own[TURNS];
 #pragma unroll
   for (int k = 0; k < TURNS; ++k) {
     const int n = thread + k * CONSUMERS;
-    own[k] = gains[k] = {0, 0, 0, 0};
+    own[k] = {0, 0, 0, 0};
     if (n < pieces) own[k] = fresh(reinterpret_cast<const uint4*>(p.x) + n);
-    if (n < pieces && p.norm) gains[k] = load_shared_by_all(reinterpret_cast<const uint4*>(p.gain) + n);
   }
+  float scale = p.norm ? p.input_scale : 1.0f;
   if (p.norm) {
     float squares = 0.0f;
 #pragma unroll
@@ -463,45 +493,60 @@ template <class C> device void take_input(const Phase& p, u8* input, float* shar
     for (int w = 0; w < WARPS; ++w) total += shared[w];
     const float factor = inverse_root(total / p.columns + p.eps);
 #pragma unroll
-    for (int k = 0; k < TURNS; ++k) own[k] = normed(own[k], gains[k], factor, p.norm == CENTRED);
+    for (int k = 0; k < TURNS; ++k) {
+      uint4 gain = first_gain;
+      if (k > 0 && thread + k * CONSUMERS < pieces)
+        gain = load_shared_by_all(reinterpret_cast<const uint4*>(p.gain) + thread + k * CONSUMERS);
+      if (thread + k * CONSUMERS < pieces) own[k] = normed(own[k], gain, factor, p.norm == CENTRED);
+    }
+  } else if (!HALF) {
+    u32 most = 0;
+#pragma unroll
+    for (int k = 0; k < TURNS; ++k) {
+      const u32 here = largest_of(own[k]);
+      most = most > here ? most : here;
+    }
+    most = largest_of_warp(most);
+    u32* numbers = reinterpret_cast<u32*>(shared);
+    if (thread % 32 == 0) numbers[thread / 32] = most;
+    barrier_of<CONSUMERS>();
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) most = most > numbers[w] ? most : numbers[w];
+    const int exponent = most >> 7;  // of a number below 2 to the power of it minus 126; to become one below 2 to the 14
+    scale = exponent == 0 ? 1.0f : as_float(u32(exponent < 30 ? 237 : 267 - exponent) << 23);
   }
 #pragma unroll
-  for (int k = 0; k < TURNS; ++k)
-    if (thread + k * CONSUMERS < filled) to[thread + k * CONSUMERS] = own[k];
-  barrier_of<CONSUMERS>();
-  if constexpr (C::SUMS) {
-    float* sums = reinterpret_cast<float*>(input + INPUT);
-    for (int n = thread; n < p.steps * C::PARTS; n += CONSUMERS) {
-      float sum = 0.0f;
-#pragma unroll 4
-      for (int k = 0; k < 2 * C::PART; ++k) sum += sum_of(to[n * 2 * C::PART + k], false);
-      sums[n] = sum;
+  for (int k = 0; k < TURNS; ++k) {
+    const int n = thread + k * CONSUMERS;
+    const uint4 made = halves_of(own[k], scale);
+    if (n < filled) to[n] = made;
+    if constexpr (C::TABLE != BY_ROW) {
+      const float sum = sum_over<2 * C::PART>(sum_of_halves(made));
+      if (n < filled && n % (2 * C::PART) == 0) sums[n / (2 * C::PART)] = sum;
     }
-    barrier_of<CONSUMERS>();
   }
+  barrier_of<CONSUMERS>();
+  return HALF ? 1.0f : 1.0f / scale;
 }
 
-// Sums of the warps over `tiles` tiles, from tile `first` of this block's on.
-device void finish(const Phase& p, const float* sums, int first_unit, int tiles) {
+// Sums of the warps over `tiles` tiles, from unit `first` of this block's on.
+device void finish(const Phase& p, const float* sums, int first, int tiles, float factor) {
   const auto total = [&](int tile, int row, int place) {
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) sum += sums[(tile * WARPS + w) * 16 + row];
-    const u16 own = rounded<HALF>(sum * p.multiplier);
+    const u16 own = rounded<HALF>(sum * factor);
     return p.bias ? rounded<HALF>(widened(own) + widened(p.bias[place])) : own;
   };
-  if (p.pair) {
-    for (int n = threadIdx.x; n < tiles * 8; n += CONSUMERS) {
-      const int unit = n / 16, row = n % 16, place = (first_unit + unit) * 16 + row;
+  const int units = p.pair ? tiles / 2 : tiles;
+  for (int n = threadIdx.x; n < units * 16; n += CONSUMERS) {
+    const int unit = n / 16, row = n % 16, place = unit_at(first + unit) * 16 + row;
+    if (p.pair) {
       const float gate = widened(total(2 * unit, row, place));
       const float up = widened(total(2 * unit + 1, row, place + p.pair * 16));
       p.y[place] = rounded<HALF>(widened(rounded<HALF>(activated(gate, p.activation))) * up);
-    }
-  } else {
-    for (int n = threadIdx.x; n < tiles * 16; n += CONSUMERS) {
-      const int place = first_unit * 16 + n;
-      if (place >= p.rows) continue;
-      const u16 own = total(n / 16, n % 16, place);
+    } else if (place < p.rows) {
+      const u16 own = total(unit, row, place);
       p.y[place] = p.add ? rounded<HALF>(widened(fresh(p.y + place)) + widened(own)) : own;
     }
   }
@@ -511,16 +556,16 @@ device void note(i64* times, int which) {
   if (times && threadIdx.x == 0) times[which] = cycles();
 }
 
-template <class C> device void multiply_all(const Phase& p, Ring& ring, u8* input, float* meeting, i64* times) {
+template <class C>
+device void multiply_all(const Phase& p, Ring& ring, u8* input, float* meeting, const uint4& first_gain, i64* times) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  take_input<C>(p, input, meeting);
+  const float factor = take_input<C>(p, input, meeting, first_gain) * p.multiplier;
   note(times, 1);
-  const Range own = share_of(p.units);
-  const int pieces = (p.steps + WARPS - 1) / WARPS;
-  int tiles = 0, first_unit = own.begin;
-  for (int unit = own.begin; unit < own.end; ++unit) {
+  const int pieces = (p.steps + WARPS - 1) / WARPS, units = units_of(p.units);
+  int tiles = 0, first_unit = 0;
+  for (int unit = 0; unit < units; ++unit) {
     for (int half = 0; half < (p.pair ? 2 : 1); ++half) {
-      const i64 tile = unit + half * p.pair;
+      const i64 tile = i64(unit_at(unit)) + half * p.pair;
       float sums[2] = {0.0f, 0.0f};
       for (int piece = 0; piece < pieces; ++piece) {
         const int step = piece * WARPS + warp;
@@ -546,10 +591,10 @@ template <class C> device void multiply_all(const Phase& p, Ring& ring, u8* inpu
       }
       ++tiles;
     }
-    if (tiles + 2 > BATCH || unit + 1 == own.end) {
+    if (tiles + 2 > BATCH || unit + 1 == units) {
       barrier_of<CONSUMERS>();
-      finish(p, meeting, first_unit, tiles);
-      if (unit + 1 < own.end) barrier_of<CONSUMERS>();
+      finish(p, meeting, first_unit, tiles, factor);
+      if (unit + 1 < units) barrier_of<CONSUMERS>();
       tiles = 0, first_unit = unit + 1;
     }
   }
@@ -568,23 +613,18 @@ device Eight widened(const uint4& all) {
 }
 
 // Eight channels of a head, normed where that is wanted and turned, rounded as the model does; `lane` of LANES_OF_HEAD.
-device Eight turned(const u16* head, const u16* turn, const u16* gain, int norm, float eps, int lane) {
+device Eight turned(uint4 raw, const Eight& cosine, const Eight& sine, const u16* gain, int norm, float eps, int lane) {
   constexpr int HALF_OF = LANES_OF_HEAD / 2;
-  uint4 raw = fresh(reinterpret_cast<const uint4*>(head) + lane), raw_other = fresh(reinterpret_cast<const uint4*>(head) + (lane ^ HALF_OF));
   if (norm) {
     const float factor = inverse_root(sum_over<LANES_OF_HEAD>(sum_of(raw, true)) / CHANNELS + eps);
-    const uint4* gains = reinterpret_cast<const uint4*>(gain);
-    raw = normed(raw, load_shared_by_all(gains + lane), factor, norm == CENTRED);
-    raw_other = normed(raw_other, load_shared_by_all(gains + (lane ^ HALF_OF)), factor, norm == CENTRED);
+    raw = normed(raw, load_shared_by_all(reinterpret_cast<const uint4*>(gain) + lane), factor, norm == CENTRED);
   }
-  const Eight own = widened(raw), other = widened(raw_other);
-  const uint4* from = reinterpret_cast<const uint4*>(turn) + lane % HALF_OF;
-  const Eight cosine = widened(load_shared_by_all(from)), sine = widened(load_shared_by_all(from + HALF_OF));
+  const Eight own = widened(raw);
   Eight found;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const float sign = lane < HALF_OF ? -sine.at[i] : sine.at[i];
-    found.at[i] = widened(rounded<HALF>(own.at[i] * cosine.at[i] + other.at[i] * sign));
+    const float other = other_lane(own.at[i], HALF_OF), sign = lane < HALF_OF ? -sine.at[i] : sine.at[i];
+    found.at[i] = widened(rounded<HALF>(own.at[i] * cosine.at[i] + other * sign));
   }
   return found;
 }
@@ -625,62 +665,89 @@ device void score(float (&scores)[MEMBERS], const Eight (&query)[MEMBERS], const
   }
 }
 
-device void attend(const Phase& p, const Step& s, u8* memory) {
-  const int head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS;
-  if (head >= KV_HEADS) return;
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, own = lane % LANES_OF_HEAD, which = lane / LANES_OF_HEAD;
-  const int position = fresh(s.position);
-  const int start = p.window > 0 && position - p.window + 1 > 0 ? position - p.window + 1 : 0;
-  const int length = position - start;
-  int active = (length + LEAST - 1) / LEAST;
-  active = active < 1 ? 1 : active > SPLITS ? SPLITS : active;
-  if (split >= active) return;
-  const int each = (length + active - 1) / active;
-  const int begin = start + split * each, end = begin + each < position ? begin + each : position;
-  const u16* turn = p.turns + i64(position) * CHANNELS;
-  Eight query[MEMBERS];
-#pragma unroll
-  for (int m = 0; m < MEMBERS; ++m) {
-    query[m] = turned(p.x + (head * MEMBERS + m) * CHANNELS, turn, p.gain, p.norm, p.eps, own);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) query[m].at[i] *= p.score_scale;
+// The positions before the token's own that a block reads, of one head; none where there are not as many blocks.
+struct Share { int head, split, active, begin, end; };
+
+device Share share_of(const Phase& p, int position) {
+  const int start = p.window > 0 && position - p.window + 1 > 0 ? position - p.window + 1 : 0, length = position - start;
+  Share own = {int(blockIdx.x) / SPLITS, int(blockIdx.x) % SPLITS, (length + LEAST - 1) / LEAST, 0, 0};
+  own.active = own.active < 1 ? 1 : own.active > SPLITS ? SPLITS : own.active;
+  if (own.head >= KV_HEADS || own.split >= own.active) {
+    own.active = 0;
+    return own;
   }
+  const int each = (length + own.active - 1) / own.active;
+  own.begin = start + own.split * each;
+  own.end = own.begin + each < position ? own.begin + each : position;
+  return own;
+}
+
+constexpr int ROW = 2 * CHANNELS, TOKENS = STAGE / (2 * ROW) / AT_ONCE * AT_ONCE;  // bytes, tokens of a stage
+
+device void fetch_cache(const Phase& p, Filling& filling, int position, u64 policy) {
+  const Share own = share_of(p, position);
+  if (!own.active) return;
+  for (int first = own.begin; first < own.end; first += TOKENS) {
+    const u32 bytes = (own.end - first < TOKENS ? own.end - first : TOKENS) * ROW;
+    const i64 place = own.head * p.head_stride + i64(first) * CHANNELS;
+    u64* full = filling.next.full + filling.next.at;
+    u8* to = begin_stage(filling, 2 * bytes);
+    copy_bulk(to, p.keys + place, bytes, full, policy);
+    copy_bulk(to + TOKENS * ROW, p.values + place, bytes, full, policy);
+    go_on(filling.next);
+  }
+}
+
+device void attend(const Phase& p, const Step& s, Ring& ring, u8* memory, int position) {
+  const Share share = share_of(p, position);
+  if (!share.active) return;
+  const int head = share.head, split = share.split, active = share.active;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, own = lane % LANES_OF_HEAD, which = lane / LANES_OF_HEAD;
+  const bool first_of_all = split == 0 && warp == 0;
+  const uint4* turn = reinterpret_cast<const uint4*>(p.turns + i64(position) * CHANNELS) + own % (LANES_OF_HEAD / 2);
+  const u16* new_key = p.x + (HEADS + head) * CHANNELS;
+  uint4 raw[MEMBERS], raw_key = {0, 0, 0, 0}, new_value = {0, 0, 0, 0};
+#pragma unroll
+  for (int m = 0; m < MEMBERS; ++m) raw[m] = fresh(reinterpret_cast<const uint4*>(p.x + (head * MEMBERS + m) * CHANNELS) + own);
+  if (first_of_all) {
+    raw_key = fresh(reinterpret_cast<const uint4*>(new_key) + own);
+    new_value = fresh(reinterpret_cast<const uint4*>(new_key + KV_HEADS * CHANNELS) + own);
+  }
+  const Eight cosine = widened(load_shared_by_all(turn)), sine = widened(load_shared_by_all(turn + LANES_OF_HEAD / 2));
+  Eight query[MEMBERS];
   Mixed mixed;
 #pragma unroll
   for (int m = 0; m < MEMBERS; ++m) {
+    query[m] = turned(raw[m], cosine, sine, p.gain, p.norm, p.eps, own);
     mixed.top[m] = NOTHING, mixed.total[m] = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) mixed.at[m].at[i] = 0.0f;
+    for (int i = 0; i < 8; ++i) query[m].at[i] *= p.score_scale, mixed.at[m].at[i] = 0.0f;
   }
-  u16* keys = p.keys + head * p.head_stride;
-  u16* values = p.values + head * p.head_stride;
-  constexpr int STRIDE = WARPS * AT_ONCE, UNROLLED = 2;
-  for (int first = begin + warp * AT_ONCE; first < end; first += UNROLLED * STRIDE) {
-    uint4 key[UNROLLED], value[UNROLLED];
-#pragma unroll
-    for (int u = 0; u < UNROLLED; ++u) {
-      const int token = first + u * STRIDE + which, safe = token < end ? token : end - 1;
-      key[u] = fresh(reinterpret_cast<const uint4*>(keys + i64(safe) * CHANNELS) + own);
-      value[u] = fresh(reinterpret_cast<const uint4*>(values + i64(safe) * CHANNELS) + own);
-    }
-#pragma unroll
-    for (int u = 0; u < UNROLLED; ++u) {
-      float scores[MEMBERS];
-      score(scores, query, widened(key[u]), p.softcap);
-      see(mixed, scores, widened(value[u]), first + u * STRIDE + which < end);
-    }
-  }
-  if (split == 0 && warp == 0) {  // the token's own key and value, which the cache gets too
-    const u16* new_key = p.x + (HEADS + head) * CHANNELS;
-    const Eight key = turned(new_key, turn, p.k_gain, p.k_norm, p.k_eps, own);
-    const uint4 value = fresh(reinterpret_cast<const uint4*>(new_key + KV_HEADS * CHANNELS) + own);
+  if (first_of_all) {  // the token's own key and value, which the cache gets too
+    const Eight key = turned(raw_key, cosine, sine, p.k_gain, p.k_norm, p.k_eps, own);
+    const i64 place = head * p.head_stride + i64(position) * CHANNELS;
     if (which == 0) {
-      reinterpret_cast<uint4*>(keys + i64(position) * CHANNELS)[own] = narrowed(key);
-      reinterpret_cast<uint4*>(values + i64(position) * CHANNELS)[own] = value;
+      reinterpret_cast<uint4*>(p.keys + place)[own] = narrowed(key);
+      reinterpret_cast<uint4*>(p.values + place)[own] = new_value;
     }
     float scores[MEMBERS];
     score(scores, query, key, p.softcap);
-    see(mixed, scores, widened(value), which == 0);
+    see(mixed, scores, widened(new_value), which == 0);
+  }
+  for (int first = share.begin; first < share.end; first += TOKENS) {
+    const u8* stage = ring.stages + ring.at * STAGE;
+    const int count = share.end - first < TOKENS ? share.end - first : TOKENS;
+    wait_for(ring.full + ring.at, ring.parity);
+    for (int token = warp * AT_ONCE; token < count; token += WARPS * AT_ONCE) {
+      const bool real = token + which < count;
+      const u8* key = stage + (real ? token + which : token) * ROW;
+      float scores[MEMBERS];
+      score(scores, query, widened(reinterpret_cast<const uint4*>(key)[own]), p.softcap);
+      see(mixed, scores, widened(reinterpret_cast<const uint4*>(key + TOKENS * ROW)[own]), real);
+    }
+    warp_barrier();
+    if (lane == 0) arrive(ring.empty + ring.at);
+    go_on(ring);
   }
   // Those of a warp that saw other tokens, then warps, then blocks.
 #pragma unroll
@@ -709,7 +776,9 @@ device void attend(const Phase& p, const Step& s, u8* memory) {
   for (int n = thread; n < MEMBERS * CHANNELS; n += CONSUMERS) {
     const int m = n / CHANNELS;
     float highest = NOTHING, total = 0.0f, sum = 0.0f;
+#pragma unroll
     for (int w = 0; w < WARPS; ++w) highest = max_of(highest, tops[(w * MEMBERS + m) * 2]);
+#pragma unroll
     for (int w = 0; w < WARPS; ++w) {
       const float share = power_of_two(tops[(w * MEMBERS + m) * 2] - highest);
       total += share * tops[(w * MEMBERS + m) * 2 + 1];
@@ -747,13 +816,14 @@ device void attend(const Phase& p, const Step& s, u8* memory) {
 
 // ---- The step.
 
-template <class... All> device void fetch_any(const Phase& p, Ring& ring, u64 policy) {
+template <class... All> device void fetch_any(const Phase& p, Filling& filling, u64 policy) {
   int n = 0;
-  ((p.code == n++ ? fetch<All>(p, ring, policy) : void()), ...);
+  ((p.code == n++ ? fetch<All>(p, filling, policy) : void()), ...);
 }
-template <class... All> device void multiply_any(const Phase& p, Ring& ring, u8* input, float* meeting, i64* times) {
+template <class... All>
+device void multiply_any(const Phase& p, Ring& ring, u8* input, float* meeting, const uint4& first_gain, i64* times) {
   int n = 0;
-  ((p.code == n++ ? multiply_all<All>(p, ring, input, meeting, times) : void()), ...);
+  ((p.code == n++ ? multiply_all<All>(p, ring, input, meeting, first_gain, times) : void()), ...);
 }
 
 constexpr int RING = STAGES * STAGE, PHASE_WORDS = sizeof(Phase) / 16;
@@ -780,26 +850,44 @@ extern "C" global __launch_bounds__(THREADS, 1) void rarefy_step(const Step s) {
   if (warp == WARPS) {
     if (thread % 32 == 0) {
       const u64 policy = read_once();
+      Filling filling = {ring, ring, 0};
+      int position = -1;
       for (int n = 0; n < s.count; ++n) {
         const Phase p = s.phases[n];
-        if (p.kind == PRODUCT) fetch_any<CODES>(p, ring, policy);
+        if (p.kind == PRODUCT) {
+          fetch_any<CODES>(p, filling, policy);
+        } else {
+          if (position < 0) {
+            wait_for_kernels_before();  // weights never depend on them, but what is cached does
+            position = fresh(s.position);
+          }
+          fetch_cache(p, filling, position, policy);
+        }
       }
     }
     return;
   }
-  wait_for_kernels_before();  // weights never depend on them
+  const auto first_gain_of = [&](const Phase& p) {
+    uint4 gain = {0, 0, 0, 0};
+    if (p.kind == PRODUCT && p.norm && thread < p.columns / 8) gain = load_shared_by_all(reinterpret_cast<const uint4*>(p.gain) + thread);
+    return gain;
+  };
+  uint4 first_gain = first_gain_of(phases[0]);
+  wait_for_kernels_before();
+  const int position = fresh(s.position);
   for (int n = 0; n < s.count; ++n) {
     const Phase& p = phases[n % 2];
     if (n + 1 < s.count) get_phase(n + 1);
     i64* times = s.times ? s.times + (i64(n) * gridDim.x + blockIdx.x) * 3 : nullptr;
     note(times, 0);
-    if (p.kind == PRODUCT) multiply_any<CODES>(p, ring, input, meeting, times);
-    else attend(p, s, input);
+    if (p.kind == PRODUCT) multiply_any<CODES>(p, ring, input, meeting, first_gain, times);
+    else attend(p, s, ring, input, position);
     wait_for_copies<0>();
     barrier_of<CONSUMERS>();
     note(times, 2);
+    if (thread == 0) leave(s.met);
+    if (n + 1 < s.count) first_gain = first_gain_of(phases[(n + 1) % 2]);  // while others arrive
     if (thread == 0) {
-      leave(s.met);
       if (n + 1 < s.count) {
         const u32 wanted = gridDim.x * u32(n + 1);
         while (seen(s.met) < wanted) wait_a_little();

@@ -91,3 +91,10 @@ device i64 cycles() {
   asm volatile("mov.u64 %0, %%clock64;" : "=l"(value)::"memory");
   return value;
 }
+// As `multiply` of machine.cuh, of float16 whatever activations are.
+device void multiply_halves(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+device u32 largest_of_warp(u32 value) { return __reduce_max_sync(0xFFFFFFFFu, value); }

@@ -13,13 +13,10 @@ from rarefy.decoding import interpreter, resident
 from rarefy.decoding.build import build
 from rarefy.decoding.cache import KeyValues
 from rarefy.decoding.fuse import AddNorm, Projects, fuse
-from rarefy.formats.grids import BinaryGrid, Grid, IntegerGrid, LutGrid
-from rarefy.formats.scales import BilevelScale
-from rarefy.formats.terms import Quantized, Residual
 from rarefy.kernels.cuda.join import join_
 from rarefy.kernels.cuda.prepared import prepare
 from rarefy.layers.linear import CompressedLinear
-from tests.decoding.models import build_model, compress
+from tests.decoding.models import CODED, build_model, coded, compress
 from tests.kernels.cuda import emulation
 
 pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="there is no C++ compiler")
@@ -32,19 +29,6 @@ SIZES = {  # a product in one piece, and one in several
 WIDE = {  # enough rows of keys for a tile
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
 }  # fmt: skip
-GRIDS: dict[str, tuple[Grid, bool]] = {  # and whether there are outliers
-    "int4": (IntegerGrid(num_bits=4, group_size=64), False),
-    "int4 in short groups": (IntegerGrid(num_bits=4, group_size=16, zero="integer"), True),
-    "int3 with zeros": (IntegerGrid(num_bits=3, group_size=64, zero="float"), True),
-    "two-level scales": (IntegerGrid(num_bits=3, group_size=16, zero="float", scales=BilevelScale(rows=16)), True),
-    "tables of rows": (LutGrid(num_bits=3), True),
-    "tables of 16": (LutGrid(num_bits=4, group_size=32), False),
-    "binary": (BinaryGrid(group_size=128), False),
-    "int2 in rows": (IntegerGrid(num_bits=2), False),
-    "int8": (IntegerGrid(num_bits=8, group_size=32), False),
-}  # fmt: skip
-
-
 def prepared_of(linears: Any) -> Any:
     """As ``decoding/products.py`` does on a GPU."""
     if not all(isinstance(each, CompressedLinear) for each in linears):
@@ -69,24 +53,6 @@ def few_warps(monkeypatch: pytest.MonkeyPatch) -> None:
 def step_of(model: Any, dtype: torch.dtype) -> Any:
     program = build(model)
     return program, resident.ResidentStep(program, fuse(program.operations), dtype, torch.device("cpu"))
-
-
-def model_of(name: str, dtype: torch.dtype, **changes: Any) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes})).eval()
-    grid, with_outliers = GRIDS[name]
-    for path, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear):
-            weight = module.weight.data
-            params = grid.fit(weight)
-            terms: list[Any] = [Quantized.from_codes(grid.encode(weight, params), params, grid)]
-            if with_outliers:
-                left = weight - terms[0].decode()
-                terms.append(Residual.from_weight(left, left.abs() > left.abs().quantile(0.97)))
-            model.set_submodule(path, CompressedLinear(terms))
-    return model.to(dtype)
 
 
 def agrees(model: Any, length: int, dtype: torch.dtype, most: float = 3e-2) -> Any:
@@ -123,9 +89,9 @@ def agrees(model: Any, length: int, dtype: torch.dtype, most: float = 3e-2) -> A
 
 
 @pytest.mark.parametrize(("length", "dtype"), [(1, torch.bfloat16), (300, torch.float16)])
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", CODED)
 def test_logits_are_the_interpreters(name: str, length: int, dtype: torch.dtype) -> None:
-    agrees(model_of(name, dtype), length, dtype)
+    agrees(coded(name, SIZES).to(dtype), length, dtype)
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "qwen2", "qwen3", "mistral"])

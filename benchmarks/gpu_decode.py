@@ -136,8 +136,8 @@ class Decoder:
 class Ours:
     """The runner's executor with ``batch`` sequences of `PROMPT` tokens, which are read only where they are checked.
 
-    ``stay``: steps of one sequence are one launch. ``other(rows, columns)`` makes a product that takes the place of ours,
-    projections of the same input being one; where it makes none ours stays."""
+    ``stay``: steps of one sequence are one launch. ``other(rows, columns)`` makes a product that takes the place of
+    ours, projections of the same input being one; where it makes none ours stays."""
 
     def __init__(
         self, program: Program, batch: int, stay: bool = True, checked: bool = True, other: Other | None = None
@@ -317,8 +317,7 @@ def main() -> None:
     parser.add_argument("--batch", default="1,32", help="sequences, by commas")
     parser.add_argument("--kinds", default="W4 g128,SpQR 3,SqueezeLLM 3", help="codes, by commas")
     parser.add_argument(
-        "--peers", default="launches,eager,tinygemm,gemlite,torchao,compiled,hf", help="by commas, those for one sequence"
-        " and for several"
+        "--peers", default="launches,eager,tinygemm,gemlite,torchao,compiled,hf", help="by commas"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(

@@ -27,7 +27,7 @@ from rarefy.kernels.cuda.resident import (
     weights,
 )
 
-WARPS = 16  # of a block that multiply
+WARPS = 12  # of a block that multiply
 
 
 @dataclass

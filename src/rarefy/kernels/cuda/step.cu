@@ -344,7 +344,8 @@ device void multiply_step(
   const uint2* seconds = reinterpret_cast<const uint2*>(stage + C::SECONDS_AT) + first_second;
   Tables<C> tables;
   const float* input_sums = reinterpret_cast<const float*>(input + INPUT);
-  float part[4], kept[2];
+  constexpr int CHAINS = C::PART >= 4 ? 2 : 1;  // of sums that do not wait for each other
+  float part[CHAINS][4], kept[2];
   u32 x[4];
 #pragma unroll
   for (int b = 0; b < C::BLOCKS; ++b) {
@@ -362,20 +363,18 @@ device void multiply_step(
     group = group < p.groups ? group : p.groups - 1;
     if (b % C::PART == 0) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) part[j] = 0.0f;
+      for (int j = 0; j < 4 * CHAINS; ++j) part[j / 4][j % 4] = 0.0f;
       load(tables, stage + C::TABLE_AT + (group - first_group) * C::TABLE_BYTES, g);
     }
     u32 weights[4];
     operands<C>(weights, words, b, tables);
-    multiply_halves(part, weights, x[2 * (b % 2)], x[2 * (b % 2) + 1]);
+    multiply_halves(part[b % CHAINS], weights, x[2 * (b % 2)], x[2 * (b % 2) + 1]);
     if (b % C::PART != C::PART - 1) continue;
     const int which = b / C::PART;
-    if constexpr (C::IN_TURNS) {
-      if (which % 4 == t) kept[0] = part[0] * ONE<C>, kept[1] = part[2] * ONE_ABOVE<C>;
-      if (which % 4 != 3) continue;
-    } else {
-      kept[0] = part[0] * ONE<C>, kept[1] = part[2] * ONE_ABOVE<C>;
-    }
+    const float sum = part[0][0] + (CHAINS > 1 ? part[CHAINS - 1][0] : 0.0f);
+    const float sum_above = part[0][2] + (CHAINS > 1 ? part[CHAINS - 1][2] : 0.0f);
+    if (!C::IN_TURNS || which % 4 == t) kept[0] = sum * ONE<C>, kept[1] = sum_above * ONE_ABOVE<C>;
+    if (C::IN_TURNS && which % 4 != 3) continue;
     const int own_part = C::IN_TURNS ? which - 3 + t : which;
     group = group_of<C>(step, own_part);
     group = group < p.groups ? group : p.groups - 1;

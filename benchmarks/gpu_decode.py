@@ -1,6 +1,6 @@
 """Whole-model decoding on one GPU: a model shaped like Llama 3 8B, random weights in code, by the CUDA-graph runner.
 
-Each sequence holds a prompt already; a row is the time of one more token for all of them, greedy, chosen on the GPU.
+Each sequence holds some tokens already; a row is the time of one more token for all of them, greedy, chosen on the GPU.
 ``fraction_of_limit`` is the time to move the step's weights and caches at the bandwidth of a copy over the time taken,
 ``fraction_of_read`` at that of a sum, which writes nothing.
 Peers run the same shape in the same process and in turn: the model in bfloat16 by the same runner, and the coded one
@@ -35,7 +35,7 @@ from rarefy.decoding.build import build
 from rarefy.decoding.cache import KeyValues, Sequences
 from rarefy.decoding.fuse import Projects
 from rarefy.decoding.graph import GraphExecutor
-from rarefy.decoding.program import Add, Attend, Program
+from rarefy.decoding.program import Add, Attend, Program, Project
 from rarefy.formats.grids import IntegerGrid, LutGrid
 from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms.base import Term
@@ -134,30 +134,16 @@ class Decoder:
 
 
 class Ours:
-    """The runner's executor with ``batch`` sequences of `PROMPT` tokens, which are read only where they are checked.
+    """The runner's executor with ``batch`` sequences that hold `PROMPT` random keys and values.
 
     ``stay``: steps of one sequence are one launch. ``other(rows, columns)`` makes a product that takes the place of
-    ours, projections of the same input being one; where it makes none ours stays."""
+    ours, projections of the same input being one; where it makes none ours stays, and nothing is checked."""
 
-    def __init__(
-        self, program: Program, batch: int, stay: bool = True, checked: bool = True, other: Other | None = None
-    ):
+    def __init__(self, program: Program, batch: int, stay: bool = True, other: Other | None = None):
         self.execute = GraphExecutor(program, stay)
-        sizes = (program.layers, program.kv_heads, program.head_dim, DTYPE, program.positions, DEVICE)
-        self.cache = Sequences(batch, *sizes)
-        self.cache.reserve(PROMPT + NEW + 1)
-        prompt = torch.randint(3, program.vocabulary, (PROMPT,), generator=torch.Generator().manual_seed(1))
-        if checked:
-            self.tokens = self.execute.read(prompt, self.cache, 0).argmax(-1).expand(batch)
-            self.error = error_of_first_layers(program, prompt, self.tokens[:1])
-        else:
-            self.tokens = torch.full((batch,), 17, device=DEVICE)
-            self.error = 0.0
-        for kept in (self.cache.keys, self.cache.values):
-            if checked:
-                kept[:, 1:] = kept[:, :1]
-            else:
-                kept.normal_()
+        self.cache = _random_cache(program, batch)
+        self.tokens = torch.full((batch,), 17, device=DEVICE)
+        self.error = 0.0 if other is not None else error_of_first_layers(program, batch, stay)
         if other is not None:
             self._replace(other)
 
@@ -178,24 +164,46 @@ def _split(product: Callable[[Tensor], Tensor], rows: Sequence[int], x: Tensor) 
     return product(x).split(rows, -1)
 
 
-def error_of_first_layers(program: Program, prompt: Tensor, token: Tensor) -> float:
-    """Relative error to the interpreter of the logits after ``prompt`` and ``token`` and the first `CHECKED` layers."""
+def _random_cache(program: Program, batch: int) -> Sequences:
+    sizes = (program.layers, program.kv_heads, program.head_dim, DTYPE, program.positions, DEVICE)
+    cache = Sequences(batch, *sizes)
+    cache.reserve(PROMPT + NEW + 1)
+    cache.lengths = [PROMPT] * batch
+    for kept in (cache.keys, cache.values):
+        kept[:, :1].normal_()
+        kept[:, 1:] = kept[:, :1]
+    return cache
+
+
+def error_of_first_layers(program: Program, batch: int, stay: bool = True, token: int = 17) -> float:
+    """Relative error of the logits of all sequences after one more token and the first `CHECKED` layers, against
+    operations one by one with decoded weights in float32."""
     last = [number for number, each in enumerate(program.step) if isinstance(each, Attend)][CHECKED]
     start = max(number for number, each in enumerate(program.step[:last]) if isinstance(each, Add)) + 1
     short = replace(program, step=program.step[:start], layers=CHECKED)
-    sizes = (short.layers, short.kv_heads, short.head_dim, DTYPE, short.positions, DEVICE)
-    ours, oracle, execute = KeyValues(*sizes), KeyValues(*sizes), GraphExecutor(short)
-    execute(prompt, ours)
-    interpreter.run(short, prompt.to(DEVICE), oracle)
-    made, wanted = execute(token, ours).double(), interpreter.run(short, token, oracle).double()
-    return float((made - wanted).norm() / wanted.norm())
+    ours, tokens = _random_cache(short, batch), torch.full((batch,), token, device=DEVICE)
+    oracle = KeyValues(short.layers, short.kv_heads, short.head_dim, DTYPE, short.positions, DEVICE)
+    oracle.keys, oracle.values, oracle.length = ours.keys[:, 0].clone(), ours.values[:, 0].clone(), PROMPT
+    made = GraphExecutor(short, stay).advance(tokens, ours).double()
+    wanted = interpreter.run(_decoded(short), tokens[:1], oracle).double()
+    return float((made - wanted).norm(dim=-1).max() / wanted.norm())
 
 
-def error_again(program: Program) -> float:
-    """The same with other numbers, after kernels have changed."""
-    draw = torch.Generator().manual_seed(2)
-    prompt, token = (torch.randint(3, program.vocabulary, (count,), generator=draw) for count in (PROMPT, 1))
-    return error_of_first_layers(program, prompt, token.to(DEVICE))
+def _decoded(program: Program) -> Program:
+    """``program`` with coded weights in float32."""
+
+    def product(weight: Tensor, x: Tensor) -> Tensor:
+        return (x.float() @ weight.T).to(x.dtype)
+
+    def changed(operations: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(
+            replace(each, linear=partial(product, each.linear.decode()))
+            if isinstance(each, Project) and isinstance(each.linear, CompressedLinear)
+            else each
+            for each in operations
+        )
+
+    return replace(program, step=changed(program.step), head=changed(program.head))
 
 
 def ours(name: str, model: Any, program: Program, batch: int, **options: Any) -> Decoder:
@@ -354,14 +362,14 @@ def measured(
             if number == 0 and mine and seconds:
                 print("\n".join(tune(choices, partial(captured_anew, mine[0]), batch, seconds)), flush=True)
                 print(f"then {captured_anew(mine[0]):.4f} ms", flush=True)
-                mine[0].error = max(mine[0].error, error_again(programs[kind]))
+                mine[0].error = max(mine[0].error, error_of_first_layers(programs[kind], batch, token=99))
     if options.entries:
         with options.entries.open("a", encoding="utf-8") as file:
             file.write(json.dumps(choices.entries(batch)) + "\n")
     mine += attempt("bf16", partial(ours, "bf16, same runner", dense, build(dense), batch))
     kind, model = next(iter(coded.items()), ("bf16", dense))
     program = programs.get(kind) or build(dense)
-    in_our_graph: dict[str, Any] = {"stay": False, "checked": False}
+    in_our_graph: dict[str, Any] = {"stay": False}
     makers: dict[str, tuple[str, Callable[[str], Decoder]]] = {
         "launches": (
             f"{kind}, a launch for each operation", lambda name: ours(name, model, program, batch, **in_our_graph)

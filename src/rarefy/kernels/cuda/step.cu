@@ -6,13 +6,14 @@
 // (the norm of its input before; activation or residual sum after), or attention with rotation and the cache's new row;
 // after each, all blocks meet.
 //
-// Weights lie as linear.cu wants them (layout.py): a block's tiles follow each other in memory, so that a piece of a
-// stage is one copy. A warp takes every so many steps of a tile; the warps' sums meet in shared memory, in one order.
+// Weights lie as linear.cu wants them (layout.py), so that neighbouring steps of a tile are one copy. Of each piece of a
+// tile a warp takes one step; the warps' sums meet in shared memory, in one order.
 //
 // Macros: CODES (the kinds of codes, Code<...>, by commas), HALF (float16 activations, else bfloat16), WARPS (that
 // multiply), STAGES, STAGE (bytes), INPUT (bytes of a product's input), INPUT_SUMS (bytes of its sums over groups), WORK
 // (bytes of all that is no ring), BATCH (tiles whose sums meet together), HEADS, KV_HEADS, CHANNELS (of attention), SPLITS
-// (blocks that share a head's positions at most), LEAST (positions that are worth a block).
+// (blocks that share a head's positions at most), LEAST (positions that are worth a block), FLYING (stages that are on
+// their way at most; 0: all).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -122,7 +123,7 @@ device void go_on(Ring& ring) {
   if (++ring.at == STAGES) ring.at = 0, ring.parity ^= 1;
 }
 
-// A block's units: every so manieth, so that at any time all blocks read what lies together.
+// A block's units: every so many, so that at any time all blocks read what lies together.
 device int units_of(int units) { return (units - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x); }
 device int unit_at(int number) { return blockIdx.x + number * gridDim.x; }
 

@@ -88,10 +88,14 @@ def agrees(model: Any, length: int, dtype: torch.dtype, most: float = 3e-2) -> A
     return made
 
 
-@pytest.mark.parametrize(("length", "dtype"), [(1, torch.bfloat16), (300, torch.float16)])
 @pytest.mark.parametrize("name", CODED)
-def test_logits_are_the_interpreters(name: str, length: int, dtype: torch.dtype) -> None:
-    agrees(coded(name, SIZES).to(dtype), length, dtype)
+def test_logits_are_the_interpreters(name: str) -> None:
+    agrees(coded(name, SIZES).to(torch.bfloat16), 1, torch.bfloat16)
+
+
+def test_positions_are_shared_by_blocks() -> None:
+    made = agrees(coded("int4", SIZES).to(torch.float16), 300, torch.float16, 5e-3)
+    assert made.form.splits == 2
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "qwen2", "qwen3", "mistral"])

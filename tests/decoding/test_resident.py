@@ -46,7 +46,7 @@ def prepared_of(linears: Any) -> Any:
 @pytest.fixture(autouse=True)
 def few_warps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resident, "prepared_of", prepared_of)
-    monkeypatch.setattr(resident, "WARPS", 4)
+    monkeypatch.setattr(resident, "WARPS", 2)
     monkeypatch.setattr(resident, "blocks_of", lambda device: BLOCKS)
 
 

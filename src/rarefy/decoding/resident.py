@@ -27,7 +27,7 @@ from rarefy.kernels.cuda.resident import (
     weights,
 )
 
-WARPS = 12  # of a block that multiply
+WARPS, EACH = 8, 2  # of a block that multiply, and steps of a stage that each takes
 
 
 @dataclass
@@ -112,7 +112,7 @@ def _product(operation: Projects, norms: dict[str, Norm], dtype: torch.dtype) ->
     if terms is None or len(biases) not in (0, len(linears)) or any(bias.dtype != dtype for bias in biases):
         raise UnsupportedError("A step in one launch takes weights in code that can lie together.")
     norm, outs = norms.get(x), tuple(part.out for part in operation.parts)
-    coded = weights(terms, WARPS)
+    coded = weights(terms, WARPS * EACH)
     return Product(norm.x if norm else x, outs, coded, norm, torch.cat(biases) if biases else None)
 
 
@@ -137,8 +137,7 @@ class ResidentStep:
         self._kinds = list(entries)
         self.form = Form(
             tuple(entries.items()), dtype == torch.float16, program.heads, program.kv_heads, program.head_dim,
-            splits=max(1, blocks_of(device) // program.kv_heads),
-            input=2 * max(each.weights.steps * each.weights.code.step for each in products), warps=WARPS,
+            blocks_of(device), 2 * max(each.weights.steps * each.weights.code.step for each in products), WARPS, EACH,
         )  # fmt: skip
         self.form.check()
         embed = self.plan.embed

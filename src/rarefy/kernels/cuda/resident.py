@@ -94,8 +94,9 @@ class Weights:
         }  # fmt: skip
 
 
-def weights(parts: Sequence[Prepared], warps: int) -> Weights:
-    """``parts``: a term of codes, with or without one of outliers. Raises UnsupportedError for others."""
+def weights(parts: Sequence[Prepared], piece: int) -> Weights:
+    """``parts``: a term of codes, with or without one of outliers; ``piece``: steps of a stage. Raises UnsupportedError
+    for others."""
     terms = terms_of(*flat(parts)[:3])
     by_kind = {term[1]["kind"]: term for term in terms}
     if len(by_kind) < len(terms) or CODES not in by_kind or not set(by_kind) <= {CODES, ENTRIES}:
@@ -117,7 +118,7 @@ def weights(parts: Sequence[Prepared], warps: int) -> Weights:
         own["row_ptr"] = torch.cat([pointers, filled]).to(torch.int32).contiguous()
         own["entries"] = tensors["entries"]
         most = int(own["row_ptr"][: tiles * TILE + 1 : TILE].diff().max())
-        entries = (-(-most // -(-steps // warps)) + 11) // 4 * 4
+        entries = (-(-most // -(-steps // piece)) + 15) // 4 * 4
     return Weights(code, own, term[1], term[2], entries)
 
 
@@ -131,10 +132,16 @@ class Form:
     heads: int
     kv_heads: int
     channels: int
-    splits: int
+    blocks: int
     input: int
-    warps: int = 16
+    warps: int
+    each: int
     least: int = LEAST
+
+    @property
+    def splits(self) -> int:
+        """Blocks that share the positions of a head of the cache at most."""
+        return max(1, self.blocks // self.kv_heads)
 
     @property
     def threads(self) -> int:
@@ -144,7 +151,7 @@ class Form:
     def stage(self) -> int:
         """Bytes of a piece of the ring."""
         cache = 4 * self.channels * (256 // self.channels)  # a warp's tokens at once
-        return max(cache, *(_stage(code, entries, self.warps) for code, entries in self.codes))
+        return max(cache, *(_stage(code, entries, self.warps * self.each) for code, entries in self.codes))
 
     @property
     def work(self) -> int:
@@ -175,9 +182,10 @@ class Form:
             for code, entries in self.codes
         )
         return {
-            "CODES": kinds, "HALF": int(self.half), "WARPS": self.warps, "STAGES": self.stages, "STAGE": self.stage,
-            "INPUT": self.input, "INPUT_SUMS": self.input_sums, "WORK": self.work, "BATCH": BATCH, "HEADS": self.heads,
-            "KV_HEADS": self.kv_heads, "CHANNELS": self.channels, "SPLITS": self.splits, "LEAST": self.least,
+            "CODES": kinds, "HALF": int(self.half), "WARPS": self.warps, "EACH": self.each, "STAGES": self.stages,
+            "STAGE": self.stage, "INPUT": self.input, "INPUT_SUMS": self.input_sums, "WORK": self.work, "BATCH": BATCH,
+            "HEADS": self.heads, "KV_HEADS": self.kv_heads, "CHANNELS": self.channels, "SPLITS": self.splits,
+            "ONE_SPLITS": self.blocks // self.heads, "LEAST": self.least,
             "FLYING": min(FLYING // self.stage, self.stages - 1),
         }  # fmt: skip
 
@@ -192,16 +200,16 @@ class Form:
 _BYTES = {0: 0, 1: 64, 2: 32, 3: 32, 4: 16, 5: 64, 6: 16, 7: 16}  # of 16 numbers, by their type
 
 
-def _stage(code: Code, entries: int, warps: int) -> int:
+def _stage(code: Code, entries: int, piece: int) -> int:
     parts = 1 if code.group == 0 or code.group > code.step else code.step // code.group
-    groups = 1 if code.group == 0 else warps * parts
+    groups = 1 if code.group == 0 else piece * parts
     if code.group > code.step:
-        groups = (warps - 1) // (code.group // code.step) + 2
+        groups = (piece - 1) // (code.group // code.step) + 2
     table = 32 << code.bits if code.table == "rows" else 0
     each = _BYTES[TYPES[code.scale]] + _BYTES[TYPES[code.zero]] + table
     seconds = (groups // 2 + 2) * 16 if code.scale in ("bilevel", "level") else 0
     outliers = 80 + 4 * entries if code.outliers is not None else 0
-    return -(-(warps * code.step * code.bits * 2 + groups * each + seconds + outliers) // 128) * 128
+    return -(-(piece * code.step * code.bits * 2 + groups * each + seconds + outliers) // 128) * 128
 
 
 class Resident:
@@ -213,10 +221,10 @@ class Resident:
         device = position.device
         data = b"".join(bytes(Phase(**phase)) for phase in phases)
         self.phases = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
-        self.met = torch.zeros(2 + form.kv_heads, dtype=torch.int32, device=device)
-        members = form.heads // form.kv_heads
-        self.part = torch.zeros(form.kv_heads, form.splits, members, form.channels, device=device)
-        self.part_log = torch.zeros(form.kv_heads, form.splits, members, device=device)
+        self.met = torch.zeros(2 + form.heads, dtype=torch.int32, device=device)
+        parts = max(form.kv_heads * form.splits, form.blocks), form.heads // form.kv_heads
+        self.part = torch.zeros(*parts, form.channels, device=device)
+        self.part_log = torch.zeros(*parts, device=device)
         self.given = _Step(
             self.phases.data_ptr(), position.data_ptr(), self.met.data_ptr(), self.met.data_ptr() + 8,
             self.part.data_ptr(), self.part_log.data_ptr(), None, len(phases),

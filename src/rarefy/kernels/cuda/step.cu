@@ -10,9 +10,10 @@
 // tile a warp takes one step; the warps' sums meet in shared memory, in one order.
 //
 // Macros: CODES (the kinds of codes, Code<...>, by commas), HALF (float16 activations, else bfloat16), WARPS (that
-// multiply), STAGES, STAGE (bytes), INPUT (bytes of a product's input), INPUT_SUMS (bytes of its sums over groups), WORK
+// multiply), EACH (steps of a stage that a warp takes), STAGES, STAGE (bytes), INPUT (bytes of a product's input), INPUT_SUMS (bytes of its sums over groups), WORK
 // (bytes of all that is no ring), BATCH (tiles whose sums meet together), HEADS, KV_HEADS, CHANNELS (of attention), SPLITS
-// (blocks that share a head's positions at most), LEAST (positions that are worth a block), FLYING (stages that are on
+// (blocks that share a head's positions at most), ONE_SPLITS (the same of a
+// query head; 0: there are fewer blocks than those), LEAST (positions that are worth a block), FLYING (stages that are on
 // their way at most; 0: all).
 
 typedef unsigned int u32;
@@ -59,9 +60,9 @@ struct Step {
   const Phase* phases;
   const int* position;
   u32* met;              // [2], zero before and after
-  u32* heads_met;        // [KV_HEADS], zero before and after
-  float* part;           // [KV_HEADS][SPLITS][HEADS / KV_HEADS][CHANNELS]
-  float* part_log;       // [KV_HEADS][SPLITS][HEADS / KV_HEADS]
+  u32* heads_met;        // [HEADS], zero before and after
+  float* part;           // [blocks][HEADS / KV_HEADS][CHANNELS]
+  float* part_log;       // [blocks][HEADS / KV_HEADS]
   i64* times;            // [phases][blocks][3]: cycles when a phase begins, has its input and is done; or none
   int count;
 };
@@ -75,6 +76,7 @@ shared_memory(pool);
 
 constexpr int MEMBERS = HEADS / KV_HEADS, CONSUMERS = 32 * WARPS, THREADS = CONSUMERS + 32;
 constexpr int LANES_OF_HEAD = CHANNELS / 8, AT_ONCE = 32 / LANES_OF_HEAD;  // a lane takes eight channels
+constexpr int PIECE = WARPS * EACH;  // steps of a stage
 constexpr float NOTHING = -1e30f;
 
 // Bytes of 16 numbers: rows g and g + 8 beside each other.
@@ -91,9 +93,9 @@ struct Code {
   // All tokens of an operand are the same one, so that the lanes of a row hold the same sums: with many groups in a step
   // each of the four lanes applies the scales of every fourth.
   static constexpr bool IN_TURNS = PARTS % 4 == 0;
-  // A stage: codes of WARPS steps, and what belongs to them.
-  static constexpr int MOST_GROUPS = GROUP == 0 ? 1 : GROUP > STEP ? (WARPS - 1) / (GROUP > STEP ? GROUP / STEP : 1) + 2 : WARPS * PARTS;
-  static constexpr int SCALES_AT = WARPS * BYTES;
+  // A stage: codes of a piece of a tile, and what belongs to them.
+  static constexpr int MOST_GROUPS = GROUP == 0 ? 1 : GROUP > STEP ? (PIECE - 1) / (GROUP > STEP ? GROUP / STEP : 1) + 2 : PIECE * PARTS;
+  static constexpr int SCALES_AT = PIECE * BYTES;
   static constexpr int ZEROS_AT = SCALES_AT + MOST_GROUPS * bytes_of(SCALE);
   static constexpr int TABLE_AT = ZEROS_AT + MOST_GROUPS * bytes_of(ZERO);
   static constexpr int TABLE_BYTES = TABLE == BY_ROW ? 32 << BITS : 0;
@@ -152,11 +154,12 @@ device i64 second_of(const Phase& p, i64 tile, int group) {
 
 // Of the entries [first, last) of a tile those that go with piece `piece` of `pieces`, to whole 16 bytes.
 device u32 entry_at(u32 first, u32 last, int piece, int pieces) {
-  return piece == pieces ? last : piece == 0 ? first & ~3u : (first + u32(u64(last - first) * piece / pieces)) & ~3u;
+  const u32 share = u32(float(last - first) * (1.0f / pieces)) + 1, at = first + piece * share;
+  return piece == pieces || at >= last ? last : at & ~3u;
 }
 
 template <class C> device void fetch(const Phase& p, Filling& filling, u64 policy) {
-  const int pieces = (p.steps + WARPS - 1) / WARPS, halves = p.pair ? 2 : 1, tiles = units_of(p.units) * halves;
+  const int pieces = (p.steps + PIECE - 1) / PIECE, halves = p.pair ? 2 : 1, tiles = units_of(p.units) * halves;
   u32 next_entry = 0, end_entry = 0;
   const auto tile_at = [&](int n) { return i64(unit_at(n / halves)) + n % halves * p.pair; };
   const auto look_ahead = [&](i64 tile) {
@@ -168,7 +171,7 @@ template <class C> device void fetch(const Phase& p, Filling& filling, u64 polic
     const u32 first_entry = next_entry, last_entry = end_entry;
     if (n + 1 < tiles) look_ahead(tile_at(n + 1));
     for (int piece = 0; piece < pieces; ++piece) {
-      const int first = piece * WARPS, count = p.steps - first < WARPS ? p.steps - first : WARPS;
+      const int first = piece * PIECE, count = p.steps - first < PIECE ? p.steps - first : PIECE;
       const int group = group_of<C>(first, 0), after = group_of<C>(first + count - 1, C::PARTS - 1) + 1;
       const u32 groups = (after < p.groups ? after : p.groups) - group;
       u32 bytes = count * C::BYTES + groups * (bytes_of(C::SCALE) + bytes_of(C::ZERO) + C::TABLE_BYTES);
@@ -468,23 +471,26 @@ device u32 largest_of(const uint4& all) {
 
 // The input of a product into shared memory: normed where that is wanted, in float16 times a power of two that keeps it
 // in range, zeros behind it; and beside it the sums over groups. Returns what undoes the power.
-template <class C> device float take_input(const Phase& p, u8* input, float* shared, const uint4& first_gain) {
+template <class C> device float take_input(const Phase& p, u8* input, float* shared) {
   constexpr int TURNS = (INPUT / 16 + CONSUMERS - 1) / CONSUMERS;
   const int thread = threadIdx.x, pieces = p.columns / 8, filled = p.steps * C::STEP / 8;
   uint4* to = reinterpret_cast<uint4*>(input);
   float* sums = reinterpret_cast<float*>(input + INPUT);
-  uint4 own[TURNS];
+  uint4 own[TURNS], gains[TURNS];
 #pragma unroll
   for (int k = 0; k < TURNS; ++k) {
+    own[k] = gains[k] = {0, 0, 0, 0};
+    if (k * CONSUMERS >= filled) continue;
     const int n = thread + k * CONSUMERS;
-    own[k] = {0, 0, 0, 0};
     if (n < pieces) own[k] = fresh(reinterpret_cast<const uint4*>(p.x) + n);
+    if (n < pieces && p.norm) gains[k] = load_shared_by_all(reinterpret_cast<const uint4*>(p.gain) + n);
   }
   float scale = p.norm ? p.input_scale : 1.0f;
   if (p.norm) {
     float squares = 0.0f;
 #pragma unroll
-    for (int k = 0; k < TURNS; ++k) squares += sum_of(own[k], true);
+    for (int k = 0; k < TURNS; ++k)
+      if (k * CONSUMERS < filled) squares += sum_of(own[k], true);
     squares = sum_over<32>(squares);
     if (thread % 32 == 0) shared[thread / 32] = squares;
     barrier_of<CONSUMERS>();
@@ -493,16 +499,13 @@ template <class C> device float take_input(const Phase& p, u8* input, float* sha
     for (int w = 0; w < WARPS; ++w) total += shared[w];
     const float factor = inverse_root(total / p.columns + p.eps);
 #pragma unroll
-    for (int k = 0; k < TURNS; ++k) {
-      uint4 gain = first_gain;
-      if (k > 0 && thread + k * CONSUMERS < pieces)
-        gain = load_shared_by_all(reinterpret_cast<const uint4*>(p.gain) + thread + k * CONSUMERS);
-      if (thread + k * CONSUMERS < pieces) own[k] = normed(own[k], gain, factor, p.norm == CENTRED);
-    }
+    for (int k = 0; k < TURNS; ++k)
+      if (k * CONSUMERS < filled) own[k] = normed(own[k], gains[k], factor, p.norm == CENTRED);
   } else if (!HALF) {
     u32 most = 0;
 #pragma unroll
     for (int k = 0; k < TURNS; ++k) {
+      if (k * CONSUMERS >= filled) continue;
       const u32 here = largest_of(own[k]);
       most = most > here ? most : here;
     }
@@ -517,6 +520,7 @@ template <class C> device float take_input(const Phase& p, u8* input, float* sha
   }
 #pragma unroll
   for (int k = 0; k < TURNS; ++k) {
+    if (k * CONSUMERS >= filled) continue;
     const int n = thread + k * CONSUMERS;
     const uint4 made = halves_of(own[k], scale);
     if (n < filled) to[n] = made;
@@ -557,21 +561,28 @@ device void note(i64* times, int which) {
 }
 
 template <class C>
-device void multiply_all(const Phase& p, Ring& ring, u8* input, float* meeting, const uint4& first_gain, i64* times) {
+device void multiply_all(const Phase& p, Ring& ring, u8* input, float* meeting, i64* times) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const float factor = take_input<C>(p, input, meeting, first_gain) * p.multiplier;
+  const float factor = take_input<C>(p, input, meeting) * p.multiplier;
   note(times, 1);
-  const int pieces = (p.steps + WARPS - 1) / WARPS, units = units_of(p.units);
+  const int pieces = (p.steps + PIECE - 1) / PIECE, units = units_of(p.units);
   int tiles = 0, first_unit = 0;
   for (int unit = 0; unit < units; ++unit) {
     for (int half = 0; half < (p.pair ? 2 : 1); ++half) {
       const i64 tile = i64(unit_at(unit)) + half * p.pair;
       float sums[2] = {0.0f, 0.0f};
       for (int piece = 0; piece < pieces; ++piece) {
-        const int step = piece * WARPS + warp;
+        const int first = piece * PIECE, group = group_of<C>(first, 0);
         const u8* stage = ring.stages + ring.at * STAGE;
         wait_for(ring.full + ring.at, ring.parity);
-        if (step < p.steps) multiply_step<C>(sums, stage, input, p, tile, step, warp, group_of<C>(piece * WARPS, 0), lane);
+        if (first + PIECE <= p.steps) {  // no branches between steps, so that they overlap
+#pragma unroll
+          for (int n = 0; n < EACH; ++n)
+            multiply_step<C>(sums, stage, input, p, tile, first + n * WARPS + warp, n * WARPS + warp, group, lane);
+        } else {
+          for (int slot = warp; first + slot < p.steps; slot += WARPS)
+            multiply_step<C>(sums, stage, input, p, tile, first + slot, slot, group, lane);
+        }
         if constexpr (C::OUTLIERS != NONE) {
 #pragma unroll
           for (int row = warp; row < 16; row += WARPS) {
@@ -636,15 +647,15 @@ device uint4 narrowed(const Eight& values) {
   return {words[0], words[1], words[2], words[3]};
 }
 
-struct Mixed {
-  float top[MEMBERS], total[MEMBERS];
-  Eight at[MEMBERS];
+template <int M> struct Mixed {
+  float top[M], total[M];
+  Eight at[M];
 };
 
 // One more token, where `real`.
-device void see(Mixed& mixed, const float (&scores)[MEMBERS], const Eight& value, bool real) {
+template <int M> device void see(Mixed<M>& mixed, const float (&scores)[M], const Eight& value, bool real) {
 #pragma unroll
-  for (int m = 0; m < MEMBERS; ++m) {
+  for (int m = 0; m < M; ++m) {
     const float highest = real ? max_of(mixed.top[m], scores[m]) : mixed.top[m];
     const float fade = power_of_two(mixed.top[m] - highest), share = real ? power_of_two(scores[m] - highest) : 0.0f;
     mixed.total[m] = mixed.total[m] * fade + share;
@@ -654,9 +665,9 @@ device void see(Mixed& mixed, const float (&scores)[MEMBERS], const Eight& value
   }
 }
 
-device void score(float (&scores)[MEMBERS], const Eight (&query)[MEMBERS], const Eight& key, float softcap) {
+template <int M> device void score(float (&scores)[M], const Eight (&query)[M], const Eight& key, float softcap) {
 #pragma unroll
-  for (int m = 0; m < MEMBERS; ++m) {
+  for (int m = 0; m < M; ++m) {
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum += query[m].at[i] * key.at[i];
@@ -665,14 +676,24 @@ device void score(float (&scores)[MEMBERS], const Eight (&query)[MEMBERS], const
   }
 }
 
-// The positions before the token's own that a block reads, of one head; none where there are not as many blocks.
-struct Share { int head, split, active, begin, end; };
+// What a block attends to: positions before the token's own, of one head, for M of its query heads. Few positions are
+// read by a block for each query head, which has little to do then; many are read once. None where there are not as
+// many blocks.
+struct Share { int head, member, unit, split, splits, active, begin, end; };
 
-device Share share_of(const Phase& p, int position) {
+constexpr bool CAN_BE_ONE = ONE_SPLITS > 0 && MEMBERS > 1;
+device bool is_one(int length) { return CAN_BE_ONE && length <= ONE_SPLITS * LEAST; }
+
+template <int M> device Share share_of(const Phase& p, int position) {
+  constexpr int MOST = M == MEMBERS ? SPLITS : ONE_SPLITS, UNITS = HEADS / M;
   const int start = p.window > 0 && position - p.window + 1 > 0 ? position - p.window + 1 : 0, length = position - start;
-  Share own = {int(blockIdx.x) / SPLITS, int(blockIdx.x) % SPLITS, (length + LEAST - 1) / LEAST, 0, 0};
-  own.active = own.active < 1 ? 1 : own.active > SPLITS ? SPLITS : own.active;
-  if (own.head >= KV_HEADS || own.split >= own.active) {
+  Share own;
+  own.unit = blockIdx.x / MOST, own.split = blockIdx.x % MOST, own.splits = MOST;
+  own.head = own.unit * M / MEMBERS, own.member = own.unit * M % MEMBERS;
+  own.active = (length + LEAST - 1) / LEAST;
+  own.active = own.active < 1 ? 1 : own.active > MOST ? MOST : own.active;
+  own.begin = own.end = 0;
+  if (own.unit >= UNITS || own.split >= own.active) {
     own.active = 0;
     return own;
   }
@@ -680,6 +701,16 @@ device Share share_of(const Phase& p, int position) {
   own.begin = start + own.split * each;
   own.end = own.begin + each < position ? own.begin + each : position;
   return own;
+}
+
+device int length_of(const Phase& p, int position) {
+  return p.window > 0 && p.window <= position ? p.window - 1 : position;
+}
+
+device Share share_of(const Phase& p, int position) {
+  if constexpr (CAN_BE_ONE)
+    if (is_one(length_of(p, position))) return share_of<1>(p, position);
+  return share_of<MEMBERS>(p, position);
 }
 
 constexpr int ROW = 2 * CHANNELS, TOKENS = STAGE / (2 * ROW) / AT_ONCE * AT_ONCE;  // bytes, tokens of a stage
@@ -698,26 +729,25 @@ device void fetch_cache(const Phase& p, Filling& filling, int position, u64 poli
   }
 }
 
-device void attend(const Phase& p, const Step& s, Ring& ring, u8* memory, int position) {
-  const Share share = share_of(p, position);
+template <int M> device void attend(const Phase& p, const Step& s, Ring& ring, u8* memory, int position, const Share& share) {
   if (!share.active) return;
-  const int head = share.head, split = share.split, active = share.active;
+  const int head = share.head, split = share.split, active = share.active, first_head = head * MEMBERS + share.member;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, own = lane % LANES_OF_HEAD, which = lane / LANES_OF_HEAD;
-  const bool first_of_all = split == 0 && warp == 0;
+  const bool first_of_all = split == 0 && warp == 0, stores = first_of_all && share.member == 0;
   const uint4* turn = reinterpret_cast<const uint4*>(p.turns + i64(position) * CHANNELS) + own % (LANES_OF_HEAD / 2);
   const u16* new_key = p.x + (HEADS + head) * CHANNELS;
-  uint4 raw[MEMBERS], raw_key = {0, 0, 0, 0}, new_value = {0, 0, 0, 0};
+  uint4 raw[M], raw_key = {0, 0, 0, 0}, new_value = {0, 0, 0, 0};
 #pragma unroll
-  for (int m = 0; m < MEMBERS; ++m) raw[m] = fresh(reinterpret_cast<const uint4*>(p.x + (head * MEMBERS + m) * CHANNELS) + own);
+  for (int m = 0; m < M; ++m) raw[m] = fresh(reinterpret_cast<const uint4*>(p.x + (first_head + m) * CHANNELS) + own);
   if (first_of_all) {
     raw_key = fresh(reinterpret_cast<const uint4*>(new_key) + own);
     new_value = fresh(reinterpret_cast<const uint4*>(new_key + KV_HEADS * CHANNELS) + own);
   }
   const Eight cosine = widened(load_shared_by_all(turn)), sine = widened(load_shared_by_all(turn + LANES_OF_HEAD / 2));
-  Eight query[MEMBERS];
-  Mixed mixed;
+  Eight query[M];
+  Mixed<M> mixed;
 #pragma unroll
-  for (int m = 0; m < MEMBERS; ++m) {
+  for (int m = 0; m < M; ++m) {
     query[m] = turned(raw[m], cosine, sine, p.gain, p.norm, p.eps, own);
     mixed.top[m] = NOTHING, mixed.total[m] = 0.0f;
 #pragma unroll
@@ -726,11 +756,11 @@ device void attend(const Phase& p, const Step& s, Ring& ring, u8* memory, int po
   if (first_of_all) {  // the token's own key and value, which the cache gets too
     const Eight key = turned(raw_key, cosine, sine, p.k_gain, p.k_norm, p.k_eps, own);
     const i64 place = head * p.head_stride + i64(position) * CHANNELS;
-    if (which == 0) {
+    if (which == 0 && stores) {
       reinterpret_cast<uint4*>(p.keys + place)[own] = narrowed(key);
       reinterpret_cast<uint4*>(p.values + place)[own] = new_value;
     }
-    float scores[MEMBERS];
+    float scores[M];
     score(scores, query, key, p.softcap);
     see(mixed, scores, widened(new_value), which == 0);
   }
@@ -741,7 +771,7 @@ device void attend(const Phase& p, const Step& s, Ring& ring, u8* memory, int po
     for (int token = warp * AT_ONCE; token < count; token += WARPS * AT_ONCE) {
       const bool real = token + which < count;
       const u8* key = stage + (real ? token + which : token) * ROW;
-      float scores[MEMBERS];
+      float scores[M];
       score(scores, query, widened(reinterpret_cast<const uint4*>(key)[own]), p.softcap);
       see(mixed, scores, widened(reinterpret_cast<const uint4*>(key + TOKENS * ROW)[own]), real);
     }
@@ -753,7 +783,7 @@ device void attend(const Phase& p, const Step& s, Ring& ring, u8* memory, int po
 #pragma unroll
   for (int distance = 16; distance >= LANES_OF_HEAD; distance /= 2)
 #pragma unroll
-    for (int m = 0; m < MEMBERS; ++m) {
+    for (int m = 0; m < M; ++m) {
       const float top = other_lane(mixed.top[m], distance), highest = max_of(top, mixed.top[m]);
       const float mine = power_of_two(mixed.top[m] - highest), others = power_of_two(top - highest);
       mixed.total[m] = mixed.total[m] * mine + other_lane(mixed.total[m], distance) * others;
@@ -761,57 +791,65 @@ device void attend(const Phase& p, const Step& s, Ring& ring, u8* memory, int po
       for (int i = 0; i < 8; ++i) mixed.at[m].at[i] = mixed.at[m].at[i] * mine + other_lane(mixed.at[m].at[i], distance) * others;
       mixed.top[m] = highest;
     }
-  float* sums = reinterpret_cast<float*>(memory);              // [WARPS][MEMBERS][CHANNELS]
-  float* tops = sums + WARPS * MEMBERS * CHANNELS;             // [WARPS][MEMBERS][2]
+  float* sums = reinterpret_cast<float*>(memory);              // [WARPS][M][CHANNELS]
+  float* tops = sums + WARPS * M * CHANNELS;             // [WARPS][M][2]
   if (which == 0) {
 #pragma unroll
-    for (int m = 0; m < MEMBERS; ++m) {
-      float* to = sums + (warp * MEMBERS + m) * CHANNELS + 8 * own;
+    for (int m = 0; m < M; ++m) {
+      float* to = sums + (warp * M + m) * CHANNELS + 8 * own;
 #pragma unroll
       for (int i = 0; i < 8; ++i) to[i] = mixed.at[m].at[i];
-      if (own == 0) tops[(warp * MEMBERS + m) * 2] = mixed.top[m], tops[(warp * MEMBERS + m) * 2 + 1] = mixed.total[m];
+      if (own == 0) tops[(warp * M + m) * 2] = mixed.top[m], tops[(warp * M + m) * 2 + 1] = mixed.total[m];
     }
   }
   barrier_of<CONSUMERS>();
-  for (int n = thread; n < MEMBERS * CHANNELS; n += CONSUMERS) {
+  for (int n = thread; n < M * CHANNELS; n += CONSUMERS) {
     const int m = n / CHANNELS;
     float highest = NOTHING, total = 0.0f, sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) highest = max_of(highest, tops[(w * MEMBERS + m) * 2]);
+    for (int w = 0; w < WARPS; ++w) highest = max_of(highest, tops[(w * M + m) * 2]);
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) {
-      const float share = power_of_two(tops[(w * MEMBERS + m) * 2] - highest);
-      total += share * tops[(w * MEMBERS + m) * 2 + 1];
-      sum += share * sums[w * MEMBERS * CHANNELS + n];
+      const float weight = power_of_two(tops[(w * M + m) * 2] - highest);
+      total += weight * tops[(w * M + m) * 2 + 1];
+      sum += weight * sums[w * M * CHANNELS + n];
     }
     if (active == 1) {
-      p.y[head * MEMBERS * CHANNELS + n] = rounded<HALF>(sum / total);
+      p.y[first_head * CHANNELS + n] = rounded<HALF>(sum / total);
     } else {
-      const int place = (head * SPLITS + split) * MEMBERS;
+      const int place = (share.unit * share.splits + split) * M;
       s.part[place * CHANNELS + n] = sum / total;
       if (n % CHANNELS == 0) s.part_log[place + m] = highest + log_of_two(total);
     }
   }
   if (active == 1) return;
-  u32* last = reinterpret_cast<u32*>(tops + WARPS * MEMBERS * 2);
+  u32* last = reinterpret_cast<u32*>(tops + WARPS * M * 2);
   barrier_of<CONSUMERS>();
   if (thread == 0) {
-    *last = counted(s.heads_met + head) == u32(active - 1);
-    if (*last) s.heads_met[head] = 0;
+    *last = counted(s.heads_met + share.unit) == u32(active - 1);
+    if (*last) s.heads_met[share.unit] = 0;
   }
   barrier_of<CONSUMERS>();
   if (!*last) return;
-  for (int n = thread; n < MEMBERS * CHANNELS; n += CONSUMERS) {
-    const float* logs = s.part_log + head * SPLITS * MEMBERS + n / CHANNELS;
+  for (int n = thread; n < M * CHANNELS; n += CONSUMERS) {
+    const float* logs = s.part_log + share.unit * share.splits * M + n / CHANNELS;
     float highest = NOTHING, total = 0.0f, sum = 0.0f;
-    for (int k = 0; k < active; ++k) highest = max_of(highest, fresh(logs + k * MEMBERS));
+    for (int k = 0; k < active; ++k) highest = max_of(highest, fresh(logs + k * M));
     for (int k = 0; k < active; ++k) {
-      const float share = power_of_two(fresh(logs + k * MEMBERS) - highest);
-      total += share;
-      sum += share * fresh(s.part + (head * SPLITS + k) * MEMBERS * CHANNELS + n);
+      const float weight = power_of_two(fresh(logs + k * M) - highest);
+      total += weight;
+      sum += weight * fresh(s.part + (share.unit * share.splits + k) * M * CHANNELS + n);
     }
-    p.y[head * MEMBERS * CHANNELS + n] = rounded<HALF>(sum / total);
+    p.y[first_head * CHANNELS + n] = rounded<HALF>(sum / total);
   }
+}
+
+device void attend(const Phase& p, const Step& s, Ring& ring, u8* memory, int position) {
+  const Share share = share_of(p, position);
+  if constexpr (CAN_BE_ONE) {
+    if (is_one(length_of(p, position))) return attend<1>(p, s, ring, memory, position, share);
+  }
+  attend<MEMBERS>(p, s, ring, memory, position, share);
 }
 
 // ---- The step.
@@ -821,9 +859,9 @@ template <class... All> device void fetch_any(const Phase& p, Filling& filling, 
   ((p.code == n++ ? fetch<All>(p, filling, policy) : void()), ...);
 }
 template <class... All>
-device void multiply_any(const Phase& p, Ring& ring, u8* input, float* meeting, const uint4& first_gain, i64* times) {
+device void multiply_any(const Phase& p, Ring& ring, u8* input, float* meeting, i64* times) {
   int n = 0;
-  ((p.code == n++ ? multiply_all<All>(p, ring, input, meeting, first_gain, times) : void()), ...);
+  ((p.code == n++ ? multiply_all<All>(p, ring, input, meeting, times) : void()), ...);
 }
 
 constexpr int RING = STAGES * STAGE, PHASE_WORDS = sizeof(Phase) / 16;
@@ -867,12 +905,6 @@ extern "C" global __launch_bounds__(THREADS, 1) void rarefy_step(const Step s) {
     }
     return;
   }
-  const auto first_gain_of = [&](const Phase& p) {
-    uint4 gain = {0, 0, 0, 0};
-    if (p.kind == PRODUCT && p.norm && thread < p.columns / 8) gain = load_shared_by_all(reinterpret_cast<const uint4*>(p.gain) + thread);
-    return gain;
-  };
-  uint4 first_gain = first_gain_of(phases[0]);
   wait_for_kernels_before();
   const int position = fresh(s.position);
   for (int n = 0; n < s.count; ++n) {
@@ -880,14 +912,13 @@ extern "C" global __launch_bounds__(THREADS, 1) void rarefy_step(const Step s) {
     if (n + 1 < s.count) get_phase(n + 1);
     i64* times = s.times ? s.times + (i64(n) * gridDim.x + blockIdx.x) * 3 : nullptr;
     note(times, 0);
-    if (p.kind == PRODUCT) multiply_any<CODES>(p, ring, input, meeting, first_gain, times);
+    if (p.kind == PRODUCT) multiply_any<CODES>(p, ring, input, meeting, times);
     else attend(p, s, ring, input, position);
     wait_for_copies<0>();
     barrier_of<CONSUMERS>();
     note(times, 2);
-    if (thread == 0) leave(s.met);
-    if (n + 1 < s.count) first_gain = first_gain_of(phases[(n + 1) % 2]);  // while others arrive
     if (thread == 0) {
+      leave(s.met);
       if (n + 1 < s.count) {
         const u32 wanted = gridDim.x * u32(n + 1);
         while (seen(s.met) < wanted) wait_a_little();

@@ -17,14 +17,13 @@ extern "C" void run_step(const Step* given, int x, int size) {
   constexpr size_t STACK = 1 << 16;
   step = *given;
   gridDim = {x, 1, 1};
-  threads = THREADS, blocks = x;
+  threads = THREADS;
   const int count = x * threads;
   std::vector<char> stacks(STACK * count);
   exchanged.assign(count, {});
   floats.assign(count, 0);
-  memory.assign(size_t(size) * x + 128, 0xAB);
-  unsigned char* aligned = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 127);
-  barriers.assign(x + count / 32, {});
+  memory.assign(x, std::vector<unsigned char>(size, 0xAB));
+  barriers.assign(1 + x + count / 32, {});
   finished.assign(count, 0);
   fibers.assign(count, {});
   for (int n = 0; n < count; ++n) {
@@ -38,7 +37,7 @@ extern "C" void run_step(const Step* given, int x, int size) {
     for (current = 0; current < count; ++current) {
       if (finished[current]) continue;
       threadIdx.x = current % threads, blockIdx.x = current / threads;
-      shared = aligned + size_t(size) * blockIdx.x;
+      shared = memory[blockIdx.x].data();
       swapcontext(&scheduler, &fibers[current]);
       left += !finished[current];
     }

@@ -40,9 +40,10 @@ def _run(
     grid: tuple[int, int, int],
 ) -> None:  # fmt: skip
     macros = [f"-D{macro}={value}" for macro, value in program.definitions(code, tuning, half).items()]
-    run = _library(tuple(macros)).run
-    which = ["linear", "dequantize", "quantize"].index(name)
-    run(which, ctypes.byref(given), *grid, tuning.threads, tuning.shared_memory(code))
+    run = _library(tuple(macros), program.SOURCES.get(name, program.SOURCE)).run
+    which = {"linear": 0, "dequantize": 1, "quantize": 2, "gemm": 0, "arrange": 1}[name]
+    threads = program.ARRANGING if name == "arrange" else tuning.threads
+    run(which, ctypes.byref(given), *grid, threads, program.shared_memory(name, code, tuning))
 
 
 def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> Tensor:
@@ -55,14 +56,15 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> T
         own.update(entries=entries["entries"], row_ptr=entries["row_ptr"])
     x, y = aligned(x), torch.full((tokens, rows), torch.nan, dtype=x.dtype)
     grid = program.grid(tuning, rows, tokens)
-    arrived = torch.zeros(grid[0] * grid[2], dtype=torch.int32)
-    partial = torch.full((tuning.split, tokens, rows), torch.nan)
+    work = program.workspace(code, tuning, rows, x.shape[1], tokens, x.device)
     given = program.arguments(
-        {**own, "x": x, "y": y, "partial": partial, "arrived": arrived}, rows=rows, columns=x.shape[1], tokens=tokens,
+        {**own, **work, "x": x, "y": y}, rows=rows, columns=x.shape[1], tokens=tokens,
         stride=x.stride(0), second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
     )  # fmt: skip
-    _run("linear", code, tuning, half, given, grid)
-    assert not arrived.any()
+    if tuning.wide:
+        _run("arrange", code, tuning, half, given, program.arranging(code, tuning, given))
+    _run("gemm" if tuning.wide else "linear", code, tuning, half, given, grid)
+    assert "arrived" not in work or not work["arrived"].any()
     return y
 
 

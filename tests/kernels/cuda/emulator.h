@@ -12,6 +12,7 @@
 #define device static inline
 #define global
 #define __launch_bounds__(...)
+#define in_clusters_of(x, y)
 #define shared_memory(name) static unsigned char*& name = emulator::shared
 
 struct uint2 { unsigned x, y; };
@@ -22,25 +23,28 @@ struct Position { int x, y, z; };
 struct Barrier { int waiting = 0; unsigned generation = 0; };
 struct Operands { unsigned a[4], b[2]; };
 
-std::vector<unsigned char> memory;
+std::vector<std::vector<unsigned char>> memory;  // of each block that runs now
 unsigned char* shared;
 std::vector<ucontext_t> fibers;
 std::vector<char> finished;
-std::vector<Barrier> barriers;  // of each block, then of each warp
+std::vector<Barrier> barriers;  // of all blocks, of each block, of each warp
 std::vector<Operands> exchanged;
 std::vector<float> floats;
 ucontext_t scheduler;
-int current, threads, blocks = 1;
+int current, threads;  // the fiber, and those of a block
 
 void rest() { swapcontext(&fibers[current], &scheduler); }
-void arrive(Barrier& barrier, int count) {
+// Whoever has returned is not waited for.
+void arrive(Barrier& barrier, int first, int count) {
   const unsigned generation = barrier.generation;
-  if (++barrier.waiting == count) {
+  for (++barrier.waiting; barrier.generation == generation; rest()) {
+    int here = 0;
+    for (int n = first; n < first + count; ++n) here += !finished[n];
+    if (barrier.waiting < here) continue;
     barrier.waiting = 0;
     ++barrier.generation;
     return;
   }
-  while (barrier.generation == generation) rest();
 }
 }  // namespace emulator
 
@@ -59,21 +63,18 @@ device float load_fresh(const float* from) { return *from; }
 device void copy_async(unsigned char* to, const void* from, bool real) {
   if (real) memcpy(to, from, 16); else memset(to, 0, 16);
 }
-device void copy_word_async(unsigned char* to, const void* from, bool real) {
-  if (real) memcpy(to, from, 4); else memset(to, 0, 4);
-}
-device void begin_wide() {}
-device void end_wide() {}
-device void show_copies() {}
-device void settle(float&) {}
 template <class T> device void keep(T&) {}
-device void settle(unsigned&) {}
 device void commit_copies() {}
 template <int PENDING> device void wait_for_copies() {}
+device int own_block() { return emulator::current / emulator::threads; }
 device void block_barrier() {
-  emulator::arrive(emulator::barriers[emulator::current / emulator::threads], emulator::threads);
+  emulator::arrive(emulator::barriers[1 + own_block()], own_block() * emulator::threads, emulator::threads);
 }
-device void warp_barrier() { emulator::arrive(emulator::barriers[emulator::blocks + emulator::current / 32], 32); }
+device void warp_barrier() {
+  const int warp = emulator::current / 32;
+  emulator::arrive(emulator::barriers[1 + emulator::memory.size() + warp], 32 * warp, 32);
+}
+device void start_later_kernels() {}
 device void wait_for_earlier_kernels() {}
 device bool last_to_arrive(unsigned* arrived, unsigned count) {
   static unsigned before;
@@ -104,6 +105,8 @@ device float sum_of(int count, float value) {
   warp_barrier();
   return sum;
 }
+template <int LANES_> device float sum_of_lanes(float value) { return sum_of(LANES_, value); }
+device float sum_of_four(float value) { return sum_of(4, value); }
 device float sum_of_eight(float value) { return sum_of(8, value); }
 device float sum_of_warp(float value) { return sum_of(32, value); }
 device unsigned of_lane(unsigned value, int lane) {
@@ -156,6 +159,7 @@ device void multiply_halves(float (&sum)[4], const unsigned (&a)[4], unsigned b0
 }
 device float absolute(float value) { return std::fabs(value); }
 device float max_of(float a, float b) { return std::fmax(a, b); }
+device float quotient(float a, float b) { return a / b; }
 device float inverse_root(float value) { return 1.0f / std::sqrt(value); }
 device unsigned char e4m3(float value) {
   const float size = std::fmin(std::fabs(value), 448.0f);
@@ -173,34 +177,81 @@ device void reduce_over_block(float& sum, float& most, float*) {
   block_barrier();
   sum = sums, most = maxima;
 }
-template <int N>
-device void multiply_wide(float (&d)[N][4], const unsigned (&a)[4], const unsigned char* block, unsigned leading, bool add) {
+
+// ---- wgmma.cuh.
+
+typedef unsigned long long u64;
+
+// A barrier in shared memory is 8 bytes: how many are to arrive, who has, bytes to come, phase.
+struct Phased { unsigned char count, arrived; unsigned short phase; int bytes; };
+device Phased& phased(u64* barrier) { return *reinterpret_cast<Phased*>(barrier); }
+device void advance(Phased& own) {
+  if (own.arrived == own.count && own.bytes == 0) own.arrived = 0, own.phase ^= 1;
+}
+device void prepare_barrier(u64* barrier, unsigned count) { phased(barrier) = {(unsigned char)count, 0, 0, 0}; }
+device void barriers_are_prepared() {}
+device void cluster_barrier() { emulator::arrive(emulator::barriers[0], 0, emulator::fibers.size()); }
+device unsigned rank_in_cluster() { return own_block(); }
+device float load_of_block(const float* at, unsigned rank) {
+  const auto place = reinterpret_cast<const unsigned char*>(at) - emulator::shared;
+  return *reinterpret_cast<const float*>(emulator::memory[rank].data() + place);
+}
+device void expect(u64* barrier, unsigned bytes) {
+  phased(barrier).bytes += bytes, ++phased(barrier).arrived;
+  advance(phased(barrier));
+}
+device void arrive_at(u64* barrier) { ++phased(barrier).arrived, advance(phased(barrier)); }
+device void arrive_at(u64* barrier, unsigned) { arrive_at(barrier); }
+device void wait_for(u64* barrier, unsigned phase) {
+  while (phased(barrier).phase == phase) swapcontext(&emulator::fibers[emulator::current], &emulator::scheduler);
+}
+static std::vector<int> passed, taken;  // by both fours of each block, by each thread
+device void pass_turn(int four) { ++passed[2 * own_block() + 1 - four]; }
+device void take_turn(int four) {
+  const int wanted = 128 * ++taken[emulator::current];
+  while (passed[2 * own_block() + four] < wanted) swapcontext(&emulator::fibers[emulator::current], &emulator::scheduler);
+}
+template <int COUNT> device void give_registers_back() {}
+template <int COUNT> device void take_registers() {}
+device void copy_bulk(unsigned char* to, const void* from, unsigned bytes, u64* barrier) {
+  memcpy(to, from, bytes);
+  phased(barrier).bytes -= bytes;
+  advance(phased(barrier));
+}
+device void copy_bulk_to(unsigned char* to, const void* from, unsigned bytes, u64* barrier, unsigned short) {
+  copy_bulk(to, from, bytes, barrier);
+}
+device void begin_products() {}
+device void commit_products() {}
+template <int PENDING> device void wait_for_products() {}
+device void settle(float&) {}
+device void settle(unsigned&) {}
+device u64 tokens_at(const unsigned char* block, unsigned leading) {
+  return u64(block - emulator::shared) / 16 | u64(leading) << 32;
+}
+template <int N> device void multiply_wide(float (&d)[N][4], const unsigned (&a)[4], u64 tokens, bool add) {
   const int t = threadIdx.x % 4, n = threadIdx.x % 32 / 4;
+  const unsigned char* block = emulator::shared + 16 * (tokens & 0xFFFF);
   for (int first = 0; first < N; ++first) {
     if (!add) memset(d[first], 0, 16);
     unsigned b[2];
-    for (int half = 0; half < 2; ++half) memcpy(&b[half], block + half * leading + first * 128 + n * 16 + 4 * t, 4);
+    for (int half = 0; half < 2; ++half) memcpy(&b[half], block + half * (tokens >> 32) + first * 128 + n * 16 + 4 * t, 4);
     multiply(d[first], a, b[0], b[1]);
   }
 }
 
 // ---- stream.cuh: copies are done at once, and whoever waits lets others go on.
 
-typedef unsigned long long emulated_barrier;  // arrivals that are missing, 32 bits; parity, 8 bits; all arrivals
-device void start_barrier(emulated_barrier* barrier, unsigned count) { *barrier = (unsigned long long)count << 40 | count; }
+device void start_barrier(u64* barrier, unsigned count) { prepare_barrier(barrier, count); }
 device void show_barriers() {}
-device void arrive(emulated_barrier* barrier) {
-  if (unsigned(--*barrier) == 0) *barrier = ((*barrier ^ 1ull << 32) & ~0xFFFFFFFFull) | *barrier >> 40;
-}
-device void expect(emulated_barrier* barrier, unsigned) { arrive(barrier); }
-device void wait_for(emulated_barrier* barrier, unsigned parity) {
-  while ((*barrier >> 32 & 1) == parity) emulator::rest();
-}
-device void copy_bulk(unsigned char* to, const void* from, unsigned bytes, emulated_barrier*, unsigned long long) {
-  memcpy(to, from, bytes);
+device void arrive(u64* barrier) { arrive_at(barrier); }
+device void copy_bulk(unsigned char* to, const void* from, unsigned bytes, u64* barrier, u64) {
+  copy_bulk(to, from, bytes, barrier);
 }
 device unsigned long long read_once() { return 0; }
-template <int THREADS_> device void barrier_of() { emulator::arrive(emulator::barriers[emulator::current / emulator::threads], THREADS_); }
+template <int THREADS_> device void barrier_of() {
+  emulator::arrive(emulator::barriers[1 + own_block()], own_block() * emulator::threads, THREADS_);
+}
 device void leave(unsigned* counter) { ++*counter; }
 device unsigned seen(const unsigned* counter) { return *counter; }
 device unsigned counted(unsigned* counter) { return (*counter)++; }

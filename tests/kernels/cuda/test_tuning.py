@@ -36,7 +36,7 @@ def test_the_rule_and_all_candidates_can_run(code: Code, capability: tuple[int, 
         tried = list(measure.candidates(code, tokens, capability == (9, 0)))
         assert tried and len(set(tried)) == len(tried)
         for each in (chosen, *tried):
-            assert each.shared_memory(code) <= 220 * 1024 and each.threads <= 1024
+            assert each.shared_memory(code) <= tuning.MOST_SHARED_WIDE and each.threads <= 1024
             assert 8 * each.tokens * 16 >= tokens and not (each.wide and (each.across % 4 or not each.stages))
         assert chosen.wide == (capability == (9, 0) and tokens > 16) and chosen.overlap == (capability >= (9, 0))
 

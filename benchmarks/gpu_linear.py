@@ -143,7 +143,9 @@ class Trials:
         """The fastest tuning that computes the right thing."""
         code, tokens = weights.code, x.shape[0]
         wide = measure.takes_wide(x.device) and not self.narrow
-        tried = list(itertools.islice(measure.candidates(code, tokens, wide), most))
+        overlap = tuning_tables.overlaps(x.device)
+        every = itertools.islice(measure.candidates(code, tokens, wide), most)
+        tried = [replace(each, overlap=overlap) for each in every]
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda each: _compiles(code, each, x.dtype), tried))
         expected = weights.product(x)
@@ -166,8 +168,8 @@ class Trials:
         first = len(self.rows)
         for tuning in tried:
             attempt(tuning)
-        for tuning in sorted(times, key=lambda each: times[each])[: measure.OVERLAPPED]:
-            attempt(replace(tuning, overlap=True))
+        if times:  # rarely better alone
+            attempt(replace(min(times, key=lambda each: times[each]), overlap=False))
         wrong = [row for row in self.rows[first:] if "error" in row and not row["error"] < 1e-2]
         failed = [row for row in self.rows[first:] if "failure" in row]
         if wrong or failed:
@@ -323,7 +325,7 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--trials", type=Path, help="keep the times of everything that was tried here")
     parser.add_argument("--seconds", type=float, default=1800, help="stop trying after so many")
-    parser.add_argument("--most", type=int, default=48, help="tunings to try for a job; 0: take what is chosen without trying")
+    parser.add_argument("--most", type=int, default=48, help="tunings to try; 0: what is chosen without trying")
     parser.add_argument("--jobs", default=DEFAULT, help="names and tokens: 'W4@1,16; W3@1'")
     parser.add_argument("--shapes", default=",".join(f"{rows}x{columns}" for rows, columns in SHAPES))
     parser.add_argument("--gemlite", default="1,16,64", help="numbers of tokens for which gemlite is a peer")

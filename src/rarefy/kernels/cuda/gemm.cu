@@ -13,7 +13,9 @@
 // of warps multiply in turns), RESCALED (sums are kept in units of the last group's scale, which spares registers), OUTLIERS (type of single values
 // that are added to the weight).
 
-constexpr int THREADS = 32 * ACROSS + 128;  // the last four warps bring what the others multiply
+// The last warps bring what the others multiply: one where several blocks share a processor, else four, which can leave
+// them their registers.
+constexpr int THREADS = 32 * ACROSS + (ACROSS == 4 ? 32 : 128);
 
 #include "codes.cuh"
 #ifndef RAREFY_EMULATED
@@ -57,28 +59,35 @@ device void bring(const Arguments& a, u8* stages, u64* full, u64* empty, int beg
 }
 
 // ---- Outliers: three warps that have nothing else to do add those of one row after another, over all tokens of the
-// block. Lanes are tokens, two of them a word.
+// block. Lanes are tokens, two of them a word. A row's entries are on their way while the row before is added up.
 
 #if OUTLIERS
+static_assert(ACROSS > 4, "warps that have nothing else to do");
 static_assert(WIDTH == 16 || WIDTH == 32 || WIDTH == 64 || WIDTH == 128, "words of tokens for all lanes");
 constexpr int LANES = WIDTH < 64 ? WIDTH / 2 : 32, ENTRIES_AT_ONCE = 32 / LANES, WORDS = WIDTH / 2 / LANES;
-constexpr int BATCH = WORDS > 1 ? 10 : 16 / ENTRIES_AT_ONCE;  // loads on their way
+constexpr int BATCH = 20 / ENTRIES_AT_ONCE;  // loads on their way
 
 device void add_outliers(const Arguments& a, int first_row, int token_tile, int which, int lane) {
   const u32* tokens = reinterpret_cast<const u32*>(a.turned) + i64(token_tile) * a.steps * STEP * (WIDTH / 2) + lane % LANES * WORDS;
-  for (int row = first_row + which; row < first_row + ROWS && row < a.rows; row += 3) {
-    const u32 end = a.row_ptr[row + 1];
+  const int last = first_row + ROWS < a.rows ? first_row + ROWS : a.rows;
+  const auto pointer_of = [&](int row) { return load_once(a.row_ptr + (row < a.rows ? row : a.rows)); };
+  const auto entry_at = [&](u32 at, u32 end) { return at < end ? load_once(a.entries + at) : 0; };
+  u32 begin = pointer_of(first_row + which), end = pointer_of(first_row + which + 1);
+  u32 next_begin = pointer_of(first_row + which + 3), next_end = pointer_of(first_row + which + 4);
+  u32 mine = entry_at(begin + lane, end);
+  for (int row = first_row + which; row < last; row += 3) {
+    const u32 coming = entry_at(next_begin + lane, next_end);
+    const u32 later_begin = pointer_of(row + 6), later_end = pointer_of(row + 7);
     float sums[WORDS][2] = {};
-    for (u32 first = a.row_ptr[row]; first < end; first += 32) {
-      const u32 mine = first + lane < end ? load_once(a.entries + first + lane) : 0;
+    for (u32 first = begin; first < end; first += 32) {
+      if (first > begin) mine = entry_at(first + lane, end);
       const int left = end - first < 32 ? end - first : 32;
       for (int k = 0; k < left; k += BATCH * ENTRIES_AT_ONCE) {
         u32 words[BATCH][WORDS];
 #pragma unroll
         for (int n = 0; n < BATCH; ++n) {
           const int at = k + n * ENTRIES_AT_ONCE + lane / LANES;
-          const u32 entry = of_lane(mine, at < 32 ? at : 31);
-          const u32* from = tokens + (entry & 0xFFFF) * (WIDTH / 2);
+          const u32* from = tokens + (of_lane(mine, at < 32 ? at : 31) & 0xFFFF) * (WIDTH / 2);
 #pragma unroll
           for (int w = 0; w < WORDS; ++w) words[n][w] = from[w];
         }
@@ -96,6 +105,7 @@ device void add_outliers(const Arguments& a, int first_row, int token_tile, int 
         }
       }
     }
+    begin = next_begin, end = next_end, next_begin = later_begin, next_end = later_end, mine = coming;
     float* to = a.extra + (i64(token_tile) * a.rows + row) * WIDTH + lane % LANES * (2 * WORDS);
 #pragma unroll
     for (int w = 0; w < WORDS; ++w)
@@ -126,7 +136,9 @@ device void unpack(Operands& weights, const Codes& codes, int chunk, int step, T
   }
 }
 
-extern "C" global __launch_bounds__(THREADS, ACROSS == 4 && TILES * TOKENS <= 8 ? 2 : 1) in_clusters_of(CLUSTER, SPLIT) void rarefy_gemm(const Arguments a) {
+constexpr int TOGETHER = ACROSS == 4 && TILES * TOKENS <= (RESCALED ? 8 : 4) ? 3 : 1;  // blocks of a processor
+extern "C" global __launch_bounds__(THREADS, TOGETHER) in_clusters_of(CLUSTER, SPLIT)
+void rarefy_gemm(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int first_row = blockIdx.x * ROWS, first_token = blockIdx.z * WIDTH;
   const int share = (a.steps + SPLIT - 1) / SPLIT;

@@ -326,9 +326,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
 #pragma unroll
     for (int r = 0; r < TILES; ++r) load(tables[r], a, tile_of(a, first_tile + r), 0, g);
   }
-#if !LATE
   start_later_kernels();
-#endif
   wait_for_earlier_kernels();  // weights never depend on them
 
   float sums[TILES][TOKENS][4] = {};
@@ -430,9 +428,6 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   }
 #endif
 
-#if LATE
-  start_later_kernels();
-#endif
   // Warps along the columns meet in shared memory, blocks along the columns in device memory, always in one order.
   if constexpr (STAGED) {
     wait_for_copies<0>();

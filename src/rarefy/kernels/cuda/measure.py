@@ -14,13 +14,18 @@ from torch import Tensor
 from rarefy.core.errors import UnsupportedError
 from rarefy.kernels.cuda import program
 from rarefy.kernels.cuda.program import Code, Tuning
-from rarefy.kernels.cuda.tuning import MOST_SHARED, MOST_SHARED_WIDE, deepest, fits_registers, overlaps, widths
+from rarefy.kernels.cuda.tuning import (
+    MOST_SHARED,
+    MOST_SHARED_WIDE,
+    MOST_STAGES,
+    fits_registers,
+    fitted,
+    overlaps,
+    widths,
+)
 
 BEYOND_CACHE = 400e6  # bytes of copies that no GPU keeps on the chip
 ROUNDS = 7
-WAYS = (  # tiles, across, split, cluster of four warps that multiply together
-    (1, 8, 1, 1), (1, 8, 1, 2), (2, 8, 1, 1), (1, 8, 2, 1), (2, 8, 2, 1), (1, 4, 1, 1), (1, 4, 2, 1), (1, 8, 4, 1),
-)  # fmt: skip
 OVERLAPPED = 8  # of the fastest, which are tried again so
 
 
@@ -66,7 +71,8 @@ class Problem:
 
 def candidates(code: Code, tokens: int, wide: bool = False) -> Iterator[Tuning]:
     """What may be fastest for so many tokens, likelier ones first; ``wide`` where four warps can multiply together."""
-    every = [_direct(code, tokens), _wide(code, tokens) if wide else _staged(tokens)]
+    through_memory = itertools.chain(_wide(code, tokens) if wide else (), _staged(tokens))
+    every: list[Iterator[Tuning]] = [_direct(code, tokens), through_memory]
     while every:  # in turns
         for tunings in list(every):
             tuning = next(tunings, None)
@@ -81,14 +87,10 @@ def _direct(code: Code, tokens: int) -> Iterator[Tuning]:
     loads = code.step * code.bits // 256
     if tokens > 16:
         return
-    for tiles, depth in ((2, 1), (1, 2), (4, 1), (1, 1), (2, 2), (1, 4), (4, 2), (2, 4)):
-        for across, along in ((1, 8), (1, 16), (2, 8), (1, 4), (2, 4)):
+    for across, along in ((1, 8), (2, 4), (1, 4), (1, 16), (2, 8)):
+        for tiles, depth in ((2, 1), (4, 1), (1, 2), (1, 1), (2, 2), (4, 2), (1, 4)):
             if tiles * depth * loads <= 12 and (loads < 4 or tiles < 4):
-                own = Tuning(tiles, -(-tokens // 8), across, along, depth)
-                if tokens == 1:
-                    yield replace(own, spread=True)
-                if tokens > 1 or depth == 1:
-                    yield own
+                yield Tuning(tiles, -(-tokens // 8), across, along, depth, spread=tokens == 1)
 
 
 def _staged(tokens: int) -> Iterator[Tuning]:
@@ -109,11 +111,16 @@ def _wide(code: Code, tokens: int) -> Iterator[Tuning]:
     if tokens <= 8:
         return
     for at_once in widths(tokens):
-        for tiles, across, split, cluster in WAYS:
-            for rescaled in (False, True):
-                own = Tuning(tiles, at_once, across, 1, 1, 1, split, True, cluster=cluster, rescaled=rescaled)
-                if fits_registers(own) and (code.can_rescale or not rescaled):
-                    yield deepest(code, own)
+        own = Tuning(1, at_once, across=8, along=1, stages=MOST_STAGES, wide=True)
+        every = [replace(own, split=split, cluster=cluster) for split, cluster in ((1, 1), (1, 2), (2, 1), (4, 1))]
+        if at_once <= 4:  # of which a processor takes three
+            every[1:1] = [replace(own, across=4, stages=6, split=split) for split in (1, 2, 4)]
+        if code.can_rescale and at_once >= 16:
+            every = [replace(each, rescaled=True, in_turns=at_once > 16) for each in every]
+            every += [replace(own, rescaled=True)] if at_once > 16 else [own]
+        for each in every:
+            if fits_registers(each) and each.suits(code):
+                yield fitted(code, each)
 
 
 def takes_wide(device: torch.device) -> bool:

@@ -100,7 +100,6 @@ class Tuning:
     rescaled: bool = False
     spread: bool = False
     in_turns: bool = False
-    late: bool = False
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -109,7 +108,16 @@ class Tuning:
 
     @property
     def threads(self) -> int:
-        return 32 * self.across * self.along + 128 * self.wide
+        beside = 0 if not self.wide else 32 if self.across == 4 else 128  # that bring what the others multiply
+        return 32 * self.across * self.along + beside
+
+    def suits(self, code: Code) -> bool:
+        """Whether four warps together multiply such a code so: sums in units of a scale want one, and outliers want
+        warps that have nothing else to do and whole words of tokens."""
+        if not self.wide:
+            return True
+        outliers = code.outliers is None or (self.across > 4 and self.tokens in (2, 4, 8, 16))
+        return outliers and (code.can_rescale or not self.rescaled)
 
     @property
     def rows(self) -> int:

@@ -46,8 +46,9 @@ def _chosen(
 
     nearest = min(known, key=distance, default=None)
     if nearest is not None and max(distance(nearest)) <= ALIKE:
-        found = Tuning(**nearest["tuning"])
-        if found.shared_memory(code) <= MOST_SHARED:
+        measured = Tuning(**nearest["tuning"])
+        found = fitted(code, measured) if measured.wide else measured
+        if found.suits(code) and found.shared_memory(code) <= (MOST_SHARED_WIDE if found.wide else MOST_SHARED):
             return found
     return by_rule(code, rows, columns, bucket, capability)
 
@@ -72,28 +73,31 @@ def by_rule(code: Code, rows: int, columns: int, tokens: int, capability: tuple[
 
 def _wide(code: Code, rows: int, tokens: int) -> Tuning:
     """The rule where four warps can multiply together."""
-    at_once = widths(tokens)[0]
-    blocks = -(-rows // 128) * -(-tokens // (8 * at_once))
+    own = Tuning(1, widths(tokens)[-1], across=8, along=1, stages=MOST_STAGES, wide=True, overlap=True)
+    most = replace(own, tokens=32, rescaled=True, in_turns=True)
+    if tokens > 128 and most.suits(code) and code.step == 128:  # more would not fit into shared memory
+        own = most
+    blocks = -(-rows // own.rows) * -(-tokens // (8 * own.tokens))
     split = next((each for each in (1, 2, 4) if blocks * each >= 0.6 * BLOCKS), 4)
-    own = Tuning(1, at_once, across=8, along=1, depth=1, split=split, wide=True, overlap=True)
-    return deepest(code, own)
+    return fitted(code, replace(own, split=split))
 
 
 def widths(tokens: int) -> list[int]:
     """How many times 8 tokens a block of four warps together may take, likelier ones first."""
     fitting = [each for each in (2, 4, 8, 16) if 8 * each >= tokens]
-    return fitting[:1] or [16, 32]
+    return fitting[:1] or [32, 16]
 
 
 def fits_registers(tuning: Tuning) -> bool:
     """Whether the sums of four warps together stay in registers."""
-    numbers = tuning.tiles * tuning.tokens * 4
-    return numbers <= (128 if tuning.rescaled else 64) and not (tuning.rescaled and numbers < 64)
+    return tuning.tiles * tuning.tokens <= (32 if tuning.rescaled else 16)
 
 
-def deepest(code: Code, tuning: Tuning) -> Tuning:
-    """With as many stages as shared memory has room for."""
-    every = (replace(tuning, stages=stages) for stages in range(MOST_STAGES, 1, -1))
+def fitted(code: Code, tuning: Tuning) -> Tuning:
+    """With as many stages as shared memory has room for, and steps of codes as registers have; small groups are scaled
+    so often that several steps would be long programs."""
+    depth = 1 if code.parts > 4 else 4 if tuning.tokens <= 8 else 3 if tuning.tokens <= 16 and tuning.rescaled else 2
+    every = (replace(tuning, stages=stages, depth=depth) for stages in range(tuning.stages, 1, -1))
     return next((each for each in every if each.shared_memory(code) <= MOST_SHARED_WIDE), replace(tuning, stages=2))
 
 

@@ -33,10 +33,11 @@ device void expect(u64* barrier, u32 bytes) {
 device void arrive_at(u64* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// At the same barrier of another block of the cluster.
+// At the same barrier of another block of the cluster. Nothing was written for that block: a release to the cluster would
+// wait for all loads that are on their way.
 device void arrive_at(u64* barrier, u32 rank) {
   asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }"
+               "mbarrier.arrive.shared::cluster.b64 _, [there]; }"
                ::"r"(shared_address(barrier)), "r"(rank) : "memory");
 }
 device void wait_for(u64* barrier, u32 phase) {
@@ -54,12 +55,14 @@ device void pass_turn(int four) { asm volatile("bar.arrive %0, 256;" ::"r"(2 - f
 // ---- Registers: four warps that only bring things leave theirs to `warps` that multiply.
 
 template <int WARPS> device void give_registers_back() {
-  if constexpr (WARPS == 8) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-  if constexpr (WARPS == 12) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+  if constexpr (WARPS == 8 && OUTLIERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+  else if constexpr (WARPS == 8) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+  else if constexpr (WARPS == 12) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
 }
 template <int WARPS> device void take_registers() {
-  if constexpr (WARPS == 8) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
-  if constexpr (WARPS == 12) asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+  if constexpr (WARPS == 8 && OUTLIERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
+  else if constexpr (WARPS == 8) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+  else if constexpr (WARPS == 12) asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
 }
 
 // ---- Copies of whole pieces, multiples of 16 bytes.

@@ -23,8 +23,10 @@ from rarefy.kv.plan import LayerCodecs
 from rarefy.kv.store import LayerStore
 
 pytest.importorskip("triton")
-from rarefy.kernels.triton.block_decode import BlockDecode, block_scores
+from rarefy.kernels.triton.block_attention import KeyCodes, block_attention
+from rarefy.kernels.triton.block_decode import BlockChoice, BlockDecode, block_scores
 from rarefy.kernels.triton.block_mass import block_mass
+from rarefy.kernels.triton.block_select import select_blocks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -135,6 +137,41 @@ def test_scores_of_blocks_for_one_query(bound: bool) -> None:
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
 
 
+def test_scores_and_choice_in_one_launch() -> None:
+    """Twice, since the first leaves its counters as it found them."""
+    high = torch.randn(2, 2, 150, 16, device=DEVICE)
+    length, first = torch.tensor([1200, 777], dtype=torch.int32, device=DEVICE), torch.tensor([0, 17], device=DEVICE)
+    choice = BlockChoice(2, 2, 150, device=DEVICE)
+    options: dict[str, Any] = {"tokens": 8, "scaling": 0.25, "first": first}
+    for rule in ({"share": 0.2}, {"wanted": 7}, {"wanted": 1, "least": 3}):
+        query = torch.randn(2, 6, 16, device=DEVICE)
+        scores = block_scores(query, high, length, **options)
+        _, _, count, columns = select_blocks(scores[:, :, None], **rule)
+        index, found = choice(query, high, length, **options, **rule)
+        assert torch.equal(found, count[:, :, 0])
+        for row, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            size = int(found[row, head])
+            assert torch.equal(index[row, head, :size], columns.view(2, 2, -1)[row, head, :size])
+
+
+@pytest.mark.parametrize("name", ["chunk", "padded", "window"])
+def test_attention_over_keys_in_whole_numbers(name: str) -> None:
+    """With what all keys have in common, which costs no precision, and the log-sum-exp that it is part of."""
+    reach = REACHES[name]()
+    query = torch.randn(2, 4, reach.queries, 32, device=DEVICE)
+    key, value = (torch.randn(2, 2, reach.keys, 32, device=DEVICE) for _ in range(2))
+    key = key + torch.randn(2, 2, 1, 32, device=DEVICE) * 5
+    block_map = random_map(reach, 2, 4, 16, 16)
+    expected, expected_lse = Reference().run(query, Plain(key, value), block_map, 0.2)
+    found, lse = block_attention(
+        query, key, value, block_map.start, block_map.whole, block_map.count, block_map.columns, block_q=16,
+        block_k=16, scaling=0.2, offset=reach.offset, causal=reach.causal, window=reach.window, first=reach.first,
+        key_codes=KeyCodes.of(key),
+    )  # fmt: skip
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+    torch.testing.assert_close(lse, expected_lse, rtol=5e-3, atol=3e-2)
+
+
 @pytest.mark.parametrize("group", [1, 3])
 def test_decoding_over_chosen_blocks(group: int) -> None:
     query = torch.randn(2, 2 * group, 32, device=DEVICE)
@@ -151,12 +188,14 @@ def test_decoding_over_chosen_blocks(group: int) -> None:
             for block in index[row, head, : int(count[row, head])].tolist():
                 seen[row, head, block * 32 : block * 32 + 32] = True
     seen &= torch.arange(160, device=DEVICE) < length[:, None, None]
-    decode = BlockDecode(2, 2, 2 * group, 32, 32, device=DEVICE, splits=3, tile=16)
-    found, lse = decode(query, key, value, index, count, length, 0.2)
     wide = query.unflatten(1, (2, group))
     scores: Tensor = (wide @ key.mT * 0.2).masked_fill(~seen[:, :, None], -torch.inf)
-    torch.testing.assert_close(found, (scores.softmax(-1) @ value).flatten(1, 2), rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(lse, scores.logsumexp(-1).flatten(1, 2), rtol=2e-3, atol=2e-3)
+    for splits in (1, 3):
+        decode = BlockDecode(2, 2, 2 * group, 32, 32, device=DEVICE, splits=splits, tile=16)
+        for _ in range(2):  # counters of programs are left as they were
+            found, lse = decode(query, key, value, index, count, length, 0.2)
+            torch.testing.assert_close(found, (scores.softmax(-1) @ value).flatten(1, 2), rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(lse, scores.logsumexp(-1).flatten(1, 2), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize(("share", "steps"), [(1.0, (150, 70, 1, 1)), (0.4, (150, 70, 1, 1)), (0.5, (222,))])

@@ -1,7 +1,7 @@
 """Choice of blocks on the device: one program turns a row of scores into a list, without sorting and without a wait.
 
-The cut of a rule is found bit by bit: floats that are not negative order as their bits do, so 32 counts over a row give
-the least score that is kept. Blocks with that very score are taken from the first one on.
+The cut of a rule is found digit by digit: floats that are not negative order as their bits do, so a few counts over a
+row give the least score that is kept. Blocks with that very score are taken from the first one on.
 """
 
 from __future__ import annotations
@@ -16,22 +16,12 @@ RULES = {"top": TOP, "mass": MASS, "cut": CUT}
 
 
 @triton.jit
-def _select(
-    scores, flags, limits, columns, start, whole, count, heads, rows, blocks, stride_fb, stride_fh, stride_fr,
-    share, wanted, least,
-    RULE: tl.constexpr, NORMALIZED: tl.constexpr, BY_HEAD: tl.constexpr, ON_TOP: tl.constexpr, FLAGS: tl.constexpr,
-    N: tl.constexpr,
+def write_list(
+    x, flag, limits, columns, start, whole, count, line, head, blocks, share, wanted, least,
+    RULE: tl.constexpr, NORMALIZED: tl.constexpr, BY_HEAD: tl.constexpr, ON_TOP: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    line = tl.program_id(0).to(tl.int64)
+    """The list of line ``line``, by its scores ``x [N]`` and their flags."""
     block = tl.arange(0, N)
-    here = block < blocks
-    x = tl.load(scores + line * blocks + block, mask=here, other=float("-inf"))
-    row, head, place = line // (rows * heads), (line // rows) % heads, line % rows
-    flag = tl.full((N,), 3, tl.int32)
-    if FLAGS:
-        at = row * stride_fb + head * stride_fh + place * stride_fr
-        flag = tl.load(flags + at + block, mask=here, other=0).to(tl.int32)
-        x = tl.where((flag & 1) != 0, x, float("-inf"))
     some = x > float("-inf")
     always = some & ((x == float("inf")) | ((flag & 4) != 0))
     shares = x
@@ -56,9 +46,13 @@ def _select(
         order = tl.where(negative, 0xFFFFFFFF - bits, bits + 0x80000000)
         order = tl.where(free, order, -1)
         cut = tl.zeros((), tl.int64)
-        for step in tl.static_range(32):
-            trial = cut + (1 << (31 - step))
-            cut = tl.where(tl.sum((order >= trial).to(tl.int32), 0) >= need, trial, cut)
+        # Two bits a step: three counts, each of 20 bits, are one sum.
+        for step in tl.static_range(16):
+            unit = tl.full((), 1, tl.int64) << (30 - 2 * step)
+            counts = (order >= cut + unit).to(tl.int64) + ((order >= cut + 2 * unit).to(tl.int64) << 20)
+            found = tl.sum(counts + ((order >= cut + 3 * unit).to(tl.int64) << 40), 0)
+            digit = ((found & 0xFFFFF) >= need).to(tl.int64) + (((found >> 20) & 0xFFFFF) >= need).to(tl.int64)
+            cut += (digit + ((found >> 40) >= need).to(tl.int64)) * unit
         above, equal = order > cut, order == cut
         rest = need - tl.sum(above.to(tl.int32), 0)
         keep = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= rest))
@@ -92,6 +86,29 @@ def _select(
     tl.store(start + line, (line * blocks).to(tl.int32))
     tl.store(whole + line, first)
     tl.store(count + line, first + tl.sum(partials, 0))
+
+
+@triton.jit
+def _select(
+    scores, flags, limits, columns, start, whole, count, heads, rows, blocks, stride_fb, stride_fh, stride_fr,
+    share, wanted, least,
+    RULE: tl.constexpr, NORMALIZED: tl.constexpr, BY_HEAD: tl.constexpr, ON_TOP: tl.constexpr, FLAGS: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
+    line = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, N)
+    here = block < blocks
+    x = tl.load(scores + line * blocks + block, mask=here, other=float("-inf"))
+    row, head, place = line // (rows * heads), (line // rows) % heads, line % rows
+    flag = tl.full((N,), 3, tl.int32)
+    if FLAGS:
+        at = row * stride_fb + head * stride_fh + place * stride_fr
+        flag = tl.load(flags + at + block, mask=here, other=0).to(tl.int32)
+        x = tl.where((flag & 1) != 0, x, float("-inf"))
+    write_list(
+        x, flag, limits, columns, start, whole, count, line, head, blocks, share, wanted, least, RULE, NORMALIZED,
+        BY_HEAD, ON_TOP, N,
+    )  # fmt: skip
 
 
 def select_blocks(

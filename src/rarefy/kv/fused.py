@@ -126,8 +126,10 @@ def blocks_kernel(store: LayerStore, query: Tensor, block: int) -> DecodeAttenti
     key = (block, query.shape[1], *(id(run.payload) for run in runs))
     plan = store.plans.get("blocks")
     if plan is None or plan.key != key:
-        plan = store.plans["blocks"] = BlocksPlan(key, [run.payload for run in runs], _build_blocks(store, query, block))
-    return plan.attention
+        payloads = [run.payload for run in runs]
+        plan = store.plans["blocks"] = BlocksPlan(key, payloads, _build_blocks(store, query, block))
+    found: DecodeAttention | None = plan.attention
+    return found
 
 
 def _build_blocks(store: LayerStore, query: Tensor, block: int) -> DecodeAttention | None:

@@ -18,9 +18,9 @@ from rarefy.attention.source import Source
 from rarefy.core.errors import UnsupportedError
 
 __all__ = [
-    "Cpu", "Executor", "FlashAttention4", "Flex", "Native", "Reference", "Trainable", "Triton", "choose", "executors", "limit",
+    "Cpu", "Executor", "FlashAttention4", "Flex", "Native", "Reference", "Trainable", "Triton", "choose", "executors",
+    "limit",
 ]  # fmt: skip
-
 
 
 def limit(device: torch.device, phase: Phase, tokens: int) -> float:

@@ -43,12 +43,12 @@ def attend_blocks(
     query: Tensor, key: Tensor, value: Tensor, start: Tensor, count: Tensor, columns: Tensor, low: Tensor,
     high: Tensor, *, block_q: int, block_k: int, scaling: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention of ``query [B, H, Q, D]`` over the listed blocks of ``key``, ``value [B, Hkv, L, D]``, all of one dtype.
+    """Attention of ``query [B, H, Q, D]`` over the listed blocks of ``key``, ``value [B, Hkv, L, D]``, in one dtype.
 
     ``start``, ``count`` int32 ``[B, M, query blocks]`` and ``columns`` int32 as in a block map, with M a divisor of H;
     ``low``, ``high`` int32 ``[B, Q]``: a query sees keys ``[low, high)``. The result lies as ``[B, Q, H, D]`` and is
-    returned as ``[B, H, Q, D]``, with the log-sum-exp float32 ``[B, H, Q]``. Raises FormatError where sizes are wrong or
-    a list names a block that does not exist.
+    returned as ``[B, H, Q, D]``, with the log-sum-exp float32 ``[B, H, Q]``. Raises FormatError where sizes are wrong
+    or a list names a block that does not exist.
     """
     batch, heads, queries, channels = query.shape
     shape = (batch, key.shape[1], key.shape[2], channels)

@@ -178,8 +178,8 @@ def block_attention(
         "GROUP": heads // key.shape[1], "SHARED": heads // count.shape[1], "D": channels,
         "DP": max(16, triton.next_power_of_2(channels)), "BQ": max(16, triton.next_power_of_2(block_q)), "BK": block_k,
         "CAUSAL": causal, "WINDOW": window is not None, "FIRST": first is not None, "STOP": stop is not None,
-        "SEGMENT": segment is not None, "HEADS_FIRST": heads_first, "CODED": key_codes is not None, "num_warps": num_warps or warps,
-        "num_stages": num_stages or stages,
+        "SEGMENT": segment is not None, "HEADS_FIRST": heads_first, "CODED": key_codes is not None,
+        "num_warps": num_warps or warps, "num_stages": num_stages or stages,
     }  # fmt: skip
     none = lse
     coded = (none, none, none) if key_codes is None else (key_codes.codes, key_codes.steps, key_codes.mean)

@@ -22,7 +22,9 @@ def _is_hidden(position, batch, sinks, first, SINKS: tl.constexpr, PADDED: tl.co
     return hidden
 
 
-@triton.jit(do_not_specialize=["runs", "run_tokens", "parts", "tiles", "heads", "splits", "rotated", "origin", "capacity"])
+@triton.jit(
+    do_not_specialize=["runs", "run_tokens", "parts", "tiles", "heads", "splits", "rotated", "origin", "capacity"]
+)
 def attend_stretch(
     query, k_table, k_lut, v_table, v_lut, shifts, sinks, first, k_center, k_spread, turns, starts, part_out, part_lse,
     runs, run_tokens, parts, tiles, heads, splits, rotated, origin, scaling, index, count, capacity,

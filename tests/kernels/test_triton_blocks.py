@@ -26,7 +26,7 @@ pytest.importorskip("triton")
 from rarefy.kernels.triton.block_attention import KeyCodes, block_attention
 from rarefy.kernels.triton.block_decode import BlockChoice, BlockDecode, block_scores
 from rarefy.kernels.triton.block_mass import block_mass
-from rarefy.kernels.triton.block_select import select_blocks
+from rarefy.kernels.triton.block_select import partial_blocks, select_blocks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -103,6 +103,14 @@ def test_the_kernel_selects_what_the_selector_does(selector: Selector) -> None:
     assert torch.equal(found.dense(), expected.dense())
     assert torch.equal(found.whole, expected.whole) and torch.equal(found.count, expected.count)
     found.check() if bool((found.count > 0).all()) else None
+
+
+def test_blocks_that_need_a_mask_are_listed_by_one_kernel() -> None:
+    reach = Reach.last(70, 150)
+    block_map = random_map(reach, 2, 3, 32, 16, share=0.7)
+    found = partial_blocks(block_map.start, block_map.whole, block_map.count, block_map.columns, 2)
+    for one, other in zip(found, block_map.partial_lists(2, fill=0), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("reduce", ["mass", "max"])

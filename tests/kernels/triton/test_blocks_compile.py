@@ -47,7 +47,7 @@ def compile_all() -> None:
     from rarefy.kernels.triton.block_attention import KeyCodes, block_attention
     from rarefy.kernels.triton.block_decode import BlockChoice, BlockDecode, Paged, block_scores
     from rarefy.kernels.triton.block_mass import block_mass
-    from rarefy.kernels.triton.block_select import select_blocks
+    from rarefy.kernels.triton.block_select import partial_blocks, select_blocks
     from rarefy.kernels.triton.decode_attention import DecodeAttention
     from rarefy.kernels.triton.folded_mass import folded_mass
     from rarefy.kernels.triton.tiles import Tiles
@@ -71,6 +71,7 @@ def compile_all() -> None:
     select_blocks(scores, flags, rule="mass", share=0.9)
     select_blocks(scores, flags, rule="cut", limits=torch.ones(8))
     select_blocks(scores, flags, rule="cut", share=0.5, normalized=False)
+    partial_blocks(lines, lines, lines, columns, 2)
     one, length = query[:, :, 0].contiguous(), torch.ones(2, dtype=torch.int32)
     pages = torch.ones(2, 2, 8, 128, dtype=torch.bfloat16)
     for low in (None, pages):
@@ -99,7 +100,7 @@ def test_every_kernel_over_blocks_compiles() -> None:
         [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    names = {"_attend", "_mass", "_select", "_scores", "_chosen", "_folded", "_merge", "attend_stretch"}
+    names = {"_attend", "_mass", "_select", "_partial", "_scores", "_chosen", "_folded", "_merge", "attend_stretch"}
     assert set(done.stdout.split()) == names
 
 

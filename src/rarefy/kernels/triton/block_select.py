@@ -141,3 +141,29 @@ def select_blocks(
         num_warps=num_warps or max(1, min(8, size // 512)),
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _partial(start, whole, count, columns, out, number, lines, WIDTH: tl.constexpr, N: tl.constexpr):
+    line = tl.program_id(0) * N + tl.arange(0, N)
+    here = line < lines
+    first = tl.load(whole + line, mask=here, other=0)
+    rest = tl.load(count + line, mask=here, other=0) - first
+    tl.store(number + line, rest, mask=here)
+    begin = columns + tl.load(start + line, mask=here, other=0) + first
+    for place in tl.static_range(WIDTH):
+        column = tl.load(begin + place, mask=here & (place < rest), other=0)
+        tl.store(out + line * WIDTH + place, column, mask=here)
+
+
+def partial_blocks(
+    start: Tensor, whole: Tensor, count: Tensor, columns: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
+    """How many blocks of every row of a block map have to be masked token by token, int32 ``[B, M, rows]``, and the
+    first ``width`` of them, int32 ``[B, M, rows, width]``, 0 where there are fewer."""
+    out = torch.empty(*count.shape, width, dtype=torch.int32, device=count.device)
+    number = torch.empty_like(count)
+    _partial[(triton.cdiv(count.numel(), 128),)](
+        start, whole, count, columns, out, number, count.numel(), WIDTH=width, N=128, num_warps=4
+    )
+    return number, out

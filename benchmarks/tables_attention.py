@@ -178,13 +178,15 @@ def cpu_plan_table() -> str:
     """Prefill on a processor by sparse plans, one table per device."""
     parts = []
     for data in results("*/cpu_attention.json"):
-        lines = ["| model | tokens | threads | job | density | seconds | times dense | perplexity |", "|---" * 8 + "|"]
+        lines = ["| model | tokens | numbers | job | density | seconds | times dense | perplexity |", "|---" * 8 + "|"]
         for row in data["rows"]:
             lines.append(
-                f"| {row['model']} | {row['tokens']:,} | {row['threads']} | {row['job']} | {row['density']:.3f} | "
+                f"| {row['model']} | {row['tokens']:,} | {row['dtype'].removeprefix('torch.')} | {row['job']} | "
+                f"{row['density']:.3f} | "
                 f"{row['seconds']:.2f} | {row['ratio']:.2f} | {row['perplexity_cost']:+.2%} |"
             )
-        parts.append("\n".join([*lines, "", measured_on(data)]))
+        threads = ", ".join(sorted({str(row["threads"]) for row in data["rows"]}))
+        parts.append("\n".join([*lines, "", f"{threads} thread; {measured_on(data)}"]))
     return "\n\n".join(parts) or UNMEASURED
 
 

@@ -19,7 +19,7 @@ from rarefy.kv.plan import LayerCodecs
 from rarefy.kv.store import LayerStore
 from tests.attention.maps import REACHES, oracle, random_map, tensors, token_mask, tokens_of
 
-NATIVE = ("native",) if library.available() else ()
+NATIVE = ("native",) if library.available() and library.instructions() != "scalar" else ()
 HERE = ("reference", "cpu", "flex", *NATIVE)
 
 

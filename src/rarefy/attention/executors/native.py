@@ -10,6 +10,7 @@ from rarefy.attention.compact import FEW
 from rarefy.attention.executors.base import Executor, executors
 from rarefy.attention.source import Source
 from rarefy.kernels.cpu.blocks import attend_blocks, available, fits
+from rarefy.kernels.cpu.library import instructions
 
 
 @executors.register("native")
@@ -22,7 +23,9 @@ class Native(Executor):
     def missing(self, device: torch.device) -> str | None:
         if device.type != "cpu":
             return "it runs on a processor"
-        return None if available() else "there is no native library here"
+        if not available() or instructions() == "scalar":
+            return "there is no native library here" + (" with wide registers" if available() else "")
+        return None
 
     def refusal(self, query: Tensor, source: Source, block_map: BlockMap, softcap: float | None = None) -> str | None:
         if (reason := self.missing(query.device)) is not None:

@@ -26,9 +26,10 @@ __all__ = [
 def limit(device: torch.device, phase: Phase, tokens: int) -> float:
     """The density above which dense attention was measured to be faster than what is here."""
     for table in (measured(device, phase, tokens).executors, DEFAULT.executors):
-        here = [density for name, density in table.items() if executors.get(name)().missing(device) is None]
-        if here:
-            return here[0]
+        for name, density in table.items():
+            executor = executors.get(name)()
+            if phase in executor.phases and executor.missing(device) is None:
+                return density
     return 1.0
 
 

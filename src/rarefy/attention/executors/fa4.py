@@ -23,6 +23,7 @@ class FlashAttention4(Executor):
     channels."""
 
     name = "fa4"
+    phases = ("prefill",)
 
     def missing(self, device: torch.device) -> str | None:
         hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9

@@ -19,6 +19,7 @@ class Native(Executor):
     little as those by KV head. In bf16 products are of bf16 pairs where the processor has them, as torch's are."""
 
     name = "native"
+    phases = ("prefill",)
 
     def missing(self, device: torch.device) -> str | None:
         if device.type != "cpu":

@@ -29,6 +29,12 @@ RUN = 2048  # tokens of a run of codes
 GROUP = 128  # codes that share a scale
 # Tokens of a block, and whether its summary is a range of each channel and not a mean.
 PLAIN = ((64, False), (128, False), (64, True))
+# Other configurations of both kernels: tokens of a tile, warps, stages, programs that share a list; blocks that a
+# program gives scores to, and its warps.
+OTHERS = (
+    (64, 4, 3, 2, 64, 4), (64, 4, 3, 2, 32, 1), (64, 4, 3, 2, 64, 1), (64, 4, 3, 2, 64, 2), (64, 4, 4, 1, 32, 1),
+    (64, 8, 3, 2, 32, 1), (32, 4, 4, 4, 32, 1), (64, 4, 3, 4, 32, 1), (64, 4, 3, 3, 32, 2), (64, 4, 2, 3, 32, 1),
+)  # fmt: skip
 # Bits, whether keys have a scale for each channel or each token, and tokens of a block.
 CODED: tuple[tuple[int, Literal["channel", "token"], int], ...] = (
     (4, "channel", 128), (4, "token", 64), (4, "channel", 64), (2, "channel", 128),
@@ -62,14 +68,16 @@ class Job:
         return relative(output[: len(expected), heads], expected)
 
 
-def chooser(query: Tensor, keys: Tensor, block: int, bound: bool) -> tuple[Callable[[], Any], tuple[Tensor, Tensor]]:
+def chooser(
+    query: Tensor, keys: Tensor, block: int, bound: bool, **own: Any
+) -> tuple[Callable[[], Any], tuple[Tensor, Tensor]]:
     """Scores of all blocks of ``keys`` and the choice of the best, and where that lies."""
     batch, _, tokens, _ = keys.shape
     pages = keys.unflatten(2, (-1, block))
     high, low = (pages.amax(3), pages.amin(3)) if bound else (pages.mean(3), None)
     high, low = high.contiguous(), None if low is None else low.contiguous()
     length = torch.full((batch,), tokens, dtype=torch.int32, device=DEVICE)
-    choice = BlockChoice(batch, KV_HEADS, tokens // block, device=torch.device(DEVICE))
+    choice = BlockChoice(batch, KV_HEADS, tokens // block, device=torch.device(DEVICE), **own)
     options: dict[str, Any] = {"tokens": block, "scaling": SCALING, "share": DENSITY, "low": low}
     return lambda: choice(query, high, length, **options), (choice.index, choice.count)
 
@@ -80,9 +88,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor
     return (scores.masked_fill(~mask[:, :, None], -torch.inf).softmax(-1) @ value.float()).flatten(1, 2)
 
 
-def plain_job(query: Tensor, key: Tensor, value: Tensor, block: int, bound: bool, **options: Any) -> Job:
+def plain_job(
+    query: Tensor, key: Tensor, value: Tensor, block: int, bound: bool, choice: dict[str, int], **options: Any
+) -> Job:
     batch, _, tokens, _ = key.shape
-    choose, (index, count) = chooser(query, key, block, bound)
+    choose, (index, count) = chooser(query, key, block, bound, **choice)
     length = torch.full((batch,), tokens, dtype=torch.int32, device=DEVICE)
     run = BlockDecode(batch, KV_HEADS, HEADS, CHANNELS, block, device=torch.device(DEVICE), **options)
 
@@ -92,7 +102,9 @@ def plain_job(query: Tensor, key: Tensor, value: Tensor, block: int, bound: bool
     def expected(mask: Tensor) -> tuple[Tensor, Tensor]:
         return attention(query, key, value, mask), torch.arange(HEADS, device=DEVICE)
 
-    label = f"{'extremes' if bound else 'means'} of {block}"
+    label = f"{'extremes' if bound else 'means'} of {block}" + "".join(
+        f", {name} {value}" for name, value in (*options.items(), *((f"choice {n}", v) for n, v in choice.items()))
+    )
     return Job(label, choose, attend, (index, count), block, expected)
 
 
@@ -140,7 +152,9 @@ def coded_job(query: Tensor, key: Tensor, num_bits: int, kind: str, block: int, 
     return Job(label, choose, attend, (index, count), block, expected)
 
 
-def measure(clock: Clock, batch: int, tokens: int, rounds: int, quick: bool, keep: Callable[[Row], None]) -> None:
+def measure(
+    clock: Clock, batch: int, tokens: int, rounds: int, quick: bool, others: bool, keep: Callable[[Row], None]
+) -> None:
     """One new token in each sequence. Rows are kept as they come."""
     query, key, value = tensors(tokens, batch, 1)
     key, value = key.contiguous(), value.contiguous()
@@ -153,8 +167,15 @@ def measure(clock: Clock, batch: int, tokens: int, rounds: int, quick: bool, kee
             print(f"  decode {name}: {type(failure).__name__}: {str(failure).splitlines()[0][:200]}")
             torch.cuda.synchronize()
     size = 2 * batch * KV_HEADS * tokens * CHANNELS * 2
-    makers: list[Callable[[], Job]] = [lambda b=b, e=e: plain_job(one, key, value, b, e) for b, e in PLAIN]  # type: ignore[misc]
+    makers: list[Callable[[], Job]] = [lambda b=b, e=e: plain_job(one, key, value, b, e, {}) for b, e in PLAIN]  # type: ignore[misc]
     makers += [lambda n=n, k=k, b=b: coded_job(one, key, n, k, b) for n, k, b in CODED]  # type: ignore[misc]
+    if others:
+        makers = [
+            lambda t=t, w=w, s=s, p=p, n=n, c=c: plain_job(  # type: ignore[misc]
+                one, key, value, 64, False, {"tile": n, "num_warps": c}, tile=t, num_warps=w, num_stages=s, splits=p
+            )
+            for t, w, s, p, n, c in OTHERS
+        ]
     for make in makers[:: 3 if quick else 1]:
         label, stage = "", "making"
         try:
@@ -192,6 +213,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no new length after so long")
     parser.add_argument("--cases", default="16x32768,1x131072,1x32768,4x32768,16x8192", help="batches and lengths")
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--others", action="store_true", help="try other configurations of the kernels instead")
     options = parser.parse_args()
     begin = time.monotonic()
     torch.manual_seed(0)
@@ -208,7 +230,7 @@ def main() -> None:
             print(f"decode {case}: no time left")
             break
         batch, length = (int(part) for part in case.split("x"))
-        measure(clock, batch, length, options.rounds, options.quick, keep)
+        measure(clock, batch, length, options.rounds, options.quick, options.others, keep)
         torch.cuda.empty_cache()
     if options.json is None:
         write(options, rows, KEY)

@@ -95,7 +95,10 @@ def block_scores(
 class BlockChoice:
     """`block_scores` and the choice of the best blocks in one launch, which can be captured in a CUDA graph."""
 
-    def __init__(self, batch: int, heads: int, blocks: int, *, device: torch.device):
+    def __init__(
+        self, batch: int, heads: int, blocks: int, *, device: torch.device, tile: int = TILE, num_warps: int = 4
+    ):
+        self._meta = {"N": tile, "num_warps": num_warps}
         self.scores = torch.empty(batch, heads, blocks, device=device)
         self.index = torch.empty(batch, heads, blocks, dtype=torch.int32, device=device)
         self.count = torch.empty(batch, heads, dtype=torch.int32, device=device)
@@ -114,23 +117,24 @@ class BlockChoice:
         size = max(16, triton.next_power_of_2(self.scores.shape[2]))
         _launch_scores(
             query, high, low, length, first, self.scores, tokens, scaling, sink, local, lists, (share, wanted, least),
-            size,
+            size, **self._meta,
         )  # fmt: skip
         return self.index, self.count
 
 
 def _launch_scores(
     query: Tensor, high: Tensor, low: Tensor | None, length: Tensor, first: Tensor | None, out: Tensor, tokens: int,
-    scaling: float, sink: int, local: int, lists: tuple[Tensor, ...], rule: tuple[float, int, int], size: int,
+    scaling: float, sink: int, local: int, lists: tuple[Tensor, ...], rule: tuple[float, int, int], size: int, *,
+    N: int = TILE, num_warps: int = 4,
 ) -> None:  # fmt: skip
     batch, heads, blocks, channels = high.shape
     group = query.shape[1] // heads
     launch(
-        _scores, (batch * heads, triton.cdiv(blocks, TILE)), query.device, query.contiguous(), high,
+        _scores, (batch * heads, triton.cdiv(blocks, N)), query.device, query.contiguous(), high,
         high if low is None else low, length, length if first is None else first, out, *lists, *high.stride()[:3],
         blocks, heads, sink, local, scaling, *rule, GROUP=group, D=channels,
-        M=max(ROWS, triton.next_power_of_2(group)), N=TILE, TOKENS=tokens, BOUND=low is not None,
-        FIRST=first is not None, ALL=size, num_warps=4,
+        M=max(ROWS, triton.next_power_of_2(group)), N=N, TOKENS=tokens, BOUND=low is not None,
+        FIRST=first is not None, ALL=size, num_warps=num_warps,
     )  # fmt: skip
 
 

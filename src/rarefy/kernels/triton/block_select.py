@@ -41,19 +41,25 @@ def write_list(
         free = some
         if ON_TOP:
             free = some & (always == 0)
-        bits = tl.where(always, float("inf"), x).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-        negative = bits >= 0x80000000
-        order = tl.where(negative, 0xFFFFFFFF - bits, bits + 0x80000000)
-        order = tl.where(free, order, -1)
-        cut = tl.zeros((), tl.int64)
-        # Two bits a step: three counts, each of 20 bits, are one sum.
+        # What is not free has the order of no float but one NaN, 0.
+        bits = tl.where(always, float("inf"), x).to(tl.uint32, bitcast=True)
+        order = tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
+        order = tl.where(free, order, 0)
+        cut = tl.zeros((), tl.uint32)
+        # Two bits a step: three counts are one sum.
+        COUNTS: tl.constexpr = tl.uint32 if N <= 512 else tl.uint64
+        WIDTH: tl.constexpr = 10 if N <= 512 else 20
+        MOST: tl.constexpr = (1 << WIDTH) - 1
         for step in tl.static_range(16):
-            unit = tl.full((), 1, tl.int64) << (30 - 2 * step)
-            counts = (order >= cut + unit).to(tl.int64) + ((order >= cut + 2 * unit).to(tl.int64) << 20)
-            found = tl.sum(counts + ((order >= cut + 3 * unit).to(tl.int64) << 40), 0)
-            digit = ((found & 0xFFFFF) >= need).to(tl.int64) + (((found >> 20) & 0xFFFFF) >= need).to(tl.int64)
-            cut += (digit + ((found >> 40) >= need).to(tl.int64)) * unit
-        above, equal = order > cut, order == cut
+            unit = tl.full((), 1, tl.uint32) << (30 - 2 * step)
+            one, two = (order >= cut + unit).to(COUNTS), (order >= cut + 2 * unit).to(COUNTS)
+            three = (order >= cut + 3 * unit).to(COUNTS)
+            found = tl.sum(one + (two << WIDTH) + (three << (2 * WIDTH)), 0)
+            digit = ((found & MOST).to(tl.int32) >= need).to(tl.uint32)
+            digit += (((found >> WIDTH) & MOST).to(tl.int32) >= need).to(tl.uint32)
+            digit += ((found >> (2 * WIDTH)).to(tl.int32) >= need).to(tl.uint32)
+            cut += digit * unit
+        above, equal = order > cut, (order == cut) & free
         rest = need - tl.sum(above.to(tl.int32), 0)
         keep = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= rest))
     elif RULE == 1:

@@ -1,10 +1,10 @@
 """Sparse prefill on one GPU against the best dense kernels, with estimators and selection in the time.
 
 32 query heads over 8 KV heads of 128 channels in bf16, causal, one sequence; ``gpu_attention_decode.py`` decodes.
-Inputs are normal random numbers. Before every call the GPU's cache is written over, and the GPU is kept busy while the
-call is launched, as other layers keep it in a model; ``from_idle`` is the time without that. Contenders take turns in
-one process, and times are medians. What a plan selects on random numbers says nothing of its quality: densities here
-are asked for, and ``attention_accuracy.py`` says what they cost.
+Inputs are normal random numbers. Before every call other numbers are read that fill the GPU's cache, and the GPU is
+kept busy while the call is launched, as other layers keep it in a model; ``from_idle`` is the time without that.
+Contenders take turns in one process, and times are medians. What a plan selects on random numbers says nothing of its
+quality: densities here are asked for, and ``attention_accuracy.py`` says what they cost.
 
 ``ratio`` is the time of the peer over ours; ``kept_rate`` is density times the peer's time over ours (1: the dense
 kernel's rate is kept at that density); ``max_rel_error`` that of the executor against softmax in float32 over the same
@@ -49,10 +49,11 @@ Timed = dict[str, Callable[[], Any]]
 
 
 class Clock:
-    """Medians of calls that take turns, each after the GPU's cache was written over."""
+    """Medians of calls that take turns, each after something else was read that fills the GPU's cache, as weights of
+    other layers do. (Written numbers would still have to go to memory while the call runs.)"""
 
     def __init__(self) -> None:
-        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
+        self.flush = torch.zeros(64 << 20, device=DEVICE)
 
     def __call__(self, calls: Timed, rounds: int, queued: bool = True) -> dict[str, float]:
         """Milliseconds of each; calls that fail are left out, with what they said. ``queued``: launched behind other
@@ -69,7 +70,7 @@ class Clock:
         for _ in range(rounds):
             for name in times:
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self.flush.zero_()
+                self.flush.sum()
                 if queued:
                     torch.cuda._sleep(BUSY)
                 begin.record()

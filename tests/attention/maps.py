@@ -48,7 +48,7 @@ def token_mask(reach: Reach, batch: int, heads: int) -> Tensor:
     return seen
 
 
-def tensors(reach: Reach, batch: int = 2, heads: int = 4, kv_heads: int = 2, channels: int = 16) -> tuple[Tensor, ...]:
+def tensors(reach: Reach, batch: int = 2, heads: int = 4, kv_heads: int = 2, channels: int = 8) -> tuple[Tensor, ...]:
     """Query, key and value."""
     query = torch.randn(batch, heads, reach.queries, channels)
     return query, torch.randn(batch, kv_heads, reach.keys, channels), torch.randn(batch, kv_heads, reach.keys, channels)

@@ -43,7 +43,8 @@ COLUMNS = 16  # the most that heads of several groups of tokens take
 MERGED, STRETCHES = 16, 128  # channels of a program that merges, and the stretches that it reads at once
 PROGRAMS = {"channel": 132 * 8, "token": 132 * 12}  # that a large GPU runs at once; a second round waits for the first
 ROWS = {"channel": DEPTH, "token": 4 * DEPTH}  # of a tile
-SHARED = 64  # the most programs that share a list
+# Of lists, whose programs are shorter; and the most that share one.
+LISTED, SHARED = {"channel": 132 * 8, "token": 132 * 16}, 64
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,8 @@ class DecodeAttention:
                 for side, own, count in zip((keys, values), lengths, counts, strict=True)
             ]
         self.tokens = runs * run_tokens
-        programs = PROGRAMS.get(keys.kind, PROGRAMS["token"])
+        known = PROGRAMS if block is None else LISTED
+        programs = known.get(keys.kind, known["token"])
         if block is not None:
             each, parts = 0, parts or max(1, min(SHARED, programs // (batch * heads)))
         else:
@@ -225,6 +227,8 @@ class DecodeAttention:
         self._grid = (batch * heads, self.splits)
         if num_stages is None:
             num_stages = _stages(keys, values, channels, self.tile, virtual)
+            # Where a tile lies is known from the list only, which is one more load to be ahead of.
+            num_stages += block is not None and num_stages > 1
         pairs = not isinstance(attend_stretch, InterpretedFunction)
         inside, starts, rotated = empty, empty, 0
         if turns is not None:

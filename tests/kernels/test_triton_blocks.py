@@ -23,7 +23,6 @@ from rarefy.kv.plan import LayerCodecs
 from rarefy.kv.store import LayerStore
 
 pytest.importorskip("triton")
-from rarefy.kernels.triton.block_attention import KeyCodes, block_attention
 from rarefy.kernels.triton.block_decode import BlockChoice, BlockDecode, block_scores
 from rarefy.kernels.triton.block_mass import block_mass
 from rarefy.kernels.triton.block_select import partial_blocks, select_blocks
@@ -160,24 +159,6 @@ def test_scores_and_choice_in_one_launch() -> None:
         for row, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
             size = int(found[row, head])
             assert torch.equal(index[row, head, :size], columns.view(2, 2, -1)[row, head, :size])
-
-
-@pytest.mark.parametrize("name", ["chunk", "padded", "window"])
-def test_attention_over_keys_in_whole_numbers(name: str) -> None:
-    """With what all keys have in common, which costs no precision, and the log-sum-exp that it is part of."""
-    reach = REACHES[name]()
-    query = torch.randn(2, 4, reach.queries, 32, device=DEVICE)
-    key, value = (torch.randn(2, 2, reach.keys, 32, device=DEVICE) for _ in range(2))
-    key = key + torch.randn(2, 2, 1, 32, device=DEVICE) * 5
-    block_map = random_map(reach, 2, 4, 16, 16)
-    expected, expected_lse = Reference().run(query, Plain(key, value), block_map, 0.2)
-    found, lse = block_attention(
-        query, key, value, block_map.start, block_map.whole, block_map.count, block_map.columns, block_q=16,
-        block_k=16, scaling=0.2, offset=reach.offset, causal=reach.causal, window=reach.window, first=reach.first,
-        key_codes=KeyCodes.of(key),
-    )  # fmt: skip
-    assert float((found - expected).norm() / expected.norm()) < 0.02
-    torch.testing.assert_close(lse, expected_lse, rtol=5e-3, atol=3e-2)
 
 
 @pytest.mark.parametrize("group", [1, 3])

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton")
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
-    torch.uint8: "*u8", torch.int8: "*i8",
+    torch.uint8: "*u8",
 }  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def compile_all() -> None:
     from triton.runtime.jit import JITFunction
 
     from rarefy.kernels.triton import step
-    from rarefy.kernels.triton.block_attention import KeyCodes, block_attention
+    from rarefy.kernels.triton.block_attention import block_attention
     from rarefy.kernels.triton.block_decode import BlockChoice, BlockDecode, Paged, block_scores
     from rarefy.kernels.triton.block_mass import block_mass
     from rarefy.kernels.triton.block_select import partial_blocks, select_blocks
@@ -61,8 +61,6 @@ def compile_all() -> None:
     shape: dict[str, Any] = {"block_q": 128, "block_k": 128, "scaling": 0.1, "offset": 0}
     for own in ({}, {"window": 64, "first": rows, "stop": rows, "segment": packed}):
         block_attention(query, key, key, lines, lines, lines, columns, causal=True, **shape, **own)
-    codes = KeyCodes(key.to(torch.int8), torch.ones(2, 2, 512), torch.ones(2, 2, 128))
-    block_attention(query, key, key, lines, lines, lines, columns, causal=True, key_codes=codes, **shape)
     for reduce in ("mass", "max"):
         block_mass(query, key, first=rows, reduce=reduce, **shape)
     scores, flags = torch.ones(2, 8, 4, 64), torch.ones(2, 1, 4, 64, dtype=torch.uint8)

@@ -6,7 +6,6 @@ mask, then those whose tokens have to be masked. Tensors are read where they lie
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,57 +13,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rarefy.kernels.triton.anchored_scores import LOG2E, token_codes
-
+LOG2E = 1.4426950408889634
 # block_q * block_k -> warps, stages; others take the last.
 CONFIGURATIONS = {(128, 128): (8, 3), (128, 64): (4, 2), (64, 64): (4, 3), (64, 128): (4, 2)}
-
-
-@dataclass(frozen=True)
-class KeyCodes:
-    """Keys ``codes * steps + mean``: int8 ``[B, Hkv, L, D]``, float32 ``[B, Hkv, L]`` and ``[B, Hkv, D]``. What all
-    keys have in common changes no share, so that it need not be in the codes, where it would cost precision."""
-
-    codes: Tensor
-    steps: Tensor
-    mean: Tensor
-
-    @classmethod
-    def of(cls, key: Tensor) -> KeyCodes:
-        """The codes of ``key [B, Hkv, L, D]``, a step for each token."""
-        mean = key.mean(2, dtype=torch.float32).contiguous()
-        return cls(*token_codes(key, mean, 127), mean)
 
 
 @triton.jit
 def _tile(
     q, k_base, v_base, stride_kn, stride_vn, column, place, row, keys, window, low, high, own, segment, scale,
-    mixed, top, total, codes, steps,
+    mixed, top, total,
     D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, SEGMENT: tl.constexpr, CODED: tl.constexpr,
+    WINDOW: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys joins the running sum. ``place``: keys that the queries are. Of keys in code ``codes`` and
-    ``steps`` are those of this head, and ``scale`` is that of each query."""
+    """One block of keys joins the running sum. ``place``: keys that the queries are."""
     # A load ahead of the loop may read behind the list's end, where anything may be.
     column = tl.minimum(tl.maximum(column, 0), (keys - 1) // BK)
     token, channel = column * BK + tl.arange(0, BK), tl.arange(0, DP)
     k_at = k_base + token[:, None].to(tl.int64) * stride_kn + channel[None, :]
-    if CODED:
-        k_at = codes + token[:, None].to(tl.int64) * D + channel[None, :]
     v_at = v_base + token[:, None].to(tl.int64) * stride_vn + channel[None, :]
     if MASKED:
         here = (token < keys)[:, None] & (channel < D)[None, :]
-        k, v = tl.load(k_at, mask=here, other=0), tl.load(v_at, mask=here, other=0.0)
+        k, v = tl.load(k_at, mask=here, other=0.0), tl.load(v_at, mask=here, other=0.0)
     elif D == DP:
         k, v = tl.load(k_at), tl.load(v_at)
     else:
-        k = tl.load(k_at, mask=(channel < D)[None, :], other=0)
+        k = tl.load(k_at, mask=(channel < D)[None, :], other=0.0)
         v = tl.load(v_at, mask=(channel < D)[None, :], other=0.0)
-    if CODED:
-        step = tl.load(steps + token, mask=token < keys, other=0.0)
-        scores = tl.dot(q, tl.trans(k), out_dtype=tl.int32).to(tl.float32) * scale[:, None] * step[None, :]
-    else:
-        scores = tl.dot(q, tl.trans(k)) * scale
+    scores = tl.dot(q, tl.trans(k)) * scale
     if MASKED:
         seen = (token >= low) & (token < high)
         both = seen[None, :] & (place < keys)[:, None]
@@ -88,12 +63,12 @@ def _tile(
 
 @triton.jit
 def _attend(
-    query, key, value, out, lse, start, whole, count, columns, first, stop, segment, k_codes, k_steps, k_mean,
+    query, key, value, out, lse, start, whole, count, columns, first, stop, segment,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, queries, keys, offset, window, scale, heads, rows,
     GROUP: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr,
     BK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FIRST: tl.constexpr, STOP: tl.constexpr,
-    SEGMENT: tl.constexpr, HEADS_FIRST: tl.constexpr, CODED: tl.constexpr,
+    SEGMENT: tl.constexpr, HEADS_FIRST: tl.constexpr,
 ):  # fmt: skip
     # Later rows see more and come first, so that the last programs are short ones.
     if HEADS_FIRST:
@@ -112,17 +87,6 @@ def _attend(
     )  # fmt: skip
     k_base = key + row * stride_kb + (head // GROUP) * stride_kh
     v_base = value + row * stride_vb + (head // GROUP) * stride_vh
-    factor, codes, steps = scale, k_codes, k_steps
-    shift = tl.zeros((BQ,), tl.float32)
-    if CODED:
-        own_head = row * (heads // GROUP) + head // GROUP
-        codes, steps = k_codes + own_head * keys * D, k_steps + own_head * keys
-        wide = q.to(tl.float32)
-        mean = tl.load(k_mean + own_head * D + channel, mask=channel < D, other=0.0)
-        shift = tl.sum(wide * mean[None, :], 1) * scale  # which every score of a row lacks
-        step = tl.maximum(tl.max(tl.abs(wide), 1), 1e-12) / 127
-        q = tl.math.floor(wide / step[:, None] + 0.5).to(tl.int8)
-        factor = step * scale
     low, high = 0, keys
     if FIRST:
         low = tl.load(first + row).to(tl.int32)
@@ -139,18 +103,18 @@ def _attend(
     for entry in range(0, full):
         mixed, top, total = _tile(
             q, k_base, v_base, stride_kn, stride_vn, tl.load(begin + entry), place, row, keys, window, low, high, own,
-            segment, factor, mixed, top, total, codes, steps, D, DP, BK, False, CAUSAL, WINDOW, SEGMENT, CODED,
+            segment, scale, mixed, top, total, D, DP, BK, False, CAUSAL, WINDOW, SEGMENT,
         )  # fmt: skip
     for entry in range(full, entries):
         mixed, top, total = _tile(
             q, k_base, v_base, stride_kn, stride_vn, tl.load(begin + entry), place, row, keys, window, low, high, own,
-            segment, factor, mixed, top, total, codes, steps, D, DP, BK, True, CAUSAL, WINDOW, SEGMENT, CODED,
+            segment, scale, mixed, top, total, D, DP, BK, True, CAUSAL, WINDOW, SEGMENT,
         )  # fmt: skip
     sum_ = tl.where(total == 0.0, 1.0, total)
     out_at = out + row * stride_ob + head * stride_oh + index[:, None].to(tl.int64) * stride_on + channel[None, :]
     tl.store(out_at, (mixed / sum_[:, None]).to(out.dtype.element_ty), mask=inside)
     # A sum that is NaN has to show, so only a sum of nothing is minus infinity.
-    log_sum = tl.where(total == 0.0, float("-inf"), (top + shift + tl.math.log2(sum_)) * 0.6931471805599453)
+    log_sum = tl.where(total == 0.0, float("-inf"), (top + tl.math.log2(sum_)) * 0.6931471805599453)
     tl.store(lse + (row * heads + head) * queries + index, log_sum, mask=real)
 
 
@@ -158,15 +122,13 @@ def block_attention(
     query: Tensor, key: Tensor, value: Tensor, start: Tensor, whole: Tensor, count: Tensor, columns: Tensor, *,
     block_q: int, block_k: int, scaling: float, offset: int, causal: bool, window: int | None = None,
     first: Tensor | None = None, stop: Tensor | None = None, segment: Tensor | None = None,
-    key_codes: KeyCodes | None = None, heads_first: bool = False, num_warps: int | None = None,
-    num_stages: int | None = None,
+    heads_first: bool = False, num_warps: int | None = None, num_stages: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of ``query [B, H, Q, D]`` over the listed blocks of ``key``, ``value [B, Hkv, L, D]``.
 
     ``start``, ``whole``, ``count`` int32 ``[B, M, query blocks]`` and ``columns`` int32 as in a block map, with M a
-    divisor of H; ``first``, ``stop`` int ``[B]`` and ``segment`` int ``[B, L]`` as in its reach. With ``key_codes``
-    queries become whole numbers of 8 bits too, and ``key`` is not read. The result lies as ``[B, Q, H, D]`` and is
-    returned as ``[B, H, Q, D]``, with the log-sum-exp float32 ``[B, H, Q]``.
+    divisor of H; ``first``, ``stop`` int ``[B]`` and ``segment`` int ``[B, L]`` as in its reach. The result lies as
+    ``[B, Q, H, D]`` and is returned as ``[B, H, Q, D]``, with the log-sum-exp float32 ``[B, H, Q]``.
     """
     batch, heads, queries, channels = query.shape
     rows = count.shape[2]
@@ -178,15 +140,14 @@ def block_attention(
         "GROUP": heads // key.shape[1], "SHARED": heads // count.shape[1], "D": channels,
         "DP": max(16, triton.next_power_of_2(channels)), "BQ": max(16, triton.next_power_of_2(block_q)), "BK": block_k,
         "CAUSAL": causal, "WINDOW": window is not None, "FIRST": first is not None, "STOP": stop is not None,
-        "SEGMENT": segment is not None, "HEADS_FIRST": heads_first, "CODED": key_codes is not None,
-        "num_warps": num_warps or warps, "num_stages": num_stages or stages,
+        "SEGMENT": segment is not None, "HEADS_FIRST": heads_first, "num_warps": num_warps or warps,
+        "num_stages": num_stages or stages,
     }  # fmt: skip
     none = lse
-    coded = (none, none, none) if key_codes is None else (key_codes.codes, key_codes.steps, key_codes.mean)
     _attend[grid](
         query, key, value, out, lse, start, whole, count, columns,
         none if first is None else first, none if stop is None else stop, none if segment is None else segment,
-        *coded, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         queries, key.shape[2], offset, window or 0, scaling * LOG2E, heads, rows, **meta,
     )  # fmt: skip
     return out, lse

@@ -19,9 +19,9 @@ from graphs import graph_of
 from harness import Row, arguments, write
 from torch import Tensor
 
+from rarefy.kernels.coded import Tiles
 from rarefy.kernels.triton.block_decode import BlockChoice, BlockDecode
 from rarefy.kernels.triton.decode_attention import DecodeAttention
-from rarefy.kernels.triton.tiles import Tiles
 from rarefy.packing import unpack_bits
 
 DENSITY = 0.1

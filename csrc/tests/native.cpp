@@ -192,6 +192,7 @@ void *run_pool(void *) {
 
 #include "attend.h"
 #include "blocks.h"
+#include "columns.h"
 #include "step.h"
 
 int main() {
@@ -213,6 +214,7 @@ int main() {
       listed_attention(type, 64, 16, 16);
       listed_attention(type, 48, 20, 24);
     }
+    check_columns();
     entries(33, 129, 30);
     entries(5, 40, 6);
     entries(17, 64, 1u << 24);

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rarefy.formats.grids import IntegerGrid
+from rarefy.formats.grids import FloatGrid, IntegerGrid
 from rarefy.formats.scales import SingleScale
+from rarefy.kernels import coded
+from rarefy.kernels.coded import Tiles, Turns
 from rarefy.kv.codec import Codec, Payload, part_of
 from rarefy.kv.codecs import (
     ChannelTable,
@@ -26,6 +28,7 @@ from rarefy.kv.codecs import (
     Sparse,
     Trimmed,
 )
+from rarefy.kv.codecs.plain import is_float8
 from rarefy.kv.side import SEGMENT, Run, Side
 from rarefy.kv.store import LayerStore
 
@@ -33,7 +36,6 @@ PIECE = 128  # tokens after the last whole segment that the kernel reads at once
 
 if TYPE_CHECKING:
     from rarefy.kernels.triton.decode_attention import DecodeAttention
-    from rarefy.kernels.triton.tiles import Tiles
 
 
 @dataclass
@@ -192,7 +194,7 @@ def _kernel(
     store: LayerStore, query: Tensor, sides: list[Tiles | None], tokens: int, **options: Any
 ) -> DecodeAttention | None:
     """The kernel over ``sides`` in runs or pages of ``tokens``; None where it cannot read them."""
-    from rarefy.kernels.triton.decode_attention import DecodeAttention, Turns
+    from rarefy.kernels.triton.decode_attention import DecodeAttention
 
     assert store.keys is not None
     batch, heads, _, channels = store.keys.tail.shape
@@ -215,7 +217,6 @@ def _kernel(
 
 def tiles_of(codec: Codec, runs: list[Payload], heads: int) -> Tiles | None:
     """What the kernel reads of a codec's runs; None where it has no loader for it."""
-    from rarefy.kernels.triton.tiles import Tiles
 
     def tensors(*names: str) -> tuple[tuple[Tensor, ...], ...]:
         return tuple(tuple(run[name].contiguous() for name in names) for run in runs)
@@ -238,9 +239,11 @@ def tiles_of(codec: Codec, runs: list[Payload], heads: int) -> Tiles | None:
                 return None
             options = {"num_bits": grid.num_bits, "block": codec.tokens, "group": group}
             return Tiles(codec.axis, tensors("codes", "scale", "zero_point"), **options)
+        case Gridded(grid=FloatGrid() as floats, axis="token") if is_float8(floats, codec.channels):
+            return Tiles("float8", tensors("codes", "scale"), 8, codec.tokens, 1)
         case NormTable() | RangeTable() | ChannelTable():
             names = {NormTable: ("scale",), RangeTable: ("scale", "offset")}.get(type(codec), ())
-            device = runs[0]["codes"].device
+            device = runs[0]["codes"].device if runs else codec.decoded.device
             lut = codec.decoded.to(device, torch.float32)
             affine = None
             if isinstance(codec, ChannelTable):
@@ -249,14 +252,13 @@ def tiles_of(codec: Codec, runs: list[Payload], heads: int) -> Tiles | None:
                 affine = center, spread
             return Tiles("table", tensors("codes", *names), codec.num_bits, codec.tokens, 1, lut, affine=affine)
         case ProductTable():
-            lut = codec.codebook.to(runs[0]["codes"].device)
+            lut = codec.codebook.to(runs[0]["codes"].device) if runs else codec.codebook
             return Tiles("product", tensors("codes"), codec.num_bits, codec.tokens, 1, lut)
     return None
 
 
 def _corrected(codec: Residual, runs: list[Payload], heads: int) -> Tiles | None:
     """Codes of which an outlier list and a low-rank product tell what they leave over."""
-    from rarefy.kernels.triton import tiles as kernel
 
     def pairs(number: int, *names: str) -> tuple[tuple[Tensor, Tensor], ...]:
         parts = [part_of(run, str(number)) for run in runs]
@@ -267,9 +269,9 @@ def _corrected(codec: Residual, runs: list[Payload], heads: int) -> Tiles | None
         if base is None:
             return None
         if isinstance(part, Sparse) and base.outliers is None:
-            base = replace(base, outliers=kernel.Outliers(pairs(number, "values", "indices"), part.axis))
+            base = replace(base, outliers=coded.Outliers(pairs(number, "values", "indices"), part.axis))
         elif isinstance(part, LowRank) and base.low_rank is None:
-            base = replace(base, low_rank=kernel.LowRank(pairs(number, "lowrank_a", "lowrank_b")))
+            base = replace(base, low_rank=coded.LowRank(pairs(number, "lowrank_a", "lowrank_b")))
         else:
             return None
     return base

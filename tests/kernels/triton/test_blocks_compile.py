@@ -43,6 +43,7 @@ def compile_run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options
 def compile_all() -> None:
     from triton.runtime.jit import JITFunction
 
+    from rarefy.kernels.coded import Tiles
     from rarefy.kernels.triton import step
     from rarefy.kernels.triton.block_attention import block_attention
     from rarefy.kernels.triton.block_decode import BlockChoice, BlockDecode, Paged, block_scores
@@ -50,7 +51,6 @@ def compile_all() -> None:
     from rarefy.kernels.triton.block_select import partial_blocks, select_blocks
     from rarefy.kernels.triton.decode_attention import DecodeAttention
     from rarefy.kernels.triton.folded_mass import folded_mass
-    from rarefy.kernels.triton.tiles import Tiles
 
     JITFunction.run = compile_run  # type: ignore[method-assign]
     step._early = lambda device: True  # type: ignore[assignment]

@@ -25,8 +25,8 @@ from rarefy.recipes.kv.turbo_quant import gaussian_table
 from tests.kv.coded import samples
 
 pytest.importorskip("triton")
+from rarefy.kernels.coded import Tiles
 from rarefy.kernels.triton.decode_attention import DecodeAttention, fits, page_counts
-from rarefy.kernels.triton.tiles import Tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH, HEADS, CHANNELS, TOKENS, RUN = 2, 2, 128, 256, 128

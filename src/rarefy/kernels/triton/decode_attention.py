@@ -21,7 +21,7 @@ own memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,8 +30,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from rarefy.kernels.coded import DEPTH, KINDS, Tiles, Turns
 from rarefy.kernels.triton.decode_stretch import attend_stretch
-from rarefy.kernels.triton.tiles import DEPTH, KINDS, Tiles
 
 NUMBERS = {
     torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32,
@@ -45,34 +45,6 @@ PROGRAMS = {"channel": 132 * 8, "token": 132 * 12}  # that a large GPU runs at o
 ROWS = {"channel": DEPTH, "token": 4 * DEPTH}  # of a tile
 # Of lists, whose programs are shorter; and the most that share one.
 LISTED, SHARED = {"channel": 132 * 8, "token": 132 * 16}, 64
-
-
-@dataclass(frozen=True)
-class Turns:
-    """Rotary angles of keys that are stored without them. ``inv_freq`` float32 ``[rotated channels / 2]``, ``factor``
-    by which keys get longer, and ``shift`` int64 ``[B]``: token t of a row is at position t + shift."""
-
-    inv_freq: Tensor
-    factor: float
-    shift: Tensor
-
-    def tables(self, channels: int, rows: int, origin: int, tokens: int, slots: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the places in a tile, float16 ``[slots, 2, rows, D / slots]``, and of the first
-        positions of all tiles of ``tokens`` from ``origin`` on, float32 ``[B, tiles, 2, D]``; channels without RoPE
-        have 1 and 0."""
-        device = self.inv_freq.device
-        inside = self._both(torch.arange(rows, device=device), channels)  # [2, rows, D]
-        first = torch.arange(origin, origin + tokens, rows, device=device) + self.shift.to(device)[:, None]
-        starts = self._both(first, channels)
-        starts[..., : 2 * len(self.inv_freq)] *= self.factor
-        inside = inside.unflatten(-1, (-1, slots)).permute(3, 0, 1, 2)
-        return inside.half().contiguous(), starts.permute(1, 2, 0, 3).contiguous()
-
-    def _both(self, positions: Tensor, channels: int) -> Tensor:
-        """``[2, ..., D]``."""
-        half = positions[..., None].float() * self.inv_freq
-        angle = torch.cat([half, half, half.new_zeros(*half.shape[:-1], channels - 2 * half.shape[-1])], -1)
-        return torch.stack([angle.cos(), angle.sin()])
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -131,6 +103,8 @@ def fits(
     if block is not None and (block % tile or run_tokens % block):
         return False
     if keys.kind == "channel" and (keys.block < 4 * chunks[0] or keys.group < chunks[0] or turns is not None):
+        return False
+    if "float8" in (keys.kind, values.kind):
         return False
     for side, chunk in zip((keys, values), chunks, strict=True):
         by_token = side.kind != "channel"

@@ -1,5 +1,6 @@
 // Products of whole tiles: which kernel serves which term, and what an instruction set offers to the library.
 #pragma once
+#include "convert.h"
 #include "lists.h"
 
 namespace RAREFY_NS {
@@ -205,22 +206,6 @@ static void token(const rarefy_input *in, int64_t token, const void *x, int32_t 
     if (in->mode == RAREFY_FAST)
       __builtin_memset(codes + blocks.count * blocks.size, 0, size_t(in->stride - blocks.count * blocks.size));
   }
-}
-
-static inline uint16_t to_bfloat(float f) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &f, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 64);  // stays a NaN
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-static void convert(const float *from, void *to, int32_t type, int64_t count) {
-  if (type == RAREFY_F32) {
-    __builtin_memcpy(to, from, size_t(count) * 4);
-    return;
-  }
-  uint16_t *words = static_cast<uint16_t *>(to);
-  for (int64_t i = 0; i < count; ++i) words[i] = type == RAREFY_BF16 ? to_bfloat(from[i]) : rarefy_scalar::to_half(from[i]);
 }
 
 static uint64_t read(const void *data, int64_t bytes) {

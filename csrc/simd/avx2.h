@@ -64,6 +64,7 @@ static inline I load_bytes(const uint8_t *p) {
   return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)),
           _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8)))};
 }
+static inline F float_of(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 static inline F to_f(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 static inline I round_i(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 static inline void store_bytes(int8_t *p, I x) {

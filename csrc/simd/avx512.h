@@ -55,6 +55,7 @@ static inline F upper_bfloat(I a) {
   return _mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(int(0xffff0000))));
 }
 static inline F lower_half(I a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a.v)); }
+static inline F float_of(I a) { return _mm512_castsi512_ps(a.v); }
 static inline F to_f(I a) { return _mm512_cvtepi32_ps(a.v); }
 static inline I load_i(const void *p) { return {_mm512_loadu_si512(p)}; }
 static inline I load_words(const uint8_t *p) {

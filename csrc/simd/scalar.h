@@ -81,6 +81,8 @@ static inline void store_bytes(int8_t *p, I a) { LANES p[i] = int8_t(a.v[i]); } 
 static inline F lower_half(I a) { F r; LANES r.v[i] = half_to_float(uint16_t(a.v[i])); return r; }
 static inline F upper_half(I a) { F r; LANES r.v[i] = half_to_float(uint16_t(uint32_t(a.v[i]) >> 16)); return r; }
 static inline F upper_bfloat(I a) { F r; LANES r.v[i] = bfloat_to_float(uint16_t(uint32_t(a.v[i]) >> 16)); return r; }
+// The floats that have these bits.
+static inline F float_of(I a) { F r; std::memcpy(&r, &a, 64); return r; }
 static inline F to_f(I a) { F r; LANES r.v[i] = float(a.v[i]); return r; }
 static inline I load_i(const void *p) { I r; std::memcpy(&r, p, 64); return r; }
 static inline I load_words(const uint8_t *p) { I r; LANES r.v[i] = p[2 * i] | p[2 * i + 1] << 8; return r; }

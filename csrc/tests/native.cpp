@@ -191,6 +191,7 @@ void *run_pool(void *) {
 }  // namespace
 
 #include "attend.h"
+#include "blocks.h"
 #include "columns.h"
 #include "step.h"
 
@@ -208,6 +209,10 @@ int main() {
       coded_attention(bits, 64, 64, 32, 4);
       coded_attention(bits, 128, 128, 128, 3);
       coded_attention(bits, 32, 32, 16, 5);
+    }
+    for (int32_t type : {RAREFY_F32, RAREFY_BF16}) {
+      listed_attention(type, 64, 16, 16);
+      listed_attention(type, 48, 20, 24);
     }
     check_columns();
     entries(33, 129, 30);

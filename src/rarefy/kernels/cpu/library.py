@@ -18,7 +18,7 @@ import torch
 
 from rarefy.core.errors import OptionError
 
-ABI = 4
+ABI = 5
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
 VARIABLE = "RAREFY_CPU"
 FILE = "librarefy_cpu.so"
@@ -148,6 +148,8 @@ def _declare(loaded: ctypes.CDLL) -> None:
             number,
             [text, *[whole, pointer], *[whole] * 4, ctypes.c_float, pointer, whole, *[pointer] * 3, whole, text, size],
         ),
+        "rarefy_blocks_bytes": (whole, [pointer]),
+        "rarefy_attend_blocks": (number, [pointer, pointer, whole, text, size]),
         "rarefy_pack_entries": (None, [pointer, pointer, pointer, whole, whole, pointer, pointer]),
         "rarefy_unpack_entries": (None, [pointer, pointer, pointer, whole, whole, pointer, pointer]),
         "rarefy_round_columns": (None, [pointer, number]),

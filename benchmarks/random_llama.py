@@ -49,23 +49,21 @@ def dense(shape: str, work: Path, **others: int) -> Path:
     return folder
 
 
-def compressed(shape: str, kind: str, work: Path) -> Path:
-    """The model with its layers in ``kind``, made once: one layer is rounded to nearest, and the others are copies of
-    it, which lie apart in memory and cost what others would."""
-    folder = work / f"{shape}-{kind.replace(' ', '-')}"
+def compressed(shape: str, kind: str, work: Path) -> Any:
+    """The model with its layers in ``kind``: one layer is rounded to nearest, once, and the others are copies of it,
+    which lie apart in memory and cost what others would."""
+    folder = work / f"{shape}-{kind.replace(' ', '-')}-one"
     if not (folder / "config.json").is_file():
         head = Rule(targets=("lm_head",), method="rtn", options={"num_bits": 4, "group_size": 32})
         recipe = Recipe(name="rtn", rules=(head, Rule(method="rtn", options=KINDS[kind][0])))
-        single = work / f"{folder.name}-one"
-        rarefy.compress(dense(shape, work, num_hidden_layers=1), recipe, out=single, overwrite=True)
-        model: Any = rarefy.load(single)
-        model.config.num_hidden_layers = SHAPES[shape]["num_hidden_layers"]
-        for index in range(1, model.config.num_hidden_layers):
-            layer = copy.deepcopy(model.model.layers[0])
-            layer.self_attn.layer_idx = index
-            model.model.layers.append(layer)
-        rarefy.save(model, folder)
-    return folder
+        rarefy.compress(dense(shape, work, num_hidden_layers=1), recipe, out=folder, overwrite=True)
+    model: Any = rarefy.load(folder)
+    model.config.num_hidden_layers = SHAPES[shape]["num_hidden_layers"]
+    for index in range(1, model.config.num_hidden_layers):
+        layer = copy.deepcopy(model.model.layers[0])
+        layer.self_attn.layer_idx = index
+        model.model.layers.append(layer)
+    return model
 
 
 def llama_cpp_file(shape: str, kind: str, work: Path) -> Path | None:

@@ -126,10 +126,14 @@ static void tiles(const rarefy_term *terms, int32_t count, const rarefy_input *i
             panel_of(terms[left[i]], wide[left[i]], tile, k0, panel, i > 0, cursors[i]);
           multiply_panel(panel, in, k0, m0, tokens, own);
         }
-        int64_t rows = terms[0].rows - tile * 16 < 16 ? terms[0].rows - tile * 16 : 16;
-        for (int64_t m = 0; m < tokens; ++m)
-          __builtin_memcpy(y + (m0 + m) * y_stride + tile * 16, own[m], size_t(rows) * sizeof(float));
       }
+      for (int64_t m = 0; m < tokens; ++m)
+        for (int64_t tile = begin; tile < end; ++tile) {
+          const float *own = acc[(tile - begin) * chunk_tokens + m];
+          float *to = y + (m0 + m) * y_stride + tile * 16;
+          if (int64_t rows = terms[0].rows - tile * 16; rows >= 16) store_f(to, load_f(own));
+          else __builtin_memcpy(to, own, size_t(rows) * sizeof(float));
+        }
     }
 }
 

@@ -49,6 +49,7 @@ RECIPES = [
     Plan("spqr int3", "spqr", {"num_bits": 3}),
     Plan("spqr int3 3.95 bits", "spqr", {"num_bits": 3, "target_bits": 3.95}),
     Plan("spqr int4", "spqr", {"num_bits": 4}),
+    Plan("spqr int4 5 bits", "spqr", {"num_bits": 4, "target_bits": 5.0}),
     integers("rtn", 3, 16),
     integers("gptq", 3, 16),
     integers("gptq", 3, 16, "F", "bilevel", scales="bilevel"),

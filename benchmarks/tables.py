@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import tables_attention
 import tables_caches
+import tables_ruler
 import tables_speed
 import tables_weights
 from tables_shared import ROOT
@@ -30,7 +31,7 @@ def term_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     **tables_weights.TABLES, **tables_speed.TABLES, **tables_caches.TABLES, **tables_attention.TABLES,
-    "terms": term_table,
+    **tables_ruler.TABLES, "terms": term_table,
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define RAREFY_ABI 3
+#define RAREFY_ABI 4
 #define RAREFY_API __attribute__((visibility("default")))
 
 enum { RAREFY_TILE = 16, RAREFY_UNIT = 32, RAREFY_PANEL = 128, RAREFY_BLOCKINGS = 4 };

@@ -204,6 +204,7 @@ def compare(
     chunk: int | None = None,
     cache: CacheFactory | None = None,
     attention: Sequence[str] = (),
+    kv: Sequence[str] = (),
 ) -> Comparison:
     """Evaluate several models on the same windows; the dense ``reference`` runs once for all of them.
 
@@ -211,21 +212,26 @@ def compare(
     memory whose folder is unknown. ``executor="fast"`` may quantize activations where a kernel does; where none does,
     the result says ``exact``. With ``chunk`` windows go through the models that many tokens at a time, each reading the
     KV cache of those before; ``cache`` makes the one of the candidates (from the model; needs ``chunk``).
-    ``attention``: plans such as ``"xattention:mass=0.9"``, each measured with every model (a single one is then its own
-    reference). Raises SourceError, OptionError, UnsupportedError, CheckpointError.
+    ``attention``: plans such as ``"xattention:mass=0.9"``, and ``kv``: caches such as ``"kivi:num_bits=4"`` (needs
+    ``chunk``), each measured with every model (a single one is then its own reference). Raises SourceError,
+    OptionError, UnsupportedError, CheckpointError.
     """
     from rarefy.evaluation.runner import evaluate as run
+    from rarefy.integrations.transformers.kv_evaluation import with_caches
     from rarefy.integrations.transformers.plan_evaluation import with_plans
     from rarefy.sources.texts import open_text
     from rarefy.sources.windows import tokenize
     from rarefy.sources.windows import windows as cut
 
+    if kv and cache is not None:
+        raise OptionError("Give cache= or kv=, not both.")
     requested = {"context": context, "windows": windows, "chunk": chunk, "executor": executor}
     protocol = parse(Protocol, requested, "Evaluation", OptionError)
-    if attention and reference is None and len(models) == 1:
+    if (attention or kv) and reference is None and len(models) == 1:
         reference = models[0]
     subjects = open_subjects(models, reference, dtype=dtype, device=device, tokenizer=tokenizer, cache=cache)
-    candidates = with_plans(subjects.candidates, attention)
+    candidates = with_plans(subjects.candidates, attention, reads_cache=chunk is not None)
+    candidates = with_caches(candidates, kv, subjects.tokenizer)
     text = open_text(data, "evaluation")
     bos = bos_token(subjects.tokenizer, None)
     tokens = cut(tokenize(subjects.tokenizer, text.text), context, windows, bos)
@@ -243,6 +249,8 @@ def evaluate_tasks(
     task_data: str | Path | None = None,
     chunk: int | None = None,
     cache: CacheFactory | None = None,
+    attention: Sequence[str] = (),
+    kv: Sequence[str] = (),
     batch: int | None = None,
     allow_code: bool = False,
     work_dir: str | Path | None = None,
@@ -254,16 +262,24 @@ def evaluate_tasks(
     intervals of their differences from ``reference``.
 
     ``tasks``: names of lm-eval or of ``rarefy.evaluation.tasks``, or YAML files. ``limit``: the first examples of each.
-    ``task_data``: a folder with local files of examples, which the hub serves otherwise. ``chunk`` and ``cache`` as in
-    `compare`. ``work_dir`` keeps finished tasks, so that the same call goes on after an interruption. Raises
-    OptionError, SourceError, UnsupportedError, CheckpointError.
+    ``task_data``: a folder with local files of examples, which the hub serves otherwise. ``chunk``, ``cache``,
+    ``attention`` and ``kv`` as in `compare`. ``work_dir`` keeps finished tasks, so that the same call goes on after an
+    interruption. Raises OptionError, SourceError, UnsupportedError, CheckpointError.
     """
     from rarefy.integrations.lm_eval import evaluate_tasks as run
+    from rarefy.integrations.transformers.kv_evaluation import with_caches
+    from rarefy.integrations.transformers.plan_evaluation import with_plans
 
+    if kv and (cache is not None or chunk is None):
+        raise OptionError("kv= needs chunk=, the tokens of a pass that reads the cache, and no cache= beside it.")
+    if (attention or kv) and reference is None and len(models) == 1:
+        reference = models[0]
     subjects = open_subjects(models, reference, dtype=dtype, device=device, tokenizer=tokenizer, cache=cache)
+    candidates = with_plans(subjects.candidates, attention, reads_cache=chunk is not None)
     return run(
-        subjects.candidates, tasks, subjects.tokenizer, reference=subjects.reference, limit=limit, few_shot=few_shot,
-        task_data=None if task_data is None else Path(task_data), chunk=chunk, batch=batch, allow_code=allow_code,
+        with_caches(candidates, kv, subjects.tokenizer), tasks, subjects.tokenizer, reference=subjects.reference,
+        limit=limit, few_shot=few_shot, task_data=None if task_data is None else Path(task_data), chunk=chunk,
+        batch=batch, allow_code=allow_code,
         work_dir=None if work_dir is None else Path(work_dir),
     )  # fmt: skip
 
@@ -398,6 +414,7 @@ def evaluate_long(
     session_files: Sequence[str | Path] = (),
     cache: CacheFactory | None = None,
     kv: Sequence[str] = (),
+    attention: Sequence[str] = (),
     work_dir: str | Path | None = None,
     dtype: str | torch.dtype = "auto",
     device: Device = "auto",
@@ -409,9 +426,9 @@ def evaluate_long(
     ``data``, each asked in one conversation and question by question; ``documents`` windows give the likelihood by
     position. ``session_files``: sessions in the form of SCBench, kvpress or RULER, asked besides. ``chunk`` tokens go
     through a model at a time; ``cache`` makes the KV cache of the candidates, or ``kv`` names several as in
-    `compare_caches`, each with every model; a single model is then its own reference. ``work_dir`` keeps finished
-    sessions, so that the same call goes on after an interruption. Raises SourceError, OptionError, UnsupportedError,
-    CheckpointError.
+    `compare_caches`, and ``attention`` plans as in `compare`, each with every model; a single model is then its own
+    reference. ``work_dir`` keeps finished sessions, so that the same call goes on after an interruption. Raises
+    SourceError, OptionError, UnsupportedError, CheckpointError.
     """
     from rarefy.integrations.transformers.long_evaluation import evaluate_long as run
 
@@ -420,8 +437,8 @@ def evaluate_long(
     }  # fmt: skip
     wanted |= {} if tasks is None else {"tasks": tuple(tasks)}
     return run(
-        models, reference, data, wanted, session_files=session_files, cache=cache, kv=kv, work_dir=work_dir,
-        dtype=dtype, device=device, tokenizer=tokenizer,
+        models, reference, data, wanted, session_files=session_files, cache=cache, kv=kv, attention=attention,
+        work_dir=work_dir, dtype=dtype, device=device, tokenizer=tokenizer,
     )  # fmt: skip
 
 

@@ -351,7 +351,7 @@ def test_a_model_in_memory_goes_on_too(dense: Path, half_done: Path, tmp_path: P
 def test_streams_alternate_between_two_files(tmp_path: Path) -> None:
     shapes = [(2, 3, 4), (1, 5, 4)]
     values = [torch.randn(shape).round() for shape in shapes]
-    streams: list[Any] = [FileStream(tmp_path, "x", shapes, torch.float32, 0), MemoryStream(2, torch.float32)]
+    streams: list[Any] = [FileStream(tmp_path, "x", shapes, torch.float32, 0), MemoryStream(2, torch.float32, "cpu")]
     for step in range(3):
         for stream in streams:
             for batch, value in enumerate(values):

@@ -157,8 +157,6 @@ def test_eval_asks_about_long_contexts(run: Run, models: Path, tmp_path: Path) -
     cache = "kivi:num_bits=2,group_size=8,residual=8"
     (coded,) = one_json(run("eval", models / "llama", "--suite", "long", *asked, "--kv", cache, "--json"))["candidates"]
     assert coded["model"].endswith(f"llama, {cache}") and coded["answers"][0]["kl"] > 0
-    both = run("eval", models / "llama", "--kv", "kivi", "--tasks", "piqa")
-    assert "--kv does not go with --tasks" in one_sentence(both)
     assert "--suite 'short' is unknown" in one_sentence(run("eval", models / "llama", "--suite", "short"))
 
 

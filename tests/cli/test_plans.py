@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,32 @@ def test_plans_are_refused_in_a_sentence(run: Run, llama: Path, text: Path) -> N
     assert "did you mean 'oracle'" in one_sentence(run(*common, "--attention", "orakle"))
     found = one_sentence(run(*common, "--attention", "oracle:density"))
     assert "--attention 'oracle:density' is not of the form" in found
-    assert "goes with neither --kv" in one_sentence(run(*common, "--attention", "oracle", "--kv", "fp8"))
+    both = ("--attention", "oracle", "--kv", "fp8")
+    assert "is measured chunked" in one_sentence(run(*common, *both, "--regime", "decode"))
+
+
+def test_a_plan_and_a_coded_cache_are_measured_together(run: Run, llama: Path, text: Path) -> None:
+    common = ("eval", llama, "--data", text, "--context", 48, "--windows", 1, "--chunk", 8, "--json")
+    coded = ("--kv", "kivi:num_bits=8,group_size=8,residual=8")
+    plan = ("--attention", f"random:density=0.3,{SMALL}")
+    sparse, both = (one_json(run(*common, *plan, *more)) for more in ((), coded))
+    assert both["model"].endswith("residual=8") and sparse["attention_density"] < 0.9
+    assert both["attention_density"] == sparse["attention_density"]
+    assert both["kl"] != sparse["kl"] and abs(both["kl"] / sparse["kl"] - 1) < 0.1
+
+
+def test_long_contexts_are_asked_of_a_plan(run: Run, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "prose.txt").write_text(" ".join("a b c d e f g h i j k l m n." for _ in range(60)))
+    record = {"context": "a b c d e f g h i j k l m n o p q r", "question": "a", "answer": "b c", "answer_prefix": " a"}
+    (tmp_path / "own.jsonl").write_text(json.dumps(record))
+    asked = ("--tasks", "", "--session-file", tmp_path / "own.jsonl", "--data", tmp_path / "prose.txt", "--chunk", 8)
+    plans = ("--attention", f"oracle:density=1.0,{SMALL}", "--attention", f"random:density=0.1,{SMALL}")
+    command = ("eval", llama, "--suite", "long", *asked, *plans, "--work-dir", tmp_path / "work", "--json")
+    found = one_json(run(*command))
+    whole, some = found["candidates"]
+    assert "random" in some["model"] and found["reference"] is not None
+    assert whole["answers"][0]["kl"] < 1e-5 < some["answers"][0]["kl"]
+    assert [each["answers"] for each in one_json(run(*command))["candidates"]] == [whole["answers"], some["answers"]]
 
 
 def test_chat_attends_by_a_plan(run: Run, llama: Path) -> None:

@@ -101,6 +101,26 @@ def test_a_bad_cache_is_told_from_a_perfect_one(folder: Path) -> None:
         assert gap is not None and (abs(gap.value) > 1) == differs and found.chunk == 2
 
 
+def test_caches_and_plans_are_scored_by_name(folder: Path, tmp_path: Path) -> None:
+    texts = [{"text": " ".join([*"abcdefghijklmnopqrstuv", first])} for first in "abcdefgh"]
+    (tmp_path / "lambada_test.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    given: dict[str, Any] = {"task_data": tmp_path, "device": "cpu", "chunk": 4}
+    plan = "random:density=0.1,dense_below=0,block_q=4,block_k=4,max_density=1"
+    found = rarefy.evaluate_tasks(
+        [folder / "dense"], ["lambada_openai"], kv=["kivi:num_bits=2,group_size=8,residual=8", "identity"],
+        attention=["dense", plan], **given,
+    )  # fmt: skip
+    assert found.reference is not None and [each.model.split(", ")[1][:6] for each in found.candidates] == [
+        "dense", "dense", "random", "random",
+    ]  # fmt: skip
+    wanted = [score.value for score in found.reference.scores]
+    coded, dense, *sparse = ([score.value for score in each.scores] for each in found.candidates)
+    assert dense == pytest.approx(wanted, rel=1e-5) and coded != wanted
+    assert all(each != pytest.approx(wanted, rel=1e-5) for each in sparse)
+    with pytest.raises(OptionError, match="kv= needs chunk="):
+        rarefy.evaluate_tasks([folder / "dense"], ["piqa"], kv=["kivi"], device="cpu")
+
+
 def test_a_run_goes_on_where_it_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"task_data": folder / "data", "device": "cpu", "work_dir": tmp_path / "work"}
     first = rarefy.evaluate_tasks([folder / "dense"], ["piqa"], **given)

@@ -18,7 +18,7 @@ from rarefy.core.files import write_text
 
 
 class Shelf(Protocol):
-    """Hidden states by batch, on the host."""
+    """Hidden states by batch, on the host or on the device that computes."""
 
     def read(self, batch: int) -> Tensor: ...
 
@@ -39,11 +39,11 @@ class Stream(Protocol):
 
 
 class MemoryShelf:
-    """In host memory, in ``dtype``."""
+    """In the memory of ``device``, in ``dtype``."""
 
-    def __init__(self, batches: int, dtype: torch.dtype):
+    def __init__(self, batches: int, dtype: torch.dtype, device: torch.device | str):
         self._held: list[Tensor | None] = [None] * batches
-        self._dtype = dtype
+        self._dtype, self._device = dtype, device
 
     def read(self, batch: int) -> Tensor:
         held = self._held[batch]
@@ -51,7 +51,7 @@ class MemoryShelf:
         return held
 
     def write(self, batch: int, hidden: Tensor) -> None:
-        self._held[batch] = hidden.detach().to("cpu", self._dtype, copy=True)
+        self._held[batch] = hidden.detach().to(self._device, self._dtype, copy=True)
 
     def discard(self) -> None:
         self._held = []
@@ -92,10 +92,10 @@ class FileShelf:
 
 
 class MemoryStream:
-    """In host memory; a block's outputs replace its inputs batch by batch."""
+    """In the memory of ``device``; a block's outputs replace its inputs batch by batch."""
 
-    def __init__(self, batches: int, dtype: torch.dtype):
-        self._shelf = MemoryShelf(batches, dtype)
+    def __init__(self, batches: int, dtype: torch.dtype, device: torch.device | str):
+        self._shelf = MemoryShelf(batches, dtype, device)
 
     def read(self, batch: int) -> Tensor:
         return self._shelf.read(batch)

@@ -42,10 +42,14 @@ def _multiplies(module: nn.Module) -> bool:
 
 
 class Resident:
-    """Puts a skeleton's parts on a device with their real tensors, and takes them off again."""
+    """Puts a skeleton's parts on a device with their real tensors, and takes them off again.
+
+    ``held``: by name the tensors that are on the device now and have not changed their dtype, as they are stored.
+    """
 
     def __init__(self, model: nn.Module, weights: Weights, device: torch.device, dtype: torch.dtype):
         self.model, self.weights, self.device, self.dtype = model, weights, device, dtype
+        self.held: dict[str, Tensor] = {}
 
     @contextmanager
     def block(self, name: str) -> Iterator[nn.Module]:
@@ -86,11 +90,14 @@ class Resident:
         finally:
             for table, label, old in reversed(before):
                 table[label] = old
+            self.held.clear()
 
     def _fetch(self, name: str, is_parameter: bool) -> Tensor:
         tensor = self.weights.read(name)
         dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
-        tensor = tensor.to(device=self.device, dtype=dtype)
+        stored, tensor = tensor, tensor.to(device=self.device, dtype=dtype)
+        if tensor.dtype == stored.dtype:
+            self.held[name] = tensor
         return nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
 
 

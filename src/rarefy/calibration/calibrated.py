@@ -18,7 +18,7 @@ from rarefy.calibration.driver import BATCH_TOKENS, Driver, Job
 from rarefy.calibration.gradients import KINDS
 from rarefy.calibration.journal import Journal, fingerprint
 from rarefy.calibration.parallel import Ranks
-from rarefy.calibration.plan import check_plan, fits_memory, plan
+from rarefy.calibration.plan import check_plan, fits_device, fits_memory, plan
 from rarefy.calibration.samples import Samples
 from rarefy.calibration.selection import Selection
 from rarefy.calibration.weights import Weights
@@ -91,14 +91,15 @@ def calibrated(
         elif not fits_memory(wanted, device, ranks.size):
             place = stack.enter_context(TemporaryDirectory(prefix="rarefy-", dir=None if work is None else work.parent))
             scratch = Path(place)
+        hidden = device if scratch is None and fits_device(wanted, device) else torch.device("cpu")
         if ranks.leads:
-            announce(wanted.describe(device, scratch is not None))
+            announce(wanted.describe(device, hidden, scratch is not None))
         if journal.finished < len(blocks) and (warning := check_plan(wanted, device, scratch, ranks.size)):
             log.warning("%s", warning)
         Driver(
             Job(
                 model, weights, selection, recipe, own, device, dtype, journal, ranks, everywhere, calibration.seed,
-                scratch,
+                scratch, hidden,
             )
         ).run()  # fmt: skip
         if scratch is not None:

@@ -24,7 +24,7 @@ from rarefy.calibration.samples import Batch, Samples, on_device
 from rarefy.calibration.selection import Selection
 from rarefy.calibration.solving import Solver, decoded
 from rarefy.calibration.weights import Overlay, Weights
-from rarefy.contracts import Layer, Recipe
+from rarefy.contracts import Layer, Recipe, WeightRecipe
 from rarefy.core.errors import RecipeError, UnsupportedError
 from rarefy.core.progress import Advance, progress
 from rarefy.formats.terms import Term
@@ -53,6 +53,7 @@ class Job:
     everywhere: bool = False  # whether all ranks, or only the first, end up with the solutions
     seed: int = 0
     scratch: Path | None = None  # where activations are mapped; None keeps them in memory
+    hidden: torch.device | str = "cpu"  # in whose memory
 
 
 class Driver:
@@ -70,6 +71,7 @@ class Driver:
         rules = {site.name: rule for site, rule in job.selection.chosen}
         self.solver = Solver(rules, self.weights, job.device, job.ranks, job.seed)
         self.resident = Resident(job.model, self.weights, job.device, job.dtype)
+        self.solver.held = self.resident.held
         self.replay = Replay(job.model, self.blocks)
         self.batches = job.samples.batches
         self.masks = [token_mask(job.model, self.blocks[0], batch) for batch in self.batches]
@@ -140,14 +142,14 @@ class Driver:
 
     def _stream(self, kind: str, finished: int) -> Stream:
         if self.job.scratch is None:
-            return MemoryStream(len(self.batches), self.job.dtype)
+            return MemoryStream(len(self.batches), self.job.dtype, self.job.hidden)
         # The first block's inputs are generation 1; what has been committed beyond the journal is done again.
         generation = finished + 1 if finished else 0
         return FileStream(self.job.scratch, f"inputs-{kind}", self.shapes, self.job.dtype, generation)
 
     def _shelf(self, name: str) -> Shelf:
         if self.job.scratch is None:
-            return MemoryShelf(len(self.batches), self.job.dtype)
+            return MemoryShelf(len(self.batches), self.job.dtype, self.job.hidden)
         return FileShelf(self.job.scratch / f"{name}.bin", self.shapes, self.job.dtype)
 
     def _sweep(self) -> None:
@@ -250,6 +252,8 @@ class Driver:
 
         for group in capture.groups:
             recipe = self.solver.recipe(group.sites[0])
+            if type(recipe).input_scale is WeightRecipe.input_scale:
+                continue
             factor = recipe.input_scale([self.solver.layer(site, group) for site in group.sites])
             if factor is None:
                 continue

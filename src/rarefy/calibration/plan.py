@@ -18,14 +18,15 @@ from rarefy.layers.swap import Site
 SOLVER_COPIES = 3
 # Float32 copies of a weight that a solver holds: the weight, its running errors, its codes, its decoded values.
 WEIGHT_COPIES = 5
+ROOM = 0.5  # of what is free on a GPU: the rest is for the block's own temporaries and for others
 SPARE = 0.8  # of what is free: the rest is for the interpreter, the model library and the file cache
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by purpose. ``activations`` lie on the host or on disk (there twice: a block's inputs and its outputs),
-    ``states`` with them while gradients are taken, ``block``, ``statistics`` and ``solver`` on the device; ``results``
-    on disk."""
+    """Bytes by purpose. ``activations`` lie on the device or the host, or on disk (there twice: a block's inputs and
+    its outputs), ``states`` with them while gradients are taken, ``block``, ``statistics`` and ``solver`` on the
+    device; ``results`` on disk."""
 
     activations: int
     states: int
@@ -49,12 +50,13 @@ class Plan:
         """Bytes of hidden states that are kept on disk."""
         return 2 * self.activations + self.states
 
-    def describe(self, device: torch.device, mapped: bool) -> str:
-        """One line for the person."""
-        hidden = f"activations {human(self.mapped if mapped else self.memory)} {'on disk' if mapped else 'in memory'}"
+    def describe(self, device: torch.device, hidden: torch.device, mapped: bool) -> str:
+        """One line for the person; ``hidden`` is in whose memory activations are that are not ``mapped``."""
+        place = "on disk" if mapped else "in memory" if hidden.type == "cpu" else f"on {hidden.type}"
+        activations = f"activations {human(self.mapped if mapped else self.memory)} {place}"
         return (
             f"plan: one block {human(self.block)}, statistics {human(self.statistics)}, solver {human(self.solver)} "
-            f"on {device.type}; {hidden}; solutions up to {human(self.results)} on disk"
+            f"on {device.type}; {activations}; solutions up to {human(self.results)} on disk"
         )
 
 
@@ -101,6 +103,11 @@ def check_plan(wanted: Plan, device: torch.device, scratch: Path | None, process
     if free is not None and needed > free:
         return f"the job needs about {human(needed)} on {device.type}, and {human(free)} are free"
     return None
+
+
+def fits_device(wanted: Plan, device: torch.device) -> bool:
+    """Whether activations can stay on the GPU that computes, where reading and writing them takes next to no time."""
+    return device.type == "cuda" and wanted.device + wanted.memory <= ROOM * torch.cuda.mem_get_info(device)[0]
 
 
 def fits_memory(wanted: Plan, device: torch.device, processes: int) -> bool:

@@ -35,6 +35,7 @@ class Solver:
         self.recipes: dict[int, WeightRecipe] = {id(rule): rule.recipe() for rule in rules.values()}
         self.scales = InputScales(ranks.tell)
         self.gradients: GradientFiles | None = None
+        self.held: Mapping[str, Tensor] = {}  # weights that are on the device anyway, as they are stored
 
     def recipe(self, site: Site) -> WeightRecipe:
         return self.recipes[id(self.rules[site.name])]
@@ -44,7 +45,10 @@ class Solver:
 
     def layer(self, site: Site, group: Group) -> Layer:
         """The layer's weight in float32 on the device, as scaled so far, with what is known of it."""
-        weight = self.weights.read(site.parameter).to(device=self.device, dtype=torch.float32)
+        changed = site.parameter in self.weights.changed
+        held = None if changed else self.held.get(site.parameter)
+        stored = self.weights.read(site.parameter) if held is None else held
+        weight = stored.to(device=self.device, dtype=torch.float32)
         weight = weight.T.contiguous() if site.kind == "conv1d" else weight
         factor = self.scales.factors.get(site.name)
         weight = weight if factor is None else weight * factor

@@ -1,4 +1,4 @@
-"""``rarefy bench --matrix``: what every model costs with every cache under every load."""
+"""``rarefy bench --matrix``: what every model costs with every attention and cache under every load."""
 
 from __future__ import annotations
 
@@ -31,31 +31,37 @@ def _measure(matrix: Matrix, work_dir: Path | None) -> Efficiency:
     from rarefy.core.errors import OptionError
     from rarefy.evaluation.efficiency.matrix import DENSE, run_matrix
     from rarefy.integrations.transformers.kv_evaluation import cache_factory
+    from rarefy.integrations.transformers.plan_evaluation import check_plans, dense_cache, set_plan
     from rarefy.integrations.transformers.subjects import open_subjects
 
     if matrix.windows and matrix.reference is None:
         raise OptionError("Windows measure quality against a model; name it as 'reference', or leave 'windows' out.")
     if matrix.threads is not None:
         torch.set_num_threads(matrix.threads)
+    check_plans(matrix.attention)
     subjects = open_subjects(matrix.models, None, dtype=matrix.dtype, device=matrix.device)
     caches: dict[str, CacheFactory | None] = {
-        name: None if name == DENSE else cache_factory(name, subjects.tokenizer) for name in matrix.caches
+        name: dense_cache if name == DENSE else cache_factory(name, subjects.tokenizer) for name in matrix.caches
     }
 
-    def judge(model: str, cache: CacheFactory | None) -> Comparison:
+    def judge(model: str, cache: str, factory: CacheFactory | None, attention: str) -> Comparison:
+        coded = cache != DENSE
         return api.compare(
             [model], reference=matrix.reference, data=matrix.data, context=matrix.context, windows=matrix.windows,
-            dtype=matrix.dtype, device=matrix.device, cache=cache, chunk=None if cache is None else 64,
+            dtype=matrix.dtype, device=matrix.device, cache=factory if coded else None, chunk=64 if coded else None,
+            attention=() if attention == DENSE else (attention,),
         )  # fmt: skip
 
-    return run_matrix(matrix, subjects.candidates, caches, subjects.device, judge=judge, work_dir=work_dir)
+    return run_matrix(
+        matrix, subjects.candidates, caches, subjects.device, attend=set_plan, judge=judge, work_dir=work_dir
+    )
 
 
 def print_efficiency(found: Efficiency) -> None:
     """A row for each combination, then the roof and what was measured how."""
     headings = (
-        "model", "cache", "batch x tokens", "first ms", "token ms", "p95", "tokens/s", "peak GB", "memory", "compute",
-        "roofline", "J/token", "smaller", "perplexity",
+        "model", "attention", "cache", "batch x tokens", "first ms", "token ms", "p95", "tokens/s", "peak GB",
+        "memory", "compute", "roofline", "J/token", "smaller", "perplexity",
     )  # fmt: skip
     print_table(headings, [_cells(row) for row in found.rows])
     roof, first = found.roof, found.rows[0].cost
@@ -74,7 +80,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     cost, load = row.cost, row.cost.load
     size = f"{load.batch} x {load.prompt_tokens}+{load.new_tokens}"
     return (
-        row.model, row.cache, size, f"{1e3 * cost.first_token.p50:.1f}", f"{1e3 * cost.token.p50:.1f}",
+        row.model, row.attention, row.cache, size, f"{1e3 * cost.first_token.p50:.1f}", f"{1e3 * cost.token.p50:.1f}",
         f"{1e3 * cost.token.p95:.1f}", f"{cost.new_tokens_per_second:.1f}", f"{cost.memory.peak_bytes / 1e9:.2f}",
         _share(cost.memory.utilization), _share(cost.compute_utilization), _share(cost.decode_roofline),
         "-" if cost.joules_per_token is None else f"{cost.joules_per_token:.3g}",

@@ -75,11 +75,9 @@ def evaluate(
     chosen: Literal["exact", "fast"] = "fast" if executor == "fast" else "exact"
     from rarefy import api
 
-    if attention and (kv or tasks is not None or suite is not None):
-        raise OptionError("--attention goes with neither --kv nor --tasks nor --suite; leave one out.")
-    if kv and tasks is not None and suite is None:
-        raise OptionError("--kv does not go with --tasks of lm-eval; leave one out, or add --suite long.")
-    if kv and suite is None:
+    if kv and attention and regime != "chunked":
+        raise OptionError(f"--attention with --kv is measured chunked, not in the regime '{regime}'; leave one out.")
+    if kv and not attention and tasks is None and suite is None:
         from rarefy.cli.caches import evaluate_caches
 
         evaluate_caches(
@@ -93,8 +91,8 @@ def evaluate(
             raise OptionError(f"--suite '{suite}' is unknown; use long.")
         found = api.evaluate_long(
             models, reference=reference, data=data, length=length, sessions=sessions, documents=documents, seed=seed,
-            chunk=chunk or 256, tasks=names, session_files=session_file or (), kv=kv or (), work_dir=work_dir,
-            dtype=dtype, device=device,
+            chunk=chunk or 256, tasks=names, session_files=session_file or (), kv=kv or (), attention=attention or (),
+            work_dir=work_dir, dtype=dtype, device=device,
         )  # fmt: skip
         if as_json:
             print_record("long", found.model_dump())
@@ -104,7 +102,8 @@ def evaluate(
     if names is not None:
         scores = api.evaluate_tasks(
             models, names, reference=reference, limit=limit or None, few_shot=few_shot, task_data=task_data,
-            chunk=chunk, batch=batch, allow_code=allow_code, work_dir=work_dir, dtype=dtype, device=device,
+            chunk=chunk or (64 if kv else None), kv=kv or (), attention=attention or (), batch=batch,
+            allow_code=allow_code, work_dir=work_dir, dtype=dtype, device=device,
         )  # fmt: skip
         if as_json:
             print_record("tasks", scores.model_dump())
@@ -113,7 +112,7 @@ def evaluate(
         return
     result = api.compare(
         models, reference=reference, data=data, context=context, windows=windows or None, executor=chosen, dtype=dtype,
-        device=device, chunk=chunk, attention=attention or (),
+        device=device, chunk=chunk or (64 if kv else None), kv=kv or (), attention=attention or (),
     )  # fmt: skip
     if as_json:
         records = [_record(evaluation, result) for evaluation in result.candidates]

@@ -10,9 +10,13 @@ from torch import Tensor
 
 from rarefy.kernels import cpu, cuda
 from rarefy.kernels import prepared as layouts
+from rarefy.kernels.columns import compiled, fit_around, fits_around, round_columns, search_ranges
 from rarefy.kernels.prepared import NotCovered, Prepared, decode
 
-__all__ = ["NotCovered", "Prepared", "decode", "engine", "linear", "takes"]
+__all__ = [
+    "NotCovered", "Prepared", "compiled", "decode", "engine", "fit_around", "fits_around", "linear", "round_columns",
+    "search_ranges", "takes",
+]  # fmt: skip
 
 _ENGINES: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda}
 

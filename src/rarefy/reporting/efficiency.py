@@ -15,9 +15,9 @@ from rarefy.reporting.parts import Section, Table
 STEP = Axis("Time of a token", "ms per new token (median)", from_zero=True)
 PERPLEXITY = Axis("perplexity", "perplexity")
 HEADINGS = (
-    "model", "cache", "load", "first token ms", "p95", "token ms", "p95", "new tokens/s", "requests/s", "peak memory",
-    "of memory", "compute", "prefill of roofline", "decode of roofline", "J/token", "times smaller", "quality kept",
-    "compression rate",
+    "model", "attention", "cache", "load", "first token ms", "p95", "token ms", "p95", "new tokens/s", "requests/s",
+    "peak memory", "of memory", "compute", "prefill of roofline", "decode of roofline", "J/token", "times smaller",
+    "quality kept", "compression rate",
 )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def _section(found: Efficiency, number: int, count: int) -> Section:
 def _cells(row: Row) -> tuple[str, ...]:
     cost = row.cost
     return (
-        row.model, row.cache, cost.load.describe(), f"{1e3 * cost.first_token.p50:.1f}",
+        row.model, row.attention, row.cache, cost.load.describe(), f"{1e3 * cost.first_token.p50:.1f}",
         f"{1e3 * cost.first_token.p95:.1f}", f"{1e3 * cost.token.p50:.1f}", f"{1e3 * cost.token.p95:.1f}",
         f"{cost.new_tokens_per_second:.1f}", f"{cost.requests_per_second:.3g}", human(cost.memory.peak_bytes),
         _share(cost.memory.utilization), _share(cost.compute_utilization), _share(cost.prefill_roofline),
@@ -75,7 +75,7 @@ def _speed_against_quality(found: Efficiency, name: str) -> Figure | None:
 
 
 def _timeline(found: Efficiency, name: str) -> Figure | None:
-    """Memory while the last load of each model and cache ran; None where the system does not say."""
+    """Memory while the last load of each combination ran; None where the system does not say."""
     last = {_what(row, found): row.cost.memory for row in found.rows}
     if not any(memory.peak_bytes for memory in last.values()):
         return None
@@ -99,8 +99,11 @@ def _timeline(found: Efficiency, name: str) -> Figure | None:
 
 
 def _what(row: Row, found: Efficiency) -> str:
-    """The model, with its cache where there are several."""
-    return f"{row.model}, {row.cache}" if len({each.cache for each in found.rows}) > 1 else row.model
+    """The model, with its attention and cache where there are several."""
+    parts = [row.model]
+    parts += [f"{row.attention} attention"] if len({each.attention for each in found.rows}) > 1 else []
+    parts += [f"{row.cache} cache"] if len({each.cache for each in found.rows}) > 1 else []
+    return ", ".join(parts)
 
 
 def _share(value: float | None) -> str:

@@ -7,8 +7,12 @@ from pydantic import Field
 from torch import Tensor
 
 from rarefy.core.config import StrictModel
-from rarefy.formats.grids import Grid, Params
+from rarefy.formats.grids import Grid, IntegerGrid, Params
 from rarefy.formats.grids.base import check_numbers
+from rarefy.formats.layout import FLOATS
+from rarefy.formats.scales import SingleScale
+from rarefy.kernels.column_arguments import AT_ONCE
+from rarefy.kernels.native import compiled, search_ranges
 
 CHUNK = 1 << 22  # values handled at once, to stay in cache and bound memory
 
@@ -44,9 +48,18 @@ def fit(
     """
     if not checked:
         check_numbers(weight, importance)
+    counts = None if importance is None else importance.detach().float()
     blocks, importance = grid.prepare(weight, importance)
     if search is None or not grid.searchable:
         return grid.round(grid.propose(blocks, importance))
+    if gram is None and _has_kernel(grid, weight, search):
+        assert isinstance(grid, IntegerGrid)
+        shrink = search_ranges(
+            weight.detach().float(), counts, search.factors(torch.device("cpu")).tolist(), search.norm,
+            group_size=grid.size(weight.shape[1]), levels=grid.code_count, zero=grid.zero,
+            dtype=FLOATS[grid.scales.dtype],
+        )  # fmt: skip
+        return grid.round(grid.propose(blocks, importance, shrink.double()))
     correlation = None if gram is None else _diagonal_blocks(gram, blocks.shape[1], blocks.shape[2])
     height = grid.height(blocks.shape[0])
     step = max(1, CHUNK // max(1, blocks[:1].numel()) // height) * height
@@ -61,6 +74,12 @@ def fit(
         for start in range(0, blocks.shape[0], step)
     ]
     return grid.round({name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]})
+
+
+def _has_kernel(grid: Grid, weight: Tensor, search: ClipSearch) -> bool:
+    """Whether a kernel searches: for integers whose groups have scales of their own. Others are searched in torch."""
+    even = isinstance(grid, IntegerGrid) and isinstance(grid.scales, SingleScale)
+    return even and compiled(weight.device) and search.candidates <= AT_ONCE and weight.numel() > 0
 
 
 def _search(

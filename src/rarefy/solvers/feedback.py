@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -20,13 +20,12 @@ from rarefy.core.devices import cpu_threads
 from rarefy.formats.grids import Grid
 from rarefy.formats.grids.base import check_numbers
 from rarefy.formats.terms import Term, stack
+from rarefy.kernels.columns import LARGE
 from rarefy.solvers.hessian import InverseHessian
 from rarefy.solvers.rtn import range_multiplier
 
 # Columns whose later columns are updated at once, by a matrix product.
 BLOCK = 128
-# Rows from which on the work on a single column is worth more than one thread.
-LARGE = 1 << 15
 
 
 class ColumnRule(ABC):
@@ -40,9 +39,23 @@ class ColumnRule(ABC):
         """See a segment of ``size`` (the last may be shorter) as it is now: ``columns`` float32 ``[members, columns,
         rows]``, the first of them at position ``start``."""
 
-    @abstractmethod
     def column(self, values: Tensor, position: int, error: Tensor) -> None:
         """Treat ``values`` and write what they lose into ``error``, both ``[members, rows]``."""
+        raise NotImplementedError
+
+    def stretch(self, block: Tensor, errors: Tensor, shares: Tensor, start: int) -> None:
+        """Treat as many columns of ``block``, from position ``start`` on, as ``errors`` has, and correct those after
+        them: arguments as of ``kernels.columns.round_columns``, here with ``column`` one by one."""
+        # Views are made for many columns at once: each costs as much time as a small kernel.
+        values, own, broad = block.unbind(1), errors.unbind(1), errors.unsqueeze(2).unbind(1)
+        passed_on = shares.unsqueeze(-1).unbind(1)
+        # One column is too little work to share between threads.
+        with cpu_threads(1) if errors.shape[0] * errors.shape[2] < LARGE else nullcontext():
+            for index in range(errors.shape[1]):
+                self.column(values[index], start + index, own[index])
+                if left := block.shape[1] - index - 1:
+                    later = block.narrow(1, index + 1, left)
+                    later.addcmul_(passed_on[index].narrow(1, index + 1, left), broad[index], value=-1)
 
 
 def compensate(weight: Tensor, inverse: InverseHessian, rule: ColumnRule) -> Tensor:
@@ -58,24 +71,23 @@ def compensate(weight: Tensor, inverse: InverseHessian, rule: ColumnRule) -> Ten
     members, _, rows = work.shape
     edges = _block_edges(columns, rule.segments)
     for start, end in zip(edges, [*edges[1:], columns], strict=True):
-        block, errors = work[:, start:end], work.new_empty(members, end - start, rows)
-        # Views are made for many columns at once: each costs as much time as a small kernel.
-        values, own, broad = block.unbind(1), errors.unbind(1), errors.unsqueeze(2).unbind(1)
-        passed_on = shares[:, start:end, start:end, None].unbind(1)
-        # One column is too little work to share between threads.
-        with cpu_threads(1) if rows * members < LARGE else nullcontext():
-            for index, position in enumerate(range(start, end)):
-                for size in rule.segments:
-                    if position % size == 0:
-                        rule.begin(size, work[:, position : min(position + size, columns)], position)
-                rule.column(values[index], position, own[index])
-                if left := end - position - 1:
-                    later = block.narrow(1, index + 1, left)
-                    later.addcmul_(passed_on[index].narrow(1, index + 1, left), broad[index], value=-1)
-        block -= errors
+        errors = work.new_empty(members, end - start, rows)
+        for first, last in _stretches(start, end, rule.segments):
+            for size in rule.segments:
+                if first % size == 0:
+                    rule.begin(size, work[:, first : min(first + size, columns)], first)
+            own = errors[:, first - start : last - start]
+            rule.stretch(work[:, first:end], own, shares[:, first:last, first:end], first)
+        work[:, start:end] -= errors
         if end < columns:
             work[:, end:].baddbmm_(shares[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
     return work.transpose(1, 2)
+
+
+def _stretches(start: int, end: int, segments: Sequence[int]) -> list[tuple[int, int]]:
+    """Columns from ``start`` to ``end``, cut where a segment begins."""
+    cuts = {start}.union(*(range(-(-start // size) * size, end, size) for size in segments))
+    return list(pairwise([*sorted(cuts), end]))
 
 
 def _block_edges(columns: int, segments: Sequence[int]) -> list[int]:

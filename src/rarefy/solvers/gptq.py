@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from rarefy.formats.grids import Grid, Params
 from rarefy.formats.grids.base import Rounding
 from rarefy.formats.inputs import PermutedInput
 from rarefy.formats.terms import Quantized, Term
+from rarefy.kernels.columns import Rule
+from rarefy.kernels.native import round_columns
 from rarefy.solvers.clip import ClipSearch, fit
 from rarefy.solvers.feedback import Batch, ColumnRule, by_batch, compensate
 from rarefy.solvers.hessian import InverseHessian
@@ -19,6 +22,8 @@ from rarefy.solvers.hessian import InverseHessian
 class RoundColumns(ColumnRule):
     """Rounds each column to ``grid``, whose parameters are fitted to each group when its turn comes, or are ``fixed``
     for all groups beforehand. ``codes`` and ``params`` are those of the flattened batch, columns in processing order.
+
+    Grids of even steps have a kernel for a whole stretch of columns; those of tables are rounded one by one, in torch.
     """
 
     def __init__(self, grid: Grid, batch: Batch, search: ClipSearch | None = None, fixed: Params | None = None):
@@ -30,6 +35,7 @@ class RoundColumns(ColumnRule):
         self._columns = self.codes.view(columns, *batch.weight.shape[:2]).unbind()
         self._group_of = [position // self._size for position in range(columns)]
         self._first = 0  # the group that the parameters at hand begin with
+        self._even: tuple[Tensor, Tensor] | None = None
         if fixed is None:
             self.segments = (self._size * grid.span,)
         else:
@@ -40,6 +46,29 @@ class RoundColumns(ColumnRule):
         mass = self.mass[:, start : start + columns.shape[1]]
         self._install(fit_members(self.grid, columns.transpose(1, 2), mass, self.search), start)
 
+    def stretch(self, block: Tensor, errors: Tensor, shares: Tensor, start: int) -> None:
+        part = slice(start, start + errors.shape[1])
+        if not self.round(block, errors, shares, part, **self._marks(part)):
+            super().stretch(block, errors, shares, start)
+
+    def round(
+        self, block: Tensor, errors: Tensor, shares: Tensor, part: slice, rule: Rule = "every", **marks: Any
+    ) -> bool:
+        """``round_columns`` for the positions ``part``; False when the grid has no even steps."""
+        if self._even is None:
+            return False
+        groups = [group - self._first for group in self._group_of[part]]
+        scale, zero = self._even
+        round_columns(
+            block, errors, shares, codes=self.codes[part], scale=scale, zero=zero, groups=groups,
+            last=self.grid.code_count - 1, rule=rule, **marks,
+        )  # fmt: skip
+        return True
+
+    def _marks(self, part: slice) -> dict[str, Any]:
+        """What ``round_columns`` has to know of the positions ``part`` beyond the grid."""
+        return {}
+
     def column(self, values: Tensor, position: int, error: Tensor) -> None:
         codes, rounded = self._rounding(values.flatten(), self._group_of[position] - self._first)
         self._columns[position].copy_(codes.view(values.shape))
@@ -49,9 +78,11 @@ class RoundColumns(ColumnRule):
         """Rounded parameters of all groups."""
         return {name: torch.cat([part[name] for part in self._fitted], dim=1) for name in self._fitted[0]}
 
-    def _install(self, params: Params, start: int) -> None:
+    def _install(self, params: Params, start: int, even: tuple[Tensor, Tensor] | None = None) -> None:
         self._fitted.append(params)
-        self._rounding: Rounding = self.grid.rounding(params)
+        self._even = self.grid.even(params) if even is None else even
+        if self._even is None:
+            self._rounding: Rounding = self.grid.rounding(params)
         self._first = start // self._size
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,11 @@ class RoundKept(RoundColumns):
 
     def __init__(self, grid: Grid, batch: Batch, params: Params, mask: Tensor):
         super().__init__(grid, batch, fixed=params)
-        self._kept_of = mask.T[batch.inverse.order[0]].unbind()
+        self._kept = mask.T[batch.inverse.order[0]]
+        self._kept_of = self._kept.unbind()
+
+    def _marks(self, part: slice) -> dict[str, Any]:
+        return {"rule": "drop", "marked": self._kept[part]}
 
     def column(self, values: Tensor, position: int, error: Tensor) -> None:
         super().column(values, position, error)

@@ -6,12 +6,16 @@ An outlier takes no part in fitting its group, has no error to feed back, and is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rarefy.formats.grids import Grid, Params
+from rarefy.formats.grids import Grid, IntegerGrid, Params
+from rarefy.formats.layout import FLOATS
+from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms import Quantized, Residual, Term, stack
+from rarefy.kernels.native import fit_around, fits_around
 from rarefy.solvers.clip import ClipSearch, fit
 from rarefy.solvers.feedback import Batch, by_batch, compensate
 from rarefy.solvers.gptq import RoundColumns, fit_members, quantized
@@ -49,6 +53,9 @@ class RoundOrKeep(RoundColumns):
         shape = (-1, *batch.weight.shape[:2])
         self._lost_of, self._outliers_of = self.lost.view(shape).unbind(), self.outliers.view(shape).unbind()
 
+    def _marks(self, part: slice) -> dict[str, Any]:
+        return {"rule": "spare", "marked": self.outliers[part], "lost": self.lost[part]}
+
     def choose(self, lost: Tensor, position: int, outlier: Tensor) -> None:
         """Mark in ``outlier`` what stays of a column that rounding takes ``lost`` from; both ``[members, rows]``."""
 
@@ -71,6 +78,8 @@ class KeepDear(RoundOrKeep):
         self._begun = 0
 
     def begin(self, size: int, columns: Tensor, start: int) -> None:
+        if self._fit(columns, slice(start, start + columns.shape[1])):
+            return
         weight = columns.transpose(1, 2)
         scale = self.scales[:, None, start : start + columns.shape[1]]
         # (lost / scale)^2 > threshold, without the squares.
@@ -78,6 +87,27 @@ class KeepDear(RoundOrKeep):
         spoils = leave_one_out_gain(weight, scale, self.grid.code_count) > self.threshold[..., None]
         mass = self.mass[:, start : start + columns.shape[1]]
         self._install(fit_members(self.grid, mean_filled(weight, spoils), mass, self.search), start)
+
+    def _fit(self, columns: Tensor, part: slice) -> bool:
+        """Fit ``columns`` by a kernel; False when there is none for this grid or device."""
+        grid, search = self.grid, self.search
+        if not (isinstance(grid, IntegerGrid) and grid.zero == "float" and isinstance(grid.scales, BilevelScale)):
+            return False
+        scales, dtype = grid.scales, FLOATS[grid.scales.dtype]
+        factors = [] if search is None else search.factors(torch.device("cpu")).tolist()
+        if grid.span > 1 or not fits_around(columns.device, columns.shape[1], scales.rows, dtype, len(factors)):
+            return False
+        codes, second, scale, zero = fit_around(
+            columns, self.scales[:, part], self.mass[:, part], self.threshold.flatten(), levels=grid.code_count,
+            bits=(scales.scale_bits, scales.zero_bits), tile=scales.rows, dtype=dtype, factors=factors,
+            norm=2.0 if search is None else search.norm,
+        )  # fmt: skip
+        self._install({"scale": codes, "second_order": second}, part.start, (scale[None], zero[None]))
+        return True
+
+    def _marks(self, part: slice) -> dict[str, Any]:
+        chosen = {"rule": "choose", "reach": self._reach.flatten(), "unit": self.scales[:, part]}
+        return {**super()._marks(part), **chosen}
 
     def choose(self, lost: Tensor, position: int, outlier: Tensor) -> None:
         torch.gt(lost.abs(), self._allowed[position - self._begun], out=outlier)

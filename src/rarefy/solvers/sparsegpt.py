@@ -10,6 +10,7 @@ from torch import Tensor
 from rarefy.formats.grids import Grid
 from rarefy.formats.patterns import NM, Pattern
 from rarefy.formats.terms import Quantized, Sparse, Term
+from rarefy.kernels.native import round_columns
 from rarefy.solvers.clip import ClipSearch
 from rarefy.solvers.feedback import BLOCK, Batch, ColumnRule, by_batch, compensate
 from rarefy.solvers.gptq import RoundColumns
@@ -46,6 +47,14 @@ class PruneColumns(ColumnRule):
             # Groups of n:m inside it are chosen later; what would stay now is the best guess.
             kept = self.kept[part].transpose(0, 1) if size <= self._size else self._choose(columns, part)
             self.rounding.begin(size, torch.where(kept, columns, 0.0), start)
+
+    def stretch(self, block: Tensor, errors: Tensor, shares: Tensor, start: int) -> None:
+        part = slice(start, start + errors.shape[1])
+        kept = self.kept[part].flatten(1)
+        if self.rounding is None:
+            round_columns(block, errors, shares, rule="drop", marked=kept)
+        elif not self.rounding.round(block, errors, shares, part, "drop", marked=kept):
+            super().stretch(block, errors, shares, start)
 
     def column(self, values: Tensor, position: int, error: Tensor) -> None:
         if self.rounding is not None:

@@ -99,10 +99,14 @@ def test_every_combination_has_a_row_and_is_measured_once(tiny: Build, tmp_path:
     assert [row.model for row in go().rows] == [row.model for row in first.rows] and loaded.count == 3
 
 
-def test_quality_is_that_of_the_model_with_its_cache(tiny: Build) -> None:
-    matrix = Matrix(models=("a",), caches=("dense", "own"), new_tokens=2, prompt_tokens=(4,), rounds=1, windows=1)
+def test_quality_is_that_of_the_model_with_its_cache_and_attention(tiny: Build) -> None:
+    matrix = Matrix(
+        models=("a",), caches=("dense", "own"), attention=("dense", "half"), new_tokens=2, prompt_tokens=(4,), rounds=1,
+        windows=1,
+    )  # fmt: skip
+    set_on: list[str] = []
 
-    def judge(model: str, cache: Any) -> Comparison:
+    def judge(model: str, cache: str, factory: Any, attention: str) -> Comparison:
         def evaluation(perplexity: float) -> Evaluation:
             return Evaluation(
                 model=model, perplexity=perplexity, nll=1, kl=0.1, top1_agreement=None, tokens=1,
@@ -110,13 +114,19 @@ def test_quality_is_that_of_the_model_with_its_cache(tiny: Build) -> None:
                 seconds=1, tokens_per_second=1, peak_bytes=1,
             )  # fmt: skip
 
-        return Comparison(candidates=[evaluation(20 if cache is None else 40)], reference=evaluation(10), passes=1)
+        found = (20 if cache == "dense" else 40) * (1 if attention == "dense" else 2)
+        return Comparison(candidates=[evaluation(found)], reference=evaluation(10), passes=1)
 
     caches = {"dense": None, "own": perfect_cache}
-    found = run_matrix(matrix, [Loaded(tiny()).candidate("a")], caches, CPU, judge=judge)
-    assert [(row.cache, row.quality_kept, row.compression_rate) for row in found.rows] == [
-        ("dense", 0.5, 2.0), ("own", 0.25, 1.0),
+    candidates = [Loaded(tiny()).candidate("a")]
+    found = run_matrix(matrix, candidates, caches, CPU, attend=lambda model, name: set_on.append(name), judge=judge)
+    assert [(row.attention, row.cache, row.quality_kept, row.compression_rate) for row in found.rows] == [
+        ("dense", "dense", 0.5, 2.0), ("dense", "own", 0.25, 1.0), ("half", "dense", 0.25, 1.0),
+        ("half", "own", 0.125, 0.5),
     ]  # fmt: skip
+    assert set_on == ["half"]
+    with pytest.raises(OptionError, match="give attend="):
+        run_matrix(matrix, candidates, caches, CPU)
     assert found.protocol is not None and "context 8" in found.protocol
 
 

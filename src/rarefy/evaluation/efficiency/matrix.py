@@ -1,4 +1,4 @@
-"""Every model with every cache under every load: a table of costs and quality that an interruption does not lose."""
+"""Every model with every attention and cache under every load: costs and quality that an interruption does not lose."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ DENSE = "dense"
 
 
 class Matrix(StrictModel):
-    """What a file for ``rarefy bench --matrix`` may say: every model x cache x load is a row. ``caches``: ``dense``, or
-    as for ``rarefy eval --kv``.
+    """What a file for ``rarefy bench --matrix`` may say: every model x attention x cache x load is a row. ``caches``
+    and ``attention``: ``dense``, or as for ``rarefy eval --kv`` and ``--attention``.
 
     ``windows`` of ``context`` tokens of ``data`` measure quality against the ``reference`` (0: none is). ``watts``: a
     stated power, for energy that is then labelled as modelled. ``threads`` None leaves Torch's.
@@ -37,6 +37,7 @@ class Matrix(StrictModel):
     models: tuple[str, ...] = Field(min_length=1)
     reference: str | None = None
     caches: tuple[str, ...] = Field(default=(DENSE,), min_length=1)
+    attention: tuple[str, ...] = Field(default=(DENSE,), min_length=1)
     batches: tuple[int, ...] = Field(default=(1,), min_length=1)
     prompt_tokens: tuple[int, ...] = Field(default=(128,), min_length=1)
     new_tokens: int = Field(default=32, ge=2)
@@ -63,10 +64,12 @@ class Matrix(StrictModel):
 class Row(StrictModel):
     """One combination. ``compression_ratio``: dense bytes / stored bytes; ``quality_kept``: perplexity of the reference
     / that of the model; ``compression_rate``: their product, which hides a collapse of quality and ranks nothing on its
-    own. Quality is that of the model with this cache; None where it was not measured."""
+    own. Quality is that of the model with this cache and attention; None where it was
+    not measured."""
 
     model: str
     cache: str
+    attention: str = DENSE
     cost: Cost
     bits_per_weight: dict[str, float] | None
     compression_ratio: float | None
@@ -89,8 +92,10 @@ class Efficiency(StrictModel):
     protocol: str | None
 
 
-# What compares the model of that place in a matrix, with a cache, to the reference.
-Judge = Callable[[str, CacheFactory | None], Comparison]
+# What compares a model of a matrix, with a cache (by its name and maker) and attention, to the reference.
+Judge = Callable[[str, str, CacheFactory | None, str], Comparison]
+# What lets a loaded model attend as a name says.
+Attend = Callable[[Any, str], object]
 
 
 def read_matrix(path: Path) -> Matrix:
@@ -110,32 +115,39 @@ def run_matrix(
     caches: Mapping[str, CacheFactory | None],
     device: torch.device,
     *,
+    attend: Attend | None = None,
     judge: Judge | None = None,
     work_dir: Path | None = None,
 ) -> Efficiency:
-    """Measure every candidate (those of ``matrix.models``, in order) with every cache under every load.
+    """Measure every candidate (those of ``matrix.models``, in order) with every attention and cache under every load.
 
-    One model is loaded at a time. ``judge`` compares a model of the matrix, with a cache, to its reference, where the
-    matrix wants quality. ``work_dir`` keeps finished rows of models that live in folders; they are of this machine and
+    One model is loaded at a time; ``attend`` sets its attention where the matrix has another than the dense one.
+    ``judge`` compares a model of the matrix, with cache and attention, to its reference, where the matrix wants
+    quality. ``work_dir`` keeps finished rows of models that live in folders; they are of this machine and
     these versions only. Raises OptionError, UnsupportedError.
     """
-    bench = _Bench(matrix, device, Journal(work_dir))
+    bench = _Bench(matrix, device, Journal(work_dir), attend)
     rows: list[Row] = []
     protocol: str | None = None
     loads = matrix.loads()
-    with progress("bench", len(candidates) * len(caches) * len(loads)) as advance:
+    ways = list(itertools.product(matrix.attention, caches))
+    with progress("bench", len(candidates) * len(ways) * len(loads)) as advance:
         for name, candidate in zip(matrix.models, candidates, strict=True):
             own: list[Row] = []
-            for cache, factory in caches.items():
+            for attention, cache in ways:
                 for load in loads:
-                    own.append(_row(candidate, cache, bench.cost(candidate, cache, factory, load)))
-                    advance(1, f"{candidate.name}, {cache}, {load.describe()}")
+                    cost = bench.cost(candidate, attention, cache, caches[cache], load)
+                    own.append(_row(candidate, attention, cache, cost))
+                    advance(1, f"{candidate.name}, {attention} attention, {cache} cache, {load.describe()}")
             bench.close()
             if judge is not None and matrix.windows:
-                for cache, factory in caches.items():
-                    comparison = judge(name, factory)
+                for attention, cache in ways:
+                    comparison = judge(name, cache, caches[cache], attention)
                     protocol = comparison.candidates[0].protocol.describe()
-                    own = [_judged(row, comparison) if row.cache == cache else row for row in own]
+                    own = [
+                        _judged(row, comparison) if (row.attention, row.cache) == (attention, cache) else row
+                        for row in own
+                    ]
             rows += own
     if bench.roof is None:
         raise OptionError("There is no model to measure; name at least one.")
@@ -145,24 +157,31 @@ def run_matrix(
 class _Bench:
     """The machine, and the model that is loaded on it."""
 
-    def __init__(self, matrix: Matrix, device: torch.device, journal: Journal):
-        self._matrix, self._device, self._journal = matrix, device, journal
+    def __init__(self, matrix: Matrix, device: torch.device, journal: Journal, attend: Attend | None):
+        self._matrix, self._device, self._journal, self._attend = matrix, device, journal, attend
         self._environment = this_environment().model_dump(mode="json")
         self._model: Any = None
+        self._attends = DENSE
         self.roof: Roof | None = None
 
-    def cost(self, candidate: Candidate, cache: str, factory: CacheFactory | None, load: Load) -> Cost:
+    def cost(self, candidate: Candidate, attention: str, cache: str, factory: CacheFactory | None, load: Load) -> Cost:
         """What the candidate costs, as it was kept or measured now."""
         key = {
             "bench": load.model_dump(mode="json"), "cache": cache, "model": candidate.identity,
-            "watts": self._matrix.watts, "environment": self._environment, "threads": torch.get_num_threads(),
+            "attention": attention, "watts": self._matrix.watts, "environment": self._environment,
+            "threads": torch.get_num_threads(),
         }  # fmt: skip
         kept = None if candidate.identity is None else self._journal.take(key)
         if kept is not None:
             self.roof = self.roof or Roof.model_validate(kept["roof"])
             return Cost.model_validate(kept["cost"])
         if self._model is None:
-            self._model = candidate.open().eval()
+            self._model, self._attends = candidate.open().eval(), DENSE
+        if attention != self._attends:
+            if self._attend is None:
+                raise OptionError(f"Nothing here lets a model attend by '{attention}'; give attend=.")
+            self._attend(self._model, attention)
+            self._attends = attention
         check_length(self._model, candidate.name, load.prompt_tokens + load.new_tokens)
         self.roof = self.roof or measure_roof(self._device, self._model.dtype)
         cost = measure_cost(self._model, load, self.roof, cache=factory, watts=self._matrix.watts)
@@ -176,12 +195,13 @@ class _Bench:
         gc.collect()  # models hold reference cycles
 
 
-def _row(candidate: Candidate, cache: str, cost: Cost) -> Row:
+def _row(candidate: Candidate, attention: str, cache: str, cost: Cost) -> Row:
     sizes = candidate.sizes or Sizes()
     ratio = sizes.dense_bytes / sizes.stored_bytes if sizes.dense_bytes and sizes.stored_bytes else None
     return Row(
-        model=candidate.name, cache=cache, cost=cost, bits_per_weight=sizes.bits_per_weight, compression_ratio=ratio
-    )
+        model=candidate.name, cache=cache, attention=attention, cost=cost, bits_per_weight=sizes.bits_per_weight,
+        compression_ratio=ratio,
+    )  # fmt: skip
 
 
 def _judged(row: Row, comparison: Comparison) -> Row:

@@ -98,6 +98,10 @@ class Grid(StrictModel, ABC):
 
         return round_column
 
+    def even(self, params: Params) -> tuple[Tensor, Tensor] | None:
+        """Scale and zero, float32 ``[column groups, rows]``, where values are ``scale * (code - zero)``; else None."""
+        return None
+
     @abstractmethod
     def layout(self, rows: int, columns: int) -> Layout:
         """Stored parameter tensors (after ``pack_params``) of a weight ``[rows, columns]``."""

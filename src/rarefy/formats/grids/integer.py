@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rarefy import packing
-from rarefy.formats.grids.base import Numbers, Params, Rounding, ScaledGrid, shrunk
+from rarefy.formats.grids.base import Numbers, Params, ScaledGrid, shrunk
 from rarefy.formats.layout import Layout, TensorLayout
 from rarefy.formats.scales import SingleScale, finest_step
 
@@ -74,17 +74,9 @@ class _Affine(ScaledGrid):
     def decode_loaded(self, codes: Tensor, numbers: Numbers) -> Tensor:
         return (codes.to(torch.float32) - numbers["zero"]) * numbers["scale"]
 
-    def rounding(self, params: Params) -> Rounding:
-        numbers = {name: tensor[..., 0].T.contiguous() for name, tensor in self.load(params).items()}
-        # A group of zeros has scale 0, and every value of it is then at its zero point.
-        steps = torch.where(numbers["scale"] == 0, torch.inf, numbers["scale"]).unbind()
-        scales, zeros, last = numbers["scale"].unbind(), numbers["zero"].unbind(), self.code_count - 1
-
-        def round_column(column: Tensor, group: int) -> tuple[Tensor, Tensor]:
-            codes = torch.addcdiv(zeros[group], column, steps[group]).round_().clamp_(0, last)
-            return codes, (codes - zeros[group]).mul_(scales[group])
-
-        return round_column
+    def even(self, params: Params) -> tuple[Tensor, Tensor]:
+        numbers = self.load(params)
+        return numbers["scale"][..., 0].T.contiguous(), numbers["zero"][..., 0].T.contiguous()
 
     def layout(self, rows: int, columns: int) -> Layout:
         groups = self.groups(columns)

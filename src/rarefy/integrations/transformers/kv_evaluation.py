@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,6 +16,7 @@ from rarefy.core.devices import Device
 from rarefy.core.errors import OptionError
 from rarefy.evaluation.caches import CacheComparison, CacheMaker, CacheProtocol, Regime
 from rarefy.evaluation.caches import compare_caches as run
+from rarefy.evaluation.candidates import Candidate
 from rarefy.evaluation.forward import CacheFactory
 from rarefy.evaluation.protocol import bos_token
 from rarefy.integrations.transformers.kv_calibration import open_kv
@@ -68,6 +70,21 @@ def cache_factory(text: str, tokenizer: Any) -> CacheFactory:
         return setups[model](model)
 
     return make
+
+
+def with_caches(candidates: Sequence[Candidate], caches: Sequence[str], tokenizer: Any) -> list[Candidate]:
+    """Every candidate with every cache; without caches the candidates as they are. Raises as `cache_factory`."""
+    if not caches:
+        return list(candidates)
+    factories = {name: cache_factory(name, tokenizer) for name in caches}
+    return [
+        replace(
+            each, name=f"{each.name}, {name}", cache=factory,
+            identity=None if each.identity is None else f"{each.identity}, {name}",
+        )
+        for each in candidates
+        for name, factory in factories.items()
+    ]  # fmt: skip
 
 
 def compare_caches(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,8 @@ from rarefy.evaluation.long.results import LongComparison
 from rarefy.evaluation.long.sessions import read_sessions
 from rarefy.evaluation.long.suite import LongProtocol
 from rarefy.evaluation.protocol import bos_token
-from rarefy.integrations.transformers.kv_evaluation import cache_factory
+from rarefy.integrations.transformers.kv_evaluation import with_caches
+from rarefy.integrations.transformers.plan_evaluation import with_plans
 from rarefy.integrations.transformers.subjects import open_subjects
 from rarefy.sources.texts import open_text
 
@@ -35,6 +35,7 @@ def evaluate_long(
     session_files: Sequence[str | Path] = (),
     cache: CacheFactory | None = None,
     kv: Sequence[str] = (),
+    attention: Sequence[str] = (),
     work_dir: str | Path | None = None,
     dtype: str | torch.dtype = "auto",
     device: Device = "auto",
@@ -43,23 +44,13 @@ def evaluate_long(
     """As ``rarefy.evaluate_long``; ``protocol`` has the options of ``LongProtocol``."""
     if kv and cache is not None:
         raise OptionError("Give cache= or kv=, not both.")
-    if kv and reference is None and len(models) == 1:
+    if (kv or attention) and reference is None and len(models) == 1:
         reference = models[0]
     text = open_text(data, "evaluation")
     wanted = parse(LongProtocol, {**protocol, "text": text.name}, "Long evaluation", OptionError)
     asked = [session for file in session_files for session in read_sessions(Path(file))]
     subjects = open_subjects(models, reference, dtype=dtype, device=device, tokenizer=tokenizer, cache=cache)
-    candidates = subjects.candidates
-    if kv:
-        caches = {name: cache_factory(name, subjects.tokenizer) for name in kv}
-        candidates = [
-            replace(
-                each, name=f"{each.name}, {name}", cache=caches[name],
-                identity=None if each.identity is None else f"{each.identity}, {name}",
-            )
-            for each in candidates
-            for name in kv
-        ]  # fmt: skip
+    candidates = with_caches(with_plans(subjects.candidates, attention, reads_cache=True), kv, subjects.tokenizer)
     return runner.evaluate_long(
         candidates, subjects.tokenizer, text.text, wanted, reference=subjects.reference, sessions=asked,
         begin=bos_token(subjects.tokenizer, None), work_dir=None if work_dir is None else Path(work_dir),

@@ -18,7 +18,7 @@ import torch
 
 from rarefy.core.errors import OptionError
 
-ABI = 3
+ABI = 4
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
 VARIABLE = "RAREFY_CPU"
 FILE = "librarefy_cpu.so"
@@ -156,6 +156,9 @@ def _declare(loaded: ctypes.CDLL) -> None:
         ),
         "rarefy_pack_entries": (None, [pointer, pointer, pointer, whole, whole, pointer, pointer]),
         "rarefy_unpack_entries": (None, [pointer, pointer, pointer, whole, whole, pointer, pointer]),
+        "rarefy_round_columns": (None, [pointer, number]),
+        "rarefy_search_ranges": (None, [pointer]),
+        "rarefy_fit_around": (None, [pointer, *[number] * 6]),
         "rarefy_read": (ctypes.c_uint64, [pointer, whole]),
     }
     for name, (result, arguments) in signatures.items():

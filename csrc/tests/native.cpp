@@ -205,6 +205,7 @@ int main() {
       products(17, 300, bits, 32, 9);
       products(1, 7, bits, 4, 2);
     }
+    products(40, 260, 4, 64, 133);  // more tokens than share one decoding
     for (int32_t bits : {2, 3, 4, 8}) {
       coded_attention(bits, 64, 64, 32, 4);
       coded_attention(bits, 128, 128, 128, 3);

@@ -81,7 +81,13 @@ def using(name: str) -> Iterator[None]:
 
 def follow_threads() -> None:
     """Let the library's pool have as many threads as torch has."""
-    _loaded().rarefy_threads(torch.get_num_threads())
+    _set_threads(torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=1)
+def _set_threads(count: int) -> None:
+    """Only where it is another number than the last time: asking costs more than knowing."""
+    _loaded().rarefy_threads(count)
 
 
 def read(data: torch.Tensor) -> int:

@@ -25,7 +25,7 @@ from rarefy.evaluation.results import Comparison, Evaluation
 from rarefy.integrations.transformers import models as folders
 from rarefy.integrations.transformers.compression import assist, compress_in_place, compress_source, ignored_data
 from rarefy.integrations.transformers.generation import runner as runner
-from rarefy.integrations.transformers.subjects import name_of, open_subjects, shared_tokenizer
+from rarefy.integrations.transformers.subjects import name_of, shared_tokenizer
 from rarefy.layers.checkpoint import parse_size
 from rarefy.recipes import load_recipe
 from rarefy.sources.models import open_model
@@ -217,26 +217,22 @@ def compare(
     OptionError, UnsupportedError, CheckpointError.
     """
     from rarefy.evaluation.runner import evaluate as run
-    from rarefy.integrations.transformers.kv_evaluation import with_caches
-    from rarefy.integrations.transformers.plan_evaluation import with_plans
+    from rarefy.integrations.transformers.variants import open_variants
     from rarefy.sources.texts import open_text
     from rarefy.sources.windows import tokenize
     from rarefy.sources.windows import windows as cut
 
-    if kv and cache is not None:
-        raise OptionError("Give cache= or kv=, not both.")
     requested = {"context": context, "windows": windows, "chunk": chunk, "executor": executor}
     protocol = parse(Protocol, requested, "Evaluation", OptionError)
-    if (attention or kv) and reference is None and len(models) == 1:
-        reference = models[0]
-    subjects = open_subjects(models, reference, dtype=dtype, device=device, tokenizer=tokenizer, cache=cache)
-    candidates = with_plans(subjects.candidates, attention, reads_cache=chunk is not None)
-    candidates = with_caches(candidates, kv, subjects.tokenizer)
+    subjects = open_variants(
+        models, reference, attention=attention, kv=kv, cache=cache, reads_cache=chunk is not None, dtype=dtype,
+        device=device, tokenizer=tokenizer,
+    )  # fmt: skip
     text = open_text(data, "evaluation")
     bos = bos_token(subjects.tokenizer, None)
     tokens = cut(tokenize(subjects.tokenizer, text.text), context, windows, bos)
     protocol = protocol.model_copy(update={"bos": bos is not None, "text": text.name, "form": text.form})
-    return run(candidates, tokens, protocol, reference=subjects.reference, free_bytes=subjects.free_bytes)
+    return run(subjects.candidates, tokens, protocol, reference=subjects.reference, free_bytes=subjects.free_bytes)
 
 
 def evaluate_tasks(
@@ -267,19 +263,15 @@ def evaluate_tasks(
     interruption. Raises OptionError, SourceError, UnsupportedError, CheckpointError.
     """
     from rarefy.integrations.lm_eval import evaluate_tasks as run
-    from rarefy.integrations.transformers.kv_evaluation import with_caches
-    from rarefy.integrations.transformers.plan_evaluation import with_plans
+    from rarefy.integrations.transformers.variants import open_variants
 
-    if kv and (cache is not None or chunk is None):
-        raise OptionError("kv= needs chunk=, the tokens of a pass that reads the cache, and no cache= beside it.")
-    if (attention or kv) and reference is None and len(models) == 1:
-        reference = models[0]
-    subjects = open_subjects(models, reference, dtype=dtype, device=device, tokenizer=tokenizer, cache=cache)
-    candidates = with_plans(subjects.candidates, attention, reads_cache=chunk is not None)
+    subjects = open_variants(
+        models, reference, attention=attention, kv=kv, cache=cache, reads_cache=chunk is not None, dtype=dtype,
+        device=device, tokenizer=tokenizer,
+    )  # fmt: skip
     return run(
-        with_caches(candidates, kv, subjects.tokenizer), tasks, subjects.tokenizer, reference=subjects.reference,
-        limit=limit, few_shot=few_shot, task_data=None if task_data is None else Path(task_data), chunk=chunk,
-        batch=batch, allow_code=allow_code,
+        subjects.candidates, tasks, subjects.tokenizer, reference=subjects.reference, limit=limit, few_shot=few_shot,
+        task_data=None if task_data is None else Path(task_data), chunk=chunk, batch=batch, allow_code=allow_code,
         work_dir=None if work_dir is None else Path(work_dir),
     )  # fmt: skip
 

@@ -3,10 +3,10 @@
 Each sequence holds some tokens already; a row is the time of one more token for all of them, greedy, chosen on the GPU.
 ``fraction_of_limit`` is the time to move the step's weights and caches at the bandwidth of a copy over the time taken,
 ``fraction_of_read`` at that of a sum, which writes nothing.
-Peers run the same shape in the same process and in turn: the model in bfloat16 by the same runner, and the coded one
-without its step in one launch; Transformers eager, and compiled with a static cache; torchao's int4 and bfloat16 as
-torch.compile likes them best (``compiled_llama.py``); and other people's 4-bit products inside our graph, which gives
-them everything but the products. Random weights: no quality is claimed here.
+Peers run the same shape in the same process and in turn: the model in bfloat16 by the same runner; Transformers eager,
+and compiled with a static cache; torchao's int4 and bfloat16 as torch.compile likes them best (``compiled_llama.py``);
+and other people's 4-bit products inside our graph, which gives them everything but the products. Random weights: no
+quality is claimed here.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SHAPE = {
     "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
 }  # fmt: skip
 OUTLIERS = 0.0045
-PROMPT, NEW, FEW, TRIAL = 128, 64, 4, 16
+PROMPT, NEW, TRIAL = 128, 64, 16
 CHECKED = 2  # layers: random ones magnify every rounding
 SPREAD = 0.02  # of weights
 
@@ -130,20 +130,19 @@ class Decoder:
     count: int
     nbytes: int
     error: float = 0.0
-    few: Callable[[], Any] | None = None  # the first `FEW` of them
 
 
 class Ours:
     """The runner's executor with ``batch`` sequences that hold `PROMPT` random keys and values.
 
-    ``stay``: steps of one sequence are one launch. ``other(rows, columns)`` makes a product that takes the place of
-    ours, projections of the same input being one; where it makes none ours stays, and nothing is checked."""
+    ``other(rows, columns)`` makes a product that takes the place of ours, projections of the same input being one;
+    where it makes none ours stays. Then nothing is checked."""
 
-    def __init__(self, program: Program, batch: int, stay: bool = True, other: Other | None = None):
-        self.execute = GraphExecutor(program, stay)
+    def __init__(self, program: Program, batch: int, other: Other | None = None):
+        self.execute = GraphExecutor(program)
         self.cache = _random_cache(program, batch)
         self.tokens = torch.full((batch,), 17, device=DEVICE)
-        self.error = 0.0 if other is not None else error_of_first_layers(program, batch, stay)
+        self.error = 0.0 if other is not None else error_of_first_layers(program, batch)
         if other is not None:
             self._replace(other)
 
@@ -175,7 +174,7 @@ def _random_cache(program: Program, batch: int) -> Sequences:
     return cache
 
 
-def error_of_first_layers(program: Program, batch: int, stay: bool = True, token: int = 17) -> float:
+def error_of_first_layers(program: Program, batch: int, token: int = 17) -> float:
     """Relative error of the logits of all sequences after one more token and the first `CHECKED` layers, against
     operations one by one with decoded weights in float32."""
     last = [number for number, each in enumerate(program.step) if isinstance(each, Attend)][CHECKED]
@@ -184,7 +183,7 @@ def error_of_first_layers(program: Program, batch: int, stay: bool = True, token
     ours, tokens = _random_cache(short, batch), torch.full((batch,), token, device=DEVICE)
     oracle = KeyValues(short.layers, short.kv_heads, short.head_dim, DTYPE, short.positions, DEVICE)
     oracle.keys, oracle.values, oracle.length = ours.keys[:, 0].clone(), ours.values[:, 0].clone(), PROMPT
-    made = GraphExecutor(short, stay).advance(tokens, ours).double()
+    made = GraphExecutor(short).advance(tokens, ours).double()
     wanted = interpreter.run(_decoded(short), tokens[:1], oracle).double()
     return float((made - wanted).norm(dim=-1).max() / wanted.norm())
 
@@ -210,16 +209,12 @@ def ours(name: str, model: Any, program: Program, batch: int, **options: Any) ->
     made = Ours(program, batch, **options)
     cached = 2 * program.layers * program.kv_heads * program.head_dim * DTYPE.itemsize
     nbytes = step_bytes(model) + batch * cached * (PROMPT + NEW // 2)
-    return Decoder(name, partial(made, NEW), NEW, nbytes, made.error, partial(made, FEW))
+    return Decoder(name, partial(made, NEW), NEW, nbytes, made.error)
 
 
 def captured_anew(decoder: Decoder) -> float:
     """Milliseconds of a step that is captured once more."""
-    return captured_anew_of(decoder.run.func)  # type: ignore[attr-defined]
-
-
-def captured_anew_of(made: Ours) -> float:
-    """The same of what a decoder runs."""
+    made = decoder.run.func  # type: ignore[attr-defined]
     made.execute._steps.clear()
     times = []
     for number in range(4):
@@ -325,7 +320,7 @@ def main() -> None:
     parser.add_argument("--batch", default="1,32", help="sequences, by commas")
     parser.add_argument("--kinds", default="W4 g128,SpQR 3,SqueezeLLM 3", help="codes, by commas")
     parser.add_argument(
-        "--peers", default="launches,eager,tinygemm,gemlite,torchao,compiled,hf", help="by commas"
+        "--peers", default="eager,tinygemm,gemlite,torchao,compiled,hf", help="by commas"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -369,18 +364,14 @@ def measured(
     mine += attempt("bf16", partial(ours, "bf16, same runner", dense, build(dense), batch))
     kind, model = next(iter(coded.items()), ("bf16", dense))
     program = programs.get(kind) or build(dense)
-    in_our_graph: dict[str, Any] = {"stay": False}
     makers: dict[str, tuple[str, Callable[[str], Decoder]]] = {
-        "launches": (
-            f"{kind}, a launch for each operation", lambda name: ours(name, model, program, batch, **in_our_graph)
-        ),
         "tinygemm": (
-            "tinygemm W4, same runner", lambda name: ours(name, model, program, batch, **in_our_graph, other=tinygemm)
+            "tinygemm W4, same runner", lambda name: ours(name, model, program, batch, other=tinygemm)
         ),
         "eager": ("HF eager bf16", lambda name: transformers(name, dense, batch, False, 8)),
         "gemlite": (
             "GemLite W4, same runner and head",
-            lambda name: ours(name, model, program, batch, **in_our_graph, other=gemlite),
+            lambda name: ours(name, model, program, batch, other=gemlite),
         ),
         "torchao": ("torchao int4, compiled", lambda name: compiled(name, shape, batch, compiled_llama.int4)),
         "compiled": ("bf16, compiled", lambda name: compiled(name, shape, batch, None)),
@@ -388,10 +379,10 @@ def measured(
     }
     soon: list[Decoder] = []
     for peer, (name, maker) in makers.items():
-        if peer not in wanted or (peer == "launches" and batch > 1):
+        if peer not in wanted:
             continue
         found = attempt(name, partial(maker, name))
-        if peer in ("launches", "tinygemm", "eager"):
+        if peer in ("tinygemm", "eager"):
             soon += found
         else:
             _write(batch, mine, [*soon, *found], coded, dense, shape, options, limit)

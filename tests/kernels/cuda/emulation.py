@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rarefy.kernels.cuda import attend, encode, program, resident
+from rarefy.kernels.cuda import attend, encode, program
 from rarefy.kernels.cuda.linear import aligned, pointed, pointed_sparse, terms_of
 from rarefy.kernels.cuda.prepared import code_of, sparse_code_of
 from rarefy.kernels.prepared import Prepared, flat
@@ -24,14 +24,12 @@ COMPILER = shutil.which("g++")
 
 
 @functools.cache
-def _library(
-    macros: tuple[str, ...], source: Path = program.SOURCE, around: Path = HERE / "emulated.cpp"
-) -> ctypes.CDLL:
+def _library(macros: tuple[str, ...], source: Path = program.SOURCE) -> ctypes.CDLL:
     assert COMPILER is not None
     given = [*macros, f'-DKERNEL_SOURCE="{source}"', "-std=c++17", "-O0", "-shared", "-fPIC", "-w"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.so"
-        subprocess.run([COMPILER, *given, str(around), "-o", str(path)], check=True)
+        subprocess.run([COMPILER, *given, str(HERE / "emulated.cpp"), "-o", str(path)], check=True)
         return ctypes.CDLL(str(path))
 
 
@@ -66,15 +64,6 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> T
     _run("gemm" if tuning.wide else "linear", code, tuning, half, given, grid)
     assert "arrived" not in work or not work["arrived"].any()
     return y
-
-
-def step(made: resident.Resident, blocks: int = 3) -> None:
-    """A step in one launch."""
-    form = made.form
-    macros = tuple(f"-D{macro}={value}" for macro, value in form.definitions().items())
-    run = _library(macros, resident.SOURCE, HERE / "emulated_step.cpp").run_step
-    run(ctypes.byref(made.given), blocks, form.shared_memory)
-    assert not made.met.any()
 
 
 def dequantize(prepared: Prepared, dtype: torch.dtype) -> Tensor:

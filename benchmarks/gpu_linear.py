@@ -41,8 +41,8 @@ from rarefy.kernels.prepared import flat
 
 KEY = ("job", "rows", "columns", "tokens")
 DEFAULT = (
-    "W4@1,4,8,16,32,64,128,256; W3@1,16; W2@1,16; W8@1,16; LUT4@1; LUT4 rows@1; LUT3 rows@1; NF4 g64@1; "
-    "W3 + 0.45%@1,16; W3 + 1%@1; SpQR@1; binary@1"
+    "W4@1,4,8,16,32,64,128,256,512,1024; W3@1,16,64; W2@1,16,64; W8@1,16,64; LUT4@1,64; LUT4 rows@1; LUT3 rows@1; "
+    "NF4 g64@1,64; W3 + 0.45%@1,16,64; W3 + 1%@1; SpQR@1,16; binary@1"
 )
 SHAPES = [(14336, 4096), (4096, 14336), (28672, 4096), (4096, 4096)]
 EVERYWHERE = 500e6  # bytes of all copies, of which the GPU's cache may keep a few percent
@@ -143,7 +143,9 @@ class Trials:
         """The fastest tuning that computes the right thing."""
         code, tokens = weights.code, x.shape[0]
         wide = measure.takes_wide(x.device) and not self.narrow
-        tried = list(itertools.islice(measure.candidates(code, tokens, wide), most))
+        overlap = tuning_tables.overlaps(x.device)
+        every = itertools.islice(measure.candidates(code, tokens, wide), most)
+        tried = [replace(each, overlap=overlap) for each in every]
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda each: _compiles(code, each, x.dtype), tried))
         expected = weights.product(x)
@@ -158,8 +160,6 @@ class Trials:
                 calls, y = weights.calls(tuning, x)
                 calls[0]()
                 row["error"] = relative(y, expected)
-                if tuning.wide == 1 and not row["error"] < 1e-2:
-                    attempt(replace(tuning, wide=2))  # type: ignore[arg-type]
                 if row["error"] < 1e-2:
                     row["microseconds"] = times[tuning] = microseconds({"": (graph_of(calls), len(calls))}, 5)[""]
             except Exception as failure:  # the next one may do
@@ -168,8 +168,8 @@ class Trials:
         first = len(self.rows)
         for tuning in tried:
             attempt(tuning)
-        for tuning in sorted(times, key=lambda each: times[each])[: measure.OVERLAPPED]:
-            attempt(replace(tuning, overlap=True))
+        if times:  # rarely better alone
+            attempt(replace(min(times, key=lambda each: times[each]), overlap=False))
         wrong = [row for row in self.rows[first:] if "error" in row and not row["error"] < 1e-2]
         failed = [row for row in self.rows[first:] if "failure" in row]
         if wrong or failed:
@@ -183,7 +183,7 @@ class Trials:
 
 def _compiles(code: Code, tuning: Tuning, dtype: torch.dtype) -> None:
     try:
-        program.kernel(0, "linear", code, tuning, dtype == torch.float16)
+        program.compiled(code, tuning, dtype == torch.float16, torch.device("cuda", 0))
     except Exception:  # said when it is run
         return
 
@@ -325,7 +325,7 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--trials", type=Path, help="keep the times of everything that was tried here")
     parser.add_argument("--seconds", type=float, default=1800, help="stop trying after so many")
-    parser.add_argument("--most", type=int, default=48, help="tunings to try for a job")
+    parser.add_argument("--most", type=int, default=48, help="tunings to try; 0: what is chosen without trying")
     parser.add_argument("--jobs", default=DEFAULT, help="names and tokens: 'W4@1,16; W3@1'")
     parser.add_argument("--shapes", default=",".join(f"{rows}x{columns}" for rows, columns in SHAPES))
     parser.add_argument("--gemlite", default="1,16,64", help="numbers of tokens for which gemlite is a peer")
@@ -374,7 +374,10 @@ def measured(
     """The row of one product."""
     height, width = weights.rows, weights.columns
     x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
-    tuning = trials.best(name, weights, x, 16 if options.quick else options.most)
+    if options.most:
+        tuning = trials.best(name, weights, x, 16 if options.quick else options.most)
+    else:
+        tuning = tuning_tables.choose(weights.code, height, width, tokens, x.device)
     if tuning is None:
         return []
     known = options.gemlite.split(",")

@@ -114,7 +114,7 @@ def _compile(kernels: set[tuple[Code, Tuning]]) -> None:
 
     def compiled(kernel: tuple[Code, Tuning]) -> None:
         with suppress(UnsupportedError):  # said when it is tried
-            program.kernel(0, "linear", kernel[0], replace(kernel[1], overlap=False), False)
+            program.compiled(*kernel, False, torch.device("cuda", 0))
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(compiled, kernels))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms import Quantized, Residual, Sparse
 from rarefy.kernels import native
 from rarefy.kernels.activations import quantize_tokens, reference
+from rarefy.kernels.cuda import tuning
+from rarefy.kernels.cuda.program import Tuning
 from rarefy.layers.execution import in_torch
 from rarefy.layers.linear import CompressedLinear
 from tests.formats.samples import GRIDS, PATTERNS, mask_for, quantized, residual
@@ -46,10 +50,11 @@ def checked(layer: CompressedLinear, x: Tensor, most: float = 6e-4) -> None:
     assert relative(layer(x), expected) < (4e-3 if x.dtype == torch.bfloat16 else most)
 
 
-# Each number of tokens has a kernel of its own; wgmma takes 40.
+# Each number of tokens has a kernel of its own; wgmma takes 40 and 600.
 @pytest.mark.parametrize(
     ("tokens", "dtype"),
-    [(1, torch.bfloat16), (3, torch.float16), (16, torch.bfloat16), (40, torch.float16), (600, torch.bfloat16)],
+    [(1, torch.bfloat16), (3, torch.float16), (16, torch.bfloat16), (40, torch.float16), (600, torch.bfloat16),
+     (1100, torch.float16)],
 )
 @pytest.mark.parametrize("grid", COVERED)
 def test_every_covered_grid(grid: str, tokens: int, dtype: torch.dtype) -> None:
@@ -90,10 +95,31 @@ def test_odd_shapes(rows: int, columns: int, tokens: int) -> None:
     checked(layer, torch.randn(tokens, columns, device=GPU, dtype=torch.float16))
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 16, 33])
+@pytest.mark.parametrize("tokens", [1, 5, 16, 33, 100, 300])
 def test_outliers_are_added(tokens: int) -> None:
     terms = [quantized(GRIDS["int3-float"], PATTERNS["full"], 100, 640), residual(100, 640)]
     checked(CompressedLinear(terms).to(GPU), torch.randn(tokens, 640, device=GPU, dtype=torch.float16))
+
+
+WIDE = Tuning(1, 4, 8, 1, 2, 4, wide=True, overlap=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="not Hopper")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"across": 4, "depth": 3}, {"across": 12}, {"tiles": 2}, {"tokens": 16, "in_turns": True}, {"cluster": 2},
+        {"split": 4}, {"cluster": 2, "split": 2}, {"tokens": 32, "rescaled": True, "stages": 3}, {"overlap": False},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_form_of_four_warps_together(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "choose", lambda *arguments: replace(WIDE, **changes))
+    layer = CompressedLinear([quantized(GRIDS["int4-none"], PATTERNS["full"], 700, 1100)]).to(GPU)
+    x = torch.randn(150, 1100, device=GPU, dtype=torch.float16)
+    checked(layer, x)
+    first = layer(x)
+    assert all(torch.equal(layer(x), first) for _ in range(20))
 
 
 def test_inputs_of_any_form() -> None:

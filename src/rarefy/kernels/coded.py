@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,7 +74,8 @@ class Tiles:
     ``block``: tokens of a block of ``channel`` codes and of corrections. ``group``: tokens or channels that share a
     scale. ``lut``: float32 table of ``table`` codes; of ``product`` codes float16 ``[parts, entries, width]``.
     ``affine``: center and scale float32 ``[H, D]`` of what a table gives for keys. ``spans``: of each run, how many
-    tokens are skipped and how many there are in memory, where that is not just what is read.
+    tokens are skipped and how many there are in memory, where that is not just what is read. ``within``: tokens that a
+    tile must not be longer than.
     """
 
     kind: str
@@ -87,6 +89,7 @@ class Tiles:
     outliers: Outliers | None = None
     low_rank: LowRank | None = None
     spans: tuple[tuple[int, int], ...] | None = None
+    within: int | None = None
 
     def pointers(self, device: torch.device, run_tokens: int) -> Tensor:
         """Addresses int64 ``[8, runs]``: codes, scale, zero; outliers and their indices; both factors. The last row
@@ -98,6 +101,21 @@ class Tiles:
             tensors = [*run, *[None] * (3 - len(run)), *more[0], *more[1]]
             rows.append([0 if tensor is None else _address(tensor, skip, length) for tensor in tensors] + [length])
         return torch.tensor(rows, dtype=torch.int64).T.contiguous().to(device)
+
+    def pages(self, device: torch.device, lengths: Sequence[int], counts: Sequence[int], page: int) -> Tensor:
+        """`pointers` where ``counts`` pages of ``page`` tokens of each run, which has ``lengths``, are runs of their
+        own."""
+        columns = []
+        for number, (run, length, count) in enumerate(zip(self.runs, lengths, counts, strict=True)):
+            skip = torch.arange(count) * page
+            more = [(None, None) if part is None else part.runs[number] for part in (self.outliers, self.low_rank)]
+            tensors = [*run, *[None] * (3 - len(run)), *more[0], *more[1]]
+            rows = [
+                torch.zeros_like(skip) if tensor is None else tensor.data_ptr() + skip * _head(tensor) // length
+                for tensor in tensors
+            ]
+            columns.append(torch.stack([*rows, torch.full_like(skip, length)]))
+        return torch.cat(columns, 1).to(device)
 
     def chunk(self, channels: int) -> int:
         """Codes of a chunk: 8, or fewer where their bits are not loaded at once, a row of ``channels`` has fewer chunks
@@ -113,10 +131,16 @@ class Tiles:
             most = min(most, channels // DEPTH)
         elif self.outliers is not None or self.low_rank is not None:
             most = min(most, self.block // DEPTH)
+        if self.kind == "channel" and self.within is not None:
+            most = min(most, self.within // DEPTH)
         return next((per for per in (8, 4, 2) if per <= most and per * self.num_bits in (8, 16, 24, 32)), 0)
 
 
 def _address(tensor: Tensor, skip: int, length: int) -> int:
     """Where token ``skip`` of the first head's ``length`` begins."""
-    size = tensor.numel() * tensor.element_size() // (tensor.shape[0] * tensor.shape[1])
-    return int(tensor.data_ptr()) + skip * size // length
+    return int(tensor.data_ptr()) + skip * _head(tensor) // length
+
+
+def _head(tensor: Tensor) -> int:
+    """Bytes of one head."""
+    return tensor.numel() * tensor.element_size() // (tensor.shape[0] * tensor.shape[1])

@@ -46,6 +46,15 @@ class Plan:
     attention: DecodeAttention
 
 
+@dataclass
+class BlocksPlan:
+    """A kernel over all runs of a store, with their payloads; None: there is none that can read them."""
+
+    key: tuple[int, ...]
+    payloads: list[Payload]
+    attention: DecodeAttention | None
+
+
 @dataclass(frozen=True)
 class Piece:
     """Tokens of one run that a kernel reads as a run of its own: ``skip`` of its tokens come before them."""
@@ -91,6 +100,53 @@ def fused_segments(store: LayerStore, query: Tensor, scaling: float) -> tuple[Te
     return out.unsqueeze(2), lse.unsqueeze(2), count
 
 
+def fused_blocks(
+    store: LayerStore, query: Tensor, scaling: float, lists: tuple[Tensor, Tensor], block: int,
+    first: Tensor | None = None,
+) -> tuple[Tensor, Tensor, int] | None:  # fmt: skip
+    """`fused_segments` over chosen blocks of ``block`` tokens alone. ``lists``: which ones each KV head reads, int32
+    ``[B, Hkv, capacity]``, and how many of those, int32 ``[B, Hkv]``; ``first`` int64 ``[B]``: tokens before it are
+    padding. Blocks that do not lie in the tokens that are told are left out. Nothing here waits for the device."""
+    attention = blocks_kernel(store, query, block)
+    if attention is None:
+        return None
+    turn, back = store.codecs.keys, store.codecs.values
+    one = (turn.turn(query.float()) if isinstance(turn, Rotated) else query)[:, :, 0]
+    out, lse = attention(one, scaling, lists, first)
+    out = back.back(out) if isinstance(back, Rotated) else out.clone()
+    return out.unsqueeze(2), lse.clone().unsqueeze(2), attention.tokens
+
+
+def blocks_kernel(store: LayerStore, query: Tensor, block: int) -> DecodeAttention | None:
+    """The kernel that reads listed blocks of a store's coded tokens, which is kept until those are others; None where a
+    codec has no tile loader, or tiles do not fit blocks."""
+    assert store.keys is not None and store.values is not None
+    sides = store.keys, store.values
+    if sides[0].tail.shape[3] != sides[1].tail.shape[3]:
+        return None
+    runs = [run for side in sides for run in side.runs]
+    key = (block, query.shape[1], *(id(run.payload) for run in runs))
+    plan = store.plans.get("blocks")
+    if plan is None or plan.key != key:
+        payloads = [run.payload for run in runs]
+        plan = store.plans["blocks"] = BlocksPlan(key, payloads, _build_blocks(store, query, block))
+    found: DecodeAttention | None = plan.attention
+    return found
+
+
+def _build_blocks(store: LayerStore, query: Tensor, block: int) -> DecodeAttention | None:
+    from rarefy.kernels.triton.decode_attention import page_counts
+
+    assert store.keys is not None and store.values is not None
+    sides = store.keys, store.values
+    page = max(block, *(side.codec.tokens for side in sides))
+    lengths = [run.stop - run.start for run in sides[0].runs], [run.stop - run.start for run in sides[1].runs]
+    if page % block or not lengths[0] or not lengths[1] or not sum(page_counts(lengths, page)[0]):
+        return None
+    both = [tiles_of(side.codec, [run.payload for run in side.runs], side.tail.shape[1]) for side in sides]
+    return _kernel(store, query, both, page, block=block, lengths=lengths)
+
+
 def _joined(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Weighted sums ``[B, Hq, D]`` of different tokens, with their log-sum-exp, as one."""
     lse = torch.logaddexp(left[1], right[1])
@@ -125,28 +181,38 @@ def _plan(
 def _build(
     store: LayerStore, keys: list[Piece], values: list[Piece], tokens: int, origin: int, query: Tensor
 ) -> DecodeAttention | None:
-    from rarefy.kernels.triton.decode_attention import DecodeAttention, fits
+    assert store.keys is not None
+    both: list[Tiles | None] = []
+    for codec, pieces in ((store.codecs.keys, keys), (store.codecs.values, values)):
+        tiles = tiles_of(codec, [piece.run.payload for piece in pieces], store.keys.tail.shape[1])
+        spans = tuple((piece.skip, piece.run.stop - piece.run.start) for piece in pieces)
+        both.append(None if tiles is None else replace(tiles, spans=spans))
+    return _kernel(store, query, both, tokens, origin=origin)
+
+
+def _kernel(
+    store: LayerStore, query: Tensor, sides: list[Tiles | None], tokens: int, **options: Any
+) -> DecodeAttention | None:
+    """The kernel over ``sides`` in runs or pages of ``tokens``; None where it cannot read them."""
+    from rarefy.kernels.triton.decode_attention import DecodeAttention
 
     assert store.keys is not None
     batch, heads, _, channels = store.keys.tail.shape
-    both = []
-    for codec, pieces in ((store.codecs.keys, keys), (store.codecs.values, values)):
-        tiles = tiles_of(codec, [piece.run.payload for piece in pieces], heads)
-        if tiles is None:
-            return None
-        spans = tuple((piece.skip, piece.run.stop - piece.run.start) for piece in pieces)
-        both.append(replace(tiles, spans=spans))
+    keys, values = sides
+    if keys is None or values is None:
+        return None
     turns = None
     if store.codecs.pre_rope:
         assert store.rotary is not None and store.shift is not None
         turns = Turns(store.rotary.inv_freq.to(query.device), store.rotary.factor, store.shift)
-    if not fits(both[0], both[1], channels, tokens, turns=turns):
-        return None
     sinks = None if store.sink is None else store.sink.index.to(query.device)
-    return DecodeAttention(
-        both[0], both[1], batch, heads, query.shape[1], channels, tokens, device=query.device, sinks=sinks,
-        turns=turns, origin=origin,
-    )  # fmt: skip
+    try:
+        return DecodeAttention(
+            keys, values, batch, heads, query.shape[1], channels, tokens, device=query.device, sinks=sinks,
+            turns=turns, **options,
+        )  # fmt: skip
+    except ValueError:  # sizes that it does not fit
+        return None
 
 
 def tiles_of(codec: Codec, runs: list[Payload], heads: int) -> Tiles | None:

@@ -6,7 +6,6 @@ Arguments arguments;
 void (*kernel)(const Arguments);
 
 void thread() {
-  threadIdx.x = emulator::current;
   kernel(arguments);
   emulator::finished[emulator::current] = 1;
   while (true) swapcontext(&emulator::fibers[emulator::current], &emulator::scheduler);
@@ -20,33 +19,47 @@ extern "C" void run(int which, const Arguments* given, int x, int y, int z, int 
 #ifdef ENTRY
   kernel = ENTRY;
 #else
+#if WIDE
+  kernel = which ? rarefy_arrange : rarefy_gemm;
+#else
 #if FLOAT8
   if (which == 2) kernel = rarefy_quantize;
 #endif
   if (which < 2) kernel = which ? rarefy_dequantize : rarefy_linear;
 #endif
+#endif
   gridDim = {x, y, z};
   emulator::threads = threads;
-  std::vector<char> stacks(STACK * threads);
-  exchanged.assign(threads, {});
-  floats.assign(threads, 0);
-  for (int block = 0; block < x * y * z; ++block) {
-    blockIdx = {block % x, block / x % y, block / x / y};
-    memory.assign(size, 0xAB);
-    emulator::shared = memory.data();
-    barriers.assign(1 + threads / 32, {});
-    finished.assign(threads, 0);
-    fibers.assign(threads, {});
-    for (int n = 0; n < threads; ++n) {
+#if WIDE
+  const int together = which ? 1 : SPLIT;  // blocks of a cluster, neighbours along y
+#else
+  const int together = 1;
+#endif
+  const int all = threads * together;
+  std::vector<char> stacks(STACK * all);
+  exchanged.assign(all, {});
+  floats.assign(all, 0);
+  for (int cluster = 0; cluster < x * (y / together) * z; ++cluster) {
+    const emulator::Position first = {cluster % x, cluster / x % (y / together) * together, cluster / x / (y / together)};
+    memory.assign(together, std::vector<unsigned char>(size, 0xAB));
+    barriers.assign(1 + together + all / 32, {});
+    passed.assign(2 * together, 0);
+    taken.assign(all, 0);
+    finished.assign(all, 0);
+    fibers.assign(all, {});
+    for (int n = 0; n < all; ++n) {
       getcontext(&fibers[n]);
       fibers[n].uc_stack.ss_sp = stacks.data() + n * STACK;
       fibers[n].uc_stack.ss_size = STACK;
       makecontext(&fibers[n], thread, 0);
     }
-    for (int left = threads; left > 0;) {
+    for (int left = all; left > 0;) {
       left = 0;
-      for (current = 0; current < threads; ++current) {
+      for (current = 0; current < all; ++current) {
         if (finished[current]) continue;
+        threadIdx.x = current % threads;
+        blockIdx = {first.x, first.y + current / threads, first.z};
+        emulator::shared = memory[current / threads].data();
         swapcontext(&scheduler, &fibers[current]);
         left += !finished[current];
       }

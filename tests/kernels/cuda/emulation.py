@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rarefy.kernels.cuda import attend, encode, program
+from rarefy.kernels.cuda import attend, encode, program, resident
 from rarefy.kernels.cuda.linear import aligned, pointed, pointed_sparse, terms_of
 from rarefy.kernels.cuda.prepared import code_of, sparse_code_of
 from rarefy.kernels.prepared import Prepared, flat
@@ -24,12 +24,14 @@ COMPILER = shutil.which("g++")
 
 
 @functools.cache
-def _library(macros: tuple[str, ...], source: Path = program.SOURCE) -> ctypes.CDLL:
+def _library(
+    macros: tuple[str, ...], source: Path = program.SOURCE, around: Path = HERE / "emulated.cpp"
+) -> ctypes.CDLL:
     assert COMPILER is not None
     given = [*macros, f'-DKERNEL_SOURCE="{source}"', "-std=c++17", "-O0", "-shared", "-fPIC", "-w"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.so"
-        subprocess.run([COMPILER, *given, str(HERE / "emulated.cpp"), "-o", str(path)], check=True)
+        subprocess.run([COMPILER, *given, str(around), "-o", str(path)], check=True)
         return ctypes.CDLL(str(path))
 
 
@@ -38,9 +40,10 @@ def _run(
     grid: tuple[int, int, int],
 ) -> None:  # fmt: skip
     macros = [f"-D{macro}={value}" for macro, value in program.definitions(code, tuning, half).items()]
-    run = _library(tuple(macros)).run
-    which = ["linear", "dequantize", "quantize"].index(name)
-    run(which, ctypes.byref(given), *grid, tuning.threads, tuning.shared_memory(code))
+    run = _library(tuple(macros), program.SOURCES.get(name, program.SOURCE)).run
+    which = {"linear": 0, "dequantize": 1, "quantize": 2, "gemm": 0, "arrange": 1}[name]
+    threads = program.ARRANGING if name == "arrange" else tuning.threads
+    run(which, ctypes.byref(given), *grid, threads, program.shared_memory(name, code, tuning))
 
 
 def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> Tensor:
@@ -53,15 +56,25 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> T
         own.update(entries=entries["entries"], row_ptr=entries["row_ptr"])
     x, y = aligned(x), torch.full((tokens, rows), torch.nan, dtype=x.dtype)
     grid = program.grid(tuning, rows, tokens)
-    arrived = torch.zeros(grid[0] * grid[2], dtype=torch.int32)
-    partial = torch.full((tuning.split, tokens, rows), torch.nan)
+    work = program.workspace(code, tuning, rows, x.shape[1], tokens, x.device)
     given = program.arguments(
-        {**own, "x": x, "y": y, "partial": partial, "arrived": arrived}, rows=rows, columns=x.shape[1], tokens=tokens,
+        {**own, **work, "x": x, "y": y}, rows=rows, columns=x.shape[1], tokens=tokens,
         stride=x.stride(0), second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
     )  # fmt: skip
-    _run("linear", code, tuning, half, given, grid)
-    assert not arrived.any()
+    if tuning.wide:
+        _run("arrange", code, tuning, half, given, program.arranging(code, tuning, given))
+    _run("gemm" if tuning.wide else "linear", code, tuning, half, given, grid)
+    assert "arrived" not in work or not work["arrived"].any()
     return y
+
+
+def step(made: resident.Resident, blocks: int = 3) -> None:
+    """A step in one launch."""
+    form = made.form
+    macros = tuple(f"-D{macro}={value}" for macro, value in form.definitions().items())
+    run = _library(macros, resident.SOURCE, HERE / "emulated_step.cpp").run_step
+    run(ctypes.byref(made.given), blocks, form.shared_memory)
+    assert not made.met.any()
 
 
 def dequantize(prepared: Prepared, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@
 #define device static inline
 #define global
 #define __launch_bounds__(...)
+#define in_clusters_of(x, y)
 #define shared_memory(name) static unsigned char*& name = emulator::shared
 
 struct uint2 { unsigned x, y; };
@@ -22,24 +23,28 @@ struct Position { int x, y, z; };
 struct Barrier { int waiting = 0; unsigned generation = 0; };
 struct Operands { unsigned a[4], b[2]; };
 
-std::vector<unsigned char> memory;
+std::vector<std::vector<unsigned char>> memory;  // of each block that runs now
 unsigned char* shared;
 std::vector<ucontext_t> fibers;
 std::vector<char> finished;
-std::vector<Barrier> barriers;  // of the block, then of each warp
+std::vector<Barrier> barriers;  // of all blocks, of each block, of each warp
 std::vector<Operands> exchanged;
 std::vector<float> floats;
 ucontext_t scheduler;
-int current, threads;
+int current, threads;  // the fiber, and those of a block
 
-void arrive(Barrier& barrier, int count) {
+void rest() { swapcontext(&fibers[current], &scheduler); }
+// Whoever has returned is not waited for.
+void arrive(Barrier& barrier, int first, int count) {
   const unsigned generation = barrier.generation;
-  if (++barrier.waiting == count) {
+  for (++barrier.waiting; barrier.generation == generation; rest()) {
+    int here = 0;
+    for (int n = first; n < first + count; ++n) here += !finished[n];
+    if (barrier.waiting < here) continue;
     barrier.waiting = 0;
     ++barrier.generation;
     return;
   }
-  while (barrier.generation == generation) swapcontext(&fibers[current], &scheduler);
 }
 }  // namespace emulator
 
@@ -62,24 +67,18 @@ device void copy_async(unsigned char* to, const void* from, bool real) {
 device void copy_word_async(unsigned char* to, const void* from, bool real) {
   if (real) memcpy(to, from, 4); else memset(to, 0, 4);
 }
-device void begin_wide() {}
-device void end_wide() {}
-device void show_copies() {}
-device void settle(float&) {}
 template <class T> device void keep(T&) {}
-device void settle(unsigned&) {}
 device void commit_copies() {}
 template <int PENDING> device void wait_for_copies() {}
+device int own_block() { return emulator::current / emulator::threads; }
 device void block_barrier() {
-  const int thread = threadIdx.x;
-  emulator::arrive(emulator::barriers[0], emulator::threads);
-  threadIdx.x = thread;
+  emulator::arrive(emulator::barriers[1 + own_block()], own_block() * emulator::threads, emulator::threads);
 }
 device void warp_barrier() {
-  const int thread = threadIdx.x;
-  emulator::arrive(emulator::barriers[1 + thread / 32], 32);
-  threadIdx.x = thread;
+  const int warp = emulator::current / 32;
+  emulator::arrive(emulator::barriers[1 + emulator::memory.size() + warp], 32 * warp, 32);
 }
+device void start_later_kernels() {}
 device void wait_for_earlier_kernels() {}
 device bool last_to_arrive(unsigned* arrived, unsigned count) {
   static unsigned before;
@@ -102,7 +101,7 @@ template <bool HALF_> device unsigned short rounded(float value) {
 }
 device float widened(unsigned short bits) { return HALF ? half_value(bits) : as_float(unsigned(bits) << 16); }
 device float sum_of(int count, float value) {
-  const int thread = threadIdx.x, first = thread / count * count;
+  const int thread = emulator::current, first = thread / count * count;
   emulator::floats[thread] = value;
   warp_barrier();
   float sum = 0;
@@ -110,10 +109,12 @@ device float sum_of(int count, float value) {
   warp_barrier();
   return sum;
 }
+template <int LANES_> device float sum_of_lanes(float value) { return sum_of(LANES_, value); }
+device float sum_of_four(float value) { return sum_of(4, value); }
 device float sum_of_eight(float value) { return sum_of(8, value); }
 device float sum_of_warp(float value) { return sum_of(32, value); }
 device unsigned of_lane(unsigned value, int lane) {
-  const int thread = threadIdx.x;
+  const int thread = emulator::current;
   emulator::exchanged[thread].a[0] = value;
   warp_barrier();
   const unsigned found = emulator::exchanged[thread / 32 * 32 + lane].a[0];
@@ -183,8 +184,9 @@ device unsigned permuted(unsigned a, unsigned b, unsigned bytes) {
   for (int k = 0; k < 4; ++k) d |= unsigned(all >> 8 * (bytes >> 4 * k & 7) & 255) << 8 * k;
   return d;
 }
-device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  const int thread = threadIdx.x, warp = thread / 32 * 32, g = thread % 32 / 4, t = thread % 4;
+template <class Number>
+void multiplied(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, const Number& number) {
+  const int thread = emulator::current, warp = thread / 32 * 32, g = thread % 32 / 4, t = thread % 4;
   emulator::exchanged[thread] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
   warp_barrier();
   for (int j = 0; j < 4; ++j) {
@@ -193,13 +195,20 @@ device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsig
       const emulator::Operands& weights = emulator::exchanged[warp + 4 * g + k % 8 / 2];
       const emulator::Operands& tokens = emulator::exchanged[warp + 4 * column + k % 8 / 2];
       const unsigned w = weights.a[j / 2 + k / 8 * 2] >> k % 2 * 16, x = tokens.b[k / 8] >> k % 2 * 16;
-      sum[j] += widened(w) * widened(x);
+      sum[j] += number(w) * number(x);
     }
   }
   warp_barrier();
 }
+device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  multiplied(sum, a, b0, b1, [](unsigned bits) { return widened(bits); });
+}
+device void multiply_halves(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  multiplied(sum, a, b0, b1, [](unsigned bits) { return half_value(bits); });
+}
 device float absolute(float value) { return std::fabs(value); }
 device float max_of(float a, float b) { return std::fmax(a, b); }
+device float quotient(float a, float b) { return a / b; }
 device float inverse_root(float value) { return 1.0f / std::sqrt(value); }
 device unsigned char e4m3(float value) {
   const float size = std::fmin(std::fabs(value), 448.0f);
@@ -217,13 +226,106 @@ device void reduce_over_block(float& sum, float& most, float*) {
   block_barrier();
   sum = sums, most = maxima;
 }
-template <int N>
-device void multiply_wide(float (&d)[N][4], const unsigned (&a)[4], const unsigned char* block, unsigned leading, bool add) {
+
+// ---- wgmma.cuh.
+
+typedef unsigned long long u64;
+
+// A barrier in shared memory is 8 bytes: how many are to arrive, who has, bytes to come, phase.
+struct Phased { unsigned char count, arrived; unsigned short phase; int bytes; };
+device Phased& phased(u64* barrier) { return *reinterpret_cast<Phased*>(barrier); }
+device void advance(Phased& own) {
+  if (own.arrived == own.count && own.bytes == 0) own.arrived = 0, own.phase ^= 1;
+}
+device void prepare_barrier(u64* barrier, unsigned count) { phased(barrier) = {(unsigned char)count, 0, 0, 0}; }
+device void barriers_are_prepared() {}
+device void cluster_barrier() { emulator::arrive(emulator::barriers[0], 0, emulator::fibers.size()); }
+device unsigned rank_in_cluster() { return own_block(); }
+device float load_of_block(const float* at, unsigned rank) {
+  const auto place = reinterpret_cast<const unsigned char*>(at) - emulator::shared;
+  return *reinterpret_cast<const float*>(emulator::memory[rank].data() + place);
+}
+device void expect(u64* barrier, unsigned bytes) {
+  phased(barrier).bytes += bytes, ++phased(barrier).arrived;
+  advance(phased(barrier));
+}
+device void arrive_at(u64* barrier) { ++phased(barrier).arrived, advance(phased(barrier)); }
+device void arrive_at(u64* barrier, unsigned) { arrive_at(barrier); }
+device void wait_for(u64* barrier, unsigned phase) {
+  while (phased(barrier).phase == phase) swapcontext(&emulator::fibers[emulator::current], &emulator::scheduler);
+}
+static std::vector<int> passed, taken;  // by both fours of each block, by each thread
+device void pass_turn(int four) { ++passed[2 * own_block() + 1 - four]; }
+device void take_turn(int four) {
+  const int wanted = 128 * ++taken[emulator::current];
+  while (passed[2 * own_block() + four] < wanted) swapcontext(&emulator::fibers[emulator::current], &emulator::scheduler);
+}
+template <int COUNT> device void give_registers_back() {}
+template <int COUNT> device void take_registers() {}
+device void copy_bulk(unsigned char* to, const void* from, unsigned bytes, u64* barrier) {
+  memcpy(to, from, bytes);
+  phased(barrier).bytes -= bytes;
+  advance(phased(barrier));
+}
+device void copy_bulk_to(unsigned char* to, const void* from, unsigned bytes, u64* barrier, unsigned short) {
+  copy_bulk(to, from, bytes, barrier);
+}
+device void begin_products() {}
+device void commit_products() {}
+template <int PENDING> device void wait_for_products() {}
+device void settle(float&) {}
+device void settle(unsigned&) {}
+device u64 tokens_at(const unsigned char* block, unsigned leading) {
+  return u64(block - emulator::shared) / 16 | u64(leading) << 32;
+}
+template <int N> device void multiply_wide(float (&d)[N][4], const unsigned (&a)[4], u64 tokens, bool add) {
   const int t = threadIdx.x % 4, n = threadIdx.x % 32 / 4;
+  const unsigned char* block = emulator::shared + 16 * (tokens & 0xFFFF);
   for (int first = 0; first < N; ++first) {
     if (!add) memset(d[first], 0, 16);
     unsigned b[2];
-    for (int half = 0; half < 2; ++half) memcpy(&b[half], block + half * leading + first * 128 + n * 16 + 4 * t, 4);
+    for (int half = 0; half < 2; ++half) memcpy(&b[half], block + half * (tokens >> 32) + first * 128 + n * 16 + 4 * t, 4);
     multiply(d[first], a, b[0], b[1]);
   }
+}
+
+// ---- stream.cuh: copies are done at once, and whoever waits lets others go on.
+
+device void start_barrier(u64* barrier, unsigned count) { prepare_barrier(barrier, count); }
+device void show_barriers() {}
+device void arrive(u64* barrier) { arrive_at(barrier); }
+device void copy_bulk(unsigned char* to, const void* from, unsigned bytes, u64* barrier, u64) {
+  copy_bulk(to, from, bytes, barrier);
+}
+device unsigned long long read_once() { return 0; }
+template <int THREADS_> device void barrier_of() {
+  emulator::arrive(emulator::barriers[1 + own_block()], own_block() * emulator::threads, THREADS_);
+}
+device void leave(unsigned* counter) { ++*counter; }
+device unsigned seen(const unsigned* counter) { return *counter; }
+device unsigned counted(unsigned* counter) { return (*counter)++; }
+device void wait_a_little() { emulator::rest(); }
+device void all_may_begin() {}
+device void wait_for_kernels_before() {}
+device uint4 fresh(const uint4* from) { return *from; }
+device unsigned short fresh(const unsigned short* from) { return *from; }
+device float fresh(const float* from) { return *from; }
+device int fresh(const int* from) { return *from; }
+template <int COUNT> device float sum_over(float value) { return sum_of(COUNT, value); }
+device float other_lane(float value, int distance) {
+  const unsigned lane = emulator::current % 32;
+  return as_float(of_lane(bits_of(value), lane ^ distance));
+}
+device float power_of_two(float value) { return std::exp2(value); }
+device float log_of_two(float value) { return std::log2(value); }
+device float exponential(float value) { return std::exp(value); }
+device float error_function(float value) { return std::erf(value); }
+device long long cycles() { return 1; }
+device unsigned largest_of_warp(unsigned value) {
+  unsigned most = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    const unsigned own = of_lane(value, lane);
+    most = most > own ? most : own;
+  }
+  return most;
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 from rarefy.formats.grids import FloatGrid, Grid, IntegerGrid, LutGrid
 from rarefy.formats.patterns import Groups
 from rarefy.formats.scales import BilevelScale
-from rarefy.formats.terms import Sparse, Term
+from rarefy.formats.terms import Quantized, Sparse, Term
 from rarefy.kernels.activations import quantize_tokens
 from rarefy.kernels.cuda.linear import _decode
 from rarefy.kernels.cuda.prepared import NotCovered, prepare
@@ -72,22 +72,46 @@ def test_every_covered_grid(name: str) -> None:
     [
         (Tuning(1, 1, 1, 4, 2), 1), (Tuning(2, 1, 2, 1, 3), 11), (Tuning(4, 2, 1, 2, 1), 11),
         (Tuning(1, 2, 2, 2, 1, 2), 11), (Tuning(2, 1, 1, 2, 1, 3, 2), 1), (Tuning(1, 1, 1, 1, 4, 0, 3), 1),
-        (Tuning(2, 2, 2, 1, 1, 4, 4), 11), (Tuning(1, 2, 4, 1, 1, 3, 2, True), 11),
-        (Tuning(2, 1, 4, 2, 1, 2, 1, True), 3),
+        (Tuning(2, 2, 2, 1, 1, 4, 4), 11), (Tuning(1, 2, 8, 1, 1, 3, 2, wide=True), 11),
+        (Tuning(2, 2, 8, 1, 2, 2, wide=True), 13), (Tuning(1, 4, 8, 1, 3, 2, wide=True, in_turns=True), 30),
+        (Tuning(1, 1, 1, 2, 2, spread=True), 1), (Tuning(2, 1, 1, 4, 1, 0, 2, spread=True), 1),
     ],
     ids=str,
 )  # fmt: skip
 def test_every_way_to_cut_the_work_up(tuning: Tuning, tokens: int) -> None:
     term = quantized(GRIDS["int4-integer"], PATTERNS["full"], 50, 700)
     assert product([term], tuning, tokens, torch.bfloat16) < 4e-3
-    if not tuning.wide:
-        assert product([term, residual(50, 700)], tuning, tokens) < 6e-4
+    assert product([term, residual(50, 700)], tuning, tokens) < 6e-4
 
 
-@pytest.mark.parametrize("name", ["int3-float", "int8-g128", "int4-none", "lut4-groups", "nf4"])
+EVERY_KIND = [
+    "int3-float", "int5-integer", "int8-g128", "int8-g128-integer", "fp8_e4m3-g64", "int4-none", "int4-row",
+    "lut3-row", "lut4-groups", "nf4", "binary1", *BILEVEL,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVERY_KIND)
 def test_four_warps_at_once(name: str) -> None:
     grid = {**GRIDS, **OTHERS}[name]
     assert product([quantized(grid, PATTERNS["full"], 70, 300)], Tuning(1, 2, 4, 1, 1, 2, wide=True), 13) < 6e-4
+
+
+@pytest.mark.parametrize("name", EVERY_KIND)
+def test_blocks_of_one_token_in_the_places_of_eight(name: str) -> None:
+    grid = {**GRIDS, **OTHERS}[name]
+    term = quantized(grid, PATTERNS["full"], 37, 600)
+    assert product([term, residual(37, 600)], Tuning(2, 1, 1, 2, 1, spread=True), 1) < 6e-4
+
+
+def test_sums_in_units_of_the_last_scale() -> None:
+    """Some of which are zero, and others a thousand times larger."""
+    rows, columns = 40, 640
+    grid = IntegerGrid(num_bits=4, group_size=128)
+    scale = torch.rand(rows, columns // 128).half() * torch.tensor([1.0, 0.0, 1e-3, 30.0, 1.0]).half()
+    scale[7] = 0
+    codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
+    term = Quantized.from_codes(codes, {"scale": scale}, grid)
+    assert product([term], Tuning(1, 2, 4, 1, 1, 2, wide=True, rescaled=True), 13) < 6e-4
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 128), (17, 129), (3, 263)])

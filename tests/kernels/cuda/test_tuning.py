@@ -12,7 +12,10 @@ from rarefy.core.errors import UnsupportedError
 from rarefy.kernels.cuda import driver, measure, tuning
 from rarefy.kernels.cuda.program import SOURCE, Code, Tuning
 
-CODES = [Code(4, 128), Code(3, 16, span=4), Code(1, 256), Code(8, 0, span=16), Code(4, table="shared"), Code(7, 128)]
+CODES = [
+    Code(4, 128), Code(3, 128, outliers=torch.float16), Code(4, 128, zero=torch.uint8), Code(3, 16, span=4),
+    Code(1, 256), Code(8, 0, span=16), Code(4, table="shared"), Code(7, 128),
+]  # fmt: skip
 GPU = torch.device("cuda", 0)
 CAPABILITY = (9, 0)
 
@@ -36,8 +39,9 @@ def test_the_rule_and_all_candidates_can_run(code: Code, capability: tuple[int, 
         tried = list(measure.candidates(code, tokens, capability == (9, 0)))
         assert tried and len(set(tried)) == len(tried)
         for each in (chosen, *tried):
-            assert each.shared_memory(code) <= 220 * 1024 and each.threads <= 1024
-            assert 8 * each.tokens * 16 >= tokens and not (each.wide and (each.across % 4 or not each.stages))
+            assert each.shared_memory(code) <= tuning.MOST_SHARED_WIDE and each.threads <= 1024
+            assert each.suits(code) and 8 * each.tokens * 16 >= tokens
+            assert not (each.wide and (each.across % 4 or not each.stages))
         assert chosen.wide == (capability == (9, 0) and tokens > 16) and chosen.overlap == (capability >= (9, 0))
 
 
@@ -50,6 +54,15 @@ def test_measured_entries_are_found_and_kept() -> None:
     assert tuning.choose(code, 4096, 4096, 16, GPU) == tuning.by_rule(code, 4096, 4096, 16, CAPABILITY)
     tuning.keep([tuning.entry(code, 4096, 4096, 1, large)], GPU)  # measured again
     assert tuning.choose(code, 4096, 4096, 1, GPU) == large and len(json.loads(path.read_text())["entries"]) == 2
+
+
+def test_what_was_measured_of_another_code_is_made_to_fit() -> None:
+    measured = Tuning(1, 4, 4, 1, 4, 8, wide=True)
+    tuning.keep([tuning.entry(Code(3, 128), 4096, 4096, 32, measured)], GPU)
+    small, outliers = Code(3, 16, span=4), Code(3, 128, outliers=torch.float16)
+    assert tuning.choose(Code(3, 128), 4096, 4096, 32, GPU) == measured
+    assert tuning.choose(small, 4096, 4096, 32, GPU).depth == 1  # or a program that takes long to compile
+    assert tuning.choose(outliers, 4096, 4096, 32, GPU) == tuning.by_rule(outliers, 4096, 4096, 32, CAPABILITY)
 
 
 def test_a_table_of_the_same_capability_serves(tmp_path: Path) -> None:

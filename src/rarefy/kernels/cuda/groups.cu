@@ -118,6 +118,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_groups(const Arguments 
 
   Row row;
   begin(row, blockIdx.x * WARPS + warp, lane, a);
+  start_later_kernels();
   wait_for_earlier_kernels();
   const float up = stage(tokens, totals, shared, halves, a);
 

@@ -1,7 +1,8 @@
 """The ops over execution layouts (``kernels/prepared.py``) on GPUs, with activations in 16 bits.
 
-Up to ``MOST_TOKENS`` tokens a kernel multiplies by codes; beyond, the weight is dequantized for the library's product.
-The kernel is ``linear.cu`` where PyTorch's CUDA compiler is at hand, otherwise its portable form in Triton.
+Up to some number of tokens (``most_tokens``) a kernel multiplies by codes; beyond, the weight is dequantized for the
+library's product. The kernel is ``linear.cu`` or ``gemm.cu`` where PyTorch's CUDA compiler is at hand, otherwise its
+portable form in Triton.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rarefy import packing
 from rarefy.core.errors import FormatError, UnsupportedError
 from rarefy.kernels import activations, prepared
 from rarefy.kernels.cuda import driver, layout, program, tuning
-from rarefy.kernels.cuda.measure import Problem
+from rarefy.kernels.cuda.measure import Problem, takes_wide
 from rarefy.kernels.cuda.prepared import (
     BILEVEL,
     CODES,
@@ -36,10 +37,11 @@ from rarefy.kernels.reference import decode
 
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 MOST_TOKENS = 128  # beyond, a dequantized weight and the library's product take less time
+MOST_TOKENS_WIDE = 768  # where four warps can multiply together
 MOST_APART = 1 << 22  # numbers from a token to the next, so that 32 bits count them
 MOST_TOKENS_OF_16_BITS = 64  # up to which reading the weight is all that counts, so that activations stay exact
 MOST_TOKENS_OF_SPARSE = 4
-MOST_TOKENS_OF_OUTLIERS = 16  # beyond, their gathered activations cost more than a dense weight
+MOST_TOKENS_OF_OUTLIERS = 16  # beyond, their gathered activations cost more than a dense weight, except in gemm.cu
 
 Term = tuple[dict[str, Tensor], dict[str, int], float]  # tensors, numbers, multiplier
 
@@ -101,10 +103,11 @@ def _multiplied(x: Tensor, terms: list[Term], rows: int, fast: bool) -> Tensor:
         return _product_of_bytes(x, terms[0])
     if _compiles():
         x = aligned(x)
-        if kinds == [CODES, ENTRIES] and tokens <= MOST_TOKENS_OF_OUTLIERS:
+        most = most_tokens(x.device)
+        if kinds == [CODES, ENTRIES] and tokens <= (most if takes_wide(x.device) else MOST_TOKENS_OF_OUTLIERS):
             codes, outliers = sorted(terms, key=lambda term: term[1]["kind"])
             return _product(x, codes, outliers)
-        if set(kinds) == {CODES} and tokens <= MOST_TOKENS:
+        if set(kinds) == {CODES} and tokens <= most:
             parts = [_product(x, term) for term in terms]
             return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         if kinds in ([GROUPS], [MASKED]) and tokens <= MOST_TOKENS_OF_SPARSE:
@@ -113,6 +116,11 @@ def _multiplied(x: Tensor, terms: list[Term], rows: int, fast: bool) -> Tensor:
         return y
     columns = terms[0][1]["columns"]
     return torch.nn.functional.linear(x[:, :columns], _dense(terms, rows, columns, x.dtype))
+
+
+def most_tokens(device: torch.device) -> int:
+    """Up to how many tokens are multiplied by codes."""
+    return MOST_TOKENS_WIDE if takes_wide(device) else MOST_TOKENS
 
 
 def _multiplies_bytes(term: Term, device: torch.device) -> bool:
@@ -183,9 +191,9 @@ def _product(x: Tensor, term: Term, outliers: Term | None = None) -> Tensor:
         entries = {"entries": outliers[0]["entries"], "row_ptr": outliers[0]["row_ptr"]}
     chosen = tuning.choose(code, rows, x.shape[1], tokens, x.device)
     y = x.new_empty(tokens, rows)
-    partial, arrived = program.workspace(chosen, rows, tokens, x.device)
+    work = program.workspace(code, chosen, rows, x.shape[1], tokens, x.device)
     given = program.arguments(
-        {**pointed(term, half), **entries, "x": x, "y": y, "partial": partial, "arrived": arrived},
+        {**pointed(term, half), **entries, **work, "x": x, "y": y},
         rows=rows, columns=x.shape[1], tokens=tokens, stride=x.stride(0),
         second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
     )  # fmt: skip

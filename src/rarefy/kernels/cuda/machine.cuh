@@ -3,6 +3,7 @@
 
 #define device __device__ __forceinline__
 #define global __global__
+#define in_clusters_of(x, y) __cluster_dims__(x, y, 1)
 #define shared_memory(name) extern __shared__ __align__(128) u8 name[]
 
 #if __CUDA_ARCH__ >= 900
@@ -96,9 +97,14 @@ template <int PENDING> device void wait_for_copies() { asm volatile("cp.async.wa
 
 device void block_barrier() { __syncthreads(); }
 device void warp_barrier() { __syncwarp(); }
-device void wait_for_earlier_kernels() {
+// Later kernels may start, up to where they wait, when all blocks have come here.
+device void start_later_kernels() {
 #if ORDERED
   asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+device void wait_for_earlier_kernels() {
+#if ORDERED
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
@@ -134,14 +140,17 @@ template <bool HALF_> device u16 rounded(float value) {
   return bits;
 }
 device float widened(u16 bits) { return HALF ? half_value(bits) : as_float(u32(bits) << 16); }
-// The sum over eight neighbouring lanes, in all of them.
-device float sum_of_eight(float value) {
+// The sum over so many neighbouring lanes, in all of them.
+template <int LANES> device float sum_of_lanes(float value) {
 #pragma unroll
-  for (int distance = 4; distance > 0; distance /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
+  for (int distance = LANES / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
   return value;
 }
+device float sum_of_four(float value) { return sum_of_lanes<4>(value); }
+device float sum_of_eight(float value) { return sum_of_lanes<8>(value); }
 device float absolute(float value) { return fabsf(value); }
 device float max_of(float a, float b) { return fmaxf(a, b); }
+device float quotient(float a, float b) { return __fdividef(a, b); }  // but for the last bits
 device float inverse_root(float value) { return rsqrtf(value); }
 #if defined(FLOAT8) && FLOAT8 && __CUDA_ARCH__ >= 890
 // The nearest number of E4M3, never infinite.
@@ -164,11 +173,7 @@ device void reduce_over_block(float& sum, float& most, float* shared) {
   sum = 0.0f, most = 0.0f;
   for (int n = 0; n < warps; ++n) sum += shared[n], most = fmaxf(most, shared[32 + n]);
 }
-device float sum_of_warp(float value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
-  return value;
-}
+device float sum_of_warp(float value) { return sum_of_lanes<32>(value); }
 device u32 of_lane(u32 value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
 device float of_lane(float value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
 device u32 of_lane_xor(u32 value, int distance) { return __shfl_xor_sync(0xFFFFFFFFu, value, distance); }
@@ -237,93 +242,3 @@ device void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-
-// ---- Four warps at once (wgmma): a warp's own 16 rows times tokens from shared memory.
-
-#if defined(WIDE) && WIDE
-typedef unsigned long long u64;
-
-device void begin_wide() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-device void end_wide() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-}
-// Copies of this thread, for those who read through the other proxy.
-device void show_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-device void settle(float& value) { asm volatile("" : "+f"(value)::"memory"); }
-device void settle(u32& word) { asm volatile("" : "+r"(word)::"memory"); }
-device void multiply_8(float (&d)[1][4], const u32 (&a)[4], u64 tokens, bool add) {
-  if constexpr (HALF)
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %9, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, p, 1, 1, 0; }"
-                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(int(add)));
-  else
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %9, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, p, 1, 1, 0; }"
-                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(int(add)));
-}
-device void multiply_16(float (&d)[2][4], const u32 (&a)[4], u64 tokens, bool add) {
-  if constexpr (HALF)
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %13, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, p, 1, 1, 0; }"
-                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(int(add)));
-  else
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %13, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, p, 1, 1, 0; }"
-                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(int(add)));
-}
-device void multiply_32(float (&d)[4][4], const u32 (&a)[4], u64 tokens, bool add) {
-  if constexpr (HALF)
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %21, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, 1, 1, 0; }"
-                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(int(add)));
-  else
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %21, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, 1, 1, 0; }"
-                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(int(add)));
-}
-device void multiply_64(float (&d)[8][4], const u32 (&a)[4], u64 tokens, bool add) {
-  if constexpr (HALF)
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0; }"
-                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(int(add)));
-  else
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0; }"
-                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(int(add)));
-}
-
-// d [+]= a times 16 columns of 8 * N tokens: pieces of 8 x 8, `leading` bytes apart along columns, 128 along tokens.
-template <int N> device void multiply_wide(float (&d)[N][4], const u32 (&a)[4], const u8* block, u32 leading, bool add) {
-  constexpr int AT_ONCE = N % 8 == 0 ? 8 : N % 4 == 0 ? 4 : N % 2 == 0 ? 2 : 1;
-#pragma unroll
-  for (int first = 0; first < N; first += AT_ONCE) {
-    const u32 address = static_cast<u32>(__cvta_generic_to_shared(block + first * 128));
-#if WIDE == 2
-    const u64 tokens = u64(address >> 4 & 0x3FFF) | u64(128 >> 4) << 16 | u64(leading >> 4) << 32;
-#else
-    const u64 tokens = u64(address >> 4 & 0x3FFF) | u64(leading >> 4) << 16 | u64(128 >> 4) << 32;
-#endif
-    float(&own)[AT_ONCE][4] = reinterpret_cast<float(&)[AT_ONCE][4]>(d[first]);
-    if constexpr (AT_ONCE == 8) multiply_64(own, a, tokens, add);
-    else if constexpr (AT_ONCE == 4) multiply_32(own, a, tokens, add);
-    else if constexpr (AT_ONCE == 2) multiply_16(own, a, tokens, add);
-    else multiply_8(own, a, tokens, add);
-  }
-}
-#else
-device void begin_wide() {}
-device void end_wide() {}
-device void show_copies() {}
-device void settle(float&) {}
-device void settle(u32&) {}
-template <int N> device void multiply_wide(float (&)[N][4], const u32 (&)[4], const u8*, u32, bool) {}
-#endif

@@ -52,6 +52,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_masked(const Arguments 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const u32 below = (1u << lane) - 1;
   u16* tokens = reinterpret_cast<u16*>(pool);  // [TOKENS][32 * words]
+  start_later_kernels();
   wait_for_earlier_kernels();
   for (int n = threadIdx.x; n < TOKENS * 32 * a.words; n += THREADS) {
     const int token = n / (32 * a.words), column = n % (32 * a.words);

@@ -14,7 +14,15 @@ from torch import Tensor
 from rarefy.core.errors import UnsupportedError
 from rarefy.kernels.cuda import program
 from rarefy.kernels.cuda.program import Code, Tuning
-from rarefy.kernels.cuda.tuning import MOST_SHARED, overlaps
+from rarefy.kernels.cuda.tuning import (
+    MOST_SHARED,
+    MOST_SHARED_WIDE,
+    MOST_STAGES,
+    fits_registers,
+    fitted,
+    overlaps,
+    widths,
+)
 
 BEYOND_CACHE = 400e6  # bytes of copies that no GPU keeps on the chip
 ROUNDS = 7
@@ -47,14 +55,14 @@ class Problem:
         results: list[Tensor] = []
         for own in copies:
             y = torch.full((x.shape[0], self.rows), torch.nan, device=x.device, dtype=x.dtype)
-            partial, arrived = program.workspace(tuning, self.rows, x.shape[0], x.device)
+            work = program.workspace(self.code, tuning, self.rows, x.shape[1], x.shape[0], x.device)
             given = program.arguments(
-                {**own, "x": x, "y": y, "partial": partial, "arrived": arrived}, rows=self.rows, columns=self.columns,
+                {**own, **work, "x": x, "y": y}, rows=self.rows, columns=self.columns,
                 tokens=x.shape[0], stride=x.stride(0), second=self.second,
             )  # fmt: skip
             results.append(y)
 
-            def call(given: program.Arguments = given, kept: object = (partial, arrived)) -> None:
+            def call(given: program.Arguments = given, kept: object = work) -> None:
                 program.linear(self.code, tuning, given, x.dtype == torch.float16, x.device)
 
             found.append(call)
@@ -63,13 +71,14 @@ class Problem:
 
 def candidates(code: Code, tokens: int, wide: bool = False) -> Iterator[Tuning]:
     """What may be fastest for so many tokens, likelier ones first; ``wide`` where four warps can multiply together."""
-    every = [_direct(code, tokens), _staged(tokens, wide)]
+    through_memory = itertools.chain(_wide(code, tokens) if wide else (), _staged(tokens))
+    every: list[Iterator[Tuning]] = [_direct(code, tokens), through_memory]
     while every:  # in turns
         for tunings in list(every):
             tuning = next(tunings, None)
             if tuning is None:
                 every.remove(tunings)
-            elif tuning.shared_memory(code) <= MOST_SHARED:
+            elif tuning.shared_memory(code) <= (MOST_SHARED_WIDE if tuning.wide else MOST_SHARED):
                 yield tuning
 
 
@@ -78,23 +87,40 @@ def _direct(code: Code, tokens: int) -> Iterator[Tuning]:
     loads = code.step * code.bits // 256
     if tokens > 16:
         return
-    for tiles, depth in ((2, 1), (1, 2), (4, 1), (1, 1), (2, 2), (1, 4)):
-        for across, along in ((1, 8), (1, 16), (2, 8), (1, 4), (2, 4)):
+    for across, along in ((1, 8), (2, 4), (1, 4), (1, 16), (2, 8)):
+        for tiles, depth in ((2, 1), (4, 1), (1, 2), (1, 1), (2, 2), (4, 2), (1, 4)):
             if tiles * depth * loads <= 12 and (loads < 4 or tiles < 4):
-                yield Tuning(tiles, -(-tokens // 8), across, along, depth)
+                yield Tuning(tiles, -(-tokens // 8), across, along, depth, spread=tokens == 1)
 
 
-def _staged(tokens: int, wide: bool) -> Iterator[Tuning]:
+def _staged(tokens: int) -> Iterator[Tuning]:
     """For many: through shared memory."""
     width = -(-tokens // 8)
     if tokens <= 4:
         return
     for at_once in sorted({min(width, most) for most in (16, 8)}, reverse=True):
-        for tiles in (1, 2) if wide else (2, 1, 4):
+        for tiles in (2, 1, 4):
             for across, along in ((8, 1), (4, 1), (4, 2), (8, 2)):
                 for stages, split in ((4, 1), (4, 2), (3, 1), (3, 2), (4, 4)):
                     if tiles * at_once <= 16:
-                        yield Tuning(tiles, at_once, across, along, 1, stages, split, wide)
+                        yield Tuning(tiles, at_once, across, along, 1, stages, split)
+
+
+def _wide(code: Code, tokens: int) -> Iterator[Tuning]:
+    """For many, four warps together."""
+    if tokens <= 8:
+        return
+    for at_once in widths(tokens):
+        own = Tuning(1, at_once, across=8, along=1, stages=MOST_STAGES, wide=True)
+        every = [replace(own, split=split, cluster=cluster) for split, cluster in ((1, 1), (1, 2), (2, 1), (4, 1))]
+        if at_once <= 4:  # of which a processor takes three
+            every[1:1] = [replace(own, across=4, stages=6, split=split) for split in (1, 2, 4)]
+        if code.can_rescale and at_once >= 16:
+            every = [replace(each, rescaled=True, in_turns=at_once > 16) for each in every]
+            every += [replace(own, rescaled=True)] if at_once > 16 else [own]
+        for each in every:
+            if fits_registers(each) and each.suits(code):
+                yield fitted(code, each)
 
 
 def takes_wide(device: torch.device) -> bool:
@@ -108,11 +134,11 @@ def fastest(problem: Problem, x: Tensor, most: int = 64) -> tuple[Tuning, dict[T
     Raises UnsupportedError when none of them compiles.
     """
     tried = list(itertools.islice(candidates(problem.code, x.shape[0], takes_wide(x.device)), most))
-    half, index = x.dtype == torch.float16, x.get_device()
+    half = x.dtype == torch.float16
 
     def compiles(tuning: Tuning) -> bool:
         try:
-            program.kernel(index, "linear", problem.code, tuning, half)
+            program.compiled(problem.code, tuning, half, x.device)
         except UnsupportedError:
             return False
         return True

@@ -15,8 +15,10 @@ from torch import Tensor
 from rarefy.kernels.cuda import driver
 from rarefy.kernels.cuda.layout import TILE, Order, step_of
 
-SOURCE = Path(__file__).with_name("linear.cu")
-GROUPS, MASKED = (Path(__file__).with_name(name) for name in ("groups.cu", "masked.cu"))
+SOURCE, GEMM, GROUPS, MASKED = (
+    Path(__file__).with_name(name) for name in ("linear.cu", "gemm.cu", "groups.cu", "masked.cu")
+)
+SOURCES = {"gemm": GEMM, "arrange": GEMM}  # of kernels that are not in SOURCE
 TYPES: dict[Any, int] = {
     None: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4,
     "pairs": 5, "bilevel": 6, "level": 7,
@@ -53,14 +55,37 @@ class Code:
         """Columns that a warp takes at once."""
         return step_of(self.bits)
 
+    @property
+    def parts(self) -> int:
+        """Groups of a step."""
+        return self.step // self.group if 0 < self.group < self.step else 1
+
+    @property
+    def table_bytes(self) -> int:
+        """Shared memory of a table: each lane has a bank to itself."""
+        return 32 * 4 << 2 * self.bits if self.table == "shared" else 0
+
+    @property
+    def can_rescale(self) -> bool:
+        """Whether sums can be kept in units of the last scale: ratios of 16-bit floats neither vanish nor overflow."""
+        return not self.sums and (self.group == 0 or self.scale == torch.float16)
+
+    @property
+    def sums(self) -> bool:
+        """Whether sums of activations are wanted beside the product."""
+        return self.zero is not None or self.scale in ("pairs", "bilevel")
+
 
 @dataclass(frozen=True)
 class Tuning:
     """How the work is cut up. A warp computes ``16 * tiles`` rows for ``8 * tokens`` tokens; a block has ``across``
     warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps are
-    loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``wide``: four warps multiply
-    together, which takes stages, ``across`` a multiple of 4 and compute capability 9.0. ``overlap``: the kernel starts
-    while its forerunner still runs; from 9.0 on."""
+    loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``overlap``: the kernel starts
+    while its forerunner still runs; from 9.0 on. ``spread``: blocks of one token take the places of eight tokens.
+
+    ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
+    multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; two fours of
+    warps multiply ``in_turns``; ``rescaled``: sums are kept in units of the last scale (see ``Code.can_rescale``)."""
 
     tiles: int = 1
     tokens: int = 1
@@ -71,10 +96,28 @@ class Tuning:
     split: int = 1
     wide: bool = False
     overlap: bool = False
+    cluster: int = 1
+    rescaled: bool = False
+    spread: bool = False
+    in_turns: bool = False
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """What is launched, in this order."""
+        return ("arrange", "gemm") if self.wide else ("linear",)
 
     @property
     def threads(self) -> int:
-        return 32 * self.across * self.along
+        beside = 0 if not self.wide else 32 if self.across == 4 else 128  # that bring what the others multiply
+        return 32 * self.across * self.along + beside
+
+    def suits(self, code: Code) -> bool:
+        """Whether four warps together multiply such a code so: sums in units of a scale want one, and outliers want
+        warps that have nothing else to do and whole words of tokens."""
+        if not self.wide:
+            return True
+        outliers = code.outliers is None or (self.across > 4 and self.tokens in (2, 4, 8, 16))
+        return outliers and (code.can_rescale or not self.rescaled)
 
     @property
     def rows(self) -> int:
@@ -84,17 +127,19 @@ class Tuning:
     def shared_memory(self, code: Code) -> int:
         """Bytes of a block."""
         width = 8 * self.tokens
-        table = 32 * 4 << 2 * code.bits if code.table == "shared" else 0
-        tokens = width * (2 * code.step * self.along + (16 if code.span == 16 else 64))
+        table = code.table_bytes
         if self.wide:
-            tokens = self.along * code.step // 8 * (width * 16 + 16)
+            sums = code.parts * width * 4 if code.sums else 0
+            staged = self.stages * (2 * code.step * width + sums) + 16 * self.stages
+            return table + max(staged, 4 * width * (self.rows + 4))
+        tokens = width * (2 * code.step * self.along + (16 if code.span == 16 else 64))
         staged = self.stages * (tokens + self.rows * self.along * code.step * code.bits // 8)
         meeting = 4 * (self.along + (code.outliers is not None)) * width * (self.rows + 4)
         return table + max(staged, meeting)
 
 
 _NUMBERS = "rows columns steps groups tokens stride second_rows second_groups pitch".split()
-_POINTERS = "codes scale zero second table x y partial arrived entries row_ptr".split()
+_POINTERS = "codes scale zero second table x arranged ones turned extra y partial arrived entries row_ptr".split()
 
 
 class Arguments(ctypes.Structure):
@@ -141,7 +186,17 @@ def arguments(
 
 def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
     """Blocks over rows, columns and tokens."""
-    return -(-rows // tuning.rows), tuning.split, -(-tokens // (8 * tuning.tokens))
+    across = -(-rows // (tuning.rows * tuning.cluster)) * tuning.cluster
+    return across, tuning.split, -(-tokens // (8 * tuning.tokens))
+
+
+def shared_memory(name: str, code: Code, tuning: Tuning) -> int:
+    """Bytes of a block of ``rarefy_<name>``."""
+    if name == "arrange":
+        return 0
+    if name == "dequantize":
+        return code.table_bytes + tuning.threads // 32 * TILE * (2 * code.step + 64)
+    return tuning.shared_memory(code)
 
 
 @functools.cache
@@ -150,14 +205,33 @@ def kernel(device: int, name: str, code: Code, tuning: Tuning, half: bool) -> dr
     fails."""
     macros = [f"-D{macro}={value}" for macro, value in definitions(code, tuning, half).items()]
     with torch.cuda.device(device):
-        return driver.Kernel(SOURCE, f"rarefy_{name}", macros, tuning.shared_memory(code))
+        return driver.Kernel(SOURCES.get(name, SOURCE), f"rarefy_{name}", macros, shared_memory(name, code, tuning))
 
 
 def linear(code: Code, tuning: Tuning, given: Arguments, half: bool, device: torch.device) -> None:
     """The product, on the current stream of ``device``."""
-    program = kernel(_index(device), "linear", code, replace(tuning, overlap=False), half)
     stream = torch.cuda.current_stream(device).cuda_stream
-    program(grid(tuning, given.rows, given.tokens), tuning.threads, given, stream, tuning.overlap)
+    for name, program in compiled(code, tuning, half, device).items():
+        if name == "arrange":
+            program(arranging(code, tuning, given), ARRANGING, given, stream, tuning.overlap)
+        else:
+            program(grid(tuning, given.rows, given.tokens), tuning.threads, given, stream, tuning.overlap)
+
+
+def compiled(code: Code, tuning: Tuning, half: bool, device: torch.device) -> dict[str, driver.Kernel]:
+    """The kernels of a product by their names. Raises UnsupportedError where one does not compile."""
+    own = replace(tuning, overlap=False)
+    return {name: kernel(_index(device), name, code, own, half) for name in tuning.kernels}
+
+
+ARRANGING = 128  # threads of a block
+
+
+def arranging(code: Code, tuning: Tuning, given: Arguments) -> tuple[int, int, int]:
+    """Blocks that arrange tokens."""
+    width = 8 * tuning.tokens
+    threads = -(-given.tokens // width) * given.steps * (code.step // 32) * width
+    return -(-threads // ARRANGING), 1, 1
 
 
 def dequantize(code: Code, given: Arguments, half: bool, device: torch.device) -> None:
@@ -261,13 +335,25 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def workspace(tuning: Tuning, rows: int, tokens: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Memory for blocks that share columns: partial sums, and counters that are zero before and after."""
-    if tuning.split == 1:
-        return None, None
+def workspace(
+    code: Code, tuning: Tuning, rows: int, columns: int, tokens: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Memory beside the product's own tensors. For blocks that share columns: partial sums, and counters that are zero
+    before and after; for four warps that multiply together: the tokens as they want them, and their sums by group."""
+    found: dict[str, Tensor] = {}
     across, _, deep = grid(tuning, rows, tokens)
-    partial = torch.empty(tuning.split, tokens, rows, dtype=torch.float32, device=device)
-    return partial, _counters(device, across * deep)
+    if tuning.split > 1 and not tuning.wide:
+        found["partial"] = torch.empty(tuning.split, tokens, rows, dtype=torch.float32, device=device)
+        found["arrived"] = _counters(device, across * deep)
+    if tuning.wide:
+        steps, width = -(-columns // code.step), 8 * tuning.tokens
+        found["arranged"] = torch.empty(deep, steps, code.step // 8, width, 8, dtype=torch.int16, device=device)
+        if code.sums:
+            found["ones"] = torch.empty(deep, steps, code.parts, width, dtype=torch.float32, device=device)
+        if code.outliers is not None:
+            found["turned"] = torch.empty(deep, steps * code.step, width, dtype=torch.int16, device=device)
+            found["extra"] = torch.empty(deep, rows, width, dtype=torch.float32, device=device)
+    return found
 
 
 _arrived: dict[Any, list[Tensor]] = {}
@@ -281,6 +367,8 @@ def _counters(device: torch.device, count: int) -> Tensor:
     time. A capture that no call came before makes its own, which every replay sets to zero. Those that have become too
     few are kept, since a graph may count in them.
     """
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32)
     if torch.cuda.is_current_stream_capturing():
         known = _arrived.get((device, "graphs"), [])
         if known and known[-1].numel() >= count:

@@ -19,6 +19,8 @@ FOLDER = Path(__file__).with_name("tables")
 KEY = ("bits", "table", "rows", "columns", "tokens")  # of a measurement
 ALIKE = 2.0  # how many times larger or longer a measured size may be
 MOST_SHARED = 200 * 1024  # bytes of a block's shared memory
+MOST_SHARED_WIDE = 226 * 1024  # where four warps can multiply together
+MOST_STAGES = 8
 NARROW = 8192  # rows that are too few blocks unless more warps share a row
 BLOCKS = 132  # that keep a large GPU busy
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens that are told apart
@@ -44,8 +46,9 @@ def _chosen(
 
     nearest = min(known, key=distance, default=None)
     if nearest is not None and max(distance(nearest)) <= ALIKE:
-        found = Tuning(**nearest["tuning"])
-        if found.shared_memory(code) <= MOST_SHARED:
+        measured = Tuning(**nearest["tuning"])
+        found = fitted(code, measured) if measured.wide else measured
+        if found.suits(code) and found.shared_memory(code) <= (MOST_SHARED_WIDE if found.wide else MOST_SHARED):
             return found
     return by_rule(code, rows, columns, bucket, capability)
 
@@ -56,14 +59,46 @@ def by_rule(code: Code, rows: int, columns: int, tokens: int, capability: tuple[
     loads = code.step * code.bits // 256
     if tokens <= 16:
         along = 16 if tokens <= 8 and rows <= NARROW else 8
-        return Tuning(tiles=2 if loads < 4 else 1, tokens=-(-tokens // 8), along=along, depth=1, overlap=overlap)
-    at_once = min(16 if wide else 8, -(-tokens // 8))
-    across = 8 if wide else 4
-    blocks = -(-rows // (16 * across)) * -(-tokens // (8 * at_once))
+        own = Tuning(tiles=2 if loads < 4 else 1, tokens=-(-tokens // 8), along=along, depth=1, overlap=overlap)
+        return replace(own, spread=tokens == 1)
+    if wide:
+        return _wide(code, rows, tokens)
+    at_once = min(8, -(-tokens // 8))
+    blocks = -(-rows // 64) * -(-tokens // (8 * at_once))
     split = next((each for each in (1, 2, 4) if blocks * each >= BLOCKS), 4)
-    deepest = Tuning(1, at_once, across=across, along=1, depth=1, stages=4, split=split, wide=wide, overlap=overlap)
-    fitting = (replace(deepest, stages=stages) for stages in (4, 3, 2))
-    return next((each for each in fitting if each.shared_memory(code) <= MOST_SHARED), replace(deepest, stages=2))
+    own = Tuning(1, at_once, across=4, along=1, depth=1, stages=4, split=split, overlap=overlap)
+    fitting = (replace(own, stages=stages) for stages in (4, 3, 2))
+    return next((each for each in fitting if each.shared_memory(code) <= MOST_SHARED), replace(own, stages=2))
+
+
+def _wide(code: Code, rows: int, tokens: int) -> Tuning:
+    """The rule where four warps can multiply together."""
+    own = Tuning(1, widths(tokens)[-1], across=8, along=1, stages=MOST_STAGES, wide=True, overlap=True)
+    most = replace(own, tokens=32, rescaled=True, in_turns=True)
+    if tokens > 128 and most.suits(code) and code.step == 128:  # more would not fit into shared memory
+        own = most
+    blocks = -(-rows // own.rows) * -(-tokens // (8 * own.tokens))
+    split = next((each for each in (1, 2, 4) if blocks * each >= 0.6 * BLOCKS), 4)
+    return fitted(code, replace(own, split=split))
+
+
+def widths(tokens: int) -> list[int]:
+    """How many times 8 tokens a block of four warps together may take, likelier ones first."""
+    fitting = [each for each in (2, 4, 8, 16) if 8 * each >= tokens]
+    return fitting[:1] or [32, 16]
+
+
+def fits_registers(tuning: Tuning) -> bool:
+    """Whether the sums of four warps together stay in registers."""
+    return tuning.tiles * tuning.tokens <= (32 if tuning.rescaled else 16)
+
+
+def fitted(code: Code, tuning: Tuning) -> Tuning:
+    """With as many stages as shared memory has room for, and steps of codes as registers have; small groups are scaled
+    so often that several steps would be long programs."""
+    depth = 1 if code.parts > 4 else 4 if tuning.tokens <= 8 else 3 if tuning.tokens <= 16 and tuning.rescaled else 2
+    every = (replace(tuning, stages=stages, depth=depth) for stages in range(tuning.stages, 1, -1))
+    return next((each for each in every if each.shared_memory(code) <= MOST_SHARED_WIDE), replace(tuning, stages=2))
 
 
 @functools.cache

@@ -1,0 +1,139 @@
+// Products of four warps at once (wgmma, compute capability 9.0): a warp's own 16 rows from registers times tokens from
+// shared memory; and the copies (cp.async.bulk) and barriers (mbarrier) that bring both there.
+
+typedef unsigned long long u64;
+
+device u32 shared_address(const void* at) { return static_cast<u32>(__cvta_generic_to_shared(at)); }
+
+// ---- Barriers in shared memory: a phase ends when `count` have arrived and all bytes that were announced are there.
+
+device void prepare_barrier(u64* barrier, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+// All blocks of the cluster see each other's barriers.
+device void barriers_are_prepared() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+device void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+device u32 rank_in_cluster() {
+  u32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// A number in the shared memory of another block of the cluster.
+device float load_of_block(const float* at, u32 rank) {
+  float value;
+  asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.f32 %0, [there]; }"
+               : "=f"(value) : "r"(shared_address(at)), "r"(rank) : "memory");
+  return value;
+}
+device void expect(u64* barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+device void arrive_at(u64* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// At the same barrier of another block of the cluster. Nothing was written for that block: a release to the cluster would
+// wait for all loads that are on their way.
+device void arrive_at(u64* barrier, u32 rank) {
+  asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+               "mbarrier.arrive.shared::cluster.b64 _, [there]; }"
+               ::"r"(shared_address(barrier)), "r"(rank) : "memory");
+}
+device void wait_for(u64* barrier, u32 phase) {
+  u32 done = 0;
+  while (!done)
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(shared_address(barrier)), "r"(phase) : "memory");
+}
+
+// ---- Turns of two fours of warps: who takes one waits until the other has passed it on.
+
+device void take_turn(int four) { asm volatile("bar.sync %0, 256;" ::"r"(1 + four) : "memory"); }
+device void pass_turn(int four) { asm volatile("bar.arrive %0, 256;" ::"r"(2 - four) : "memory"); }
+
+// ---- Registers: four warps that only bring things leave theirs to `warps` that multiply.
+
+template <int WARPS> device void give_registers_back() {
+  if constexpr (WARPS == 8 && OUTLIERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+  else if constexpr (WARPS == 8) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+  else if constexpr (WARPS == 12) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+}
+template <int WARPS> device void take_registers() {
+  if constexpr (WARPS == 8 && OUTLIERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
+  else if constexpr (WARPS == 8) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+  else if constexpr (WARPS == 12) asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+}
+
+// ---- Copies of whole pieces, multiples of 16 bytes.
+
+device void copy_bulk(u8* to, const void* from, u32 bytes, u64* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+// To the same place of the blocks of the cluster whose bits are set.
+device void copy_bulk_to(u8* to, const void* from, u32 bytes, u64* barrier, u16 blocks) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
+               ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "h"(blocks) : "memory");
+}
+
+// ---- Products. Between begin and the wait nobody touches the registers of either operand.
+
+device void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+device void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING> device void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
+device void settle(float& value) { asm volatile("" : "+f"(value)::"memory"); }
+device void settle(u32& word) { asm volatile("" : "+r"(word)::"memory"); }
+
+#define D_1(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define D_2(n) D_1(n), D_1(n + 1)
+#define D_4(n) D_2(n), D_2(n + 2)
+#define D_8(n) D_4(n), D_4(n + 4)
+#define D_16(n) D_8(n), D_8(n + 8)
+#define D_32(n) D_16(n), D_16(n + 16)
+#define NAMES_1 "%0, %1, %2, %3"
+#define NAMES_2 NAMES_1 \
+  ", %4, %5, %6, %7"
+#define NAMES_4 NAMES_2 \
+  ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define NAMES_8 NAMES_4 \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_16 NAMES_8 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES_32 NAMES_16 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define PRODUCT(COUNT, WIDTH, TYPE, A0, A1, A2, A3, TOKENS_, ADD)                                                      \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %" ADD ", 0;\n"                                                         \
+               "wgmma.mma_async.sync.aligned.m64n" WIDTH "k16.f32." TYPE "." TYPE " {" NAMES_##COUNT                   \
+               "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" TOKENS_ ", p, 1, 1, 0; }"                                  \
+               : D_##COUNT(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(int(add)))
+#define PRODUCTS(COUNT, WIDTH, ...)                                                                \
+  device void multiply_some(float (&d)[COUNT][4], const u32 (&a)[4], u64 tokens, bool add) {       \
+    if constexpr (HALF) PRODUCT(COUNT, WIDTH, "f16", __VA_ARGS__);                                 \
+    else PRODUCT(COUNT, WIDTH, "bf16", __VA_ARGS__);                                               \
+  }
+PRODUCTS(1, "8", "4", "5", "6", "7", "8", "9")
+PRODUCTS(2, "16", "8", "9", "10", "11", "12", "13")
+PRODUCTS(4, "32", "16", "17", "18", "19", "20", "21")
+PRODUCTS(8, "64", "32", "33", "34", "35", "36", "37")
+PRODUCTS(16, "128", "64", "65", "66", "67", "68", "69")
+PRODUCTS(32, "256", "128", "129", "130", "131", "132", "133")
+
+// d [+]= a times 16 columns of 8 * N tokens: pieces of 8 tokens x 16 bytes, 128 bytes apart along tokens and `leading`
+// along columns.
+template <int N, int FIRST = 0> device void multiply_wide(float (&d)[N][4], const u32 (&a)[4], u64 tokens, bool add) {
+  if constexpr (FIRST < N) {
+    constexpr int LEFT = N - FIRST;
+    constexpr int NOW = LEFT >= 32 ? 32 : LEFT >= 16 ? 16 : LEFT >= 8 ? 8 : LEFT >= 4 ? 4 : LEFT >= 2 ? 2 : 1;
+    multiply_some(reinterpret_cast<float(&)[NOW][4]>(d[FIRST]), a, tokens + FIRST * 8, add);
+    multiply_wide<N, FIRST + NOW>(d, a, tokens, add);
+  }
+}
+// What a product is told of 16 columns of tokens at `block`.
+device u64 tokens_at(const u8* block, u32 leading) {
+  return u64(shared_address(block) >> 4 & 0x3FFF) | u64(leading >> 4) << 16 | u64(128 >> 4) << 32;
+}

@@ -6,8 +6,10 @@ storing one new token and of its attention in one layer, as part of a CUDA graph
 against torch's best attention alone over a bf16 cache of that length; ``tokens_per_second`` of 32 such layers;
 ``peak_bytes`` that a step allocates on top of the cache. Goal "KV prefill": by how many milliseconds a chunk of 2,048
 tokens takes longer in one layer if it is put into code, against its bf16 attention over half of the context and its
-linear layers; ``host_milliseconds`` that the host is busy with that. Goal "KV longest": the most tokens of a shape with
-32 KV heads (7B) whose codes fit, filled with synthetic blocks, and the attention of one step over all layers.
+linear layers; ``host_milliseconds`` that the host is busy with that. Goal "KV encode": one launch that puts 2,048
+tokens of keys or values of 8 heads into code, against the codec in torch's operations, whose bits it gives
+(``max_rel_error`` is the share of stored numbers that differ). Goal "KV longest": the most tokens of a shape with 32 KV
+heads (7B) whose codes fit, filled with synthetic blocks, and the attention of one step over all layers.
 """
 
 from __future__ import annotations
@@ -29,19 +31,30 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from rarefy.contracts import kv_recipes
+from rarefy.formats.grids import IntegerGrid
 from rarefy.kernels.coded import Tiles
 from rarefy.kernels.cuda import driver
 from rarefy.kernels.cuda.attend import CodedAttention
 from rarefy.kv.attend import attend
+from rarefy.kv.codec import Codec
+from rarefy.kv.codec import nbytes as nbytes_of
+from rarefy.kv.codecs import Gridded, NormTable, ProductTable, RangeTable, Rotated
+from rarefy.kv.codecs.plain import Axis
+from rarefy.kv.encoding import fast_form, fast_payload
 from rarefy.kv.plan import HeadShape
 from rarefy.kv.rotary import Rotary
 from rarefy.kv.store import Arrival, LayerStore
 from rarefy.recipes import discover
+from rarefy.recipes.kv.turbo_quant import gaussian_table
 
 KEY = ("goal", "job", "tokens")
 HEADS, QUERY_HEADS, CHANNELS, LAYERS, CHUNK = 8, 32, 128, 32, 2048
 ROUNDS = 5
 SLOW = ("gear",)
+UNIFORM: tuple[tuple[Axis, int, int], ...] = (
+    ("channel", 4, 128), ("channel", 4, 32), ("channel", 3, 128), ("token", 4, 128), ("token", 2, 32),
+)  # fmt: skip
+ENCODE_NOTE = "2,048 tokens of keys or values of 8 heads of 128 channels"
 SPARE = 6e8  # bytes that whatever else runs takes
 SCALING = CHANNELS**-0.5
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -188,6 +201,47 @@ def stack_rows(label: str, tokens: int, layers: int, peer: tuple[str, float], la
     ]  # fmt: skip
 
 
+def encode_codecs() -> dict[str, Codec]:
+    """What the launches of "KV encode" do."""
+
+    def uniform(axis: Axis, num_bits: int, group: int) -> Codec:
+        grid = IntegerGrid(num_bits=num_bits, group_size=group, zero="float")
+        return Gridded(grid, axis, 128 if axis == "channel" else 32, CHANNELS)
+
+    found = {f"uniform {bits} bit by {axis}, g{group}": uniform(axis, bits, group) for axis, bits, group in UNIFORM}
+    for bits in (4, 3):
+        found[f"rotated table {bits} bit"] = Rotated(NormTable(gaussian_table(bits), 32, CHANNELS), CHANNELS)
+    found["table 3 bit within a range"] = RangeTable(gaussian_table(3), 32, CHANNELS)
+    found["product codes of 2 channels"] = ProductTable(torch.randn(CHANNELS // 2, 256, 2).half(), 32)
+    return found
+
+
+def encode_row(job: str) -> Row:
+    """One launch against the codec itself, on numbers among which there are constants and extremes."""
+    codec = encode_codecs()[job]
+    x = (torch.randn(1, HEADS, CHUNK, CHANNELS, device="cuda") * torch.rand(CHANNELS, device="cuda").exp()).bfloat16()
+    x[0, 0, :64], x[0, 1, :, 3], x[0, 1, 5] = 0.25, 0.0, 0.0
+    x[0, 2, :, 7] = 1000 + torch.randn(CHUNK, device="cuda")
+    fast = fast_form(codec, x)
+    assert fast is not None
+    faults, blocks = torch.zeros(1, dtype=torch.int32, device="cuda"), x.float().unflatten(2, (-1, codec.tokens))
+    found, expected = fast_payload(codec, fast, x, None, faults), codec.encode(blocks)
+    differ = sum(int((found[name] != expected[name]).sum()) for name in expected)
+    took = microseconds({"": Captured([lambda: fast_payload(codec, fast, x, None, faults)] * 4)}, 9)[""]
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(3):
+        codec.encode(blocks)
+    torch.cuda.synchronize()
+    peer = (time.perf_counter() - begin) / 3 * 1e6
+    return {
+        "goal": "KV encode", "job": job, "tokens": CHUNK, "peer": "the codec in torch", "microseconds": round(took, 2),
+        "peer_microseconds": round(peer, 1), "ratio": round(peer / took, 1),
+        "max_rel_error": differ / sum(part.numel() for part in expected.values()),
+        "bits_per_weight": nbytes_of(expected).total * 8 / x.numel(), "note": ENCODE_NOTE,
+    }  # fmt: skip
+
+
 def longest_row(num_bits: int) -> Row:
     """As many tokens of a 7B shape as fit beside its weights in 4 bits."""
     heads, layers, weights = 32, 32, 3.6e9
@@ -254,6 +308,8 @@ def main() -> None:
             driver.images.update(images)
     print(f"{len(driver.images)} kernels compiled, {time.monotonic() - begin:.0f} s", flush=True)
     work: list[tuple[str, Callable[[], list[Row]]]] = []
+    for job in encode_codecs():
+        work.append((f"encode {job}", partial(lambda job: [encode_row(job)], job)))
     last = [(f"longest {num_bits} bit", partial(lambda bits: [longest_row(bits)], num_bits)) for num_bits in longest]
     for tokens in lengths:
         about: list[Any] = []  # what all recipes are held against, measured with the first of them

@@ -48,7 +48,8 @@ def stack_table() -> str:
     """Stores of the recipes in a stack of layers, one table for each device and goal."""
     parts = []
     for data in results("*/gpu_kv_stack.json"):
-        for goal, build in (("KV stack", _stack_lines), ("KV prefill", _prefill_lines), ("KV longest", _longest_lines)):
+        for goal, build in (("KV stack", _stack_lines), ("KV prefill", _prefill_lines), ("KV longest", _longest_lines),
+                            ("KV encode", _encode_lines)):  # fmt: skip
             rows = [row for row in data["rows"] if row["goal"] == goal]
             if rows:
                 facts = "; ".join(dict.fromkeys(row["note"] for row in rows))
@@ -74,6 +75,15 @@ def _prefill_lines(rows: Rows) -> list[str]:
         times = f"{row['peer_milliseconds']:.2f} | {row['milliseconds']:.3f}"
         share = f"{row['milliseconds'] / row['peer_milliseconds']:.1%}"
         lines.append(f"| {row['job']} | {row['tokens']:,} | {times} | {share} | {row['host_milliseconds']:.2f} |")
+    return lines
+
+
+def _encode_lines(rows: Rows) -> list[str]:
+    lines = ["| codes | bits | us of one launch | us of torch's operations | share of stored numbers that differ |"]
+    lines.append("|---" * 5 + "|")
+    for row in rows:
+        times = f"{row['microseconds']:.1f} | {row['peer_microseconds']:,.0f}"
+        lines.append(f"| {row['job']} | {row['bits_per_weight']:.2f} | {times} | {row['max_rel_error']:.0%} |")
     return lines
 
 

@@ -24,8 +24,8 @@ from rarefy.sources.texts import open_text
 from rarefy.sources.windows import tokenize
 from rarefy.sources.windows import windows as cut
 
-KEY = ("job", "model", "tokens", "threads")
-PLANS = ("sparge:similarity=-1,density=0.1,block_q=128,dense_below=0",)
+KEY = ("job", "model", "tokens", "threads", "dtype")
+PLANS = ("sparge:similarity=-1,density=1", "sparge:similarity=-1", "sparge:similarity=-1,density=0.1,block_q=128")
 
 
 def now() -> float:

@@ -77,8 +77,7 @@ def of_the_demo(work: Path, options: Any) -> list[Row]:
 def of_a_shape(shape: str, kind: str, work: Path, quick: bool) -> list[Row]:
     """Rows of a Llama with random weights, its layers in ``kind``."""
     gguf = random_llama.llama_cpp_file(shape, kind, work)
-    small = random_llama.compressed(shape, kind, work)
-    model: Any = rarefy.load(small)
+    model = random_llama.compressed(shape, kind, work)
     torch.set_num_threads(1)
     decoders: list[Decoder] = [RunnerDecoder(model, "fast")]
     length = LONG_PROMPT + NEW

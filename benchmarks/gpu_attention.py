@@ -1,10 +1,10 @@
-"""Sparse attention on one GPU against the best dense kernels, with estimators and selection in the time.
+"""Sparse prefill on one GPU against the best dense kernels, with estimators and selection in the time.
 
-32 query heads over 8 KV heads of 128 channels in bf16, causal, one sequence (prefill), or one new token in each of
-several (decode, as CUDA graphs). Inputs are normal random numbers. Before every call the GPU's cache is written over,
-and the GPU is kept busy while the call is launched, as other layers keep it in a model; ``from_idle`` is the time
-without that. Contenders take turns in one process, and times are medians. What a plan selects on random numbers says
-nothing of its quality: densities here are asked for, and ``attention_accuracy.py`` says what they cost.
+32 query heads over 8 KV heads of 128 channels in bf16, causal, one sequence; ``gpu_attention_decode.py`` decodes.
+Inputs are normal random numbers. Before every call other numbers are read that fill the GPU's cache, and the GPU is
+kept busy while the call is launched, as other layers keep it in a model; ``from_idle`` is the time without that.
+Contenders take turns in one process, and times are medians. What a plan selects on random numbers says nothing of its
+quality: densities here are asked for, and ``attention_accuracy.py`` says what they cost.
 
 ``ratio`` is the time of the peer over ours; ``kept_rate`` is density times the peer's time over ours (1: the dense
 kernel's rate is kept at that density); ``max_rel_error`` that of the executor against softmax in float32 over the same
@@ -20,7 +20,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from graphs import graph_of
 from harness import Row, arguments, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,7 +35,6 @@ from rarefy.attention.selectors import TopK
 from rarefy.attention.selectors.fused import fused_map
 from rarefy.attention.source import Plain
 from rarefy.kernels.triton.block_attention import block_attention
-from rarefy.kernels.triton.block_decode import BlockDecode, block_scores
 from rarefy.kernels.triton.block_mass import block_mass
 from rarefy.kernels.triton.block_select import select_blocks
 
@@ -51,10 +49,11 @@ Timed = dict[str, Callable[[], Any]]
 
 
 class Clock:
-    """Medians of calls that take turns, each after the GPU's cache was written over."""
+    """Medians of calls that take turns, each after something else was read that fills the GPU's cache, as weights of
+    other layers do. (Written numbers would still have to go to memory while the call runs.)"""
 
     def __init__(self) -> None:
-        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
+        self.flush = torch.zeros(64 << 20, device=DEVICE)
 
     def __call__(self, calls: Timed, rounds: int, queued: bool = True) -> dict[str, float]:
         """Milliseconds of each; calls that fail are left out, with what they said. ``queued``: launched behind other
@@ -71,7 +70,7 @@ class Clock:
         for _ in range(rounds):
             for name in times:
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self.flush.zero_()
+                self.flush.sum()
                 if queued:
                     torch.cuda._sleep(BUSY)
                 begin.record()
@@ -349,120 +348,6 @@ def prefill(clock: Clock, tokens: int, rounds: int, peers: dict[str, float]) -> 
     return rows
 
 
-def step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    density: float,
-    size: int,
-    bound: bool,
-    splits: int | None,
-    stages: int,
-    warps: int = 4,
-) -> tuple[Timed, Callable[[], Tensor], Callable[[], Tensor]]:
-    """A decoding step over a cache of fixed size: its parts, the whole, and the blocks that it read (bool)."""
-    batch, tokens = key.shape[0], key.shape[2]
-    pages = key.unflatten(2, (-1, size))
-    high, low = (pages.amax(3), pages.amin(3)) if bound else (pages.mean(3), None)
-    high, low = high.contiguous(), None if low is None else low.contiguous()
-    length = torch.full((batch,), tokens, dtype=torch.int32, device=DEVICE)
-    scores = torch.empty(batch, KV_HEADS, tokens // size, device=DEVICE)
-    lines = [torch.empty(batch, KV_HEADS, 1, dtype=torch.int32, device=DEVICE) for _ in range(3)]
-    columns = torch.empty(scores.numel(), dtype=torch.int32, device=DEVICE)
-    out = (lines[0], lines[1], lines[2], columns)
-    decode = BlockDecode(
-        batch,
-        KV_HEADS,
-        HEADS,
-        CHANNELS,
-        size,
-        device=torch.device(DEVICE),
-        splits=splits,
-        num_stages=stages,
-        num_warps=warps,
-    )
-    index, count = columns.view(batch, KV_HEADS, -1), lines[2].view(batch, KV_HEADS)
-
-    def estimate() -> None:
-        block_scores(query, high, length, tokens=size, scaling=SCALING, low=low, out=scores)
-
-    def select() -> None:
-        select_blocks(scores.unsqueeze(2), share=density, out=out)
-
-    def attend() -> Tensor:
-        return decode(query, key, value, index, count, length, SCALING)[0]
-
-    def whole() -> Tensor:
-        estimate()
-        select()
-        return attend()
-
-    def kept() -> Tensor:
-        place = torch.arange(index.shape[-1], device=DEVICE) < count[..., None]
-        mask = torch.zeros(batch, KV_HEADS, tokens // size + 1, dtype=torch.bool, device=DEVICE)
-        return mask.scatter_(2, index.long().where(place, mask.shape[2] - 1), True)[..., :-1]
-
-    return {"estimate": estimate, "select": select, "attend": attend}, whole, kept
-
-
-def decode(clock: Clock, batch: int, tokens: int, rounds: int, quick: bool, keep: Callable[[list[Row]], None]) -> None:
-    """One new token in each sequence, at 10%, as CUDA graphs. Rows are kept as they come."""
-    query, key, value = tensors(tokens, batch, 1)
-    key, value = key.contiguous(), value.contiguous()
-    dense_calls = dense(query, key, value, causal=False)
-    graphs: Timed = {}
-    for name, call in dense_calls.items():
-        try:
-            graphs[name] = graph_of([call]).replay
-        except Exception as failure:
-            print(f"  decode {name}: {type(failure).__name__}: {str(failure).splitlines()[0][:200]}")
-            torch.cuda.synchronize()
-    one = query[:, :, 0].contiguous()
-    size = 2 * batch * KV_HEADS * tokens * CHANNELS * 2
-    variants = [(64, False, None, 3), (64, True, None, 3), (128, False, None, 3), (64, False, None, 4)]
-    for block, bound, splits, stages in variants[: 2 if quick else None]:
-        label = f"{'extremes' if bound else 'means'} of {block}, {stages} stages"
-        stage = "first call"
-        try:
-            # A graph reads the memory of its calls and does not hold it, so these names have to live until the end.
-            each, whole, kept = step(one, key, value, 0.1, block, bound, splits, stages)
-            output = whole().clone()
-            torch.cuda.synchronize()
-            stage = "check"
-            mask = kept().repeat_interleave(block, 2)[:, :, None]
-            wide = one.unflatten(1, (KV_HEADS, -1)).float()
-            scores = (wide @ key.float().mT * SCALING).masked_fill(~mask, -torch.inf)
-            error = relative(output, (scores.softmax(-1) @ value.float()).flatten(1, 2))
-            del scores, mask
-            stage = "graph"
-            own: Timed = {label: graph_of([whole]).replay}
-            torch.cuda.synchronize()
-            times = clock({**graphs, **own}, rounds)
-            stage = "parts"
-            inner = clock({part: graph_of([function]).replay for part, function in each.items()}, max(5, rounds // 3))
-        except Exception as failure:
-            print(f"  {label}, {stage}: {type(failure).__name__}: {str(failure)[:300]}", flush=True)
-            if stage != "parts":
-                torch.cuda.synchronize()
-                continue
-            inner = {}
-        if label not in times:
-            continue
-        peers = {name: times[name] for name in graphs if name in times}
-        peer = min(peers, key=lambda name: peers[name])
-        parts = {part: round(milliseconds * 1e3, 1) for part, milliseconds in inner.items()}
-        row = {
-            "goal": "decode", "job": f"decode, {label}", "tokens": tokens, "density": 0.1, "batch": batch,
-            "peer": f"dense {peer}", "microseconds": round(times[label] * 1e3, 2),
-            "peer_microseconds": round(peers[peer] * 1e3, 2), "ratio": round(peers[peer] / times[label], 3),
-            "max_rel_error": error, "dense_gigabytes_per_second": round(size / peers[peer] / 1e6),
-            "parts_microseconds": parts, "note": "estimator and selection included; CUDA graph",
-        }  # fmt: skip
-        keep([row])
-        about = f"decode {batch} x {tokens}, {label}: {row['microseconds']} us, {row['ratio']}x {peer},"
-        print(about, f"error {error:.1e}", parts, {name: round(ms * 1e3, 1) for name, ms in peers.items()}, flush=True)
-
-
 def masses(clock: Clock, tokens: int, peers: dict[str, float], rounds: int) -> list[Row]:
     """The exact masses of all blocks, which training targets and oracles take."""
     query, key, _ = tensors(tokens)
@@ -556,7 +441,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so long")
     parser.add_argument("--tune", action="store_true", help="try configurations of the kernels first")
     parser.add_argument("--tokens", default="32768,8192,131072,16384,65536", help="lengths of prefill; 0 for none")
-    parser.add_argument("--decode", default="16x32768,1x32768,1x131072,4x32768,16x8192", help="batches and lengths")
     parser.add_argument(
         "--check",
         default="fa4,fa4 chunk,flex,triton,triton 64,triton kv,triton chunk",
@@ -569,11 +453,6 @@ def main() -> None:
     clock = Clock()
     found = errors(set(options.check.split(",")))
     rows: list[Row] = []
-
-    def keep(found: list[Row]) -> None:
-        rows.extend(found)
-        if options.json is not None:
-            write(options, rows, KEY)
 
     def attempt(name: str, function: Callable[[], list[Row] | None]) -> None:
         if time.monotonic() - begin > options.seconds:
@@ -591,10 +470,6 @@ def main() -> None:
 
     if options.tune:
         attempt("tune", lambda: tune(clock, 32768, 10))
-    for case in filter(None, options.decode.split(",")):
-        batch, length = (int(part) for part in case.split("x"))
-        few = options.quick or batch * length != 16 * 32768
-        attempt(f"decode {case}", lambda b=batch, n=length, few=few: decode(clock, b, n, 60, few, keep))
     for tokens in (int(part) for part in options.whole.split(",") if int(part)):
         for plan in PLANS:
             attempt(f"whole {tokens}", lambda n=tokens, plan=plan: whole(n, plan, 3))

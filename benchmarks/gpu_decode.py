@@ -1,11 +1,12 @@
 """Whole-model decoding on one GPU: a model shaped like Llama 3 8B, random weights in code, by the CUDA-graph runner.
 
-Each sequence holds a prompt already; a row is the time of one more token for all of them, greedy, chosen on the GPU.
+Each sequence holds some tokens already; a row is the time of one more token for all of them, greedy, chosen on the GPU.
 ``fraction_of_limit`` is the time to move the step's weights and caches at the bandwidth of a copy over the time taken,
 ``fraction_of_read`` at that of a sum, which writes nothing.
-Peers run the same shape in the same process and in turn: the model in bfloat16 by the same runner, Transformers eager
-and compiled with a static cache, torchao's int4 compiled, and other people's 4-bit products inside our graph, which
-gives them everything but the products. Random weights: no quality is claimed here.
+Peers run the same shape in the same process and in turn: the model in bfloat16 by the same runner, and the coded one
+without its step in one launch; Transformers eager, and compiled with a static cache; torchao's int4 and bfloat16 as
+torch.compile likes them best (``compiled_llama.py``); and other people's 4-bit products inside our graph, which gives
+them everything but the products. Random weights: no quality is claimed here.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import json
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import compiled_llama
 import torch
 from graphs import bandwidth, graph_of, microseconds
 from harness import Row, arguments, write
@@ -32,6 +33,7 @@ from rarefy import packing
 from rarefy.decoding import interpreter
 from rarefy.decoding.build import build
 from rarefy.decoding.cache import KeyValues, Sequences
+from rarefy.decoding.fuse import Projects
 from rarefy.decoding.graph import GraphExecutor
 from rarefy.decoding.program import Add, Attend, Program, Project
 from rarefy.formats.grids import IntegerGrid, LutGrid
@@ -40,9 +42,7 @@ from rarefy.formats.terms.base import Term
 from rarefy.formats.terms.plain import ResidualSpec
 from rarefy.formats.terms.quantized import QuantizedSpec
 from rarefy.integrations.peers import step_bytes
-from rarefy.kernels.cuda import tuning
 from rarefy.kernels.cuda.linear import MOST_TOKENS_OF_OUTLIERS
-from rarefy.kernels.triton import step
 from rarefy.layers.linear import CompressedLinear
 
 KEY = ("job", "batch", "peer")
@@ -118,6 +118,9 @@ def random_model(kind: str | None, shape: dict[str, Any]) -> Any:
     return model
 
 
+Other: TypeAlias = Callable[[int, int], Callable[[Tensor], Tensor] | None]
+
+
 @dataclass
 class Decoder:
     """``run()`` writes some tokens for all sequences, ``count`` each; ``nbytes`` is what a step reads."""
@@ -131,46 +134,80 @@ class Decoder:
 
 
 class Ours:
-    """The runner's executor with ``batch`` sequences of `PROMPT` tokens."""
+    """The runner's executor with ``batch`` sequences that hold `PROMPT` random keys and values.
 
-    def __init__(self, program: Program, batch: int):
-        self.execute = GraphExecutor(program)
-        sizes = (program.layers, program.kv_heads, program.head_dim, DTYPE, program.positions, DEVICE)
-        self.cache = Sequences(batch, *sizes)
-        self.cache.reserve(PROMPT + NEW + 1)
-        prompt = torch.randint(3, program.vocabulary, (PROMPT,), generator=torch.Generator().manual_seed(1))
-        first = self.execute.read(prompt, self.cache, 0).argmax(-1)
-        for kept in (self.cache.keys, self.cache.values):
-            kept[:, 1:] = kept[:, :1]
-        self.tokens = first.expand(batch)
-        self.error = error_of_first_layers(program, prompt, first)
+    ``stay``: steps of one sequence are one launch. ``other(rows, columns)`` makes a product that takes the place of
+    ours, projections of the same input being one; where it makes none ours stays, and nothing is checked."""
+
+    def __init__(self, program: Program, batch: int, stay: bool = True, other: Other | None = None):
+        self.execute = GraphExecutor(program, stay)
+        self.cache = _random_cache(program, batch)
+        self.tokens = torch.full((batch,), 17, device=DEVICE)
+        self.error = 0.0 if other is not None else error_of_first_layers(program, batch, stay)
+        if other is not None:
+            self._replace(other)
+
+    def _replace(self, other: Other) -> None:
+        for operation in self.execute._whole:
+            if isinstance(operation, Projects):
+                rows = [part.linear.out_features for part in operation.parts]
+                made = other(sum(rows), operation.parts[0].linear.in_features)
+                if made is not None:
+                    self.execute._products[operation.parts[0].name] = partial(_split, made, rows)
+
     def __call__(self, count: int) -> Tensor:
         self.cache.lengths = [PROMPT] * len(self.tokens)
         return self.execute.write(self.tokens, self.cache, count)
 
 
-def error_of_first_layers(program: Program, prompt: Tensor, token: Tensor) -> float:
-    """Relative error to the interpreter of the logits after ``prompt`` and ``token`` and the first `CHECKED` layers."""
+def _split(product: Callable[[Tensor], Tensor], rows: Sequence[int], x: Tensor) -> tuple[Tensor, ...]:
+    return product(x).split(rows, -1)
+
+
+def _random_cache(program: Program, batch: int) -> Sequences:
+    sizes = (program.layers, program.kv_heads, program.head_dim, DTYPE, program.positions, DEVICE)
+    cache = Sequences(batch, *sizes)
+    cache.reserve(PROMPT + NEW + 1)
+    cache.lengths = [PROMPT] * batch
+    for kept in (cache.keys, cache.values):
+        kept[:, :1].normal_()
+        kept[:, 1:] = kept[:, :1]
+    return cache
+
+
+def error_of_first_layers(program: Program, batch: int, stay: bool = True, token: int = 17) -> float:
+    """Relative error of the logits of all sequences after one more token and the first `CHECKED` layers, against
+    operations one by one with decoded weights in float32."""
     last = [number for number, each in enumerate(program.step) if isinstance(each, Attend)][CHECKED]
     start = max(number for number, each in enumerate(program.step[:last]) if isinstance(each, Add)) + 1
     short = replace(program, step=program.step[:start], layers=CHECKED)
-    sizes = (short.layers, short.kv_heads, short.head_dim, DTYPE, short.positions, DEVICE)
-    ours, oracle, execute = KeyValues(*sizes), KeyValues(*sizes), GraphExecutor(short)
-    execute(prompt, ours)
-    interpreter.run(short, prompt.to(DEVICE), oracle)
-    made, wanted = execute(token, ours).double(), interpreter.run(short, token, oracle).double()
-    return float((made - wanted).norm() / wanted.norm())
+    ours, tokens = _random_cache(short, batch), torch.full((batch,), token, device=DEVICE)
+    oracle = KeyValues(short.layers, short.kv_heads, short.head_dim, DTYPE, short.positions, DEVICE)
+    oracle.keys, oracle.values, oracle.length = ours.keys[:, 0].clone(), ours.values[:, 0].clone(), PROMPT
+    made = GraphExecutor(short, stay).advance(tokens, ours).double()
+    wanted = interpreter.run(_decoded(short), tokens[:1], oracle).double()
+    return float((made - wanted).norm(dim=-1).max() / wanted.norm())
 
 
-def error_again(program: Program) -> float:
-    """The same with other numbers, after kernels have changed."""
-    draw = torch.Generator().manual_seed(2)
-    prompt, token = (torch.randint(3, program.vocabulary, (count,), generator=draw) for count in (PROMPT, 1))
-    return error_of_first_layers(program, prompt, token.to(DEVICE))
+def _decoded(program: Program) -> Program:
+    """``program`` with coded weights in float32."""
+
+    def product(weight: Tensor, x: Tensor) -> Tensor:
+        return (x.float() @ weight.T).to(x.dtype)
+
+    def changed(operations: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(
+            replace(each, linear=partial(product, each.linear.decode()))
+            if isinstance(each, Project) and isinstance(each.linear, CompressedLinear)
+            else each
+            for each in operations
+        )
+
+    return replace(program, step=changed(program.step), head=changed(program.head))
 
 
-def ours(name: str, model: Any, program: Program, batch: int) -> Decoder:
-    made = Ours(program, batch)
+def ours(name: str, model: Any, program: Program, batch: int, **options: Any) -> Decoder:
+    made = Ours(program, batch, **options)
     cached = 2 * program.layers * program.kv_heads * program.head_dim * DTYPE.itemsize
     nbytes = step_bytes(model) + batch * cached * (PROMPT + NEW // 2)
     return Decoder(name, partial(made, NEW), NEW, nbytes, made.error, partial(made, FEW))
@@ -178,7 +215,11 @@ def ours(name: str, model: Any, program: Program, batch: int) -> Decoder:
 
 def captured_anew(decoder: Decoder) -> float:
     """Milliseconds of a step that is captured once more."""
-    made = decoder.run.func  # type: ignore[attr-defined]
+    return captured_anew_of(decoder.run.func)  # type: ignore[attr-defined]
+
+
+def captured_anew_of(made: Ours) -> float:
+    """The same of what a decoder runs."""
     made.execute._steps.clear()
     times = []
     for number in range(4):
@@ -193,27 +234,12 @@ def captured_anew(decoder: Decoder) -> float:
     return statistics.median(times)
 
 
-def with_products(program: Program, make: Callable[[int, int], Callable[[Tensor], Tensor]]) -> Program:
-    """``program`` with other linear layers of the same shapes."""
-
-    def changed(operations: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(
-            replace(each, linear=make(each.linear.out_features, each.linear.in_features))
-            if isinstance(each, Project)
-            else each
-            for each in operations
-        )
-
-    return replace(program, step=changed(program.step), head=changed(program.head))
-
-
-def ours_with(name: str, model: Any, make: Callable[[], Program], batch: int) -> Decoder:
-    return ours(name, model, make(), batch)
-
-
-def gemlite(rows: int, columns: int) -> Callable[[Tensor], Tensor]:
+def gemlite(rows: int, columns: int) -> Callable[[Tensor], Tensor] | None:
+    """None for the head, for which GemLite brings no measured form along and would look for one for too long."""
     from gemlite.helper import A16Wn
 
+    if rows == SHAPE["vocab_size"]:
+        return None
     codes = torch.randint(0, 16, (rows, columns), device=DEVICE, dtype=torch.uint8)
     scale = torch.rand(rows, columns // 128, device=DEVICE, dtype=DTYPE) * SPREAD / 4
     zero = torch.full_like(scale, 8)
@@ -251,12 +277,10 @@ def transformers(name: str, model: Any, batch: int, compiled: bool, count: int) 
     return Decoder(name, run, count, 0)
 
 
-def torchao(shape: dict[str, Any], batch: int) -> Decoder:
-    from torchao.quantization import Int4WeightOnlyConfig, quantize_
-
-    model = random_model(None, shape)
-    quantize_(model, Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d"))
-    return transformers("torchao int4 compiled", model, batch, True, NEW)
+def compiled(name: str, shape: dict[str, Any], batch: int, quantize: Callable[[nn.Module], None] | None) -> Decoder:
+    """See ``compiled_llama.py``."""
+    write = compiled_llama.decoder(compiled_llama.Shape.of(shape), batch, PROMPT + NEW, quantize)
+    return Decoder(name, partial(write, NEW, PROMPT), NEW, 0)
 
 
 def read_bandwidth() -> float:
@@ -281,36 +305,6 @@ def milliseconds(decoders: Sequence[Decoder], rounds: int) -> dict[str, float]:
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-@contextmanager
-def one_by_one() -> Iterator[None]:
-    """Launches that are captured meanwhile wait for those before them, so that a profile says what each takes."""
-    early, choose = step._early, tuning.choose
-    step._early = lambda device: False  # type: ignore[assignment]
-    tuning.choose = lambda *product: replace(choose(*product), overlap=False)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        step._early, tuning.choose = early, choose
-
-
-def profile(decoder: Decoder, path: Path) -> None:
-    """Time of a step's kernels by name, of a few steps whose launches do not overlap."""
-    assert decoder.few is not None
-    decoder.few.func.execute._steps.clear()  # type: ignore[attr-defined]
-    with one_by_one():
-        decoder.few()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-        decoder.few()
-        torch.cuda.synchronize()
-    rows = sorted(found.key_averages(), key=lambda each: -each.self_device_time_total)
-    lines = [f"{decoder.name}: kernels of a step, by what they take together"]
-    for each in rows[:25]:
-        per_step = each.self_device_time_total / FEW
-        lines.append(f"{per_step:9.1f} us {each.count / FEW:7.1f} times  {each.key[:110]}")
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n\n")
-
-
 def attempt(name: str, make: Callable[[], Decoder]) -> list[Decoder]:
     """What ``make`` makes and has run once, or nothing, having said why."""
     begin = time.monotonic()
@@ -330,8 +324,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="fewer, to try things out")
     parser.add_argument("--batch", default="1,32", help="sequences, by commas")
     parser.add_argument("--kinds", default="W4 g128,SpQR 3,SqueezeLLM 3", help="codes, by commas")
-    parser.add_argument("--peers", default="eager,tinygemm,gemlite,compiled,torchao", help="by commas")
-    parser.add_argument("--profile", type=Path, help="write the kernels of a step here")
+    parser.add_argument(
+        "--peers", default="launches,eager,tinygemm,gemlite,torchao,compiled,hf", help="by commas"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--tune", default="0", help="for each batch, seconds to try ways to cut the first kind's products up, by commas"
@@ -342,19 +337,20 @@ def main() -> None:
     limit = bandwidth(), read_bandwidth()
     print(f"copy {limit[0] / 1e6:.2f} TB/s, read {limit[1] / 1e6:.2f} TB/s", flush=True)
     coded = {kind: random_model(kind, shape) for kind in options.kinds.split(",") if kind}
+    programs = {kind: build(model) for kind, model in coded.items()}
     dense = random_model(None, shape)
     batches, seconds = options.batch.split(","), options.tune.split(",")
     for batch, tuned in zip_longest(map(int, batches), map(float, seconds), fillvalue=0):
-        measured(int(batch), coded, dense, shape, options, limit, tuned)
+        measured(int(batch), coded, programs, dense, shape, options, limit, tuned)
         torch.cuda.empty_cache()
 
 
 def measured(
-    batch: int, coded: dict[str, Any], dense: Any, shape: dict[str, Any], options: Namespace,
-    limit: tuple[float, float], seconds: float,
+    batch: int, coded: dict[str, Any], programs: dict[str, Program], dense: Any, shape: dict[str, Any],
+    options: Namespace, limit: tuple[float, float], seconds: float,
 ) -> None:  # fmt: skip
-    """Write the rows of one number of sequences."""
-    wanted, program = options.peers.split(","), build(dense)
+    """Write the rows of one number of sequences, those of peers that take long to get ready after the others."""
+    wanted = options.peers.split(",")
     mine: list[Decoder] = []
     choices = Choices()
     with choices.instead():
@@ -362,31 +358,58 @@ def measured(
             if batch > MOST_TOKENS_OF_OUTLIERS and kind in ("SpQR 3", "SqueezeLLM 3"):
                 print(f"{kind}: weights with outliers are dequantized for {batch} tokens; not measured", flush=True)
                 continue
-            mine += attempt(kind, partial(ours, kind, model, build(model), batch))
+            mine += attempt(kind, partial(ours, kind, model, programs[kind], batch))
             if number == 0 and mine and seconds:
                 print("\n".join(tune(choices, partial(captured_anew, mine[0]), batch, seconds)), flush=True)
                 print(f"then {captured_anew(mine[0]):.4f} ms", flush=True)
-                mine[0].error = max(mine[0].error, error_again(build(model)))
+                mine[0].error = max(mine[0].error, error_of_first_layers(programs[kind], batch, token=99))
     if options.entries:
         with options.entries.open("a", encoding="utf-8") as file:
             file.write(json.dumps(choices.entries(batch)) + "\n")
-    peers = attempt("bf16", partial(ours, "bf16, same runner", dense, program, batch))
-    if "eager" in wanted:
-        peers += attempt("eager", partial(transformers, "HF eager bf16", dense, batch, False, 8))
-    for name, maker in (("tinygemm", tinygemm), ("gemlite", gemlite)):
-        if name in wanted:
-            other = partial(with_products, program, maker)
-            peers += attempt(name, partial(ours_with, f"{name} W4, same runner", dense, other, batch))
-    if "compiled" in wanted:
-        peers += attempt("compiled", partial(transformers, "HF compiled bf16", dense, batch, True, NEW))
-    if "torchao" in wanted:
-        peers += attempt("torchao", partial(torchao, shape, batch))
+    mine += attempt("bf16", partial(ours, "bf16, same runner", dense, build(dense), batch))
+    kind, model = next(iter(coded.items()), ("bf16", dense))
+    program = programs.get(kind) or build(dense)
+    in_our_graph: dict[str, Any] = {"stay": False}
+    makers: dict[str, tuple[str, Callable[[str], Decoder]]] = {
+        "launches": (
+            f"{kind}, a launch for each operation", lambda name: ours(name, model, program, batch, **in_our_graph)
+        ),
+        "tinygemm": (
+            "tinygemm W4, same runner", lambda name: ours(name, model, program, batch, **in_our_graph, other=tinygemm)
+        ),
+        "eager": ("HF eager bf16", lambda name: transformers(name, dense, batch, False, 8)),
+        "gemlite": (
+            "GemLite W4, same runner and head",
+            lambda name: ours(name, model, program, batch, **in_our_graph, other=gemlite),
+        ),
+        "torchao": ("torchao int4, compiled", lambda name: compiled(name, shape, batch, compiled_llama.int4)),
+        "compiled": ("bf16, compiled", lambda name: compiled(name, shape, batch, None)),
+        "hf": ("HF compiled bf16", lambda name: transformers(name, dense, batch, True, NEW)),
+    }
+    soon: list[Decoder] = []
+    for peer, (name, maker) in makers.items():
+        if peer not in wanted or (peer == "launches" and batch > 1):
+            continue
+        found = attempt(name, partial(maker, name))
+        if peer in ("launches", "tinygemm", "eager"):
+            soon += found
+        else:
+            _write(batch, mine, [*soon, *found], coded, dense, shape, options, limit)
+            soon = []
+    if soon:
+        _write(batch, mine, soon, coded, dense, shape, options, limit)
+
+
+def _write(
+    batch: int, mine: Sequence[Decoder], peers: Sequence[Decoder], coded: dict[str, Any], dense: Any,
+    shape: dict[str, Any], options: Namespace, limit: tuple[float, float],
+) -> None:  # fmt: skip
     times = milliseconds([*mine, *peers], options.rounds)
     rows: list[Row] = []
-    for each in [*mine, *peers[:1]]:
+    for each in mine:
         took = times[each.name]
         print(f"batch {batch}, {each.name}: {took:.3f} ms, {batch / took * 1e3:.0f} tokens/s", flush=True)
-        for peer in peers:
+        for peer in (*peers, *mine[-1:]):
             rows.append({
                 "goal": "3 bits" if "3" in each.name else "G14" if batch == 1 else "G15",
                 "job": each.name, "batch": batch, "peer": peer.name,
@@ -400,12 +423,6 @@ def measured(
             })  # fmt: skip
             print(f"  {rows[-1]['ratio']}x {peer.name}, {rows[-1]['fraction_of_limit']} of limit", flush=True)
     write(options, rows, KEY)
-    with choices.instead():
-        for each in [*mine, *peers[:1]] if options.profile else ():
-            try:
-                profile(each, options.profile)
-            except Exception as failure:  # no profiler here
-                print(f"profile: {failure}", flush=True)
 
 
 def _bits(model: Any) -> float:

@@ -64,10 +64,12 @@ def check() -> None:
         ("gate by group", lambda: gates(KV_HEADS), KV_HEADS, 64, 64),
         ("windows", lambda: WindowMeans(32, 16), KV_HEADS, 64, 64),
         ("windows, coarse", lambda: WindowMeans(32, 16, (128, 64)), KV_HEADS, 64, 64),
+        ("windows, coarse, every 4", lambda: WindowMeans(32, 16, (128, 64), every=4), KV_HEADS, 128, 64),
         ("low bit 64x32", LowBitProducts, HEADS, 64, 32),
-        ("low bit 64x64", lambda: LowBitProducts(sink=64), HEADS, 64, 64),
+        ("low bit 64x64, every 4", lambda: LowBitProducts(sink=64, every=4), HEADS, 64, 64),
+        ("8 bits 128x128", lambda: LowBitProducts(num_bits=8, smooth=False, sink=128), HEADS, 128, 128),
     ]
-    for tokens in (1000, 2048):
+    for tokens in (1000,):
         query, key, value = tensors(tokens)
         call, exact = call_of(query, key, value), call_of(*(part.float().cpu() for part in (query, key, value)))
         for name, make, maps, block_q, block_k in jobs:
@@ -103,10 +105,13 @@ def plans(density: float) -> dict[str, tuple[Estimator, int, int, str, Selector 
         "seer_attention 128x128": (gates(HEADS), 128, 128, "query", TopK(density)),
         "infllm_v2 64x64": (WindowMeans(32, 16, (128, 64)), 64, 64, "kv", TopK(density)),
         "infllm_v2 128x128": (WindowMeans(32, 16, (128, 64)), 128, 128, "kv", TopK(density)),
-        "infllm_v2 64x64, exact sums": (WindowMeans(32, 16), 64, 64, "kv", TopK(density)),
+        "infllm_v2 64x64, every 4th query": (WindowMeans(32, 16, (128, 64), every=4), 64, 64, "kv", TopK(density)),
+        "infllm_v2 128x128, every 4th query": (WindowMeans(32, 16, (128, 64), every=4), 128, 128, "kv", TopK(density)),
         "sale 64x32": (LowBitProducts(), 64, 32, "query", None),
-        "sale 64x64": (LowBitProducts(sink=64), 64, 64, "query", None),
         "sale 128x128": (LowBitProducts(sink=128), 128, 128, "query", None),
+        "sale 64x32, every 4th query": (LowBitProducts(every=4), 64, 32, "query", None),
+        "sale 64x64, every 4th query": (LowBitProducts(sink=64, every=4), 64, 64, "query", None),
+        "sale 128x128, every 4th query": (LowBitProducts(sink=128, every=4), 128, 128, "query", None),
     }
 
 
@@ -171,59 +176,24 @@ def measure(clock: Clock, tokens: int, density: float, rounds: int, only: str) -
     return rows
 
 
-def tune(clock: Clock, tokens: int, rounds: int) -> None:
-    """Configurations of the two kernels that look at every query."""
-    from rarefy.kernels.triton import anchored_scores as low
-    from rarefy.kernels.triton import window_shares as windows
-
-    query, key, _ = tensors(tokens)
-    means = key.unfold(2, 32, 16).mean(-1)
-    totals = windows.window_totals(query, means, size=32, stride=16, scaling=SCALING, offset=0)
-    calls: dict[str, Callable[[], Any]] = {}
-    for warps in (4, 8):
-        calls[f"totals {warps} warps"] = lambda w=warps: windows.window_totals(
-            query, means, size=32, stride=16, scaling=SCALING, offset=0, num_warps=w
-        )
-        for block in (64, 128):
-            calls[f"shares {block} {warps} warps"] = lambda w=warps, b=block: windows.window_shares(
-                query, means, totals, block_q=b, size=32, stride=16, scaling=SCALING, offset=0, num_warps=w
-            )
-    zero_q, zero_k = (torch.zeros(1, x.shape[1], CHANNELS, device=DEVICE) for x in (query, key))
-    q_codes, k_codes = low.token_codes(query, zero_q, 7), low.token_codes(key, zero_k, 7)
-    bias = torch.zeros(1, HEADS, tokens, device=DEVICE)
-    calls["codes of queries"] = lambda: low.token_codes(query, zero_q, 7)
-    for warps in (4, 8):
-        for tile in (64, 128):
-            for block_q, block_k in ((64, 32), (128, 64), (128, 128)):
-                label = f"anchored {block_q}x{block_k} tile {tile} {warps} warps"
-                calls[label] = lambda w=warps, t=tile, bq=block_q, bk=block_k: low.anchored_scores(
-                    query, key, zero_k, q_codes, k_codes, bias, block_q=bq, block_k=bk, sink=bk, local=128,
-                    scaling=SCALING, offset=0, tile=t, num_warps=w,
-                )  # fmt: skip
-    for name, milliseconds in clock(calls, rounds).items():
-        print(f"  tune {tokens} {name}: {milliseconds:.3f} ms", flush=True)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--density", type=float, default=0.1)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=50, help="at up to 32,768 tokens; fewer at more")
     parser.add_argument("--only", default="", help="plans whose names contain this")
-    parser.add_argument("--tune", action="store_true")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after that many")
     options = parser.parse_args(argv)
     begin = time.monotonic()
     torch.manual_seed(0)
     clock = Clock()
     check()
-    for number, tokens in enumerate(options.tokens[: 1 if options.quick else None]):
-        if options.tune and number == min(2, len(options.tokens) - 1):
-            tune(clock, 32768, 5)
+    for tokens in options.tokens[: 1 if options.quick else None]:
         if time.monotonic() - begin > options.seconds:
             print(f"no time left for {tokens}")
             break
-        write(options, measure(clock, tokens, options.density, options.rounds, options.only), KEY)
+        rounds = max(3, options.rounds * 32768 // max(tokens, 32768))
+        write(options, measure(clock, tokens, options.density, rounds, options.only), KEY)
 
 
 if __name__ == "__main__":

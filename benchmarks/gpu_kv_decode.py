@@ -2,10 +2,11 @@
 
 32 query heads over 8 KV heads of 128 channels, one sequence. Caches are filled with random codes (no quality is
 claimed here), several until they exceed the GPU's own cache; peers are timed in turn in one process, as CUDA graphs.
-``ratio`` is the time of the best of torch's bf16 kernels over ours, ``ratio_to_fp8`` that of our own kernel over fp8
-numbers, ``fraction_of_limit`` the bytes of the cache at the bandwidth of a copy or a sum over our time,
-``max_rel_error`` that against the decoded cache in float32 at 8,192 tokens. Every job is tried with several shapes of
-the kernel, and the best counts; ``--trials FILE`` keeps them all.
+``ratio`` is the time of the best of torch's bf16 kernels over ours, ``ratio_to_fp8`` that of our own kernel over 8-bit
+floats with a scale for each token, ``fraction_of_limit`` the bytes of the cache at the bandwidth of a copy or a sum
+over our time, ``max_rel_error`` that against the decoded cache in float32 at 8,192 tokens. What is in code goes through
+the kernel in CUDA C++, 16-bit numbers through the one in Triton. Every job is tried with several shapes of the kernel,
+and the best counts; ``--trials FILE`` keeps them all.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +26,33 @@ from harness import Row, arguments, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rarefy.kernels.coded import Tiles
+from rarefy.kernels.cuda import attend, driver
 from rarefy.kernels.triton.decode_attention import DecodeAttention
-from rarefy.kernels.triton.tiles import Tiles
 
 KEY = ("job", "tokens")
 HEADS, QUERY_HEADS, CHANNELS = 8, 32, 128
 SCALING = CHANNELS**-0.5
 BEYOND_CACHE = 200e6  # bytes that no GPU keeps on the chip
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-PROGRAMS = (1056, 1584, 2112)  # of one call
-COMPILERS = 8
+PROGRAMS = (1584, 2112)  # of one call of the Triton kernel
+COMPILERS = 12
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How the kernel is compiled: rows of a tile, warps, stages, and the most registers (0: any)."""
+    """How the Triton kernel is compiled: rows of a tile, warps and stages, and how many programs a call has."""
 
     rows: int
     warps: int = 1
     stages: int = 2
-    registers: int = 0
-
-    def options(self) -> dict[str, Any]:
-        return {"rows": self.rows, "num_warps": self.warps, "num_stages": self.stages,
-                "registers": self.registers or None}  # fmt: skip
+    programs: int = 1584
 
 
-BY_CHANNEL = (Shape(16), Shape(16, 1, 1), Shape(16, 1, 2, 168))
-BY_TOKEN = (Shape(32), Shape(32, 1, 3), Shape(64))
+DENSE = tuple(Shape(32, 1, stages, programs) for stages in (2, 3) for programs in PROGRAMS)
+CODED = (attend.Shape(8, 1, 4), attend.Shape(8, 1, 8))
+AnyShape = Shape | attend.Shape
+Attention = Callable[[Tensor, float], Any]
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,26 @@ class Job:
     group: int = 128
 
     @property
-    def shapes(self) -> tuple[Shape, ...]:
-        return BY_CHANNEL if self.keys == "channel" else BY_TOKEN
+    def shapes(self) -> tuple[AnyShape, ...]:
+        return DENSE if self.keys == "bf16" else CODED
 
     def tiles(self, tokens: int) -> tuple[Tiles, Tiles]:
-        return self._side(self.keys, tokens), self._side(self.values, tokens)
+        keys, values = self._side(self.keys, tokens), self._side(self.values, tokens)
+        return keys, replace(values, lut=keys.lut) if self.keys == "table" else values
 
     def _side(self, kind: str, tokens: int) -> Tiles:
         """Random keys or values of one run."""
         shape = (1, HEADS, tokens, CHANNELS)
-        if kind in ("bf16", "fp8"):
-            numbers = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-            return Tiles("dense", ((numbers if kind == "bf16" else numbers.to(torch.float8_e4m3fn),),), self.num_bits)
+        if kind == "bf16":
+            return Tiles("dense", ((torch.randn(shape, device="cuda", dtype=torch.bfloat16),),), self.num_bits)
+        if kind == "float8":
+            codes = (100 * torch.randn(shape, device="cuda", dtype=torch.bfloat16)).to(torch.float8_e4m3fn)
+            scale = (0.5 + torch.rand(1, HEADS, tokens, device="cuda")) / 100
+            return Tiles("float8", ((codes.view(torch.uint8), scale.half()),), 8)
+        if kind == "product":
+            words = (1, HEADS, tokens * CHANNELS // 2 // 4)
+            codes = torch.randint(-(2**31), 2**31 - 1, words, device="cuda", dtype=torch.int32)
+            return Tiles("product", ((codes,),), 8, 1, 1, torch.randn(CHANNELS // 2, 256, 2, device="cuda").half())
         words = (1, HEADS, tokens * CHANNELS * self.num_bits // 32)
         codes = torch.randint(-(2**31), 2**31 - 1, words, device="cuda", dtype=torch.int32)
         scale = (0.5 + torch.rand(1, HEADS, tokens * CHANNELS // self.group, device="cuda")) / 2 ** (self.num_bits - 1)
@@ -97,7 +105,8 @@ JOBS = [
     Job("uniform 4 bit, groups of 32", "channel", "token", 4, 32),
     Job("uniform 4 bit by token", "token", "token", 4), Job("uniform 3 bit by token", "token", "token", 3),
     Job("uniform 2 bit by token", "token", "token", 2), Job("rotated table 4 bit", "table", "table", 4),
-    Job("rotated table 3 bit", "table", "table", 3), Job("fp8", "fp8", "fp8", 8), Job("bf16", "bf16", "bf16", 16),
+    Job("rotated table 3 bit", "table", "table", 3), Job("product codes of 2 channels", "product", "product", 4),
+    Job("fp8", "float8", "float8", 8), Job("bf16", "bf16", "bf16", 16),
 ]  # fmt: skip
 
 
@@ -112,6 +121,12 @@ def decoded(tiles: Tiles, tokens: int) -> Tensor:
     numbers = tiles.runs[0]
     if tiles.kind == "dense":
         return numbers[0].float()
+    if tiles.kind == "float8":
+        return numbers[0].view(torch.float8_e4m3fn).float() * numbers[1].float().unsqueeze(-1)
+    if tiles.kind == "product":
+        assert tiles.lut is not None
+        codes = numbers[0].view(torch.uint8).unflatten(-1, (tokens, -1)).int()
+        return tiles.lut.float()[torch.arange(codes.shape[-1], device="cuda"), codes].flatten(-2)
     stream = numbers[0].unflatten(-1, (-1, tiles.num_bits))
     codes = packing.unpack_bits(stream, tiles.num_bits, stream.shape[-2] * 32).flatten(2)
     if tiles.kind == "table":
@@ -156,11 +171,14 @@ def microseconds(graphs: dict[Any, Captured], rounds: int) -> dict[Any, float]:
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def attention(tiles: tuple[Tiles, Tiles], tokens: int, shape: Shape, programs: int = 2112) -> DecodeAttention:
-    parts = max(1, programs // HEADS)
+def attention(tiles: tuple[Tiles, Tiles], tokens: int, shape: AnyShape) -> Attention:
+    device = torch.device("cuda")
+    if isinstance(shape, attend.Shape):
+        return attend.CodedAttention(*tiles, ([tokens], [tokens]), 1, HEADS, QUERY_HEADS, device=device, shape=shape)
     return DecodeAttention(
-        *tiles, 1, HEADS, QUERY_HEADS, CHANNELS, tokens, device=torch.device("cuda"), parts=parts, **shape.options()
-    )
+        *tiles, 1, HEADS, QUERY_HEADS, CHANNELS, tokens, device=device, parts=max(1, shape.programs // HEADS),
+        rows=shape.rows, num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip
 
 
 def copies(job: Job, tokens: int) -> list[tuple[Tiles, Tiles]]:
@@ -199,9 +217,9 @@ def bandwidth() -> float:
     return max(times * 4 * source.numel() / took for times, took in microseconds(graphs, 10).items())
 
 
-def check(name: str, shape: Shape, tokens: int = 8192) -> tuple[str, Shape, float | str]:
-    """The error of one shape against attention over what is decoded, or why it does not run; leaves the kernel in
-    Triton's cache."""
+def check(name: str, shape: AnyShape, tokens: int = 8192) -> tuple[str, AnyShape, float | str, dict[Any, bytes]]:
+    """The error of one shape against attention over what is decoded, or why it does not run; machine code, or what is
+    left in Triton's own cache."""
     job = next(each for each in JOBS if each.name == name)
     try:
         torch.manual_seed(0)
@@ -211,17 +229,18 @@ def check(name: str, shape: Shape, tokens: int = 8192) -> tuple[str, Shape, floa
         group = QUERY_HEADS // HEADS
         k, v = (decoded(each, tokens).repeat_interleave(group, 1) for each in tiles)
         expected = ((query[:, :, None] @ k.mT * SCALING).softmax(-1) @ v)[:, :, 0]
-        return name, shape, float((found - expected).norm() / expected.norm())
+        return name, shape, float((found - expected).norm() / expected.norm()), driver.images
     except Exception as failure:  # whatever a compiler raises: another shape may do
-        return name, shape, f"{type(failure).__name__}: {str(failure)[:300]}"
+        return name, shape, f"{type(failure).__name__}: {str(failure)[:300]}", {}
 
 
-def checked(jobs: list[Job], quick: bool) -> dict[tuple[str, Shape], float]:
+def checked(jobs: list[Job], quick: bool) -> dict[tuple[str, AnyShape], float]:
     """Errors of all shapes that run and are right."""
-    wanted = [(job.name, shape) for job in jobs for shape in job.shapes[: 2 if quick else None]]
+    wanted = [(job.name, shape) for job in jobs for shape in job.shapes[: 1 if quick else None]]
     errors = {}
     with ProcessPoolExecutor(COMPILERS, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for name, shape, error in pool.map(check, *zip(*wanted, strict=True)):
+        for name, shape, error, images in pool.map(check, *zip(*wanted, strict=True)):
+            driver.images.update(images)
             if isinstance(error, str) or not error < 0.02:
                 print(f"{name}, {shape}: {error}", flush=True)
             else:
@@ -235,13 +254,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=200, help="begin no context after so many")
     options = parser.parse_args()
     begin = time.monotonic()
-    lengths = [8192, 131072] if options.quick else [131072, 8192, 1048576, 32768, 524288]
+    lengths = [8192, 131072] if options.quick else [131072, 8192, 1048576, 32768]
     errors = checked(JOBS, options.quick)
     print(f"{len(errors)} kernels checked, {time.monotonic() - begin:.0f} s", flush=True)
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
     query = torch.randn(1, QUERY_HEADS, CHANNELS, device="cuda")
-    limit, trials, rows = bandwidth(), [], []
+    limit, trials = bandwidth(), []
     print(f"{limit / 1e6:.2f} TB/s", flush=True)
     kept = {job.name: [shape for shape in job.shapes if (job.name, shape) in errors] for job in JOBS}
     for tokens in lengths:
@@ -261,45 +280,38 @@ def main() -> None:
             size = nbytes(*caches[0])
             graphs = {}
             for shape in kept[job.name]:
-                for programs in PROGRAMS:
-                    calls = [attention(each, tokens, shape, programs) for each in caches]
-                    key = shape, calls[0].splits
-                    if key not in graphs:
-                        graphs[key] = Captured([lambda call=call: call(query, SCALING) for call in calls])  # type: ignore[misc]
+                calls = [attention(each, tokens, shape) for each in caches]
+                graphs[shape] = Captured([lambda call=call: call(query, SCALING) for call in calls])  # type: ignore[misc]
             times = microseconds(graphs, 7)
-            order = sorted(times, key=lambda key: times[key])
+            order = sorted(times, key=lambda shape: times[shape])
             trials += [
-                {"job": job.name, "tokens": tokens, **shape.options(), "splits": splits,
-                 "microseconds": round(times[shape, splits], 2)}
-                for shape, splits in order
+                {"job": job.name, "tokens": tokens, **asdict(shape), "microseconds": round(times[shape], 2)}
+                for shape in order
             ]  # fmt: skip
             # The best few again, in turn with the peer.
             again = microseconds({key: graphs[key] for key in order[:3]}, 15)
             best = min(again, key=lambda key: again[key])
             took = again[best]
             if tokens == lengths[0]:
-                kept[job.name] = list(dict.fromkeys(shape for shape, _ in order))[:2]
+                kept[job.name] = order[:2]
             fp8 = took if job.name == "fp8" else fp8
             row: Row = {
                 "goal": "D8", "job": f"decode attention, {job.name}", "tokens": tokens, "peer": f"torch {peer} bf16",
                 "microseconds": round(took, 2), "peer_microseconds": round(torch_times[peer], 2),
                 "ratio": round(torch_times[peer] / took, 3), "ratio_to_fp8": round(fp8 / took, 3),
-                "fraction_of_limit": round(size / limit / took, 3), "max_rel_error": errors[job.name, best[0]],
+                "fraction_of_limit": round(size / limit / took, 3), "max_rel_error": errors[job.name, best],
                 "bits_per_weight": size * 8 / (2 * HEADS * tokens * CHANNELS),
-                "note": f"{best[0]}, {best[1]} splits; {limit / 1e6:.2f} TB/s; synthetic codes",
+                "note": f"{best}; {limit / 1e6:.2f} TB/s; synthetic codes",
             }  # fmt: skip
-            rows.append(row)
+            write(options, [row], KEY)
             print(f"{tokens} {job.name}: {took:.1f} us, {row['ratio']}x of {peer}, {row['ratio_to_fp8']}x of fp8, "
                   f"{row['fraction_of_limit']} of the limit; {row['note']}", flush=True)  # fmt: skip
-            for shape, splits in order[:6]:
-                print(f"    {times[shape, splits]:8.1f} us {shape} {splits}", flush=True)
+            shapes = (f"{times[shape]:.1f} {tuple(asdict(shape).values())}" for shape in order[:6])
+            print("    " + ", ".join(shapes), flush=True)
             del caches, graphs, calls
             torch.cuda.empty_cache()
         if options.trials:
             options.trials.write_text(json.dumps(trials, indent=1))
-        write(options, rows, KEY)
-        rows = []
-
 
 if __name__ == "__main__":
     main()

@@ -3,6 +3,7 @@ llama.cpp read them, from the same numbers."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,13 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def dense(shape: str, work: Path) -> Path:
-    """The folder of a dense model in bfloat16, made once."""
-    folder = work / shape
+def dense(shape: str, work: Path, **others: int) -> Path:
+    """The folder of a dense model in bfloat16, made once; ``others`` of its configuration are named in its name."""
+    folder = work / "-".join([shape, *(f"{name}-{value}" for name, value in others.items())])
     if not (folder / "config.json").is_file():
         torch.manual_seed(0)
         with torch.device("meta"):
-            model: Any = LlamaForCausalLM(LlamaConfig(**SHAPES[shape]))
+            model: Any = LlamaForCausalLM(LlamaConfig(**{**SHAPES[shape], **others}))
         model = model.to(torch.bfloat16).to_empty(device="cpu")
         model.tie_weights()
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
@@ -48,14 +49,21 @@ def dense(shape: str, work: Path) -> Path:
     return folder
 
 
-def compressed(shape: str, kind: str, work: Path) -> Path:
-    """The model with its layers in ``kind``, rounded to nearest, made once."""
-    folder = work / f"{shape}-{kind.replace(' ', '-')}"
+def compressed(shape: str, kind: str, work: Path) -> Any:
+    """The model with its layers in ``kind``: one layer is rounded to nearest, once, and the others are copies of it,
+    which lie apart in memory and cost what others would."""
+    folder = work / f"{shape}-{kind.replace(' ', '-')}-one"
     if not (folder / "config.json").is_file():
         head = Rule(targets=("lm_head",), method="rtn", options={"num_bits": 4, "group_size": 32})
         recipe = Recipe(name="rtn", rules=(head, Rule(method="rtn", options=KINDS[kind][0])))
-        rarefy.compress(dense(shape, work), recipe, out=folder, overwrite=True)
-    return folder
+        rarefy.compress(dense(shape, work, num_hidden_layers=1), recipe, out=folder, overwrite=True)
+    model: Any = rarefy.load(folder)
+    model.config.num_hidden_layers = SHAPES[shape]["num_hidden_layers"]
+    for index in range(1, model.config.num_hidden_layers):
+        layer = copy.deepcopy(model.model.layers[0])
+        layer.self_attn.layer_idx = index
+        model.model.layers.append(layer)
+    return model
 
 
 def llama_cpp_file(shape: str, kind: str, work: Path) -> Path | None:

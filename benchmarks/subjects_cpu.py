@@ -14,6 +14,7 @@ from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms import Quantized, Residual, Sparse, Term
 from rarefy.kernels import cpu
 from rarefy.kernels.cpu.library import read
+from rarefy.kernels.cpu.memory import in_huge_pages
 
 
 @dataclass(frozen=True)
@@ -96,5 +97,5 @@ def largest_error(terms: Sequence[cpu.Prepared], x: Tensor, fast: bool) -> float
 
 def streaming(size: int) -> Callable[[], object]:
     """Reads ``size`` bytes once, in order, and does nothing with them."""
-    data = torch.randint(0, 256, (size,), dtype=torch.uint8)
+    data = in_huge_pages(size).random_()
     return lambda: read(data)

@@ -175,16 +175,25 @@ def plan_table(goal: str) -> str:
 
 
 def cpu_plan_table() -> str:
-    """Prefill on a processor by sparse plans, one table per device."""
+    """Prefill on a processor by sparse plans, one table per device: seconds of attention and of the whole."""
     parts = []
     for data in results("*/cpu_attention.json"):
-        lines = ["| model | tokens | threads | job | density | seconds | times dense | perplexity |", "|---" * 8 + "|"]
+        seconds = "attention s | times dense | whole s | times dense"
+        lines = [f"| model | tokens | numbers | plan | density | {seconds} | perplexity |", "|---" * 10 + "|"]
+        pairs: dict[tuple[Any, ...], Rows] = {}
         for row in data["rows"]:
+            plan = row["job"].partition(", ")[2].replace(",dense_below=0", "")
+            pairs.setdefault((row["model"], row["tokens"], row["dtype"], plan), []).append(row)
+        for (model, tokens, dtype, plan), both in pairs.items():
+            own = {row["goal"]: row for row in both}
+            part, whole = own["CPU attention part"], own["CPU prefill"]
             lines.append(
-                f"| {row['model']} | {row['tokens']:,} | {row['threads']} | {row['job']} | {row['density']:.3f} | "
-                f"{row['seconds']:.2f} | {row['ratio']:.2f} | {row['perplexity_cost']:+.2%} |"
+                f"| {model} | {tokens:,} | {dtype.removeprefix('torch.')} | {plan} | {part['density']:.3f} | "
+                f"{part['seconds']:.2f} | {part['ratio']:.2f} | {whole['seconds']:.2f} | {whole['ratio']:.2f} | "
+                f"{part['perplexity_cost']:+.2%} |"
             )
-        parts.append("\n".join([*lines, "", measured_on(data)]))
+        threads = ", ".join(sorted({str(row["threads"]) for row in data["rows"]}))
+        parts.append("\n".join([*lines, "", f"{threads} thread; {measured_on(data)}"]))
     return "\n\n".join(parts) or UNMEASURED
 
 

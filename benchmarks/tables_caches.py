@@ -68,11 +68,12 @@ def _stack_lines(rows: Rows) -> list[str]:
 
 
 def _prefill_lines(rows: Rows) -> list[str]:
-    lines = ["| cache | ms to encode 2,048 tokens of a layer | of their attention and linear layers | share |"]
-    lines.append("|---" * 4 + "|")
+    lines = ["| cache | tokens | ms that a chunk's layer takes | ms that encoding adds | share | ms of the host |"]
+    lines.append("|---" * 6 + "|")
     for row in rows:
-        times = f"{row['milliseconds']:.2f} | {row['peer_milliseconds']:.2f}"
-        lines.append(f"| {row['job']} | {times} | {1 / row['ratio']:.0%} |")
+        times = f"{row['peer_milliseconds']:.2f} | {row['milliseconds']:.3f}"
+        share = f"{row['milliseconds'] / row['peer_milliseconds']:.1%}"
+        lines.append(f"| {row['job']} | {row['tokens']:,} | {times} | {share} | {row['host_milliseconds']:.2f} |")
     return lines
 
 

@@ -74,6 +74,23 @@ def gpu_decode_table() -> str:
     return "\n\n".join(parts) or UNMEASURED
 
 
+def gpu_step_table() -> str:
+    """Where the time of a step goes, one table for each device and kind of weights."""
+    parts = []
+    for data in results("*/gpu_step.json"):
+        for job in dict.fromkeys(row["job"] for row in data["rows"]):
+            names = ("phase", "of them", "input, us", "work, us", "waiting, us", "of the step", "its bytes alone, us")
+            lines = [f"| {' | '.join((job, *names[1:]))} |", "|---" * len(names) + "|"]
+            rows = [row for row in data["rows"] if row["job"] == job]
+            for row in rows:
+                own = " | ".join(f"{row[name] / row['count']:.2f}" for name in ("input", "work", "waiting"))
+                limit = row["microseconds_of_bytes"] / row["count"]
+                lines.append(f"| {row['phase']} | {row['count']} | {own} | {row['share']:.3f} | {limit:.2f} |")
+            total = f"{rows[0]['step_microseconds']:.0f} us a step; {rows[0]['note']}"
+            parts.append("\n".join([*lines, "", f"{total}; {measured_on({**data, 'rows': rows})}"]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
 def linear_table() -> str:
     """Single layers in code on GPUs, one table for each device."""
     parts = []
@@ -120,5 +137,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-decode": cpu_decode_table,
     "cpu-layer": cpu_layer_table,
     "gpu-decode": gpu_decode_table,
+    "gpu-step": gpu_step_table,
     "gpu-linear": linear_table,
 }

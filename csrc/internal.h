@@ -5,7 +5,9 @@
 namespace rarefy {
 
 constexpr int64_t tile_rows = RAREFY_TILE, unit = RAREFY_UNIT, panel_columns = RAREFY_PANEL;
-constexpr int64_t chunk_tokens = 64;  // tokens that share one decoding of a tile
+constexpr int64_t few = 4;            // tokens up to which codes are multiplied without a panel
+constexpr int64_t abreast = 8;        // of more tokens, those whose 8-bit activations lie side by side
+constexpr int64_t chunk_tokens = 128;  // tokens that share one decoding of a tile
 constexpr int64_t chunk_tiles = 4;    // tiles that a thread takes at a time
 constexpr int32_t max_terms = 16;
 constexpr int64_t largest_group = 256;  // columns of a group of GROUPS
@@ -27,6 +29,15 @@ inline int64_t blocks_per_group(const rarefy_term &t, int64_t block) {
 }
 // Whether products of the term read blocks of activations, in either mode.
 inline bool reads_blocks(const rarefy_term &t) { return t.kind == RAREFY_CODES || t.kind == RAREFY_KEPT; }
+
+// Whether the term's codes and activations are multiplied as bytes in FAST mode.
+inline bool multiplies_bytes(const rarefy_term &t) {
+  return reads_blocks(t) && (t.table.bytes == 0 || t.bits == 3 || t.bits == 4);
+}
+
+// Codes of activations from a token to the next, or an eighth of what lies between 8 of them and the next 8: not a multiple
+// of 4096 bytes, which would crowd the same sets of the cache.
+inline int64_t code_stride(const rarefy_input &in) { return in.tokens <= few ? in.stride : in.stride + panel_columns; }
 
 // One instruction set.
 struct Kernels {

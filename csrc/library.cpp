@@ -264,6 +264,18 @@ int32_t check_shapes(const rarefy_term *terms, int32_t count, const Failure &fai
 
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
+// Whether any of the terms multiplies activations in 32 bits.
+bool reads_floats(const rarefy_term *terms, int32_t count, int32_t mode) {
+  for (int32_t i = 0; i < count; ++i)
+    if (mode == RAREFY_EXACT || !multiplies_bytes(terms[i])) return true;
+  return false;
+}
+
+// Tokens that blocks have room for.
+int64_t rows_of(int64_t tokens, int32_t mode) {
+  return tokens <= few || mode == RAREFY_EXACT ? tokens : ceil_div(tokens, abreast) * abreast;
+}
+
 // Memory that grows and stays, one for each thread that calls.
 struct Scratch {
   void *memory = nullptr;
@@ -349,10 +361,10 @@ int64_t rarefy_tile_count(int64_t rows) { return ceil_div(rows, tile_rows); }
 int64_t rarefy_input_bytes(const rarefy_term *terms, int32_t count, int64_t tokens, int32_t mode) {
   rarefy_input input;
   rarefy_input_begin(&input, terms, count, tokens, mode, nullptr);
-  int64_t bytes = aligned(tokens * input.stride * 4);
+  int64_t bytes = reads_floats(terms, count, mode) ? aligned(tokens * input.stride * 4) : 0;
   for (int32_t i = 0; i < input.blockings; ++i) {
-    bytes += 2 * aligned(tokens * input.blocks[i].count * 4);
-    if (mode == RAREFY_FAST) bytes += aligned(tokens * input.stride);
+    bytes += 2 * aligned(rows_of(tokens, mode) * input.blocks[i].count * 4);
+    if (mode == RAREFY_FAST) bytes += aligned(rows_of(tokens, mode) * code_stride(input));
   }
   return bytes;
 }
@@ -368,7 +380,7 @@ void rarefy_input_begin(rarefy_input *input, const rarefy_term *terms, int32_t c
   std::memset(input, 0, sizeof *input);
   input->tokens = tokens, input->columns = terms[0].columns, input->mode = mode;
   input->stride = panels_of(terms[0]) * panel_columns;
-  input->x = reinterpret_cast<float *>(take(tokens * input->stride * 4));
+  if (reads_floats(terms, count, mode)) input->x = reinterpret_cast<float *>(take(tokens * input->stride * 4));
   for (int32_t i = 0; i < count; ++i) {
     if (!reads_blocks(terms[i])) continue;
     int64_t size = block_of(terms[i]);
@@ -377,9 +389,10 @@ void rarefy_input_begin(rarefy_input *input, const rarefy_term *terms, int32_t c
     if (known || input->blockings == RAREFY_BLOCKINGS) continue;
     rarefy_blocks &own = input->blocks[input->blockings++];
     own.size = size, own.count = ceil_div(input->columns, size);
-    own.scale = reinterpret_cast<float *>(take(tokens * own.count * 4));
-    own.sum = reinterpret_cast<float *>(take(tokens * own.count * 4));
-    if (mode == RAREFY_FAST) own.codes = reinterpret_cast<int8_t *>(take(tokens * input->stride));
+    int64_t rows = rows_of(tokens, mode);
+    own.scale = reinterpret_cast<float *>(take(rows * own.count * 4));
+    own.sum = reinterpret_cast<float *>(take(rows * own.count * 4));
+    if (mode == RAREFY_FAST) own.codes = reinterpret_cast<int8_t *>(take(rows * code_stride(*input)));
   }
 }
 

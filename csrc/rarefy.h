@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define RAREFY_ABI 4
+#define RAREFY_ABI 5
 #define RAREFY_API __attribute__((visibility("default")))
 
 enum { RAREFY_TILE = 16, RAREFY_UNIT = 32, RAREFY_PANEL = 128, RAREFY_BLOCKINGS = 4 };
@@ -92,14 +92,17 @@ typedef struct rarefy_term {
 enum { RAREFY_EXACT = 0, RAREFY_FAST = 1 };
 
 /* One way to cut a token into blocks that share a scale: codes [tokens, stride of the input], scale and sum
- * [tokens, count]; sum is that of the codes, or without codes (EXACT) that of the columns themselves. */
+ * [tokens, count]; sum is that of the codes, or without codes (EXACT) that of the columns themselves. With codes of more
+ * than 4 tokens, 8 of them lie side by side: codes [tokens / 8, stride / 4 + 32, 8, 4], of which the last 32 are nobody's,
+ * scale and sum [tokens / 8, count, 8]. */
 typedef struct rarefy_blocks {
   int64_t size, count;
   const int8_t *codes;
   const float *scale, *sum;
 } rarefy_blocks;
 
-/* Activations as kernels read them: [tokens, stride] 32-bit floats, columns beyond `columns` zero. */
+/* Activations as kernels read them: [tokens, stride] 32-bit floats, columns beyond `columns` zero; without `x` where all
+ * terms multiply codes. */
 typedef struct rarefy_input {
   int64_t tokens, columns, stride;
   const float *x;

@@ -6,7 +6,12 @@
 
 namespace RAREFY_NS {
 
-constexpr int64_t few = 4;  // tokens up to which codes are multiplied without a panel
+using rarefy::abreast;
+using rarefy::chunk_tokens;
+using rarefy::few;
+using rarefy::multiplies_bytes;
+
+constexpr int64_t abreast_tiles = accumulators >= 16 ? 2 : 1;  // that share what is read of the activations
 
 // A table of at most 16 entries as sums of small whole numbers: entry = low + sum over i of factor[i] * part[i][code].
 // With a scale for each sign, parts are magnitudes, of positive entries first.
@@ -76,12 +81,12 @@ static inline Parts split_table(const rarefy_term &t) {
 
 // What a block adds to y: scale * (dot + offset * sum(x)) for codes, with the offset -zero, where whole zero points cancel
 // exactly; otherwise sum over parts of factor * dot, plus offset * sum(x).
-template <int PARTS> struct Flush {
+template <class Source, int PARTS> struct Flush {
   F factor[PARTS ? PARTS : 1], offset;
-  bool pairs;
+  bool pairs;  // known of all codes but those of one bit
 
   inline __attribute__((always_inline)) Flush(const rarefy_term &t, const Params &p, const Parts &parts)
-      : pairs(t.scale_layout == RAREFY_PAIRS) {
+      : pairs(Source::bits == 1 && t.scale_layout == RAREFY_PAIRS) {
     if constexpr (PARTS == 0) {
       factor[0] = pairs ? sub_f(p.scale, p.zero) : p.scale;
       offset = pairs ? p.zero : sub_f(zero_f(), p.zero);
@@ -94,13 +99,13 @@ template <int PARTS> struct Flush {
   }
   // `scale` is that of the block of x, `sum` the sum of its codes.
   F operator()(F acc, const I *dots, float scale, float sum) const {
-    if (PARTS == 0 && !pairs) {
-      F centred = fma_f(offset, set_f(sum), to_f(dots[0]));
-      return fma_f(mul_f(factor[0], set_f(scale)), centred, acc);
-    }
+    if (PARTS == 0 && !pairs) return centred(acc, dots[0], scale, sum);
     F total = mul_f(offset, set_f(sum));
     for (int i = 0; i < (PARTS ? PARTS : 1); ++i) total = fma_f(factor[i], to_f(dots[i]), total);
     return fma_f(total, set_f(scale), acc);
+  }
+  F centred(F acc, I dots, float scale, float sum) const {
+    return fma_f(mul_f(factor[0], set_f(scale)), fma_f(offset, set_f(sum), to_f(dots)), acc);
   }
 };
 
@@ -115,7 +120,11 @@ static inline int32_t quad_at(const int8_t *codes, int64_t quad) {
 template <class Source, int PARTS, int M, bool HALF>
 static void fast_few(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
                      const rarefy_term *beside, int64_t tile, int64_t first, float (*acc)[16]) {
-  constexpr int dots = PARTS ? PARTS : 1, chains = HALF || M * dots >= 4 ? 1 : 4 / (M * dots);
+  // Bits alone stay where they are in a byte, and the sums of each place are lowered in the end. Wider codes are lowered
+  // one by one, which memory leaves time for.
+  constexpr bool raised = Source::bits == 1;
+  constexpr int dots = PARTS ? PARTS : 1, levels = raised ? 4 : 1;
+  constexpr int chains = HALF || M * dots >= 4 ? 1 : raised ? 2 : 4 / (M * dots);
   int64_t units = rarefy::units_of(t);
   Walk walk(rarefy::blocks_per_group(t, blocks.size));
   Scales scales(t, tile);
@@ -130,29 +139,36 @@ static void fast_few(const rarefy_term &t, const rarefy_input &in, const rarefy_
     x_sum[m] = blocks.sum + (first + m) * blocks.count;
     y[m] = load_f(acc[m]);
   }
-  I sums[M][dots][chains];
+  I sums[M][dots][levels][chains];
   for (int m = 0; m < M; ++m)
     for (int i = 0; i < dots; ++i)
-      for (int c = 0; c < chains; ++c) sums[m][i][c] = zero_i();
+      for (int l = 0; l < levels; ++l)
+        for (int c = 0; c < chains; ++c) sums[m][i][l][c] = zero_i();
   Corrections<M> corrections(beside, in, tile, first, 0, blocks.count);
   auto flush = [&](int64_t block) __attribute__((always_inline)) {
-    Flush<PARTS> f(t, scales(walk.group), parts);
+    Flush<Source, PARTS> f(t, scales(walk.group), parts);
     for (int m = 0; m < M; ++m) {
       I total[dots];
       for (int i = 0; i < dots; ++i) {
-        total[i] = sums[m][i][0];
-        for (int c = 1; c < chains; ++c) total[i] = add_i(total[i], sums[m][i][c]);
-        for (int c = 0; c < chains; ++c) sums[m][i][c] = zero_i();
+        for (int l = 0; l < levels; ++l) {
+          I own = sums[m][i][l][0];
+          for (int c = 1; c < chains; ++c) own = add_i(own, sums[m][i][l][c]);
+          for (int c = 0; c < chains; ++c) sums[m][i][l][c] = zero_i();
+          total[i] = l == 0 ? own : add_i(total[i], lower_i(own, l));
+        }
       }
       y[m] = f(y[m], total, x_scale[m][block], x_sum[m][block]);
     }
     corrections.some();
   };
-  auto step = [&](B w, int64_t quad, int chain) __attribute__((always_inline)) {
+  auto step = [&](B w, int64_t unit, int q) __attribute__((always_inline)) {
+    int level = q % levels, chain = (raised ? q / 4 : q) % chains;
     for (int i = 0; i < dots; ++i) {
       B u = PARTS ? lookup_b(table[i], w) : w;
-      for (int m = 0; m < M; ++m)
-        sums[m][i][chain] = dot<Source::wide && PARTS == 0>(sums[m][i][chain], u, quad_at(x[m], quad));
+      for (int m = 0; m < M; ++m) {
+        I &sum = sums[m][i][level][chain];
+        sum = dot<Source::wide && PARTS == 0>(sum, u, quad_at(x[m], 8 * unit + q));
+      }
     }
   };
   Source source(t, tile, 0);
@@ -162,14 +178,14 @@ static void fast_few(const rarefy_term &t, const rarefy_input &in, const rarefy_
     int64_t end = u + per_block < units ? u + per_block : units;
     for (; u < end; ++u) {
       B w[8];
-      source.next(w);
-      for (int q = 0; q < 4; ++q) step(w[q], 8 * u + q, q % chains);
+      source.template next<raised>(w);
+      for (int q = 0; q < 4; ++q) step(w[q], u, q);
       if (HALF) {
         flush(block);
         walk.step();
         if (++block == blocks.count) break;
       }
-      for (int q = 4; q < 8; ++q) step(w[q], 8 * u + q, q % chains);
+      for (int q = 4; q < 8; ++q) step(w[q], u, q);
     }
     if (block == blocks.count) break;
     flush(block);
@@ -179,50 +195,68 @@ static void fast_few(const rarefy_term &t, const rarefy_input &in, const rarefy_
   corrections.finish(acc);
 }
 
-// Any number of tokens: a panel of 128 columns is decoded once to bytes, then read by all of them.
-template <class Source, int PARTS>
+// Any number of tokens and R tiles, `acc` [R, chunk_tokens]: a panel of 128 columns is decoded once to bytes, then read by
+// all tokens, of which M at a time keep their sums in registers.
+template <class Source, int PARTS, int R>
 static void fast_many(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
                       int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
-  constexpr int dots = PARTS ? PARTS : 1, M = dots == 1 ? 8 : dots == 2 ? 4 : 2;
-  alignas(64) uint8_t panel[dots][32][64];
-  int64_t units = rarefy::units_of(t), quads = blocks.size / 4, block = 0;
+  constexpr int dots = PARTS ? PARTS : 1, most = accumulators / (R * dots), M = most < 1 ? 1 : most > 8 ? 8 : most;
+  static_assert(R <= 2 && abreast % M == 0, "tokens that lie side by side are multiplied together");
+  alignas(64) uint8_t panel[R][dots][32][64];
+  int64_t units = rarefy::units_of(t), quads = blocks.size / 4, block = 0, apart = rarefy::code_stride(in);
   Walk walk(rarefy::blocks_per_group(t, blocks.size));
-  Scales scales(t, tile);
+  Scales scales[2] = {{t, tile}, {t, tile + R - 1}};
+  Source source[2] = {{t, tile, 0}, {t, tile + R - 1, 0}};
   B table[dots];
   for (int i = 0; i < PARTS; ++i) table[i] = table_b(parts.part[i]);
-  Source source(t, tile, 0);
   for (int64_t u0 = 0; u0 < units; u0 += 4) {
     int64_t panel_units = units - u0 < 4 ? units - u0 : 4;
-    for (int64_t u = 0; u < panel_units; ++u) {
-      B w[8];
-      if (Source::masked) source.group(t, tile, (u0 + u) * 32 / t.group_size);
-      source.next(w);
-      for (int q = 0; q < 8; ++q)
-        for (int i = 0; i < dots; ++i) store_b(panel[i][8 * u + q], PARTS ? lookup_b(table[i], w[q]) : w[q]);
-    }
+    for (int r = 0; r < R; ++r)
+      for (int64_t u = 0; u < panel_units; ++u) {
+        B w[8];
+        if (Source::masked) source[r].group(t, tile + r, (u0 + u) * 32 / t.group_size);
+        source[r].next(w);
+        for (int q = 0; q < 8; ++q)
+          for (int i = 0; i < dots; ++i) store_b(panel[r][i][8 * u + q], PARTS ? lookup_b(table[i], w[q]) : w[q]);
+      }
     for (int64_t q0 = 0; q0 < 8 * panel_units && block < blocks.count; q0 += quads, ++block, walk.step()) {
       int64_t q1 = q0 + quads < 8 * panel_units ? q0 + quads : 8 * panel_units;
-      Flush<PARTS> flush(t, scales(walk.group), parts);
-      auto run = [&](auto count, int64_t m0) __attribute__((always_inline)) {
-        constexpr int N = decltype(count)::value;
-        I sums[N][dots];
-        const int8_t *x = blocks.codes + (first + m0) * in.stride + 32 * u0;
-        for (int m = 0; m < N; ++m)
-          for (int i = 0; i < dots; ++i) sums[m][i] = zero_i();
-        for (int64_t q = q0; q < q1; ++q)
+      Flush<Source, PARTS> flush[2] = {{t, scales[0](walk.group), parts}, {t, scales[R - 1](walk.group), parts}};
+      // N tokens from m0 on, `step` bytes from quad to quad; nobody looks at those that are beyond the last.
+      auto run = [&](auto count, auto step, int64_t m0, const int8_t *x, int64_t at) __attribute__((always_inline)) {
+        constexpr int N = decltype(count)::value, bytes = decltype(step)::value;
+        const float *scale = blocks.scale + at, *sum = blocks.sum + at;
+        I sums[R][N][dots];
+        for (int r = 0; r < R; ++r)
+          for (int m = 0; m < N; ++m)
+            for (int i = 0; i < dots; ++i) sums[r][m][i] = zero_i();
+        x += bytes * (8 * u0 + q0);
+        for (int64_t q = q0; q < q1; ++q, x += bytes)
           for (int i = 0; i < dots; ++i) {
-            B u = load_b(panel[i][q]);
-            for (int m = 0; m < N; ++m)
-              sums[m][i] = dot<Source::wide && PARTS == 0>(sums[m][i], u, quad_at(x + m * in.stride, q));
+            B u[R];
+            for (int r = 0; r < R; ++r) u[r] = load_b(panel[r][i][q]);
+            for (int m = 0; m < N; ++m) {
+              I quads = set_i(quad_at(x, m));
+              for (int r = 0; r < R; ++r)
+                sums[r][m][i] = dot<Source::wide && PARTS == 0>(sums[r][m][i], u[r], quads);
+            }
           }
-        for (int m = 0; m < N; ++m) {
-          int64_t at = (first + m0 + m) * blocks.count + block;
-          store_f(acc[m0 + m], flush(load_f(acc[m0 + m]), sums[m], blocks.scale[at], blocks.sum[at]));
-        }
+        for (int m = 0; m < N; ++m)
+          for (int r = 0; r < R; ++r) {
+            float *y = acc[r * chunk_tokens + m0 + m];
+            if (PARTS == 0 && Source::bits > 1) store_f(y, flush[r].centred(load_f(y), sums[r][m][0], scale[m], sum[m]));
+            else store_f(y, flush[r](load_f(y), sums[r][m], scale[m], sum[m]));
+          }
       };
-      int64_t m = 0;
-      for (; m + M <= tokens; m += M) run(Count<M>{}, m);
-      for (; m < tokens; ++m) run(Count<1>{}, m);
+      if (in.tokens <= few)
+        for (int64_t m = 0; m < tokens; ++m)
+          run(Count<1>{}, Count<4>{}, m, blocks.codes + (first + m) * apart, (first + m) * blocks.count + block);
+      else
+        for (int64_t m = 0; m < tokens; m += M) {
+          int64_t row = (first + m) / abreast * abreast, lane = m % abreast;
+          run(Count<M>{}, Count<4 * abreast>{}, m, blocks.codes + row * apart + 4 * lane,
+              row * blocks.count + block * abreast + lane);
+        }
     }
   }
 }
@@ -238,18 +272,20 @@ static void fast_of(const rarefy_term &t, const rarefy_input &in, const rarefy_b
 
 template <class Source, int PARTS>
 static void fast_of(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
-                    const rarefy_term *beside, int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
-  if (tokens <= few && blocks.size >= 32)
-    return fast_of<Source, PARTS, false>(t, in, blocks, parts, beside, tile, first, tokens, acc);
+                    const rarefy_term *beside, int64_t tile, int64_t last, int64_t first, int64_t tokens,
+                    float (*acc)[16]) {
+  auto each = [&](auto half) __attribute__((always_inline)) {
+    for (; tile < last; ++tile, acc += chunk_tokens)
+      fast_of<Source, PARTS, decltype(half)::value>(t, in, blocks, parts, beside, tile, first, tokens, acc);
+  };
+  if (in.tokens <= few && blocks.size >= 32) return each(Count<false>{});
   if constexpr (PARTS == 0 && !Source::masked)
-    if (tokens <= few && blocks.size == 16)
-      return fast_of<Source, PARTS, true>(t, in, blocks, parts, beside, tile, first, tokens, acc);
-  fast_many<Source, PARTS>(t, in, blocks, parts, tile, first, tokens, acc);
-}
-
-// Whether codes and activations can be multiplied as bytes.
-static inline bool has_fast(const rarefy_term &t) {
-  return rarefy::reads_blocks(t) && (t.table.bytes == 0 || t.bits == 3 || t.bits == 4);
+    if (in.tokens <= few && blocks.size == 16) return each(Count<true>{});
+  if constexpr (PARTS <= 1 && abreast_tiles == 2)
+    for (; tile + 2 <= last; tile += 2, acc += 2 * chunk_tokens)
+      fast_many<Source, PARTS, 2>(t, in, blocks, parts, tile, first, tokens, acc);
+  for (; tile < last; ++tile, acc += chunk_tokens)
+    fast_many<Source, PARTS, 1>(t, in, blocks, parts, tile, first, tokens, acc);
 }
 
 // Whether `fast` does the corrections of another term as well.
@@ -257,13 +293,15 @@ static inline bool fast_corrects(const rarefy_term &t, const rarefy_blocks &bloc
   return tokens <= few && (blocks.size >= 32 || (blocks.size == 16 && t.kind == RAREFY_CODES && !t.table.bytes));
 }
 
+// Tiles [tile, last), `acc` [tiles, chunk_tokens].
 static inline void fast(const rarefy_term &t, const rarefy_input &in, const rarefy_blocks &blocks, const Parts &parts,
-                        const rarefy_term *beside, int64_t tile, int64_t first, int64_t tokens, float (*acc)[16]) {
-#define PLAIN(n) case n: return fast_of<Codes<n>, 0>(t, in, blocks, parts, beside, tile, first, tokens, acc)
-#define TABLE(n, parts_) case n + 16 * parts_: return fast_of<Codes<n>, parts_>(t, in, blocks, parts, beside, tile, first, tokens, acc)
-#define KEPT(parts_) case parts_: return fast_of<Kept<4>, parts_>(t, in, blocks, parts, beside, tile, first, tokens, acc)
+                        const rarefy_term *beside, int64_t tile, int64_t last, int64_t first, int64_t tokens,
+                        float (*acc)[16]) {
+#define PLAIN(n) case n: return fast_of<Codes<n>, 0>(t, in, blocks, parts, beside, tile, last, first, tokens, acc)
+#define TABLE(n, parts_) case n + 16 * parts_: return fast_of<Codes<n>, parts_>(t, in, blocks, parts, beside, tile, last, first, tokens, acc)
+#define KEPT(parts_) case parts_: return fast_of<Kept<4>, parts_>(t, in, blocks, parts, beside, tile, last, first, tokens, acc)
   if (t.kind == RAREFY_KEPT) {
-    if (t.bits > 4) return fast_of<Kept<8>, 0>(t, in, blocks, parts, beside, tile, first, tokens, acc);
+    if (t.bits > 4) return fast_of<Kept<8>, 0>(t, in, blocks, parts, beside, tile, last, first, tokens, acc);
     switch (parts.count) { KEPT(0); KEPT(1); KEPT(2); KEPT(4); default: return; }
   }
   switch (t.bits + 16 * parts.count) {

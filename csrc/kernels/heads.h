@@ -23,27 +23,24 @@ static inline float load_one_as(const void *data, int32_t type, int64_t at) {
   }
 }
 
-// e^x in 16 lanes, to a few units in the last place; 0 below -87. With n = round(x / ln 2), r = x - n ln 2 and
-// e^r = 1 + r + r^2 p(r), where p is least in relative error on |r| <= ln 2 / 2 (3e-9). NaN stays NaN.
-static inline void exp_lanes(float *x) {
-  for (int i = 0; i < 16; ++i) {
-    float a = x[i] > 88.f ? 88.f : x[i];
-    float keep = a < -87.f ? 0.f : 1.f;
-    a = a < -87.f ? -87.f : a;
-    float n = __builtin_rintf(a * 1.44269504f);
-    float r = (a - n * 0.693145751953125f) - n * 1.4286068202862268e-6f;
-    float p = 1.381453999e-3f;
-    p = p * r + 8.368745116e-3f;
-    p = p * r + 4.166839079e-2f;
-    p = p * r + 1.666652040e-1f;
-    p = p * r + 4.999999343e-1f;
-    p = p * r * r + r + 1.f;
-    int32_t bits = (int32_t(n) + 127) << 23;
-    float power;
-    __builtin_memcpy(&power, &bits, 4);
-    x[i] = p * power * keep;
-  }
+// e^x to a few units in the last place; 0 below -87, and e^88 above. With n = round(x / ln 2), r = x - n ln 2 and
+// e^r = 1 + r + r^2 p(r), where p is least in relative error on |r| <= ln 2 / 2 (3e-9). NaN stays NaN, being the second
+// operand of each maximum.
+static inline F exp_f(F x) {
+  F top = sub_f(zero_f(), max_f(set_f(-88.f), sub_f(zero_f(), x))), a = max_f(set_f(-87.f), top);
+  I n = round_i(mul_f(a, set_f(1.44269504f)));
+  F whole = to_f(n), r = fma_f(whole, set_f(-0.693145751953125f), a);
+  r = fma_f(whole, set_f(-1.4286068202862268e-6f), r);
+  F p = fma_f(set_f(1.381453999e-3f), r, set_f(8.368745116e-3f));
+  p = fma_f(p, r, set_f(4.166839079e-2f));
+  p = fma_f(p, r, set_f(1.666652040e-1f));
+  p = fma_f(p, r, set_f(4.999999343e-1f));
+  p = fma_f(mul_f(p, r), r, add_f(r, set_f(1.f)));
+  F power = upper_bfloat(shl_i<23>(add_i(n, set_i(127))));  // 2^n by its bits
+  return mul_f(p, negative_f(add_f(x, set_f(87.f)), zero_f(), power));
 }
+
+static inline void exp_lanes(float *x) { store_f(x, exp_f(load_f(x))); }
 
 // Scores become weights e^(score - top), in place; `row` holds 16 numbers for each 16 of `count` begun, of which those
 // beyond become 0. The largest score goes to `top` (0 where all are -infinity), the sum of weights is returned.

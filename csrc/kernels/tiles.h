@@ -1,10 +1,9 @@
 // Products of whole tiles: which kernel serves which term, and what an instruction set offers to the library.
 #pragma once
+#include "convert.h"
 #include "lists.h"
 
 namespace RAREFY_NS {
-
-using rarefy::chunk_tokens;
 
 static inline void panel_of(const rarefy_term &t, const Wide &wide, int64_t tile, int64_t k0, float *panel,
                             bool add, Cursor &cursor) {
@@ -76,12 +75,12 @@ static void exact_directly(const rarefy_term &t, const rarefy_input &in, const W
 static inline bool is_correction(const rarefy_term &t) { return t.kind == RAREFY_ENTRIES; }
 
 // The first term that does the corrections of `beside` while it waits for its codes; -1 if none does.
-static inline int32_t corrector(const rarefy_term *terms, int32_t count, const rarefy_input &in, int64_t tokens) {
+static inline int32_t corrector(const rarefy_term *terms, int32_t count, const rarefy_input &in) {
   for (int32_t i = 0; i < count; ++i) {
     const rarefy_term &t = terms[i];
     if (!rarefy::reads_blocks(t) || t.columns > 65536) continue;
-    if (in.mode == RAREFY_FAST && has_fast(t) ? fast_corrects(t, *blocks_of(t, in), tokens)
-                                              : tokens <= few && exact_directly(t))
+    if (in.mode == RAREFY_FAST && multiplies_bytes(t) ? fast_corrects(t, *blocks_of(t, in), in.tokens)
+                                                      : in.tokens <= few && exact_directly(t))
       return i;
   }
   return -1;
@@ -90,41 +89,52 @@ static inline int32_t corrector(const rarefy_term *terms, int32_t count, const r
 static void tiles(const rarefy_term *terms, int32_t count, const rarefy_input *input, int64_t first, int64_t last,
                   float *y, int64_t y_stride) {
   const rarefy_input &in = *input;
-  alignas(64) float acc[chunk_tokens][16], panel[panel_columns * 16];
+  alignas(64) float acc[abreast_tiles * chunk_tokens][16], panel[panel_columns * 16];
   Parts parts[rarefy::max_terms];
   Wide wide[rarefy::max_terms];
   int32_t last_entries = -1;
   for (int32_t i = 0; i < count; ++i) {
-    if (in.mode == RAREFY_FAST && has_fast(terms[i]) && terms[i].table.bytes) parts[i] = split_table(terms[i]);
+    if (in.mode == RAREFY_FAST && multiplies_bytes(terms[i]) && terms[i].table.bytes) parts[i] = split_table(terms[i]);
     else wide[i] = Wide(terms[i]);
     if (is_correction(terms[i])) last_entries = i;
   }
   // A chunk of tokens stays in the cache for all tiles; codes are read again for the next, which takes next to no time.
+  int64_t step = in.tokens <= few ? 1 : abreast_tiles;
   for (int64_t m0 = 0; m0 < in.tokens; m0 += chunk_tokens)
-    for (int64_t tile = first; tile < last; ++tile) {
+    for (int64_t begin = first; begin < last; begin += step) {
       int64_t tokens = in.tokens - m0 < chunk_tokens ? in.tokens - m0 : chunk_tokens;
-      __builtin_memset(acc, 0, size_t(tokens) * 64);
-      int32_t left[rarefy::max_terms], panels = 0, busy = last_entries < 0 ? -1 : corrector(terms, count, in, tokens);
+      int64_t end = begin + step < last ? begin + step : last;
+      for (int64_t tile = 0; tile < end - begin; ++tile)
+        __builtin_memset(acc + tile * chunk_tokens, 0, size_t(tokens) * 64);
+      int32_t left[rarefy::max_terms], panels = 0, busy = last_entries < 0 ? -1 : corrector(terms, count, in);
       for (int32_t i = 0; i < count; ++i) {
         const rarefy_term &t = terms[i];
         if (busy >= 0 && i == last_entries) continue;
         const rarefy_term *beside = i == busy ? &terms[last_entries] : nullptr;
-        if (in.mode == RAREFY_FAST && has_fast(t))
-          fast(t, in, *blocks_of(t, in), parts[i], beside, tile, m0, tokens, acc);
-        else if (exact_directly(t) && (tokens <= few || is_correction(t)))
-          exact_directly(t, in, wide[i], beside, tile, m0, tokens, acc);
+        if (in.mode == RAREFY_FAST && multiplies_bytes(t))
+          fast(t, in, *blocks_of(t, in), parts[i], beside, begin, end, m0, tokens, acc);
+        else if (exact_directly(t) && (in.tokens <= few || is_correction(t)))
+          for (int64_t tile = begin; tile < end; ++tile)
+            exact_directly(t, in, wide[i], beside, tile, m0, tokens, acc + (tile - begin) * chunk_tokens);
         else
           left[panels++] = i;
       }
-      Cursor cursors[rarefy::max_terms] = {};
-      for (int64_t k0 = 0; panels && k0 < terms[0].columns; k0 += panel_columns) {
-        for (int32_t i = 0; i < panels; ++i)
-          panel_of(terms[left[i]], wide[left[i]], tile, k0, panel, i > 0, cursors[i]);
-        multiply_panel(panel, in, k0, m0, tokens, acc);
+      for (int64_t tile = begin; tile < end; ++tile) {
+        float(*own)[16] = acc + (tile - begin) * chunk_tokens;
+        Cursor cursors[rarefy::max_terms] = {};
+        for (int64_t k0 = 0; panels && k0 < terms[0].columns; k0 += panel_columns) {
+          for (int32_t i = 0; i < panels; ++i)
+            panel_of(terms[left[i]], wide[left[i]], tile, k0, panel, i > 0, cursors[i]);
+          multiply_panel(panel, in, k0, m0, tokens, own);
+        }
       }
-      int64_t rows = terms[0].rows - tile * 16 < 16 ? terms[0].rows - tile * 16 : 16;
       for (int64_t m = 0; m < tokens; ++m)
-        __builtin_memcpy(y + (m0 + m) * y_stride + tile * 16, acc[m], size_t(rows) * sizeof(float));
+        for (int64_t tile = begin; tile < end; ++tile) {
+          const float *own = acc[(tile - begin) * chunk_tokens + m];
+          float *to = y + (m0 + m) * y_stride + tile * 16;
+          if (int64_t rows = terms[0].rows - tile * 16; rows >= 16) store_f(to, load_f(own));
+          else __builtin_memcpy(to, own, size_t(rows) * sizeof(float));
+        }
     }
 }
 
@@ -180,47 +190,58 @@ static inline void quantize(const float *x, int64_t size, int8_t *codes, float *
   *sum = sum_f(total);
 }
 
+// Columns [from, from + count) of a token `x` of `type`; those beyond the last are zero.
+static inline void load_columns(const rarefy_input &in, const void *x, int32_t type, int64_t from, int64_t count,
+                                float *to) {
+  int64_t left = in.columns - from < count ? in.columns - from : count, whole = left > 0 ? left / 16 * 16 : 0;
+  for (int64_t k = 0; k < whole; k += 16) store_f(to + k, load_floats({x, 0}, type, from + k));
+  for (int64_t k = whole; k < count; ++k) to[k] = k < left ? load_one({x, 0}, type, from + k) : 0;
+}
+
+// The 8-bit codes of a token in their places, with the scale and the sum of each block. `floats`: the token in 32 bits, or
+// none where only codes are read.
+static void quantize_token(const rarefy_input &in, const rarefy_blocks &blocks, int64_t token, const float *floats,
+                           const void *x, int32_t type) {
+  alignas(64) float columns[panel_columns];
+  alignas(64) int8_t codes[panel_columns];
+  bool rows = in.tokens <= few;
+  int64_t lane = token % abreast, row = token - lane, apart = rarefy::code_stride(in);
+  int8_t *to = const_cast<int8_t *>(blocks.codes) + (rows ? token * apart : row * apart + 4 * lane);
+  int64_t first = rows ? token * blocks.count : row * blocks.count + lane;
+  float *scales = const_cast<float *>(blocks.scale) + first, *sums = const_cast<float *>(blocks.sum) + first;
+  for (int64_t b = 0; b < blocks.count; ++b) {
+    int64_t at = b * blocks.size;
+    const float *own = floats ? floats + at : columns;
+    if (!floats && type == RAREFY_F32 && at + blocks.size <= in.columns) own = static_cast<const float *>(x) + at;
+    else if (!floats) load_columns(in, x, type, at, blocks.size, columns);
+    int64_t place = rows ? b : b * abreast;
+    quantize(own, blocks.size, rows ? to + at : codes, scales + place, sums + place);
+    for (int64_t k = 0; !rows && k < blocks.size; k += 4) __builtin_memcpy(to + (at + k) * abreast, codes + k, 4);
+  }
+  int64_t filled = blocks.count * blocks.size;
+  if (rows) __builtin_memset(to + filled, 0, size_t(in.stride - filled));
+  for (int64_t k = filled; !rows && k < in.stride; k += 4) __builtin_memset(to + k * abreast, 0, 4);
+}
+
 static void token(const rarefy_input *in, int64_t token, const void *x, int32_t type) {
-  float *to = const_cast<float *>(in->x) + token * in->stride;
-  int64_t whole = in->columns / 16 * 16;
-  for (int64_t k = 0; k < whole; k += 16) store_f(to + k, load_floats({x, 0}, type, k));
-  for (int64_t k = whole; k < in->stride; ++k) to[k] = k < in->columns ? load_one({x, 0}, type, k) : 0;
+  float *to = in->x ? const_cast<float *>(in->x) + token * in->stride : nullptr;
+  if (to) load_columns(*in, x, type, 0, in->stride, to);
   for (int32_t i = 0; i < in->blockings; ++i) {
     const rarefy_blocks &blocks = in->blocks[i];
+    if (in->mode == RAREFY_FAST) {
+      quantize_token(*in, blocks, token, to, x, type);
+      continue;
+    }
     float *sums = const_cast<float *>(blocks.sum) + token * blocks.count;
-    float *scales = const_cast<float *>(blocks.scale) + token * blocks.count;
-    int8_t *codes = const_cast<int8_t *>(blocks.codes) + token * in->stride;
     for (int64_t b = 0; b < blocks.count; ++b) {
       const float *own = to + b * blocks.size;
-      if (in->mode == RAREFY_FAST) {
-        quantize(own, blocks.size, codes + b * blocks.size, scales + b, sums + b);
-        continue;
-      }
       F sum = zero_f();
       float rest = 0;
       for (int64_t k = 0; k + 16 <= blocks.size; k += 16) sum = add_f(sum, load_f(own + k));
       for (int64_t k = 0; blocks.size < 16 && k < blocks.size; ++k) rest += own[k];
       sums[b] = sum_f(sum) + rest;
     }
-    if (in->mode == RAREFY_FAST)
-      __builtin_memset(codes + blocks.count * blocks.size, 0, size_t(in->stride - blocks.count * blocks.size));
   }
-}
-
-static inline uint16_t to_bfloat(float f) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &f, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 64);  // stays a NaN
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-static void convert(const float *from, void *to, int32_t type, int64_t count) {
-  if (type == RAREFY_F32) {
-    __builtin_memcpy(to, from, size_t(count) * 4);
-    return;
-  }
-  uint16_t *words = static_cast<uint16_t *>(to);
-  for (int64_t i = 0; i < count; ++i) words[i] = type == RAREFY_BF16 ? to_bfloat(from[i]) : rarefy_scalar::to_half(from[i]);
 }
 
 static uint64_t read(const void *data, int64_t bytes) {

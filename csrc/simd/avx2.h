@@ -64,6 +64,7 @@ static inline I load_bytes(const uint8_t *p) {
   return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)),
           _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8)))};
 }
+static inline F float_of(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 static inline F to_f(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 static inline I round_i(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 static inline void store_bytes(int8_t *p, I x) {
@@ -99,6 +100,7 @@ static inline I load_i(const void *p) {
   return {_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)p + 1)};
 }
 static inline I raise_i(I x, I by) { return {_mm256_sllv_epi32(x.a, by.a), _mm256_sllv_epi32(x.b, by.b)}; }
+static inline I lower_i(I x, int by) { return {_mm256_srai_epi32(x.a, by), _mm256_srai_epi32(x.b, by)}; }
 static inline I min_i(I x, I y) { return {_mm256_min_epi32(x.a, y.a), _mm256_min_epi32(x.b, y.b)}; }
 static inline I set_i(int32_t m) { return {_mm256_set1_epi32(m), _mm256_set1_epi32(m)}; }
 static inline I and_i(I x, int32_t m) {
@@ -177,6 +179,9 @@ template <bool WIDE> static inline I dot(I acc, B u, int32_t quad) {
   __m256i x = _mm256_set1_epi32(quad);
   return {dot_half<WIDE>(acc.a, u.a, x), dot_half<WIDE>(acc.b, u.b, x)};
 }
+template <bool WIDE> static inline I dot(I acc, B u, I quads) {
+  return {dot_half<WIDE>(acc.a, u.a, quads.a), dot_half<WIDE>(acc.b, u.b, quads.b)};
+}
 template <int J> static inline F byte_f(B x) { return to_f(and_i(shr_i<8 * J>(as_lanes(x)), 255)); }
 
 static inline B table_b(const uint8_t *p) {
@@ -186,6 +191,7 @@ static inline B table_b(const uint8_t *p) {
 static inline B lookup_b(B table, B codes) {
   return {_mm256_shuffle_epi8(table.a, codes.a), _mm256_shuffle_epi8(table.b, codes.b)};
 }
+constexpr int accumulators = 4;  // sums that stay in registers
 constexpr bool cheap_lookup = false;
 static inline Table table_f(const float *p) { return load_f(p); }
 static inline __m256 lookup_half(Table table, __m256i at) {

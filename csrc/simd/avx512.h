@@ -55,6 +55,7 @@ static inline F upper_bfloat(I a) {
   return _mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(int(0xffff0000))));
 }
 static inline F lower_half(I a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a.v)); }
+static inline F float_of(I a) { return _mm512_castsi512_ps(a.v); }
 static inline F to_f(I a) { return _mm512_cvtepi32_ps(a.v); }
 static inline I load_i(const void *p) { return {_mm512_loadu_si512(p)}; }
 static inline I load_words(const uint8_t *p) {
@@ -67,6 +68,7 @@ static inline F below_f(F a, I limit, int32_t at) {
 template <int N> static inline I shr_i(I a) { return {_mm512_srli_epi32(a.v, N)}; }
 template <int N> static inline I shl_i(I a) { return {_mm512_slli_epi32(a.v, N)}; }
 static inline I raise_i(I a, I by) { return {_mm512_sllv_epi32(a.v, by.v)}; }
+static inline I lower_i(I a, int by) { return {_mm512_srai_epi32(a.v, by)}; }
 static inline I min_i(I a, I b) { return {_mm512_min_epi32(a.v, b.v)}; }
 static inline I set_i(int32_t a) { return {_mm512_set1_epi32(a)}; }
 static inline I and_i(I a, int32_t b) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(b))}; }
@@ -113,6 +115,11 @@ static inline F expand_bfloat(const uint16_t *p, uint32_t mask) {
 template <bool WIDE> static inline I dot(I acc, B u, int32_t quad) {
   return {_mm512_dpbusd_epi32(acc.v, u.v, _mm512_set1_epi32(quad))};
 }
+// Of a quad in all lanes; in place, which compilers undo with a copy of every sum.
+template <bool WIDE> static inline I dot(I acc, B u, I quads) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(u.v), "v"(quads.v));
+  return acc;
+}
 template <int J> static inline F byte_f(B a) {
   __m512i lane = J ? _mm512_srli_epi32(a.v, 8 * J) : a.v;
   if (J < 3) lane = _mm512_and_si512(lane, _mm512_set1_epi32(255));
@@ -123,11 +130,12 @@ static inline B table_b(const uint8_t *p) {
   return {_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p))};
 }
 static inline B lookup_b(B table, B codes) { return {_mm512_shuffle_epi8(table.v, codes.v)}; }
+constexpr int accumulators = 16;  // sums that stay in registers
 constexpr bool cheap_lookup = true;
 static inline Table table_f(const float *p) { return _mm512_loadu_ps(p); }
 static inline F lookup_f(Table table, I at) { return _mm512_permutexvar_ps(at.v, table); }
 
 static inline void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
-static inline void prefetch_far(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
+static inline void prefetch_far(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 
 }  // namespace rarefy_avx512

@@ -81,6 +81,8 @@ static inline void store_bytes(int8_t *p, I a) { LANES p[i] = int8_t(a.v[i]); } 
 static inline F lower_half(I a) { F r; LANES r.v[i] = half_to_float(uint16_t(a.v[i])); return r; }
 static inline F upper_half(I a) { F r; LANES r.v[i] = half_to_float(uint16_t(uint32_t(a.v[i]) >> 16)); return r; }
 static inline F upper_bfloat(I a) { F r; LANES r.v[i] = bfloat_to_float(uint16_t(uint32_t(a.v[i]) >> 16)); return r; }
+// The floats that have these bits.
+static inline F float_of(I a) { F r; std::memcpy(&r, &a, 64); return r; }
 static inline F to_f(I a) { F r; LANES r.v[i] = float(a.v[i]); return r; }
 static inline I load_i(const void *p) { I r; std::memcpy(&r, p, 64); return r; }
 static inline I load_words(const uint8_t *p) { I r; LANES r.v[i] = p[2 * i] | p[2 * i + 1] << 8; return r; }
@@ -88,6 +90,7 @@ static inline I load_bytes(const uint8_t *p) { I r; LANES r.v[i] = p[i]; return 
 template <int N> static inline I shr_i(I a) { LANES a.v[i] = int32_t(uint32_t(a.v[i]) >> N); return a; }
 template <int N> static inline I shl_i(I a) { LANES a.v[i] = int32_t(uint32_t(a.v[i]) << N); return a; }
 static inline I raise_i(I a, I by) { LANES a.v[i] = int32_t(uint32_t(a.v[i]) << by.v[i]); return a; }
+static inline I lower_i(I a, int by) { LANES a.v[i] >>= by; return a; }  // keeps the sign
 static inline I min_i(I a, I b) { LANES a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
 static inline I set_i(int32_t a) { I r; LANES r.v[i] = a; return r; }
 static inline I and_i(I a, int32_t b) { LANES a.v[i] &= b; return a; }
@@ -126,10 +129,13 @@ template <bool WIDE> static inline I dot(I acc, B u, int32_t quad) {
   LANES acc.v[i] += u.v[4 * i] * x[0] + u.v[4 * i + 1] * x[1] + u.v[4 * i + 2] * x[2] + u.v[4 * i + 3] * x[3];
   return acc;
 }
+// Of a quad in all lanes.
+template <bool WIDE> static inline I dot(I acc, B u, I quads) { return dot<WIDE>(acc, u, quads.v[0]); }
 template <int J> static inline F byte_f(B a) { F r; LANES r.v[i] = a.v[4 * i + J]; return r; }
 
 static inline B table_b(const uint8_t *p) { B r; BYTES r.v[i] = p[i % 16]; return r; }
 static inline B lookup_b(B table, B codes) { BYTES codes.v[i] = table.v[codes.v[i]]; return codes; }
+constexpr int accumulators = 4;  // sums that stay in registers
 constexpr bool cheap_lookup = false;  // against converting a byte
 static inline Table table_f(const float *p) { return load_f(p); }
 // Only the lowest four bits of a lane count.

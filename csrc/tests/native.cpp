@@ -191,6 +191,8 @@ void *run_pool(void *) {
 }  // namespace
 
 #include "attend.h"
+#include "blocks.h"
+#include "columns.h"
 #include "step.h"
 
 int main() {
@@ -203,11 +205,17 @@ int main() {
       products(17, 300, bits, 32, 9);
       products(1, 7, bits, 4, 2);
     }
+    products(40, 260, 4, 64, 133);  // more tokens than share one decoding
     for (int32_t bits : {2, 3, 4, 8}) {
       coded_attention(bits, 64, 64, 32, 4);
       coded_attention(bits, 128, 128, 128, 3);
       coded_attention(bits, 32, 32, 16, 5);
     }
+    for (int32_t type : {RAREFY_F32, RAREFY_BF16}) {
+      listed_attention(type, 64, 16, 16);
+      listed_attention(type, 48, 20, 24);
+    }
+    check_columns();
     entries(33, 129, 30);
     entries(5, 40, 6);
     entries(17, 64, 1u << 24);

@@ -186,7 +186,7 @@ SUMMARIES = {
     "means": (lambda x, counts, begins: {"mean": mean(x, counts)}, 8, None),
     "extremes": (lambda x, counts, begins: {"high": highest(x, counts), "low": lowest(x, counts)}, 8, None),
     "overlapping": (lambda x, counts, begins: {"mean": mean(x, counts)}, 4, 8),
-    "beginnings": (lambda x, counts, begins: {"begin": x[:, :, :, 0] * 0 + begins[:, None]}, 8, None),
+    "beginnings": (lambda x, counts, begins: {"begin": x[:, :, :, 0] * 0 + torch.tensor(begins)[:, None]}, 8, None),
 }  # fmt: skip
 
 

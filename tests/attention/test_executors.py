@@ -13,17 +13,20 @@ from rarefy.attention.reach import Reach
 from rarefy.attention.source import Plain, Stored
 from rarefy.core.errors import OptionError, UnsupportedError
 from rarefy.formats.grids import IntegerGrid
+from rarefy.kernels.cpu import library
 from rarefy.kv.codecs import Gridded
 from rarefy.kv.plan import LayerCodecs
 from rarefy.kv.store import LayerStore
 from tests.attention.maps import REACHES, oracle, random_map, tensors, token_mask, tokens_of
 
-HERE = ("reference", "cpu", "flex")
+NATIVE = ("native",) if library.available() and library.instructions() != "scalar" else ()
+CHANNELS = 16  # the fewest of the native library
+HERE = ("reference", "cpu", "flex", *NATIVE)
 
 
 def check(name: str, reach: Reach, block_map: BlockMap, softcap: float | None = None, group: int = 2) -> None:
     batch = block_map.count.shape[0]
-    query, key, value = tensors(reach, batch, 2 * group)
+    query, key, value = tensors(reach, batch, 2 * group, channels=CHANNELS)
     executor = executors.get(name)()
     reason = executor.refusal(query, Plain(key, value), block_map, softcap)
     if reason is not None:
@@ -89,13 +92,13 @@ def test_softcap_is_bent_or_refused(executor: str) -> None:
     check(executor, reach, random_map(reach, 2, 4), softcap=2.0)
 
 
-@pytest.mark.parametrize("executor", ["reference", "cpu"])
+@pytest.mark.parametrize("executor", ["reference", "cpu", *NATIVE])
 def test_what_is_not_listed_is_not_read_and_what_is_shows(executor: str) -> None:
     reach = Reach.last(64, 64)
     keep = torch.ones(1, 2, 4, 4, dtype=torch.bool)
     keep[:, :, 2:, 1] = False
     block_map = BlockMap.from_mask(keep, reach, reach.blocks(16, 16))
-    query, key, value = tensors(reach, 1, 4)
+    query, key, value = tensors(reach, 1, 4, channels=CHANNELS)
     run = executors.get(executor)().run
     clean, _ = run(query, Plain(key, value), block_map, 0.3)
     for poison in (torch.nan, torch.inf):
@@ -109,7 +112,7 @@ def test_what_is_not_listed_is_not_read_and_what_is_shows(executor: str) -> None
 @pytest.mark.parametrize("executor", HERE)
 def test_large_numbers_stay_numbers(executor: str) -> None:
     reach = Reach.last(40, 40)
-    query, key, value = (part * 1e4 for part in tensors(reach, 1, 4))
+    query, key, value = (part * 1e4 for part in tensors(reach, 1, 4, channels=CHANNELS))
     block_map = random_map(reach, 1, 4, share=1.0)
     found, lse = executors.get(executor)().run(query, Plain(key, value), block_map, 0.3)
     assert bool(torch.isfinite(found).all()) and bool(torch.isfinite(lse).all())
@@ -120,7 +123,7 @@ def test_large_numbers_stay_numbers(executor: str) -> None:
 def test_sixteen_bits(executor: str, dtype: torch.dtype) -> None:
     reach = Reach.last(70, 70)
     block_map = random_map(reach, 1, 2, share=0.6)
-    query, key, value = (part.to(dtype) for part in tensors(reach, 1, 4))
+    query, key, value = (part.to(dtype) for part in tensors(reach, 1, 4, channels=CHANNELS))
     found, _ = executors.get(executor)().run(query, Plain(key, value), block_map, 0.3)
     seen = token_mask(reach, 1, 4) & tokens_of(block_map, 4)
     expected, _ = oracle(query, key, value, seen, 0.3)
@@ -135,13 +138,13 @@ def test_keys_of_a_block_become_one_of_their_mean() -> None:
     keep = torch.rand(1, 2, blocks.rows, blocks.columns) < 0.7
     level = torch.where(blocks.full, torch.randint(0, 4, keep.shape), 0).to(torch.uint8)
     block_map = BlockMap.from_mask(keep, reach, blocks, level)
-    query, key, value = tensors(reach, 1, 4)
+    query, key, value = tensors(reach, 1, 4, channels=CHANNELS)
     key, value = (part[:, :, ::8].repeat_interleave(8, 2)[:, :, :70] for part in (key, value))
     found, lse = executors.get("reference")().run(query, Plain(key, value), block_map, 0.3)
     expected, expected_lse = oracle(query, key, value, token_mask(reach, 1, 4) & tokens_of(block_map, 4), 0.3)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4)
-    for name in ("cpu", "flex", "triton"):
+    for name in ("cpu", "flex", "triton", *NATIVE):
         with pytest.raises(UnsupportedError, match=f"'{name}' cannot run"):
             choose(name, query, Plain(key, value), block_map)
 
@@ -161,7 +164,7 @@ def test_the_reference_has_gradients_and_others_say_that_they_have_none() -> Non
     found, _ = executors.get("reference")().run(query, Plain(key, value), block_map, 0.3)
     for one, other in zip(torch.autograd.grad(loss(found), (query, key, value)), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
-    for name in ("cpu", "flex"):
+    for name in ("cpu", "flex", *NATIVE):
         with pytest.raises(UnsupportedError, match="gradients"):
             choose(name, query, Plain(key, value), block_map)
 
@@ -200,9 +203,9 @@ def test_few_queries_read_from_a_store_what_is_listed(executor: str) -> None:
 
 def test_executors_are_chosen_by_name_or_by_what_can_serve() -> None:
     reach = Reach.last(40, 40)
-    query, key, value = tensors(reach, 1, 4)
+    query, key, value = tensors(reach, 1, 4, channels=CHANNELS)
     block_map = random_map(reach, 1, 4)
-    assert choose("auto", query, Plain(key, value), block_map).name == "cpu"
+    assert choose("auto", query, Plain(key, value), block_map).name == (*NATIVE, "cpu")[0]
     assert choose("auto", query.requires_grad_(), Plain(key, value), block_map).name == "trainable"
     with pytest.raises(OptionError, match="Unknown attention executor 'flax'; did you mean 'flex'"):
         choose("flax", query, Plain(key, value), block_map)

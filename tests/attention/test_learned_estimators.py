@@ -107,6 +107,15 @@ def test_what_a_gate_keeps_of_keys_is_the_same_however_they_came() -> None:
     assert torch.allclose(found, expected, atol=1e-4)
 
 
+def test_a_gate_serves_blocks_of_two_sizes_over_the_same_keys() -> None:
+    query, key, value = tensors(Reach.last(64, 64))
+    estimator, call = Gated({"prefill": gate(4, 4, False)}), replace(call_of(query, key, value), mask_heads=4)
+    for block in (16, 32):
+        fresh = replace(call, source=Plain(call.source.keys(), value))
+        expected = estimator.scores(fresh, call.reach.blocks(block, block))
+        assert torch.equal(estimator.scores(call, call.reach.blocks(block, block)), expected)
+
+
 def test_a_gate_that_is_missing_and_an_unknown_embedding_are_named() -> None:
     query, key, value = tensors(Reach.last(32, 32))
     call = replace(call_of(query, key, value), mask_heads=4)

@@ -136,3 +136,45 @@ def test_a_decoding_step_is_one_graph() -> None:
         torch.testing.assert_close(found, expected)
         visible = (length - 1) // size + 1
         assert torch.equal(kept[:, 0, 0], (visible * 0.2 - 1e-6).ceil().int())
+
+
+def test_a_plan_over_a_coded_cache_is_one_graph() -> None:
+    """Estimate, selection and attention over blocks in code and a tail, captured once, follow a query that changes."""
+    from rarefy.attention.estimators import PooledMeans
+    from rarefy.attention.plan import AttentionPlan
+    from rarefy.attention.source import Stored
+    from rarefy.contracts import kv_recipes
+    from rarefy.kv.plan import HeadShape
+    from rarefy.kv.store import LayerStore
+    from rarefy.recipes import discover
+
+    discover()
+    recipe = kv_recipes.get("kivi")(num_bits=4, group_size=32, residual=64, sink=2)
+    store = LayerStore(recipe.codecs(HeadShape(2, 128, 128, torch.bfloat16), {}))
+    store.append(*(torch.randn(1, 2, 2176, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)))
+    query = torch.randn(1, 8, 1, 128, device=DEVICE, dtype=torch.bfloat16)
+    policy = Policy(dense_below=0, max_density=1)
+    plan = AttentionPlan(PooledMeans(), TopK(0.3), policy, 64, 64, "kv", "triton")
+    call = Call(query, Stored(store), Reach.last(1, store.length), 0.08)
+
+    def step() -> torch.Tensor:
+        output = plan.attend(call)
+        assert output is not None
+        return output
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        query.copy_(torch.randn_like(query))
+        graph.replay()
+        block_map = plan.map(call)
+        assert block_map is not None
+        expected, _ = Reference().run(query, call.source, block_map, 0.08)
+        assert relative(captured, expected) < 1e-2
+        torch.testing.assert_close(captured, step())

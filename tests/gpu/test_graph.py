@@ -16,6 +16,8 @@ from rarefy.decoding.cache import KeyValues, Sequences
 from rarefy.decoding.program import Program
 from rarefy.decoding.runner import Runner
 from rarefy.decoding.sampling import Sampling
+from rarefy.kernels.cuda import resident
+from tests.decoding.models import CODED, coded
 
 pytest.importorskip("triton")
 from rarefy.decoding.graph import GraphExecutor
@@ -63,6 +65,26 @@ def test_logits_are_the_interpreters(dtype: torch.dtype, most: float, bits: int 
     execute, ours, oracle = GraphExecutor(program), kept(program, dtype), kept(program, dtype)
     for part in tokens.split([length, 1, 1, 1]):
         assert distance(execute(part, ours), interpreter.run(program, part, oracle)) < most
+
+
+@pytest.mark.skipif(not resident.fits(torch.device("cuda", 0)), reason="no step stays on this GPU")
+@pytest.mark.parametrize("length", [5, 700])
+@pytest.mark.parametrize("name", CODED)
+def test_one_launch_computes_what_many_do(name: str, length: int) -> None:
+    model = coded(name, {**SMALL, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2})
+    model = model.to(torch.float16).cuda()
+    program, tokens = build(model), prompt(length + 4)
+    found = []
+    for stay in (True, False):
+        execute, cache = GraphExecutor(program, stay), kept(program, torch.float16)
+        execute(tokens[:length], cache)
+        assert (execute._resident is not None) == stay
+        found.append(torch.cat([execute(token, cache) for token in tokens[length:].split(1)]))
+    oracle = kept(program, torch.float16)
+    interpreter.run(program, tokens[:length], oracle)
+    wanted = torch.cat([interpreter.run(program, token, oracle) for token in tokens[length:].split(1)])
+    for logits in found:
+        assert distance(logits, wanted) < 1e-2
 
 
 def test_many_sequences_of_many_lengths() -> None:

@@ -23,8 +23,9 @@ from rarefy.kv.plan import LayerCodecs
 from rarefy.kv.store import LayerStore
 
 pytest.importorskip("triton")
-from rarefy.kernels.triton.block_decode import BlockDecode, block_scores
+from rarefy.kernels.triton.block_decode import BlockChoice, BlockDecode, block_scores
 from rarefy.kernels.triton.block_mass import block_mass
+from rarefy.kernels.triton.block_select import partial_blocks, select_blocks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -103,6 +104,14 @@ def test_the_kernel_selects_what_the_selector_does(selector: Selector) -> None:
     found.check() if bool((found.count > 0).all()) else None
 
 
+def test_blocks_that_need_a_mask_are_listed_by_one_kernel() -> None:
+    reach = Reach.last(70, 150)
+    block_map = random_map(reach, 2, 3, 32, 16, share=0.7)
+    found = partial_blocks(block_map.start, block_map.whole, block_map.count, block_map.columns, 2)
+    for one, other in zip(found, block_map.partial_lists(2, fill=0), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("reduce", ["mass", "max"])
 def test_block_mass_is_that_of_attention(reduce: Any) -> None:
     first = torch.tensor([0, 21], device=DEVICE)
@@ -135,6 +144,23 @@ def test_scores_of_blocks_for_one_query(bound: bool) -> None:
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
 
 
+def test_scores_and_choice_in_one_launch() -> None:
+    """Twice, since the first leaves its counters as it found them."""
+    high = torch.randn(2, 2, 150, 16, device=DEVICE)
+    length, first = torch.tensor([1200, 777], dtype=torch.int32, device=DEVICE), torch.tensor([0, 17], device=DEVICE)
+    choice = BlockChoice(2, 2, 150, device=DEVICE)
+    options: dict[str, Any] = {"tokens": 8, "scaling": 0.25, "first": first}
+    for rule in ({"share": 0.2}, {"wanted": 7}, {"wanted": 1, "least": 3}):
+        query = torch.randn(2, 6, 16, device=DEVICE)
+        scores = block_scores(query, high, length, **options)
+        _, _, count, columns = select_blocks(scores[:, :, None], **rule)
+        index, found = choice(query, high, length, **options, **rule)
+        assert torch.equal(found, count[:, :, 0])
+        for row, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            size = int(found[row, head])
+            assert torch.equal(index[row, head, :size], columns.view(2, 2, -1)[row, head, :size])
+
+
 @pytest.mark.parametrize("group", [1, 3])
 def test_decoding_over_chosen_blocks(group: int) -> None:
     query = torch.randn(2, 2 * group, 32, device=DEVICE)
@@ -151,12 +177,14 @@ def test_decoding_over_chosen_blocks(group: int) -> None:
             for block in index[row, head, : int(count[row, head])].tolist():
                 seen[row, head, block * 32 : block * 32 + 32] = True
     seen &= torch.arange(160, device=DEVICE) < length[:, None, None]
-    decode = BlockDecode(2, 2, 2 * group, 32, 32, device=DEVICE, splits=3, tile=16)
-    found, lse = decode(query, key, value, index, count, length, 0.2)
     wide = query.unflatten(1, (2, group))
     scores: Tensor = (wide @ key.mT * 0.2).masked_fill(~seen[:, :, None], -torch.inf)
-    torch.testing.assert_close(found, (scores.softmax(-1) @ value).flatten(1, 2), rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(lse, scores.logsumexp(-1).flatten(1, 2), rtol=2e-3, atol=2e-3)
+    for splits in (1, 3):
+        decode = BlockDecode(2, 2, 2 * group, 32, 32, device=DEVICE, splits=splits, tile=16)
+        for _ in range(2):  # counters of programs are left as they were
+            found, lse = decode(query, key, value, index, count, length, 0.2)
+            torch.testing.assert_close(found, (scores.softmax(-1) @ value).flatten(1, 2), rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(lse, scores.logsumexp(-1).flatten(1, 2), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize(("share", "steps"), [(1.0, (150, 70, 1, 1)), (0.4, (150, 70, 1, 1)), (0.5, (222,))])

@@ -113,6 +113,13 @@ def test_low_rank_captures_a_low_rank_block() -> None:
     torch.testing.assert_close(codec.decode(codec.encode(x)), x, rtol=1e-2, atol=1e-2)
 
 
+def test_low_rank_of_fewer_directions_than_it_may_have() -> None:
+    x = torch.randn(1, HEADS, 3, 8, 1) @ torch.randn(1, HEADS, 3, 1, CHANNELS)
+    x[:, :, 1] = 0.0
+    codec = LowRank(3, 8, CHANNELS)
+    torch.testing.assert_close(codec.decode(codec.encode(x)), x, rtol=1e-2, atol=1e-2)
+
+
 def test_gear_keeps_as_many_outliers_as_it_says() -> None:
     codecs = Gear(block=64, outliers=0.05).codecs(HeadShape(HEADS, CHANNELS, CHANNELS, torch.float32), {})
     payload = codecs.keys.encode(torch.randn(1, HEADS, 1, 64, CHANNELS))

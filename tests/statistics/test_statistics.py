@@ -158,3 +158,10 @@ def test_experts_without_gradients() -> None:
     assert unseen is not None and unseen.tolist() == [True, True, False]
     assert tokens is not None and tokens.tolist() == [0, 1, 1]
     assert Statistics().unseen() is None and Statistics().tokens is None
+
+
+@pytest.mark.parametrize("columns", [767, 900, 1537])
+def test_halves_of_a_wide_gram_are_the_same(columns: int) -> None:
+    x, found = torch.randn(30, columns, generator=torch.Generator().manual_seed(0)), Gram(columns)
+    found.update(x)
+    torch.testing.assert_close(found.sum, (x.double().T @ x.double()).float(), rtol=1e-4, atol=1e-4)

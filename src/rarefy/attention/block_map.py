@@ -130,6 +130,15 @@ class BlockMap:
         start, whole, count = (part.repeat_interleave(repeats, 1) for part in (self.start, self.whole, self.count))
         return replace(self, start=start, whole=whole, count=count)
 
+    def newest(self) -> tuple[Tensor, Tensor]:
+        """Of a map with one block of queries: its lists, int32 ``[B, M, capacity]``, where anything may stand behind a
+        list's end, and their lengths, int32 ``[B, M]``. A GPU is not waited for."""
+        if self.columns.numel() == self.count.numel() * self.key_blocks:  # rows at equal distances
+            index = self.columns.view(*self.count.shape[:2], -1)
+        else:
+            index = self.lists(self.key_blocks, fill=0)[:, :, 0].contiguous()
+        return index, self.count[:, :, 0].contiguous()
+
     def padded(self, width: int | None = None) -> PaddedMap:
         """The lists of a map with one block of queries."""
         if self.rows != 1:

@@ -73,6 +73,13 @@ class Call:
         first = places.new_full((1, 1), old) if self.positions is None else self.positions[:, :1]
         return self.rotary.angles(first + places - old)
 
+    def angles_of_blocks(self, begins: range) -> tuple[Tensor, Tensor]:
+        """`key_angles` of all tokens of the blocks that begin there. Layers that share a reach share them."""
+        # Kept beside what gave them, whose id is its name.
+        rotary, places = self.rotary, torch.arange(begins.start, begins.stop, device=self.query.device)
+        name = ("angles", begins, id(rotary.inv_freq), rotary.factor)
+        return self.reach.once(name, lambda: (self.key_angles(places), rotary.inv_freq))[0]
+
     @cached_property
     def rotary(self) -> Rotary:
         """What gives the angles of any position. Raises UnsupportedError where nothing known does."""

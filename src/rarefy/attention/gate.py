@@ -65,8 +65,10 @@ class BlockGate:
     def compress(self, summary: Tensor, places: Tensor, rotary: Rotary | None) -> Tensor:
         """What stands for blocks with these ``summaries.summaries`` that begin at ``places [N]``: float32 ``[B, maps,
         N, D]``."""
-        wide = summary.repeat_interleave(self.maps // summary.shape[1], 1)
-        return self._placed(torch.matmul(wide, self.keys.float()), places, rotary)
+        # Maps that read the same keys side by side, so that summaries are read once.
+        keys = self.keys.unflatten(0, (summary.shape[1], -1)).transpose(1, 2)
+        found = _product(summary, keys.flatten(2).expand(summary.shape[0], -1, -1, -1)).unflatten(3, keys.shape[2:])
+        return self._placed(found.transpose(2, 3).flatten(1, 2), places, rotary)
 
     def ask(self, query: Tensor, places: Tensor, rotary: Rotary | None) -> Tensor:
         """What stands for queries ``[B, H, n, D]`` (tokens, or means of blocks of them) at ``places [n]``: float32
@@ -79,7 +81,7 @@ class BlockGate:
 
     def score(self, asked: Tensor, compressed: Tensor) -> Tensor:
         """Scores ``[B, maps, n, N]``, float32, of which a softmax over blocks is taken."""
-        return torch.matmul(asked, compressed.float().mT) / math.sqrt(asked.shape[-1])
+        return _product(asked / math.sqrt(asked.shape[-1]), compressed.mT)
 
     def _placed(self, x: Tensor, places: Tensor, rotary: Rotary | None, gain: Tensor | None = None) -> Tensor:
         if self.gain is not None:
@@ -87,3 +89,12 @@ class BlockGate:
         if gain is not None:
             x = x * gain.float()[:, None]
         return x if rotary is None else rotary.rotate(x, places[None])
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """``x [B, M, n, k]``, float32, times ``y [B, M, k, m]``, float32: in the 16 bits that ``y`` has, where a GPU adds
+    them up in 32."""
+    if y.is_cuda and y.dtype in (torch.bfloat16, torch.float16) and not (x.requires_grad or y.requires_grad):
+        narrow = torch.bmm(x.to(y.dtype).flatten(0, 1), y.flatten(0, 1), out_dtype=torch.float32)
+        return narrow.unflatten(0, x.shape[:2])
+    return torch.matmul(x, y.float())

@@ -32,7 +32,10 @@ class Measured(StrictModel):
 
 
 DEFAULT = Measured(
-    device="", phase="prefill", tokens=0, executors={"fa4": 0.8, "triton": 0.5, "cpu": 0.6, "reference": 0.6}
+    device="",
+    phase="prefill",
+    tokens=0,
+    executors={"fa4": 0.8, "triton": 0.5, "native": 1.0, "cpu": 0.6, "reference": 0.6},
 )
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from rarefy.attention.source import Source
 from rarefy.kv.store import SideState
 
-# Of tokens `[B, H, N, span, D]`, which of them count `[B or 1, 1, N, span, 1]` (None: all) and where each block begins
-# `[N]`: tensors `[B, H, N, ...]` by name.
-Summary = Callable[[Tensor, Tensor | None, Tensor], dict[str, Tensor]]
+# Of tokens `[B, H, N, span, D]`, which of them count `[B or 1, 1, N, span, 1]` (None: all) and where each block begins:
+# tensors `[B, H, N, ...]` by name.
+Summary = Callable[[Tensor, Tensor | None, range], dict[str, Tensor]]
 
 
 def pooled(
@@ -76,7 +76,7 @@ def _blocks(
         counts = counts.unfold(1, span, tokens)[:, None, :, :, None]
         x = torch.nn.functional.pad(x, (0, 0, 0, missing))
     x = x.unfold(2, span, tokens).transpose(-1, -2) if span != tokens else x.unflatten(2, (-1, tokens))
-    return make(x, counts, torch.arange(low, high, device=x.device) * tokens)
+    return make(x, counts, range(low * tokens, high * tokens, tokens))
 
 
 def mean(x: Tensor, counts: Tensor | None) -> Tensor:

@@ -83,6 +83,30 @@ class Reach:
         query = torch.arange(low, high, device=keys.device)[None, None, :, None]
         return (self.allowed(row, query, index) & real).expand(-1, -1, high - low, -1)
 
+    def spans(self) -> tuple[Tensor, Tensor]:
+        """Keys ``[low, high)`` that each query sees, int32 ``[B or 1, queries]``; only where there is no ``mask``."""
+        return self.once("spans", self._spans)
+
+    def _spans(self) -> tuple[Tensor, Tensor]:
+        assert self.mask is None
+        device = next((p.device for p in (self.first, self.stop, self.segment) if p is not None), None)
+        place = (torch.arange(self.queries, device=device) + self.offset).expand(self.batch, -1)
+        low, high = torch.zeros_like(place), torch.full_like(place, self.keys)
+        if self.causal:
+            high = torch.minimum(high, place + 1)
+        if self.window is not None:
+            low = torch.maximum(low, place - self.window + 1)
+        if self.first is not None:
+            low = torch.maximum(low, self.first[:, None])
+        if self.stop is not None:
+            high = torch.minimum(high, self.stop[:, None])
+        if self.segment is not None:
+            own = self.segment.gather(1, place.clamp(0, self.keys - 1)).contiguous()
+            segment = self.segment.contiguous()
+            low = torch.maximum(low, torch.searchsorted(segment, own))
+            high = torch.minimum(high, torch.searchsorted(segment, own, right=True))
+        return low.to(torch.int32), torch.maximum(low, high).to(torch.int32)
+
     def once(self, key: object, make: Callable[[], T]) -> T:
         """What ``make`` gives, made only once for each ``key``: all layers of a pass share a reach."""
         if key not in self._kept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -50,6 +51,8 @@ class Resident:
     def __init__(self, model: nn.Module, weights: Weights, device: torch.device, dtype: torch.dtype):
         self.model, self.weights, self.device, self.dtype = model, weights, device, dtype
         self.held: dict[str, Tensor] = {}
+        self._reader = ThreadPoolExecutor(1)
+        self._ahead: dict[str, Future[Tensor]] = {}
 
     @contextmanager
     def block(self, name: str) -> Iterator[nn.Module]:
@@ -57,6 +60,18 @@ class Resident:
         module = self.model.get_submodule(name)
         with self._loaded(module, name):
             yield module
+
+    def read_ahead(self, name: str) -> None:
+        """Have the tensors of the block ``name`` read while something else is computed."""
+        self._ahead.clear()
+        for _, _, full, _ in named_tensors(self.model.get_submodule(name), name):
+            if full in self.weights:
+                self._ahead[full] = self._reader.submit(self._read, full)
+
+    def _read(self, name: str) -> Tensor:
+        """In memory that a GPU copies from at once."""
+        tensor = self.weights.read(name)
+        return tensor.pin_memory() if self.device.type == "cuda" and not tensor.is_cuda else tensor
 
     @contextmanager
     def outside(self, blocks: Collection[str]) -> Iterator[None]:
@@ -93,9 +108,10 @@ class Resident:
             self.held.clear()
 
     def _fetch(self, name: str, is_parameter: bool) -> Tensor:
-        tensor = self.weights.read(name)
+        ahead = self._ahead.pop(name, None)
+        tensor = self.weights.read(name) if ahead is None else ahead.result()
         dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
-        stored, tensor = tensor, tensor.to(device=self.device, dtype=dtype)
+        stored, tensor = tensor, tensor.to(device=self.device, dtype=dtype, non_blocking=ahead is not None)
         if tensor.dtype == stored.dtype:
             self.held[name] = tensor
         return nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor

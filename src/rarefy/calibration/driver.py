@@ -185,6 +185,8 @@ class Driver:
     def _block(self, index: int, advance: Advance) -> None:
         name, solved = self.blocks[index], dict[str, Solved]()
         with self.resident.block(name) as block:
+            if self.job.device.type == "cuda" and index + 1 < len(self.blocks):
+                self.resident.read_ahead(self.blocks[index + 1])
             captures: dict[str, Capture] = {}
             for kind in ("compressed", "dense"):
                 own = [site for site in self.sites[name] if self.solver.schedule(site).inputs == kind]

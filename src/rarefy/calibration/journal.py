@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,9 @@ class Journal:
         self._unit_of: dict[str, str] = {}
         self._marks = json.loads(json.dumps(marks))
         self.progress = Progress()
+        # What need not last is written while the next block is computed.
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
         self._lock = None if self.folder is None else lock_folder(self.folder)
         try:
             if self.folder is not None:
@@ -73,6 +77,7 @@ class Journal:
             raise
 
     def close(self) -> None:
+        self._writer.shutdown()
         if self._lock is not None:
             self._lock.release()
 
@@ -102,7 +107,10 @@ class Journal:
             self._unit_of.update(dict.fromkeys(self._file(unit).about, unit))
 
     def keep(self, unit: str, solved: Mapping[str, Solved], dense: Mapping[str, Tensor]) -> None:
-        """Make the solutions of one block durable, with the dense tensors that changed with them."""
+        """Make the solutions of one block durable, with the dense tensors that changed with them.
+
+        Where the journal is not ``lasting`` that may be later; what fails then is raised by whoever needs it next.
+        """
         if not self.keeps:
             return
         if self.folder is None:
@@ -113,7 +121,10 @@ class Journal:
             for name, (terms, report) in solved.items():
                 tensors.update(term_tensors(terms, f"{name}.terms."))
                 about[name] = [describe_terms(terms), report.model_dump(mode="json")]
-            keep_tensors(self._path(unit), tensors, about, self.lasting)
+            self._settle()
+            self._writing = self._writer.submit(keep_tensors, self._path(unit), tensors, about, self.lasting)
+            if self.lasting:
+                self._settle()
         self._unit_of.update(dict.fromkeys(solved, unit))
 
     def advance(self, unit: str, **decided: Any) -> None:
@@ -148,6 +159,12 @@ class Journal:
         changed = self._file(unit).read(lambda name: name.startswith("dense."))
         return {name.removeprefix("dense."): tensor for name, tensor in changed.items()}
 
+    def _settle(self) -> None:
+        """Wait for what is being written. Raises OSError."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
     def _save(self, folder: Path) -> None:
         if not self.lasting:
             return  # nobody will ask
@@ -159,6 +176,7 @@ class Journal:
         return self.folder / f"{unit}.safetensors"
 
     def _file(self, unit: str) -> Kept:
+        self._settle()
         if unit not in self._files:
             self._files[unit] = Kept(self._path(unit))
         return self._files[unit]

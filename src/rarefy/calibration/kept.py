@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rarefy.core.errors import CheckpointError, FormatError, OptionError
 from rarefy.core.files import read_header, write_tensors
-from rarefy.layers.checkpoint import digest_of
+from rarefy.layers.checkpoint import digests_of
 
 
 def keep_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], lasting: bool = True) -> None:
@@ -20,7 +20,7 @@ def keep_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
     Raises OSError.
     """
     here = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    hashes = {name: digest_of(tensor) for name, tensor in here.items()}
+    hashes = digests_of(here)
     write_tensors(path, here, {"about": json.dumps(about), "hashes": json.dumps(hashes)}, lasting)
 
 
@@ -47,8 +47,8 @@ class Kept:
                 found = {name: opened.get_tensor(name) for name in self._hashes if wanted(name)}
         except (SafetensorError, OSError, FormatError) as failure:
             raise self._damaged(failure) from None
-        for name, tensor in found.items():
-            if digest_of(tensor) != self._hashes[name]:
+        for name, digest in digests_of(found).items():
+            if digest != self._hashes[name]:
                 raise self._damaged(f"the bytes of '{name}' changed")
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias, overload
 
 import torch
@@ -12,14 +13,19 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from rarefy.core.errors import OptionError, UnsupportedError
+from rarefy.core.logs import logger
 from rarefy.decoding import interpreter
 from rarefy.decoding.cache import KeyValues, Sequences
 from rarefy.decoding.fuse import AddNorm, Attention, Fused, Projects, fuse
 from rarefy.decoding.products import together_
 from rarefy.decoding.program import Add, Cap, Embed, Gate, Norm, Program, Rotate
+from rarefy.decoding.resident import ResidentStep
 from rarefy.decoding.sampling import Sampling
+from rarefy.kernels.cuda import resident
 from rarefy.kernels.triton import step
 from rarefy.kernels.triton.pick import Picker
+
+log = logger(__name__)
 
 WRITTEN = 1024  # tokens that are remembered on the GPU
 # How a step ends: with its logits, or by picking tokens: (draw, of the top k, of the top p).
@@ -35,6 +41,7 @@ class _Step:
     attend: step.Attention
     pick: Picker
     place: tuple[int, ...] = ()  # of the cache that the graphs read
+    stays: resident.Resident | None = None  # what the graphs launch for all of the step, if it can be one launch
     graphs: dict[Ending, tuple[Callable[[], None], Tensor]] = field(default_factory=dict)
 
 
@@ -45,12 +52,15 @@ class GraphExecutor:
     longer chunks of one sequence run launch by launch. Projections of the same input become one where their weights
     can lie together, which moves the weights but neither copies nor changes them. On the CPU nothing is captured and
     Triton's interpreter executes. Raises UnsupportedError for a program or tensors that the kernels do not take.
+
+    ``stay``: where GPU, operations and weights allow it, a step of one sequence is one launch that stays on the GPU
+    (``decoding/resident.py``) instead of one for each operation.
     """
 
     name = "cuda graph"
     chunk = 2048
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, stay: bool = True):
         self.program = program
         self._whole, self._body, self._head = (fuse(part) for part in (program.operations, program.step, program.head))
         embed = self._whole[0]
@@ -63,10 +73,18 @@ class GraphExecutor:
                 for operation in (*self._whole, *self._head)
                 if isinstance(operation, Projects)
             }
+            self._resident = self._one_launch() if stay and resident.fits(self.device) else None
         self._turns: dict[tuple[int, float, int], Tensor] = {}
         self._steps: dict[int, _Step] = {}
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._pool: Any = None
+
+    def _one_launch(self) -> ResidentStep | None:
+        try:
+            return ResidentStep(self.program, self._whole, self.dtype, self.device)
+        except UnsupportedError as reason:
+            log.info("Steps are launched operation by operation: %s", reason)
+            return None
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of keys and values for a model of ``dtype``."""
@@ -169,6 +187,10 @@ class GraphExecutor:
         if at.place != place:
             at.place = place
             at.graphs.clear()
+            at.stays = None
+            if self._resident is not None and sequences == 1:
+                turned = partial(self._turned, capacity=capacity)
+                at.stays = self._resident.bind(keys, values, at.positions, turned)
         return at
 
     def _capture(self, at: _Step, keys: Tensor, values: Tensor, ending: Ending) -> tuple[Callable[[], None], Tensor]:
@@ -179,8 +201,15 @@ class GraphExecutor:
             return at.attend(q, k, v, keys[layer], values[layer], at.positions, self._heads(operation, keys.shape[3]))
 
         def run() -> Tensor:
-            buffers = {"tokens": at.tokens}
-            self._execute(self._whole, buffers, attend)
+            if at.stays is not None and self._resident is not None:
+                embed = self._resident.plan.embed
+                step.embed(at.tokens, embed.table.weight, embed.scale, self._resident.hidden)
+                at.stays()
+                buffers = dict(self._resident.buffers)
+                self._execute(self._resident.plan.rest, buffers, attend)
+            else:
+                buffers = {"tokens": at.tokens}
+                self._execute(self._whole, buffers, attend)
             logits = buffers["logits"]
             if ending is not None:
                 draw, top_k, top_p = ending

@@ -46,6 +46,12 @@ def _product_of_all_(linears: Sequence[nn.Linear]) -> Product | None:
     return lambda x, bias: native.linear(x, terms) if bias is None else native.linear(x, terms) + bias
 
 
+def prepared_of(linears: Sequence[nn.Linear]) -> list[Prepared] | None:
+    """Terms of the weights of all ``linears`` as they lie together; None where they are no codes or do not."""
+    layers = [each for each in linears if isinstance(each, CompressedLinear)]
+    return _joined_(layers) if len(layers) == len(linears) else None
+
+
 def _joined_(layers: Sequence[CompressedLinear]) -> list[Prepared] | None:
     """Terms of the weights of all ``layers``; None where they are not of one kind, or computed by other kernels."""
     if not native.takes(torch.empty(0, dtype=layers[0].dtype, device=layers[0].device)):

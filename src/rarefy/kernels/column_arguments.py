@@ -10,6 +10,8 @@ import ctypes
 import torch
 from torch import Tensor
 
+from rarefy.core.errors import FormatError
+
 ZEROS = ("none", "integer", "float")  # where the zero of even steps lies: at the middle code, at a code, anywhere
 TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 AT_ONCE = 128  # columns of a call, and factors of a search, which lie in the structures themselves
@@ -64,8 +66,12 @@ def round_arguments(
     groups: list[int], last: int, marked: Tensor | None, lost: Tensor | None, reach: Tensor | None,
     unit: Tensor | None,
 ) -> RoundArguments:  # fmt: skip
-    """``block``, ``errors`` and ``shares`` may be parts of larger tensors whose last dimension is dense."""
+    """``block``, ``errors`` and ``shares`` may be parts of larger tensors whose last dimension is dense, all others are
+    dense. Raises FormatError where they are not."""
     members, count, rows = errors.shape
+    others = (scale, zero, codes, marked, lost, reach)
+    if not all(own is None or own.is_contiguous() for own in others) or block.stride(2) * shares.stride(2) != 1:
+        raise FormatError("Columns, codes and marks of a stretch have to lie row by row; make them contiguous.")
     pointers = [0 if own is None else own.data_ptr() for own in (scale, zero, codes, marked, lost, reach, unit)]
     steps = (*block.stride()[:2], *errors.stride()[:2], *shares.stride()[:2])
     units = (0, 0) if unit is None else unit.stride()

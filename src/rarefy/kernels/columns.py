@@ -8,6 +8,7 @@ kernel has rows side by side and a stretch of columns in its registers; in torch
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,7 +58,8 @@ def round_columns(
     ``lost`` (float32, of its shape) gets what rounding takes or would take.
     """
     numbers = (codes, scale, zero, list(groups), last, rule, marked, lost, reach, unit)
-    _fastest(block.device, "round_columns")(block, errors, shares, *numbers)
+    run = _kernel(block.device, "round_columns") if compiled(block.device) else reference
+    run(block, errors, shares, *numbers)
 
 
 def reference(
@@ -77,11 +79,8 @@ def reference(
 ) -> None:
     """``round_columns`` in torch, a column after another. No step waits for the device."""
     members, count, rows = errors.shape
-    # Views are made for many columns at once: each costs as much time as a small kernel.
-    values, own, broad = block.unbind(1), errors.unbind(1), errors.unsqueeze(2).unbind(1)
-    passed_on = shares.unsqueeze(-1).unbind(1)
     flags = [] if marked is None else marked.view(count, members, rows).unbind()
-    losses = own if lost is None else lost.view(count, members, rows).unbind()
+    losses = errors.unbind(1) if lost is None else lost.view(count, members, rows).unbind()
     nothing = block.new_zeros(())
     if reach is not None and unit is not None:
         allowed = (reach.view(members, 1, rows) * unit.unsqueeze(-1)).unbind(1)
@@ -90,23 +89,36 @@ def reference(
         written, zeros, scales = codes.unbind(), zero.unbind(), scale.unbind()
         # A group of zeros has scale 0, and every value of it is then at its zero point.
         steps = torch.where(scale == 0, torch.inf, scale).unbind()
+
+    def treat(value: Tensor, index: int, error: Tensor) -> None:
+        lacking = nothing if codes is None else losses[index]
+        if codes is not None:
+            group = groups[index]
+            found = torch.addcdiv(zeros[group], value.flatten(), steps[group]).round_().clamp_(0, last)
+            written[index].copy_(found)
+            torch.sub(value, (found - zeros[group]).mul_(scales[group]).view_as(value), out=lacking)
+        if rule == "choose":
+            torch.gt(lacking.abs(), allowed[index], out=flags[index])
+        if rule == "drop":
+            torch.where(flags[index], lacking, value, out=error)
+        elif rule in ("spare", "choose"):
+            torch.where(flags[index], nothing, lacking, out=error)
+
+    one_by_one(block, errors, shares, treat)
+
+
+def one_by_one(
+    block: Tensor, errors: Tensor, shares: Tensor, treat: Callable[[Tensor, int, Tensor], None]
+) -> None:
+    """For each column of ``round_columns``: ``treat`` its values and have what they lose written into its error, both
+    ``[members, rows]``, then correct the columns after it."""
+    # Views are made for many columns at once: each costs as much time as a small kernel.
+    values, own, broad = block.unbind(1), errors.unbind(1), errors.unsqueeze(2).unbind(1)
+    passed_on = shares.unsqueeze(-1).unbind(1)
     # One column is too little work to share between threads.
-    with cpu_threads(1 if rows * members < LARGE else torch.get_num_threads()):
-        for index in range(count):
-            value, error, lacking = values[index], own[index], losses[index]
-            if codes is None:
-                lacking = nothing
-            else:
-                group = groups[index]
-                found = torch.addcdiv(zeros[group], value.flatten(), steps[group]).round_().clamp_(0, last)
-                written[index].copy_(found)
-                torch.sub(value, (found - zeros[group]).mul_(scales[group]).view_as(value), out=lacking)
-            if rule == "choose":
-                torch.gt(lacking.abs(), allowed[index], out=flags[index])
-            if rule == "drop":
-                torch.where(flags[index], lacking, value, out=error)
-            elif rule in ("spare", "choose"):
-                torch.where(flags[index], nothing, lacking, out=error)
+    with cpu_threads(1) if errors[:, 0].numel() < LARGE else nullcontext():
+        for index, error in enumerate(own):
+            treat(values[index], index, error)
             if left := block.shape[1] - index - 1:
                 later = block.narrow(1, index + 1, left)
                 later.addcmul_(passed_on[index].narrow(1, index + 1, left), broad[index], value=-1)
@@ -148,7 +160,7 @@ def fit_around(
     zero that they stand for, both float32 ``[members * rows]``. Only where ``fits_around`` says so.
     """
     numbers = (list(factors), norm, levels, list(bits), tile, dtype == torch.float16)
-    return _fastest(columns.device, "fit_around")(columns, unit, mass, threshold, *numbers)  # type: ignore[no-any-return]
+    return _kernel(columns.device, "fit_around")(columns, unit, mass, threshold, *numbers)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -171,11 +183,9 @@ def add_engine(device: str, engine: Engine) -> None:
         library.impl(name, kernel, device.upper())
 
 
-def _fastest(device: torch.device, name: str) -> Callable[..., Any]:
-    """The op past the dispatcher, which takes longer than a kernel of a few columns."""
-    if compiled(device) and not torch.compiler.is_compiling():
-        return engines[device.type].ops[name]
-    return getattr(torch.ops.rarefy, name)  # type: ignore[no-any-return]
+def _kernel(device: torch.device, name: str) -> Callable[..., Any]:
+    """What serves an op, past the dispatcher, which takes longer than a kernel of a few columns."""
+    return engines[device.type].ops[name]
 
 
 def compiled(device: torch.device) -> bool:
@@ -227,7 +237,7 @@ def search_ranges(
     ``dtype`` too. Returns float32 ``[rows, groups]``. Only where ``compiled`` says so, for up to ``AT_ONCE`` factors.
     """
     numbers = (list(factors), norm, group_size, levels, zero, dtype)
-    return torch.ops.rarefy.search_ranges(weight, importance, *numbers)  # type: ignore[no-any-return]
+    return _kernel(weight.device, "search_ranges")(weight, importance, *numbers)  # type: ignore[no-any-return]
 
 
 def empty_search(weight: Tensor, group_size: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rarefy.kv import native
+from rarefy.kv import native, whole
 from rarefy.kv.codec import Codec, Payload, apply
 from rarefy.kv.codecs import Exact
 from rarefy.kv.fused import available, fused_segments
@@ -44,6 +44,8 @@ def attend(
     assert store.keys is not None
     if query.shape[2] == 1 and mask is None and softcap is None and fused is not False:
         done = None
+        if whole.available(query) and (found := whole.attended(store, query, scaling)) is not None:
+            return found
         if fused or available(query):
             done = fused_segments(store, query, scaling)
         elif native.usable(query):
@@ -190,9 +192,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 def plain_store(key: Tensor, value: Tensor) -> LayerStore:
     """A store of ``key`` and ``value [B, H, tokens, D]`` as they are, so that `attend` reads them."""
-    valid = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
     exact = Exact(key.dtype)
-    sides = [Side(exact, 0, tensor, valid) for tensor in (key, value)]
+    sides = [Side(exact, 0, tensor) for tensor in (key, value)]
     return LayerStore(LayerCodecs(exact, exact), keys=sides[0], values=sides[1])
 
 

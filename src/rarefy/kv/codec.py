@@ -53,7 +53,7 @@ class Codec(ABC):
         """Tensors that all blocks read, by name."""
         return {}
 
-    def _beside(self, name: str, x: Tensor) -> Tensor:
+    def beside(self, name: str, x: Tensor) -> Tensor:
         """The codec's own tensor ``name`` on the device of ``x``, where it then stays."""
         tensor: Tensor = getattr(self, name)
         if tensor.device != x.device:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rarefy.formats.grids import IntegerGrid
+from rarefy.formats.grids import FloatGrid, IntegerGrid
 from rarefy.formats.scales import SingleScale
+from rarefy.kernels import coded
+from rarefy.kernels.coded import Tiles, Turns
 from rarefy.kv.codec import Codec, Payload, part_of
 from rarefy.kv.codecs import (
     ChannelTable,
@@ -26,6 +28,7 @@ from rarefy.kv.codecs import (
     Sparse,
     Trimmed,
 )
+from rarefy.kv.codecs.plain import is_float8
 from rarefy.kv.side import SEGMENT, Run, Side
 from rarefy.kv.store import LayerStore
 
@@ -33,7 +36,6 @@ PIECE = 128  # tokens after the last whole segment that the kernel reads at once
 
 if TYPE_CHECKING:
     from rarefy.kernels.triton.decode_attention import DecodeAttention
-    from rarefy.kernels.triton.tiles import Tiles
 
 
 @dataclass
@@ -42,6 +44,15 @@ class Plan:
 
     key: tuple[int, ...]
     attention: DecodeAttention
+
+
+@dataclass
+class BlocksPlan:
+    """A kernel over all runs of a store, with their payloads; None: there is none that can read them."""
+
+    key: tuple[int, ...]
+    payloads: list[Payload]
+    attention: DecodeAttention | None
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,53 @@ def fused_segments(store: LayerStore, query: Tensor, scaling: float) -> tuple[Te
     return out.unsqueeze(2), lse.unsqueeze(2), count
 
 
+def fused_blocks(
+    store: LayerStore, query: Tensor, scaling: float, lists: tuple[Tensor, Tensor], block: int,
+    first: Tensor | None = None,
+) -> tuple[Tensor, Tensor, int] | None:  # fmt: skip
+    """`fused_segments` over chosen blocks of ``block`` tokens alone. ``lists``: which ones each KV head reads, int32
+    ``[B, Hkv, capacity]``, and how many of those, int32 ``[B, Hkv]``; ``first`` int64 ``[B]``: tokens before it are
+    padding. Blocks that do not lie in the tokens that are told are left out. Nothing here waits for the device."""
+    attention = blocks_kernel(store, query, block)
+    if attention is None:
+        return None
+    turn, back = store.codecs.keys, store.codecs.values
+    one = (turn.turn(query.float()) if isinstance(turn, Rotated) else query)[:, :, 0]
+    out, lse = attention(one, scaling, lists, first)
+    out = back.back(out) if isinstance(back, Rotated) else out.clone()
+    return out.unsqueeze(2), lse.clone().unsqueeze(2), attention.tokens
+
+
+def blocks_kernel(store: LayerStore, query: Tensor, block: int) -> DecodeAttention | None:
+    """The kernel that reads listed blocks of a store's coded tokens, which is kept until those are others; None where a
+    codec has no tile loader, or tiles do not fit blocks."""
+    assert store.keys is not None and store.values is not None
+    sides = store.keys, store.values
+    if sides[0].tail.shape[3] != sides[1].tail.shape[3]:
+        return None
+    runs = [run for side in sides for run in side.runs]
+    key = (block, query.shape[1], *(id(run.payload) for run in runs))
+    plan = store.plans.get("blocks")
+    if plan is None or plan.key != key:
+        payloads = [run.payload for run in runs]
+        plan = store.plans["blocks"] = BlocksPlan(key, payloads, _build_blocks(store, query, block))
+    found: DecodeAttention | None = plan.attention
+    return found
+
+
+def _build_blocks(store: LayerStore, query: Tensor, block: int) -> DecodeAttention | None:
+    from rarefy.kernels.triton.decode_attention import page_counts
+
+    assert store.keys is not None and store.values is not None
+    sides = store.keys, store.values
+    page = max(block, *(side.codec.tokens for side in sides))
+    lengths = [run.stop - run.start for run in sides[0].runs], [run.stop - run.start for run in sides[1].runs]
+    if page % block or not lengths[0] or not lengths[1] or not sum(page_counts(lengths, page)[0]):
+        return None
+    both = [tiles_of(side.codec, [run.payload for run in side.runs], side.tail.shape[1]) for side in sides]
+    return _kernel(store, query, both, page, block=block, lengths=lengths)
+
+
 def _joined(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Weighted sums ``[B, Hq, D]`` of different tokens, with their log-sum-exp, as one."""
     lse = torch.logaddexp(left[1], right[1])
@@ -123,33 +181,42 @@ def _plan(
 def _build(
     store: LayerStore, keys: list[Piece], values: list[Piece], tokens: int, origin: int, query: Tensor
 ) -> DecodeAttention | None:
-    from rarefy.kernels.triton.decode_attention import DecodeAttention, Turns, fits
+    assert store.keys is not None
+    both: list[Tiles | None] = []
+    for codec, pieces in ((store.codecs.keys, keys), (store.codecs.values, values)):
+        tiles = tiles_of(codec, [piece.run.payload for piece in pieces], store.keys.tail.shape[1])
+        spans = tuple((piece.skip, piece.run.stop - piece.run.start) for piece in pieces)
+        both.append(None if tiles is None else replace(tiles, spans=spans))
+    return _kernel(store, query, both, tokens, origin=origin)
+
+
+def _kernel(
+    store: LayerStore, query: Tensor, sides: list[Tiles | None], tokens: int, **options: Any
+) -> DecodeAttention | None:
+    """The kernel over ``sides`` in runs or pages of ``tokens``; None where it cannot read them."""
+    from rarefy.kernels.triton.decode_attention import DecodeAttention
 
     assert store.keys is not None
     batch, heads, _, channels = store.keys.tail.shape
-    both = []
-    for codec, pieces in ((store.codecs.keys, keys), (store.codecs.values, values)):
-        tiles = tiles_of(codec, [piece.run.payload for piece in pieces], heads)
-        if tiles is None:
-            return None
-        spans = tuple((piece.skip, piece.run.stop - piece.run.start) for piece in pieces)
-        both.append(replace(tiles, spans=spans))
+    keys, values = sides
+    if keys is None or values is None:
+        return None
     turns = None
     if store.codecs.pre_rope:
         assert store.rotary is not None and store.shift is not None
         turns = Turns(store.rotary.inv_freq.to(query.device), store.rotary.factor, store.shift)
-    if not fits(both[0], both[1], channels, tokens, turns=turns):
-        return None
     sinks = None if store.sink is None else store.sink.index.to(query.device)
-    return DecodeAttention(
-        both[0], both[1], batch, heads, query.shape[1], channels, tokens, device=query.device, sinks=sinks,
-        turns=turns, origin=origin,
-    )  # fmt: skip
+    try:
+        return DecodeAttention(
+            keys, values, batch, heads, query.shape[1], channels, tokens, device=query.device, sinks=sinks,
+            turns=turns, **options,
+        )  # fmt: skip
+    except ValueError:  # sizes that it does not fit
+        return None
 
 
 def tiles_of(codec: Codec, runs: list[Payload], heads: int) -> Tiles | None:
     """What the kernel reads of a codec's runs; None where it has no loader for it."""
-    from rarefy.kernels.triton.tiles import Tiles
 
     def tensors(*names: str) -> tuple[tuple[Tensor, ...], ...]:
         return tuple(tuple(run[name].contiguous() for name in names) for run in runs)
@@ -172,9 +239,11 @@ def tiles_of(codec: Codec, runs: list[Payload], heads: int) -> Tiles | None:
                 return None
             options = {"num_bits": grid.num_bits, "block": codec.tokens, "group": group}
             return Tiles(codec.axis, tensors("codes", "scale", "zero_point"), **options)
+        case Gridded(grid=FloatGrid() as floats, axis="token") if is_float8(floats, codec.channels):
+            return Tiles("float8", tensors("codes", "scale"), 8, codec.tokens, 1)
         case NormTable() | RangeTable() | ChannelTable():
             names = {NormTable: ("scale",), RangeTable: ("scale", "offset")}.get(type(codec), ())
-            device = runs[0]["codes"].device
+            device = runs[0]["codes"].device if runs else codec.decoded.device
             lut = codec.decoded.to(device, torch.float32)
             affine = None
             if isinstance(codec, ChannelTable):
@@ -183,14 +252,13 @@ def tiles_of(codec: Codec, runs: list[Payload], heads: int) -> Tiles | None:
                 affine = center, spread
             return Tiles("table", tensors("codes", *names), codec.num_bits, codec.tokens, 1, lut, affine=affine)
         case ProductTable():
-            lut = codec.codebook.to(runs[0]["codes"].device)
+            lut = codec.codebook.to(runs[0]["codes"].device) if runs else codec.codebook
             return Tiles("product", tensors("codes"), codec.num_bits, codec.tokens, 1, lut)
     return None
 
 
 def _corrected(codec: Residual, runs: list[Payload], heads: int) -> Tiles | None:
     """Codes of which an outlier list and a low-rank product tell what they leave over."""
-    from rarefy.kernels.triton import tiles as kernel
 
     def pairs(number: int, *names: str) -> tuple[tuple[Tensor, Tensor], ...]:
         parts = [part_of(run, str(number)) for run in runs]
@@ -201,9 +269,9 @@ def _corrected(codec: Residual, runs: list[Payload], heads: int) -> Tiles | None
         if base is None:
             return None
         if isinstance(part, Sparse) and base.outliers is None:
-            base = replace(base, outliers=kernel.Outliers(pairs(number, "values", "indices"), part.axis))
+            base = replace(base, outliers=coded.Outliers(pairs(number, "values", "indices"), part.axis))
         elif isinstance(part, LowRank) and base.low_rank is None:
-            base = replace(base, low_rank=kernel.LowRank(pairs(number, "lowrank_a", "lowrank_b")))
+            base = replace(base, low_rank=coded.LowRank(pairs(number, "lowrank_a", "lowrank_b")))
         else:
             return None
     return base

@@ -13,6 +13,7 @@ from torch import Tensor
 from rarefy.core.errors import FormatError, UnsupportedError
 from rarefy.formats.bytes import ByteCount
 from rarefy.kv.codec import Payload, nbytes, part_of, prefixed
+from rarefy.kv.encoding import fast_form
 from rarefy.kv.later import Encoder
 from rarefy.kv.plan import LayerCodecs
 from rarefy.kv.rotary import Rotary, unrotate
@@ -88,19 +89,19 @@ class LayerStore:
         """Take new ``key`` and ``value [B, H, n, D]``; the store as attention of these tokens should read it.
 
         When tokens are put into code, raises FormatError for numbers that are not finite, and UnsupportedError where
-        positions have gaps and keys are stored without them; not before, since looking makes a GPU wait.
+        positions have gaps and keys are stored without them; not before, since looking makes a GPU wait. Where a kernel
+        puts them into code, what it found is told by a later call.
         """
         arrival = arrival or Arrival()
         for side in (self.keys, self.values):
             if side is not None:
                 side.settle(wait=False)
+        self._look(wait=False)
         valid = arrival.valid
-        if valid is None:
-            valid = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
         if self.keys is None or self.values is None:
             codecs = self.codecs
-            self.keys = Side(codecs.keys, codecs.recent_keys, key[:, :, :0], valid[:, :0])
-            self.values = Side(codecs.values, codecs.recent_values, value[:, :, :0], valid[:, :0])
+            self.keys = Side(codecs.keys, codecs.recent_keys, key[:, :, :0])
+            self.values = Side(codecs.values, codecs.recent_values, value[:, :, :0])
         if self.codecs.pre_rope:
             self._learn_positions(key, valid, arrival)
         self._collect_sink(key, value, valid)
@@ -120,8 +121,8 @@ class LayerStore:
         assert self.keys is not None and self.values is not None
         keys = self.keys
         for side, what in ((keys, "keys"), (self.values, "values")):
-            if side.pending is None and (count := side.sealable()):
-                _check_finite(side.tail[:, :, :count], side.valid[:, :count], f"{what} of {self.name}", side.coded)
+            if side.pending is None and (count := side.sealable()) and fast_form(side.codec, side.tail) is None:
+                _check_finite(side.tail[:, :, :count], side.counted()[:, :count], f"{what} of {self.name}", side.coded)
         if keys.pending is None and keys.sealable():
             plain = self._without_rope(keys, first, arrival) if self.codecs.pre_rope else None
             keys.seal(self._exempt(keys), plain, self.encoder)
@@ -133,6 +134,12 @@ class LayerStore:
         for side in (self.keys, self.values):
             if side is not None:
                 side.settle()
+        self._look(wait=True)
+
+    def _look(self, wait: bool) -> None:
+        for side in (self.keys, self.values):
+            if side is not None and side.faults is not None:
+                side.faults.look(self.name, wait)
 
     def _without_rope(self, keys: Side, first: int, arrival: Arrival) -> Tensor:
         """The tail of the keys with RoPE undone; it stays itself what attention reads."""
@@ -161,7 +168,7 @@ class LayerStore:
         assert self.shift is not None
         return torch.arange(start, stop, device=self.shift.device) + self.shift[:, None]
 
-    def _learn_positions(self, key: Tensor, valid: Tensor, arrival: Arrival) -> None:
+    def _learn_positions(self, key: Tensor, valid: Tensor | None, arrival: Arrival) -> None:
         if arrival.rotary is not None:
             self.rotary = arrival.rotary
         if self.rotary is None:
@@ -171,6 +178,8 @@ class LayerStore:
             )
         if not key.shape[2]:
             return
+        if valid is None:
+            valid = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
         index = torch.arange(self.length, self.length + key.shape[2], device=key.device)
         given = index if arrival.positions is None else arrival.positions
         shift = (given - index).expand(key.shape[0], -1)
@@ -185,7 +194,7 @@ class LayerStore:
         gaps = ((shift != self.shift[:, None]) & valid).any()
         self.gaps = gaps if self.gaps is None else self.gaps | gaps
 
-    def _collect_sink(self, key: Tensor, value: Tensor, valid: Tensor) -> None:
+    def _collect_sink(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
         wanted = self.codecs.sink
         if not wanted:
             return
@@ -197,7 +206,7 @@ class LayerStore:
         have = (self.sink.index >= 0).sum(1)
         if bool((have == wanted).all()):
             return
-        valid = valid.cpu()
+        valid = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool) if valid is None else valid.cpu()
         rank = have[:, None] + valid.cumsum(1) - 1  # which sink a token would be
         row, token = (valid & (rank < wanted)).nonzero(as_tuple=True)
         place = rank[row, token]
@@ -206,14 +215,17 @@ class LayerStore:
         sink.index[row, place] = token + self.length
         self.sink = sink
 
-    def _exempt(self, side: Side) -> Tensor:
-        """Which tokens of a side's tail are sinks, bool ``[B, t]``."""
-        exempt = torch.zeros(side.valid.shape, dtype=torch.bool)
-        if self.sink is not None:
-            place = self.sink.index - side.coded
-            row, sink = ((place >= 0) & (place < exempt.shape[1])).nonzero(as_tuple=True)
-            exempt[row, place[row, sink]] = True
-        return exempt.to(side.valid.device)
+    def _exempt(self, side: Side) -> Tensor | None:
+        """Which tokens of a side's tail are sinks, bool ``[B, t]``; None: none of them."""
+        if self.sink is None:
+            return None
+        place = self.sink.index - side.coded
+        row, sink = ((place >= 0) & (place < side.tail.shape[2])).nonzero(as_tuple=True)
+        if not len(row):
+            return None
+        exempt = torch.zeros(side.tail.shape[0], side.tail.shape[2], dtype=torch.bool)
+        exempt[row, place[row, sink]] = True
+        return exempt
 
     def crop(self, remove: int) -> None:
         """Forget the last ``remove`` tokens."""
@@ -234,9 +246,7 @@ class LayerStore:
         if self.sink is not None:
             self._restore_sinks(self.keys, self.sink.keys)
             self._restore_sinks(self.values, self.sink.values)
-            self.sink = Sink(
-                self.sink.keys, self.sink.values, torch.where(self.sink.index < keep, self.sink.index, -1)
-            )
+            self.sink = Sink(self.sink.keys, self.sink.values, torch.where(self.sink.index < keep, self.sink.index, -1))
         for state in self.state.values():
             entries = state.entries(keep)
             state.tensors = {name: tensor[:, :, :entries] for name, tensor in state.tensors.items()}
@@ -300,7 +310,7 @@ class LayerStore:
         found: dict[str, Tensor] = {}
         for label, side in (("keys", self.keys), ("values", self.values)):
             found |= prefixed(f"{label}.blocks", side.payload())
-            found |= {f"{label}.tail": side.tail, f"{label}.valid": side.valid}
+            found |= {f"{label}.tail": side.tail, f"{label}.valid": side.counted()}
         if self.sink is not None:
             found |= {"sink.keys": self.sink.keys, "sink.values": self.sink.values, "sink.index": self.sink.index}
         if self.shift is not None and self.started is not None and self.rotary is not None:

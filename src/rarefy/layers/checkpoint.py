@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -55,9 +56,15 @@ def digest_of(tensor: Tensor) -> str:
     return tensor_digest(dtype, flat.shape, data)
 
 
+def digests_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """``digest_of`` of several tensors, a thread for each processor: hashing takes longer than writing."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return dict(zip(tensors, threads.map(digest_of, tensors.values()), strict=True))
+
+
 def metadata(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Safetensors metadata for files that hold ``tensors``: their hashes and that of the manifest."""
-    hashes = {name: digest_of(tensor) for name, tensor in tensors.items()}
+    hashes = digests_of(tensors)
     return {
         "format": "pt",
         METADATA_KEY: json.dumps({"manifest": manifest.digest(), "tensors": hashes}, sort_keys=True),
@@ -108,7 +115,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         part = self.folder / f".{self.stem}-{len(self._shards) + 1:05d}.part"
-        hashes = {name: digest_of(tensor) for name, tensor in self._pending.items()}
+        hashes = digests_of(self._pending)
         notes = {"format": "pt", METADATA_KEY: json.dumps({"manifest": "0" * 16, "tensors": hashes}, sort_keys=True)}
         write_tensors(part, self._pending, notes)
         self._shards.append((part, list(self._pending)))

@@ -9,18 +9,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from rarefy.core.devices import cpu_threads
 from rarefy.formats.grids import Grid
 from rarefy.formats.grids.base import check_numbers
 from rarefy.formats.terms import Term, stack
-from rarefy.kernels.columns import LARGE
+from rarefy.kernels.columns import one_by_one
 from rarefy.solvers.hessian import InverseHessian
 from rarefy.solvers.rtn import range_multiplier
 
@@ -46,16 +44,7 @@ class ColumnRule(ABC):
     def stretch(self, block: Tensor, errors: Tensor, shares: Tensor, start: int) -> None:
         """Treat as many columns of ``block``, from position ``start`` on, as ``errors`` has, and correct those after
         them: arguments as of ``kernels.columns.round_columns``, here with ``column`` one by one."""
-        # Views are made for many columns at once: each costs as much time as a small kernel.
-        values, own, broad = block.unbind(1), errors.unbind(1), errors.unsqueeze(2).unbind(1)
-        passed_on = shares.unsqueeze(-1).unbind(1)
-        # One column is too little work to share between threads.
-        with cpu_threads(1) if errors.shape[0] * errors.shape[2] < LARGE else nullcontext():
-            for index in range(errors.shape[1]):
-                self.column(values[index], start + index, own[index])
-                if left := block.shape[1] - index - 1:
-                    later = block.narrow(1, index + 1, left)
-                    later.addcmul_(passed_on[index].narrow(1, index + 1, left), broad[index], value=-1)
+        one_by_one(block, errors, shares, lambda values, index, error: self.column(values, start + index, error))
 
 
 def compensate(weight: Tensor, inverse: InverseHessian, rule: ColumnRule) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rarefy.core.logs import logger
 from rarefy.formats.grids import Grid, Params
 from rarefy.formats.grids.base import Rounding
 from rarefy.formats.inputs import PermutedInput
@@ -17,6 +19,8 @@ from rarefy.kernels.native import round_columns
 from rarefy.solvers.clip import ClipSearch, fit
 from rarefy.solvers.feedback import Batch, ColumnRule, by_batch, compensate
 from rarefy.solvers.hessian import InverseHessian
+
+log = logger(__name__)
 
 
 class RoundColumns(ColumnRule):
@@ -32,7 +36,7 @@ class RoundColumns(ColumnRule):
         self.codes = torch.empty(columns, rows, dtype=torch.uint8, device=batch.weight.device)
         self._size = grid.size(columns)
         self._fitted: list[Params] = []
-        self._columns = self.codes.view(columns, *batch.weight.shape[:2]).unbind()
+        self._shape = batch.weight.shape[:2]
         self._group_of = [position // self._size for position in range(columns)]
         self._first = 0  # the group that the parameters at hand begin with
         self._even: tuple[Tensor, Tensor] | None = None
@@ -69,6 +73,10 @@ class RoundColumns(ColumnRule):
         """What ``round_columns`` has to know of the positions ``part`` beyond the grid."""
         return {}
 
+    @cached_property
+    def _columns(self) -> tuple[Tensor, ...]:
+        return self.codes.unflatten(1, self._shape).unbind()
+
     def column(self, values: Tensor, position: int, error: Tensor) -> None:
         codes, rounded = self._rounding(values.flatten(), self._group_of[position] - self._first)
         self._columns[position].copy_(codes.view(values.shape))
@@ -82,8 +90,15 @@ class RoundColumns(ColumnRule):
         self._fitted.append(params)
         self._even = self.grid.even(params) if even is None else even
         if self._even is None:
+            _tell(self.grid.type, self.codes.device.type)
             self._rounding: Rounding = self.grid.rounding(params)
         self._first = start // self._size
+
+
+@lru_cache
+def _tell(grid: str, device: str) -> None:
+    """Say once that a grid has no kernel."""
+    log.info("Columns on a grid of type '%s' are rounded one by one in torch on %s.", grid, device)
 
 
 def fit_members(grid: Grid, weight: Tensor, mass: Tensor, search: ClipSearch | None) -> Params:
@@ -130,14 +145,14 @@ def quantized(codes: Tensor, params: Params, grid: Grid, batch: Batch, in_place:
     """
     rows, terms = len(codes), list[Term]()
     for index, (part, multiplier) in enumerate(zip(batch.parts, batch.multipliers, strict=True)):
-        order = batch.order_of(index)
+        order, placed = batch.order_of(index), codes[part]
         own = {  # one entry may serve several rows
             name: tensor[part.start * len(tensor) // rows : -(-part.stop * len(tensor) // rows)]
             for name, tensor in params.items()
         }
-        placed, input, tensors = codes[part], None, None
+        input, tensors = None, None
         if batch.inverse.sorted and in_place:
-            placed = torch.empty_like(placed).index_copy_(1, order, placed)
+            placed = codes.T[:, part].index_select(0, order.argsort()).T  # whole columns are moved, row by row
         elif batch.inverse.sorted:
             input, tensors = PermutedInput(), {"permutation": order.to(torch.int32)}
         terms.append(

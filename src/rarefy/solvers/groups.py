@@ -32,15 +32,14 @@ class RoundKept(RoundColumns):
 
     def __init__(self, grid: Grid, batch: Batch, params: Params, mask: Tensor):
         super().__init__(grid, batch, fixed=params)
-        self._kept = mask.T[batch.inverse.order[0]]
-        self._kept_of = self._kept.unbind()
+        self._kept = mask.T[batch.inverse.order[0]].contiguous()
 
     def _marks(self, part: slice) -> dict[str, Any]:
         return {"rule": "drop", "marked": self._kept[part]}
 
     def column(self, values: Tensor, position: int, error: Tensor) -> None:
         super().column(values, position, error)
-        torch.where(self._kept_of[position], error, values, out=error)
+        torch.where(self._kept[position], error, values, out=error)
 
 
 def prune_groups(

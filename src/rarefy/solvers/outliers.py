@@ -6,6 +6,7 @@ An outlier takes no part in fitting its group, has no error to feed back, and is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,8 +28,7 @@ LIMIT = 0.05
 
 
 class RoundOrKeep(RoundColumns):
-    """``RoundColumns`` that leaves outliers as they are: those of ``named`` (bool ``[members, rows, columns]``), or
-    what a subclass chooses.
+    """``RoundColumns`` that leaves outliers as they are: those of ``named`` (bool ``[members, rows, columns]``).
 
     ``outliers`` bool and ``lost`` float32, both ``[columns, members * rows]``, say which these are and what a code
     lacks.
@@ -49,20 +49,19 @@ class RoundOrKeep(RoundColumns):
             self.outliers = torch.empty_like(self.lost, dtype=torch.bool)
         else:
             order = batch.inverse.order[:, None].expand(-1, named.shape[1], -1)
-            self.outliers = named.gather(2, order).permute(2, 0, 1).flatten(1)  # a column's rows lie together
-        shape = (-1, *batch.weight.shape[:2])
-        self._lost_of, self._outliers_of = self.lost.view(shape).unbind(), self.outliers.view(shape).unbind()
+            self.outliers = named.gather(2, order).permute(2, 0, 1).flatten(1).contiguous()
+
+    @cached_property
+    def _parts(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Each column of ``lost`` and of ``outliers``."""
+        return self.lost.unflatten(1, self._shape).unbind(), self.outliers.unflatten(1, self._shape).unbind()
 
     def _marks(self, part: slice) -> dict[str, Any]:
         return {"rule": "spare", "marked": self.outliers[part], "lost": self.lost[part]}
 
-    def choose(self, lost: Tensor, position: int, outlier: Tensor) -> None:
-        """Mark in ``outlier`` what stays of a column that rounding takes ``lost`` from; both ``[members, rows]``."""
-
     def column(self, values: Tensor, position: int, error: Tensor) -> None:
-        lost, outlier = self._lost_of[position], self._outliers_of[position]
+        lost, outlier = (columns[position] for columns in self._parts)
         super().column(values, position, lost)
-        self.choose(lost, position, outlier)
         torch.where(outlier, self._nothing, lost, out=error)
 
 
@@ -70,47 +69,37 @@ class KeepDear(RoundOrKeep):
     """Keeps a weight whose error would cost more than its row's ``threshold [members * rows]``; one that would spoil
     its group's range does not take part in fitting it (SpQR, Dettmers et al. 2023, algorithm 1)."""
 
-    def __init__(self, grid: Grid, batch: Batch, threshold: Tensor, search: ClipSearch | None = None):
+    grid: IntegerGrid
+
+    def __init__(self, grid: IntegerGrid, batch: Batch, threshold: Tensor, search: ClipSearch | None = None):
         super().__init__(grid, batch, search)
-        self.threshold = threshold.view(batch.weight.shape[:2])
-        self.scales, self._reach = batch.inverse.scales, self.threshold.sqrt()
-        self._allowed: Sequence[Tensor] = ()
-        self._begun = 0
+        self.threshold, self.scales = threshold, batch.inverse.scales
+        self._reach = threshold.sqrt()  # (lost / scale)^2 > threshold, without the squares
+        self._factors = [] if search is None else search.factors(torch.device("cpu")).tolist()
 
     def begin(self, size: int, columns: Tensor, start: int) -> None:
-        if self._fit(columns, slice(start, start + columns.shape[1])):
+        part = slice(start, start + columns.shape[1])
+        scale, mass, scales = self.scales[:, part], self.mass[:, part], self.grid.scales
+        if isinstance(scales, BilevelScale) and self._has_kernel(scales, columns):
+            codes, second, *even = fit_around(
+                columns, scale, mass, self.threshold, levels=self.grid.code_count,
+                bits=(scales.scale_bits, scales.zero_bits), tile=scales.rows, dtype=FLOATS[scales.dtype],
+                factors=self._factors, norm=2.0 if self.search is None else self.search.norm,
+            )  # fmt: skip
+            self._install({"scale": codes, "second_order": second}, start, (even[0][None], even[1][None]))
             return
         weight = columns.transpose(1, 2)
-        scale = self.scales[:, None, start : start + columns.shape[1]]
-        # (lost / scale)^2 > threshold, without the squares.
-        self._allowed, self._begun = (self._reach[:, None] * scale.transpose(1, 2)).unbind(1), start
-        spoils = leave_one_out_gain(weight, scale, self.grid.code_count) > self.threshold[..., None]
-        mass = self.mass[:, start : start + columns.shape[1]]
+        gain = leave_one_out_gain(weight, scale[:, None], self.grid.code_count)
+        spoils = gain > self.threshold.view(*weight.shape[:2], 1)
         self._install(fit_members(self.grid, mean_filled(weight, spoils), mass, self.search), start)
 
-    def _fit(self, columns: Tensor, part: slice) -> bool:
-        """Fit ``columns`` by a kernel; False when there is none for this grid or device."""
-        grid, search = self.grid, self.search
-        if not (isinstance(grid, IntegerGrid) and grid.zero == "float" and isinstance(grid.scales, BilevelScale)):
-            return False
-        scales, dtype = grid.scales, FLOATS[grid.scales.dtype]
-        factors = [] if search is None else search.factors(torch.device("cpu")).tolist()
-        if grid.span > 1 or not fits_around(columns.device, columns.shape[1], scales.rows, dtype, len(factors)):
-            return False
-        codes, second, scale, zero = fit_around(
-            columns, self.scales[:, part], self.mass[:, part], self.threshold.flatten(), levels=grid.code_count,
-            bits=(scales.scale_bits, scales.zero_bits), tile=scales.rows, dtype=dtype, factors=factors,
-            norm=2.0 if search is None else search.norm,
-        )  # fmt: skip
-        self._install({"scale": codes, "second_order": second}, part.start, (scale[None], zero[None]))
-        return True
+    def _has_kernel(self, scales: BilevelScale, columns: Tensor) -> bool:
+        size, dtype = columns.shape[1], FLOATS[scales.dtype]
+        alone = self.grid.zero == "float" and scales.groups == 1
+        return alone and fits_around(columns.device, size, scales.rows, dtype, len(self._factors))
 
     def _marks(self, part: slice) -> dict[str, Any]:
-        chosen = {"rule": "choose", "reach": self._reach.flatten(), "unit": self.scales[:, part]}
-        return {**super()._marks(part), **chosen}
-
-    def choose(self, lost: Tensor, position: int, outlier: Tensor) -> None:
-        torch.gt(lost.abs(), self._allowed[position - self._begun], out=outlier)
+        return {**super()._marks(part), "rule": "choose", "reach": self._reach, "unit": self.scales[:, part]}
 
 
 def mean_filled(values: Tensor, mask: Tensor) -> Tensor:
@@ -144,7 +133,7 @@ def leave_one_out_gain(weight: Tensor, scale: Tensor, levels: int) -> Tensor:
 def gptq_with_outliers(
     weights: Sequence[Tensor],
     inverse: InverseHessian,
-    grid: Grid,
+    grid: IntegerGrid,
     threshold: float,
     search: ClipSearch | None = None,
 ) -> tuple[list[list[Term]], list[str]]:

@@ -32,7 +32,7 @@ class PruneColumns(ColumnRule):
         self.scales = batch.inverse.scales
         members, rows, columns = batch.weight.shape
         self.kept = torch.empty(columns, members, rows, dtype=torch.bool, device=batch.weight.device)
-        self._kept_of, self._nothing = self.kept.unbind(), batch.weight.new_zeros(())
+        self._nothing = batch.weight.new_zeros(())
         inner = () if rounding is None else rounding.segments
         # A stretch holds whole groups, so that a group is fitted to what stays of it.
         stretch = max(1, BLOCK // max(inner, default=1)) * max(inner, default=1)
@@ -60,7 +60,7 @@ class PruneColumns(ColumnRule):
         if self.rounding is not None:
             self.rounding.column(values, position, error)
         lost = self._nothing if self.rounding is None else error
-        torch.where(self._kept_of[position], lost, values, out=error)
+        torch.where(self.kept[position], lost, values, out=error)
 
     def _choose(self, columns: Tensor, part: slice) -> Tensor:
         """Mask of ``columns [members, size, rows]`` at the positions ``part``, of that shape."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,6 +13,10 @@ from rarefy.statistics.base import Statistic
 
 # Tokens multiplied at once: bounds the 32-bit copy of 16-bit inputs, and with it the error of each partial sum.
 CHUNK_TOKENS = 1 << 14
+
+
+# Columns of a part, at least, of a product of which only half is computed, part by part; and the most parts.
+SPLIT, MOST_PARTS = {"cpu": 384, "cuda": 2048}, 4
 
 
 class InputStatistic(Statistic):
@@ -56,16 +61,36 @@ class Gram(InputStatistic):
 
     def __init__(self, columns: int, members: int | None = None, device: torch.device | str = "cpu"):
         super().__init__(columns, members, device)
-        self.sum = self._zeros((columns, columns), torch.float32)
+        self._sum = self._zeros((columns, columns), torch.float32)
+        self._parts = _parts(columns, SPLIT["cuda" if self._sum.is_cuda else "cpu"])
+        self._half = False  # whether what lies below the parts on the diagonal has still to be copied from above
+
+    @property
+    def sum(self) -> Tensor:
+        """The sum itself, not a copy."""
+        if self._half:
+            for index, left in enumerate(self._parts):
+                for right in self._parts[index + 1 :]:
+                    self._sum[..., right, left] = self._sum[..., left, right].mT
+            self._half = False
+        return self._sum
+
+    @sum.setter
+    def sum(self, value: Tensor) -> None:
+        self._sum, self._half = value, False
 
     def _add(self, x: Tensor, member: int | None) -> None:
-        target = self._at(self.sum, member)
-        if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-            # Products of 16-bit numbers are exact in 32 bits, and tensor cores sum them there.
-            target += torch.mm(x.T, x, out_dtype=torch.float32)
-        else:
-            wide = x.to(torch.float32)
-            target.addmm_(wide.T, wide)
+        target = self._at(self._sum, member)
+        # Products of 16-bit numbers are exact in 32 bits, and tensor cores sum them there.
+        exact = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+        x = x if exact else x.to(torch.float32)
+        for index, left in enumerate(self._parts):
+            for right in self._parts[index:]:
+                if exact:
+                    target[left, right] += torch.mm(x[:, left].T, x[:, right], out_dtype=torch.float32)
+                else:
+                    target[left, right].addmm_(x[:, left].T, x[:, right])
+        self._half = len(self._parts) > 1
 
     def sums(self) -> dict[str, Tensor]:
         return {"gram": self.sum, "tokens": self.tokens}
@@ -105,3 +130,10 @@ class ColumnMoments(InputStatistic):
     def norm(self) -> Tensor:
         """Root mean square of ``x``, float32 ``[columns]``: its L2 norm up to a common factor."""
         return (self.square / self.tokens.clamp(min=1).unsqueeze(-1)).sqrt().float()
+
+
+def _parts(columns: int, least: int) -> list[slice]:
+    """``columns`` in a few parts of about the same size."""
+    count = min(MOST_PARTS, max(1, columns // least))
+    edges = [columns * index // count for index in range(count + 1)]
+    return [slice(*pair) for pair in pairwise(edges)]

@@ -54,9 +54,8 @@ def _summaries(call: Call, gate: BlockGate, block: int) -> tuple[Tensor, Tensor]
     """What sums up each block of keys, and where it begins."""
     begins = torch.arange(0, call.reach.keys, block, device=call.query.device)
 
-    def make(x: Tensor, counts: Tensor | None, places: Tensor) -> dict[str, Tensor]:
-        inside = (places[:, None] + torch.arange(block, device=x.device)).flatten()
-        return {"summary": summaries(x, counts, *call.key_angles(inside), gate.pools)}
+    def make(x: Tensor, counts: Tensor | None, places: range) -> dict[str, Tensor]:
+        return {"summary": summaries(x, counts, *call.angles_of_blocks(places), gate.pools)}
 
-    kept = pooled(call.source, f"summary {','.join(gate.pools)}", block, make, valid=call.valid)
+    kept = pooled(call.source, f"summary of {block}, {','.join(gate.pools)}", block, make, valid=call.valid)
     return kept["summary"], begins

@@ -25,9 +25,9 @@ from tests.formats.samples import GRIDS, PATTERNS, mask_for, quantized
 pytestmark = pytest.mark.skipif(not library.available(), reason="the native library was not built")
 
 ISAS = library.supported()
-# One row, one column, ragged tiles, units, panels and groups; more tokens than are multiplied one by one.
+# One row, one column, ragged tiles, units, panels and groups; more tokens than are multiplied one by one, or at once.
 SHAPES = [(1, 1), (5, 40), (17, 77), (33, 129), (48, 320)]
-TOKENS = (1, 2, 3, 7, 70)
+TOKENS = (1, 2, 3, 7, 131)
 
 # Grids whose groups are those of today's recipes; GRIDS has all kinds with groups of 16.
 LARGER: dict[str, Grid] = {

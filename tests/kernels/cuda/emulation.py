@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rarefy.kernels.cuda import program
+from rarefy.kernels.cuda import attend, encode, program, resident
 from rarefy.kernels.cuda.linear import aligned, pointed, pointed_sparse, terms_of
 from rarefy.kernels.cuda.prepared import code_of, sparse_code_of
 from rarefy.kernels.prepared import Prepared, flat
@@ -24,12 +24,14 @@ COMPILER = shutil.which("g++")
 
 
 @functools.cache
-def _library(macros: tuple[str, ...], source: Path = program.SOURCE) -> ctypes.CDLL:
+def _library(
+    macros: tuple[str, ...], source: Path = program.SOURCE, around: Path = HERE / "emulated.cpp"
+) -> ctypes.CDLL:
     assert COMPILER is not None
     given = [*macros, f'-DKERNEL_SOURCE="{source}"', "-std=c++17", "-O0", "-shared", "-fPIC", "-w"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.so"
-        subprocess.run([COMPILER, *given, str(HERE / "emulated.cpp"), "-o", str(path)], check=True)
+        subprocess.run([COMPILER, *given, str(around), "-o", str(path)], check=True)
         return ctypes.CDLL(str(path))
 
 
@@ -64,6 +66,15 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> T
     _run("gemm" if tuning.wide else "linear", code, tuning, half, given, grid)
     assert "arrived" not in work or not work["arrived"].any()
     return y
+
+
+def step(made: resident.Resident, blocks: int = 3) -> None:
+    """A step in one launch."""
+    form = made.form
+    macros = tuple(f"-D{macro}={value}" for macro, value in form.definitions().items())
+    run = _library(macros, resident.SOURCE, HERE / "emulated_step.cpp").run_step
+    run(ctypes.byref(made.given), blocks, form.shared_memory)
+    assert not made.met.any()
 
 
 def dequantize(prepared: Prepared, dtype: torch.dtype) -> Tensor:
@@ -104,3 +115,28 @@ def sparse(x: Tensor, prepared: Prepared) -> Tensor:
     shared = code.shared_memory(most, x.shape[1])
     library.run(0, ctypes.byref(given), *code.grid(prepared.rows, 2), 32 * code.WARPS, shared)
     return y
+
+
+def attention(
+    whole: attend.CodedAttention, query: Tensor, scaling: float, exact: attend.Exact | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of ``query [B, Hq, D]`` over runs in code and what is exact."""
+    code = whole.program(query.dtype, exact)
+    macros = [f"-D{macro}={value}" for macro, value in code.definitions().items()]
+    library = _library((*macros, "-DENTRY=rarefy_attend"), attend.SOURCE)
+    out, lse = torch.full_like(query, torch.nan), torch.full(query.shape[:2], torch.nan)
+    given = whole.arguments(query, scaling, exact, out, lse)
+    for _ in range(2):  # the second finds its counters as the first did
+        library.run(0, ctypes.byref(given), *whole.grid, code.threads, code.shared_memory)
+    return out, lse
+
+
+def encoded(code: encode.Code, x: Tensor, **tables: Tensor | None) -> tuple[encode.Encoded, Tensor]:
+    """Codes of ``x [B, H, tokens, D]``, and what is wrong with it."""
+    assert code.fits
+    to, faults = encode.empty(code, x), torch.zeros(1, dtype=torch.int32)
+    given = encode.arguments(x, to, faults, tables)
+    macros = [f"-D{macro}={value}" for macro, value in code.definitions(x.dtype).items()]
+    library = _library((*macros, f"-DENTRY={code.entry}"), encode.SOURCE)
+    library.run(0, ctypes.byref(given), *code.grid(x), code.threads, code.shared_memory)
+    return to, faults

@@ -33,10 +33,11 @@ std::vector<float> floats;
 ucontext_t scheduler;
 int current, threads;  // the fiber, and those of a block
 
+void rest() { swapcontext(&fibers[current], &scheduler); }
 // Whoever has returned is not waited for.
 void arrive(Barrier& barrier, int first, int count) {
   const unsigned generation = barrier.generation;
-  for (++barrier.waiting; barrier.generation == generation; swapcontext(&fibers[current], &scheduler)) {
+  for (++barrier.waiting; barrier.generation == generation; rest()) {
     int here = 0;
     for (int n = first; n < first + count; ++n) here += !finished[n];
     if (barrier.waiting < here) continue;
@@ -53,6 +54,7 @@ device uint4 load_once(const uint4* from) { return *from; }
 device uint4 load_once(const uint4* from, bool real) { return real ? *from : uint4{0, 0, 0, 0}; }
 device uint2 load_once(const uint2* from) { return *from; }
 device unsigned load_once(const unsigned* from) { return *from; }
+device unsigned load_near(const unsigned* from) { return *from; }
 device unsigned short load_once(const unsigned short* from) { return *from; }
 device uint4 load_shared_by_all(const uint4* from, bool real) { return real ? *from : uint4{0, 0, 0, 0}; }
 device uint2 load_shared_by_all(const uint2* from, bool real) { return real ? *from : uint2{0, 0}; }
@@ -119,6 +121,51 @@ device unsigned of_lane(unsigned value, int lane) {
   warp_barrier();
   return found;
 }
+device float of_lane(float value, int lane) {
+  unsigned bits;
+  memcpy(&bits, &value, 4);
+  return as_float(of_lane(bits, lane));
+}
+device unsigned of_lane_xor(unsigned value, int distance) { return of_lane(value, threadIdx.x % 32 ^ distance); }
+device float of_lane_xor(float value, int distance) { return of_lane(value, threadIdx.x % 32 ^ distance); }
+device unsigned half_pair(float low, float high) { return rounded<true>(low) | unsigned(rounded<true>(high)) << 16; }
+device unsigned halves_of_e4m3(unsigned short pair) {
+  float found[2];
+  for (int k = 0; k < 2; ++k) {
+    const int code = pair >> 8 * k & 127, exponent = code >> 3, digits = code & 7;
+    const float size = std::ldexp(float(exponent ? 8 + digits : digits), (exponent ? exponent : 1) - 10);
+    found[k] = pair >> 8 * k & 128 ? -size : size;
+  }
+  return half_pair(found[0], found[1]);
+}
+device float power_of_two(float value) { return std::exp2(value); }
+device float root(float value) { return std::sqrt(value); }
+device float nearest_integer(float value) { return std::nearbyint(value); }
+device void raise(unsigned* flags, unsigned bits) { *flags |= bits; }
+device float log_of_two(float value) { return std::log2(value); }
+device unsigned funnel(unsigned low, unsigned high, unsigned shift) {
+  return unsigned((uint64_t(high) << 32 | low) >> (shift & 31));
+}
+device unsigned transposed(unsigned pair) {
+  const int thread = threadIdx.x, warp = thread / 32 * 32, g = thread % 32 / 4, t = thread % 4;
+  emulator::exchanged[thread].a[0] = pair;
+  warp_barrier();
+  unsigned found = 0;
+  for (int k = 0; k < 2; ++k)
+    found |= (emulator::exchanged[warp + 4 * (2 * t + k) + g / 2].a[0] >> g % 2 * 16 & 0xFFFF) << 16 * k;
+  warp_barrier();
+  return found;
+}
+device unsigned votes(bool ours) {
+  const int thread = threadIdx.x;
+  emulator::exchanged[thread].a[0] = ours;
+  warp_barrier();
+  unsigned found = 0;
+  for (int n = 0; n < 32; ++n) found |= emulator::exchanged[thread / 32 * 32 + n].a[0] << n;
+  warp_barrier();
+  return found;
+}
+device void add_shared(float* to, float value) { *to += value; }
 device int ones_of(unsigned word) { return __builtin_popcount(word); }
 device unsigned bits_of(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
 device unsigned bf16_pair(float low, float high) { return rounded<false>(low) | unsigned(rounded<false>(high)) << 16; }
@@ -137,7 +184,8 @@ device unsigned permuted(unsigned a, unsigned b, unsigned bytes) {
   for (int k = 0; k < 4; ++k) d |= unsigned(all >> 8 * (bytes >> 4 * k & 7) & 255) << 8 * k;
   return d;
 }
-device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+template <class Number>
+void multiplied(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, const Number& number) {
   const int thread = emulator::current, warp = thread / 32 * 32, g = thread % 32 / 4, t = thread % 4;
   emulator::exchanged[thread] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
   warp_barrier();
@@ -147,10 +195,16 @@ device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsig
       const emulator::Operands& weights = emulator::exchanged[warp + 4 * g + k % 8 / 2];
       const emulator::Operands& tokens = emulator::exchanged[warp + 4 * column + k % 8 / 2];
       const unsigned w = weights.a[j / 2 + k / 8 * 2] >> k % 2 * 16, x = tokens.b[k / 8] >> k % 2 * 16;
-      sum[j] += widened(w) * widened(x);
+      sum[j] += number(w) * number(x);
     }
   }
   warp_barrier();
+}
+device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  multiplied(sum, a, b0, b1, [](unsigned bits) { return widened(bits); });
+}
+device void multiply_halves(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  multiplied(sum, a, b0, b1, [](unsigned bits) { return half_value(bits); });
 }
 device float absolute(float value) { return std::fabs(value); }
 device float max_of(float a, float b) { return std::fmax(a, b); }
@@ -233,4 +287,45 @@ template <int N> device void multiply_wide(float (&d)[N][4], const unsigned (&a)
     for (int half = 0; half < 2; ++half) memcpy(&b[half], block + half * (tokens >> 32) + first * 128 + n * 16 + 4 * t, 4);
     multiply(d[first], a, b[0], b[1]);
   }
+}
+
+// ---- stream.cuh: copies are done at once, and whoever waits lets others go on.
+
+device void start_barrier(u64* barrier, unsigned count) { prepare_barrier(barrier, count); }
+device void show_barriers() {}
+device void arrive(u64* barrier) { arrive_at(barrier); }
+device void copy_bulk(unsigned char* to, const void* from, unsigned bytes, u64* barrier, u64) {
+  copy_bulk(to, from, bytes, barrier);
+}
+device unsigned long long read_once() { return 0; }
+template <int THREADS_> device void barrier_of() {
+  emulator::arrive(emulator::barriers[1 + own_block()], own_block() * emulator::threads, THREADS_);
+}
+device void leave(unsigned* counter) { ++*counter; }
+device unsigned seen(const unsigned* counter) { return *counter; }
+device unsigned counted(unsigned* counter) { return (*counter)++; }
+device void wait_a_little() { emulator::rest(); }
+device void all_may_begin() {}
+device void wait_for_kernels_before() {}
+device uint4 fresh(const uint4* from) { return *from; }
+device unsigned short fresh(const unsigned short* from) { return *from; }
+device float fresh(const float* from) { return *from; }
+device int fresh(const int* from) { return *from; }
+template <int COUNT> device float sum_over(float value) { return sum_of(COUNT, value); }
+device float other_lane(float value, int distance) {
+  const unsigned lane = emulator::current % 32;
+  return as_float(of_lane(bits_of(value), lane ^ distance));
+}
+device float power_of_two(float value) { return std::exp2(value); }
+device float log_of_two(float value) { return std::log2(value); }
+device float exponential(float value) { return std::exp(value); }
+device float error_function(float value) { return std::erf(value); }
+device long long cycles() { return 1; }
+device unsigned largest_of_warp(unsigned value) {
+  unsigned most = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    const unsigned own = of_lane(value, lane);
+    most = most > own ? most : own;
+  }
+  return most;
 }

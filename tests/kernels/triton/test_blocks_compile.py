@@ -30,7 +30,7 @@ def compile_run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
-    given = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+    given = {name: options.pop(name) for name in ("num_warps", "num_stages", "launch_pdl") if name in options}
     bound = {**dict(zip(names, arguments, strict=False)), **options}
     constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     signature = {name: "constexpr" if name in constant else kind(value) for name, value in bound.items()}
@@ -43,13 +43,17 @@ def compile_run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options
 def compile_all() -> None:
     from triton.runtime.jit import JITFunction
 
+    from rarefy.kernels.coded import Tiles
+    from rarefy.kernels.triton import step
     from rarefy.kernels.triton.block_attention import block_attention
-    from rarefy.kernels.triton.block_decode import BlockDecode, Paged, block_scores
+    from rarefy.kernels.triton.block_decode import BlockChoice, BlockDecode, Paged, block_scores
     from rarefy.kernels.triton.block_mass import block_mass
-    from rarefy.kernels.triton.block_select import select_blocks
+    from rarefy.kernels.triton.block_select import partial_blocks, select_blocks
+    from rarefy.kernels.triton.decode_attention import DecodeAttention
     from rarefy.kernels.triton.folded_mass import folded_mass
 
     JITFunction.run = compile_run  # type: ignore[method-assign]
+    step._early = lambda device: True  # type: ignore[assignment]
     query, key = (torch.ones(2, heads, 512, 128, dtype=torch.bfloat16) for heads in (8, 2))
     lines, rows = torch.zeros(2, 8, 4, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
     packed = torch.zeros(2, 512, dtype=torch.int64)
@@ -65,16 +69,23 @@ def compile_all() -> None:
     select_blocks(scores, flags, rule="mass", share=0.9)
     select_blocks(scores, flags, rule="cut", limits=torch.ones(8))
     select_blocks(scores, flags, rule="cut", share=0.5, normalized=False)
+    partial_blocks(lines, lines, lines, columns, 2)
     one, length = query[:, :, 0].contiguous(), torch.ones(2, dtype=torch.int32)
     pages = torch.ones(2, 2, 8, 128, dtype=torch.bfloat16)
     for low in (None, pages):
         block_scores(one, pages, length, tokens=64, scaling=0.1, low=low, first=rows)
+    BlockChoice(2, 2, 8, device=torch.device("cpu"))(one, pages, length, tokens=64, scaling=0.1, share=0.1)
     index, count = torch.zeros(2, 2, 8, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32)
-    for size in (16, 128):
-        decode = BlockDecode(2, 2, 8, 128, size, device=torch.device("cpu"))
+    for size, splits in ((16, None), (128, 1)):
+        decode = BlockDecode(2, 2, 8, 128, size, device=torch.device("cpu"), splits=splits)
         decode(one, key, key, index, count, length, 0.1)
         paged = Paged(torch.zeros(3, 8, dtype=torch.int64), key, 64)
         decode.paged(one, paged, paged, index, count, length, 0.1, rows)
+    numbers = torch.zeros(2, 2, 512, 128, dtype=torch.float16)
+    halves = [Tiles(side, ((numbers, numbers, numbers),), 4, 128, 128) for side in ("channel", "token")]
+    for size in (64, 128):
+        coded = DecodeAttention(*halves, 2, 2, 8, 128, 128, device=torch.device("cpu"), block=size)
+        coded(one, 0.1, (index, count), rows)
     folded = [part.unflatten(2, (-1, 16)).flatten(3) for part in (query, key)]
     folded_mass(folded[0], folded[1], stride=16, per_row=8, per_column=8, scaling=0.1, offset=0, count=512,
                 blocks=(4, 4), first=rows)  # fmt: skip
@@ -87,7 +98,8 @@ def test_every_kernel_over_blocks_compiles() -> None:
         [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert set(done.stdout.split()) == {"_attend", "_mass", "_select", "_scores", "_chosen", "_merge", "_folded"}
+    names = {"_attend", "_mass", "_select", "_partial", "_scores", "_chosen", "_folded", "_merge", "attend_stretch"}
+    assert set(done.stdout.split()) == names
 
 
 if __name__ == "__main__":

@@ -8,6 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from rarefy.attention.block_map import BlockMap
+from rarefy.attention.executors import Reference
+from rarefy.attention.executors.coded import attend_coded, unreadable
+from rarefy.attention.reach import Reach
+from rarefy.attention.source import Stored
 from rarefy.contracts import kv_recipes
 from rarefy.formats.grids import IntegerGrid
 from rarefy.kv import attend, fused, side
@@ -20,8 +25,8 @@ from rarefy.recipes.kv.turbo_quant import gaussian_table
 from tests.kv.coded import samples
 
 pytest.importorskip("triton")
-from rarefy.kernels.triton.decode_attention import DecodeAttention, fits
-from rarefy.kernels.triton.tiles import Tiles
+from rarefy.kernels.coded import Tiles
+from rarefy.kernels.triton.decode_attention import DecodeAttention, fits, page_counts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH, HEADS, CHANNELS, TOKENS, RUN = 2, 2, 128, 256, 128
@@ -139,6 +144,43 @@ def test_whole_segments_of_a_store_go_through_the_kernel(name: str, monkeypatch:
         torch.testing.assert_close(found, expected, rtol=4e-3, atol=4e-3)
     store.map_(lambda tensor: tensor.flip(0))
     torch.testing.assert_close(attend.attend(store, query.flip(0), scaling=0.1, fused=True).flip(0), found)
+
+
+@pytest.mark.parametrize("name", ["kivi", "turbo_quant", "kv_quant", "gear", "million", "identity"])
+def test_listed_blocks_of_a_store_are_read_in_code(name: str) -> None:
+    """Runs of several lengths, sinks, padding, blocks of the newest tokens, and blocks that no list names."""
+    store = narrow_store(name)
+    for count in (200, 40, 80, 1):
+        key, value = (torch.randn(BATCH, HEADS, count, NARROW) for _ in range(2))
+        key[:, :, 5:9, :3] *= 8
+        positions = torch.arange(store.length, store.length + count)[None] + torch.tensor([[0], [7000]])
+        cos, sin = ROTARY.angles(positions)
+        store.append(key.to(DEVICE), value.to(DEVICE), Arrival(None, positions, cos, sin, ROTARY))
+    source, query = Stored(store), torch.randn(BATCH, HEADS * 3, 1, NARROW).to(DEVICE)
+    first = torch.tensor([0, 37], device=DEVICE)
+    reach = Reach(1, store.length, store.length - 1, first=first)
+    blocks = reach.blocks(1, 64, DEVICE)
+    keep = torch.rand(BATCH, HEADS, 1, blocks.columns, device=DEVICE) < 0.5
+    keep[0, 0], keep[1, 1] = True, False
+    block_map = BlockMap.from_mask(keep, reach, blocks)
+    assert unreadable(query, source, block_map) is None
+    found, lse = attend_coded(query, source, block_map, 0.1)
+    expected, expected_lse = Reference().run(query, source, block_map, 0.1)
+    torch.testing.assert_close(found, expected, rtol=4e-3, atol=4e-3)
+    torch.testing.assert_close(lse, expected_lse, rtol=4e-3, atol=4e-3)
+    plan = store.plans["blocks"]
+    assert plan.attention.tokens >= 192
+    unreadable(query, source, block_map)
+    assert store.plans["blocks"] is plan
+    twice = BlockMap.from_mask(keep.repeat_interleave(3, 1), reach, blocks)
+    assert "by KV head" in str(unreadable(query, source, twice))
+
+
+def test_pages_end_where_one_would_lie_in_two_runs() -> None:
+    assert page_counts(([256, 128], [256, 128]), 128) == [[2, 1], [2, 1]]
+    assert page_counts(([256, 96, 32], [384]), 128) == [[2, 0, 0], [2]]
+    assert page_counts(([256, 192, 64], [512]), 128) == [[2, 1, 0], [3]]
+    assert page_counts(([], [512]), 128) == [[], [0]]
 
 
 def test_codecs_without_a_loader_are_left_to_the_reference() -> None:

@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.int64: "*i64"}
+TYPES[torch.float8_e4m3fn] = "*fp8e4nv"
 
 
 class Compiled:
@@ -47,8 +48,8 @@ def compile_all() -> None:
 
     for module, names in (
         (block_summaries, ("_summaries",)),
-        (window_shares, ("_totals", "_shares")),
-        (anchored_scores, ("_codes", "_anchored")),
+        (window_shares, ("_totals", "_shares", "_blocks")),
+        (anchored_scores, ("_keys", "_queries", "_anchored")),
     ):
         for name in names:
             setattr(module, name, Compiled(getattr(module, name)))
@@ -58,15 +59,20 @@ def compile_all() -> None:
         for kinds in (("mean",), ("max", "min", "mean")):
             block_summaries.block_summaries(key.unflatten(2, (-1, 64)), angles, angles, kinds)
         windows: dict[str, Any] = {"size": 32, "stride": 16, "scaling": 0.1, "offset": 0, "first": first}
-        totals = window_shares.window_totals(query, means, **windows)
         for block_q in (1, 64, 128):
-            window_shares.window_shares(query, means, totals, block_q=block_q, **windows)
+            for coarse in (None, means[:, :, ::4]):
+                totals = window_shares.window_totals(
+                    query, means, coarse, block_q=block_q, coarse_size=128, coarse_stride=64, **windows
+                )
+            shares = window_shares.window_shares(query, means, totals, block_q=block_q, **windows)
+            window_shares.block_scores(shares, 8, size=32, stride=16, block_k=64)
         asked, kept = (torch.zeros(1, heads, channels) for heads in (8, 2))
-        codes = [anchored_scores.token_codes(x, mean, 7) for x, mean in ((query, asked), (key, kept))]
-        for block_q, block_k in ((64, 32), (64, 64), (128, 128)):
+        for block_q, block_k, every, codes in (
+            (64, 32, 1, torch.float8_e4m3fn), (64, 64, 4, torch.int8), (128, 128, 1, torch.float8_e4m3fn),
+        ):  # fmt: skip
             anchored_scores.anchored_scores(
-                query, key, kept, codes[0], codes[1], torch.zeros(1, 8, 512), block_q=block_q, block_k=block_k,
-                sink=block_k, local=128, scaling=0.1, offset=0, first=first,
+                query, key, asked if block_k < 128 else None, kept, most=7, block_q=block_q, block_k=block_k,
+                every=every, sink=block_k, local=128, scaling=0.1, offset=0, first=first, dtype=codes,
             )  # fmt: skip
 
 
@@ -77,7 +83,7 @@ def test_kernels_of_estimators_compile() -> None:
         [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert set(done.stdout.split()) == {"_summaries", "_totals", "_shares", "_codes", "_anchored"}
+    assert set(done.stdout.split()) == {"_summaries", "_totals", "_shares", "_blocks", "_keys", "_queries", "_anchored"}
 
 
 if __name__ == "__main__":

@@ -51,10 +51,10 @@ class Gated(Estimator):
         return torch.cat(parts, 2)
 
     def _compressed(self, call: Call, gate: BlockGate, block_k: int) -> Tensor:
-        def make(x: Tensor, counts: Tensor | None, begins: Tensor) -> dict[str, Tensor]:
-            places = (begins[:, None] + torch.arange(block_k, device=x.device)).flatten()
-            pools = summaries(x, counts, *call.key_angles(places), gate.pools)
-            return {"key": gate.compress(pools, begins, call.rotary).to(call.query.dtype)}
+        def make(x: Tensor, counts: Tensor | None, begins: range) -> dict[str, Tensor]:
+            pools = summaries(x, counts, *call.angles_of_blocks(begins), gate.pools)
+            places = torch.arange(begins.start, begins.stop, begins.step, device=x.device)
+            return {"key": gate.compress(pools, places, call.rotary).to(call.query.dtype)}
 
-        name = f"gate for {gate.maps} maps" + (", normed" if gate.gain is not None else "")
+        name = f"gate for {gate.maps} maps of {block_k}" + (", normed" if gate.gain is not None else "")
         return pooled(call.source, name, block_k, make, valid=call.valid)["key"]

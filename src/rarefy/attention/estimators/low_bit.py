@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from rarefy.attention.call import Call, by_mask_head
 from rarefy.attention.estimators.base import Estimator
-from rarefy.attention.estimators.rows import by_blocks, kernel_serves, pieces, seen
+from rarefy.attention.estimators.rows import by_blocks, kernel_serves, looked_at, pieces, seen
 from rarefy.attention.reach import Blocks, Reach
 
 TINY = 1e-12
@@ -42,11 +42,15 @@ class LowBitProducts(Estimator):
         return by_mask_head(found, call, "max")
 
 
-def coarse_codes(x: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
-    """``x [..., D]`` as whole numbers of at most ``2 ** (num_bits - 1) - 1`` either way, int8, with a scale for each
-    vector, float32 ``[..., 1]``."""
+def coarse_codes(x: Tensor, num_bits: int, block: int = 1) -> tuple[Tensor, Tensor]:
+    """``x [..., n, D]`` as whole numbers of at most ``2 ** (num_bits - 1) - 1`` either way, int8, with a scale for each
+    ``block`` vectors in a row, float32 ``[..., n, 1]``."""
     most = 2 ** (num_bits - 1) - 1
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=TINY) / most
+    scale = x.abs().amax(-1, keepdim=True)
+    if block > 1:
+        grouped = functional.pad(scale, (0, 0, 0, -x.shape[-2] % block)).unflatten(-2, (-1, block))
+        scale = grouped.amax(-2, keepdim=True).expand(grouped.shape).flatten(-3, -2)[..., : x.shape[-2], :]
+    scale = scale.clamp(min=TINY) / most
     return torch.round(x / scale).to(torch.int8), scale
 
 
@@ -69,25 +73,32 @@ def anchored_scores(
     relative to what its anchor alone adds up to: float32 ``[B, H, query blocks, key blocks]``, -inf out of reach.
 
     The anchor of a query is the first ``sink`` keys and the blocks from ``local`` keys before its own block on.
-    ``num_bits`` of queries and keys (None: exact). ``smooth``: means over tokens are taken out before rounding; that of
-    keys adds one number to each row, and what that of queries adds is exact. ``every``: of each block of queries the
-    last and each so many-th before it are looked at. ``query [B, H, Q, D]``, ``key [B, Hkv, T, D]``.
+    ``num_bits`` of queries and keys (None: exact), with a scale for each query and each block of keys. ``smooth``:
+    means over tokens are taken out before rounding; that of keys adds one number to each row, and what that of queries
+    adds is exact. ``every``: of each block of queries the last and each so many-th before it are looked at. ``query [B,
+    H, Q, D]``, ``key [B, Hkv, T, D]``.
     """
-    if kernel_serves(query, reach) and num_bits is not None and every == 1 and 16 <= block_q <= 128:
-        return _by_kernel(query, key, reach, scaling, block_q, block_k, sink, local, num_bits, smooth)
+    asked = query.mean(2, dtype=torch.float32) if smooth else None
+    kept = key.mean(2, dtype=torch.float32) * float(smooth)
+    if num_bits is not None and _fits(query, reach, -(-block_q // every), block_k):
+        from rarefy.kernels.triton import anchored_scores as kernel
+
+        return math.log(2) * kernel.anchored_scores(
+            query, key, asked, kept, most=2 ** (num_bits - 1) - 1, block_q=block_q, block_k=block_k, sink=sink,
+            local=local, scaling=scaling, offset=reach.offset, every=every, first=reach.first,
+        )  # fmt: skip
     kv_heads, blocks, rest = key.shape[1], -(-reach.keys // block_k), -reach.keys % block_k
-    keys = key.float()
-    mean = query.float().mean(2, keepdim=True) * float(smooth)
-    keys = keys - keys.mean(2, keepdim=True) * float(smooth)
+    keys = key.float() - kept[:, :, None]
+    mean = torch.zeros_like(query[:, :, :1], dtype=torch.float32) if asked is None else asked[:, :, None]
     turned = keys.mT.unsqueeze(2)
     bias = torch.matmul(mean.unflatten(1, (kv_heads, -1)), turned).flatten(1, 2)
     if num_bits is not None:
-        codes, scale = coarse_codes(keys, num_bits)
+        codes, scale = coarse_codes(keys, num_bits, block_k)
         turned_codes, scale = codes.float().mT.unsqueeze(2), scale.mT.unsqueeze(2)
     place = torch.arange(reach.keys, device=key.device)
     found = []
     for low, high in pieces(query, reach.keys, block_q):
-        rows = _looked_at(low, high, query.shape[2], block_q, every, key.device)
+        rows = looked_at(low, high, query.shape[2], block_q, every, key.device)
         may = seen(reach, rows, place)
         part = query[:, :, rows].float()
         begin = (rows // block_q * block_q + reach.offset - local).clamp(min=0) // block_k * block_k
@@ -107,34 +118,6 @@ def anchored_scores(
     return torch.cat(found, 2)
 
 
-def _by_kernel(
-    query: Tensor,
-    key: Tensor,
-    reach: Reach,
-    scaling: float,
-    block_q: int,
-    block_k: int,
-    sink: int,
-    local: int,
-    num_bits: int,
-    smooth: bool,
-) -> Tensor:
-    from rarefy.kernels.triton import anchored_scores as kernel
-
-    most = 2 ** (num_bits - 1) - 1
-    asked, kept = (x.mean(2, dtype=torch.float32) * float(smooth) for x in (query, key))
-    bias = torch.matmul(asked.unflatten(1, (key.shape[1], -1)), (key.float() - kept[:, :, None]).mT).flatten(1, 2)
-    found = kernel.anchored_scores(
-        query, key, kept, kernel.token_codes(query, asked, most), kernel.token_codes(key, kept, most), bias,
-        block_q=block_q, block_k=block_k, sink=sink, local=local, scaling=scaling, offset=reach.offset,
-        first=reach.first,
-    )  # fmt: skip
-    return found * math.log(2)
-
-
-def _looked_at(low: int, high: int, count: int, block: int, every: int, device: torch.device) -> Tensor:
-    """Of each block of queries in ``[low, high)``, out of ``count``, the last and each ``every``-th before it,
-    int64."""
-    rows = torch.arange(low, high, device=device)
-    last = ((rows // block + 1) * block).clamp(max=count) - 1
-    return rows[(last - rows) % every == 0]
+def _fits(query: Tensor, reach: Reach, *sizes: int) -> bool:
+    """Whether the kernel serves: tiles of ``sizes`` are of those that it has."""
+    return kernel_serves(query, reach) and all(16 <= size <= 128 and size & (size - 1) == 0 for size in sizes)

@@ -34,7 +34,7 @@ class PooledMeans(Estimator):
             scores = scores.masked_fill(unlike | rows, torch.inf)
         return by_mask_head(scores.flatten(1, 2), call, "max")
 
-    def _summary(self, x: Tensor, counts: Tensor | None, begins: Tensor) -> dict[str, Tensor]:
+    def _summary(self, x: Tensor, counts: Tensor | None, begins: range) -> dict[str, Tensor]:
         found = {"mean": mean(x, counts)}
         return found if self.likeness is None else {**found, "likeness": similarity(x, counts)}
 
@@ -61,5 +61,5 @@ class Extremes(Estimator):
         return torch.cat(parts, 2)
 
     @staticmethod
-    def _summary(x: Tensor, counts: Tensor | None, begins: Tensor) -> dict[str, Tensor]:
+    def _summary(x: Tensor, counts: Tensor | None, begins: range) -> dict[str, Tensor]:
         return {"high": highest(x, counts), "low": lowest(x, counts)}

@@ -29,6 +29,14 @@ def pieces(query: Tensor, width: int, block_q: int) -> Iterator[tuple[int, int]]
         yield low, min(low + at_once, count)
 
 
+def looked_at(low: int, high: int, count: int, block: int, every: int, device: torch.device) -> Tensor:
+    """Of each block of queries in ``[low, high)``, out of ``count``, the last and each ``every``-th before it,
+    int64."""
+    rows = torch.arange(low, high, device=device)
+    last = ((rows // block + 1) * block).clamp(max=count) - 1
+    return rows[(last - rows) % every == 0]
+
+
 def seen(reach: Reach, rows: Tensor, keys: Tensor) -> Tensor:
     """Whether queries ``rows [n]`` may see ``keys [k]``, bool ``[B or 1, 1 or H, n, k]``."""
     if reach.mask is not None:

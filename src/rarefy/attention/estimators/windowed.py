@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch.nn import functional
 
 from rarefy.attention.call import Call
 from rarefy.attention.estimators.base import Estimator
-from rarefy.attention.estimators.rows import by_blocks, kernel_serves, pieces, seen
+from rarefy.attention.estimators.rows import by_blocks, kernel_serves, looked_at, pieces, seen
 from rarefy.attention.pooling import mean, pooled
 from rarefy.attention.reach import Blocks, Reach
 from rarefy.core.errors import OptionError
@@ -21,35 +23,52 @@ class WindowMeans(Estimator):
     added up, and so is what the queries of a block do; a block of keys gets the most of any window that touches it.
 
     With ``coarse``, the size and stride of longer windows, the softmax's sum is taken from those, so that the fine ones
-    are read once instead of twice. Keys at the end that fill no window have no score: keep ``size`` of them anyway.
-    Raises OptionError where ``stride`` does not divide the others.
+    are read once instead of twice. ``every``: of each block of queries the last and each so many-th before it are
+    looked at. Keys at the end that fill no window have no score: keep ``size`` of them anyway. Raises OptionError where
+    ``stride`` does not divide the others, or ``size`` that of longer windows.
     """
 
-    def __init__(self, size: int, stride: int, coarse: tuple[int, int] | None = None):
-        if size % stride or (coarse is not None and (coarse[1] % stride or coarse[0] % coarse[1])):
+    def __init__(self, size: int, stride: int, coarse: tuple[int, int] | None = None, *, every: int = 1):
+        if size % stride or (coarse is not None and (coarse[1] % stride or coarse[0] % coarse[1] or coarse[0] % size)):
             raise OptionError(f"Windows of {size} keys, {stride} apart, do not fit together; use whole multiples.")
-        self.size, self.stride, self.coarse = size, stride, coarse
+        self.size, self.stride, self.coarse, self.every = size, stride, coarse, every
 
     def scores(self, call: Call, blocks: Blocks) -> Tensor:
         if blocks.block_k % self.stride:
             raise OptionError(f"Blocks of {blocks.block_k} keys are no multiple of the stride {self.stride}.")
-        windows = self._means(call, self.size, self.stride)
-        rough = None if self.coarse is None else (self._means(call, *self.coarse), *self.coarse)
+        windows = self._means(call)
+        rough = None if self.coarse is None else (self._longer(windows, *self.coarse), *self.coarse)
         shares = window_shares(
             call.query, windows, call.reach, scaling=call.scaling, block_q=blocks.block_q, size=self.size,
-            stride=self.stride, coarse=rough,
+            stride=self.stride, coarse=rough, every=self.every,
         )  # fmt: skip
-        found = windows_to_blocks(shares, blocks.columns, blocks.block_k, self.size, self.stride).clamp(min=0).log()
+        if shares.is_cuda and shares.shape[3] and find_spec("triton") is not None:
+            from rarefy.kernels.triton.window_shares import block_scores
+
+            found = block_scores(shares, blocks.columns, size=self.size, stride=self.stride, block_k=blocks.block_k)
+        else:
+            found = windows_to_blocks(shares, blocks.columns, blocks.block_k, self.size, self.stride)
+            found = found.clamp(min=0).log()
         return found.repeat_interleave(call.mask_heads // found.shape[1], 1)
 
-    def _means(self, call: Call, size: int, stride: int) -> Tensor:
-        def make(x: Tensor, counts: Tensor | None, begins: Tensor) -> dict[str, Tensor]:
-            return {"mean": mean(x, counts)}
+    def _means(self, call: Call) -> Tensor:
+        def make(x: Tensor, counts: Tensor | None, begins: range) -> dict[str, Tensor]:
+            return {"mean": mean(x, counts) if counts is not None else _overlapping_means(x, self.stride)}
 
         kept = pooled(
-            call.source, f"windows {size} by {stride}", stride, make, span=size, valid=call.valid, unfinished=False
-        )
+            call.source, f"windows {self.size} by {self.stride}", self.stride, make, span=self.size, valid=call.valid,
+            unfinished=False,
+        )  # fmt: skip
         return kept.get("mean", call.query.new_zeros(call.query.shape[0], call.source.heads, 0, call.query.shape[3]))
+
+    def _longer(self, windows: Tensor, size: int, stride: int) -> Tensor:
+        """Means of longer windows, of the short ones that fill them side by side."""
+        parts, apart = size // self.size, self.size // self.stride
+        span = (parts - 1) * apart + 1
+        if windows.shape[2] < span:
+            return windows[:, :, :0]
+        found = windows.unfold(2, span, stride // self.stride)[..., ::apart]
+        return found.mean(-1, dtype=torch.float32).to(windows.dtype)
 
 
 @torch.no_grad()
@@ -63,21 +82,23 @@ def window_shares(
     size: int,
     stride: int,
     coarse: tuple[Tensor, int, int] | None = None,
+    every: int = 1,
 ) -> Tensor:
     """How much queries ``[B, H, Q, D]`` look at ``windows [B, Hkv, n, D]``, means of keys ``[stride * i, stride * i +
     size)``: float32 ``[B, Hkv, query blocks, n]``, -inf where no query of a block sees a window whole.
 
     Each query has a softmax over the windows it sees whole; shares are added up over the heads that share keys and over
-    the ``block_q`` queries of a block. ``coarse``: means of longer windows, with their size and stride.
+    the queries of a block that are looked at: the last one and each ``every``-th before it. ``coarse``: means of longer
+    windows, with their size and stride.
     """
     if kernel_serves(query, reach) and windows.shape[2]:
-        return _by_kernel(query, windows, reach, scaling, block_q, size, stride, coarse)
+        return _by_kernel(query, windows, reach, scaling, block_q, size, stride, coarse, every)
     kv_heads, number = windows.shape[1], windows.shape[2]
     keys = windows.float().mT.unsqueeze(2)
     found = []
     for low, high in pieces(query, max(1, number), block_q):
-        part = query[:, :, low:high].float().unflatten(1, (kv_heads, -1))
-        rows = torch.arange(low, high, device=query.device)
+        rows = looked_at(low, high, query.shape[2], block_q, every, query.device)
+        part = query[:, :, rows].float().unflatten(1, (kv_heads, -1))
         whole = _whole(reach, rows, number, size, stride)
         scores = torch.matmul(part, keys).mul_(scaling).masked_fill(~whole[:, :, None], -torch.inf)
         total = scores.logsumexp(-1, keepdim=True)
@@ -89,8 +110,9 @@ def window_shares(
             # A coarse window stands for as many fine ones as fit into its stride. The first queries see none yet.
             total = torch.where(rough == -torch.inf, total, rough + math.log(step / stride))
         shares = (scores - torch.where(total == -torch.inf, 0.0, total)).exp().sum(2)
-        reached = by_blocks(whole.float(), block_q, 0.0).amax(3) > 0
-        found.append(torch.where(reached, by_blocks(shares, block_q, 0.0).sum(3), -torch.inf))
+        size_q = -(-block_q // every)
+        reached = by_blocks(whole.float(), size_q, 0.0).amax(3) > 0
+        found.append(torch.where(reached, by_blocks(shares, size_q, 0.0).sum(3), -torch.inf))
     return torch.cat(found, 2)
 
 
@@ -102,28 +124,27 @@ def _by_kernel(
     block_q: int,
     size: int,
     stride: int,
-    coarse: tuple[Tensor, int, int] | None,
+    coarse: tuple[Tensor, int, int] | None = None,
+    every: int = 1,
 ) -> Tensor:
-    from rarefy.kernels.triton.window_shares import window_shares as shares
-    from rarefy.kernels.triton.window_shares import window_totals as totals
+    from rarefy.kernels.triton import window_shares as kernel
 
-    def total(means: Tensor, long: int, step: int) -> Tensor:
-        more = math.log2(step / stride)
-        return totals(
-            query, means, size=long, stride=step, scaling=scaling, offset=reach.offset, first=reach.first, more=more
-        )
+    given: dict[str, Any] = {
+        "block_q": block_q, "size": size, "stride": stride, "scaling": scaling, "offset": reach.offset, "every": every,
+        "first": reach.first,
+    }  # fmt: skip
+    longer, long, step = (None, 0, 0) if coarse is None or not coarse[0].shape[2] else coarse
+    totals = kernel.window_totals(query, windows, longer, coarse_size=long, coarse_stride=step, **given)
+    return kernel.window_shares(query, windows, totals, **given)
 
-    if coarse is None or not coarse[0].shape[2]:
-        found = total(windows, size, stride)
-    else:
-        found = total(*coarse)
-        # The first queries see no coarse window yet; all they see is within the first fine ones, behind padding.
-        early = windows[:, :, : coarse[1] // stride] if reach.first is None else windows
-        found = torch.where(found == -torch.inf, total(early, size, stride), found)
-    return shares(
-        query, windows, found, block_q=block_q, size=size, stride=stride, scaling=scaling, offset=reach.offset,
-        first=reach.first,
-    )  # fmt: skip
+
+def _overlapping_means(x: Tensor, stride: int) -> Tensor:
+    """Means of windows ``x [B, H, N, size, D]``, ``stride`` apart, in its dtype, with one read of each token."""
+    if not x.shape[2] or x.shape[3] == stride:
+        return mean(x, None)
+    last = x[:, :, -1, stride:].unflatten(2, (-1, stride))
+    steps = torch.cat([part.mean(3, dtype=torch.float32) for part in (x[:, :, :, :stride], last)], 2)
+    return steps.unfold(2, x.shape[3] // stride, 1).mean(-1).to(x.dtype)
 
 
 def _whole(reach: Reach, rows: Tensor, number: int, size: int, stride: int) -> Tensor:

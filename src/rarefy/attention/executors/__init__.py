@@ -8,6 +8,7 @@ from rarefy.attention.executors.base import Executor, executors
 from rarefy.attention.executors.cpu import Cpu
 from rarefy.attention.executors.fa4 import FlashAttention4
 from rarefy.attention.executors.flex import Flex
+from rarefy.attention.executors.native import Native
 from rarefy.attention.executors.reference import Reference
 from rarefy.attention.executors.trainable import Trainable
 from rarefy.attention.executors.triton import Triton
@@ -17,17 +18,18 @@ from rarefy.attention.source import Source
 from rarefy.core.errors import UnsupportedError
 
 __all__ = [
-    "Cpu", "Executor", "FlashAttention4", "Flex", "Reference", "Trainable", "Triton", "choose", "executors", "limit",
+    "Cpu", "Executor", "FlashAttention4", "Flex", "Native", "Reference", "Trainable", "Triton", "choose", "executors",
+    "limit",
 ]  # fmt: skip
-
 
 
 def limit(device: torch.device, phase: Phase, tokens: int) -> float:
     """The density above which dense attention was measured to be faster than what is here."""
     for table in (measured(device, phase, tokens).executors, DEFAULT.executors):
-        here = [density for name, density in table.items() if executors.get(name)().missing(device) is None]
-        if here:
-            return here[0]
+        for name, density in table.items():
+            executor = executors.get(name)()
+            if phase in executor.phases and executor.missing(device) is None:
+                return density
     return 1.0
 
 

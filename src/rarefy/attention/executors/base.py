@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from rarefy.attention.block_map import BlockMap
+from rarefy.attention.policy import Phase
 from rarefy.attention.source import Source
 from rarefy.core.errors import OptionError
 from rarefy.core.registry import Registry
 
 
 class Executor(ABC):
-    """Attention of queries over the blocks that a map lists. What it cannot do it says in `refusal`."""
+    """Attention of queries over the blocks that a map lists. What it cannot do it says in `refusal`; ``phases``: passes
+    that it can be for."""
 
     name: ClassVar[str]
+    phases: ClassVar[tuple[Phase, ...]] = ("prefill", "decode")
 
     def missing(self, device: torch.device) -> str | None:
         """Why nothing can be executed on ``device``, as part of a sentence; None where something can."""

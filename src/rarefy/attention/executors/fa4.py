@@ -23,6 +23,7 @@ class FlashAttention4(Executor):
     channels."""
 
     name = "fa4"
+    phases = ("prefill",)
 
     def missing(self, device: torch.device) -> str | None:
         hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
@@ -60,12 +61,22 @@ class FlashAttention4(Executor):
         else:
             index = block_map.lists(blocks, fill=0)
         # The diagonal crosses at most two blocks of keys, wherever the queries begin.
-        partial, partial_index = block_map.partial_lists(2, fill=0)
+        partial, partial_index = _partial(block_map, 2)
         output, lse = _function()(
             query.transpose(1, 2), source.keys().transpose(1, 2), source.values().transpose(1, 2), scaling,
             block_map.reach.offset, partial, partial_index, block_map.whole, index,
         )  # fmt: skip
         return output.transpose(1, 2), lse
+
+
+def _partial(block_map: BlockMap, width: int) -> tuple[Tensor, Tensor]:
+    """`BlockMap.partial_lists`, by one kernel where there is Triton."""
+    if find_spec("triton") is None:
+        return block_map.partial_lists(width, fill=0)
+    from rarefy.kernels.triton.block_select import partial_blocks
+
+    start, whole, count = (part.contiguous() for part in (block_map.start, block_map.whole, block_map.count))
+    return partial_blocks(start, whole, count, block_map.columns, width)
 
 
 @functools.cache

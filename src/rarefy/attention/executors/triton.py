@@ -12,6 +12,7 @@ from torch import Tensor
 from rarefy.attention.block_map import BlockMap
 from rarefy.attention.compact import FEW
 from rarefy.attention.executors.base import Executor, executors
+from rarefy.attention.executors.coded import attend_coded, unreadable
 from rarefy.attention.source import Source, Stored
 from rarefy.kv.codecs import Exact
 from rarefy.kv.side import Side
@@ -25,7 +26,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 @executors.register("triton")
 class Triton(Executor):
     """Blocks of 16 or more tokens, powers of two, any batch, padding, window and packing, lists by query or KV head.
-    One query with lists by KV head is split over its list, and reads a store's 16-bit blocks where they lie."""
+    One query with lists by KV head is split over its list, and reads a store's blocks where they lie, in 16 bits or in
+    code."""
 
     name = "triton"
 
@@ -37,9 +39,10 @@ class Triton(Executor):
             return reason
         if query.requires_grad and torch.is_grad_enabled():
             return "it keeps no gradients"
-        if query.shape[2] <= FEW and isinstance(source, Stored) and _coded(source):
-            return "the past is in code, of which it would decode all"
-        return unfit(query, block_map, softcap)
+        reason = unfit(query, block_map, softcap)
+        if reason is None and query.shape[2] <= FEW and isinstance(source, Stored) and _coded(source):
+            return unreadable(query, source, block_map)
+        return reason
 
     def run(
         self, query: Tensor, source: Source, block_map: BlockMap, scaling: float, softcap: float | None = None
@@ -47,6 +50,8 @@ class Triton(Executor):
         from rarefy.kernels.triton.block_attention import block_attention
 
         reach = block_map.reach
+        if query.shape[2] <= FEW and isinstance(source, Stored) and _coded(source):
+            return attend_coded(query, source, block_map, scaling)
         if _decodes(query, source, block_map):
             return _decode(query, source, block_map, scaling)
         return block_attention(
@@ -91,11 +96,7 @@ def _decode(query: Tensor, source: Source, block_map: BlockMap, scaling: float) 
     reach = block_map.reach
     pages = _pages(source, query.dtype) if isinstance(source, Stored) else None
     run = _workspace(batch, source.heads, heads, channels, block_map.block_k, query.device)
-    if block_map.columns.numel() == block_map.count.numel() * block_map.key_blocks:
-        index = block_map.columns.view(batch, source.heads, -1)  # rows at equal distances
-    else:
-        index = block_map.lists(block_map.key_blocks, fill=0)[:, :, 0].contiguous()
-    count = block_map.count[:, :, 0].contiguous()
+    index, count = block_map.newest()
     end = torch.full((batch,), min(reach.keys, reach.offset + 1) if reach.causal else reach.keys, device=query.device)
     length = (end if reach.stop is None else torch.minimum(end, reach.stop)).to(torch.int32)
     one = query[:, :, 0]

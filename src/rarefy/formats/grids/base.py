@@ -200,8 +200,9 @@ def shrunk(values: Tensor, factor: Tensor | None) -> Tensor:
 
 def check_numbers(weight: Tensor, importance: Tensor | None = None) -> None:
     """Raise FormatError when a weight is not finite in 32 bits, or its importance is not finite or negative."""
-    bad = int((~torch.isfinite(weight.detach().float())).sum())
-    if bad:
+    finite = torch.isfinite(weight.detach().float())
+    if not bool(finite.all()):  # counting takes longer, and is for the sentence only
+        bad = int((~finite).sum())
         raise FormatError(f"The weight holds {bad} NaN or infinite values; repair or ignore this layer.")
     if importance is not None and not bool((torch.isfinite(importance) & (importance >= 0)).all()):
         raise FormatError("The importance of a weight is NaN, infinite or negative; repair the calibration data.")

@@ -72,7 +72,7 @@ class FloatGrid(ScaledGrid):
         scale = _scale_of(blocks, numbers)
         # A float8 weight at the edge of its range may exceed the table by rounding of the scale: nearest is the edge.
         scaled = torch.where(scale == 0, 0.0, blocks / scale)
-        boundaries, codes = _nearest(self.format, blocks.device)
+        boundaries, codes = nearest(self.format, blocks.device)
         return codes[torch.bucketize(scaled.contiguous(), boundaries)]
 
     def decode_loaded(self, codes: Tensor, numbers: Numbers) -> Tensor:
@@ -93,7 +93,7 @@ def _scale_of(values: Tensor, numbers: Numbers) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def _nearest(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def nearest(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Midpoints between the distinct values of a format, and the code of each value (+0 for zero)."""
     values, codes = torch.sort(tables.table(name), stable=True)
     keep = torch.ones_like(values, dtype=torch.bool)

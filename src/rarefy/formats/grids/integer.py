@@ -40,7 +40,8 @@ class _Affine(ScaledGrid):
         if self.zero == "integer" or shared:
             low, high = low.clamp(max=0), high.clamp(min=0)
         low, high = shrunk(low, shrink), shrunk(high, shrink)
-        scale = (high - low) / (self.code_count - 1)
+        # GPUs multiply by the inverse of a number, so it comes as a tensor: all devices then find the same scale.
+        scale = (high - low) / torch.full_like(high, self.code_count - 1)
         # A group far from zero keeps a step that its stored zero can resolve.
         scale = torch.maximum(scale, torch.maximum(low.abs(), high.abs()) * finest_step(self.scales.dtype))
         safe = torch.where(scale == 0, torch.ones_like(scale), scale)

@@ -18,7 +18,7 @@ import torch
 
 from rarefy.core.errors import OptionError
 
-ABI = 4
+ABI = 5
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
 VARIABLE = "RAREFY_CPU"
 FILE = "librarefy_cpu.so"
@@ -81,7 +81,13 @@ def using(name: str) -> Iterator[None]:
 
 def follow_threads() -> None:
     """Let the library's pool have as many threads as torch has."""
-    _loaded().rarefy_threads(torch.get_num_threads())
+    _set_threads(torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=1)
+def _set_threads(count: int) -> None:
+    """Only where it is another number than the last time: asking costs more than knowing."""
+    _loaded().rarefy_threads(count)
 
 
 def read(data: torch.Tensor) -> int:
@@ -148,6 +154,8 @@ def _declare(loaded: ctypes.CDLL) -> None:
             number,
             [text, *[whole, pointer], *[whole] * 4, ctypes.c_float, pointer, whole, *[pointer] * 3, whole, text, size],
         ),
+        "rarefy_blocks_bytes": (whole, [pointer]),
+        "rarefy_attend_blocks": (number, [pointer, pointer, whole, text, size]),
         "rarefy_pack_entries": (None, [pointer, pointer, pointer, whole, whole, pointer, pointer]),
         "rarefy_unpack_entries": (None, [pointer, pointer, pointer, whole, whole, pointer, pointer]),
         "rarefy_round_columns": (None, [pointer, number]),

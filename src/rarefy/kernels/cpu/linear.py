@@ -50,7 +50,7 @@ def _unwatched(x: Tensor) -> bool:
     return (
         type(x) is Tensor
         and not (x.requires_grad and torch.is_grad_enabled())
-        and x.device.type == "cpu"
+        and x.is_cpu
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -104,13 +104,15 @@ def _product(x: Tensor, terms: bytes, count: int, rows: int, columns: int, fast:
         raise FormatError(f"The input has {x.shape[-1]} channels, but the weight has {columns} columns.")
     if x.dtype not in ACTIVATIONS:
         raise FormatError(f"The input is {x.dtype}; native kernels take float32, float16 or bfloat16.")
-    flat = x.reshape(-1, columns)
+    # A call into torch costs as much as the product of some thousand weights.
+    flat = x if x.is_contiguous() else x.reshape(-1, columns)
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
-    y = x.new_empty(*x.shape[:-1], rows)
+    stride = columns if flat is x else flat.stride(0)
+    y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
     follow_threads()
     arguments = (
-        terms, count, flat.data_ptr(), flat.stride(0), y.data_ptr(), rows, ACTIVATIONS[x.dtype], flat.shape[0],
+        terms, count, flat.data_ptr(), stride, y.data_ptr(), rows, ACTIVATIONS[x.dtype], flat.numel() // columns,
         FAST if fast else EXACT,
     )  # fmt: skip
     if _loaded().rarefy_linear(*arguments, None, 0) != 0:  # once more, for the sentence

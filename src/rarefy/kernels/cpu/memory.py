@@ -24,9 +24,8 @@ def gather_(terms: Sequence[Prepared]) -> None:
     if len({made.tensors[name].untyped_storage().data_ptr() for made, name in places}) < 2:
         return  # they are there already
     sizes = [made.tensors[name].numel() * made.tensors[name].element_size() for made, name in places]
-    memory = torch.empty(sum(-(-size // LINE) * LINE for size in sizes) + HUGE, dtype=torch.uint8)
-    start = -memory.data_ptr() % HUGE
-    _in_huge_pages(memory[start:])
+    memory = in_huge_pages(sum(-(-size // LINE) * LINE for size in sizes))
+    start = 0
     for (made, name), size in zip(places, sizes, strict=True):
         tensor = made.tensors[name]
         place = memory[start : start + size].view(tensor.dtype).view(tensor.shape)
@@ -34,9 +33,13 @@ def gather_(terms: Sequence[Prepared]) -> None:
         start += -(-size // LINE) * LINE
 
 
-def _in_huge_pages(memory: Tensor) -> None:
-    """Ask for huge pages where the system gives them; elsewhere nothing changes."""
+def in_huge_pages(size: int) -> Tensor:
+    """``size`` bytes that begin where a huge page does, in such pages where the system gives them."""
+    memory = torch.empty(size + HUGE, dtype=torch.uint8)
+    start = -memory.data_ptr() % HUGE
+    piece = memory[start : start + size]
     with contextlib.suppress(OSError, AttributeError):
         advise = ctypes.CDLL(None).madvise
         advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        advise(memory.data_ptr(), memory.numel() // HUGE * HUGE, _MADV_HUGEPAGE)
+        advise(piece.data_ptr(), size // HUGE * HUGE, _MADV_HUGEPAGE)
+    return piece

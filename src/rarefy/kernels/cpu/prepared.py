@@ -12,6 +12,7 @@ from torch import Tensor
 from rarefy import packing
 from rarefy.kernels import prepared
 from rarefy.kernels.cpu import tiles
+from rarefy.kernels.cpu.memory import HUGE, gather_
 from rarefy.kernels.prepared import Arguments, NotCovered, filled, plain
 from rarefy.kernels.reference import decode, patterns, tables
 
@@ -52,6 +53,8 @@ def prepare(family: str, arguments: Arguments, multiplier: float = 1.0) -> Prepa
     made = _PREPARE[family](arguments)
     made.multiplier = multiplier
     made.verify(arguments)
+    if made.bytes() >= HUGE:
+        gather_([made])
     return made
 
 

@@ -57,8 +57,19 @@ class Kernel:
         _answer(self._launch(ctypes.byref(configuration), self._function, parameters, None), "launching a kernel")
 
 
+# Machine code by source, compute capability and options; other processes may have compiled it.
+images: dict[tuple[Path, tuple[int, int], tuple[str, ...]], bytes] = {}
+
+
 def compiled(source: Path, capability: tuple[int, int], options: Sequence[str]) -> bytes:
     """Machine code of ``source`` for a compute capability. Raises UnsupportedError with the compiler's words."""
+    key = source, capability, tuple(options)
+    if key not in images:
+        images[key] = _compile(source, capability, options)
+    return images[key]
+
+
+def _compile(source: Path, capability: tuple[int, int], options: Sequence[str]) -> bytes:
     nvrtc = _nvrtc()
     headers = sorted(source.parent.glob("*.cuh"))
     texts = (ctypes.c_char_p * len(headers))(*(header.read_bytes() for header in headers))

@@ -38,6 +38,12 @@ device u32 load_once(const u32* from) {
   asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(to) : "l"(from));
   return to;
 }
+// Its neighbours are read soon.
+device u32 load_near(const u32* from) {
+  u32 to;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(to) : "l"(from));
+  return to;
+}
 device u16 load_once(const u16* from) {
   u16 to;
   asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(to) : "l"(from));
@@ -169,12 +175,48 @@ device void reduce_over_block(float& sum, float& most, float* shared) {
 }
 device float sum_of_warp(float value) { return sum_of_lanes<32>(value); }
 device u32 of_lane(u32 value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
+device float of_lane(float value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
+device u32 of_lane_xor(u32 value, int distance) { return __shfl_xor_sync(0xFFFFFFFFu, value, distance); }
+device float of_lane_xor(float value, int distance) { return __shfl_xor_sync(0xFFFFFFFFu, value, distance); }
+// Which lanes say so.
+device u32 votes(bool ours) { return __ballot_sync(0xFFFFFFFFu, ours); }
+device void add_shared(float* to, float value) { atomicAdd(to, value); }
 device int ones_of(u32 word) { return __popc(word); }
 device u32 bits_of(float value) { return __float_as_uint(value); }
 device u32 bf16_pair(float low, float high) {
   u32 pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+}
+device u32 half_pair(float low, float high) {
+  u32 pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+// Two numbers of E4M3 as float16.
+device u32 halves_of_e4m3(u16 pair) {
+  u32 found = 0;
+#if __CUDA_ARCH__ >= 890
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(found) : "h"(pair));
+#endif
+  return found;
+}
+device float power_of_two(float value) {
+  float found;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(value));
+  return found;
+}
+device float root(float value) { return sqrtf(value); }
+device float nearest_integer(float value) { return rintf(value); }
+device void raise(u32* flags, u32 bits) { atomicOr(flags, bits); }
+device float log_of_two(float value) { return log2f(value); }
+// 32 bits of `high` and `low` from bit `shift` of `low` on.
+device u32 funnel(u32 low, u32 high, u32 shift) { return __funnelshift_r(low, high, shift); }
+// Of a matrix 8 x 8 of which lane n has numbers 2 (n % 4) and the next of row n / 4, likewise its columns.
+device u32 transposed(u32 pair) {
+  u32 found;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(found) : "r"(pair));
+  return found;
 }
 // a * b + c on two 16-bit numbers each.
 device u32 fused(u32 a, u32 b, u32 c) {

@@ -210,7 +210,7 @@ class _Groups:
     def spread(self, parameters: Tensor) -> Tensor:
         if self.even:
             return parameters.unsqueeze(-1)
-        return parameters.repeat_interleave(self.size, dim=1)[:, : self.columns]
+        return parameters.unsqueeze(-1).expand(-1, -1, self.size).flatten(1)[:, : self.columns]
 
 
 def _masked(dense: Tensor, place: tuple[str, list[int], Tensor | None, Tensor | None, int, int]) -> Tensor:

@@ -1,7 +1,14 @@
-"""Every query against every key in whole numbers, relative to an exact sum over the first and the nearest keys: one
-number for each pair of blocks, and no map of scores."""
+"""Queries against every key in whole numbers, relative to an exact sum over the first and the nearest keys: one number
+for each pair of blocks, and no map of scores.
+
+Two small kernels write codes. A query has a scale, and so has a block of keys; both leave the loop of the third one,
+which takes the greatest product of each query within a block where it is, in registers. Only then do scales, sums and
+queries meet, on one number in ``block_k``.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -9,135 +16,270 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
+EXACT = 7  # the largest code that floats serve
+# Codes as floats are a quarter of themselves, and a query's scale is at least this share of the mean of queries: so
+# sums of products stay within float16, whatever the mean is to them.
+QUARTER = tl.constexpr(0.25)
+LEAST = tl.constexpr(1 / 128)
 
 
 @triton.jit
-def _codes(
-    x, mean, codes, scales, stride_b, stride_h, stride_n, tokens, heads, most,
-    D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    block, pair = tl.program_id(0), tl.program_id(1)
-    row, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    token, channel = block * BN + tl.arange(0, BN), tl.arange(0, DP)
-    real = (token < tokens)[:, None] & (channel < D)[None, :]
-    at = x + row * stride_b + head * stride_h + token[:, None].to(tl.int64) * stride_n + channel[None, :]
-    middle = tl.load(mean + (row * heads + head) * D + channel, mask=channel < D, other=0.0)
-    values = tl.load(at, mask=real, other=0.0).to(tl.float32)
-    values = tl.where(real, values - middle[None, :], 0.0)
-    scale = tl.maximum(tl.max(tl.abs(values), 1), 1e-12) / most
-    rounded = tl.math.floor(values / scale[:, None] + 0.5)
-    out = (row * heads + head) * tokens + token
-    tl.store(codes + out[:, None] * D + channel[None, :], rounded.to(tl.int8), mask=real)
-    tl.store(scales + out, scale, mask=token < tokens)
+def _rounded(values, scale, kind, FLOATS: tl.constexpr):
+    codes = tl.math.floor(values / scale + 0.5)
+    return (codes * QUARTER if FLOATS else codes).to(kind)
 
 
 @triton.jit
-def _exact(
-    q, key, base, token, place, tokens, begin, sink, low, scale, stride_kn, D: tl.constexpr, DP: tl.constexpr
-):  # fmt: skip
-    """Exact scores of queries with keys that are their sinks or neighbours; -inf for others."""
-    channel = tl.arange(0, DP)
-    at = base + token[:, None].to(tl.int64) * stride_kn + channel[None, :]
-    k = tl.load(key + at, mask=(token < tokens)[:, None] & (channel < D)[None, :], other=0.0)
-    scores = tl.dot(q, tl.trans(k)) * scale
-    near = ((token < sink) | (token >= begin)) & (token < tokens) & (token >= low)
-    return tl.where(near[None, :] & (token[None, :] <= place[:, None]), scores, float("-inf"))
+def _greatest(mean, channel, inside):
+    """The greatest channel of a mean, not zero."""
+    return tl.maximum(tl.max(tl.abs(tl.load(mean + channel, mask=inside, other=0.0))), 1e-12)
 
 
 @triton.jit
-def _anchored(
-    query, key, key_mean, q_codes, q_scales, k_codes, k_scales, bias, out, first, stride_qb, stride_qh, stride_qn,
-    stride_kb, stride_kh, stride_kn, queries, tokens, offset, scale, sink, local, heads, rows, blocks,
-    GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-    FIRST: tl.constexpr,
+def _keys(
+    key, key_mean, query_mean, codes, scales, bias, stride_b, stride_h, stride_n, tokens, width, heads, most,
+    GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr, FLOATS: tl.constexpr,
 ):  # fmt: skip
-    block, pair = rows - 1 - tl.program_id(0), tl.program_id(1)
-    row, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    kv_head = row * (heads // GROUP) + head // GROUP
-    index, channel = block * BQ + tl.arange(0, BQ), tl.arange(0, DP)
-    place, real = index + offset, index < queries
+    block, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token, channel = block * BK + tl.arange(0, BK), tl.arange(0, DP)
     inside = channel < D
+    real = (token < tokens)[:, None] & inside[None, :]
+    at = key + pair // heads * stride_b + pair % heads * stride_h + token[:, None].to(tl.int64) * stride_n
+    mean = tl.load(key_mean + pair * D + channel, mask=inside, other=0.0)
+    values = tl.load(at + channel[None, :], mask=real, other=0.0).to(tl.float32)
+    values = tl.where(real, values - mean[None, :], 0.0)
+    scale = tl.maximum(tl.max(tl.abs(values)), 1e-12) / most
+    place = codes + (pair * width + token[:, None]) * DP + channel[None, :]
+    tl.store(place, _rounded(values, scale, codes.dtype.element_ty, FLOATS))
+    tl.store(scales + pair * (width // BK) + block, scale)
+    if BIAS:
+        for member in range(GROUP):
+            at_mean = query_mean + (pair * GROUP + member) * D
+            asked = tl.load(at_mean + channel, mask=inside, other=0.0) / _greatest(at_mean, channel, inside)
+            added = tl.sum(values * asked[None, :], 1) / scale
+            tl.store(bias + (pair * GROUP + member) * width + token, added)
+
+
+@triton.jit
+def _queries(
+    query, key, query_mean, key_mean, codes, scales, shifts, anchors, first, stride_qb, stride_qh, stride_qn, stride_kb,
+    stride_kh, stride_kn, queries, tokens, offset, scale, most, sink, local, every, heads,
+    GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr, FIRST: tl.constexpr, FLOATS: tl.constexpr,
+):  # fmt: skip
+    block, pair = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, head = pair // heads, pair % heads
+    within, channel = tl.arange(0, ROWS), tl.arange(0, DP)
+    inside = channel < D
+    # The last query of a block and each so many-th before it.
+    last = tl.minimum(block * BQ + BQ, queries) - 1
+    index = last - (ROWS - 1 - within) * every
+    real, place = index >= block * BQ, index + offset
     at = query + row * stride_qb + head * stride_qh + index[:, None].to(tl.int64) * stride_qn + channel[None, :]
     q = tl.load(at, mask=real[:, None] & inside[None, :], other=0.0)
     low = 0
     if FIRST:
         low = tl.load(first + row).to(tl.int32)
     begin = tl.maximum(0, block * BQ + offset - local) // BK * BK
-    stop = tl.minimum(tokens, block * BQ + BQ + offset)
-    base = row * stride_kb + (head // GROUP) * stride_kh
-    top = tl.full((BQ,), float("-inf"), tl.float32)
-    total = tl.zeros((BQ,), tl.float32)
+    stop = tl.minimum(tokens, last + 1 + offset)
+    base = key + row * stride_kb + head // GROUP * stride_kh + channel[None, :]
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
     # Sinks, then neighbours; where they meet, keys of both are neighbours.
     for part in tl.static_range(2):
         start = 0 if part == 0 else begin
         end = tl.minimum(sink, begin) if part == 0 else stop
         for at_key in range(start, end, BN):
             token = at_key + tl.arange(0, BN)
-            scores = _exact(q, key, base, token, place, end, begin, sink, low, scale, stride_kn, D, DP)
+            there = (token < end)[:, None] & inside[None, :]
+            k = tl.load(base + token[:, None].to(tl.int64) * stride_kn, mask=there, other=0.0)
+            scores = tl.dot(q, tl.trans(k)) * scale
+            seen = ((token < end) & (token >= low))[None, :] & (token[None, :] <= place[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
             peak = tl.maximum(top, tl.max(scores, 1))
             safe = tl.where(peak == float("-inf"), 0.0, peak)
             total = total * tl.math.exp2(top - safe) + tl.sum(tl.math.exp2(scores - safe[:, None]), 1)
             top = peak
-    some = real & (total > 0.0)
     # Codes are of keys without their mean, which takes as much off every score of a row.
-    mean = tl.load(key_mean + kv_head * D + channel, mask=inside, other=0.0)
-    shift = tl.sum(q.to(tl.float32) * mean[None, :], 1) * scale
-    anchor = tl.where(some, top + tl.math.log2(tl.where(some, total, 1.0)) - shift, float("inf"))
-    q_at = (row * heads + head) * queries + index
-    left = tl.load(q_codes + q_at[:, None] * D + channel[None, :], mask=real[:, None] & inside[None, :], other=0)
-    left_scale = tl.load(q_scales + q_at, mask=real, other=0.0) * scale
-    result = out + ((row * heads + head) * rows + block) * blocks
-    for at_key in range(0, stop, BN):
-        token = at_key + tl.arange(0, BN)
-        there = token < tokens
-        k_at = kv_head * tokens + token
-        right = tl.load(k_codes + k_at[None, :] * D + channel[:, None], mask=there[None, :] & inside[:, None], other=0)
-        right_scale = tl.load(k_scales + k_at, mask=there, other=0.0)
-        added = tl.load(bias + (row * heads + head) * tokens + token, mask=there, other=0.0) * scale
-        product = tl.dot(left, right, out_dtype=tl.int32).to(tl.float32)
-        scores = product * left_scale[:, None] * right_scale[None, :] + added[None, :] - anchor[:, None]
-        seen = (there & (token >= low))[None, :] & (token[None, :] <= place[:, None])
-        best = tl.max(tl.where(seen, scores, float("-inf")), 0)
-        column = at_key // BK + tl.arange(0, BN // BK)
-        tl.store(result + column, tl.max(tl.reshape(best, (BN // BK, BK)), 1), mask=column < blocks)
-    for column in range((stop + BN - 1) // BN * (BN // BK), blocks):
-        tl.store(result + column, float("-inf"))
+    mean = tl.load(key_mean + (row * (heads // GROUP) + head // GROUP) * D + channel, mask=inside, other=0.0)
+    values = q.to(tl.float32)
+    shift = tl.sum(values * mean[None, :], 1) * scale
+    anchor = tl.where(real & (total > 0.0), top + tl.math.log2(tl.where(total > 0.0, total, 1.0)) - shift, float("inf"))
+    asked = tl.load(query_mean + pair * D + channel, mask=inside, other=0.0)
+    values = tl.where(real[:, None] & inside[None, :], values - asked[None, :], 0.0)
+    middle = _greatest(query_mean + pair * D, channel, inside)
+    own = tl.maximum(tl.max(tl.abs(values), 1), middle * LEAST) / most
+    out = (pair * tl.num_programs(0) + block) * ROWS + within
+    kind: tl.constexpr = codes.dtype.element_ty
+    tl.store(codes + out[:, None] * DP + channel[None, :], _rounded(values, own[:, None], kind, FLOATS))
+    unit: tl.constexpr = QUARTER * QUARTER if FLOATS else 1.0
+    tl.store(scales + out, own / unit)
+    tl.store(shifts + out, middle / own * unit)
+    tl.store(anchors + out, anchor)
 
 
-def token_codes(x: Tensor, mean: Tensor, most: int, *, num_warps: int = 4) -> tuple[Tensor, Tensor]:
-    """``x - mean`` (``x [B, H, T, D]``, ``mean`` float32 ``[B, H, D]``) as whole numbers up to ``most`` either way,
-    int8, with a scale for each token, float32 ``[B, H, T]``."""
-    batch, heads, tokens, channels = x.shape
-    codes = torch.empty(batch, heads, tokens, channels, dtype=torch.int8, device=x.device)
-    scales = torch.empty(batch, heads, tokens, device=x.device)
-    _codes[(triton.cdiv(tokens, 64), batch * heads)](
-        x, mean.contiguous(), codes, scales, *x.stride()[:3], tokens, heads, most, D=channels,
-        DP=triton.next_power_of_2(channels), BN=64, num_warps=num_warps,
+@triton.jit
+def _best(
+    left, shift, rate, anchor, k_codes, k_scales, bias, at_key, place, low, tokens,
+    M: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DP: tl.constexpr, BIAS: tl.constexpr,
+    FLOATS: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """The greatest anchored score of each block of queries in each block of a tile of keys."""
+    token = at_key + tl.arange(0, BN)
+    right_scale = tl.load(k_scales + at_key // BK + tl.arange(0, BN // BK))
+    right = tl.load(k_codes + at_key * DP)
+    # Two float16 are added and compared at once.
+    if FLOATS:
+        product = tl.dot(left, tl.trans(right), out_dtype=tl.float16)
+    else:
+        product = tl.dot(left, tl.trans(right)).to(tl.float32)
+    if BIAS:
+        product += tl.load(bias + token).to(product.dtype)[None, :] * shift.to(product.dtype)[:, None]
+    if MASK:
+        seen = ((token < tokens) & (token >= low))[None, :] & (token[None, :] <= place[:, None])
+        product = tl.where(seen, product, float("-inf"))
+    best = tl.max(tl.reshape(product, (M, BN // BK, BK)), 2).to(tl.float32)
+    best = best * (rate[:, None] * right_scale[None, :]) - anchor[:, None]
+    return tl.max(tl.reshape(best, (M // ROWS, ROWS, BN // BK)), 1)
+
+
+@triton.jit
+def _anchored(
+    q_codes, q_scales, q_shifts, anchors, k_codes, k_scales, bias, out, first, queries, tokens, width, offset, scale,
+    every, heads, lines, blocks,
+    GROUP: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, M: tl.constexpr,
+    BN: tl.constexpr, BIAS: tl.constexpr, FLOATS: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    tile, pair = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, head = pair // heads, pair % heads
+    kv_head = row * (heads // GROUP) + head // GROUP
+    PER: tl.constexpr = M // ROWS
+    line, within = tile * PER + tl.arange(0, M) // ROWS, tl.arange(0, M) % ROWS
+    place = tl.minimum(line * BQ + BQ, queries) - 1 - (ROWS - 1 - within) * every + offset
+    at = (pair * tl.num_programs(0) + tile) * M + tl.arange(0, M)
+    left = tl.load(q_codes + at[:, None] * DP + tl.arange(0, DP)[None, :])
+    shift, rate, anchor = tl.load(q_shifts + at), tl.load(q_scales + at) * scale, tl.load(anchors + at)
+    right = k_codes + kv_head * width * DP + tl.arange(0, BN)[:, None] * DP + tl.arange(0, DP)[None, :]
+    right_scales, added = k_scales + kv_head * (width // BK), bias + pair * width
+    low = 0
+    if FIRST:
+        low = tl.load(first + row).to(tl.int32)
+    # Tiles of keys: those that every query of the tile sees, and at both ends those that some do.
+    stop = tl.minimum(tokens, tile * PER * BQ + PER * BQ + offset)
+    begin, whole = low // BN * BN, (tile * PER * BQ + offset + 1) // BN * BN
+    plain = (low + BN - 1) // BN * BN
+    rest = tl.maximum(whole, plain)
+    early = (plain - begin) // BN
+    lines_at = out + (pair * lines + tile * PER + tl.arange(0, PER)[:, None]) * blocks
+    column, real = tl.arange(0, BN // BK)[None, :], (tile * PER + tl.arange(0, PER) < lines)[:, None]
+    for at_key in range(plain, whole, BN):
+        best = _best(
+            left, shift, rate, anchor, right, right_scales, added, at_key, place, low, tokens, M, ROWS, BN, BK, DP,
+            BIAS, FLOATS, False,
+        )  # fmt: skip
+        tl.store(lines_at + at_key // BK + column, best, mask=real)
+    for number in range(0, early + tl.maximum(0, (stop - rest + BN - 1) // BN)):
+        at_key = tl.where(number < early, begin, rest + (number - early) * BN)
+        if at_key < stop:
+            best = _best(
+                left, shift, rate, anchor, right, right_scales, added, at_key, place, low, tokens, M, ROWS, BN, BK, DP,
+                BIAS, FLOATS, True,
+            )  # fmt: skip
+            tl.store(lines_at + at_key // BK + column, best, mask=real & (at_key // BK + column < blocks))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys of one product, and how a program that takes it is built."""
+
+    rows: int = 128
+    keys: int = 128
+    num_warps: int = 8
+    num_stages: int = 3
+
+
+def code_type(most: int, device: torch.device) -> torch.dtype:
+    """The type of codes up to ``most``: whole numbers, or floats that hold them, where their products need no
+    conversion."""
+    floats = device.type == "cuda" and most <= EXACT and torch.cuda.get_device_capability(device)[0] == 9
+    return torch.float8_e4m3fn if floats else torch.int8
+
+
+def key_codes(
+    key: Tensor, key_mean: Tensor, query_mean: Tensor | None, *, most: int, block_k: int, width: int,
+    dtype: torch.dtype = torch.int8, num_warps: int = 4,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``key [B, Hkv, L, D]`` beyond ``key_mean`` float32 ``[B, Hkv, D]`` as whole numbers up to ``most`` either way,
+    ``dtype`` ``[B, Hkv, width, D']`` with zeros behind (a quarter of them where it is a float's); a scale for each
+    block, float32 ``[B, Hkv, width / block_k]``; and what ``query_mean`` float32 ``[B, H, D]`` times them is, over that
+    scale and its own greatest channel, float32 ``[B, H, width]`` (None: nothing; the scales are returned again)."""
+    batch, heads, tokens, channels = key.shape
+    codes = torch.empty(batch, heads, width, max(32, triton.next_power_of_2(channels)), dtype=dtype, device=key.device)
+    scales = torch.empty(batch, heads, width // block_k, device=key.device)
+    group = 1 if query_mean is None else query_mean.shape[1] // heads
+    bias = scales if query_mean is None else torch.empty(batch, heads * group, width, device=key.device)
+    _keys[(width // block_k, batch * heads)](
+        key, key_mean.contiguous(), key_mean if query_mean is None else query_mean.contiguous(), codes, scales, bias,
+        *key.stride()[:3], tokens, width, heads, most, GROUP=group, D=channels, DP=codes.shape[3], BK=block_k,
+        BIAS=query_mean is not None, FLOATS=dtype.is_floating_point, num_warps=num_warps,
     )  # fmt: skip
-    return codes, scales
+    return codes, scales, bias
+
+
+def query_codes(
+    query: Tensor, key: Tensor, query_mean: Tensor, key_mean: Tensor, *, most: int, block_q: int, block_k: int,
+    rows: int, lines: int, every: int, sink: int, local: int, scaling: float, offset: int, first: Tensor | None = None,
+    dtype: torch.dtype = torch.int8, num_warps: int = 4,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of each block of ``query [B, H, Q, D]`` the ``rows`` that are looked at, beyond ``query_mean`` float32 ``[B, H,
+    D]``: codes as in `key_codes` ``[B, H, lines * rows, D']``, and float32 ``[B, H, lines * rows]`` the scale of a
+    product with codes of keys, what their third tensor is multiplied by, and anchors (the log-sum-exp to base 2 of the
+    exact scores of sinks and neighbours, with keys beyond ``key_mean``; inf where there is none)."""
+    batch, heads, queries, channels = query.shape
+    wide = max(32, triton.next_power_of_2(channels))
+    codes = torch.empty(batch, heads, lines * rows, wide, dtype=dtype, device=query.device)
+    scales, shifts, anchors = torch.empty(3, batch, heads, lines * rows, device=query.device).unbind()
+    _queries[(lines, batch * heads)](
+        query, key, query_mean.contiguous(), key_mean.contiguous(), codes, scales, shifts, anchors,
+        anchors if first is None else first, *query.stride()[:3], *key.stride()[:3], queries, key.shape[2], offset,
+        scaling * LOG2E, most, sink, local, every, heads, GROUP=heads // key.shape[1], D=channels, DP=wide, ROWS=rows,
+        BQ=block_q, BK=block_k, BN=64, FIRST=first is not None, FLOATS=dtype.is_floating_point, num_warps=num_warps,
+    )  # fmt: skip
+    return codes, scales, shifts, anchors
 
 
 def anchored_scores(
-    query: Tensor, key: Tensor, key_mean: Tensor, query_codes: tuple[Tensor, Tensor], key_codes: tuple[Tensor, Tensor],
-    bias: Tensor, *, block_q: int, block_k: int, sink: int, local: int, scaling: float, offset: int,
-    first: Tensor | None = None, tile: int = 64, num_warps: int = 4, num_stages: int = 3,
+    query: Tensor, key: Tensor, query_mean: Tensor | None, key_mean: Tensor, *, most: int, block_q: int, block_k: int,
+    sink: int, local: int, scaling: float, offset: int, every: int = 1, first: Tensor | None = None,
+    tile: Tile | None = None, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """The logarithm (to base 2) of the largest share that a query of one block seems to give a key of the other, by
-    codes and ``bias`` float32 ``[B, H, L]``, relative to the exact sum over the first ``sink`` keys and those from
-    ``local`` before its block on: float32 ``[B, H, query blocks, key blocks]``, -inf out of reach.
+    codes up to ``most`` either way, relative to the exact sum over the first ``sink`` keys and those from ``local``
+    before its block on: float32 ``[B, H, query blocks, key blocks]``, -inf out of reach.
 
-    ``query [B, H, Q, D]``: query ``i`` is key ``i + offset``; ``key [B, Hkv, L, D]``; codes from `token_codes`, those
-    of keys of what they are beyond ``key_mean`` float32 ``[B, Hkv, D]``. Keys before ``first`` int ``[B]`` are padding.
+    ``query [B, H, Q, D]``: query ``i`` is key ``i + offset``; of each block the last and each ``every``-th before it
+    are looked at, a power of two of at least 16 in all. ``key [B, Hkv, L, D]``; ``block_k`` likewise. What is rounded
+    are queries beyond ``query_mean`` float32 ``[B, H, D]`` (None: as they are) and keys beyond ``key_mean`` ``[B, Hkv,
+    D]``. Keys before ``first`` int ``[B]`` are padding.
     """
+    tile = tile or Tile()
     batch, heads, queries, channels = query.shape
     tokens = key.shape[2]
-    rows, blocks = -(-queries // block_q), -(-tokens // block_k)
-    out = torch.empty(batch, heads, rows, blocks, device=query.device)
-    _anchored[(rows, batch * heads)](
-        query, key, key_mean.contiguous(), *query_codes, *key_codes, bias.contiguous(), out,
-        out if first is None else first, *query.stride()[:3], *key.stride()[:3], queries, tokens, offset,
-        scaling * LOG2E, sink, local, heads, rows, blocks, GROUP=heads // key.shape[1], D=channels,
-        DP=max(32, triton.next_power_of_2(channels)), BQ=block_q, BK=block_k, BN=max(tile, block_k),
-        FIRST=first is not None, num_warps=num_warps, num_stages=num_stages,
+    rows, many, keys = -(-block_q // every), -(-queries // block_q), max(tile.keys, block_k)
+    size = max(tile.rows, rows)
+    lines, width = triton.cdiv(many, size // rows) * (size // rows), triton.cdiv(tokens, keys) * keys
+    dtype = dtype or code_type(most, query.device)
+    moved = query_mean if query_mean is not None else torch.zeros(batch, heads, channels, device=query.device)
+    asked = query_codes(
+        query, key, moved, key_mean, most=most, block_q=block_q, block_k=block_k, rows=rows, lines=lines, every=every,
+        sink=sink, local=local, scaling=scaling, offset=offset, first=first, dtype=dtype,
+    )  # fmt: skip
+    kept = key_codes(key, key_mean, query_mean, most=most, block_k=block_k, width=width, dtype=dtype)
+    out = torch.full((batch, heads, many, -(-tokens // block_k)), -torch.inf, device=query.device)
+    _anchored[(lines * rows // size, batch * heads)](
+        *asked, *kept, out, out if first is None else first, queries, tokens, width, offset, scaling * LOG2E, every,
+        heads, many, out.shape[3], GROUP=heads // key.shape[1], DP=asked[0].shape[3], ROWS=rows, BQ=block_q,
+        BK=block_k, M=size, BN=keys, BIAS=query_mean is not None, FLOATS=dtype.is_floating_point,
+        FIRST=first is not None, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out

@@ -14,17 +14,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rarefy.kernels.triton.decode_attention import NUMBERS, merge
+from rarefy.kernels.triton.block_select import write_list
+from rarefy.kernels.triton.decode_attention import NUMBERS
+from rarefy.kernels.triton.step import begin as begin_launch
+from rarefy.kernels.triton.step import launch
 
 ROWS = 16  # the fewest rows that a tensor core multiplies
+COLUMNS = 8  # the fewest columns that it does
+TILE = 64  # blocks that one program gives scores to
+MERGED = 8192  # numbers that are merged at once
 
 
 @triton.jit
 def _scores(
-    query, high, low, length, first, out, stride_sb, stride_sh, stride_sn, blocks, heads, sink, local, scaling,
+    query, high, low, length, first, out, columns, start, whole, count, arrived, stride_sb, stride_sh, stride_sn,
+    blocks, heads, sink, local, scaling, share, wanted, least,
     GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, BOUND: tl.constexpr,
-    FIRST: tl.constexpr,
+    FIRST: tl.constexpr, ALL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin_launch(EARLY)
     pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, head = pair // heads, pair % heads
     member, channel = tl.arange(0, M), tl.arange(0, D)
@@ -53,6 +61,19 @@ def _scores(
     best = tl.where(always, float("inf"), best)
     best = tl.where((block > last) | (block < begin), float("-inf"), best)
     tl.store(out + pair * blocks + block, best, mask=block < blocks)
+    if ALL:
+        tl.debug_barrier()  # so that all of the program's scores are written when it is counted
+        if tl.atomic_add(arrived + pair, 1) < tl.num_programs(1) - 1:
+            return
+        tl.store(arrived + pair, 0)  # the last one selects, and leaves the counter as it was
+        tl.debug_barrier()
+        every = tl.arange(0, ALL)
+        x = tl.load(out + pair * blocks + every, mask=every < blocks, other=float("-inf"), cache_modifier=".cg")
+        flag = tl.full((ALL,), 3, tl.int32)
+        write_list(
+            x, flag, out, columns, start, whole, count, pair, 0, blocks, share, wanted, least, 0, False, False, False,
+            ALL,
+        )  # fmt: skip
 
 
 def block_scores(
@@ -65,18 +86,56 @@ def block_scores(
     number of each channel, and the score is the most that a key between them could have. ``length`` int32 ``[B]``:
     tokens there are. The first ``sink`` and last ``local`` blocks have ``inf``, blocks out of reach ``-inf``.
     """
+    if out is None:
+        out = torch.empty(high.shape[:3], dtype=torch.float32, device=query.device)
+    _launch_scores(query, high, low, length, first, out, tokens, scaling, sink, local, (out,) * 5, (0.0, 0, 0), 0)
+    return out
+
+
+class BlockChoice:
+    """`block_scores` and the choice of the best blocks in one launch, which can be captured in a CUDA graph."""
+
+    def __init__(
+        self, batch: int, heads: int, blocks: int, *, device: torch.device, tile: int = TILE, num_warps: int = 4
+    ):
+        self._meta = {"N": tile, "num_warps": num_warps}
+        self.scores = torch.empty(batch, heads, blocks, device=device)
+        self.index = torch.empty(batch, heads, blocks, dtype=torch.int32, device=device)
+        self.count = torch.empty(batch, heads, dtype=torch.int32, device=device)
+        self._unused = torch.empty(2, batch, heads, dtype=torch.int32, device=device)
+        self._arrived = torch.zeros(batch, heads, dtype=torch.int32, device=device)
+
+    def __call__(
+        self, query: Tensor, high: Tensor, length: Tensor, *, tokens: int, scaling: float, share: float = 0.0,
+        wanted: int = 0, least: int = 1, low: Tensor | None = None, first: Tensor | None = None, sink: int = 1,
+        local: int = 1,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The best ``share`` of blocks in reach (rounded up), or ``wanted`` of them, but at least ``least``, sinks and
+        neighbours among them: int32 ``[B, Hkv, N]``, rising, of which the first ``count`` int32 ``[B, Hkv]`` are
+        meant. Overwritten by the next call. The other arguments as `block_scores` has them."""
+        lists = (self.index, *self._unused.unbind(), self.count, self._arrived)
+        size = max(16, triton.next_power_of_2(self.scores.shape[2]))
+        _launch_scores(
+            query, high, low, length, first, self.scores, tokens, scaling, sink, local, lists, (share, wanted, least),
+            size, **self._meta,
+        )  # fmt: skip
+        return self.index, self.count
+
+
+def _launch_scores(
+    query: Tensor, high: Tensor, low: Tensor | None, length: Tensor, first: Tensor | None, out: Tensor, tokens: int,
+    scaling: float, sink: int, local: int, lists: tuple[Tensor, ...], rule: tuple[float, int, int], size: int, *,
+    N: int = TILE, num_warps: int = 4,
+) -> None:  # fmt: skip
     batch, heads, blocks, channels = high.shape
     group = query.shape[1] // heads
-    if out is None:
-        out = torch.empty(batch, heads, blocks, dtype=torch.float32, device=query.device)
-    size = 64
-    _scores[(batch * heads, triton.cdiv(blocks, size))](
-        query.contiguous(), high, high if low is None else low, length, length if first is None else first, out,
-        *high.stride()[:3], blocks, heads, sink, local, scaling, GROUP=group, D=channels,
-        M=max(ROWS, triton.next_power_of_2(group)), N=size, TOKENS=tokens, BOUND=low is not None,
-        FIRST=first is not None, num_warps=4,
+    launch(
+        _scores, (batch * heads, triton.cdiv(blocks, N)), query.device, query.contiguous(), high,
+        high if low is None else low, length, length if first is None else first, out, *lists, *high.stride()[:3],
+        blocks, heads, sink, local, scaling, *rule, GROUP=group, D=channels,
+        M=max(ROWS, triton.next_power_of_2(group)), N=N, TOKENS=tokens, BOUND=low is not None,
+        FIRST=first is not None, ALL=size, num_warps=num_warps,
     )  # fmt: skip
-    return out
 
 
 @dataclass(frozen=True)
@@ -111,26 +170,28 @@ def _tile_at(
 
 @triton.jit(do_not_specialize=["pages"])
 def _chosen(
-    query, key, value, index, count, first, length, part_out, part_lse,
+    query, key, value, index, count, first, length, part_out, part_lse, out, lse, arrived,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, pages, heads, capacity, splits, scaling,
     GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr,
-    PAGE: tl.constexpr, NUMBERS: tl.constexpr,
+    PAGE: tl.constexpr, NUMBERS: tl.constexpr, MERGED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    """Heads are the columns of all products, so that it is not keys and values that need padding."""
+    begin_launch(EARLY)
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, head = pair // heads, pair % heads
     member, channel = tl.arange(0, M), tl.arange(0, D)
     real = member < GROUP
-    place = (pair * GROUP + member)[:, None] * D + channel[None, :]
-    q = tl.load(query + place, mask=real[:, None], other=0.0)
+    q = tl.load(query + (pair * GROUP + member)[None, :] * D + channel[:, None], mask=real[None, :], other=0.0)
     TILES: tl.constexpr = BK // N
     tiles = tl.load(count + pair) * TILES
     each = (tiles + splits - 1) // splits
     tokens, begin = tl.load(length + row), 0
     if FIRST:
         begin = tl.load(first + row).to(tl.int32)
+    unit = scaling * 1.4426950408889634  # scores are in units of log 2
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
-    mixed = tl.zeros((M, D), tl.float32)
+    mixed = tl.zeros((D, M), tl.float32)
     for tile in range(split * each, tl.minimum(tiles, (split + 1) * each)):
         # A load ahead of the loop may read behind the list's end, where anything may be.
         column = tl.minimum(tl.maximum(tl.load(index + pair * capacity + tile // TILES), 0), (tokens - 1) // BK)
@@ -138,32 +199,64 @@ def _chosen(
         here = (token < tokens) & (token >= begin)
         if PAGE:
             # Strides are then those of the tails, with where they begin in the place of a token's.
-            start = column * BK + (tile % TILES) * N
-            k_at = _tile_at(key, stride_kn, stride_kb, stride_kh, pages, row, head, start, D, N, PAGE, NUMBERS)
-            v_at = _tile_at(value, stride_vn, stride_vb, stride_vh, pages, row, head, start, D, N, PAGE, NUMBERS)
+            at = column * BK + (tile % TILES) * N
+            k_at = _tile_at(key, stride_kn, stride_kb, stride_kh, pages, row, head, at, D, N, PAGE, NUMBERS)
+            v_at = _tile_at(value, stride_vn, stride_vb, stride_vh, pages, row, head, at, D, N, PAGE, NUMBERS)
         else:
             wide = token[:, None].to(tl.int64)
             k_at = key + row * stride_kb + head * stride_kh + wide * stride_kn + channel[None, :]
             v_at = value + row * stride_vb + head * stride_vh + wide * stride_vn + channel[None, :]
         k = tl.load(k_at, mask=here[:, None], other=0.0)
         v = tl.load(v_at, mask=here[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(k)) * scaling
-        scores = tl.where(here[None, :], scores, float("-inf"))
-        peak = tl.maximum(top, tl.max(scores, 1))
+        scores = tl.where(here[:, None], tl.dot(k, q) * unit, float("-inf"))
+        peak = tl.maximum(top, tl.max(scores, 0))
         safe = tl.where(peak == float("-inf"), 0.0, peak)
-        shares, fade = tl.exp(scores - safe[:, None]), tl.exp(top - safe)
-        total = total * fade + tl.sum(shares, 1)
-        mixed = tl.dot(shares.to(v.dtype), v, mixed * fade[:, None])
+        shares, fade = tl.exp2(scores - safe[None, :]), tl.exp2(top - safe)
+        total = total * fade + tl.sum(shares, 0)
+        mixed = tl.dot(tl.trans(v), shares.to(v.dtype), mixed * fade[None, :])
         top = peak
     sum_ = tl.where(total == 0.0, 1.0, total)
-    at = (pair * GROUP + member) * splits + split
-    tl.store(part_out + at[:, None] * D + channel[None, :], mixed / sum_[:, None], mask=real[:, None])
-    tl.store(part_lse + at, tl.where(total == 0.0, float("-inf"), top + tl.log(sum_)), mask=real)
+    mixed = mixed / sum_[None, :]
+    log_sum = tl.where(total == 0.0, float("-inf"), (top + tl.log2(sum_)) * 0.6931471805599453)
+    own = pair * GROUP + member
+    if MERGED == 0:
+        tl.store(out + own[None, :] * D + channel[:, None], mixed, mask=real[None, :])
+        tl.store(lse + own, log_sum, mask=real)
+    else:
+        at = own * splits + split
+        tl.store(part_out + at[None, :] * D + channel[:, None], mixed, mask=real[None, :])
+        tl.store(part_lse + at, log_sum, mask=real)
+        tl.debug_barrier()  # so that all of the program's numbers are written when it is counted
+        if tl.atomic_add(arrived + pair, 1) < splits - 1:
+            return
+        tl.store(arrived + pair, 0)  # the last one merges, and leaves the counter as it was
+        tl.debug_barrier()
+        top = tl.full((M,), float("-inf"), tl.float32)
+        total = tl.zeros((M,), tl.float32)
+        merged = tl.zeros((M, D), tl.float32)
+        for lowest in range(0, splits, MERGED):
+            number = lowest + tl.arange(0, MERGED)
+            there = real[:, None] & (number < splits)[None, :]
+            place = own[:, None] * splits + number[None, :]
+            sums = tl.load(part_lse + place, mask=there, other=float("-inf"), cache_modifier=".cg")
+            parts = tl.load(
+                part_out + place[:, :, None] * D + channel[None, None, :], mask=there[:, :, None], other=0.0,
+                cache_modifier=".cg",
+            )  # fmt: skip
+            peak = tl.maximum(top, tl.max(sums, 1))
+            safe = tl.where(peak == float("-inf"), 0.0, peak)
+            share, fade = tl.exp(sums - safe[:, None]), tl.exp(top - safe)
+            merged = merged * fade[:, None] + tl.sum(parts * share[:, :, None], 1)
+            total = total * fade + tl.sum(share, 1)
+            top = peak
+        sum_ = tl.where(total == 0.0, 1.0, total)
+        tl.store(out + own[:, None] * D + channel[None, :], merged / sum_[:, None], mask=real[:, None])
+        tl.store(lse + own, tl.where(total == 0.0, float("-inf"), top + tl.log(sum_)), mask=real)
 
 
 class BlockDecode:
-    """Attention of one query over chosen blocks of a cache. The workspace is made once, so that a call is two launches
-    and can be captured in a CUDA graph."""
+    """Attention of one query over chosen blocks of a cache. The workspace is made once, so that a call is one launch
+    and can be captured in a CUDA graph; calls must not overlap."""
 
     def __init__(
         self, batch: int, heads: int, query_heads: int, channels: int, block_k: int, *, device: torch.device,
@@ -176,10 +269,13 @@ class BlockDecode:
         self.lse = torch.empty(batch, query_heads, device=device)
         self._partial = torch.empty(batch * query_heads, self.splits, channels, device=device)
         self._partial_lse = torch.empty(batch * query_heads, self.splits, device=device)
+        self._arrived = torch.zeros(batch, heads, dtype=torch.int32, device=device)
         group = query_heads // heads
+        columns = max(COLUMNS, triton.next_power_of_2(group))
         self._meta: dict[str, Any] = {
-            "GROUP": group, "D": channels, "M": max(ROWS, triton.next_power_of_2(group)), "BK": block_k,
-            "N": min(tile, block_k), "num_warps": num_warps, "num_stages": num_stages,
+            "GROUP": group, "D": channels, "M": columns, "BK": block_k, "N": min(tile, block_k),
+            "MERGED": 0 if self.splits == 1 else max(1, min(8, MERGED // (columns * channels))),
+            "num_warps": num_warps, "num_stages": num_stages,
         }  # fmt: skip
 
     def __call__(
@@ -211,10 +307,10 @@ class BlockDecode:
         first: Tensor | None, strides: tuple[int, ...], page: int = 0, pages: int = 0,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         batch, heads = index.shape[:2]
-        _chosen[(batch * heads, self.splits)](
-            query.contiguous(), key, value, index, count, count if first is None else first, length, self._partial,
-            self._partial_lse, *strides, pages, heads, index.shape[-1], self.splits, scaling, FIRST=first is not None,
+        launch(
+            _chosen, (batch * heads, self.splits), query.device, query.contiguous(), key, value, index, count,
+            count if first is None else first, length, self._partial, self._partial_lse, self.out, self.lse,
+            self._arrived, *strides, pages, heads, index.shape[-1], self.splits, scaling, FIRST=first is not None,
             PAGE=page, NUMBERS=NUMBERS[query.dtype], **self._meta,
         )  # fmt: skip
-        merge(self._partial, self._partial_lse, self.out, self.lse)
         return self.out, self.lse

@@ -1,7 +1,7 @@
 """Choice of blocks on the device: one program turns a row of scores into a list, without sorting and without a wait.
 
-The cut of a rule is found bit by bit: floats that are not negative order as their bits do, so 32 counts over a row give
-the least score that is kept. Blocks with that very score are taken from the first one on.
+The cut of a rule is found digit by digit: floats that are not negative order as their bits do, so a few counts over a
+row give the least score that is kept. Blocks with that very score are taken from the first one on.
 """
 
 from __future__ import annotations
@@ -16,22 +16,12 @@ RULES = {"top": TOP, "mass": MASS, "cut": CUT}
 
 
 @triton.jit
-def _select(
-    scores, flags, limits, columns, start, whole, count, heads, rows, blocks, stride_fb, stride_fh, stride_fr,
-    share, wanted, least,
-    RULE: tl.constexpr, NORMALIZED: tl.constexpr, BY_HEAD: tl.constexpr, ON_TOP: tl.constexpr, FLAGS: tl.constexpr,
-    N: tl.constexpr,
+def write_list(
+    x, flag, limits, columns, start, whole, count, line, head, blocks, share, wanted, least,
+    RULE: tl.constexpr, NORMALIZED: tl.constexpr, BY_HEAD: tl.constexpr, ON_TOP: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    line = tl.program_id(0).to(tl.int64)
+    """The list of line ``line``, by its scores ``x [N]`` and their flags."""
     block = tl.arange(0, N)
-    here = block < blocks
-    x = tl.load(scores + line * blocks + block, mask=here, other=float("-inf"))
-    row, head, place = line // (rows * heads), (line // rows) % heads, line % rows
-    flag = tl.full((N,), 3, tl.int32)
-    if FLAGS:
-        at = row * stride_fb + head * stride_fh + place * stride_fr
-        flag = tl.load(flags + at + block, mask=here, other=0).to(tl.int32)
-        x = tl.where((flag & 1) != 0, x, float("-inf"))
     some = x > float("-inf")
     always = some & ((x == float("inf")) | ((flag & 4) != 0))
     shares = x
@@ -51,15 +41,25 @@ def _select(
         free = some
         if ON_TOP:
             free = some & (always == 0)
-        bits = tl.where(always, float("inf"), x).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-        negative = bits >= 0x80000000
-        order = tl.where(negative, 0xFFFFFFFF - bits, bits + 0x80000000)
-        order = tl.where(free, order, -1)
-        cut = tl.zeros((), tl.int64)
-        for step in tl.static_range(32):
-            trial = cut + (1 << (31 - step))
-            cut = tl.where(tl.sum((order >= trial).to(tl.int32), 0) >= need, trial, cut)
-        above, equal = order > cut, order == cut
+        # What is not free has the order of no float but one NaN, 0.
+        bits = tl.where(always, float("inf"), x).to(tl.uint32, bitcast=True)
+        order = tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
+        order = tl.where(free, order, 0)
+        cut = tl.zeros((), tl.uint32)
+        # Two bits a step: three counts are one sum.
+        COUNTS: tl.constexpr = tl.uint32 if N <= 512 else tl.uint64
+        WIDTH: tl.constexpr = 10 if N <= 512 else 20
+        MOST: tl.constexpr = (1 << WIDTH) - 1
+        for step in tl.static_range(16):
+            unit = tl.full((), 1, tl.uint32) << (30 - 2 * step)
+            one, two = (order >= cut + unit).to(COUNTS), (order >= cut + 2 * unit).to(COUNTS)
+            three = (order >= cut + 3 * unit).to(COUNTS)
+            found = tl.sum(one + (two << WIDTH) + (three << (2 * WIDTH)), 0)
+            digit = ((found & MOST).to(tl.int32) >= need).to(tl.uint32)
+            digit += (((found >> WIDTH) & MOST).to(tl.int32) >= need).to(tl.uint32)
+            digit += ((found >> (2 * WIDTH)).to(tl.int32) >= need).to(tl.uint32)
+            cut += digit * unit
+        above, equal = order > cut, (order == cut) & free
         rest = need - tl.sum(above.to(tl.int32), 0)
         keep = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= rest))
     elif RULE == 1:
@@ -94,6 +94,29 @@ def _select(
     tl.store(count + line, first + tl.sum(partials, 0))
 
 
+@triton.jit
+def _select(
+    scores, flags, limits, columns, start, whole, count, heads, rows, blocks, stride_fb, stride_fh, stride_fr,
+    share, wanted, least,
+    RULE: tl.constexpr, NORMALIZED: tl.constexpr, BY_HEAD: tl.constexpr, ON_TOP: tl.constexpr, FLAGS: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
+    line = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, N)
+    here = block < blocks
+    x = tl.load(scores + line * blocks + block, mask=here, other=float("-inf"))
+    row, head, place = line // (rows * heads), (line // rows) % heads, line % rows
+    flag = tl.full((N,), 3, tl.int32)
+    if FLAGS:
+        at = row * stride_fb + head * stride_fh + place * stride_fr
+        flag = tl.load(flags + at + block, mask=here, other=0).to(tl.int32)
+        x = tl.where((flag & 1) != 0, x, float("-inf"))
+    write_list(
+        x, flag, limits, columns, start, whole, count, line, head, blocks, share, wanted, least, RULE, NORMALIZED,
+        BY_HEAD, ON_TOP, N,
+    )  # fmt: skip
+
+
 def select_blocks(
     scores: Tensor, flags: Tensor | None = None, *, rule: str = "top", share: float = 0.0, wanted: int = 0,
     least: int = 1, limits: Tensor | None = None, normalized: bool = True, include_forced: bool = True,
@@ -124,3 +147,29 @@ def select_blocks(
         num_warps=num_warps or max(1, min(8, size // 512)),
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _partial(start, whole, count, columns, out, number, lines, WIDTH: tl.constexpr, N: tl.constexpr):
+    line = tl.program_id(0) * N + tl.arange(0, N)
+    here = line < lines
+    first = tl.load(whole + line, mask=here, other=0)
+    rest = tl.load(count + line, mask=here, other=0) - first
+    tl.store(number + line, rest, mask=here)
+    begin = columns + tl.load(start + line, mask=here, other=0) + first
+    for place in tl.static_range(WIDTH):
+        column = tl.load(begin + place, mask=here & (place < rest), other=0)
+        tl.store(out + line * WIDTH + place, column, mask=here)
+
+
+def partial_blocks(
+    start: Tensor, whole: Tensor, count: Tensor, columns: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
+    """How many blocks of every row of a block map have to be masked token by token, int32 ``[B, M, rows]``, and the
+    first ``width`` of them, int32 ``[B, M, rows, width]``, 0 where there are fewer."""
+    out = torch.empty(*count.shape, width, dtype=torch.int32, device=count.device)
+    number = torch.empty_like(count)
+    _partial[(triton.cdiv(count.numel(), 128),)](
+        start, whole, count, columns, out, number, count.numel(), WIDTH=width, N=128, num_warps=4
+    )
+    return number, out

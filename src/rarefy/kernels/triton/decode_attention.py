@@ -20,7 +20,8 @@ own memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from rarefy.kernels.coded import DEPTH, KINDS, Tiles, Turns
 from rarefy.kernels.triton.decode_stretch import attend_stretch
-from rarefy.kernels.triton.tiles import DEPTH, KINDS, Tiles
 
 NUMBERS = {
     torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32,
@@ -42,34 +43,8 @@ COLUMNS = 16  # the most that heads of several groups of tokens take
 MERGED, STRETCHES = 16, 128  # channels of a program that merges, and the stretches that it reads at once
 PROGRAMS = {"channel": 132 * 8, "token": 132 * 12}  # that a large GPU runs at once; a second round waits for the first
 ROWS = {"channel": DEPTH, "token": 4 * DEPTH}  # of a tile
-
-
-@dataclass(frozen=True)
-class Turns:
-    """Rotary angles of keys that are stored without them. ``inv_freq`` float32 ``[rotated channels / 2]``, ``factor``
-    by which keys get longer, and ``shift`` int64 ``[B]``: token t of a row is at position t + shift."""
-
-    inv_freq: Tensor
-    factor: float
-    shift: Tensor
-
-    def tables(self, channels: int, rows: int, origin: int, tokens: int, slots: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the places in a tile, float16 ``[slots, 2, rows, D / slots]``, and of the first
-        positions of all tiles of ``tokens`` from ``origin`` on, float32 ``[B, tiles, 2, D]``; channels without RoPE
-        have 1 and 0."""
-        device = self.inv_freq.device
-        inside = self._both(torch.arange(rows, device=device), channels)  # [2, rows, D]
-        first = torch.arange(origin, origin + tokens, rows, device=device) + self.shift.to(device)[:, None]
-        starts = self._both(first, channels)
-        starts[..., : 2 * len(self.inv_freq)] *= self.factor
-        inside = inside.unflatten(-1, (-1, slots)).permute(3, 0, 1, 2)
-        return inside.half().contiguous(), starts.permute(1, 2, 0, 3).contiguous()
-
-    def _both(self, positions: Tensor, channels: int) -> Tensor:
-        """``[2, ..., D]``."""
-        half = positions[..., None].float() * self.inv_freq
-        angle = torch.cat([half, half, half.new_zeros(*half.shape[:-1], channels - 2 * half.shape[-1])], -1)
-        return torch.stack([angle.cos(), angle.sin()])
+# Of lists, whose programs are shorter; and the most that share one.
+LISTED, SHARED = {"channel": 132 * 8, "token": 132 * 16}, 64
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -115,15 +90,21 @@ def _tile(keys: Tiles, channels: int, rows: int) -> int:
 
 
 def fits(
-    keys: Tiles, values: Tiles, channels: int, run_tokens: int, rows: int = DEPTH, turns: Turns | None = None
-) -> bool:
-    """Whether the kernel can read these tiles: sizes are powers of two, and tiles begin with a chunk."""
+    keys: Tiles, values: Tiles, channels: int, run_tokens: int, rows: int = DEPTH, turns: Turns | None = None,
+    block: int | None = None,
+) -> bool:  # fmt: skip
+    """Whether the kernel can read these tiles: sizes are powers of two, and tiles begin with a chunk and lie in a
+    block, where blocks are listed."""
     chunks = keys.chunk(channels), values.chunk(channels)
     powers = _power(channels, rows, keys.group, values.group, keys.block, values.block, *chunks)
     if not powers or channels < DEPTH or rows < DEPTH or values.kind == "channel":
         return False
     tile = _tile(keys, channels, rows)
+    if block is not None and (block % tile or run_tokens % block):
+        return False
     if keys.kind == "channel" and (keys.block < 4 * chunks[0] or keys.group < chunks[0] or turns is not None):
+        return False
+    if "float8" in (keys.kind, values.kind):
         return False
     for side, chunk in zip((keys, values), chunks, strict=True):
         by_token = side.kind != "channel"
@@ -161,22 +142,30 @@ def _stages(keys: Tiles, values: Tiles, channels: int, tile: int, virtual: int) 
 
 
 class DecodeAttention:
-    """Attention over fixed runs of coded keys and values; addresses and workspace are made once, so that a call is two
-    launches and can be captured in a CUDA graph."""
+    """Attention over fixed runs of coded keys and values, or over blocks of them that lists name; addresses and
+    workspace are made once, so that a call is two launches and can be captured in a CUDA graph."""
 
     def __init__(
         self, keys: Tiles, values: Tiles, batch: int, heads: int, query_heads: int, channels: int, run_tokens: int, *,
         device: torch.device, parts: int | None = None, sinks: Tensor | None = None, first: Tensor | None = None,
         turns: Turns | None = None, origin: int = 0, rows: int | None = None, num_warps: int = 1,
-        num_stages: int | None = None, registers: int | None = None,
+        num_stages: int | None = None, registers: int | None = None, block: int | None = None,
+        lengths: tuple[Sequence[int], Sequence[int]] | None = None,
     ):  # fmt: skip
         """``run_tokens``: tokens of each run. ``parts``: programs for each run and KV head (None: enough to fill the
         GPU). ``sinks`` int64 ``[B, S]``: tokens that are left out; ``first`` int64 ``[B]``: tokens before it are.
         ``turns``: keys are without RoPE. ``origin``: the first run's first token. ``rows``: chunks (of keys by channel)
-        or tokens of a tile. ``registers``: the most that a thread may have. Raises ValueError where sizes do not fit
-        the kernel (see `fits`)."""
+        or tokens of a tile. ``registers``: the most that a thread may have.
+
+        ``block``: tokens of the blocks that lists name (None: all tokens are read). Programs then share a list, and
+        runs may be of the ``lengths`` given for keys and values, in pages of ``run_tokens``. Raises ValueError where
+        sizes do not fit the kernel (see `fits`).
+        """
+        if block is not None:
+            keys = replace(keys, within=block)
         rows = rows or ROWS.get(keys.kind, 2 * DEPTH)
-        if not fits(keys, values, channels, run_tokens, rows, turns):
+        rows = rows if block is None or keys.kind == "channel" else min(rows, block)
+        if not fits(keys, values, channels, run_tokens, rows, turns, block):
             raise ValueError(
                 f"{run_tokens} tokens of {channels} channels in tiles of {rows} rows do not fit the kernel."
             )
@@ -184,11 +173,24 @@ class DecodeAttention:
         chunks = keys.chunk(channels), values.chunk(channels)
         self.tile = _tile(keys, channels, rows)
         runs, tiles = len(keys.runs), run_tokens // self.tile
-        if parts is None:
-            parts = PROGRAMS.get(keys.kind, PROGRAMS["token"]) // max(1, batch * heads * runs)
-        each = -(-tiles // max(1, parts))
-        parts = -(-tiles // each)
-        self.splits = runs * parts
+        if lengths is None:
+            tables = [side.pointers(device, run_tokens) for side in (keys, values)]
+        else:
+            counts = page_counts(lengths, run_tokens)
+            runs = sum(counts[0])
+            tables = [
+                side.pages(device, own, count, run_tokens)
+                for side, own, count in zip((keys, values), lengths, counts, strict=True)
+            ]
+        self.tokens = runs * run_tokens
+        known = PROGRAMS if block is None else LISTED
+        programs = known.get(keys.kind, known["token"])
+        if block is not None:
+            each, parts = 0, parts or max(1, min(SHARED, programs // (batch * heads)))
+        else:
+            each = -(-tiles // max(1, parts or programs // max(1, batch * heads * runs)))
+            parts = -(-tiles // each)
+        self.splits = parts if block else runs * parts
         pitch = triton.next_power_of_2(query_heads // heads)
         virtual = _virtual(keys, self.tile, pitch)
         empty = torch.zeros(1, device=device)
@@ -199,6 +201,8 @@ class DecodeAttention:
         self._grid = (batch * heads, self.splits)
         if num_stages is None:
             num_stages = _stages(keys, values, channels, self.tile, virtual)
+            # Where a tile lies is known from the list only, which is one more load to be ahead of.
+            num_stages += block is not None and num_stages > 1
         pairs = not isinstance(attend_stretch, InterpretedFunction)
         inside, starts, rotated = empty, empty, 0
         if turns is not None:
@@ -206,18 +210,19 @@ class DecodeAttention:
             rotated = len(turns.inv_freq)
         center, spread = (empty, empty) if keys.affine is None else keys.affine
         self._tensors = (
-            keys.pointers(device, run_tokens), _table(keys, empty, pairs),
-            values.pointers(device, run_tokens), _table(values, empty, pairs),
-            torch.tensor([0, 24, 16, 8], dtype=torch.int32, device=device),
-            empty if sinks is None else sinks, empty if first is None else first, center, spread, inside, starts,
+            tables[0], _table(keys, empty, pairs), tables[1], _table(values, empty, pairs),
+            torch.tensor([0, 24, 16, 8], dtype=torch.int32, device=device), empty if sinks is None else sinks,
         )  # fmt: skip
+        self._more = (center, spread, inside, starts)
+        self._first = first
+        self._none = torch.zeros(1, dtype=torch.int64, device=device)
         self._sizes = (runs, run_tokens, parts, each, heads, self.splits, rotated, origin)
         dense = next((run[0].dtype for side in (keys, values) if side.kind == "dense" for run in side.runs), None)
         self._meta: dict[str, Any] = {
             "GROUP_HEADS": query_heads // heads, "PITCH": pitch, "VIRTUAL": virtual,
             "M": max(HEADS, pitch * virtual), "D": channels, "R": rows,
-            "SINKS": 0 if sinks is None else sinks.shape[1], "PADDED": first is not None,
-            "ROPE": turns is not None, "NUMBERS": NUMBERS[dense or torch.float16],
+            "SINKS": 0 if sinks is None else sinks.shape[1], "LISTED": block or 0, "ROPE": turns is not None,
+            "NUMBERS": NUMBERS[dense or torch.float16],
             "PAIRS": pairs, "STAGES": num_stages,
             **_options("K", keys, chunks[0]), **_options("V", values, chunks[1]),
             "num_warps": num_warps, "num_stages": num_stages,
@@ -227,14 +232,39 @@ class DecodeAttention:
         if registers is not None:
             self._meta["maxnreg"] = registers
 
-    def __call__(self, query: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, query: Tensor, scaling: float, lists: tuple[Tensor, Tensor] | None = None, first: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """``query [B, Hq, D]``; the result float32 ``[B, Hq, D]`` and its log-sum-exp ``[B, Hq]``, overwritten by the
-        next call."""
+        next call. ``lists``: which blocks are read, int32 ``[B, Hkv, capacity]``, and how many of those, int32
+        ``[B, Hkv]``; blocks beyond the runs are left out. ``first`` int64 ``[B]`` as above, for this call."""
+        first = self._first if first is None else first
+        index, count = (self._none, self._none) if lists is None else lists
         attend_stretch[self._grid](
-            query.contiguous(), *self._tensors, self._partial, self._partial_lse, *self._sizes, scaling, **self._meta
-        )
+            query.contiguous(), *self._tensors, self._none if first is None else first, *self._more, self._partial,
+            self._partial_lse, *self._sizes, scaling, index, count, index.shape[-1], PADDED=first is not None,
+            **self._meta,
+        )  # fmt: skip
         merge(self._partial, self._partial_lse, self.out, self.lse)
         return self.out, self.lse
+
+
+def page_counts(lengths: tuple[Sequence[int], Sequence[int]], page: int) -> list[list[int]]:
+    """How many whole pages the runs of keys and of values have from their beginning on, before one that lies in two
+    runs, as far as both have them."""
+    found = []
+    for own in lengths:
+        counts: list[int] = []
+        for length in own:
+            counts.append(length // page)
+            if length % page:
+                break
+        found.append(counts + [0] * (len(own) - len(counts)))
+    least = min(map(sum, found))
+    for counts in found:
+        for number in reversed(range(len(counts))):
+            counts[number] -= min(counts[number], sum(counts) - least)
+    return found
 
 
 def _table(side: Tiles, empty: Tensor, pairs: bool) -> Tensor:

@@ -1,4 +1,5 @@
-"""The kernel of ``decode_attention.py``: all query heads of one KV head over one stretch of tokens in code."""
+"""The kernel of ``decode_attention.py``: all query heads of one KV head over one stretch of tokens in code, or over a
+part of a list of blocks of them."""
 
 # Tuples in Triton know addition only, and may grow.
 # ruff: noqa: RUF005
@@ -21,10 +22,12 @@ def _is_hidden(position, batch, sinks, first, SINKS: tl.constexpr, PADDED: tl.co
     return hidden
 
 
-@triton.jit(do_not_specialize=["runs", "run_tokens", "parts", "tiles", "heads", "splits", "rotated", "origin"])
+@triton.jit(
+    do_not_specialize=["runs", "run_tokens", "parts", "tiles", "heads", "splits", "rotated", "origin", "capacity"]
+)
 def attend_stretch(
     query, k_table, k_lut, v_table, v_lut, shifts, sinks, first, k_center, k_spread, turns, starts, part_out, part_lse,
-    runs, run_tokens, parts, tiles, heads, splits, rotated, origin, scaling,
+    runs, run_tokens, parts, tiles, heads, splits, rotated, origin, scaling, index, count, capacity,
     GROUP_HEADS: tl.constexpr, PITCH: tl.constexpr, VIRTUAL: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
     R: tl.constexpr, SINKS: tl.constexpr, PADDED: tl.constexpr, ROPE: tl.constexpr, NUMBERS: tl.constexpr,
     PAIRS: tl.constexpr, STAGES: tl.constexpr,
@@ -33,7 +36,7 @@ def attend_stretch(
     K_ENTRIES: tl.constexpr, K_INDEX: tl.constexpr, K_RANK: tl.constexpr,
     V_KIND: tl.constexpr, V_BITS: tl.constexpr, V_PER: tl.constexpr, V_BLOCK: tl.constexpr, V_GROUP: tl.constexpr,
     V_OFFSET: tl.constexpr, V_JOINED: tl.constexpr, V_ENTRIES: tl.constexpr, V_INDEX: tl.constexpr,
-    V_RANK: tl.constexpr,
+    V_RANK: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     run_tokens = tl.multiple_of(run_tokens, 16)
@@ -85,7 +88,25 @@ def attend_stretch(
     total = tl.zeros((M,), tl.float32)
     lift = (tl.zeros((M,), tl.float32),) * V_PARTS
     mixed = (tl.zeros((VX, M), tl.float32),) * (V_PER * V_PARTS)
-    for tile in tl.range(part * tiles, min((part + 1) * tiles, run_tokens // N), num_stages=STAGES):
+    begin, end = part * tiles, min((part + 1) * tiles, run_tokens // N)
+    if LISTED:
+        listed = tl.load(count + pair) * (LISTED // N)
+        each = (listed + splits - 1) // splits
+        begin, end = split * each, min((split + 1) * each, listed)
+    for step in tl.range(begin, end, num_stages=STAGES):
+        tile = step
+        if LISTED:
+            # A load ahead of the loop may read behind the list's end, where anything may be.
+            chosen = tl.load(index + pair * capacity + tl.minimum(step // (LISTED // N), capacity - 1))
+            token = chosen * LISTED + step % (LISTED // N) * N
+            beyond = (token < 0) | (token >= runs * run_tokens)
+            token = tl.where(beyond, 0, token)
+            run, tile = token // run_tokens, token % run_tokens // N
+            k_codes, v_codes = tl.load(k_table + run), tl.load(v_table + run)
+            k_scale, k_zero = tl.load(k_table + runs + run), tl.load(k_table + 2 * runs + run)
+            v_scale, v_zero = tl.load(v_table + runs + run), tl.load(v_table + 2 * runs + run)
+            k_tokens = tl.multiple_of(tl.load(k_table + 7 * runs + run), 16)
+            v_tokens = tl.multiple_of(tl.load(v_table + 7 * runs + run), 16)
         start = tile * N
         # Rows of tensors that lie token by token.
         k_row = (batch if K_JOINED else pair) * k_tokens + start
@@ -258,11 +279,13 @@ def attend_stretch(
                                  mask=(deep < K_RANK)[None, :], other=0.0)  # fmt: skip
                 more = more + (tl.dot(factor, met.to(tl.float16), scores[slot]),)
             scores = more
-        if SINKS > 0 or PADDED or VIRTUAL > 1:
+        if SINKS > 0 or PADDED or VIRTUAL > 1 or LISTED:
             more = ()
             for slot in tl.static_range(SLOTS):
                 position = origin + run * run_tokens + start + r * SLOTS + slot
                 hidden = _is_hidden(position, batch, sinks, first, SINKS, PADDED)[:, None]
+                if LISTED:
+                    hidden = hidden | beyond
                 if VIRTUAL > 1:
                     hidden = hidden | ((r * SLOTS // K_GROUP)[:, None] != virtual[None, :])
                 more = more + (tl.where(hidden, float("-inf"), scores[slot]),)

@@ -274,10 +274,11 @@ class Gain:
     kind: int
 
 
-def embed(tokens: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
-    """Rows ``[M, width]`` of ``table`` for ``tokens`` int64 ``[M]``, times ``scale`` as the table's dtype holds it."""
+def embed(tokens: Tensor, table: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """Rows ``[M, width]`` of ``table`` for ``tokens`` int64 ``[M]``, times ``scale`` as the table's dtype holds it; put
+    into ``out`` if there is one."""
     width, block = table.shape[1], 1024
-    out = table.new_empty(len(tokens), width)
+    out = table.new_empty(len(tokens), width) if out is None else out
     rounded = float(torch.tensor(scale, dtype=table.dtype))
     launch(
         _embed, (len(tokens), triton.cdiv(width, block)), table.device, tokens, table, out, width, rounded,

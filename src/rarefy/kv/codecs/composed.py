@@ -97,11 +97,11 @@ class Rotated(Codec):
 
     def turn(self, x: Tensor) -> Tensor:
         """``x [..., D]`` as the inner codec sees it."""
-        return hadamard(x * self._beside("signs", x))
+        return hadamard(x * self.beside("signs", x))
 
     def back(self, x: Tensor) -> Tensor:
         """Inverse of `turn`."""
-        return hadamard(x) * self._beside("signs", x)
+        return hadamard(x) * self.beside("signs", x)
 
 
 class Trimmed(Codec):

@@ -46,10 +46,9 @@ class LowRank(Codec):
         self.start = torch.randn(channels, self.rank, generator=torch.Generator().manual_seed(0))
 
     def encode(self, x: Tensor) -> Payload:
-        # A block of zeros has no directions; any orthonormal ones do.
-        right = self._beside("start", x).expand(*x.shape[:3], -1, -1)
+        right = self.beside("start", x).expand(*x.shape[:3], -1, -1)
         for _ in range(self.iterations):
-            left = torch.linalg.qr(x @ right).Q
+            left = _orthonormal(x @ right)
             right = x.transpose(-1, -2) @ left
         return {"lowrank_a": left.to(torch.float16), "lowrank_b": right.transpose(-1, -2).to(torch.float16)}
 
@@ -64,3 +63,18 @@ class LowRank(Codec):
     def mix(self, weights: Tensor, payload: Payload) -> Tensor:
         shares = weights.float().unflatten(-1, (-1, self.tokens)).transpose(2, 3)
         return ((shares @ payload["lowrank_a"].float()) @ payload["lowrank_b"].float()).sum(2)
+
+
+def _orthonormal(x: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of ``x [..., G, rank]``, with zeros in the place of those that others give.
+
+    Gram-Schmidt, twice for each column: a library's decomposition takes the blocks one after the other on GPUs.
+    """
+    found: list[Tensor] = []
+    for column in x.unbind(-1):
+        size = column.norm(dim=-1, keepdim=True)
+        for other in found * 2:
+            column = column - other * (other * column).sum(-1, keepdim=True)
+        rest = column.norm(dim=-1, keepdim=True)
+        found.append(torch.where(rest > 1e-6 * size, column / rest, 0.0))
+    return torch.stack(found, -1)

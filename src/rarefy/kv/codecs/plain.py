@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rarefy import packing
-from rarefy.formats.grids import Grid
+from rarefy.formats.grids import FloatGrid, Grid
+from rarefy.formats.scales import SingleScale
 from rarefy.kv.codec import Codec, Payload
 
 Axis = Literal["channel", "token"]
@@ -53,3 +54,9 @@ class Gridded(Codec):
         params = {name: tensor.flatten(0, 3) for name, tensor in payload.items() if name != "codes"}
         values = self.grid.decode(codes, params).reshape(*lead, rows, columns)
         return values.transpose(-1, -2) if self.axis == "channel" else values
+
+
+def is_float8(grid: FloatGrid, channels: int) -> bool:
+    """Whether codes are numbers in E4M3 with one float16 scale for a token's vector."""
+    plain = isinstance(grid.scales, SingleScale) and grid.scales.dtype == "float16" and not grid.two_scales
+    return plain and grid.format == "fp8_e4m3" and (grid.group_size or channels) >= channels

@@ -22,7 +22,7 @@ class _Table(Codec):
 
     def _nearest(self, normal: Tensor) -> Tensor:
         """The nearest codes, int64, of the shape of ``normal``."""
-        lut = self._beside("lut", normal)
+        lut = self.beside("lut", normal)
         return torch.searchsorted((lut[1:] + lut[:-1]) / 2, normal.contiguous())
 
     def _pack(self, codes: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ class _Table(Codec):
 
     def _values(self, payload: Payload) -> Tensor:
         codes = packing.unpack_bits(payload["codes"], self.num_bits, self.tokens * self.channels)
-        values = self._beside("decoded", codes)[codes.to(torch.int32)]
+        values = self.beside("decoded", codes)[codes.to(torch.int32)]
         return values.unflatten(-1, (self.tokens, self.channels))
 
     def shared(self) -> dict[str, Tensor]:
@@ -40,9 +40,7 @@ class _Table(Codec):
 class ChannelTable(_Table):
     """``x = center + scale * lut[code]`` with ``center`` and ``scale`` float32 ``[H, D]`` known beforehand."""
 
-    def __init__(
-        self, lut: Tensor, center: Tensor, scale: Tensor, tokens: int = 1, decoded: Tensor | None = None
-    ):
+    def __init__(self, lut: Tensor, center: Tensor, scale: Tensor, tokens: int = 1, decoded: Tensor | None = None):
         super().__init__(lut, tokens, center.shape[-1], decoded)
         self.center, self.scale = center.float(), scale.float()
 
@@ -56,7 +54,7 @@ class ChannelTable(_Table):
         return values * scale + center
 
     def _affine(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._beside("center", x)[:, None, None], self._beside("scale", x)[:, None, None]
+        return self.beside("center", x)[:, None, None], self.beside("scale", x)[:, None, None]
 
     def shared(self) -> dict[str, Tensor]:
         return {**super().shared(), "center": self.center, "scale": self.scale}
@@ -82,9 +80,9 @@ class NormTable(_Table):
     stored ``scale``, float16 ``[tokens, 1]`` per block, gives what is decoded the norm that ``x`` had."""
 
     def encode(self, x: Tensor) -> Payload:
-        norm = x.norm(dim=-1, keepdim=True)
+        norm = _norm(x)
         codes = self._nearest(x * (self.channels**0.5 / norm.clamp(min=torch.finfo(torch.float32).tiny)))
-        coded = self._beside("lut", x)[codes].norm(dim=-1, keepdim=True)
+        coded = _norm(self.beside("lut", x)[codes])
         return {"codes": self._pack(codes), "scale": _half(norm / coded)}
 
     def decode(self, payload: Payload) -> Tensor:
@@ -107,16 +105,16 @@ class ProductTable(Codec):
 
     def encode(self, x: Tensor) -> Payload:
         parts = x.unflatten(-1, (self.parts, self.width))
-        codebook = self._beside("codebook", x).float()
+        codebook = self.beside("codebook", x).float()
         half = codebook.square().sum(-1) / 2
         codes = torch.stack(
-            [(parts[..., m, :] @ codebook[m].T - half[m]).argmax(-1) for m in range(self.parts)], -1
+            [_products(parts[..., m, :], codebook[m]).sub_(half[m]).argmax(-1) for m in range(self.parts)], -1
         )
         return {"codes": packing.pack_bits(codes.to(torch.uint8).flatten(-2), self.num_bits)}
 
     def decode(self, payload: Payload) -> Tensor:
         codes = self._codes(payload)
-        codebook = self._beside("codebook", codes).float()
+        codebook = self.beside("codebook", codes).float()
         part = torch.arange(self.parts, device=codes.device)
         return codebook[part, codes].flatten(-2)
 
@@ -125,7 +123,7 @@ class ProductTable(Codec):
         if codes.shape[2] < self.count:
             return super().score(query, payload)
         parts = query.float().unflatten(-1, (self.parts, self.width))
-        table = torch.einsum("bhrmw,mkw->bhrmk", parts, self._beside("codebook", query).float())
+        table = torch.einsum("bhrmw,mkw->bhrmk", parts, self.beside("codebook", query).float())
         index = codes.transpose(-1, -2).unsqueeze(2).expand(-1, -1, query.shape[2], -1, -1)
         return table.gather(-1, index).sum(-2)
 
@@ -142,3 +140,22 @@ def _half(numbers: Tensor) -> Tensor:
     """float16, at most its largest number, so that an extreme token is coarse and not infinite."""
     limit = torch.finfo(torch.float16).max
     return numbers.clamp(-limit, limit).to(torch.float16)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Euclidean norms ``[..., 1]`` of ``x [..., D]``, with sums in an order that every device can keep."""
+    squares = x.square()
+    size = 1 << (x.shape[-1] - 1).bit_length()
+    squares = torch.nn.functional.pad(squares, (0, size - x.shape[-1]))
+    while size > 1:
+        size //= 2
+        squares = squares[..., :size] + squares[..., size:]
+    return squares.sqrt()
+
+
+def _products(x: Tensor, entries: Tensor) -> Tensor:
+    """``x [..., width]`` times all ``entries [K, width]``; of few channels in an order that every device can keep."""
+    if entries.shape[-1] > 2:
+        return x @ entries.T
+    terms = [x[..., n, None] * entries[:, n] for n in range(entries.shape[-1])]
+    return terms[0] if len(terms) == 1 else terms[0].add_(terms[1])

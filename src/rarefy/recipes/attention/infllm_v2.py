@@ -7,7 +7,7 @@ a second pass over the short ones. Nothing is added to the model, so that it can
 still attend densely: gradients go through the blocks that are read.
 
 The paper lets each query choose for itself, in groups of 16 heads; with ``block_q`` 1 so does this. With fewer heads in
-a group that leaves a GPU idle, so by default the queries of a block choose together in prefill.
+a group that leaves a GPU idle, so by default the queries of a block choose together in prefill, by each fourth of them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from rarefy.core.errors import RecipeError
 @attention_recipes.register("infllm_v2")
 class InfLlmV2(AttentionRecipe):
     """Means of windows choose blocks. ``size`` and ``stride`` of windows in keys; ``coarse``: take the softmax's sum
-    from windows four times as long. ``count``: blocks that are chosen, besides ``sink`` and ``local`` ones, or, with
-    ``count_forced`` as in the released kernels, among them. ``density``: that share of each row's blocks instead."""
+    from windows four times as long. ``every``: of each block of queries only each so many-th is looked at. ``count``:
+    blocks that are chosen, besides ``sink`` and ``local`` ones, or, with ``count_forced`` as in the released kernels,
+    among them. ``density``: that share of each row's blocks instead."""
 
     heads: Literal["query", "kv"] = "kv"
     dense_below: int = Field(8192, ge=0)
@@ -37,6 +38,7 @@ class InfLlmV2(AttentionRecipe):
     size: int = Field(32, ge=1)
     stride: int = Field(16, ge=1)
     coarse: bool = True
+    every: int = Field(4, ge=1)
     count: int = Field(63, ge=0)
     count_forced: bool = False
     density: float | None = Field(None, gt=0, le=1)
@@ -49,7 +51,8 @@ class InfLlmV2(AttentionRecipe):
             raise RecipeError("local has to be at least 2, since the newest keys fill no window yet.")
 
     def estimator(self, shape: AttentionShape, params: Mapping[str, Tensor]) -> WindowMeans:
-        return WindowMeans(self.size, self.stride, (4 * self.size, 4 * self.stride) if self.coarse else None)
+        coarse = (4 * self.size, 4 * self.stride) if self.coarse else None
+        return WindowMeans(self.size, self.stride, coarse, every=self.every)
 
     def selector(self, shape: AttentionShape, params: Mapping[str, Tensor]) -> Selector:
         if self.density is not None:

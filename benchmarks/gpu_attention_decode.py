@@ -1,0 +1,240 @@
+"""One new token over chosen blocks of a cache, in 16 bits and in code, against dense attention over a 16-bit cache.
+
+Shapes, inputs and clock are those of ``gpu_attention.py``; each step is a CUDA graph of scores of all blocks, their
+choice, and attention over the chosen. Rows of both scripts may share a file. Codes are random bits with random scales,
+which take as long to read as any; ``max_rel_error`` is that against softmax in float32 over the same blocks, of coded
+caches for one head of one sequence, whose numbers are decoded as ``packing`` unpacks them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from gpu_attention import CHANNELS, DEVICE, HEADS, KEY, KV_HEADS, SCALING, Clock, Timed, dense, relative, tensors
+from graphs import graph_of
+from harness import Row, arguments, write
+from torch import Tensor
+
+from rarefy.kernels.coded import Tiles
+from rarefy.kernels.triton.block_decode import BlockChoice, BlockDecode
+from rarefy.kernels.triton.decode_attention import DecodeAttention
+from rarefy.packing import unpack_bits
+
+DENSITY = 0.1
+RUN = 2048  # tokens of a run of codes
+GROUP = 128  # codes that share a scale
+# Tokens of a block, and whether its summary is a range of each channel and not a mean.
+PLAIN = ((64, False), (128, False), (64, True))
+# Other configurations of both kernels: tokens of a tile, warps, stages, programs that share a list; blocks that a
+# program gives scores to, and its warps.
+OTHERS = (
+    (64, 4, 3, 2, 64, 4), (64, 4, 3, 2, 32, 1), (64, 4, 3, 2, 64, 1), (64, 4, 3, 2, 64, 2), (64, 4, 4, 1, 32, 1),
+    (64, 8, 3, 2, 32, 1), (32, 4, 4, 4, 32, 1), (64, 4, 3, 4, 32, 1), (64, 4, 3, 3, 32, 2), (64, 4, 2, 3, 32, 1),
+)  # fmt: skip
+# Bits, whether keys have a scale for each channel or each token, and tokens of a block.
+CODED: tuple[tuple[int, Literal["channel", "token"], int], ...] = (
+    (4, "channel", 128), (4, "token", 64), (4, "channel", 64), (2, "channel", 128),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """A step over a cache. ``attend``: attention over the blocks that ``choose`` has chosen, as ``found`` says them;
+    ``expected`` makes what it should be of which blocks each KV head reads (bool ``[B, Hkv, tokens]``)."""
+
+    label: str
+    choose: Callable[[], Any]
+    attend: Callable[[], Tensor]
+    found: tuple[Tensor, Tensor]
+    block: int
+    expected: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+    def whole(self) -> Tensor:
+        self.choose()
+        return self.attend()
+
+    def error(self) -> float:
+        """How far the attention over the blocks that were chosen is from what it should be."""
+        output = self.whole()
+        index, count = self.found
+        place = torch.arange(index.shape[-1], device=DEVICE) < count[..., None]
+        mask = torch.zeros(*count.shape, index.shape[-1] + 1, dtype=torch.bool, device=DEVICE)
+        mask.scatter_(2, torch.where(place, index.long(), mask.shape[2] - 1), True)
+        expected, heads = self.expected(mask[..., :-1].repeat_interleave(self.block, 2))
+        return relative(output[: len(expected), heads], expected)
+
+
+def chooser(
+    query: Tensor, keys: Tensor, block: int, bound: bool, **own: Any
+) -> tuple[Callable[[], Any], tuple[Tensor, Tensor]]:
+    """Scores of all blocks of ``keys`` and the choice of the best, and where that lies."""
+    batch, _, tokens, _ = keys.shape
+    pages = keys.unflatten(2, (-1, block))
+    high, low = (pages.amax(3), pages.amin(3)) if bound else (pages.mean(3), None)
+    high, low = high.contiguous(), None if low is None else low.contiguous()
+    length = torch.full((batch,), tokens, dtype=torch.int32, device=DEVICE)
+    choice = BlockChoice(batch, KV_HEADS, tokens // block, device=torch.device(DEVICE), **own)
+    options: dict[str, Any] = {"tokens": block, "scaling": SCALING, "share": DENSITY, "low": low}
+    return lambda: choice(query, high, length, **options), (choice.index, choice.count)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Softmax in float32 over the tokens of ``mask``, ``[B, H, D]``."""
+    scores = query.unflatten(1, (key.shape[1], -1)).float() @ key.float().mT * SCALING
+    return (scores.masked_fill(~mask[:, :, None], -torch.inf).softmax(-1) @ value.float()).flatten(1, 2)
+
+
+def plain_job(
+    query: Tensor, key: Tensor, value: Tensor, block: int, bound: bool, choice: dict[str, int], **options: Any
+) -> Job:
+    batch, _, tokens, _ = key.shape
+    choose, (index, count) = chooser(query, key, block, bound, **choice)
+    length = torch.full((batch,), tokens, dtype=torch.int32, device=DEVICE)
+    run = BlockDecode(batch, KV_HEADS, HEADS, CHANNELS, block, device=torch.device(DEVICE), **options)
+
+    def attend() -> Tensor:
+        return run(query, key, value, index, count, length, SCALING)[0]
+
+    def expected(mask: Tensor) -> tuple[Tensor, Tensor]:
+        return attention(query, key, value, mask), torch.arange(HEADS, device=DEVICE)
+
+    label = f"{'extremes' if bound else 'means'} of {block}" + "".join(
+        f", {name} {value}" for name, value in (*options.items(), *((f"choice {n}", v) for n, v in choice.items()))
+    )
+    return Job(label, choose, attend, (index, count), block, expected)
+
+
+def codes(kind: str, num_bits: int, batch: int, tokens: int) -> Tiles:
+    """Random codes of a cache."""
+    runs = []
+    for _ in range(tokens // RUN):
+        words = RUN * CHANNELS * num_bits // 32
+        stream = torch.randint(-(2**31), 2**31, (batch, KV_HEADS, words), dtype=torch.int32, device=DEVICE)
+        steps = torch.rand(batch, KV_HEADS, RUN * CHANNELS // GROUP, device=DEVICE) * 4 / 2**num_bits
+        zeros = torch.rand(steps.shape, device=DEVICE) * 2**num_bits
+        runs.append((stream, steps.half(), zeros.half()))
+    return Tiles(kind, tuple(runs), num_bits, GROUP if kind == "channel" else 1, GROUP)
+
+
+def decoded(side: Tiles, row: int, head: int) -> Tensor:
+    """Numbers of one head, float32 ``[tokens, D]``."""
+    parts = []
+    for stream, steps, zeros in side.runs:
+        numbers = unpack_bits(stream[row, head, None].cpu(), side.num_bits, RUN * CHANNELS).float().view(-1, GROUP)
+        numbers = (numbers - zeros[row, head].cpu().float()[:, None]) * steps[row, head].cpu().float()[:, None]
+        # By channel: blocks of GROUP tokens, each channel's tokens in a row.
+        parts.append(numbers.view(-1, CHANNELS, GROUP).mT.reshape(-1, CHANNELS) if side.kind == "channel" else numbers)
+    return torch.cat(parts).to(DEVICE)
+
+
+def coded_job(query: Tensor, key: Tensor, num_bits: int, kind: str, block: int, **options: Any) -> Job:
+    """Keys and values in code; blocks are chosen by means of other keys, since these are random either way."""
+    batch, _, tokens, _ = key.shape
+    choose, (index, count) = chooser(query, key, block, False)
+    keys, values = codes(kind, num_bits, batch, tokens), codes("token", num_bits, batch, tokens)
+    run = DecodeAttention(
+        keys, values, batch, KV_HEADS, HEADS, CHANNELS, RUN, device=torch.device(DEVICE), block=block, **options
+    )
+
+    def attend() -> Tensor:
+        return run(query, SCALING, (index, count))[0]
+
+    def expected(mask: Tensor) -> tuple[Tensor, Tensor]:
+        own = [decoded(side, 0, 1)[None, None] for side in (keys, values)]
+        heads = torch.arange(HEADS // KV_HEADS, 2 * HEADS // KV_HEADS, device=DEVICE)
+        return attention(query[:1, heads], own[0], own[1], mask[:1, 1:2]), heads
+
+    label = f"{num_bits} bits, keys by {kind}, means of {block}"
+    return Job(label, choose, attend, (index, count), block, expected)
+
+
+def measure(
+    clock: Clock, batch: int, tokens: int, rounds: int, quick: bool, others: bool, keep: Callable[[Row], None]
+) -> None:
+    """One new token in each sequence. Rows are kept as they come."""
+    query, key, value = tensors(tokens, batch, 1)
+    key, value = key.contiguous(), value.contiguous()
+    one = query[:, :, 0].contiguous()
+    graphs: Timed = {}
+    for name, call in dense(query, key, value, causal=False).items():
+        try:
+            graphs[name] = graph_of([call]).replay
+        except Exception as failure:
+            print(f"  decode {name}: {type(failure).__name__}: {str(failure).splitlines()[0][:200]}")
+            torch.cuda.synchronize()
+    size = 2 * batch * KV_HEADS * tokens * CHANNELS * 2
+    makers: list[Callable[[], Job]] = [lambda b=b, e=e: plain_job(one, key, value, b, e, {}) for b, e in PLAIN]  # type: ignore[misc]
+    makers += [lambda n=n, k=k, b=b: coded_job(one, key, n, k, b) for n, k, b in CODED]  # type: ignore[misc]
+    if others:
+        makers = [
+            lambda t=t, w=w, s=s, p=p, n=n, c=c: plain_job(  # type: ignore[misc]
+                one, key, value, 64, False, {"tile": n, "num_warps": c}, tile=t, num_warps=w, num_stages=s, splits=p
+            )
+            for t, w, s, p, n, c in OTHERS
+        ]
+    for make in makers[:: 3 if quick else 1]:
+        label, stage = "", "making"
+        try:
+            # A graph reads the memory of its calls and does not hold it, so the job has to live until the end.
+            job = make()
+            label, stage = job.label, "check"
+            error = job.error()
+            torch.cuda.synchronize()
+            stage = "graph"
+            own: Timed = {label: graph_of([job.whole]).replay, "choice": graph_of([job.choose]).replay}
+            own["attention"] = graph_of([job.attend]).replay
+            torch.cuda.synchronize()
+            times = clock({**graphs, **own}, rounds)
+        except Exception as failure:
+            print(f"  {label}, {stage}: {type(failure).__name__}: {str(failure)[:300]}", flush=True)
+            torch.cuda.synchronize()
+            continue
+        peers = {name: times[name] for name in graphs if name in times}
+        peer = min(peers, key=lambda name: peers[name])
+        parts = {part: round(times[part] * 1e3, 1) for part in ("choice", "attention")}
+        row = {
+            "goal": "decode", "job": f"decode, {label}", "tokens": tokens, "density": DENSITY, "batch": batch,
+            "peer": f"dense {peer}", "microseconds": round(times[label] * 1e3, 2),
+            "peer_microseconds": round(peers[peer] * 1e3, 2), "ratio": round(peers[peer] / times[label], 3),
+            "max_rel_error": error, "dense_gigabytes_per_second": round(size / peers[peer] / 1e6),
+            "parts_microseconds": parts, "note": "scores and choice of blocks included; CUDA graph",
+        }  # fmt: skip
+        keep(row)
+        about = f"decode {batch} x {tokens}, {label}: {row['microseconds']} us, {row['ratio']}x {peer},"
+        print(about, f"error {error:.1e}", parts, {name: round(ms * 1e3, 1) for name, ms in peers.items()}, flush=True)
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no new length after so long")
+    parser.add_argument("--cases", default="16x32768,1x131072,1x32768,4x32768,16x8192", help="batches and lengths")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--others", action="store_true", help="try other configurations of the kernels instead")
+    options = parser.parse_args()
+    begin = time.monotonic()
+    torch.manual_seed(0)
+    clock = Clock()
+    rows: list[Row] = []
+
+    def keep(row: Row) -> None:
+        rows.append(row)
+        if options.json is not None:
+            write(options, rows, KEY)
+
+    for case in options.cases.split(","):
+        if time.monotonic() - begin > options.seconds:
+            print(f"decode {case}: no time left")
+            break
+        batch, length = (int(part) for part in case.split("x"))
+        measure(clock, batch, length, options.rounds, options.quick, options.others, keep)
+        torch.cuda.empty_cache()
+    if options.json is None:
+        write(options, rows, KEY)
+
+
+if __name__ == "__main__":
+    main()

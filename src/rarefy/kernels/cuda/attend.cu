@@ -1,0 +1,613 @@
+// Attention of one new token over keys and values in code: all query heads of one KV head, 128 channels.
+//
+// A warp takes tiles of 128 tokens. Its tensor-core products have codes as the left operand and query heads as columns,
+// so that codes need no padding, and numbers are taken out of words where they were loaded: a lane holds 16 neighbouring
+// tokens (of keys) or channels (of values), and which row of a product each of them is does not matter. The bits of a
+// uniform code are at once a float16 below the smallest normal one, `code * 2^(shift - 24)`, which products take without
+// loss; powers of two, scales and zeros go into the query, the weights and the sums, or into the numbers where several
+// groups meet. A table has an entry for two codes at once, of which every lane has its own copy, so that lookups never
+// wait for each other.
+//
+// What fills no tile, in code or not, and the sinks are the rest: a warp takes a few tokens of it one by one.
+//
+// Macros: K_KIND, V_KIND, K_BITS, V_BITS, K_GROUP, V_GROUP (tokens or channels that share a scale), K_SCALE, K_OFFSET,
+// V_OFFSET, K_SPREAD (keys have a center and a spread for each channel), TURNED (keys are without RoPE), JOINED (a token's
+// row is that of all heads), K_ENTRIES, V_ENTRIES, INDEX_BYTES (outliers of a token, and their indices), K_ROTATED, V_ROTATED (what is in code was turned by signs and a Hadamard matrix), SAME_TABLE, GROUP_HEADS,
+// QUERY, EXACT (types of the query and of what is not in code), SINKS, WARPS, BLOCKS (of a multiprocessor), DEPTH
+// (eighths of a tile loaded ahead); HALF is 1.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef long long i64;
+
+enum { CHANNEL = 1, TOKEN = 2, TABLE = 3, PRODUCT = 4, FLOAT8 = 5 };
+enum { F32 = 1, F16 = 2, BF16 = 3 };
+enum { K_CODES, K_STEPS, K_ZEROS, V_CODES, V_STEPS, V_ZEROS, K_TOKENS, V_TOKENS, K_OUT, K_OUT_AT, V_OUT, V_OUT_AT, PLACES };
+
+struct Arguments {
+  const void* query;   // [pairs * GROUP_HEADS][128]
+  void* out;           // likewise
+  float* lse;          // [pairs * GROUP_HEADS]
+  const i64* places;   // [PLACES][tiles]: addresses for the first pair, and tokens from one pair to the next
+  const i64* pieces;   // likewise of every 32 tokens in code after them
+  const float* k_signs;
+  const float* v_signs;
+  const u16* k_table;  // float16 [entries], or [64][256][2] of products
+  const u16* v_table;
+  const float* k_center;  // [heads][128]
+  const float* k_spread;
+  const u32* turns;       // float16 [128 places][32][2][2]: cosines of two channels, then sines
+  const float* starts;    // [batch][count_of_starts][2][128]: cosines and sines of tiles' first positions
+  const i64* sinks;       // [batch][SINKS]: tokens that are left out
+  float* part_out;     // [pairs * GROUP_HEADS][splits][128]
+  float* part_lse;     // [pairs * GROUP_HEADS][splits]
+  u32* arrived;        // [pairs], zero before and after
+  const void* k_tail;  // [pairs][tokens not in code][128]
+  const void* v_tail;
+  const void* k_sink;  // [pairs][SINKS][128]
+  const void* v_sink;
+  int tiles, heads, splits, count_of_pieces, count_of_starts;
+  int k_coded, v_coded, length;  // tokens in code, and all
+  float scaling;
+};
+
+#ifndef RAREFY_EMULATED
+#include "machine.cuh"
+#endif
+
+shared_memory(pool);
+
+constexpr int THREADS = 32 * WARPS, D = 128, TILE = 128, STEPS = 8;
+constexpr int K_GROUPS = TILE / K_GROUP, V_GROUPS = D / V_GROUP;
+constexpr bool FOLDED = K_KIND == CHANNEL && K_GROUPS == 1;  // scales go into the query
+constexpr bool K_AFFINE = K_KIND == CHANNEL && K_GROUPS > 1, V_AFFINE = V_KIND == TOKEN && V_GROUPS > 1;
+constexpr float K_UP = FOLDED ? 16.0f : 1.0f, V_UP = 16.0f;  // keeps products with scales normal
+constexpr int MIDDLE = 3;                                    // the shift whose codes meet the query as it is
+constexpr float HADAMARD = 0.08838834764831845f;             // makes the matrix its own inverse
+
+// ---- Shared memory: tables, then scales of each warp, two tiles of them; sums of warps come in the place of all.
+
+constexpr int table_bytes(int kind, int bits) { return kind == TABLE ? 128 << 2 * bits : kind == PRODUCT ? 64 * 1024 : 0; }
+constexpr int K_TABLE = 0, V_TABLE = SAME_TABLE ? 0 : table_bytes(K_KIND, K_BITS);
+constexpr int TURNS = V_TABLE + (SAME_TABLE ? table_bytes(K_KIND, K_BITS) : table_bytes(V_KIND, V_BITS));
+constexpr int SCALES = TURNS + (TURNED ? 4 * 68 * TILE : 0);
+constexpr int K_SPAN = K_KIND == CHANNEL ? 256 * K_GROUPS : K_SCALE ? 256 : 0;  // bytes of a tile's scales, and of its zeros
+constexpr int V_SPAN = V_KIND == TOKEN ? 256 * V_GROUPS : V_KIND == PRODUCT ? 0 : 256;
+constexpr int K_ZERO_SPAN = K_KIND == CHANNEL || K_KIND == TOKEN || K_OFFSET ? K_SPAN : 0;
+constexpr int V_ZERO_SPAN = V_KIND == TOKEN || V_OFFSET ? V_SPAN : 0;
+constexpr int BUFFER = K_SPAN + K_ZERO_SPAN + V_SPAN + V_ZERO_SPAN;
+constexpr int MAIN = SCALES + 2 * WARPS * BUFFER, SUMS = WARPS * 4 * 8 * (D + 2);
+constexpr int ASKED = MAIN > SUMS ? MAIN : SUMS;       // float: the query for exact keys, then for keys in code
+constexpr int REST = ASKED + 2 * 4 * GROUP_HEADS * D;  // float: per warp, exact and coded sums, tops and totals of the rest
+constexpr int APART = REST + WARPS * 4 * 2 * GROUP_HEADS * (D + 1);  // per warp: weights and sums of outliers, and a list
+constexpr int APART_OF_WARP = K_ENTRIES + V_ENTRIES > 0 ? 4 * GROUP_HEADS * (TILE + D) + 2048 : 0;
+
+device float power(int exponent) { return as_float(u32(127 + exponent) << 23); }
+device float never() { return as_float(0xFF800000u); }  // minus infinity: the score of what is not there
+template <int TYPE> device float number_of(u32 bits) {
+  return TYPE == F16 ? half_value(u16(bits)) : as_float(bits << 16);
+}
+template <int TYPE> device float number_at(const void* base, i64 index) {
+  if constexpr (TYPE == F32) return static_cast<const float*>(base)[index];
+  else return number_of<TYPE>(static_cast<const u16*>(base)[index]);
+}
+
+#include "attend_codes.cuh"
+
+// ---- One warp.
+
+constexpr u32 SIGNS = 0x80008000u;
+constexpr int K_WORDS = K_KIND == CHANNEL ? 4 * words_of(K_BITS, 16) : K_KIND == PRODUCT ? 8 : 2 * words_of(K_BITS, 32);
+constexpr int V_WORDS = V_KIND == PRODUCT ? 8 : 4 * words_of(V_BITS, 16);
+constexpr int MOST_WORDS = K_WORDS > V_WORDS ? K_WORDS : V_WORDS;
+
+struct Places {
+  const u8* k_codes;
+  const u8* k_steps;
+  const u8* k_zeros;
+  const u8* v_codes;
+  const u8* v_steps;
+  const u8* v_zeros;
+  const u8* k_out;
+  const u8* k_out_at;
+  const u8* v_out;
+  const u8* v_out_at;
+};
+
+constexpr int K_ROW = K_KIND == CHANNEL ? TILE * K_BITS / 8 : K_KIND == PRODUCT ? 64 : D * K_BITS / 8;  // bytes of a channel or token
+constexpr int V_ROW = V_KIND == PRODUCT ? 64 : D * V_BITS / 8;
+
+device Places places_of(const i64* places, int count, int number, i64 pair, int heads) {
+  const i64* at = places + number;
+  const i64 rows = JOINED ? pair / heads : pair;
+  const i64 k_tokens = rows * at[i64(K_TOKENS) * count], v_tokens = rows * at[i64(V_TOKENS) * count];
+  constexpr i64 K_BYTES = K_KIND == CHANNEL ? D * K_BITS / 8 : K_ROW;  // of a token
+  const i64 k_codes = JOINED ? (k_tokens * heads + pair % heads) * K_BYTES : k_tokens * K_BYTES;
+  const i64 v_codes = JOINED ? (v_tokens * heads + pair % heads) * V_ROW : v_tokens * V_ROW;
+  const auto from = [&](int row, i64 offset) { return reinterpret_cast<const u8*>(at[i64(row) * count] + offset); };
+  const i64 k_span = k_tokens * (K_SPAN / TILE), v_span = v_tokens * (V_SPAN / TILE);
+  Places p = {from(K_CODES, k_codes), from(K_STEPS, k_span), from(K_ZEROS, k_span), from(V_CODES, v_codes),
+              from(V_STEPS, v_span), from(V_ZEROS, v_span)};
+  if constexpr (K_ENTRIES > 0)
+    p.k_out = from(K_OUT, k_tokens * K_ENTRIES * 2), p.k_out_at = from(K_OUT_AT, k_tokens * K_ENTRIES * INDEX_BYTES);
+  if constexpr (V_ENTRIES > 0)
+    p.v_out = from(V_OUT, v_tokens * V_ENTRIES * 2), p.v_out_at = from(V_OUT_AT, v_tokens * V_ENTRIES * INDEX_BYTES);
+  return p;
+}
+
+device void copy_span(u8* to, const u8* from, int bytes, int lane) {
+  for (int n = 16 * lane; n < bytes; n += 512) copy_async(to + n, from + n, true);
+}
+device void copy_scales(u8* buffer, const Places& p, int lane) {
+  copy_span(buffer, p.k_steps, K_SPAN, lane);
+  copy_span(buffer + K_SPAN, p.k_zeros, K_ZERO_SPAN, lane);
+  copy_span(buffer + K_SPAN + K_ZERO_SPAN, p.v_steps, V_SPAN, lane);
+  copy_span(buffer + K_SPAN + K_ZERO_SPAN + V_SPAN, p.v_zeros, V_ZERO_SPAN, lane);
+}
+
+// The token of row g (`half` 0) or g + 8 of product n of a tile. By channel a lane has neighbours; else neighbouring lanes
+// do, so that a load finds them side by side.
+device int token_of(int g, int n, int half) { return K_KIND == CHANNEL ? 16 * g + 2 * n + half : 16 * n + g + 8 * half; }
+
+// Eighth `step` of a tile's keys: 16 channels of all tokens, or all channels of 16 tokens.
+device void fetch_keys(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g, int t, int heads) {
+  if constexpr (K_KIND == CHANNEL) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+      load_16<K_BITS>(slot + n * words_of(K_BITS, 16), codes + (16 * step + 4 * t + n) * K_ROW, g);
+  } else {
+    constexpr int BITS = K_KIND == PRODUCT ? 4 : K_BITS;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+      load_32<BITS>(slot + n * words_of(BITS, 32), codes + token_of(g, step, n) * (JOINED ? heads * K_ROW : K_ROW) + t * (K_ROW / 4));
+  }
+}
+// Eighth `step` of a tile's values: four tokens of a lane, as products of weights have them.
+device void fetch_values(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g, int t, int heads) {
+  constexpr int BITS = V_KIND == PRODUCT ? 4 : V_BITS;
+#pragma unroll
+  for (int n = 0; n < 4; ++n)
+    load_16<BITS>(slot + n * words_of(BITS, 16), codes + token_of(2 * t + n % 2, step, n / 2) * (JOINED ? heads * V_ROW : V_ROW), g);
+}
+
+device u32 half_at(const u8* base, int index) { return reinterpret_cast<const u16*>(base)[index]; }
+device u32 halves_at(const u8* base, int first, int second) { return half_at(base, first) | half_at(base, second) << 16; }
+// Numbers of tokens, those of rows g and g + 8 of product n.
+device u32 two_rows(const u8* base, int g, int n) {
+  if constexpr (K_KIND == CHANNEL) return *reinterpret_cast<const u32*>(base + 2 * token_of(g, n, 0));
+  else return halves_at(base, token_of(g, n, 0), token_of(g, n, 1));
+}
+
+// The query as keys of this lane meet it: pairs of channels; and its sums, or what the centers of channels add.
+device void load_query(
+    u32 (&query)[STEPS][2], float (&sums)[2], const float* asked, const float* center, const float* spread, int g, int t) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int number = 2 * step + half;
+      int first = 32 * t + 2 * number, second = first + 1;
+      float up = K_UP;
+      if constexpr (K_KIND == CHANNEL) first = 16 * step + 4 * t + 2 * half, second = first + 1;
+      if constexpr (K_KIND == TOKEN) {
+        first = 32 * t + first_of(K_BITS, number), second = first + distance_of(K_BITS);
+        up = power(MIDDLE - shift_of(K_BITS, first_of(K_BITS, number)));
+      }
+      float x = g < GROUP_HEADS ? asked[g * D + first] : 0.0f, y = g < GROUP_HEADS ? asked[g * D + second] : 0.0f;
+      if constexpr (K_SPREAD) {
+        sum += x * center[first] + y * center[second];
+        x *= spread[first], y *= spread[second];
+      }
+      query[step][half] = half_pair(x * up, y * up);
+      if constexpr (!K_SPREAD) sum += (half_value(u16(query[step][half])) + half_value(u16(query[step][half] >> 16))) / up;
+    }
+  // Of head g over the lanes of its channels, then of the two heads whose scores a lane has.
+  sum += of_lane_xor(sum, 1), sum += of_lane_xor(sum, 2);
+  sums[0] = of_lane(sum, 8 * t), sums[1] = of_lane(sum, 8 * t + 4);
+}
+
+// A table for all lanes, or a codebook as it is.
+template <int KIND, int BITS> device void fill_table(u8* to, const u16* from) {
+  if constexpr (KIND == TABLE) {
+#pragma unroll 8
+    for (int n = threadIdx.x; n < 32 << 2 * BITS; n += THREADS)
+      reinterpret_cast<u32*>(to)[n] = from[n / 32 % (1 << BITS)] | u32(from[n / 32 >> BITS]) << 16;
+  } else if constexpr (KIND == PRODUCT) {
+    for (int n = threadIdx.x; n < 4096; n += THREADS) copy_async(to + 16 * n, from + 8 * n, true);
+  }
+}
+
+#include "attend_turns.cuh"
+#include "attend_rest.cuh"
+
+extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Arguments a) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int split = blockIdx.x, stride = a.splits * WARPS;
+  const i64 pair = blockIdx.y;
+  const u32 own = 4 * lane;  // this lane's copy of tables
+  wait_for_earlier_kernels();
+
+  // The first tile is on its way while tables and the query are made ready.
+  u32 ring[DEPTH][MOST_WORDS];
+  u8* buffers = pool + SCALES + warp * 2 * BUFFER;
+  const int number = warp * a.splits + split;  // of this warp, so that few tiles are shared by all blocks
+  int tile = number, parity = 0;
+  Places here = {}, next = {};
+  if (tile < a.tiles) {
+    here = places_of(a.places, a.tiles, tile, pair, a.heads);
+    copy_scales(buffers, here, lane);
+#pragma unroll
+    for (int step = 0; step < DEPTH; ++step) fetch_keys(ring[step], here.k_codes, step, g, t, a.heads);
+  }
+  fill_table<K_KIND, K_BITS>(pool + K_TABLE, a.k_table);
+  if constexpr (!SAME_TABLE) fill_table<V_KIND, V_BITS>(pool + V_TABLE, a.v_table);
+  u32* turns = reinterpret_cast<u32*>(pool + TURNS);
+  if constexpr (TURNED) fill_turns(turns, a.turns);
+  commit_copies();
+  float* asked = reinterpret_cast<float*>(pool + ASKED);
+  float* asked_coded = asked + GROUP_HEADS * D;
+  for (int n = threadIdx.x; n < GROUP_HEADS * D; n += THREADS) {
+    asked[n] = number_at<QUERY>(a.query, pair * GROUP_HEADS * D + n) * a.scaling;
+    asked_coded[n] = K_ROTATED ? asked[n] * a.k_signs[n % D] * HADAMARD : asked[n];
+  }
+  wait_for_copies<0>();
+  block_barrier();
+  if constexpr (K_ROTATED) hadamard(asked_coded, GROUP_HEADS);
+
+  u32 query[STEPS][2];
+  float query_sums[2];
+  const float *center = a.k_center + pair % a.heads * D, *spread = a.k_spread + pair % a.heads * D;
+  const float* starts = a.starts + pair / a.heads * a.count_of_starts * 2 * D;
+  if constexpr (!TURNED) load_query(query, query_sums, asked_coded, center, spread, g, t);
+  float* beside = reinterpret_cast<float*>(pool + APART + warp * APART_OF_WARP);  // [TILE][GROUP_HEADS]
+  float* added = beside + GROUP_HEADS * TILE;                                      // [GROUP_HEADS][D]
+  u32* list = reinterpret_cast<u32*>(added + GROUP_HEADS * D);
+  if constexpr (V_ENTRIES > 0)
+    for (int n = lane; n < GROUP_HEADS * D; n += 32) added[n] = 0.0f;
+
+  float out[STEPS][4] = {};
+  float top[2] = {never(), never()}, total[2] = {}, lift[2] = {};
+  // The last warps have the fewest tiles.
+  float* rest = reinterpret_cast<float*>(pool + REST);
+  take_rest(a, asked, turns, starts, rest + warp * REST_OF_WARP, pair, stride - 1 - number, stride, lane);
+
+  for (; tile < a.tiles; tile += stride) {
+    const bool more = tile + stride < a.tiles;
+    if (more) next = places_of(a.places, a.tiles, tile + stride, pair, a.heads);
+    wait_for_copies<0>();
+    warp_barrier();
+    const u8* k_steps = buffers + parity * BUFFER;
+    const u8 *k_zeros = k_steps + K_SPAN, *v_steps = k_zeros + K_ZERO_SPAN, *v_zeros = v_steps + V_SPAN;
+
+    // ---- Scores: of rows g and g + 8 of product n, tokens `token_of` for two heads.
+    float scores[STEPS][4] = {};
+    float zeros[4] = {};
+    const float* start = starts + i64(tile) * 2 * D;
+    Turned turned;
+    if constexpr (TURNED) turn_query(turned, asked_coded, start, center, spread, g, t);
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      u32(&slot)[MOST_WORDS] = ring[step % DEPTH];
+      if constexpr (K_KIND == CHANNEL) {
+        constexpr int WORDS = words_of(K_BITS, 16);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) settle_16<K_BITS>(slot + n * WORDS, g);
+        const int channel = 16 * step + 4 * t;
+        u32 left = query[step][0], right = query[step][1];
+        u32 steps[2], below[2];
+        if constexpr (FOLDED) {
+          const uint2 scale = *reinterpret_cast<const uint2*>(k_steps + 2 * channel);
+          const uint2 zero = *reinterpret_cast<const uint2*>(k_zeros + 2 * channel);
+          left = fused(left, scale.x, 0), right = fused(right, scale.y, 0);
+          const u32 all[4] = {zero.x, zero.x, zero.y, zero.y};
+          multiply(zeros, all, left, right);
+        } else {
+          const int group = 16 * g / K_GROUP;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int one = (channel + 2 * half) * K_GROUPS + group;
+            steps[half] = halves_at(k_steps, one, one + K_GROUPS);
+            below[half] = fused(steps[half], halves_at(k_zeros, one, one + K_GROUPS) ^ SIGNS, 0);
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < STEPS; ++n) {
+          u32 keys[4];
+#pragma unroll
+          for (int part = 0; part < 4; ++part) {
+            const int half = part / 2, token = 2 * n + part % 2;
+            keys[part] = both<K_BITS>(slot + 2 * half * WORDS, slot + (2 * half + 1) * WORDS, token);
+            if constexpr (K_AFFINE) keys[part] = affine<K_BITS>(keys[part], token, steps[half], below[half]);
+          }
+          multiply(scores[n], keys, left, right);
+        }
+      } else {
+        constexpr int WORDS = K_KIND == PRODUCT ? 4 : words_of(K_BITS, 32);
+        float second[4] = {};
+#pragma unroll
+        for (int n = 0; n < STEPS; ++n) {
+          u32 keys[4];
+#pragma unroll
+          for (int part = 0; part < 4; ++part) {
+            const u32* words = slot + part % 2 * WORDS;
+            const int number = 2 * n + part / 2;
+            if constexpr (K_KIND == TOKEN) keys[part] = apart<K_BITS>(words, number);
+            else if constexpr (K_KIND == TABLE)
+              keys[part] = looked_up<K_BITS>(pool + K_TABLE, words, 2 * K_BITS * number, own);
+            else if constexpr (K_KIND == FLOAT8) keys[part] = halves_of_e4m3(u16(words[number / 2] >> 16 * (number % 2)));
+            else keys[part] = entry_of(pool + K_TABLE, words, 16 * t + number, number);
+          }
+          if constexpr (TURNED) {
+            u32 sines[4], places[4];
+#pragma unroll
+            for (int part = 0; part < 4; ++part) {
+              const int two = 16 * (t % 2) + 2 * n + part / 2;
+              const uint2 angle = *reinterpret_cast<const uint2*>(turns + turn_at(token_of(g, step, part % 2), two));
+              places[part] = t < 2 ? angle.x : angle.y;
+              sines[part] = fused(keys[part], angle.y, 0);
+              keys[part] = fused(keys[part], angle.x, 0);
+            }
+            multiply(scores[step], keys, turned.straight[n][0], turned.straight[n][1]);
+            multiply(second, sines, turned.crossed[n][0], turned.crossed[n][1]);
+            if constexpr (K_SPREAD) multiply(n % 2 ? second : scores[step], places, turned.center[n][0], turned.center[n][1]);
+          } else {
+            multiply(n % 2 ? second : scores[step], keys, query[n][0], query[n][1]);
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < 4; ++n) scores[step][n] += second[n];
+      }
+      const int ahead = step + DEPTH;
+      if (ahead < STEPS) fetch_keys(slot, here.k_codes, ahead, g, t, a.heads);
+      else fetch_values(slot, here.v_codes, ahead - STEPS, g, t, a.heads);
+    }
+
+    if (more) copy_scales(buffers + (1 - parity) * BUFFER, next, lane);
+    commit_copies();
+
+    if constexpr (K_ENTRIES > 0) {
+      for (int n = lane; n < GROUP_HEADS * TILE; n += 32) beside[n] = 0.0f;
+      warp_barrier();
+      each_outlier<K_ENTRIES>(here.k_out, here.k_out_at, pair % a.heads, list, lane, [&](int place, int channel, float value) {
+        Angle angle = {1.0f, 0.0f};
+        if constexpr (TURNED) angle = angle_at(turns, start, place, channel);
+#pragma unroll
+        for (int head = 0; head < GROUP_HEADS; ++head) {
+          const float* one = asked_coded + head * D;
+          const float met = one[channel] * angle.cosine + (TURNED ? partner_of(one, channel) * angle.sine : 0.0f);
+          add_shared(beside + place * GROUP_HEADS + head, value * met);
+        }
+      });
+    }
+
+    // ---- Weights.
+    float peak[2] = {top[0], top[1]};
+#pragma unroll
+    for (int n = 0; n < STEPS; ++n) {
+      float scale[2] = {1.0f, 1.0f}, shift[2] = {};
+      if constexpr (FOLDED) {
+#pragma unroll
+        for (int row = 0; row < 2; ++row) scale[row] = power(24 - shift_of(K_BITS, 2 * n + row)) / K_UP;
+      }
+      if constexpr (K_KIND == TOKEN || (K_KIND != CHANNEL && K_SCALE)) {
+        const u32 steps = two_rows(k_steps, g, n);
+        scale[0] = half_value(u16(steps)), scale[1] = half_value(u16(steps >> 16));
+        if constexpr (K_KIND == TOKEN || K_OFFSET) {
+          const u32 offsets = two_rows(k_zeros, g, n);
+          shift[0] = half_value(u16(offsets)), shift[1] = half_value(u16(offsets >> 16));
+        }
+        if constexpr (K_KIND == TOKEN)
+#pragma unroll
+          for (int row = 0; row < 2; ++row) shift[row] *= -scale[row], scale[row] *= power(24 - MIDDLE);
+      }
+#pragma unroll
+      for (int part = 0; part < 4; ++part) {
+        const int row = part / 2, head = part % 2;
+        float score = scores[n][part] * scale[row];
+        if constexpr (FOLDED) score -= zeros[part] / K_UP;
+        if constexpr (K_KIND == TOKEN || K_OFFSET) score += shift[row] * query_sums[head];
+        if constexpr (K_SPREAD && !TURNED) score += query_sums[head];
+        if constexpr (K_ENTRIES > 0)
+          if (2 * t + head < GROUP_HEADS) score += beside[token_of(g, n, row) * GROUP_HEADS + 2 * t + head];
+        scores[n][part] = score;
+      }
+    }
+    if constexpr (SINKS > 0) {
+      for (int sink = 0; sink < SINKS; ++sink) {
+        const i64 token = a.sinks[pair / a.heads * SINKS + sink] - i64(tile) * TILE;
+        if (token < 0 || token >= TILE) continue;
+#pragma unroll
+        for (int n = 0; n < STEPS; ++n)
+#pragma unroll
+          for (int part = 0; part < 4; ++part)
+            if (token_of(g, n, part / 2) == token) scores[n][part] = never();
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < STEPS; ++n)
+#pragma unroll
+      for (int part = 0; part < 4; ++part) peak[part % 2] = max_of(peak[part % 2], scores[n][part]);
+    float safe[2], fade[2];
+#pragma unroll
+    for (int head = 0; head < 2; ++head) {
+#pragma unroll
+      for (int distance = 4; distance < 32; distance *= 2)
+        peak[head] = max_of(peak[head], of_lane_xor(peak[head], distance));
+      safe[head] = peak[head] == never() ? 0.0f : peak[head];
+      fade[head] = power_of_two(top[head] - safe[head]);
+      top[head] = peak[head];
+      total[head] *= fade[head], lift[head] *= fade[head];
+    }
+    u32 weights[STEPS][2];
+    if constexpr (V_ENTRIES > 0) warp_barrier();  // scores have been read where weights come
+#pragma unroll
+    for (int n = 0; n < STEPS; ++n) {
+      u32 steps = 0, offsets = 0;
+      if constexpr (!V_AFFINE && V_KIND != PRODUCT) {
+        steps = two_rows(v_steps, g, n);
+        if constexpr (V_ZERO_SPAN > 0) offsets = two_rows(v_zeros, g, n);
+      }
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        float shares[2];
+#pragma unroll
+        for (int head = 0; head < 2; ++head) {
+          shares[head] = power_of_two(scores[n][2 * row + head] - safe[head]);
+          total[head] += shares[head];
+          if constexpr (V_ENTRIES > 0)
+            if (2 * t + head < GROUP_HEADS) beside[token_of(g, n, row) * GROUP_HEADS + 2 * t + head] = shares[head] * V_UP;
+        }
+        float up = V_UP;
+        if constexpr (!V_AFFINE && V_KIND != PRODUCT) up *= half_value(u16(steps >> 16 * row));
+        weights[n][row] = half_pair(shares[0] * up, shares[1] * up);
+        const float offset = half_value(u16(offsets >> 16 * row));
+        if constexpr (V_KIND == TOKEN && !V_AFFINE) {
+          lift[0] -= half_value(u16(weights[n][row])) * offset;
+          lift[1] -= half_value(u16(weights[n][row] >> 16)) * offset;
+        } else if constexpr (V_OFFSET) {
+          lift[0] += shares[0] * V_UP * offset, lift[1] += shares[1] * V_UP * offset;
+        }
+        weights[n][row] = transposed(weights[n][row]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < STEPS; ++n)
+#pragma unroll
+      for (int part = 0; part < 4; ++part) out[n][part] *= fade[part % 2];
+
+    if constexpr (V_ENTRIES > 0) {
+#pragma unroll
+      for (int n = 0; n < GROUP_HEADS * D / 32; ++n) added[32 * n + lane] *= of_lane(fade[n / 4 % 2], n / 8);
+      warp_barrier();
+      each_outlier<V_ENTRIES>(here.v_out, here.v_out_at, pair % a.heads, list, lane, [&](int place, int channel, float value) {
+#pragma unroll
+        for (int head = 0; head < GROUP_HEADS; ++head)
+          add_shared(added + head * D + channel, beside[place * GROUP_HEADS + head] * value);
+      });
+    }
+
+    // ---- Sums: of row g of product n, channel 16 g + 2 n; of row g + 8, the next.
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      u32(&slot)[MOST_WORDS] = ring[step % DEPTH];
+      constexpr int WORDS = V_KIND == PRODUCT ? 2 : words_of(V_BITS, 16);
+      u32 even[2][WORDS], odd[2][WORDS], steps[2], below[2];
+      if constexpr (V_KIND != PRODUCT) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) settle_16<V_BITS>(slot + n * WORDS, g);
+      }
+      if constexpr (V_KIND == TABLE) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) stream_16<V_BITS>(slot + n * WORDS);
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          interleaved<V_BITS>(even[half], odd[half], slot + 2 * half * WORDS, slot + (2 * half + 1) * WORDS);
+      }
+      if constexpr (V_AFFINE) {
+        const int group = 16 * g / V_GROUP;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int one = token_of(2 * t, step, half) * V_GROUPS + group;
+          const int two = token_of(2 * t + 1, step, half) * V_GROUPS + group;
+          steps[half] = halves_at(v_steps, one, two);
+          below[half] = fused(steps[half], halves_at(v_zeros, one, two) ^ SIGNS, 0);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < STEPS; ++n) {
+        u32 values[4];
+        if constexpr (V_KIND == PRODUCT) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const u32 one = entry_of(pool + V_TABLE, slot + 4 * half, 8 * g + n, n);
+            const u32 two = entry_of(pool + V_TABLE, slot + 4 * half + 2, 8 * g + n, n);
+            values[2 * half] = permuted(one, two, 0x5410), values[2 * half + 1] = permuted(one, two, 0x7632);
+          }
+        } else {
+#pragma unroll
+          for (int part = 0; part < 4; ++part) {
+            const int half = part / 2, channel = 2 * n + part % 2;
+            if constexpr (V_KIND == TABLE)
+              values[part] = looked_up<V_BITS>(pool + V_TABLE, part % 2 ? odd[half] : even[half], 2 * V_BITS * n, own);
+            else if constexpr (V_KIND == FLOAT8) {
+              const u32 *one = slot + 2 * half * WORDS, *two = one + WORDS;
+              const u32 at = channel % 4;
+              values[part] = halves_of_e4m3(u16(permuted(one[channel / 4], two[channel / 4], at | (4 + at) << 4)));
+            } else values[part] = both<V_BITS>(slot + 2 * half * WORDS, slot + (2 * half + 1) * WORDS, channel);
+            if constexpr (V_AFFINE) values[part] = affine<V_BITS>(values[part], channel, steps[half], below[half]);
+          }
+        }
+        multiply(out[n], values, weights[step][0], weights[step][1]);
+      }
+      const int ahead = step + DEPTH;
+      if (ahead < STEPS) fetch_values(slot, here.v_codes, ahead, g, t, a.heads);
+      else if (more) fetch_keys(slot, next.k_codes, ahead - STEPS, g, t, a.heads);
+    }
+    here = next;
+    parity ^= 1;
+    warp_barrier();
+  }
+
+  // ---- Sums of all warps of the block.
+#pragma unroll
+  for (int head = 0; head < 2; ++head)
+#pragma unroll
+    for (int distance = 4; distance < 32; distance *= 2) {
+      total[head] += of_lane_xor(total[head], distance);
+      lift[head] += of_lane_xor(lift[head], distance);
+    }
+  block_barrier();
+  float* sums = reinterpret_cast<float*>(pool);  // [WARPS][8][D]
+  float* tops = sums + WARPS * 8 * D;            // [WARPS][8]
+  float* totals = tops + WARPS * 8;              // likewise
+#pragma unroll
+  for (int n = 0; n < STEPS; ++n)
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      const int channel = 16 * g + 2 * n + part / 2, head = 2 * t + part % 2;
+      float up = 1.0f;
+      if constexpr (V_KIND == TOKEN && !V_AFFINE) up = power(24 - shift_of(V_BITS, 2 * n + part / 2));
+      float sum = out[n][part] * up + lift[part % 2];
+      if constexpr (V_ENTRIES > 0)
+        if (head < GROUP_HEADS) sum += added[head * D + channel];
+      if (head < GROUP_HEADS) sums[(warp * 8 + head) * D + channel] = sum / V_UP;
+    }
+  if (g == 0)
+#pragma unroll
+    for (int head = 0; head < 2; ++head) {
+      tops[warp * 8 + 2 * t + head] = top[head];
+      totals[warp * 8 + 2 * t + head] = total[head];
+    }
+  block_barrier();
+  // In the place of the query: sums of what is in code, and of what is exact, of a block.
+  for (int n = threadIdx.x; n < GROUP_HEADS * D; n += THREADS) {
+    const int head = n / D, channel = n % D;
+    float most = never(), coded = 0.0f, exact = 0.0f, whole = 0.0f;
+    for (int each = 0; each < WARPS; ++each) {
+      const float* own = rest + each * REST_OF_WARP + 2 * GROUP_HEADS * D + head;
+      most = max_of(most, max_of(tops[each * 8 + head], own[0]));
+    }
+    const float base = most == never() ? 0.0f : most;
+    for (int each = 0; each < WARPS; ++each) {
+      const float* own = rest + each * REST_OF_WARP;
+      const float share = power_of_two(tops[each * 8 + head] - base);
+      const float of_rest = power_of_two(own[2 * GROUP_HEADS * D + head] - base);
+      coded += share * sums[(each * 8 + head) * D + channel] + of_rest * own[(GROUP_HEADS + head) * D + channel];
+      exact += of_rest * own[head * D + channel];
+      whole += share * totals[each * 8 + head] + of_rest * own[2 * GROUP_HEADS * D + GROUP_HEADS + head];
+    }
+    const float over = whole == 0.0f ? 0.0f : 1.0f / whole;
+    asked[n] = exact * over, asked_coded[n] = coded * over;
+    if (channel == 0)
+      a.part_lse[(pair * GROUP_HEADS + head) * a.splits + split] = whole == 0.0f ? never() : base + log_of_two(whole);
+  }
+  block_barrier();
+  if constexpr (V_ROTATED) hadamard(asked_coded, GROUP_HEADS);
+  for (int n = threadIdx.x; n < GROUP_HEADS * D; n += THREADS) {
+    const float coded = V_ROTATED ? asked_coded[n] * HADAMARD * a.v_signs[n % D] : asked_coded[n];
+    a.part_out[((pair * GROUP_HEADS + n / D) * a.splits + split) * D + n % D] = asked[n] + coded;
+  }
+  if (last_to_arrive(a.arrived + pair, a.splits)) merge(a, pair);
+}

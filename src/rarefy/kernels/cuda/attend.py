@@ -1,0 +1,330 @@
+"""Attention of one new token over coded keys and values by ``attend.cu``: what it is compiled for, and its launch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rarefy.core.errors import UnsupportedError
+from rarefy.kernels.coded import KINDS, Tiles, Turns
+from rarefy.kernels.cuda import driver
+
+SOURCE = Path(__file__).with_name("attend.cu")
+TILE, PIECE, CHANNELS, MOST_HEADS = 128, 32, 128, 8
+PIECES = TILE // PIECE
+BLOCKS_OF_REST = 8  # that share what fills no tile
+TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+LOG2E = 1.4426950408889634
+TURN_WORDS = 68  # of a place
+COPIES = 32  # of a table, one for each lane
+
+
+@dataclass(frozen=True)
+class Shape:
+    """``warps`` of a block, ``blocks`` of a multiprocessor, and eighths of a tile that are loaded ahead."""
+
+    warps: int = 8
+    blocks: int = 1
+    depth: int = 4
+
+
+@dataclass(frozen=True)
+class Code:
+    """How keys or values are stored; names as in ``Tiles``."""
+
+    kind: str
+    num_bits: int
+    group: int
+    scale: bool
+    offset: bool
+    affine: bool = False
+    entries: int = 0  # outliers of a token, with indices of ``index_bytes``
+    index_bytes: int = 2
+
+    @property
+    def table(self) -> int:
+        """Bytes of the table as the kernel reads it."""
+        if self.kind == "product":
+            return 4 * CHANNELS // 2 << 8
+        return 4 * COPIES << 2 * self.num_bits if self.kind == "table" else 0
+
+    @property
+    def scales(self) -> int:
+        """Bytes of a tile's scales and zeros."""
+        one = 2 * TILE * (CHANNELS // self.group) if self.kind in ("channel", "token") else 2 * TILE
+        return one * (self.scale + self.offset)
+
+
+def fits(keys: Tiles, values: Tiles, channels: int, heads: int) -> bool:
+    """Whether the kernel can read these tiles, for so many query heads over one of them."""
+    if channels != CHANNELS or heads > MOST_HEADS or values.kind == "channel" or values.affine is not None:
+        return False
+    if keys.joined != values.joined or (keys.kind == "table" and keys.affine is None and _tensors(keys) == 1):
+        return False
+    if _tensors(values) == 1 and values.kind == "table":
+        return False
+    return all(_fits(side) for side in (keys, values))
+
+
+def _fits(side: Tiles) -> bool:
+    if side.low_rank is not None or (side.kind != "table" and (side.outliers or side.affine or side.joined)):
+        return False
+    if side.outliers is not None and side.outliers.axis != "token":
+        return False
+    match side.kind:
+        case "channel":
+            return side.block == TILE and side.group in (32, 64, 128) and side.num_bits in (2, 3, 4, 8)
+        case "token":
+            return side.group in (32, 64, 128) and side.num_bits in (2, 3, 4, 8)
+        case "table":
+            return side.num_bits in (2, 3, 4)
+        case "float8":
+            return True
+        case "product":
+            return side.num_bits == 8 and side.lut is not None and side.lut.shape[-1] == 2
+    return False
+
+
+def _tensors(side: Tiles) -> int:
+    """How many tensors a run has; where there is none, as many as such codes may have."""
+    if side.runs:
+        return len(side.runs[0])
+    return {"product": 1, "float8": 2, "table": 1 if side.affine else 2}.get(side.kind, 3)
+
+
+def code_of(side: Tiles) -> Code:
+    tensors, outliers = _tensors(side), side.outliers
+    group = side.group if side.kind in ("channel", "token") else CHANNELS
+    entries = 0 if outliers is None or not outliers.runs else outliers.count
+    width = outliers.runs[0][1].element_size() if entries and outliers else 2
+    return Code(side.kind, side.num_bits, group, tensors > 1, tensors > 2, side.affine is not None, entries, width)
+
+
+_POINTERS = (
+    "query out lse places pieces k_signs v_signs k_table v_table k_center k_spread turns starts sinks "
+    "part_out part_lse arrived k_tail v_tail k_sink v_sink".split()
+)
+
+
+_SIZES = "tiles heads splits count_of_pieces count_of_starts k_coded v_coded length".split()
+
+
+class Arguments(ctypes.Structure):
+    """``Arguments`` of the source."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int) for name in _SIZES),
+        ("scaling", ctypes.c_float),
+    ]
+
+
+@dataclass(frozen=True)
+class Program:
+    """One compiled form of the kernel. ``rotated``: keys and values; ``query`` and ``exact``: types of the query and of
+    what is not in code."""
+
+    keys: Code
+    values: Code
+    rotated: tuple[bool, bool]
+    turned: bool
+    joined: bool
+    same_table: bool
+    group_heads: int
+    query: torch.dtype
+    exact: torch.dtype
+    sinks: int
+    shape: Shape
+
+    def definitions(self) -> dict[str, int]:
+        """The macros of the source."""
+        found = {
+            "SAME_TABLE": int(self.same_table), "GROUP_HEADS": self.group_heads, "QUERY": TYPES[self.query],
+            "EXACT": TYPES[self.exact], "SINKS": self.sinks, "WARPS": self.shape.warps, "BLOCKS": self.shape.blocks,
+            "DEPTH": self.shape.depth, "HALF": 1, "K_SCALE": int(self.keys.scale), "K_SPREAD": int(self.keys.affine),
+            "TURNED": int(self.turned), "JOINED": int(self.joined),
+            "INDEX_BYTES": min(self.keys.index_bytes, self.values.index_bytes),
+        }  # fmt: skip
+        for prefix, code, rotated in (("K", self.keys, self.rotated[0]), ("V", self.values, self.rotated[1])):
+            found |= {
+                f"{prefix}_KIND": KINDS[code.kind], f"{prefix}_BITS": code.num_bits, f"{prefix}_GROUP": code.group,
+                f"{prefix}_OFFSET": int(code.kind == "table" and code.offset), f"{prefix}_ROTATED": int(rotated),
+                f"{prefix}_ENTRIES": code.entries,
+            }  # fmt: skip
+        return found
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return tuple(f"-D{macro}={value}" for macro, value in self.definitions().items())
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of a block."""
+        tables = self.keys.table + (0 if self.same_table else self.values.table)
+        scales = 2 * self.shape.warps * (self.keys.scales + self.values.scales)
+        sums = self.shape.warps * 4 * MOST_HEADS * (CHANNELS + 2)
+        rest = 8 * self.group_heads * (CHANNELS + self.shape.warps * (CHANNELS + 1))
+        lists = 4 * self.group_heads * (TILE + CHANNELS) + 2048 if self.keys.entries + self.values.entries else 0
+        turns = 4 * TURN_WORDS * TILE if self.turned else 0
+        return max(tables + turns + scales, sums) + rest + self.shape.warps * lists
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.shape.warps
+
+
+@functools.cache
+def kernel(device: int, program: Program) -> driver.Kernel:
+    """Compiled once in a process. Raises UnsupportedError where that fails."""
+    with torch.cuda.device(device):
+        return driver.Kernel(SOURCE, "rarefy_attend", program.options, program.shared_memory)
+
+
+def places(keys: Tiles, values: Tiles, tokens: tuple[Sequence[int], Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Addresses int64 ``[12, tiles]`` of the first head's codes, scales and zeros of keys, then of values, for each 128
+    tokens that lie in one run of both, how many tokens are from one head to the next, and addresses of outliers and
+    their indices; and ``[12, pieces]`` of each 32 tokens after them. ``tokens``: of all runs of keys and of values."""
+    both = [_pieces(side, each) for side, each in zip((keys, values), tokens, strict=True)]
+    whole = min(part.shape[1] for part in both) // PIECES
+    # A tile lies in one run if its last piece is as far from its first as within a run.
+    lies = torch.ones(whole, dtype=torch.bool)
+    for part in both:
+        run = part[-1, : whole * PIECES].view(whole, PIECES)
+        lies &= run[:, 0] == run[:, -1]
+    tiles = int(lies.int().cumprod(0).sum()) if whole else 0
+    most = max(part.shape[1] for part in both)
+    rows = [torch.nn.functional.pad(part, (0, most - part.shape[1])) for part in both]
+    table = torch.cat([rows[0][:3], rows[1][:3], rows[0][5:6], rows[1][5:6], rows[0][3:5], rows[1][3:5]])
+    return table[:, : tiles * PIECES : PIECES].contiguous(), table[:, tiles * PIECES :].contiguous()
+
+
+def _pieces(side: Tiles, tokens: Sequence[int]) -> Tensor:
+    """Addresses of codes, scales and zeros, outliers and their indices of each 32 tokens, their run's tokens and its
+    number: int64 ``[7, n]``."""
+    found = []
+    for number, (run, length) in enumerate(zip(side.runs, tokens, strict=True)):
+        place = torch.arange(length // PIECE) * PIECE
+        rows = []
+        more = (None, None) if side.outliers is None else side.outliers.runs[number]
+        for tensor in (*run, *[None] * (3 - len(run)), *more):
+            # Of a channel's scales, those of one group follow each other.
+            rows.append(
+                torch.zeros_like(place) if tensor is None else tensor.data_ptr() + _bytes(side, tensor, length, place)
+            )
+        found.append(torch.stack([*rows, torch.full_like(place, length), torch.full_like(place, number)]))
+    return torch.cat(found, 1) if found else torch.empty(7, 0, dtype=torch.int64)
+
+
+def _bytes(side: Tiles, tensor: Tensor, length: int, token: Tensor) -> Tensor:
+    """How many bytes of the first head's ``tensor`` come before what is of ``token``."""
+    size = tensor.numel() * tensor.element_size() // (tensor.shape[0] * tensor.shape[1] * length)
+    if side.kind != "channel":
+        return token * size
+    # A block has its channels one after the other, and in each its tokens.
+    inside = token % side.block
+    each = side.num_bits * inside // 8 if tensor.dtype == torch.int32 else inside // side.group * 2
+    return (token - inside) * size + each
+
+
+def table_of(side: Tiles, device: torch.device) -> Tensor | None:
+    """Float16 values of a table or a codebook, contiguous."""
+    return None if side.lut is None else side.lut.to(device, torch.float16).contiguous()
+
+
+@dataclass(frozen=True)
+class Exact:
+    """What is not in code, ``[B, H, tokens, D]`` each: the tokens after those in code, and sinks."""
+
+    keys: Tensor
+    values: Tensor
+    sink_keys: Tensor | None = None
+    sink_values: Tensor | None = None
+
+
+class CodedAttention:
+    """Attention over runs of coded keys and values and what is not in code after them; one launch, which can be
+    captured in a CUDA graph."""
+
+    def __init__(
+        self, keys: Tiles, values: Tiles, tokens: tuple[Sequence[int], Sequence[int]], batch: int, heads: int,
+        query_heads: int, *, device: torch.device, sinks: Tensor | None = None,
+        signs: tuple[Tensor | None, Tensor | None] = (None, None), turns: Turns | None = None,
+        splits: int | None = None, shape: Shape | None = None,
+    ):  # fmt: skip
+        """``tokens`` of all runs of keys and of values, multiples of 32. ``sinks`` int64 ``[B, S]``: tokens that are
+        left out where they are (-1: none). ``signs`` float32 ``[D]``: keys or values in code are turned by them and a
+        Hadamard matrix. ``turns``: keys in code are without RoPE, which turns all channels. ``splits``: blocks for each
+        KV head (None: enough to fill the GPU). Tables that are one tensor are kept once. Raises UnsupportedError where
+        sizes do not fit the kernel (see `fits`)."""
+        group = query_heads // heads
+        if not fits(keys, values, CHANNELS, group) or any(each % PIECE for part in tokens for each in part):
+            raise UnsupportedError(f"These codes, for {group} query heads a KV head, do not fit the kernel.")
+        self.keys, self.values, self.shape = keys, values, shape or Shape()  # whose memory the addresses point to
+        self.batch, self.heads, self.query_heads = batch, heads, query_heads
+        tiles, pieces = places(keys, values, tokens)
+        count = tiles.shape[1]
+        if splits is None:
+            processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+            splits = max(1, processors * self.shape.blocks // (batch * heads))
+        self.splits = min(splits, -(-count // self.shape.warps) + BLOCKS_OF_REST)
+        self.rotated, self.turned = (signs[0] is not None, signs[1] is not None), turns is not None
+        inside, starts = (None, None) if turns is None else _turns(turns, sum(tokens[0]))
+        center, spread = keys.affine or (None, None)
+        self.same_table = keys.kind == values.kind == "table" and keys.lut is values.lut
+        rows = batch * query_heads
+        self._tensors: dict[str, Tensor | None] = {
+            "places": tiles.to(device), "pieces": pieces.to(device), "k_signs": signs[0], "v_signs": signs[1],
+            "k_table": table_of(keys, device), "v_table": table_of(values, device),
+            "k_center": center, "k_spread": spread, "turns": inside, "starts": starts, "sinks": sinks,
+            "part_out": torch.empty(rows, self.splits, CHANNELS, device=device),
+            "part_lse": torch.empty(rows, self.splits, device=device),
+            "arrived": torch.zeros(batch * heads, dtype=torch.int32, device=device),
+        }  # fmt: skip
+        places_of_starts = 0 if starts is None else starts.shape[1]
+        self._sizes = count, heads, self.splits, pieces.shape[1], places_of_starts, sum(tokens[0]), sum(tokens[1])
+
+    def program(self, dtype: torch.dtype, exact: Exact | None = None) -> Program:
+        """What is compiled for queries of ``dtype``."""
+        sinks = self._tensors["sinks"]
+        return Program(
+            code_of(self.keys), code_of(self.values), self.rotated, self.turned, self.keys.joined, self.same_table,
+            self.query_heads // self.heads, dtype, dtype if exact is None else exact.keys.dtype,
+            0 if sinks is None else sinks.shape[1], self.shape,
+        )  # fmt: skip
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.splits, self.batch * self.heads, 1
+
+    def arguments(self, query: Tensor, scaling: float, exact: Exact | None, out: Tensor, lse: Tensor) -> Arguments:
+        theirs = [None] * 4 if exact is None else [exact.keys, exact.values, exact.sink_keys, exact.sink_values]
+        tensors = query, out, lse, *self._tensors.values(), *theirs
+        pointers = [0 if each is None else each.data_ptr() for each in tensors]
+        *sizes, k_coded, v_coded = self._sizes
+        length = k_coded + (0 if exact is None else exact.keys.shape[2])
+        return Arguments(*pointers, *sizes, k_coded, v_coded, length, scaling * LOG2E)
+
+    def __call__(self, query: Tensor, scaling: float, exact: Exact | None = None) -> tuple[Tensor, Tensor]:
+        """``query [B, Hq, D]``; the result ``[B, Hq, D]`` in its dtype and the log-sum-exp float32 ``[B, Hq]``. All
+        tensors are contiguous."""
+        program = self.program(query.dtype, exact)
+        out, lse = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
+        index = query.device.index if query.device.index is not None else torch.cuda.current_device()
+        stream = torch.cuda.current_stream(query.device).cuda_stream
+        given = self.arguments(query, scaling, exact, out, lse)
+        kernel(index, program)(self.grid, program.threads, given, stream)
+        return out, lse
+
+
+def _turns(turns: Turns, tokens: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of two channels at each place of a tile, float16 ``[128, 32, 2, 2]``, and of the first
+    positions of all tiles, float32 ``[B, tiles, 2, D]``."""
+    inside, starts = turns.tables(CHANNELS, TILE, 0, -(-tokens // TILE) * TILE, 1)  # [1, 2, 128, D]
+    pairs = inside[0, :, :, : CHANNELS // 2].unflatten(-1, (-1, 2))  # the other channels turn with these
+    return pairs.permute(1, 2, 0, 3).contiguous(), starts

@@ -1,0 +1,191 @@
+// What fills no tile of attend.cu, token by token; and how the sums of all come together.
+
+template <int BITS> device int code_at(const u8* base, int number) {
+  const int bit = number * BITS, shift = bit % 8;
+  u32 bits = base[bit / 8];
+  if (8 % BITS != 0 && shift + BITS > 8) bits |= u32(base[bit / 8 + 1]) << 8;
+  return bits >> shift & ((1 << BITS) - 1);
+}
+// Four channels from `channel` on of token `inside` of a piece in code, without outliers; `heads` of a row.
+template <int KIND, int BITS, int GROUP, bool SCALE, bool OFFSET>
+device void coded_numbers(float (&x)[4], const u8* codes, const u8* steps, const u8* zeros, const u16* table, int inside, int channel, int heads) {
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    const int c = channel + n;
+    if constexpr (KIND == CHANNEL) {
+      const int group = c * (TILE / GROUP);
+      x[n] = (code_at<BITS>(codes + c * (TILE * BITS / 8), inside) - half_value(half_at(zeros, group))) * half_value(half_at(steps, group));
+    } else if constexpr (KIND == TOKEN) {
+      const int group = inside * (D / GROUP) + c / GROUP;
+      x[n] = (code_at<BITS>(codes, inside * D + c) - half_value(half_at(zeros, group))) * half_value(half_at(steps, group));
+    } else if constexpr (KIND == TABLE) {
+      x[n] = half_value(table[code_at<BITS>(codes, inside * heads * D + c)]);
+      if constexpr (SCALE) x[n] *= half_value(half_at(steps, inside));
+      if constexpr (OFFSET) x[n] += half_value(half_at(zeros, inside));
+    } else if constexpr (KIND == FLOAT8) {
+      x[n] = half_value(u16(halves_of_e4m3(codes[inside * D + c]))) * half_value(half_at(steps, inside));
+    } else {
+      x[n] = half_value(table[(c / 2 * 256 + codes[inside * (D / 2) + c / 2]) * 2 + c % 2]);
+    }
+  }
+}
+template <int TYPE> device void exact_numbers(float (&x)[4], const void* from, i64 row, int channel) {
+  const i64 at = (row * D + channel) / 4;
+  if constexpr (TYPE == F32) {
+    const uint4 all = load_once(static_cast<const uint4*>(from) + at);
+    x[0] = as_float(all.x), x[1] = as_float(all.y), x[2] = as_float(all.z), x[3] = as_float(all.w);
+  } else {
+    const uint2 all = load_once(static_cast<const uint2*>(from) + at);
+    x[0] = number_of<TYPE>(all.x), x[1] = number_of<TYPE>(all.x >> 16);
+    x[2] = number_of<TYPE>(all.y), x[3] = number_of<TYPE>(all.y >> 16);
+  }
+}
+
+// Outliers of token `inside`, added to its four channels from `channel` on.
+template <int ENTRIES> device void add_outliers(float (&x)[4], const u8* values, const u8* indices, int inside, int channel) {
+  for (int n = 0; n < ENTRIES; ++n) {
+    const int at = index_at<INDEX_BYTES>(indices, inside * ENTRIES + n) - channel;
+    const float value = half_value(half_at(values, inside * ENTRIES + n));
+#pragma unroll
+    for (int k = 0; k < 4; ++k) x[k] += at == k ? value : 0.0f;
+  }
+}
+
+struct Token {
+  float key[4], value[4];
+  bool there, k_coded, v_coded;
+};
+device void load_token(Token& it, const Arguments& a, const u32* turns, const float* starts, i64 pair, int token, int lane) {
+  const int channel = 4 * lane, first = a.tiles * TILE;
+  const i64* sinks = a.sinks + pair / a.heads * SINKS;
+  it.k_coded = token < a.k_coded, it.v_coded = token < a.v_coded;
+  it.there = token < a.length + SINKS;
+  if constexpr (SINKS > 0) {
+    if (token < a.length)
+      for (int n = 0; n < SINKS; ++n) it.there &= sinks[n] != token;
+    else it.there &= it.there && sinks[token - a.length] >= 0;
+  }
+  if (!it.there) return;
+  if (token >= a.length) {
+    it.k_coded = it.v_coded = false;
+    exact_numbers<EXACT>(it.key, a.k_sink, pair * SINKS + token - a.length, channel);
+    exact_numbers<EXACT>(it.value, a.v_sink, pair * SINKS + token - a.length, channel);
+    return;
+  }
+  Places p = {};
+  const int inside = (token - first) % 32;
+  if (it.k_coded || it.v_coded) p = places_of(a.pieces, a.count_of_pieces, (token - first) / 32, pair, a.heads);
+  const int head = pair % a.heads, heads = JOINED ? a.heads : 1, of_head = head * D + channel;
+  if (it.k_coded) {
+    coded_numbers<K_KIND, K_BITS, K_GROUP, K_SCALE, K_OFFSET>(it.key, p.k_codes, p.k_steps, p.k_zeros, a.k_table, inside, channel, heads);
+    if constexpr (K_SPREAD)
+#pragma unroll
+      for (int n = 0; n < 4; ++n) it.key[n] = it.key[n] * a.k_spread[of_head + n] + a.k_center[of_head + n];
+    add_outliers<K_ENTRIES>(it.key, p.k_out, p.k_out_at, inside, of_head);
+    if constexpr (TURNED)
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const Angle angle = angle_at(turns, starts + token / TILE * 2 * D, token % TILE, channel + n);
+        const float other = of_lane_xor(it.key[n], 16);
+        it.key[n] = it.key[n] * angle.cosine + (channel < D / 2 ? -other : other) * angle.sine;
+      }
+  } else {
+    exact_numbers<EXACT>(it.key, a.k_tail, pair * (a.length - a.k_coded) + token - a.k_coded, channel);
+  }
+  if (it.v_coded) {
+    coded_numbers<V_KIND, V_BITS, V_GROUP, true, V_OFFSET>(it.value, p.v_codes, p.v_steps, p.v_zeros, a.v_table, inside, channel, heads);
+    add_outliers<V_ENTRIES>(it.value, p.v_out, p.v_out_at, inside, of_head);
+  } else {
+    exact_numbers<EXACT>(it.value, a.v_tail, pair * (a.length - a.v_coded) + token - a.v_coded, channel);
+  }
+}
+
+// This warp's tokens of the rest, left in shared memory: [exact or coded][GROUP_HEADS][D], tops, totals.
+device void take_rest(
+    const Arguments& a, const float* asked, const u32* turns, const float* starts, float* to, i64 pair, int number, int stride,
+    int lane) {
+  constexpr int TOGETHER = 4;
+  float sums[2][GROUP_HEADS][4] = {}, top[GROUP_HEADS], total[GROUP_HEADS] = {};
+#pragma unroll
+  for (int head = 0; head < GROUP_HEADS; ++head) top[head] = never();
+  for (int token = a.tiles * TILE + number; token < a.length + SINKS; token += TOGETHER * stride) {
+    Token tokens[TOGETHER];
+#pragma unroll
+    for (int n = 0; n < TOGETHER; ++n) load_token(tokens[n], a, turns, starts, pair, token + n * stride, lane);
+#pragma unroll
+    for (int n = 0; n < TOGETHER; ++n) {
+      const Token& it = tokens[n];
+      if (!it.there) continue;
+      const float* own = asked + (it.k_coded ? GROUP_HEADS * D : 0) + 4 * lane;
+#pragma unroll
+      for (int head = 0; head < GROUP_HEADS; ++head) {
+        float score = 0.0f;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) score += own[head * D + c] * it.key[c];
+#pragma unroll
+        for (int distance = 16; distance > 0; distance /= 2) score += of_lane_xor(score, distance);
+        const float peak = max_of(top[head], score), fade = power_of_two(top[head] - peak), share = power_of_two(score - peak);
+        top[head] = peak;
+        total[head] = total[head] * fade + share;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const float part = share * it.value[c];
+          sums[0][head][c] = sums[0][head][c] * fade + (it.v_coded ? 0.0f : part);
+          sums[1][head][c] = sums[1][head][c] * fade + (it.v_coded ? part : 0.0f);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int head = 0; head < GROUP_HEADS; ++head) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      to[head * D + 4 * lane + c] = sums[0][head][c];
+      to[(GROUP_HEADS + head) * D + 4 * lane + c] = sums[1][head][c];
+    }
+    if (lane == 0) to[2 * GROUP_HEADS * D + head] = top[head], to[2 * GROUP_HEADS * D + GROUP_HEADS + head] = total[head];
+  }
+}
+constexpr int REST_OF_WARP = 2 * GROUP_HEADS * (D + 1);  // numbers
+
+// Rows of 128 numbers turned by a Hadamard matrix, by the whole block.
+device void hadamard(float* rows, int count) {
+  for (int half = 1; half < D; half *= 2) {
+    for (int n = threadIdx.x; n < count * D / 2; n += THREADS) {
+      float* at = rows + n / half * 2 * half + n % half;
+      const float first = at[0], second = at[half];
+      at[0] = first + second, at[half] = first - second;
+    }
+    block_barrier();
+  }
+}
+
+// What all blocks of a pair have found, by the last of them.
+device void merge(const Arguments& a, i64 pair) {
+  constexpr int AT_ONCE = 8;
+  const i64 row = pair * GROUP_HEADS;
+  float* shares = reinterpret_cast<float*>(pool);  // [GROUP_HEADS][splits]
+  for (int n = threadIdx.x; n < GROUP_HEADS * a.splits; n += THREADS) shares[n] = load_fresh(a.part_lse + row * a.splits + n);
+  block_barrier();
+  for (int n = threadIdx.x; n < GROUP_HEADS * D; n += THREADS) {
+    const float* own = shares + n / D * a.splits;
+    const float* from = a.part_out + (row + n / D) * a.splits * D + n % D;
+    float most = never(), sum = 0.0f, whole = 0.0f;
+    for (int split = 0; split < a.splits; ++split) most = max_of(most, own[split]);
+    const float base = most == never() ? 0.0f : most;
+    for (int split = 0; split < a.splits; split += AT_ONCE) {
+      float found[AT_ONCE];
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; ++k) found[k] = load_fresh(from + (split + k < a.splits ? split + k : split) * D);
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; ++k) {
+        const float share = split + k < a.splits ? power_of_two(own[split + k] - base) : 0.0f;
+        sum += share * found[k], whole += share;
+      }
+    }
+    const float mean = whole == 0.0f ? 0.0f : sum / whole;
+    if constexpr (QUERY == F32) static_cast<float*>(a.out)[row * D + n] = mean;
+    else static_cast<u16*>(a.out)[row * D + n] = rounded<QUERY == F16>(mean);
+    if (n % D == 0) a.lse[row + n / D] = whole == 0.0f ? never() : (base + log_of_two(whole)) * 0.6931471805599453f;
+  }
+}

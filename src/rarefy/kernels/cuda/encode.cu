@@ -1,0 +1,390 @@
+// Codes of keys or values, as the codecs of kv/ have them, bit for bit: no product is fused with a sum, and sums are
+// taken in the codecs' order.
+//
+// A thread has 32 numbers, neighbouring channels of a token or neighbouring tokens of a channel, and packs their codes by
+// itself. Threads of one vector are neighbours (of a token), or meet in shared memory (of a channel).
+//
+// Macros: KIND, BITS, GROUP (numbers that share a scale), BLOCK (tokens of a block of a channel), D, X (type of the
+// numbers), ROTATED, HEADS (of a row), ENTRIES (outliers of a row), INDEX_BYTES; HALF is 1.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef long long i64;
+
+enum { CHANNEL = 1, TOKEN = 2, NORM = 3, RANGE = 4, PRODUCT = 5, ROW_SPREAD = 6, ROW_RANGE = 7, FLOAT8 = 8 };
+enum { F32 = 1, F16 = 2, BF16 = 3 };
+enum { NOT_FINITE = 1, OVERFLOWS = 2 };
+
+struct Arguments {
+  const void* x;        // [batch][heads][tokens][D], with strides
+  const int* source;    // [batch][tokens]: the token that is read in the place of each, -1: zeros; or null
+  const float* signs;   // [D]
+  const float* middles; // [2^BITS - 1], between neighbours of a table
+  const float* lut;     // [2^BITS], or [D / 2][256][4] of products: two numbers, half their squares, nothing
+  const float* decoded; // [2^BITS]: what codes stand for
+  const float* center;  // [HEADS * D]
+  const float* spread;
+  u32* codes;
+  u16* scale;
+  u16* zero;
+  u16* values;          // [batch][tokens][ENTRIES]
+  void* indices;
+  u32* faults;
+  i64 batch_stride, head_stride;
+  int tokens, heads;
+};
+
+#ifndef RAREFY_EMULATED
+#include "machine.cuh"
+#endif
+
+shared_memory(pool);
+
+constexpr int MINE = 32, LEVELS = 1 << BITS;
+constexpr bool ROWS = KIND == ROW_SPREAD || KIND == ROW_RANGE;  // of all heads
+constexpr int PARTS = ROWS ? HEADS * D / MINE : KIND == CHANNEL ? (BLOCK < 128 ? BLOCK : 128) / MINE : D / MINE;  // threads of a vector
+constexpr int THREADS = KIND == CHANNEL ? D * PARTS : 128;
+constexpr int TOGETHER = KIND == CHANNEL || KIND == TOKEN ? GROUP / MINE : PARTS;  // threads of a group
+
+template <int TYPE> device float number_of(u32 bits) {
+  return TYPE == F16 ? half_value(u16(bits)) : as_float(bits << 16);
+}
+template <int TYPE> device float number_at(const void* base, i64 index) {
+  if constexpr (TYPE == F32) return static_cast<const float*>(base)[index];
+  else return number_of<TYPE>(static_cast<const u16*>(base)[index]);
+}
+device float at_most(float value) { return value > 65504.0f ? 65504.0f : value < -65504.0f ? -65504.0f : value; }
+device float larger(float a, float b) { return a > b ? a : b; }
+device float smaller(float a, float b) { return a < b ? a : b; }
+
+// 32 numbers of a token or a channel from `first` on.
+device bool load_mine(float (&x)[MINE], const Arguments& a, i64 batch, i64 head, int token, int channel) {
+  const i64 base = batch * a.batch_stride + head * a.head_stride;
+  if constexpr (KIND == CHANNEL) {
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) {
+      const int from = a.source != nullptr ? a.source[batch * a.tokens + token + n] : token + n;
+      x[n] = from < 0 ? 0.0f : number_at<X>(a.x, base + i64(from) * D + channel);
+    }
+  } else {
+    const int from = a.source != nullptr ? a.source[batch * a.tokens + token] : token;
+    constexpr int EACH = X == F32 ? 4 : 8;
+    const uint4* at = static_cast<const uint4*>(a.x) + (base + i64(from) * D + channel) / EACH;
+#pragma unroll
+    for (int n = 0; n < MINE / EACH; ++n) {
+      const uint4 all = load_once(at + n, from >= 0);
+      const u32 words[4] = {all.x, all.y, all.z, all.w};
+#pragma unroll
+      for (int k = 0; k < EACH; ++k) x[n * EACH + k] = X == F32 ? as_float(words[k % 4]) : number_of<X>(words[k / 2 % 4] >> 16 * (k % 2));
+    }
+  }
+  bool finite = true;
+#pragma unroll
+  for (int n = 0; n < MINE; ++n) finite &= absolute(x[n]) <= 3.4028234e38f;
+  return finite;
+}
+
+// The codes of this thread as 32 * BITS bits.
+device void store_codes(u32* to, const u32 (&codes)[MINE]) {
+#pragma unroll
+  for (int word = 0; word < BITS; ++word) {
+    u32 bits = 0;
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) {
+      const int at = n * BITS - 32 * word;
+      if (at > -BITS && at < 32) bits |= at >= 0 ? codes[n] << at : codes[n] >> -at;
+    }
+    to[word] = bits;
+  }
+}
+
+struct Steps {
+  u16 scale, zero;
+};
+// Scale and zero of a group between `low` and `high`, as formats/grids/integer.py proposes and rounds them.
+device Steps steps_of(float low, float high) {
+  const float reach = larger(absolute(low), absolute(high));
+  const bool constant = low == high && low != 0.0f;
+  float scale = larger((high - low) / float(LEVELS - 1), reach * 6.103515625e-05f);
+  float zero = scale == 0.0f ? float(LEVELS / 2) : -low / scale;
+  if (constant) scale = reach, zero = high < 0.0f ? 1.0f : 0.0f;
+  return {rounded<true>(scale), rounded<true>(zero)};
+}
+
+device u32 level_of(const float* middles, float value) {
+  u32 code = 0;
+#pragma unroll
+  for (int n = 0; n < LEVELS - 1; ++n) code += !(middles[n] >= value);
+  return code;
+}
+
+// Numbers that are added in pairs half a vector apart, then half of that, and so on.
+device float tree(float (&x)[MINE]) {
+#pragma unroll
+  for (int distance = PARTS / 2; distance > 0; distance /= 2)
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) x[n] += of_lane_xor(x[n], distance);
+#pragma unroll
+  for (int half = MINE / 2; half > 0; half /= 2)
+#pragma unroll
+    for (int n = 0; n < half; ++n) x[n] += x[n + half];
+  return x[0];
+}
+
+device void rotate(float (&x)[MINE], const float* signs, int channel, int part) {
+#pragma unroll
+  for (int n = 0; n < MINE; ++n) x[n] *= signs[channel + n];
+#pragma unroll
+  for (int half = 1; half < MINE; half *= 2)
+#pragma unroll
+    for (int n = 0; n < MINE; ++n)
+      if ((n & half) == 0) {
+        const float first = x[n], second = x[n + half];
+        x[n] = first + second, x[n + half] = first - second;
+      }
+#pragma unroll
+  for (int distance = 1; distance < PARTS; distance *= 2)
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) {
+      const float other = of_lane_xor(x[n], distance);
+      x[n] = part & distance ? other - x[n] : x[n] + other;
+    }
+#pragma unroll
+  for (int n = 0; n < MINE; ++n) x[n] *= D == 128 ? 0.08838834764831845f : 0.125f;
+}
+
+#if KIND <= 4 || KIND == 8
+// How many of 252 ascending boundaries are below a number.
+device int place_of(const float* boundaries, float value) {
+  int place = 0;
+#pragma unroll
+  for (int step = 128; step > 0; step /= 2)
+    if (place + step <= 252 && boundaries[place + step - 1] < value) place += step;
+  return place;
+}
+
+extern "C" global __launch_bounds__(THREADS) void rarefy_encode(const Arguments a) {
+  const i64 pair = blockIdx.y, batch = pair / a.heads, head = pair % a.heads;
+  const int thread = threadIdx.x;
+  float x[MINE];
+  u32 codes[MINE];
+
+  if constexpr (KIND == CHANNEL) {
+    const int channel = thread % D, part = thread / D, token = blockIdx.x * PARTS * MINE + part * MINE;
+    bool fine = load_mine(x, a, batch, head, token, channel);
+    float low = x[0], high = x[0];
+#pragma unroll
+    for (int n = 1; n < MINE; ++n) low = smaller(low, x[n]), high = larger(high, x[n]);
+    if constexpr (TOGETHER > 1) {
+      float* lows = reinterpret_cast<float*>(pool);
+      float* highs = lows + THREADS;
+      lows[thread] = low, highs[thread] = high;
+      block_barrier();
+      const int first = part / TOGETHER * TOGETHER * D + channel;
+#pragma unroll
+      for (int n = 0; n < TOGETHER; ++n) low = smaller(low, lows[first + n * D]), high = larger(high, highs[first + n * D]);
+    }
+    const Steps steps = steps_of(low, high);
+    const float scale = half_value(steps.scale), zero = half_value(steps.zero);
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) {
+      const float place = nearest_integer((scale == 0.0f ? 0.0f : x[n] / scale) + zero);
+      codes[n] = u32(smaller(larger(place, 0.0f), float(LEVELS - 1)));
+    }
+    const i64 row = (pair * (a.tokens / BLOCK) + token / BLOCK) * D + channel;
+    store_codes(a.codes + (row * (BLOCK / MINE) + token % BLOCK / MINE) * BITS, codes);
+    if (part % TOGETHER == 0) {
+      const i64 group = row * (BLOCK / GROUP) + token % BLOCK / GROUP;
+      a.scale[group] = steps.scale, a.zero[group] = steps.zero;
+    }
+    const u32 fault = (fine ? 0 : NOT_FINITE) | (absolute(scale) <= 65504.0f && absolute(zero) <= 65504.0f ? 0 : OVERFLOWS);
+    if (fault) raise(a.faults, fault);
+    return;
+  }
+
+  const int at = blockIdx.x * THREADS + thread, part = at % PARTS, channel = part * MINE;
+  const bool real = at / PARTS < a.tokens;
+  const int token = real ? at / PARTS : a.tokens - 1;  // all lanes of a warp take part in exchanges
+  const i64 row = pair * a.tokens + token;
+  u32 fault = load_mine(x, a, batch, head, token, channel) ? 0 : NOT_FINITE;
+  if constexpr (ROTATED) rotate(x, a.signs, channel, part);
+
+  if constexpr (KIND == TOKEN || KIND == RANGE || KIND == FLOAT8) {
+    float low = x[0], high = x[0];
+#pragma unroll
+    for (int n = 1; n < MINE; ++n) low = smaller(low, x[n]), high = larger(high, x[n]);
+#pragma unroll
+    for (int distance = 1; distance < TOGETHER; distance *= 2) {
+      low = smaller(low, of_lane_xor(low, distance));
+      high = larger(high, of_lane_xor(high, distance));
+    }
+    if constexpr (KIND == TOKEN) {
+      const Steps steps = steps_of(low, high);
+      const float scale = half_value(steps.scale), zero = half_value(steps.zero);
+#pragma unroll
+      for (int n = 0; n < MINE; ++n) {
+        const float place = nearest_integer((scale == 0.0f ? 0.0f : x[n] / scale) + zero);
+        codes[n] = u32(smaller(larger(place, 0.0f), float(LEVELS - 1)));
+      }
+      if (!(absolute(scale) <= 65504.0f && absolute(zero) <= 65504.0f)) fault |= OVERFLOWS;
+      if (real && part % TOGETHER == 0) {
+        const i64 group = row * (D / GROUP) + part / TOGETHER;
+        a.scale[group] = steps.scale, a.zero[group] = steps.zero;
+      }
+    } else if constexpr (KIND == FLOAT8) {
+      const u16 half = rounded<true>(larger(larger(high, 0.0f) / 448.0f, smaller(low, 0.0f) / -448.0f));
+      const float scale = half_value(half);
+#pragma unroll
+      for (int n = 0; n < MINE; ++n) codes[n] = u32(a.lut[place_of(a.middles, scale == 0.0f ? 0.0f : x[n] / scale)]);
+      if (!(scale <= 65504.0f)) fault |= OVERFLOWS;
+      if (real && part == 0) a.scale[row] = half;
+    } else {
+      const u16 half = rounded<true>(at_most((high - low) / 2.0f)), middle = rounded<true>(at_most((high + low) / 2.0f));
+      const float scale = half_value(half), offset = half_value(middle);
+#pragma unroll
+      for (int n = 0; n < MINE; ++n) codes[n] = level_of(a.middles, (x[n] - offset) / (scale == 0.0f ? 1.0f : scale));
+      if (real && part == 0) a.scale[row] = half, a.zero[row] = middle;
+    }
+  }
+  if constexpr (KIND == NORM) {
+    float squares[MINE];
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) squares[n] = x[n] * x[n];
+    const float norm = root(tree(squares));
+    const float up = 1.0f / larger(norm, 1.1754943508222875e-38f) * (D == 128 ? 11.313708498984761f : 8.0f);
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) {
+      codes[n] = level_of(a.middles, x[n] * up);
+      const float coded = a.lut[codes[n]];
+      squares[n] = coded * coded;
+    }
+    const float coded = root(tree(squares));
+    if (real && part == 0) a.scale[row] = rounded<true>(at_most(norm / coded));
+  }
+  if (real) store_codes(a.codes + (row * PARTS + part) * BITS, codes);
+  if (real && fault) raise(a.faults, fault);
+}
+
+#elif KIND >= 6
+// The largest number of a row and where it is, the first of equals, which a row then has no more; `x` are this thread's.
+struct Largest {
+  float value;
+  int index;
+};
+device Largest take_largest(float (&x)[MINE], int part) {
+  Largest best = {as_float(0xFF800000u), 0};
+#pragma unroll
+  for (int n = 0; n < MINE; ++n)
+    if (x[n] > best.value) best = {x[n], part * MINE + n};
+#pragma unroll
+  for (int distance = 1; distance < PARTS; distance *= 2) {
+    const float value = of_lane_xor(best.value, distance);
+    const int index = int(of_lane_xor(u32(best.index), distance));
+    if (value > best.value || (value == best.value && index < best.index)) best = {value, index};
+  }
+#pragma unroll
+  for (int n = 0; n < MINE; ++n)
+    if (part * MINE + n == best.index) x[n] = as_float(0xFF800000u);
+  return best;
+}
+
+// A row of all heads: a table's codes, between the extremes that are left when half of ENTRIES are taken away at both
+// ends or around the centers of channels, and the ENTRIES largest errors.
+extern "C" global __launch_bounds__(THREADS) void rarefy_encode_rows(const Arguments a) {
+  const i64 batch = blockIdx.y;
+  const int at = blockIdx.x * THREADS + threadIdx.x, part = at % PARTS, head = part * MINE / D, channel = part * MINE % D;
+  const bool real = at / PARTS < a.tokens;
+  const int token = real ? at / PARTS : a.tokens - 1;  // all lanes of a warp take part in exchanges
+  const i64 row = batch * a.tokens + token;
+  float x[MINE], left[MINE];
+  u32 codes[MINE];
+  const bool fine = load_mine(x, a, batch, head, token, channel);
+  float scale = 0.0f, offset = 0.0f;
+  if constexpr (KIND == ROW_RANGE) {
+    float high = 0.0f, low = 0.0f;
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) left[n] = x[n];
+    for (int n = 0; n <= ENTRIES / 2; ++n) high = take_largest(left, part).value;
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) left[n] = -x[n];
+    for (int n = 0; n <= ENTRIES / 2; ++n) low = -take_largest(left, part).value;
+    const u16 half = rounded<true>(at_most((high - low) / 2.0f)), middle = rounded<true>(at_most((high + low) / 2.0f));
+    if (real && part == 0) a.scale[row] = half, a.zero[row] = middle;
+    scale = half_value(half), offset = half_value(middle);
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) {
+      const float inside = smaller(larger(x[n], low), high);
+      codes[n] = level_of(a.middles, (inside - offset) / (scale == 0.0f ? 1.0f : scale));
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < MINE; ++n) {
+    if constexpr (KIND == ROW_SPREAD) {
+      scale = a.spread[part * MINE + n], offset = a.center[part * MINE + n];
+      codes[n] = level_of(a.middles, (x[n] - offset) / (scale == 0.0f ? 1.0f : scale));
+    }
+    x[n] -= a.decoded[codes[n]] * scale + offset;
+    left[n] = absolute(x[n]);
+  }
+  if (real) store_codes(a.codes + (row * PARTS + part) * BITS, codes);
+  for (int entry = 0; entry < ENTRIES; ++entry) {
+    const int index = take_largest(left, part).index;
+    float error = 0.0f;
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) error = part * MINE + n == index ? x[n] : error;
+    if (real && index / MINE == part) {
+      a.values[row * ENTRIES + entry] = rounded<true>(at_most(error));
+      if constexpr (INDEX_BYTES == 1) static_cast<u8*>(a.indices)[row * ENTRIES + entry] = u8(index);
+      else static_cast<u16*>(a.indices)[row * ENTRIES + entry] = u16(index);
+    }
+  }
+  if (real && !fine) raise(a.faults, NOT_FINITE);
+}
+
+#else
+constexpr int FEW = 8;
+device float score_of(const uint4& entry, float x, float y) {
+  return (x * as_float(entry.x) + y * as_float(entry.y)) - as_float(entry.z);
+}
+
+// Product codes of two channels: threads of a block have different tokens and the same 32 channels, whose codebooks lie
+// in shared memory.
+extern "C" global __launch_bounds__(256) void rarefy_encode_products(const Arguments a) {
+  const i64 pair = blockIdx.y, batch = pair / a.heads, head = pair % a.heads;
+  const int part = blockIdx.z, tokens = blockIdx.x * 256 + threadIdx.x;
+  const int token = tokens < a.tokens ? tokens : a.tokens - 1;
+  uint4* entries = reinterpret_cast<uint4*>(pool);
+  const uint4* from = reinterpret_cast<const uint4*>(a.lut) + part * 16 * 256;
+  for (int n = threadIdx.x; n < 16 * 256; n += 256) entries[n] = from[n];
+  block_barrier();
+  float x[MINE];
+  const bool fine = load_mine(x, a, batch, head, token, part * MINE);
+  u32 words[4] = {};
+#pragma unroll
+  for (int n = 0; n < 16; ++n) {
+    // The best of each few entries first: which of them it is matters for one few only.
+    float best = as_float(0xFF800000u);
+    u32 code = 0;
+    const uint4* own = entries + n * 256;
+#pragma unroll 2
+    for (int first = 0; first < 256; first += FEW) {
+      float most = score_of(own[first], x[2 * n], x[2 * n + 1]);
+#pragma unroll
+      for (int k = 1; k < FEW; ++k) most = max_of(most, score_of(own[first + k], x[2 * n], x[2 * n + 1]));
+      if (most > best) best = most, code = first;
+    }
+    const u32 first = code;
+#pragma unroll
+    for (int k = FEW - 1; k >= 0; --k)
+      if (score_of(own[first + k], x[2 * n], x[2 * n + 1]) == best) code = first + k;
+    words[n / 4] |= code << 8 * (n % 4);
+  }
+  if (tokens < a.tokens) {
+    u32* to = a.codes + ((pair * a.tokens + token) * (D / MINE) + part) * 4;
+#pragma unroll
+    for (int n = 0; n < 4; ++n) to[n] = words[n];
+    if (!fine) raise(a.faults, NOT_FINITE);
+  }
+}
+#endif

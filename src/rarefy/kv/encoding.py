@@ -1,0 +1,156 @@
+"""Blocks put into code by one launch on a GPU, with the bits that the codec itself would give, and without waiting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rarefy.core.errors import FormatError
+from rarefy.formats.grids import FloatGrid, IntegerGrid
+from rarefy.formats.grids.float import nearest
+from rarefy.formats.scales import SingleScale
+from rarefy.kernels import cuda
+from rarefy.kv.codec import Codec, Payload
+from rarefy.kv.codecs import (
+    ChannelTable,
+    Gridded,
+    JoinedHeads,
+    NormTable,
+    ProductTable,
+    RangeTable,
+    Residual,
+    Rotated,
+    Sparse,
+    Trimmed,
+)
+from rarefy.kv.codecs.plain import is_float8
+
+if TYPE_CHECKING:
+    from rarefy.kernels.cuda.encode import Code
+
+NOT_FINITE = 1  # the bit of `Faults` that says so
+
+
+class Faults:
+    """What kernels on ``device`` found wrong, which is looked at when it costs no waiting."""
+
+    def __init__(self, device: torch.device):
+        self.bits = torch.zeros(1, dtype=torch.int32, device=device)
+        self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._event: Any = torch.cuda.Event() if device.type == "cuda" else None
+        self._asked = False
+
+    def ask(self) -> None:
+        """Bring here what kernels on the current stream will have found."""
+        self._seen.copy_(self.bits, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+        self._asked = True
+
+    def look(self, name: str, wait: bool = False) -> None:
+        """Raise FormatError if something was wrong with ``name``; without ``wait``, if that is known."""
+        if not self._asked:
+            return
+        if self._event is not None:
+            # Nothing may be asked of an event while a graph is captured.
+            if torch.cuda.is_current_stream_capturing() or not (wait or self._event.query()):
+                return
+            self._event.synchronize()
+        self._asked = False
+        found = int(self._seen)
+        if found:
+            what = "were not finite" if found & NOT_FINITE else "have a scale that overflows float16"
+            raise FormatError(f"Keys or values of {name} {what}; load the model in bfloat16 or float32.")
+
+
+@dataclass(frozen=True)
+class Fast:
+    """A codec as the kernel knows it, and the tensors that the kernel reads beside the numbers."""
+
+    code: Code
+    tables: dict[str, Tensor]
+
+
+def fast_form(codec: Codec, x: Tensor) -> Fast | None:
+    """How the kernel puts ``x [B, H, tokens, D]`` into code; None where it knows no such codec or is not there."""
+    from rarefy.kernels.cuda.encode import TYPES
+
+    if not (x.is_cuda and cuda.status() == "cuda") or x.dtype not in TYPES:
+        return None
+    return form_of(codec, x.shape[3], x.device)
+
+
+def form_of(codec: Codec, channels: int, device: torch.device) -> Fast | None:
+    """The kernel's form of ``codec``, which stays with it."""
+    known: dict[Any, Fast | None] = codec.__dict__.setdefault("_fast", {})
+    key = channels, device
+    if key not in known:
+        known[key] = _form(codec, channels, device)
+    return known[key]
+
+
+def _form(codec: Codec, channels: int, device: torch.device) -> Fast | None:
+    from rarefy.kernels.cuda.encode import Code, entries
+
+    code, tables = None, {}
+    match codec:
+        case Gridded(grid=IntegerGrid(zero="float", scales=SingleScale(dtype="float16")) as grid):
+            length = codec.tokens if codec.axis == "channel" else channels
+            code = Code(codec.axis, grid.num_bits, channels, min(grid.group_size or length, length), codec.tokens)
+        case Gridded(grid=FloatGrid() as floats, axis="token") if is_float8(floats, channels):
+            boundaries, codes = nearest("fp8_e4m3", torch.device("cpu"))
+            tables, code = {"middles": boundaries, "lut": codes}, Code("float8", 8, channels)
+        case NormTable() | RangeTable():
+            tables = _table(codec)
+            code = Code("norm" if isinstance(codec, NormTable) else "range", codec.num_bits, channels)
+        case Rotated(inner=NormTable() as inner):
+            found = _form(inner, channels, device)
+            if found is None:
+                return None
+            code = Code("norm", inner.num_bits, channels, rotated=True)
+            tables = {**found.tables, "signs": codec.signs}
+        case ProductTable(width=2, count=256):
+            book = codec.codebook.float()
+            tables, code = {"lut": entries(book, book.square().sum(-1) / 2)}, Code("product", 8, channels)
+        case JoinedHeads(inner=Residual(parts=(ChannelTable() as base, Sparse(axis="token") as sparse)), heads=heads):
+            tables = {**_table(base), "center": base.center.reshape(-1), "spread": base.scale.reshape(-1)}
+            code = Code("row spread", base.num_bits, channels, heads=heads, entries=sparse.count)
+        case JoinedHeads(inner=Residual(parts=(Trimmed() as trimmed, Sparse(axis="token") as sparse)), heads=heads):
+            if isinstance(trimmed.inner, RangeTable) and trimmed.axis == "token" and sparse.count == 2 * trimmed.count:
+                tables = _table(trimmed.inner)
+                code = Code("row range", trimmed.inner.num_bits, channels, heads=heads, entries=sparse.count)
+    if code is not None and "decoded" in tables and len(tables["decoded"]) != 1 << code.num_bits:
+        return None
+    if code is None or not code.fits:
+        return None
+    return Fast(code, {name: table.to(device, torch.float32).contiguous() for name, table in tables.items()})
+
+
+def _table(codec: NormTable | RangeTable | ChannelTable) -> dict[str, Tensor]:
+    return {"middles": (codec.lut[1:] + codec.lut[:-1]) / 2, "lut": codec.lut, "decoded": codec.decoded}
+
+
+def fast_payload(codec: Codec, fast: Fast, x: Tensor, source: Tensor | None, faults: Tensor) -> Payload:
+    """What ``codec.encode`` gives for whole blocks ``x [B, H, n, D]``, where ``source`` int32 ``[B, n]`` says which
+    token stands for each (-1: zeros)."""
+    from rarefy.kernels.cuda import encode
+
+    found = encode.encode(fast.code, x, faults, source=source, **fast.tables)
+    blocks = x.shape[2] // codec.tokens
+    parts = {
+        "channel": {"scale": found.scale, "zero_point": found.zero},
+        "token": {"scale": found.scale, "zero_point": found.zero},
+        "range": {"scale": found.scale, "offset": found.zero},
+        "norm": {"scale": found.scale},
+        "float8": {"scale": found.scale},
+        "row range": {"0.scale": found.scale, "0.offset": found.zero},
+    }.get(fast.code.kind, {})
+    parts["0.codes" if fast.code.rows else "codes"] = found.codes
+    if fast.code.rows:
+        parts |= {"1.values": found.values, "1.indices": found.indices}
+    # All but the scales of channels are by token so far.
+    by_block = ("scale", "zero_point") if fast.code.kind == "channel" else ()
+    return {name: part if name in by_block else part.unflatten(2, (blocks, -1)) for name, part in parts.items()}

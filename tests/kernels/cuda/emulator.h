@@ -316,8 +316,6 @@ device float other_lane(float value, int distance) {
   const unsigned lane = emulator::current % 32;
   return as_float(of_lane(bits_of(value), lane ^ distance));
 }
-device float power_of_two(float value) { return std::exp2(value); }
-device float log_of_two(float value) { return std::log2(value); }
 device float exponential(float value) { return std::exp(value); }
 device float error_function(float value) { return std::erf(value); }
 device long long cycles() { return 1; }

@@ -74,16 +74,6 @@ template <int COUNT> device float sum_over(float value) {
   return value;
 }
 device float other_lane(float value, int distance) { return __shfl_xor_sync(0xFFFFFFFFu, value, distance); }
-device float power_of_two(float value) {
-  float found;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(value));
-  return found;
-}
-device float log_of_two(float value) {
-  float found;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(value));
-  return found;
-}
 device float exponential(float value) { return __expf(value); }
 device float error_function(float value) { return erff(value); }
 device i64 cycles() {

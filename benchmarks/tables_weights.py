@@ -141,7 +141,8 @@ def speed_table() -> str:
             "|---" * 10 + "|",
         ]
         for row in data["rows"]:
-            gpu = "-" if row["peak_gpu_bytes"] is None else f"{row['peak_gpu_bytes'] / 1e9:.1f} GB"
+            peaks = row["peak_host_bytes"], row["peak_gpu_bytes"]
+            host, gpu = ("-" if peak is None else f"{peak / 1e9:.1f} GB" for peak in peaks)
             unit = "thread" if row["device_type"] == "cpu" else "GPU"
             count = row["processes"] * (row["threads"] if unit == "thread" else 1)
             block = "-" if row["seconds_per_block"] is None else f"{row['seconds_per_block']:.1f}"
@@ -150,7 +151,7 @@ def speed_table() -> str:
             lines.append(
                 f"| {row['model']}, {row['layers']} blocks | {row['job']} | {row['calibration'] or '-'} | "
                 f"{count} {unit}{'s' if count > 1 else ''} | {row['seconds'] / 60:.1f} | {block} | {whole:.1f} | "
-                f"{row['peak_host_bytes'] / 1e9:.1f} GB | {gpu} | {row.get('ratio', '-')} |"
+                f"{host} | {gpu} | {row.get('ratio', '-')} |"
             )
         facts = "Whole: minutes for all blocks of the shape, from those that ran. Each job in processes of its own;"
         parts.append("\n".join([*lines, "", f"{facts} {measured_on(data)}"]))

@@ -10,6 +10,8 @@ import torch
 
 from rarefy.core.errors import UnsupportedError
 from rarefy.kernels.cuda import driver, measure, tuning
+from rarefy.kernels.cuda.linear import most_tokens
+from rarefy.kernels.cuda.prepared import CODES as KIND
 from rarefy.kernels.cuda.program import SOURCE, Code, Tuning
 
 CODES = [
@@ -63,6 +65,11 @@ def test_what_was_measured_of_another_code_is_made_to_fit() -> None:
     assert tuning.choose(Code(3, 128), 4096, 4096, 32, GPU) == measured
     assert tuning.choose(small, 4096, 4096, 32, GPU).depth == 1  # or a program that takes long to compile
     assert tuning.choose(outliers, 4096, 4096, 32, GPU) == tuning.by_rule(outliers, 4096, 4096, 32, CAPABILITY)
+
+
+def test_small_groups_are_dequantized_sooner() -> None:
+    found = [most_tokens([({}, {"kind": KIND, "group_size": size}, 1.0)], GPU) for size in (0, 16, 32, 128)]
+    assert found == [768, 64, 64, 768]
 
 
 def test_a_table_of_the_same_capability_serves(tmp_path: Path) -> None:

@@ -6,12 +6,11 @@
 // registers, while the product before still runs. A group's sums are formed apart and scaled in float32, so that no
 // weight is rounded.
 //
-// Macros besides those of codes.cuh: TOKENS (of 8), ACROSS (warps over rows, a multiple of four), STAGES (steps of
-// tokens in shared memory), DEPTH (steps of codes in registers), SPLIT (blocks over columns, which
-// add up what they have in each other's shared memory), CLUSTER (neighbouring blocks that share what they read of the tokens),
-// IN_TURNS (two fours
-// of warps multiply in turns), RESCALED (sums are kept in units of the last group's scale, which spares registers), OUTLIERS (type of single values
-// that are added to the weight).
+// Macros besides those of codes.cuh: TOKENS (of 8), ACROSS (warps over rows, a multiple of four), STAGES (steps of tokens
+// in shared memory), DEPTH (steps of codes in registers), SPLIT (blocks over columns, which add up what they have in each
+// other's shared memory), CLUSTER (neighbouring blocks that share what they read of the tokens), IN_TURNS (two fours of
+// warps multiply in turns), RESCALED (sums are kept in units of the last group's scale, which spares registers), OUTLIERS
+// (type of single values that are added to the weight).
 
 // The last warps bring what the others multiply: one where several blocks share a processor, else four, which can leave
 // them their registers.
@@ -30,7 +29,7 @@ constexpr int CHUNK = PART < 4 ? PART : 4;  // blocks of 16 columns that are unp
 constexpr int CHUNKS = BLOCKS / CHUNK;
 constexpr bool DIRECT = !SUMS && (GROUP == 0 || RESCALED);  // whether products are added to the sums at once
 constexpr int LEADING = WIDTH * 16;
-static_assert(STAGE_TOKENS % (16 * CLUSTER) == 0 && WIDTH * ROWS % SPLIT == 0, "blocks of a cluster have equal shares");
+static_assert(STAGE_TOKENS % (16 * CLUSTER) == 0 && WIDTH * ROWS % SPLIT == 0, "equal shares of a cluster");
 
 // Where a step's tokens lie, and their sums by group.
 device const u8* arranged_tokens(const Arguments& a, int token_tile, int step) {
@@ -68,7 +67,8 @@ constexpr int LANES = WIDTH < 64 ? WIDTH / 2 : 32, ENTRIES_AT_ONCE = 32 / LANES,
 constexpr int BATCH = 20 / ENTRIES_AT_ONCE;  // loads on their way
 
 device void add_outliers(const Arguments& a, int first_row, int token_tile, int which, int lane) {
-  const u32* tokens = reinterpret_cast<const u32*>(a.turned) + i64(token_tile) * a.steps * STEP * (WIDTH / 2) + lane % LANES * WORDS;
+  const u32* tokens = reinterpret_cast<const u32*>(a.turned);
+  tokens += i64(token_tile) * a.steps * STEP * (WIDTH / 2) + lane % LANES * WORDS;
   const int last = first_row + ROWS < a.rows ? first_row + ROWS : a.rows;
   const auto pointer_of = [&](int row) { return load_once(a.row_ptr + (row < a.rows ? row : a.rows)); };
   const auto entry_at = [&](u32 at, u32 end) { return at < end ? load_once(a.entries + at) : 0; };
@@ -122,7 +122,9 @@ device void add_outliers(const Arguments& a, int first_row, int token_tile, int 
 
 typedef u32 Operands[TILES][CHUNK][4];
 
-device void unpack(Operands& weights, const Codes& codes, int chunk, int step, Tables (&tables)[TILES], const Arguments& a, int lane, int first_tile) {
+device void unpack(
+    Operands& weights, const Codes& codes, int chunk, int step, Tables (&tables)[TILES], const Arguments& a, int lane,
+    int first_tile) {
 #pragma unroll
   for (int r = 0; r < TILES; ++r) {
     if (GROUP != 0 && chunk * CHUNK % PART == 0)

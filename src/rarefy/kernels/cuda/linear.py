@@ -38,6 +38,7 @@ from rarefy.kernels.reference import decode
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 MOST_TOKENS = 128  # beyond, a dequantized weight and the library's product take less time
 MOST_TOKENS_WIDE = 768  # where four warps can multiply together
+MOST_TOKENS_OF_SMALL_GROUPS = 64  # there, since every 16 or 32 columns are scaled apart
 MOST_APART = 1 << 22  # numbers from a token to the next, so that 32 bits count them
 MOST_TOKENS_OF_16_BITS = 64  # up to which reading the weight is all that counts, so that activations stay exact
 MOST_TOKENS_OF_SPARSE = 4
@@ -103,7 +104,7 @@ def _multiplied(x: Tensor, terms: list[Term], rows: int, fast: bool) -> Tensor:
         return _product_of_bytes(x, terms[0])
     if _compiles():
         x = aligned(x)
-        most = most_tokens(x.device)
+        most = most_tokens(terms, x.device)
         if kinds == [CODES, ENTRIES] and tokens <= (most if takes_wide(x.device) else MOST_TOKENS_OF_OUTLIERS):
             codes, outliers = sorted(terms, key=lambda term: term[1]["kind"])
             return _product(x, codes, outliers)
@@ -118,9 +119,12 @@ def _multiplied(x: Tensor, terms: list[Term], rows: int, fast: bool) -> Tensor:
     return torch.nn.functional.linear(x[:, :columns], _dense(terms, rows, columns, x.dtype))
 
 
-def most_tokens(device: torch.device) -> int:
+def most_tokens(terms: Sequence[Term], device: torch.device) -> int:
     """Up to how many tokens are multiplied by codes."""
-    return MOST_TOKENS_WIDE if takes_wide(device) else MOST_TOKENS
+    if not takes_wide(device):
+        return MOST_TOKENS
+    small = any(numbers["kind"] == CODES and 0 < numbers["group_size"] <= 32 for _, numbers, _ in terms)
+    return MOST_TOKENS_OF_SMALL_GROUPS if small else MOST_TOKENS_WIDE
 
 
 def _multiplies_bytes(term: Term, device: torch.device) -> bool:

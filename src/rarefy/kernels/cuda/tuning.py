@@ -47,7 +47,7 @@ def _chosen(
     nearest = min(known, key=distance, default=None)
     if nearest is not None and max(distance(nearest)) <= ALIKE:
         measured = Tuning(**nearest["tuning"])
-        found = fitted(code, measured) if measured.wide else measured
+        found = fitted(code, measured)
         if found.suits(code) and found.shared_memory(code) <= (MOST_SHARED_WIDE if found.wide else MOST_SHARED):
             return found
     return by_rule(code, rows, columns, bucket, capability)
@@ -57,10 +57,11 @@ def by_rule(code: Code, rows: int, columns: int, tokens: int, capability: tuple[
     """A fair choice where nobody measured."""
     wide, overlap = capability == (9, 0), capability >= (9, 0)
     loads = code.step * code.bits // 256
+    if tokens == 1:
+        return fitted(code, _of_one_token(code, overlap))
     if tokens <= 16:
         along = 16 if tokens <= 8 and rows <= NARROW else 8
-        own = Tuning(tiles=2 if loads < 4 else 1, tokens=-(-tokens // 8), along=along, depth=1, overlap=overlap)
-        return replace(own, spread=tokens == 1)
+        return Tuning(2 if loads < 4 else 1, -(-tokens // 8), along=along, depth=1, overlap=overlap)
     if wide:
         return _wide(code, rows, tokens)
     at_once = min(8, -(-tokens // 8))
@@ -69,6 +70,15 @@ def by_rule(code: Code, rows: int, columns: int, tokens: int, capability: tuple[
     own = Tuning(1, at_once, across=4, along=1, depth=1, stages=4, split=split, overlap=overlap)
     fitting = (replace(own, stages=stages) for stages in (4, 3, 2))
     return next((each for each in fitting if each.shared_memory(code) <= MOST_SHARED), replace(own, stages=2))
+
+
+def _of_one_token(code: Code, overlap: bool) -> Tuning:
+    """The rule for one token: about as many bytes on their way for each number of bits."""
+    few = code.step * code.bits // 256 < 2  # loads of a step
+    if code.parts > 4:
+        return Tuning(tiles=2, across=2, along=4, depth=1, spread=True, overlap=overlap)
+    depth = 1 if few or code.outliers is not None else 2
+    return Tuning(tiles=4 if few else 1, depth=depth, spread=True, overlap=overlap)
 
 
 def _wide(code: Code, rows: int, tokens: int) -> Tuning:
@@ -94,9 +104,12 @@ def fits_registers(tuning: Tuning) -> bool:
 
 
 def fitted(code: Code, tuning: Tuning) -> Tuning:
-    """With as many stages as shared memory has room for, and steps of codes as registers have; small groups are scaled
-    so often that several steps would be long programs."""
-    depth = 1 if code.parts > 4 else 4 if tuning.tokens <= 8 else 3 if tuning.tokens <= 16 and tuning.rescaled else 2
+    """With as many steps on their way as registers and, for four warps together, shared memory have room for; small
+    groups are scaled so often that several steps would be long programs."""
+    small = code.parts > 4
+    if not tuning.wide:
+        return replace(tuning, depth=1) if small else tuning
+    depth = 1 if small else 4 if tuning.tokens <= 8 else 3 if tuning.tokens <= 16 and tuning.rescaled else 2
     every = (replace(tuning, stages=stages, depth=depth) for stages in range(tuning.stages, 1, -1))
     return next((each for each in every if each.shared_memory(code) <= MOST_SHARED_WIDE), replace(tuning, stages=2))
 

@@ -101,7 +101,7 @@ def efficiency_table() -> str:
             lines.append(
                 f"| {row['model']} | {row['attention']} | {row['cache']} | {load['batch']} x {load['prompt_tokens']} | "
                 f"{1e3 * first['p50']:.1f} | {1e3 * token['p50']:.1f} | {1e3 * token['p95']:.1f} | "
-                f"{memory['peak_bytes'] / 1e9:.2f} | {_share(memory['utilization'])} | "
+                f"{memory['peak_bytes'] / 1e9:.2f} | {_share(memory['mean_bytes'] / memory['capacity_bytes'])} | "
                 f"{_share(cost['compute_utilization'])} | {_share(cost['decode_roofline'])} | "
                 f"{_number(cost['joules_per_token'])} | {_number(row['compression_ratio'])} | "
                 f"{_number(row['perplexity'], 2)} |"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from tables_shared import DEMO, LAB, UNMEASURED, Rows, combined, mean, measured_on, results
 
@@ -93,6 +94,11 @@ def accuracy_table(
     return "\n".join([*layout(rows), "", f"{facts} {measured_on(data)}"])
 
 
+def _samples(data: dict[str, Any]) -> str:
+    """What the rows that calibrate were given."""
+    return " and ".join(dict.fromkeys(row["calibration"] for row in data["rows"] if row.get("calibration")))
+
+
 def similarity_table() -> str:
     """STS-B by recipe, one table per device."""
     parts = []
@@ -106,8 +112,7 @@ def similarity_table() -> str:
                 f"{'-' if output is None else f'{output:.4f}'} | {row['spearman']:.2f} | {row['cosine']:.4f} |"
             )
         first = data["rows"][0]
-        samples = " and ".join(dict.fromkeys(row["calibration"] for row in data["rows"] if row.get("calibration")))
-        facts = f"{first['model']}, {first['pairs']} test pairs of STS-B; calibrated on {samples};"
+        facts = f"{first['model']}, {first['pairs']} test pairs of STS-B; calibrated on {_samples(data)};"
         parts.append("\n".join([*lines, "", f"{facts} {measured_on(data)}"]))
     return "\n\n".join(parts) or UNMEASURED
 
@@ -126,8 +131,7 @@ def map_table() -> str:
                 f"{row['cosine']:.4f} |"
             )
         first = data["rows"][0]
-        samples = " and ".join(dict.fromkeys(row["calibration"] for row in data["rows"] if row.get("calibration")))
-        facts = f"{first['model']}, {first['pictures']}; calibrated on {samples};"
+        facts = f"{first['model']}, {first['pictures']}; calibrated on {_samples(data)};"
         parts.append("\n".join([*lines, "", f"{facts} {measured_on(data)}"]))
     return "\n\n".join(parts) or UNMEASURED
 

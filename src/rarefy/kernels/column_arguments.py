@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -59,6 +60,21 @@ class SearchArguments(ctypes.Structure):
         *((name, ctypes.c_float) for name in "finest norm".split()),
         ("factor", ctypes.c_float * AT_ONCE), ("step", ctypes.c_float * AT_ONCE),
     ]  # fmt: skip
+
+
+def round_parts(
+    block: Tensor, errors: Tensor, shares: Tensor, codes: Tensor | None, scale: Tensor | None, zero: Tensor | None,
+    groups: list[int], last: int, marked: Tensor | None, lost: Tensor | None, reach: Tensor | None,
+    unit: Tensor | None,
+) -> Iterator[RoundArguments]:  # fmt: skip
+    """`round_arguments` of a stretch, one for each ``AT_ONCE`` columns; none where there is nothing to round."""
+    for first in range(0, errors.shape[1] if errors.numel() else 0, AT_ONCE):
+        part = slice(first, first + AT_ONCE)
+        cut = [None if own is None else own[part] for own in (codes, marked, lost)]
+        yield round_arguments(
+            block[:, first:], errors[:, part], shares[:, part, first:], cut[0], scale, zero, groups[part], last,
+            cut[1], cut[2], reach, None if unit is None else unit[:, part],
+        )  # fmt: skip
 
 
 def round_arguments(

@@ -37,9 +37,9 @@ class ColumnRule(ABC):
         """See a segment of ``size`` (the last may be shorter) as it is now: ``columns`` float32 ``[members, columns,
         rows]``, the first of them at position ``start``."""
 
+    @abstractmethod
     def column(self, values: Tensor, position: int, error: Tensor) -> None:
         """Treat ``values`` and write what they lose into ``error``, both ``[members, rows]``."""
-        raise NotImplementedError
 
     def stretch(self, block: Tensor, errors: Tensor, shares: Tensor, start: int) -> None:
         """Treat as many columns of ``block``, from position ``start`` on, as ``errors`` has, and correct those after

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rarefy.kernels import columns
-from rarefy.kernels.column_arguments import AT_ONCE, fit_arguments, round_arguments, search_arguments
+from rarefy.kernels.column_arguments import fit_arguments, round_parts, search_arguments
 from rarefy.kernels.cpu.library import _loaded, available, follow_threads
 
 
@@ -24,13 +24,7 @@ def _round_columns(
         return
     follow_threads()
     number = columns.RULES.index(rule)  # type: ignore[arg-type]
-    for first in range(0, errors.shape[1] if errors.numel() else 0, AT_ONCE):
-        part = slice(first, first + AT_ONCE)
-        cut = [None if own is None else own[part] for own in (codes, marked, lost)]
-        given = round_arguments(
-            block[:, first:], errors[:, part], shares[:, part, first:], cut[0], scale, zero, groups[part], last,
-            cut[1], cut[2], reach, None if unit is None else unit[:, part],
-        )  # fmt: skip
+    for given in round_parts(block, errors, shares, codes, scale, zero, groups, last, marked, lost, reach, unit):
         _loaded().rarefy_round_columns(ctypes.byref(given), number)
 
 

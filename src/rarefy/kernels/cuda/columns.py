@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rarefy.kernels import columns
-from rarefy.kernels.column_arguments import AT_ONCE, fit_arguments, round_arguments, search_arguments
+from rarefy.kernels.column_arguments import fit_arguments, round_parts, search_arguments
 from rarefy.kernels.cuda import driver
 from rarefy.kernels.cuda.linear import status
 
@@ -65,22 +65,11 @@ def _round_columns(
     if not available():
         columns.reference(block, errors, shares, codes, scale, zero, groups, last, rule, marked, lost, reach, unit)
         return
-    members, count, rows = errors.shape
+    members, _, rows = errors.shape
     run = kernel(block.device.index, ROUND, round_macros(codes is not None, rule), SHARED)
     stream = torch.cuda.current_stream(block.device).cuda_stream
     grid, threads = (-(-rows // 32), members, 1), 32 * WARPS
-    if count <= AT_ONCE:
-        if errors.numel():
-            given = round_arguments(block, errors, shares, codes, scale, zero, groups, last, marked, lost, reach, unit)
-            run(grid, threads, given, stream)
-        return
-    for first in range(0, count if rows * members else 0, AT_ONCE):
-        part = slice(first, first + AT_ONCE)
-        cut = [None if own is None else own[part] for own in (codes, marked, lost)]
-        given = round_arguments(
-            block[:, first:], errors[:, part], shares[:, part, first:], cut[0], scale, zero, groups[part], last,
-            cut[1], cut[2], reach, None if unit is None else unit[:, part],
-        )  # fmt: skip
+    for given in round_parts(block, errors, shares, codes, scale, zero, groups, last, marked, lost, reach, unit):
         run(grid, threads, given, stream)
 
 

@@ -288,3 +288,33 @@ def test_places_that_nobody_asked_for_change_nothing() -> None:
         assert row.tolist() == alone(program, part, 4)
     with pytest.raises(OptionError, match="at least one token"):
         Batch(executor, program, [torch.tensor([], dtype=torch.int64)], torch.float32, DEVICE)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu" or emulation.COMPILER is None, reason="run by this processor")
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_linked_products_compute_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = compress(small(family, num_hidden_layers=2, vocab_size=128, **wide)).to(torch.bfloat16)
+    program, tokens = build(model), prompt(6).to(DEVICE) % 128
+
+    def prepared(layers: Sequence[Any]) -> list[Any]:
+        terms = zip(*([prepare(*term.operation()) for term in layer.terms] for layer in layers), strict=True)
+        return [join_(parts) for parts in terms]
+
+    wanted = [interpreter.run(program, part, cache) for cache in [kept(program, dtype=torch.bfloat16)]
+              for part in tokens.split([4, 1, 1])]  # fmt: skip
+    ours, launched = [], []
+    for linked in (False, True):
+        if linked:
+            monkeypatch.setattr("rarefy.decoding.products._joined_", prepared)
+            monkeypatch.setattr("rarefy.kernels.cuda.linear._compiles", lambda: True)
+            monkeypatch.setattr("rarefy.kernels.cuda.tuning.choose_with", lambda *given: EMULATED)
+            monkeypatch.setattr(
+                "rarefy.kernels.cuda.program.linear",
+                lambda *given: (launched.append(given[-1]), emulation.program_linear(*given)),
+            )
+        execute, cache = GraphExecutor(program), kept(program, dtype=torch.bfloat16)
+        if linked:  # the prompt's chunk goes through kernels that are not emulated
+            monkeypatch.setattr(execute, "_products", plain | {})
+        plain = execute._products
+        ours.append([execute(part, cache) for part in tokens.split([4, 1, 1])])

@@ -35,13 +35,21 @@ def _library(macros: tuple[str, ...], source: Path = program.SOURCE) -> ctypes.C
 
 def _run(
     name: str, code: program.Code, tuning: program.Tuning, half: bool, given: program.Arguments,
-    grid: tuple[int, int, int],
+    grid: tuple[int, int, int], ending: program.Ending = program.PLAIN,
 ) -> None:  # fmt: skip
-    macros = [f"-D{macro}={value}" for macro, value in program.definitions(code, tuning, half).items()]
+    macros = [f"-D{macro}={value}" for macro, value in program.definitions(code, tuning, half, ending).items()]
     run = _library(tuple(macros), program.SOURCES.get(name, program.SOURCE)).run
     which = {"linear": 0, "dequantize": 1, "quantize": 2, "gemm": 0, "arrange": 1}[name]
     threads = program.ARRANGING if name == "arrange" else tuning.threads
-    run(which, ctypes.byref(given), *grid, threads, program.shared_memory(name, code, tuning))
+    run(which, ctypes.byref(given), *grid, threads, program.shared_memory(name, code, tuning, ending))
+
+
+def program_linear(
+    code: program.Code, tuning: program.Tuning, given: program.Arguments, half: bool, device: torch.device,
+    ending: program.Ending = program.PLAIN,
+) -> None:  # fmt: skip
+    """In the place of ``program.linear``, for one kernel."""
+    _run("linear", code, tuning, half, given, program.grid(tuning, given.rows, given.tokens), ending)
 
 
 def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> Tensor:

@@ -60,6 +60,7 @@ device uint2 load_shared_by_all(const uint2* from, bool real) { return real ? *f
 device uint4 load_shared_by_all(const uint4* from) { return *from; }
 device uint2 load_shared_by_all(const uint2* from) { return *from; }
 device float load_fresh(const float* from) { return *from; }
+device unsigned short load_fresh(const unsigned short* from) { return *from; }
 device void copy_async(unsigned char* to, const void* from, bool real) {
   if (real) memcpy(to, from, 16); else memset(to, 0, 16);
 }
@@ -201,6 +202,8 @@ device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsig
 device float absolute(float value) { return std::fabs(value); }
 device float max_of(float a, float b) { return std::fmax(a, b); }
 device float quotient(float a, float b) { return a / b; }
+device float sigmoid(float value) { return 1.0f / (1.0f + std::exp(-value)); }
+device float error_function(float value) { return std::erf(value); }
 device float inverse_root(float value) { return 1.0f / std::sqrt(value); }
 device unsigned char e4m3(float value) {
   const float size = std::fmin(std::fabs(value), 448.0f);

@@ -32,8 +32,12 @@ struct Arguments {
   u32* arrived;         // [blocks], zero before and after
   const u32* entries;   // outliers by row: a 16-bit value above its column
   const u32* row_ptr;   // [rows + 1]
-  int rows, columns, steps, groups, tokens, stride, second_rows, second_groups, pitch;
-  float multiplier;
+  const float* squares; // sums of squares of the tokens' numbers, [tokens][parts]
+  float* squared;       // those of what comes out, [tokens][rows / 16]
+  u16* hidden;          // to which the result is added, [tokens][rows]
+  const u16* gain;      // [rows]
+  int rows, columns, steps, groups, tokens, stride, second_rows, second_groups, pitch, parts;
+  float multiplier, eps;
 };
 
 #ifndef RAREFY_EMULATED

@@ -8,7 +8,7 @@
 // Macros besides those of codes.cuh (see tuning.py for what is chosen when): OUTLIERS (type of single values that are
 // added to the weight), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns), DEPTH (steps loaded
 // ahead into registers), STAGED (codes and activations go through shared memory instead, STAGES steps of them), SPLIT
-// (blocks over columns).
+// (blocks over columns), and those of ending.cuh.
 
 constexpr int THREADS = 32 * ACROSS * ALONG;
 
@@ -17,9 +17,12 @@ constexpr int THREADS = 32 * ACROSS * ALONG;
 constexpr int ROWS = 16 * TILES * ACROSS, COLUMNS = STEP * ALONG, WIDTH = 8 * TOKENS;
 constexpr int PITCH = 2 * COLUMNS + (SPAN == 16 ? 16 : 64);  // bytes of a staged token; the rest keeps banks apart
 constexpr int STAGE_TOKENS = WIDTH * PITCH;  // bytes
+constexpr int EXTRA = SPREAD ? 1 : WIDTH;    // tokens that are any
 constexpr int STAGE_CODES = STAGED ? ROWS / 16 * ALONG * LOADS * 512 : 0;  // bytes
 constexpr int SUM_PITCH = ROWS + 4;
 constexpr bool LIFT = BITS == 1 && TABLE == NONE && SUMS;
+
+#include "ending.cuh"
 
 // ---- Activations: four words of one token for two blocks.
 
@@ -197,7 +200,6 @@ typedef Scales StepScales;
 
 constexpr int TURNS = (ROWS * 8 + THREADS - 1) / THREADS;
 constexpr int AHEAD = 3;  // entries of a lane that are fetched so
-constexpr int EXTRA = SPREAD ? 1 : WIDTH;  // tokens
 
 #if OUTLIERS
 struct Outliers {
@@ -206,10 +208,10 @@ struct Outliers {
   float sums[TURNS][EXTRA];
 };
 
-device void begin_outliers(Outliers& own, const Arguments& a, int first_row) {
+device void begin_outliers(Outliers& own, const Arguments& a) {
 #pragma unroll
   for (int turn = 0; turn < TURNS; ++turn) {
-    const int within = (turn * THREADS + threadIdx.x) / 8, row = first_row + within;
+    const int within = (turn * THREADS + threadIdx.x) / 8, row = row_of_block(a, within);
     const bool real = row < a.rows && within < ROWS && blockIdx.y == 0;
     own.end[turn] = real ? load_once(a.row_ptr + row + 1) : 0;
     own.begin[turn] = real ? load_once(a.row_ptr + row) : 0;
@@ -277,12 +279,12 @@ device void end_outliers(Outliers& own, const Arguments& a, int first_token, flo
 extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int across = warp % ACROSS, along = warp / ACROSS, g = lane / 4, t = lane % 4;
-  const int first_tile = (blockIdx.x * ACROSS + across) * TILES;
-  const int first_row = blockIdx.x * ROWS, first_token = blockIdx.z * WIDTH;
+  const int first_tile = tile_of_block(a, across * TILES), first_token = blockIdx.z * WIDTH;
   const int share = (a.steps + SPLIT - 1) / SPLIT;
   const int begin = blockIdx.y * share, end = begin + share < a.steps ? begin + share : a.steps;
   const int rounds = end > begin ? (end - begin + ALONG - 1) / ALONG : 0;
-  u8* stages = pool + TABLE_BYTES;
+  float* factors = reinterpret_cast<float*>(pool + TABLE_BYTES);
+  u8* stages = pool + TABLE_BYTES + FACTOR_BYTES;
 
   const Places places = places_of(a, first_tile, lane);
   const auto step_at = [&](int round) { return begin + round * ALONG + along; };
@@ -298,7 +300,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
       const int tile = n / (ALONG * LOADS * 32), step = n / (LOADS * 32) % ALONG, load = n / 32 % LOADS;
       const int at = begin + round * ALONG + step;
       const bool real = at < end && has_bytes(a, at, load, n % 32);
-      const uint4* from = codes_of(a, tile_of(a, blockIdx.x * TILES * ACROSS + tile), n % 32, load % 2);
+      const uint4* from = codes_of(a, tile_of(a, tile_of_block(a, tile)), n % 32, load % 2);
       copy_async(target + 16 * n, real ? of_step(from, at) + load_at(load) : a.codes, real);
     }
   };
@@ -315,7 +317,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
 
 #if OUTLIERS
   Outliers outliers;
-  begin_outliers(outliers, a, first_row);
+  begin_outliers(outliers, a);
 #endif
   if constexpr (TABLE == SHARED) {
     copy_table(a);
@@ -326,6 +328,8 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
 #pragma unroll
     for (int r = 0; r < TILES; ++r) load(tables[r], a, tile_of(a, first_tile + r), 0, g);
   }
+  Beside beside;
+  fetch_gain(beside, a, first_token);
   start_later_kernels();
   wait_for_earlier_kernels();  // weights never depend on them
 
@@ -356,6 +360,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
     commit_copies();
   };
   for (int round = 0; round < STAGES - 1; ++round) stage_tokens(round);
+  fetch_rest(beside, factors, a, first_token);
   for (int round = 0; round < rounds; ++round) {
     wait_for_copies<STAGES - 2>();
     block_barrier();
@@ -398,6 +403,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d)
     if (step_at(d) < end) fetch_tokens(d, step_at(d));
+  fetch_rest(beside, factors, a, first_token);
   for (int base = 0; base < rounds; base += DEPTH) {
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
@@ -448,27 +454,29 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   end_outliers(outliers, a, first_token, meeting + ALONG * WIDTH * SUM_PITCH);
 #endif
   block_barrier();
-  for (int n = threadIdx.x; n < WIDTH * ROWS; n += THREADS) {
-    const int token = n / ROWS, row = n % ROWS;
-    if (first_token + token >= a.tokens || first_row + row >= a.rows) continue;
+  const auto total_of_block = [&](int token, int row) {
     float sum = 0.0f;
 #pragma unroll
     for (int k = 0; k < ALONG + (OUTLIERS != NONE); ++k) sum += meeting[(k * WIDTH + token) * SUM_PITCH + row];
-    const i64 place = i64(first_token + token) * a.rows + first_row + row;
-    if constexpr (SPLIT == 1) a.y[place] = rounded<HALF>(sum * a.multiplier);
-    else a.partial[i64(blockIdx.y) * a.tokens * a.rows + place] = sum;
-  }
-  if constexpr (SPLIT > 1) {
-    if (!last_to_arrive(a.arrived + blockIdx.z * gridDim.x + blockIdx.x, SPLIT)) return;
-    for (int n = threadIdx.x; n < WIDTH * ROWS; n += THREADS) {
+    return sum;
+  };
+  if constexpr (SPLIT == 1) {
+    finish(beside, factors, a, first_token, total_of_block);
+  } else {
+    const i64 all = i64(a.tokens) * a.rows;
+    const auto place = [&](int token, int row) { return i64(first_token + token) * a.rows + row_of_block(a, row); };
+    for (int n = threadIdx.x; n < EXTRA * ROWS; n += THREADS) {
       const int token = n / ROWS, row = n % ROWS;
-      if (first_token + token >= a.tokens || first_row + row >= a.rows) continue;
-      const i64 place = i64(first_token + token) * a.rows + first_row + row;
+      if (first_token + token < a.tokens && row_of_block(a, row) < a.rows)
+        a.partial[blockIdx.y * all + place(token, row)] = total_of_block(token, row);
+    }
+    if (!last_to_arrive(a.arrived + blockIdx.z * gridDim.x + blockIdx.x, SPLIT)) return;
+    finish(beside, factors, a, first_token, [&](int token, int row) {
       float sum = 0.0f;
 #pragma unroll
-      for (int k = 0; k < SPLIT; ++k) sum += load_fresh(a.partial + i64(k) * a.tokens * a.rows + place);
-      a.y[place] = rounded<HALF>(sum * a.multiplier);
-    }
+      for (int k = 0; k < SPLIT; ++k) sum += load_fresh(a.partial + k * all + place(token, row));
+      return sum;
+    });
   }
 }
 

@@ -80,6 +80,11 @@ device float load_fresh(const float* from) {
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(to) : "l"(from) : "memory");
   return to;
 }
+device u16 load_fresh(const u16* from) {
+  u16 to;
+  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(to) : "l"(from) : "memory");
+  return to;
+}
 // Sixteen bytes into shared memory, or zeros.
 device void copy_async(u8* to, const void* from, bool real) {
   const u32 address = static_cast<u32>(__cvta_generic_to_shared(to));
@@ -207,6 +212,8 @@ device float power_of_two(float value) {
   return found;
 }
 device float root(float value) { return sqrtf(value); }
+device float sigmoid(float value) { return quotient(1.0f, 1.0f + power_of_two(-1.4426950408889634f * value)); }
+device float error_function(float value) { return erff(value); }
 device float nearest_integer(float value) { return rintf(value); }
 device void raise(u32* flags, u32 bits) { atomicOr(flags, bits); }
 device float log_of_two(float value) { return log2f(value); }

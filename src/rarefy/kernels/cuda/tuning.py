@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock
 
 from rarefy.core.files import write_text
-from rarefy.kernels.cuda.program import Code, Tuning
+from rarefy.kernels.cuda.program import PLAIN, Code, Ending, Tuning
 from rarefy.sources.cache import cache_root
 
 FOLDER = Path(__file__).with_name("tables")
@@ -30,6 +30,18 @@ def choose(code: Code, rows: int, columns: int, tokens: int, device: torch.devic
     """What to compile for ``tokens`` of ``columns`` against ``rows``."""
     bucket = next((each for each in BUCKETS if tokens <= each), BUCKETS[-1])
     return _chosen(code, rows, columns, bucket, _name(device), torch.cuda.get_device_capability(device))
+
+
+def choose_with(
+    ending: Ending, code: Code, rows: int, columns: int, tokens: int, device: torch.device
+) -> Tuning:
+    """As ``choose`` for a product with an ending, of up to 16 tokens."""
+    found = choose(code, rows, columns, tokens, device)
+    if ending == PLAIN:
+        return found
+    if found.wide:
+        found = by_rule(code, rows, columns, tokens, torch.cuda.get_device_capability(device))
+    return found.with_halves() if ending.kind == "gated" else found
 
 
 @functools.cache

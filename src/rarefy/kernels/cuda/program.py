@@ -204,7 +204,8 @@ def arguments(
 ) -> Arguments:  # fmt: skip
     """``tensors``: ``codes [tiles, steps, loads, 32, 4]`` or bytes ``[rows, pitch]``, ``scale`` and ``zero [tiles,
     groups, 8, 2]`` of layout.py, ``x [tokens, columns]`` with rows ``stride`` apart, ``y [tokens, rows]`` and so on
-    (see ``codes.cuh``); what is absent is a null pointer. ``second``: how many tiles and groups share second-order numbers."""
+    (see ``codes.cuh``); what is absent is a null pointer. ``second``: how many tiles and groups share second-order
+    numbers."""
     codes = tensors["codes"]
     assert codes is not None
     grouped = (tensors.get(name) for name in ("scale", "table"))

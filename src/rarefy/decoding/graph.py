@@ -19,6 +19,7 @@ from rarefy.decoding.link import After, Linked, Step, link
 from rarefy.decoding.products import Together
 from rarefy.decoding.program import Add, Cap, Embed, Gate, Norm, Program, Rotate
 from rarefy.decoding.sampling import Sampling
+from rarefy.kernels.cuda import attend_token, status
 from rarefy.kernels.cuda.linear import Beside, can_end, product_with_ending
 from rarefy.kernels.cuda.prepared import Prepared
 from rarefy.kernels.cuda.program import Ending as EndOfProduct
@@ -37,7 +38,7 @@ class _Step:
 
     tokens: Tensor
     positions: Tensor
-    attend: step.Attention
+    attend: step.Attention | attend_token.Attention
     pick: Picker
     place: tuple[int, ...] = ()  # of the cache that the graphs read
     graphs: dict[Ending, tuple[Callable[[], None], Tensor]] = field(default_factory=dict)
@@ -167,7 +168,7 @@ class GraphExecutor:
             at = self._steps[sequences] = _Step(
                 torch.zeros(sequences, dtype=torch.int64, device=device),
                 torch.zeros(sequences, dtype=torch.int32, device=device),
-                step.Attention(sequences, program.heads, program.kv_heads, program.head_dim, device),
+                self._attention()(sequences, program.heads, program.kv_heads, program.head_dim, device),
                 Picker(sequences, program.vocabulary, WRITTEN, device),
             )
         place = keys.data_ptr(), values.data_ptr(), capacity
@@ -175,6 +176,15 @@ class GraphExecutor:
             at.place = place
             at.graphs.clear()
         return at
+
+    def _attention(self) -> type[step.Attention] | type[attend_token.Attention]:
+        """The kernel that reads heads like the program's."""
+        program = self.program
+        norms = [norm for each in self._whole if isinstance(each, Attention) for norm in (each.q_norm, each.k_norm)]
+        fits = attend_token.fits(self.dtype, program.heads, program.kv_heads, program.head_dim)
+        if fits and status() == "cuda" and all(norm is None or norm.weight.dtype == self.dtype for norm in norms):
+            return attend_token.Attention
+        return step.Attention
 
     def _capture(self, at: _Step, keys: Tensor, values: Tensor, ending: Ending) -> tuple[Callable[[], None], Tensor]:
         """What runs the step once more, and the logits that it leaves."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rarefy.kernels.cuda import attend, encode, program
+from rarefy.kernels.cuda import attend_token as token
 from rarefy.kernels.cuda.linear import aligned, pointed, pointed_sparse, terms_of
 from rarefy.kernels.cuda.prepared import code_of, sparse_code_of
 from rarefy.kernels.prepared import Prepared, flat
@@ -137,3 +138,10 @@ def encoded(code: encode.Code, x: Tensor, **tables: Tensor | None) -> tuple[enco
     library = _library((*macros, f"-DENTRY={code.entry}"), encode.SOURCE)
     library.run(0, ctypes.byref(given), *code.grid(x), code.threads, code.shared_memory)
     return to, faults
+
+
+def attend_token(form: token.Form, grid: tuple[int, int, int], given: token.Arguments) -> None:
+    """In the place of the launch of ``attend_token.cu``."""
+    macros = [f"-D{macro}={value}" for macro, value in form.definitions().items()]
+    library = _library((*macros, "-DENTRY=rarefy_attend_token"), token.SOURCE)
+    library.run(0, ctypes.byref(given), *grid, 32 * token.WARPS, form.shared_memory)

@@ -85,6 +85,15 @@ device u16 load_fresh(const u16* from) {
   asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(to) : "l"(from) : "memory");
   return to;
 }
+// Unlike what is read once, this stays where it stands before or after a wait: a compiler moves loads of what it takes
+// for constant.
+device uint4 load_fresh(const uint4* from, bool real) {
+  uint4 to = {0, 0, 0, 0};
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0;\n"
+               "@p ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+               : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w) : "l"(from), "r"(u32(real)) : "memory");
+  return to;
+}
 // Sixteen bytes into shared memory, or zeros.
 device void copy_async(u8* to, const void* from, bool real) {
   const u32 address = static_cast<u32>(__cvta_generic_to_shared(to));

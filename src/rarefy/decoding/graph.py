@@ -177,6 +177,16 @@ class GraphExecutor:
             at.graphs.clear()
         return at
 
+    def steps(self, sequences: int) -> tuple[Step, ...]:
+        """What one more token of so many sequences launches, in this order."""
+
+        def ends(product: Projects, after: After) -> bool:
+            terms = self._terms(product)
+            fits = not isinstance(after, AddNorm) or after.norm.weight.dtype == self.dtype
+            return fits and terms is not None and can_end(terms, sequences, self.dtype)
+
+        return link(self._whole, ends)
+
     def _attention(self) -> type[step.Attention] | type[attend_token.Attention]:
         """The kernel that reads heads like the program's."""
         program = self.program
@@ -193,12 +203,7 @@ class GraphExecutor:
             layer = operation.attend.layer
             return at.attend(q, k, v, keys[layer], values[layer], at.positions, self._heads(operation, keys.shape[3]))
 
-        def ends(product: Projects, after: After) -> bool:
-            terms = self._terms(product)
-            fits = not isinstance(after, AddNorm) or after.norm.weight.dtype == self.dtype
-            return fits and terms is not None and can_end(terms, len(at.tokens), self.dtype)
-
-        operations = link(self._whole, ends)
+        operations = self.steps(len(at.tokens))
 
         def run() -> Tensor:
             buffers = {"tokens": at.tokens}

@@ -1,4 +1,4 @@
-"""What the time of a decoding step goes to on a GPU: each launch of a model shaped like Llama 3 8B, random weights in code.
+"""What the time of a decoding step goes to on a GPU, launch by launch: Llama 3 8B's shape, random weights in code.
 
 Launches overlap: one begins, and fetches weights, before the one before it has ended. What a launch costs is therefore
 the time from the end of its forerunner to its own end; these add up to the step. ``microseconds_of_bytes`` is what
@@ -106,17 +106,17 @@ def rows_of(kind: str, program: Program, batch: int, limit: float) -> list[Row]:
             "goal": "profile", "job": kind, "batch": batch, "phase": label, "launches": round(own["count"]),
             "microseconds": round(own["microseconds"], 1), "share": round(own["microseconds"] / total, 4),
             "microseconds_of_bytes": round(own["nbytes"] / limit, 1), "max_rel_error": made.error,
-            "note": f"{program.layers} layers, {gpu_decode.PROMPT} tokens before; the step takes {total:.0f} us in the "
-            f"profile and {whole['step'] * 1e3:.0f} us without; copy {limit / 1e6:.2f} TB/s",
+            "note": f"{program.layers} layers, {gpu_decode.PROMPT} tokens before; {total:.0f} us with the profiler, "
+            f"{whole['step'] * 1e3:.0f} us without; copy {limit / 1e6:.2f} TB/s",
         })  # fmt: skip
-        print({name: rows[-1][name] for name in ("job", "batch", "phase", "launches", "microseconds", "share")}, flush=True)
+        print(f"{kind}, batch {batch}, {label}: {own['count']:.0f} launches, {own['microseconds']:.1f} us", flush=True)
     print(rows[-1]["note"], flush=True)
     return rows
 
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--layers", type=int, default=gpu_decode.SHAPE["num_hidden_layers"], help="fewer, to try it out")
+    parser.add_argument("--layers", type=int, default=gpu_decode.SHAPE["num_hidden_layers"], help="fewer, to try out")
     parser.add_argument("--batch", default="1", help="sequences, by commas")
     parser.add_argument("--kinds", default="W4 g128,SpQR 3,SqueezeLLM 3", help="codes, by commas")
     options = parser.parse_args()

@@ -49,29 +49,30 @@ device u16 load_once(const u16* from) {
   asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(to) : "l"(from));
   return to;
 }
-// Read by many blocks, or zeros.
+// Read by many blocks, or zeros. Not as what is constant (`nc`), which a compiler moves before a wait for what earlier
+// kernels write.
 device uint4 load_shared_by_all(const uint4* from, bool real) {
   uint4 to = {0, 0, 0, 0};
   asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0;\n"
-               "@p ld.global.nc.L1::evict_last.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+               "@p ld.global.L1::evict_last.v4.u32 {%0, %1, %2, %3}, [%4]; }"
                : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w) : "l"(from), "r"(u32(real)));
   return to;
 }
 device uint4 load_shared_by_all(const uint4* from) {
   uint4 to;
-  asm volatile("ld.global.nc.L1::evict_last.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::evict_last.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w) : "l"(from));
   return to;
 }
 device uint2 load_shared_by_all(const uint2* from) {
   uint2 to;
-  asm volatile("ld.global.nc.L1::evict_last.v2.u32 {%0, %1}, [%2];" : "=r"(to.x), "=r"(to.y) : "l"(from));
+  asm volatile("ld.global.L1::evict_last.v2.u32 {%0, %1}, [%2];" : "=r"(to.x), "=r"(to.y) : "l"(from));
   return to;
 }
 device uint2 load_shared_by_all(const uint2* from, bool real) {
   uint2 to = {0, 0};
   asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0;\n"
-               "@p ld.global.nc.L1::evict_last.v2.u32 {%0, %1}, [%2]; }"
+               "@p ld.global.L1::evict_last.v2.u32 {%0, %1}, [%2]; }"
                : "+r"(to.x), "+r"(to.y) : "l"(from), "r"(u32(real)));
   return to;
 }

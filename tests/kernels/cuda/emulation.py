@@ -144,4 +144,4 @@ def attend_token(form: token.Form, grid: tuple[int, int, int], given: token.Argu
     """In the place of the launch of ``attend_token.cu``."""
     macros = [f"-D{macro}={value}" for macro, value in form.definitions().items()]
     library = _library((*macros, "-DENTRY=rarefy_attend_token"), token.SOURCE)
-    library.run(0, ctypes.byref(given), *grid, 32 * token.WARPS, form.shared_memory)
+    library.run(0, ctypes.byref(given), *grid, 32 * form.warps, form.shared_memory)

@@ -86,6 +86,11 @@ def test_heads_of_other_sizes(group: int, channels: int) -> None:
     check(torch.bfloat16, 1, group, channels, [150])
 
 
+def test_many_blocks_are_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attend_token, "MANY", 1)
+    check(torch.bfloat16, 2, 4, 128, [130])
+
+
 def test_norms_of_heads_windows_and_caps() -> None:
     q_gain, k_gain = (Gain(torch.rand(64).half() + 0.5, 1e-6, kind) for kind in (PLAIN, CENTRED))
     check(torch.float16, 2, 2, 64, [50, 300], q_gain=q_gain, k_gain=k_gain)

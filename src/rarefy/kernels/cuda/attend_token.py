@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from rarefy.kernels.triton.step import Heads
 
 SOURCE = Path(__file__).with_name("attend_token.cu")
-WARPS = 8  # of a block
+WARPS = (8, 4)  # of a block, where there are few of them and where there are many
+MANY = 132  # blocks, of which one fills a multiprocessor's registers
 TILE = 16  # tokens that a warp takes at once
 LEAST = 16  # tiles that are worth a block of their own
 FILL = 264  # blocks that keep a large GPU busy
@@ -43,6 +44,7 @@ class Form:
     """What the kernel is told at compile time, see the source."""
 
     half: bool
+    warps: int
     channels: int
     group: int
     q_kind: int
@@ -53,14 +55,14 @@ class Form:
     def definitions(self) -> dict[str, int]:
         """The macros of the source."""
         return {
-            "HALF": int(self.half), "CHANNELS": self.channels, "GROUP": self.group, "WARPS": WARPS,
+            "HALF": int(self.half), "CHANNELS": self.channels, "GROUP": self.group, "WARPS": self.warps,
             "Q_KIND": self.q_kind, "K_KIND": self.k_kind, "CAPPED": int(self.capped), "WINDOW": int(self.window),
         }  # fmt: skip
 
     @property
     def shared_memory(self) -> int:
         """Bytes of a block."""
-        return 4 * WARPS * self.group * (self.channels + 4)
+        return 4 * self.warps * self.group * (self.channels + 4)
 
 
 def fits(dtype: torch.dtype, query_heads: int, heads: int, channels: int) -> bool:
@@ -100,7 +102,7 @@ class Attention:
         )  # fmt: skip
         group = layer.query_heads // layer.heads
         half, capped, window = q.dtype == torch.float16, layer.softcap is not None, layer.window is not None
-        form = Form(half, layer.channels, group, q_kind, k_kind, capped, window)
+        form = Form(half, WARPS[len(self.arrived) > MANY], layer.channels, group, q_kind, k_kind, capped, window)
         self.launch(form, (len(q) * layer.heads, self.splits, 1), given, q.device)
         return out
 
@@ -108,4 +110,4 @@ class Attention:
         """The kernel on the current stream of ``device``."""
         index = torch.cuda.current_device() if device.index is None else device.index
         stream = torch.cuda.current_stream(device).cuda_stream
-        _kernel(index, form)(grid, 32 * WARPS, given, stream, tuning.overlaps(device))
+        _kernel(index, form)(grid, 32 * form.warps, given, stream, tuning.overlaps(device))

@@ -7,8 +7,8 @@
 // weight is rounded.
 //
 // Macros besides those of codes.cuh: TOKENS (of 8), ACROSS (warps over rows, a multiple of four), STAGES (steps of tokens
-// in shared memory), DEPTH (steps of codes in registers), SPLIT (blocks over columns, which add up what they have in each
-// other's shared memory), CLUSTER (neighbouring blocks that share what they read of the tokens), IN_TURNS (two fours of
+// in shared memory), DEPTH (steps of codes in registers), PREFETCH (steps of codes before the tokens', that are called to
+// the GPU's cache), SPLIT (blocks over columns, which add up what they have in each other's shared memory), CLUSTER (neighbouring blocks that share what they read of the tokens), IN_TURNS (two fours of
 // warps multiply in turns), RESCALED (sums are kept in units of the last group's scale, which spares registers), OUTLIERS
 // (type of single values that are added to the weight).
 
@@ -29,7 +29,7 @@ constexpr int CHUNK = PART < 4 ? PART : 4;  // blocks of 16 columns that are unp
 constexpr int CHUNKS = BLOCKS / CHUNK;
 constexpr bool DIRECT = !SUMS && (GROUP == 0 || RESCALED);  // whether products are added to the sums at once
 constexpr int LEADING = WIDTH * 16;
-static_assert(STAGE_TOKENS % (16 * CLUSTER) == 0 && WIDTH * ROWS % SPLIT == 0, "equal shares of a cluster");
+static_assert(STAGE_TOKENS % (16 * CLUSTER) == 0 && WIDTH * ROWS % (4 * SPLIT) == 0, "equal shares of a cluster");
 
 // Where a step's tokens lie, and their sums by group.
 device const u8* arranged_tokens(const Arguments& a, int token_tile, int step) {
@@ -39,10 +39,20 @@ device const float* arranged_sums(const Arguments& a, int token_tile, int step) 
   return a.ones + (i64(token_tile) * a.steps + step) * (PARTS * WIDTH);
 }
 
+// One thread: asks for the codes of a step of all tiles of the block, so that they come from the GPU's cache.
+device void prefetch_codes(const Arguments& a, int step) {
+  if constexpr (SPAN != 16) {
+#pragma unroll 1
+    for (int tile = 0; tile < ROWS / 16; ++tile)
+      prefetch_bulk(of_step(codes_of(a, tile_of(a, blockIdx.x * (ROWS / 16) + tile), 0, 0), step), LOADS * 512);
+  }
+}
+
 // One thread: brings the tokens of steps begin..begin + rounds to shared memory.
 device void bring(const Arguments& a, u8* stages, u64* full, u64* empty, int begin, int rounds, u32 rank) {
   for (int round = 0; round < rounds; ++round) {
     const int step = begin + round, stage = round % STAGES;
+    if (PREFETCH > 0 && round + PREFETCH < rounds) prefetch_codes(a, step + PREFETCH);
     if (round >= STAGES) wait_for(empty + stage, (round / STAGES - 1) & 1);
     expect(full + stage, STAGE);
     u8* to = stages + stage * STAGE;
@@ -165,6 +175,7 @@ void rarefy_gemm(const Arguments a) {
   if (warp >= ACROSS) {
     give_registers_back<ACROSS>();
     if (threadIdx.x == 32 * ACROSS) {
+      for (int round = DEPTH; round < PREFETCH && round < rounds; ++round) prefetch_codes(a, begin + round);
       start_later_kernels();
       wait_for_earlier_kernels();
       bring(a, stages, full, empty, begin, rounds, rank);
@@ -330,17 +341,27 @@ void rarefy_gemm(const Arguments a) {
       }
   if constexpr (SPLIT > 1) cluster_barrier();
   else block_barrier();
-  constexpr int OWN = WIDTH * ROWS / SPLIT;  // numbers that a block adds up
-  for (int n = threadIdx.x; n < OWN; n += 32 * ACROSS) {
+  constexpr int OWN = WIDTH * ROWS / SPLIT;  // numbers that a block adds up, a thread four of one token
+#pragma unroll 4
+  for (int n = 4 * threadIdx.x; n < OWN; n += 4 * 32 * ACROSS) {
     const int token = (blockIdx.y * OWN + n) / ROWS, row = (blockIdx.y * OWN + n) % ROWS;
-    float sum = 0.0f;
+    const uint4* at = reinterpret_cast<const uint4*>(meeting + token * SUM_PITCH + row);
+    float own[4] = {};
 #pragma unroll
     for (int k = 0; k < SPLIT; ++k) {
-      const float* at = meeting + token * SUM_PITCH + row;
-      sum += SPLIT > 1 ? load_of_block(at, k * CLUSTER + rank % CLUSTER) : *at;
+      const uint4 four = SPLIT > 1 ? load_of_block(at, k * CLUSTER + rank % CLUSTER) : *at;
+      own[0] += as_float(four.x), own[1] += as_float(four.y), own[2] += as_float(four.z), own[3] += as_float(four.w);
     }
-    if (first_token + token < a.tokens && first_row + row < a.rows)
-      a.y[i64(first_token + token) * a.rows + first_row + row] = rounded<HALF>(sum * a.multiplier);
+    if (first_token + token >= a.tokens || first_row + row >= a.rows) continue;
+    u16* to = a.y + i64(first_token + token) * a.rows + first_row + row;
+    u32 results[4];
+#pragma unroll
+    for (int f = 0; f < 4; ++f) results[f] = rounded<HALF>(own[f] * a.multiplier);
+    if (a.rows % 4 == 0) {
+      *reinterpret_cast<uint2*>(to) = {results[0] | results[1] << 16, results[2] | results[3] << 16};
+    } else {
+      for (int f = 0; f < 4 && first_row + row + f < a.rows; ++f) to[f] = u16(results[f]);
+    }
   }
   if constexpr (SPLIT > 1) cluster_barrier();  // shared memory stays until all have read it
 }

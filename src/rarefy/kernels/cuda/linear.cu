@@ -7,12 +7,16 @@
 //
 // Macros besides those of codes.cuh (see tuning.py for what is chosen when): OUTLIERS (type of single values that are
 // added to the weight), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns), DEPTH (steps loaded
-// ahead into registers), STAGED (codes and activations go through shared memory instead, STAGES steps of them), SPLIT
-// (blocks over columns).
+// ahead into registers), RING (of codes as many steps of each warp wait in shared memory instead), PREFETCH (as many
+// more are called to the GPU's cache), STAGED (codes and activations go through shared memory, STAGES steps of them by
+// all warps together), SPLIT (blocks over columns).
 
 constexpr int THREADS = 32 * ACROSS * ALONG;
 
 #include "codes.cuh"
+#if RING && !defined(RAREFY_EMULATED)
+#include "bulk.cuh"
+#endif
 
 constexpr int ROWS = 16 * TILES * ACROSS, COLUMNS = STEP * ALONG, WIDTH = 8 * TOKENS;
 constexpr int PITCH = 2 * COLUMNS + (SPAN == 16 ? 16 : 64);  // bytes of a staged token; the rest keeps banks apart
@@ -160,6 +164,14 @@ device void multiply_step(
 #pragma unroll
   for (int set = 0; set < SETS; ++set) {
     float part[TILES][4] = {}, ones[4] = {}, lift[4] = {};
+    const u32 constant[4] = {ONES, ONES, ONES, ONES};
+    if constexpr (SUMS) multiply(ones, constant, x.at[set].x, x.at[set].y);  // of all blocks, the same for all rows
+#pragma unroll
+    for (int n = 0; n < (LIFT ? 4 : 0); ++n) {  // blocks that are four apart are lifted alike
+      const u32 lifts[4] = {lift_of(n, 0), lift_of(n, 1), lift_of(n, 2), lift_of(n, 3)};
+      const bool own = lane / 4 % 4 == n;
+      multiply(lift, lifts, own ? x.at[set].x : 0, own ? x.at[set].y : 0);
+    }
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       const int b = 8 * set + n;
@@ -172,10 +184,6 @@ device void multiply_step(
         operands<LIFT>(weights, codes.at[r], b, 4 * lane, tables[r]);
         multiply(part[r], weights, first, second);
       }
-      const u32 constant[4] = {ONES, ONES, ONES, ONES};
-      if constexpr (SUMS) multiply(ones, constant, first, second);
-      const u32 lifts[4] = {lift_of(b, 0), lift_of(b, 1), lift_of(b, 2), lift_of(b, 3)};
-      if constexpr (LIFT) multiply(lift, lifts, first, second);
     }
 #pragma unroll
     for (int r = 0; r < TILES; ++r)
@@ -190,6 +198,57 @@ device void multiply_step(
 typedef SpreadScales StepScales;
 #else
 typedef Scales StepScales;
+#endif
+
+// ---- Codes ahead: a step of a tile is one piece of memory.
+
+constexpr int STEP_BYTES = LOADS * 512;
+constexpr int RING_BYTES = RING * TILES * STEP_BYTES * ACROSS * ALONG, BARRIER_BYTES = RING ? (RING * ACROSS * ALONG + 1) / 2 * 16 : 0;
+
+device const uint4* step_of_tile(const Arguments& a, int tile, int step) {
+  return of_step(codes_of(a, tile_of(a, tile), 0, 0), step);
+}
+
+device void prefetch(const Arguments& a, int first_tile, int step, int lane) {
+  if (SPAN != 16 && lane < TILES) prefetch_bulk(step_of_tile(a, first_tile + lane, step), STEP_BYTES);
+}
+
+#if RING
+static_assert(SPAN != 16 && !STAGED, "steps that are one piece");
+
+// Of one warp: so many steps of codes, each with a barrier.
+struct Ring {
+  u8* steps;
+  u64* full;
+};
+
+device Ring prepare_ring(u8* pool_of_block, int warp, int lane) {
+  Ring own = {pool_of_block + warp * (RING * TILES * STEP_BYTES), reinterpret_cast<u64*>(pool_of_block + RING_BYTES) + warp * RING};
+  if (lane == 0) {
+    for (int n = 0; n < RING; ++n) prepare_barrier(own.full + n, 1);
+    barriers_are_prepared();
+  }
+  warp_barrier();
+  return own;
+}
+
+device void bring(const Ring& ring, const Arguments& a, int first_tile, int round, int step, int lane) {
+  if (lane != 0) return;
+  u64* full = ring.full + round % RING;
+  u8* to = ring.steps + round % RING * (TILES * STEP_BYTES);
+  expect(full, TILES * STEP_BYTES);
+#pragma unroll
+  for (int r = 0; r < TILES; ++r) copy_bulk(to + r * STEP_BYTES, step_of_tile(a, first_tile + r, step), STEP_BYTES, full);
+}
+
+device void take(Codes& codes, const Ring& ring, int round, int lane) {
+  wait_for(ring.full + round % RING, round / RING & 1);
+  const uint4* from = reinterpret_cast<const uint4*>(ring.steps + round % RING * (TILES * STEP_BYTES)) + lane;
+#pragma unroll
+  for (int r = 0; r < TILES; ++r)
+#pragma unroll
+    for (int l = 0; l < LOADS; ++l) put(codes, r, l, from[(r * LOADS + l) * 32]);
+}
 #endif
 
 // ---- Outliers: eight lanes a row, each with every eighth entry; the block's first share of columns takes them all. What
@@ -288,7 +347,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   const auto step_at = [&](int round) { return begin + round * ALONG + along; };
 
   // What the weights are is on its way before anything is waited for.
-  Codes codes[DEPTH];
+  Codes codes[RING ? 1 : DEPTH];
   StepScales scales[DEPTH];
 #if STAGED
   constexpr int STAGE = STAGE_TOKENS + STAGE_CODES;
@@ -305,12 +364,19 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   for (int round = 0; round < STAGES - 1; ++round) stage_codes(round);
   if (step_at(0) < end) fetch(scales[0], a, places, step_at(0), lane);
 #else
+#if RING
+  const Ring ring = prepare_ring(stages, warp, lane);
+  for (int round = 0; round < RING && step_at(round) < end; ++round) bring(ring, a, first_tile, round, step_at(round), lane);
+#endif
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d)
     if (step_at(d) < end) {
-      fetch(codes[d], a, places, step_at(d), lane);
+      if constexpr (!RING) fetch(codes[d], a, places, step_at(d), lane);
       fetch(scales[d], a, places, step_at(d), lane);
     }
+  constexpr int LOADED = RING ? RING : DEPTH;  // steps on their way
+  for (int round = LOADED; round < LOADED + PREFETCH && step_at(round) < end; ++round)
+    prefetch(a, first_tile, step_at(round), lane);
 #endif
 
 #if OUTLIERS
@@ -401,16 +467,25 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   for (int base = 0; base < rounds; base += DEPTH) {
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-      if (step_at(base + d) >= end) break;
+      const int round = base + d, next = step_at(round + DEPTH);
+      if (step_at(round) >= end) break;
+      Codes& own = codes[RING ? 0 : d];
+#if RING
+      take(own, ring, round, lane);
+#endif
+      if (PREFETCH && step_at(round + LOADED + PREFETCH) < end) prefetch(a, first_tile, step_at(round + LOADED + PREFETCH), lane);
 #if SPREAD
-      multiply_step(sums, codes[d], scales[d], x[d], tables, a, first_tile, step_at(base + d), lane);
+      multiply_step(sums, own, scales[d], x[d], tables, a, first_tile, step_at(round), lane);
 #else
       const auto tokens = [&](int n, int pair) { return x[d].at[n][pair]; };
-      multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(base + d), lane);
+      multiply_step(sums, own, scales[d], tokens, tables, a, first_tile, step_at(round), lane);
 #endif
-      const int next = step_at(base + d + DEPTH);
+#if RING
+      warp_barrier();
+      if (step_at(round + RING) < end) bring(ring, a, first_tile, round + RING, step_at(round + RING), lane);
+#endif
       if (next < end) {
-        fetch(codes[d], a, places, next, lane);
+        if constexpr (!RING) fetch(own, a, places, next, lane);
         fetch(scales[d], a, places, next, lane);
         fetch_tokens(d, next);
       }
@@ -433,7 +508,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
     wait_for_copies<0>();
     block_barrier();
   }
-  float* meeting = reinterpret_cast<float*>(stages);
+  float* meeting = reinterpret_cast<float*>(stages + RING_BYTES + BARRIER_BYTES);
 #pragma unroll
   for (int r = 0; r < TILES; ++r)
 #pragma unroll

@@ -80,7 +80,9 @@ class Code:
 class Tuning:
     """How the work is cut up. A warp computes ``16 * tiles`` rows for ``8 * tokens`` tokens; a block has ``across``
     warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps are
-    loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``overlap``: the kernel starts
+    loaded ahead into registers, or ``stages`` steps go through shared memory (0: none); of codes, ``ring`` steps of each
+    warp may wait in shared memory instead (compute capability 9 and later), and ``prefetch`` more are called to the GPU's
+    cache. ``overlap``: the kernel starts
     while its forerunner still runs; from 9.0 on. ``spread``: blocks of one token take the places of eight tokens.
 
     ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
@@ -100,6 +102,8 @@ class Tuning:
     rescaled: bool = False
     spread: bool = False
     in_turns: bool = False
+    ring: int = 0
+    prefetch: int = 0
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -115,7 +119,7 @@ class Tuning:
         """Whether four warps together multiply such a code so: sums in units of a scale want one, and outliers want
         warps that have nothing else to do and whole words of tokens."""
         if not self.wide:
-            return True
+            return not self.ring or code.span != 16
         outliers = code.outliers is None or (self.across > 4 and self.tokens in (2, 4, 8, 16))
         return outliers and (code.can_rescale or not self.rescaled)
 
@@ -135,7 +139,9 @@ class Tuning:
         tokens = width * (2 * code.step * self.along + (16 if code.span == 16 else 64))
         staged = self.stages * (tokens + self.rows * self.along * code.step * code.bits // 8)
         meeting = 4 * (self.along + (code.outliers is not None)) * width * (self.rows + 4)
-        return table + max(staged, meeting)
+        steps = self.ring * self.across * self.along  # each with a barrier
+        ring = steps * TILE * self.tiles * code.step * code.bits // 8 + (steps + 1) // 2 * 16
+        return table + ring + max(staged, meeting)
 
 
 _NUMBERS = "rows columns steps groups tokens stride second_rows second_groups pitch".split()

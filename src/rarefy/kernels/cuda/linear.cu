@@ -251,8 +251,8 @@ device void take(Codes& codes, const Ring& ring, int round, int lane) {
 }
 #endif
 
-// ---- Outliers: eight lanes a row, each with every eighth entry; the block's first share of columns takes them all. What
-// they need is fetched piece by piece between the steps of the product, so that nobody waits for it.
+// ---- Outliers: eight lanes a row, each with every eighth entry; the block's first share of columns takes them all.
+// Entries are on their way before activations are waited for, and what these meet after the first step of the product.
 
 constexpr int TURNS = (ROWS * 8 + THREADS - 1) / THREADS;
 constexpr int AHEAD = 3;  // entries of a lane that are fetched so
@@ -300,17 +300,12 @@ device void add_entries(Outliers& own, const Arguments& a, int turn, int first_t
   }
 }
 
-// After the first step of the product their entries are fetched, after the second the activations.
-device void prepare_outliers(Outliers& own, const Arguments& a, int round) {
-  if (round == 0) {
+// The activations of the entries that were fetched; after the first step of the product, when these are there.
+device void gather(Outliers& own, const Arguments& a) {
 #pragma unroll
-    for (int turn = 0; turn < TURNS; ++turn) fetch_entries(own, a, turn);
-  } else if (SPREAD && round == 1) {
+  for (int turn = 0; turn < (SPREAD ? TURNS : 0); ++turn)
 #pragma unroll
-    for (int turn = 0; turn < TURNS; ++turn)
-#pragma unroll
-      for (int k = 0; k < AHEAD; ++k) own.gathered[turn][SPREAD ? k : 0] = a.x[own.entries[turn][k] & 0xFFFF];
-  }
+    for (int k = 0; k < AHEAD; ++k) own.gathered[turn][SPREAD ? k : 0] = a.x[own.entries[turn][k] & 0xFFFF];
 }
 
 // Sums of all rows, beside those of the product.
@@ -382,6 +377,8 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
 #if OUTLIERS
   Outliers outliers;
   begin_outliers(outliers, a, first_row);
+#pragma unroll
+  for (int turn = 0; turn < TURNS; ++turn) fetch_entries(outliers, a, turn);
 #endif
   if constexpr (TABLE == SHARED) {
     copy_table(a);
@@ -427,9 +424,6 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
     block_barrier();
     stage_codes(round + STAGES - 1);
     stage_tokens(round + STAGES - 1);
-#if OUTLIERS
-    prepare_outliers(outliers, a, round);
-#endif
     if (step_at(round) >= end) continue;
     const Scales now = scales[0];
     if (step_at(round + 1) < end) fetch(scales[0], a, places, step_at(round + 1), lane);
@@ -484,15 +478,15 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
       warp_barrier();
       if (step_at(round + RING) < end) bring(ring, a, first_tile, round + RING, step_at(round + RING), lane);
 #endif
+#if OUTLIERS
+      if (round == 0) gather(outliers, a);
+#endif
       if (next < end) {
         if constexpr (!RING) fetch(own, a, places, next, lane);
         fetch(scales[d], a, places, next, lane);
         fetch_tokens(d, next);
       }
     }
-#if OUTLIERS
-    prepare_outliers(outliers, a, base / DEPTH);
-#endif
   }
 #endif
 #if SPREAD
@@ -519,7 +513,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
         meeting[(along * WIDTH + token) * SUM_PITCH + row] = sums[r][n][j];
       }
 #if OUTLIERS
-  for (int round = rounds / DEPTH + (rounds % DEPTH > 0); round < 2; ++round) prepare_outliers(outliers, a, round);
+  if (step_at(0) >= end) gather(outliers, a);
   end_outliers(outliers, a, first_token, meeting + ALONG * WIDTH * SUM_PITCH);
 #endif
   block_barrier();

@@ -109,7 +109,8 @@ def fitted(code: Code, tuning: Tuning) -> Tuning:
     small = code.parts > 4
     if not tuning.wide:
         return replace(tuning, depth=1) if small else tuning
-    depth = 1 if small else 4 if tuning.tokens <= 8 else 3 if tuning.tokens <= 16 and tuning.rescaled else 2
+    single = code.step == 128 and tuning.across > 4  # loads of one step for a warp that has registers left
+    depth = 1 if small else 4 if tuning.tokens <= 8 and single else 3 if tuning.tokens == 16 and tuning.rescaled else 2
     every = (replace(tuning, stages=stages, depth=depth) for stages in range(tuning.stages, 1, -1))
     return next((each for each in every if each.shared_memory(code) <= MOST_SHARED_WIDE), replace(tuning, stages=2))
 

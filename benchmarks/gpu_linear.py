@@ -286,13 +286,13 @@ def kept_terms(rows: int, columns: int) -> dict[str, tuple[Term, tuple[str, ...]
         grid = IntegerGrid(num_bits=4, group_size=group)
         return Quantized.from_codes(codes, {"scale": scale}, grid, pattern=pattern, mask=mask)
 
-    def half_of(size: int) -> Tensor:
-        """Of each ``size`` neighbours a half."""
-        order = torch.rand(rows, columns // size, size, device="cuda").argsort(2)
+    def half_of(size: int, count: int = columns) -> Tensor:
+        """Of each ``size`` neighbours among ``count`` a half."""
+        order = torch.rand(rows, count // size, size, device="cuda").argsort(2)
         return (order < size // 2).flatten(1)
 
     values = torch.randn(rows, columns, device="cuda")
-    groups = half_of(columns // 16).repeat_interleave(16, 1)
+    groups = half_of(columns // 16, columns // 16).repeat_interleave(16, 1)
     return {
         "W4, half of the groups of 16": (codes_of(16, Groups(size=16, index="bitmap"), groups), ("W4 g128", "W4 g16")),
         "W4 2:4": (codes_of(128, NM(n=2, m=4, index="rank"), half_of(4)), ("W4 g128",)),

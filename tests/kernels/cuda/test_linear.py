@@ -166,6 +166,16 @@ def test_masked_codes(pattern: str, grid: str) -> None:
     sparse_product(quantized(GRIDS[grid], PATTERNS[pattern], 21, 300))
 
 
+@pytest.mark.parametrize("grid", ["int4-integer", "int8-float", "int4-none", "int4-row", "values"])
+def test_two_of_four(grid: str) -> None:
+    own, columns = PATTERNS["2:4-rank"], 1200
+    weight, mask = torch.randn(37, columns), mask_for(own, 37, columns)
+    term = Sparse.from_weight(weight, mask, own) if grid == "values" else quantized(GRIDS[grid], own, 37, columns)  # type: ignore[arg-type]
+    made = prepare(*term.operation())  # type: ignore[misc]
+    assert made.numbers["two_of_four"] == (grid == "values" or term.spec.grid.group_size in (None, 16, 32, 128))
+    sparse_product(term)
+
+
 @pytest.mark.parametrize("pattern", ["bitmap", "3:7", "4:8-rank"])
 def test_masked_values(pattern: str) -> None:
     own = PATTERNS[pattern]

@@ -111,7 +111,7 @@ def _multiplied(x: Tensor, terms: list[Term], rows: int, fast: bool) -> Tensor:
         if set(kinds) == {CODES} and tokens <= most:
             parts = [_product(x, term) for term in terms]
             return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-        if kinds in ([GROUPS], [MASKED]) and tokens <= MOST_TOKENS_OF_SPARSE:
+        if kinds in ([GROUPS], [MASKED]) and tokens <= MOST_TOKENS_OF_SPARSE and _fits(terms[0], x):
             return _sparse_product(x, terms[0])
     elif kinds == [CODES] and tokens <= MOST_TOKENS and (y := _portable(aligned(x), terms[0])) is not None:
         return y
@@ -144,6 +144,12 @@ def _product_of_bytes(x: Tensor, term: Term) -> Tensor:
         use_fast_accum=True,
     )  # fmt: skip
     return (y if multiplier == 1.0 else y * multiplier).to(x.dtype)
+
+
+def _fits(term: Term, x: Tensor) -> bool:
+    """Whether a block of a kernel of kept weights has room for the tokens ``x``."""
+    code = sparse_code_of(term[0], term[1])
+    return code.shared_memory(program.at_once(x.shape[0]), x.shape[1]) <= tuning.MOST_SHARED
 
 
 def _sparse_product(x: Tensor, term: Term) -> Tensor:

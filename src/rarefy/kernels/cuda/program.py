@@ -261,8 +261,8 @@ class SparseArguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class SparseCode:
-    """Weights of which a bitmap says what is kept: groups of columns (``whole_groups``) or single ones, in ``bits`` or
-    as ``values`` of 16 bits. Other names as in ``Code``."""
+    """Weights of which a bitmap says what is kept: groups of columns (``whole_groups``) or single ones (two of every four
+    neighbours: ``two_of_four``), in ``bits`` or as ``values`` of 16 bits. Other names as in ``Code``."""
 
     bits: int
     group: int
@@ -271,12 +271,18 @@ class SparseCode:
     center: int = 0
     values: torch.dtype | None = None
     whole_groups: bool = False
+    two_of_four: bool = False
 
     WARPS: ClassVar[int] = 16  # of a block
 
     @property
     def source(self) -> Path:
         return GROUPS if self.whole_groups else MASKED
+
+    @property
+    def entry(self) -> str:
+        """The kernel's name."""
+        return "rarefy_two_of_four" if self.two_of_four else f"rarefy_{self.source.stem}"
 
     def definitions(self, tokens: int, half: bool) -> dict[str, int]:
         """The macros of the source."""
@@ -288,6 +294,8 @@ class SparseCode:
 
     def shared_memory(self, tokens: int, columns: int) -> int:
         """Bytes of a block."""
+        if self.two_of_four:
+            return 64 + tokens * 2 * columns
         if not self.whole_groups:
             return tokens * 64 * -(-columns // 32)
         halves, words = -(-columns // 16) * 2, -(-columns // self.group // 32)
@@ -310,16 +318,21 @@ def sparse_arguments(tensors: Mapping[str, Tensor | None], x: Tensor, y: Tensor,
     return SparseArguments(*pointers, x.data_ptr(), y.data_ptr(), *sizes, multiplier)
 
 
+def at_once(tokens: int) -> int:
+    """For how many tokens a kernel of kept weights is compiled."""
+    return 1 << (tokens - 1).bit_length()
+
+
 @functools.cache
 def _sparse_kernel(device: int, code: SparseCode, tokens: int, half: bool, shared: int) -> driver.Kernel:
     macros = [f"-D{macro}={value}" for macro, value in code.definitions(tokens, half).items()]
     with torch.cuda.device(device):
-        return driver.Kernel(code.source, f"rarefy_{code.source.stem}", macros, shared)
+        return driver.Kernel(code.source, code.entry, macros, shared)
 
 
 def sparse(code: SparseCode, given: SparseArguments, half: bool, device: torch.device, overlap: bool = False) -> None:
     """The product with what is kept, on the current stream of ``device``."""
-    tokens = 1 << (given.tokens - 1).bit_length()
+    tokens = at_once(given.tokens)
     program = _sparse_kernel(_index(device), code, tokens, half, code.shared_memory(tokens, given.columns))
     most = 2 * torch.cuda.get_device_properties(device).multi_processor_count
     stream = torch.cuda.current_stream(device).cuda_stream

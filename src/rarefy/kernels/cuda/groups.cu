@@ -2,51 +2,17 @@
 //
 // Rows keep different groups, so they cannot share a tile of a tensor core: a warp takes a row, a lane 16 neighbouring
 // weights. Where the codes lie does not depend on which groups they are, so they are on their way while the row's bitmap
-// is turned into a list, and those of the next row while this one is computed. Products of four weights are summed in float16 with activations scaled to its range, all else
-// in float32.
+// is turned into a list, and those of the next row while this one is computed. Products of four weights are summed in
+// float16 with activations scaled to its range, all else in float32.
 //
-// Macros, of those of masked.cu: GROUP (columns), SCALE, ZERO (types), CENTER, TOKENS, WARPS, X_HALF (float16 activations, else bfloat16);
-// HALF is 1.
+// Macros besides those of kept.cuh: GROUP (columns), SCALE, ZERO (types), CENTER.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef long long i64;
+#include "kept.cuh"
 
-enum { NONE = 0, F32 = 1, F16 = 2, BF16 = 3, U8 = 4 };
-
-struct Arguments {
-  const uint2* codes;   // [kept groups][GROUP / 16]
-  const void* scale;    // [kept groups]
-  const void* zero;     // likewise
-  const u32* bitmap;    // [rows][words]
-  const u32* row_ptr;   // [rows + 1], in groups
-  const u16* x;         // [tokens][stride]
-  u16* y;               // [tokens][rows]
-  int rows, columns, words, tokens, stride, groups;
-  float multiplier;
-};
-
-#ifndef RAREFY_EMULATED
-#include "machine.cuh"
-#endif
-
-shared_memory(pool);
-
-constexpr int THREADS = 32 * WARPS, PIECES = GROUP / 16;
+constexpr int PIECES = GROUP / 16;
 constexpr int AHEAD = 4;  // loads of a lane before the first is used
 constexpr u32 MAGIC = 0x64006400u, ONES = 0x3C003C00u;
 constexpr u32 OFFSET = (0xE400u + CENTER) * 0x10001u;  // minus 1024 and the code that means zero
-
-template <int TYPE> device float number(const void* base, i64 index) {
-  if constexpr (TYPE == F32) return static_cast<const float*>(base)[index];
-  else if constexpr (TYPE == F16) return half_value(static_cast<const u16*>(base)[index]);
-  else if constexpr (TYPE == BF16) return as_float(u32(static_cast<const u16*>(base)[index]) << 16);
-  else if constexpr (TYPE == U8) return float(static_cast<const u8*>(base)[index]);
-  else return 0.0f;
-}
-
-device float activation(u16 bits) { return X_HALF ? half_value(bits) : as_float(u32(bits) << 16); }
 
 struct Row {
   u32 first, count;  // of its pieces of 16 weights
@@ -57,14 +23,15 @@ struct Row {
 
 device void fetch(Row& row, int slot, u32 at, const Arguments& a) {
   if (at >= row.count) return;
-  row.codes[slot] = load_once(a.codes + i64(row.first) + at);
+  row.codes[slot] = load_once(static_cast<const uint2*>(a.codes) + i64(row.first) + at);
   row.scale[slot] = number<SCALE>(a.scale, (i64(row.first) + at) / PIECES);
 }
 
 device void begin(Row& row, int number_of_row, int lane, const Arguments& a) {
   const bool real = number_of_row < a.rows;
-  row.first = real ? a.row_ptr[number_of_row] * PIECES : 0;
-  row.count = real ? a.row_ptr[number_of_row + 1] * PIECES - row.first : 0;
+  const u32* starts = static_cast<const u32*>(a.row_ptr);
+  row.first = real ? starts[number_of_row] * PIECES : 0;
+  row.count = real ? starts[number_of_row + 1] * PIECES - row.first : 0;
   row.words = real && lane < a.words ? a.bitmap[i64(number_of_row) * a.words + lane] : 0;
 #pragma unroll
   for (int slot = 0; slot < AHEAD; ++slot) fetch(row, slot, slot * 32 + lane, a);

@@ -4,44 +4,14 @@
 // own. So memory is read in the order in which it lies, and activations wait in shared memory. Where two of every four
 // columns are kept, a lane takes eight kept weights instead, since their columns are known to be 16 neighbours.
 //
-// Macros: BITS (1, 2, 4, 8: codes; 16: values), VALUES (their type), GROUP (columns of a scale; 0: the whole row),
-// SCALE, ZERO (types), CENTER, TOKENS, WARPS, X_HALF (float16 activations, else bfloat16); HALF is 1.
+// Macros besides those of kept.cuh: BITS (1, 2, 4, 8: codes; 16: values), VALUES (their type), GROUP (columns of a scale;
+// 0: the whole row), SCALE, ZERO (types), CENTER.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef long long i64;
+#include "kept.cuh"
 
-enum { NONE = 0, F32 = 1, F16 = 2, BF16 = 3, U8 = 4 };
-
-struct Arguments {
-  const void* codes;    // of all rows, a bit stream
-  const void* scale;    // [rows][groups]
-  const void* zero;     // likewise
-  const u32* bitmap;    // [rows][words]
-  const i64* row_ptr;   // [rows + 1], where a row's codes start
-  const u16* x;         // [tokens][stride]
-  u16* y;               // [tokens][rows]
-  int rows, columns, words, tokens, stride, groups;
-  float multiplier;
-};
-
-#ifndef RAREFY_EMULATED
-#include "machine.cuh"
-#endif
-
-shared_memory(pool);
-
-constexpr int THREADS = 32 * WARPS;
 constexpr int AHEAD = 8;  // words whose weights are loaded before the first is used
 
-template <int TYPE> device float number(const void* base, i64 index) {
-  if constexpr (TYPE == F32) return static_cast<const float*>(base)[index];
-  else if constexpr (TYPE == F16) return half_value(static_cast<const u16*>(base)[index]);
-  else if constexpr (TYPE == BF16) return as_float(u32(static_cast<const u16*>(base)[index]) << 16);
-  else if constexpr (TYPE == U8) return float(static_cast<const u8*>(base)[index]);
-  else return 0.0f;
-}
+device const i64* starts_of(const Arguments& a) { return static_cast<const i64*>(a.row_ptr); }
 
 // A kept weight as it is stored.
 device float stored(const Arguments& a, i64 at) {
@@ -62,7 +32,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_masked(const Arguments 
   block_barrier();
   for (int row = blockIdx.x * WARPS + warp; row < a.rows; row += gridDim.x * WARPS) {
     const u32* bitmap = a.bitmap + i64(row) * a.words;
-    i64 start = a.row_ptr[row];
+    i64 start = starts_of(a)[row];
     float sums[TOKENS] = {};
     for (int base = 0; base < a.words; base += AHEAD) {
       const u32 own = lane < AHEAD && base + lane < a.words ? bitmap[base + lane] : 0;
@@ -86,7 +56,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_masked(const Arguments 
 #pragma unroll
         for (int token = 0; token < TOKENS; ++token) {
           const u16 bits = tokens[token * 32 * a.words + column];
-          sums[token] += weight * (X_HALF ? half_value(bits) : as_float(u32(bits) << 16));
+          sums[token] += weight * activation(bits);
         }
       }
     }
@@ -131,7 +101,6 @@ device void fetch(Batch& batch, const Arguments& a, i64 row, i64 first_code, int
 
 device float whole(u32 code) { return as_float(0x4B000000u | code) - 8388608.0f; }
 device float value_of(u16 bits) { return VALUES == F16 ? half_value(bits) : as_float(u32(bits) << 16); }
-device float activation(u16 bits) { return X_HALF ? half_value(bits) : as_float(u32(bits) << 16); }
 
 // The two kept weights of the k-th four columns.
 device void two_of(float (&found)[2], const uint4& words, int k, float) {
@@ -150,7 +119,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_two_of_four(const Argum
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pieces = a.columns / 16, stride = gridDim.x * WARPS;
   u32* selectors = reinterpret_cast<u32*>(pool);             // which bytes of four activations a mask keeps
   uint4* tokens = reinterpret_cast<uint4*>(selectors + 16);  // [TOKENS][2][pieces], the halves of 16 columns apart
-  const i64 kept = a.row_ptr[1] - a.row_ptr[0];              // of a row, with what fills up its last word
+  const i64 kept = starts_of(a)[1] - starts_of(a)[0];              // of a row, with what fills up its last word
   i64 row = blockIdx.x * WARPS + warp;
   Batch batch;
   fetch(batch, a, row, row * kept, 0, lane);

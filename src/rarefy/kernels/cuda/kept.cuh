@@ -1,0 +1,40 @@
+// What masked.cu and groups.cu share: a weight of which a bitmap says what is kept, and its numbers.
+//
+// Macros: TOKENS, WARPS, X_HALF (float16 activations, else bfloat16); HALF is 1.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef long long i64;
+
+enum { NONE = 0, F32 = 1, F16 = 2, BF16 = 3, U8 = 4 };
+
+struct Arguments {
+  const void* codes;    // of all rows, a bit stream; or [kept groups][GROUP / 16] pieces of 8 bytes
+  const void* scale;    // [rows][groups], or of kept groups
+  const void* zero;     // likewise
+  const u32* bitmap;    // [rows][words]
+  const void* row_ptr;  // [rows + 1], where a row's codes start (i64), or its groups (u32)
+  const u16* x;         // [tokens][stride]
+  u16* y;               // [tokens][rows]
+  int rows, columns, words, tokens, stride, groups;
+  float multiplier;
+};
+
+#ifndef RAREFY_EMULATED
+#include "machine.cuh"
+#endif
+
+shared_memory(pool);
+
+constexpr int THREADS = 32 * WARPS;
+
+template <int TYPE> device float number(const void* base, i64 index) {
+  if constexpr (TYPE == F32) return static_cast<const float*>(base)[index];
+  else if constexpr (TYPE == F16) return half_value(static_cast<const u16*>(base)[index]);
+  else if constexpr (TYPE == BF16) return as_float(u32(static_cast<const u16*>(base)[index]) << 16);
+  else if constexpr (TYPE == U8) return float(static_cast<const u8*>(base)[index]);
+  else return 0.0f;
+}
+
+device float activation(u16 bits) { return X_HALF ? half_value(bits) : as_float(u32(bits) << 16); }

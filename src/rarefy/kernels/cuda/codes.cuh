@@ -253,6 +253,15 @@ device int first_of(int pair, int t) {
   return SPAN == 16 ? pair / 2 * 64 + 16 * t + pair % 2 * 8 : 32 * pair + SPAN * t;
 }
 
+// ---- Which steps are a block's.
+
+struct Share { int begin, end; };
+
+device Share share_of(const Arguments& a) {
+  const int each = (a.steps + SPLIT - 1) / SPLIT, begin = blockIdx.y * each;
+  return {begin, begin + each < a.steps ? begin + each : a.steps};
+}
+
 // ---- What a warp needs of one step.
 
 device i64 tile_of(const Arguments& a, int tile) {
@@ -306,6 +315,12 @@ device Places places_of(const Arguments& a, int first_tile, int lane, int apart 
       found.second[r] = a.second + tile / a.second_rows * ((a.groups + a.second_groups - 1) / a.second_groups);
   }
   return found;
+}
+
+// Tables of whole rows, once for all steps.
+device void load_tables(Tables (&tables)[TILES], const Arguments& a, int first_tile, int g, int apart = 1) {
+#pragma unroll
+  for (int r = 0; r < (GROUP == 0 ? TILES : 0); ++r) load(tables[r], a, tile_of(a, first_tile + apart * r), 0, g);
 }
 
 struct Codes { u32 at[TILES][4 * LOADS]; };

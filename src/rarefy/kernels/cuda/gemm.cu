@@ -160,9 +160,8 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) in_clusters_of(CLUSTER, S
 void rarefy_gemm(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int first_row = blockIdx.x * ROWS, first_token = blockIdx.z * WIDTH;
-  const int share = (a.steps + SPLIT - 1) / SPLIT;
-  const int begin = blockIdx.y * share, end = begin + share < a.steps ? begin + share : a.steps;
-  const int rounds = end > begin ? end - begin : 0;
+  const Share share = share_of(a);
+  const int begin = share.begin, rounds = share.end > begin ? share.end - begin : 0;
   u8* stages = pool + TABLE_BYTES;
   u64* full = reinterpret_cast<u64*>(stages + STAGES * STAGE);
   u64* empty = full + STAGES;
@@ -212,10 +211,7 @@ void rarefy_gemm(const Arguments a) {
         fetch(scales[d], a, places, begin + d, lane);
       }
     Tables tables[TILES];
-    if constexpr (GROUP == 0) {
-#pragma unroll
-      for (int r = 0; r < TILES; ++r) load(tables[r], a, tile_of(a, first_tile + 4 * r), 0, g);
-    }
+    load_tables(tables, a, first_tile, g, 4);
     float units[TILES][2];
     Operands weights[2];
     float part[BUFFERS][TILES][DIRECT ? 1 : TOKENS][4];

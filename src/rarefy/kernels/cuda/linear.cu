@@ -333,8 +333,8 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   const int across = warp % ACROSS, along = warp / ACROSS, g = lane / 4, t = lane % 4;
   const int first_tile = (blockIdx.x * ACROSS + across) * TILES;
   const int first_row = blockIdx.x * ROWS, first_token = blockIdx.z * WIDTH;
-  const int share = (a.steps + SPLIT - 1) / SPLIT;
-  const int begin = blockIdx.y * share, end = begin + share < a.steps ? begin + share : a.steps;
+  const Share share = share_of(a);
+  const int begin = share.begin, end = share.end;
   const int rounds = end > begin ? (end - begin + ALONG - 1) / ALONG : 0;
   u8* stages = pool + TABLE_BYTES;
 
@@ -385,10 +385,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
     block_barrier();
   }
   Tables tables[TILES];
-  if constexpr (GROUP == 0) {
-#pragma unroll
-    for (int r = 0; r < TILES; ++r) load(tables[r], a, tile_of(a, first_tile + r), 0, g);
-  }
+  load_tables(tables, a, first_tile, g);
   start_later_kernels();
   wait_for_earlier_kernels();  // weights never depend on them
 

@@ -34,7 +34,7 @@ from rarefy.kernels import cuda
 from rarefy.kernels.activations import quantize_tokens
 from rarefy.kernels.cuda import measure, program
 from rarefy.kernels.cuda import tuning as tuning_tables
-from rarefy.kernels.cuda.linear import dense_sum, pointed, terms_of
+from rarefy.kernels.cuda.linear import dense_sum, most_tokens, pointed, terms_of
 from rarefy.kernels.cuda.prepared import code_of
 from rarefy.kernels.cuda.program import Code, Tuning
 from rarefy.kernels.prepared import flat
@@ -105,8 +105,8 @@ class Weights:
         if job.outliers:
             terms.append(random_outliers(job.outliers, rows, columns))
         self.nbytes = sum(term.byte_count().total for term in terms)
-        prepared = [cuda.prepare(*term.operation()) for term in terms]  # type: ignore[misc]
-        (self.term, *lists) = terms_of(*flat(prepared)[:3])
+        self.made = [cuda.prepare(*term.operation()) for term in terms]  # type: ignore[misc]
+        (self.term, *lists) = terms_of(*flat(self.made)[:3])
         self.code = code_of(*self.term[:2])
         own = {name: tensor for name, tensor in pointed(self.term, False).items() if tensor is not None}
         for entries, _, _ in lists:
@@ -397,19 +397,25 @@ def measured(
     """The row of one product."""
     height, width = weights.rows, weights.columns
     x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
-    if options.most:
-        tuning = trials.best(name, weights, x, 16 if options.quick else options.most)
-    else:
-        tuning = tuning_tables.choose(weights.code, height, width, tokens, x.device)
-    if tuning is None:
-        return []
+    tuning = None
+    if tokens <= most_tokens([weights.term], x.device):
+        if options.most:
+            tuning = trials.best(name, weights, x, 16 if options.quick else options.most)
+        else:
+            tuning = tuning_tables.choose(weights.code, height, width, tokens, x.device)
+        if tuning is None:
+            return []
     known = options.gemlite.split(",")
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
     for peer, products in peers.items():
         if peer != "gemlite" or str(tokens) in known:
             graphs[peer] = graph_of([functools.partial(product, x) for product in products]), len(products)
-    calls, y = weights.calls(tuning, x)
-    calls[0]()
+    if tuning is not None:
+        calls, y = weights.calls(tuning, x)
+        calls[0]()
+    else:  # what the layer does: a dequantized weight and the library, which no cache of codes helps
+        calls = [functools.partial(cuda.linear, x, weights.made)] * 3
+        y = calls[0]()
     error = relative(y, weights.product(x))
     graphs["ours"] = graph_of(calls), len(calls)
     times = microseconds(graphs, 9)
@@ -424,7 +430,7 @@ def measured(
         "ratio_to_bf16": round(times["bf16"] / ours, 3), "fraction_of_limit": round(size / limit / ours, 3),
         "max_rel_error": error, "bits_per_weight": round(weights.nbytes * 8 / height / width, 3),
         "others": {each: round(value, 2) for each, value in times.items() if each != "ours"},
-        "note": f"{tuning}; copy {limit / 1e6:.2f} TB/s",
+        "note": f"{tuning or 'dequantized'}; copy {limit / 1e6:.2f} TB/s",
     }  # fmt: skip
     print(f"{name} {height}x{width} M={tokens}: {ours:.1f} us, {row['fraction_of_limit']} of the limit, "
           f"{row['ratio_to_bf16']}x bf16, {row['others']}, error {error:.1e}, {tuning}", flush=True)  # fmt: skip

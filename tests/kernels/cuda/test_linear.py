@@ -170,7 +170,7 @@ def test_kept_groups(index: str, zero: str, size: int) -> None:
     [("bitmap", "int4-integer"), ("2:4", "int8-float"), ("2:4-rank", "int2-none"), ("bitmap", "int4-row")],
 )
 def test_masked_codes(pattern: str, grid: str) -> None:
-    sparse_product(quantized(GRIDS[grid], PATTERNS[pattern], 21, 300))
+    sparse_product(quantized(GRIDS[grid], PATTERNS[pattern], 43, 1100 if pattern == "bitmap" else 300))
 
 
 @pytest.mark.parametrize("grid", ["int4-integer", "int8-float", "int4-none", "int4-row", "values"])

@@ -14,15 +14,24 @@ constexpr int AHEAD = 8;  // words whose weights are loaded before the first is 
 device const i64* starts_of(const Arguments& a) { return static_cast<const i64*>(a.row_ptr); }
 
 // A kept weight as it is stored.
-device float stored(const Arguments& a, i64 at) {
-  if constexpr (BITS == 16) return number<VALUES>(a.codes, at);
-  else return float(static_cast<const u8*>(a.codes)[at * BITS / 8] >> at * BITS % 8 & ((1 << BITS) - 1));
+device float stored(const u8* codes, u32 at) {
+  if constexpr (BITS == 16) return number<VALUES>(codes, at);
+  else return float(codes[at * BITS / 8] >> at * BITS % 8 & ((1 << BITS) - 1));
 }
 
+// Of a word of the bitmap: itself, and how many kept weights of the row lie before it. A warp finds 32 of them at once.
+struct Place { u32 mask, before; };
+
 extern "C" global __launch_bounds__(THREADS) void rarefy_masked(const Arguments a) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, stride = gridDim.x * WARPS;
   const u32 below = (1u << lane) - 1;
-  u16* tokens = reinterpret_cast<u16*>(pool);  // [TOKENS][32 * words]
+  Place* places = reinterpret_cast<Place*>(pool) + 64 * warp;            // [WARPS][2][32]
+  u16* tokens = reinterpret_cast<u16*>(pool + WARPS * 64 * sizeof(Place));  // [TOKENS][32 * words]
+  i64 row = blockIdx.x * WARPS + warp;
+  const auto word_at = [&](i64 row, int base) {
+    return row < a.rows && base + lane < a.words ? load_once(a.bitmap + row * a.words + base + lane) : 0;
+  };
+  u32 next = word_at(row, 0);
   start_later_kernels();
   wait_for_earlier_kernels();
   for (int n = threadIdx.x; n < TOKENS * 32 * a.words; n += THREADS) {
@@ -30,33 +39,48 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_masked(const Arguments 
     tokens[n] = token < a.tokens && column < a.columns ? a.x[i64(token) * a.stride + column] : u16(0);
   }
   block_barrier();
-  for (int row = blockIdx.x * WARPS + warp; row < a.rows; row += gridDim.x * WARPS) {
-    const u32* bitmap = a.bitmap + i64(row) * a.words;
-    i64 start = starts_of(a)[row];
+  for (int turn = 0; row < a.rows; row += stride) {
+    const i64 first = starts_of(a)[row];
+    const u8* codes = static_cast<const u8*>(a.codes) + first / 8 * BITS;
+    u32 start = first % 8;
     float sums[TOKENS] = {};
-    for (int base = 0; base < a.words; base += AHEAD) {
-      const u32 own = lane < AHEAD && base + lane < a.words ? bitmap[base + lane] : 0;
-      u32 masks[AHEAD];
-      float weights[AHEAD];
+    for (int base = 0; base < a.words; base += 32, turn ^= 1) {
+      const u32 own = next;
+      const bool ends = base + 32 >= a.words;
+      next = word_at(ends ? row + stride : row, ends ? 0 : base + 32);
+      u32 until = ones_of(own);
 #pragma unroll
-      for (int n = 0; n < AHEAD; ++n) {
-        masks[n] = of_lane(own, n);
-        weights[n] = masks[n] >> lane & 1 ? stored(a, start + ones_of(masks[n] & below)) : 0.0f;
-        start += ones_of(masks[n]);
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const u32 other = of_lane(until, lane - distance < 0 ? lane : lane - distance);
+        until += lane >= distance ? other : 0;
       }
+      places[32 * turn + lane] = {own, start + until - ones_of(own)};
+      start += of_lane(until, 31);
+      warp_barrier();
+      const int count = a.words - base < 32 ? a.words - base : 32;
+      for (int group = 0; group < count; group += AHEAD) {
+        float weights[AHEAD];
+        u32 kept = 0;
 #pragma unroll
-      for (int n = 0; n < AHEAD; ++n) {
-        if (!(masks[n] >> lane & 1)) continue;
-        const int column = 32 * (base + n) + lane;
-        float weight = weights[n];
-        if constexpr (SCALE != NONE) {
-          const i64 place = i64(row) * a.groups + (GROUP ? column / (GROUP ? GROUP : 1) : 0);
-          weight = (weight - (ZERO == NONE ? float(CENTER) : number<ZERO>(a.zero, place))) * number<SCALE>(a.scale, place);
+        for (int n = 0; n < AHEAD; ++n) {
+          const Place place = places[32 * turn + group + n];
+          const bool is_kept = place.mask >> lane & 1;
+          weights[n] = is_kept ? stored(codes, place.before + ones_of(place.mask & below)) : 0.0f;
+          if constexpr (SCALE != NONE) kept |= u32(is_kept) << n;
         }
+        const u16* x = tokens + 32 * (base + group) + lane;
 #pragma unroll
-        for (int token = 0; token < TOKENS; ++token) {
-          const u16 bits = tokens[token * 32 * a.words + column];
-          sums[token] += weight * activation(bits);
+        for (int n = 0; n < AHEAD; ++n) {
+          if (SCALE != NONE && !(kept >> n & 1)) continue;
+          if (group + n >= count) continue;
+          float weight = weights[n];
+          if constexpr (SCALE != NONE) {
+            const int column = 32 * (base + group + n) + lane;
+            const i64 place = row * a.groups + (GROUP ? column / (GROUP ? GROUP : 1) : 0);
+            weight = (weight - (ZERO == NONE ? float(CENTER) : number<ZERO>(a.zero, place))) * number<SCALE>(a.scale, place);
+          }
+#pragma unroll
+          for (int token = 0; token < TOKENS; ++token) sums[token] += weight * activation(x[token * 32 * a.words + 32 * n]);
         }
       }
     }

@@ -297,7 +297,7 @@ class SparseCode:
         if self.two_of_four:
             return 64 + tokens * 2 * columns
         if not self.whole_groups:
-            return tokens * 64 * -(-columns // 32)
+            return self.WARPS * 512 + tokens * 64 * -(-columns // 32)
         halves, words = -(-columns // 16) * 2, -(-columns // self.group // 32)
         return tokens * halves * 20 + 256 + self.WARPS * 64 * words
 

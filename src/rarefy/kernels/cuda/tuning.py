@@ -16,7 +16,7 @@ from rarefy.kernels.cuda.program import Code, Tuning
 from rarefy.sources.cache import cache_root
 
 FOLDER = Path(__file__).with_name("tables")
-KEY = ("bits", "table", "rows", "columns", "tokens")  # of a measurement
+KEY = ("bits", "table", "outliers", "small", "rows", "columns", "tokens")  # of a measurement
 ALIKE = 2.0  # how many times larger or longer a measured size may be
 MOST_SHARED = 200 * 1024  # bytes of a block's shared memory
 MOST_SHARED_WIDE = 226 * 1024  # where four warps can multiply together
@@ -36,8 +36,11 @@ def choose(code: Code, rows: int, columns: int, tokens: int, device: torch.devic
 def _chosen(
     code: Code, rows: int, columns: int, bucket: int, name: str, capability: tuple[int, int]
 ) -> Tuning:
-    kind = {"bits": code.bits, "table": code.table, "tokens": bucket}
-    known = [entry for entry in table(name, capability) if all(entry[key] == value for key, value in kind.items())]
+    wanted = {"bits": code.bits, "table": code.table, "tokens": bucket}
+    known = [entry for entry in table(name, capability) if all(entry[key] == value for key, value in wanted.items())]
+    kind = _kind(code)
+    known = [entry for entry in known if all(entry.get(key, False) == kind[key] for key in kind)] or known
+
     # The nearest size by the number of weights, then by proportion; one of another order says nothing.
     def distance(entry: dict[str, Any]) -> tuple[float, float]:
         size = entry["rows"] * entry["columns"] / (rows * columns)
@@ -138,7 +141,7 @@ def keep(entries: list[dict[str, Any]], device: torch.device) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         capability = torch.cuda.get_device_capability(device)
-        merged = {tuple(each[key] for key in KEY): each for each in (*table(name, capability), *entries)}
+        merged = {tuple(each.get(key, False) for key in KEY): each for each in (*table(name, capability), *entries)}
         write_text(path, json.dumps({"capability": capability, "entries": list(merged.values())}, indent=1) + "\n")
     table.cache_clear()
     _chosen.cache_clear()
@@ -147,8 +150,15 @@ def keep(entries: list[dict[str, Any]], device: torch.device) -> Path:
 
 def entry(code: Code, rows: int, columns: int, tokens: int, tuning: Tuning) -> dict[str, Any]:
     """What a table says of one measurement."""
-    own = {"bits": code.bits, "table": code.table, "rows": rows, "columns": columns, "tokens": tokens}
+    own = {**_kind(code), "rows": rows, "columns": columns, "tokens": tokens}
     return {**own, "tuning": asdict(tuning)}
+
+
+def _kind(code: Code) -> dict[str, Any]:
+    """What of a code its measurements are known by; entries do not have to say what is false."""
+    return {
+        "bits": code.bits, "table": code.table, "outliers": code.outliers is not None, "small": code.parts > 4,
+    }  # fmt: skip
 
 
 def _own(name: str) -> Path:

@@ -69,7 +69,8 @@ def test_every_covered_grid(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["int4-integer", "int3-bilevel-float", "int8-g128", "lut4-groups", "nf4", "binary1"])
 def test_some_rows_of_a_term(name: str) -> None:
-    (whole,) = terms_of(*flat([prepare(*quantized({**GRIDS, **OTHERS}[name], PATTERNS["full"], 90, 300).operation())])[:3])
+    made = prepare(*quantized({**GRIDS, **OTHERS}[name], PATTERNS["full"], 90, 300).operation())
+    (whole,) = terms_of(*flat([made])[:3])
     for first, last in ((0, 32), (32, 64), (64, 90)):
         assert torch.equal(dense_sum([_rows_of(whole, first, last)]), dense_sum([whole])[first:last])
 
@@ -80,7 +81,8 @@ def test_some_rows_of_a_term(name: str) -> None:
         (Tuning(1, 1, 1, 4, 2), 1), (Tuning(2, 1, 2, 1, 3), 11), (Tuning(4, 2, 1, 2, 1), 11),
         (Tuning(1, 2, 2, 2, 1, 2), 11), (Tuning(2, 1, 1, 2, 1, 3, 2), 1), (Tuning(1, 1, 1, 1, 4, 0, 3), 1),
         (Tuning(2, 2, 2, 1, 1, 4, 4), 11), (Tuning(1, 2, 8, 1, 1, 3, 2, wide=True), 11),
-        (Tuning(2, 2, 8, 1, 2, 2, wide=True), 13), (Tuning(1, 2, 8, 1, 4, 3, wide=True, prefetch=2), 13), (Tuning(1, 4, 8, 1, 3, 2, wide=True, in_turns=True), 30),
+        (Tuning(2, 2, 8, 1, 2, 2, wide=True), 13), (Tuning(1, 2, 8, 1, 4, 3, wide=True, prefetch=2), 13),
+        (Tuning(1, 4, 8, 1, 3, 2, wide=True, in_turns=True), 30),
         (Tuning(1, 1, 1, 2, 2, spread=True), 1), (Tuning(2, 1, 1, 4, 1, 0, 2, spread=True), 1),
         (Tuning(1, 1, 2, 2, 2, spread=True, ring=2, prefetch=1), 1), (Tuning(2, 1, 1, 1, 1, ring=3), 7),
     ],

@@ -357,3 +357,15 @@ device void fetch(Scales& scales, const Arguments& a, const Places& places, int 
     }
   }
 }
+
+// ---- Where warps meet: their sums in shared memory, `pitch` numbers from a token to the next.
+
+device void put_sums(float* meeting, const float (&sums)[TILES][TOKENS][4], int pitch, int first_row, int apart, int lane) {
+#pragma unroll
+  for (int r = 0; r < TILES; ++r)
+#pragma unroll
+    for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        meeting[(8 * n + lane % 4 * 2 + j % 2) * pitch + first_row + 16 * apart * r + lane / 4 + j / 2 * 8] = sums[r][n][j];
+}

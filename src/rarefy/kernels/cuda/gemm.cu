@@ -357,15 +357,7 @@ void rarefy_gemm(const Arguments a) {
   }
 #endif
   float* meeting = reinterpret_cast<float*>(stages);
-#pragma unroll
-  for (int r = 0; r < TILES; ++r)
-#pragma unroll
-    for (int n = 0; n < TOKENS; ++n)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int row = (own_tile + 4 * r) * 16 + g + j / 2 * 8, token = 8 * n + 2 * t + j % 2;
-        meeting[token * SUM_PITCH + row] = sums[r][n][j];
-      }
+  put_sums(meeting, sums, SUM_PITCH, own_tile * 16, 4, lane);
   if constexpr (SPLIT > 1) cluster_barrier();
   else block_barrier();
   constexpr int OWN = WIDTH * ROWS / SPLIT;  // numbers that a block adds up, a thread four of one token

@@ -500,15 +500,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
     block_barrier();
   }
   float* meeting = reinterpret_cast<float*>(stages + RING_BYTES + BARRIER_BYTES);
-#pragma unroll
-  for (int r = 0; r < TILES; ++r)
-#pragma unroll
-    for (int n = 0; n < TOKENS; ++n)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int row = (across * TILES + r) * 16 + g + j / 2 * 8, token = 8 * n + 2 * t + j % 2;
-        meeting[(along * WIDTH + token) * SUM_PITCH + row] = sums[r][n][j];
-      }
+  put_sums(meeting + along * WIDTH * SUM_PITCH, sums, SUM_PITCH, across * TILES * 16, 1, lane);
 #if OUTLIERS
   if (step_at(0) >= end) gather(outliers, a);
   end_outliers(outliers, a, first_token, meeting + ALONG * WIDTH * SUM_PITCH);

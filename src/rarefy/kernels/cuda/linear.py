@@ -250,8 +250,8 @@ def _portable(x: Tensor, term: Term) -> Tensor | None:
 
 
 def _dequantized_product(x: Tensor, term: Term, rows: int, columns: int) -> Tensor:
-    """``x`` times the weight in the type of ``x``, by the library: a slice of rows after the other, in the same memory, so
-    that the GPU's cache still holds what a slice is multiplied by."""
+    """``x`` times the weight in the type of ``x``, by the library: a slice of rows after the other, in the same memory,
+    so that the GPU's cache still holds what a slice is multiplied by."""
     tall = layout.TILE * term[1]["second_rows"]
     count = -(-2 * rows * columns // SLICE)
     height = -(-rows // (count * tall)) * tall

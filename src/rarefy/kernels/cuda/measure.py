@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -25,7 +25,7 @@ from rarefy.kernels.cuda.tuning import (
 )
 
 BEYOND_CACHE = 400e6  # bytes of copies that no GPU keeps on the chip
-ROUNDS = 7
+ROUNDS, WARM_UP = 7, 3
 OVERLAPPED = 8  # of the fastest, which are tried again so
 
 
@@ -149,7 +149,7 @@ def fastest(problem: Problem, x: Tensor, most: int = 64) -> tuple[Tuning, dict[T
 
     def measure(tuning: Tuning) -> None:
         calls, _ = problem.calls(copies, tuning, x)
-        times[tuning] = microseconds(graph_of(calls), len(calls))
+        times[tuning] = microseconds({"": (graph_of(calls), len(calls))}, ROUNDS)[""]
 
     for tuning in tried:
         measure(tuning)
@@ -161,12 +161,12 @@ def fastest(problem: Problem, x: Tensor, most: int = 64) -> tuple[Tuning, dict[T
     return min(times, key=lambda each: times[each]), times
 
 
-def graph_of(calls: list[Callable[[], None]]) -> torch.cuda.CUDAGraph:
+def graph_of(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     """All calls, warmed up, as one graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls:
+        for call in [*calls, *calls]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -176,15 +176,16 @@ def graph_of(calls: list[Callable[[], None]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def microseconds(graph: torch.cuda.CUDAGraph, calls: int) -> float:
-    """Median time of one of so many calls in the graph."""
-    times = []
-    for number in range(ROUNDS + 2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        if number >= 2:
-            times.append(begin.elapsed_time(end) * 1e3 / calls)
-    return statistics.median(times)
+def microseconds(graphs: Mapping[str, tuple[torch.cuda.CUDAGraph, int]], rounds: int) -> dict[str, float]:
+    """Median time of one call in each graph (of so many), in turn."""
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for number in range(rounds + WARM_UP):
+        for name, (graph, count) in graphs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            if number >= WARM_UP:
+                times[name].append(begin.elapsed_time(end) * 1e3 / count)
+    return {name: statistics.median(each) for name, each in times.items()}

@@ -80,10 +80,10 @@ class Code:
 class Tuning:
     """How the work is cut up. A warp computes ``16 * tiles`` rows for ``8 * tokens`` tokens; a block has ``across``
     warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps are
-    loaded ahead into registers, or ``stages`` steps go through shared memory (0: none); of codes, ``ring`` steps of each
-    warp may wait in shared memory instead (compute capability 9 and later), and ``prefetch`` more are called to the GPU's
-    cache. ``overlap``: the kernel starts
-    while its forerunner still runs; from 9.0 on. ``spread``: blocks of one token take the places of eight tokens.
+    loaded ahead into registers, or ``stages`` steps go through shared memory (0: none); of codes, ``ring`` steps of
+    each warp may wait in shared memory instead (from 9.0 on), and ``prefetch`` more are called to the GPU's cache.
+    ``overlap``: the kernel starts while its forerunner still runs; from 9.0 on. ``spread``: blocks of one token take
+    the places of eight tokens.
 
     ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
     multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; two fours of
@@ -261,8 +261,8 @@ class SparseArguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class SparseCode:
-    """Weights of which a bitmap says what is kept: groups of columns (``whole_groups``) or single ones (two of every four
-    neighbours: ``two_of_four``), in ``bits`` or as ``values`` of 16 bits. Other names as in ``Code``."""
+    """Weights of which a bitmap says what is kept: groups of columns (``whole_groups``) or single ones, of every four
+    neighbours two (``two_of_four``), in ``bits`` or as ``values`` of 16 bits. Other names as in ``Code``."""
 
     bits: int
     group: int

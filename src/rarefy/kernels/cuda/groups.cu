@@ -75,6 +75,25 @@ device float stage(uint4* tokens, float* totals, float* shared, int halves, cons
   return sane ? as_float(u32(127 + exponent) << 23) : 1.0f;
 }
 
+// The numbers of the groups that a row keeps, each lane those of its own stretch of the bitmap; a long row's word by word.
+device void list_groups(u16* list, const Row& row, int at_row, int lane, const Arguments& a) {
+  if (a.words <= 32) {
+    const int first = lane * a.words;
+    const u32 low = of_lane(row.words, first / 32), high = of_lane(row.words, (first / 32 + 1) % 32);
+    const u32 own = funnel(low, high, first % 32) & (0xFFFFFFFFu >> (32 - a.words));
+    u32 at = sum_until(ones_of(own), lane) - ones_of(own);
+    for (int n = 0; n < a.words; ++n)
+      if (own >> n & 1) list[at++] = u16(first + n);
+  } else {
+    u32 before = 0;
+    for (int word = 0; word < a.words; ++word) {
+      const u32 bits = word < 32 ? of_lane(row.words, word) : a.bitmap[i64(at_row) * a.words + word];
+      if (bits >> lane & 1) list[before + ones_of(bits & ((1u << lane) - 1))] = u16(32 * word + lane);
+      before += ones_of(bits);
+    }
+  }
+}
+
 extern "C" global __launch_bounds__(THREADS) void rarefy_groups(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int halves = (a.columns + 15) / 16 * 2, stride = gridDim.x * WARPS;
@@ -90,12 +109,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_groups(const Arguments 
   const float up = stage(tokens, totals, shared, halves, a);
 
   for (int at_row = blockIdx.x * WARPS + warp; at_row < a.rows; at_row += stride) {
-    u32 before = 0;
-    for (int word = 0; word < a.words; ++word) {
-      const u32 bits = word < 32 ? of_lane(row.words, word) : a.bitmap[i64(at_row) * a.words + word];
-      if (bits >> lane & 1) list[before + ones_of(bits & ((1u << lane) - 1))] = u16(32 * word + lane);
-      before += ones_of(bits);
-    }
+    list_groups(list, row, at_row, lane, a);
     warp_barrier();
     Row next;
     begin(next, at_row + stride, lane, a);

@@ -37,4 +37,13 @@ template <int TYPE> device float number(const void* base, i64 index) {
   else return 0.0f;
 }
 
+// The sum over this lane and those before.
+device u32 sum_until(u32 value, int lane) {
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const u32 other = of_lane(value, lane < distance ? lane : lane - distance);
+    value += lane < distance ? 0 : other;
+  }
+  return value;
+}
 device float activation(u16 bits) { return X_HALF ? half_value(bits) : as_float(u32(bits) << 16); }

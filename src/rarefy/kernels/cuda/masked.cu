@@ -48,12 +48,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_masked(const Arguments 
       const u32 own = next;
       const bool ends = base + 32 >= a.words;
       next = word_at(ends ? row + stride : row, ends ? 0 : base + 32);
-      u32 until = ones_of(own);
-#pragma unroll
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const u32 other = of_lane(until, lane - distance < 0 ? lane : lane - distance);
-        until += lane >= distance ? other : 0;
-      }
+      const u32 until = sum_until(ones_of(own), lane);
       places[32 * turn + lane] = {own, start + until - ones_of(own)};
       start += of_lane(until, 31);
       warp_barrier();

@@ -18,13 +18,13 @@ struct Row {
   u32 first, count;  // of its pieces of 16 weights
   u32 words;         // lane n: word n of the bitmap
   uint2 codes[AHEAD];
-  float scale[AHEAD];
+  u32 scale[AHEAD];
 };
 
 device void fetch(Row& row, int slot, u32 at, const Arguments& a) {
   if (at >= row.count) return;
   row.codes[slot] = load_once(static_cast<const uint2*>(a.codes) + i64(row.first) + at);
-  row.scale[slot] = number<SCALE>(a.scale, (i64(row.first) + at) / PIECES);
+  row.scale[slot] = raw<SCALE>(a.scale, (i64(row.first) + at) / PIECES);
 }
 
 device void begin(Row& row, int number_of_row, int lane, const Arguments& a) {
@@ -94,7 +94,7 @@ device void list_groups(u16* list, const Row& row, int at_row, int lane, const A
   }
 }
 
-extern "C" global __launch_bounds__(THREADS) void rarefy_groups(const Arguments a) {
+extern "C" global __launch_bounds__(THREADS, TOKENS > 2 ? 1 : 2) void rarefy_groups(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int halves = (a.columns + 15) / 16 * 2, stride = gridDim.x * WARPS;
   uint4* tokens = reinterpret_cast<uint4*>(pool);                       // [TOKENS][halves of 16 columns]
@@ -141,7 +141,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_groups(const Arguments 
               part += half_value(u16(sum)) + half_value(u16(sum >> 16));
               if constexpr (ZERO != NONE) part += zero * totals[place];
             }
-            sums[token] += row.scale[slot] * part;
+            sums[token] += meant<SCALE>(row.scale[slot]) * part;
           }
         }
         fetch(row, slot, at + 32 * AHEAD, a);

@@ -29,13 +29,21 @@ shared_memory(pool);
 
 constexpr int THREADS = 32 * WARPS;
 
-template <int TYPE> device float number(const void* base, i64 index) {
-  if constexpr (TYPE == F32) return static_cast<const float*>(base)[index];
-  else if constexpr (TYPE == F16) return half_value(static_cast<const u16*>(base)[index]);
-  else if constexpr (TYPE == BF16) return as_float(u32(static_cast<const u16*>(base)[index]) << 16);
-  else if constexpr (TYPE == U8) return float(static_cast<const u8*>(base)[index]);
+// A number as it is stored, and what that means: who loads ahead turns it into a number only where it is used.
+template <int TYPE> device u32 raw(const void* base, i64 index) {
+  if constexpr (TYPE == F32) return static_cast<const u32*>(base)[index];
+  else if constexpr (TYPE == F16 || TYPE == BF16) return static_cast<const u16*>(base)[index];
+  else if constexpr (TYPE == U8) return static_cast<const u8*>(base)[index];
+  else return 0;
+}
+template <int TYPE> device float meant(u32 bits) {
+  if constexpr (TYPE == F32) return as_float(bits);
+  else if constexpr (TYPE == F16) return half_value(u16(bits));
+  else if constexpr (TYPE == BF16) return as_float(bits << 16);
+  else if constexpr (TYPE == U8) return float(bits);
   else return 0.0f;
 }
+template <int TYPE> device float number(const void* base, i64 index) { return meant<TYPE>(raw<TYPE>(base, index)); }
 
 // The sum over this lane and those before.
 device u32 sum_until(u32 value, int lane) {

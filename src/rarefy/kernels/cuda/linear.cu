@@ -23,7 +23,7 @@ constexpr int PITCH = 2 * COLUMNS + (SPAN == 16 ? 16 : 64);  // bytes of a stage
 constexpr int STAGE_TOKENS = WIDTH * PITCH;  // bytes
 constexpr int STAGE_CODES = STAGED ? ROWS / 16 * ALONG * LOADS * 512 : 0;  // bytes
 constexpr int SUM_PITCH = ROWS + 4;
-constexpr bool LIFT = BITS == 1 && TABLE == NONE && SUMS;
+constexpr bool LIFT = TABLE == NONE && BITS <= 4 && (SPREAD || (BITS == 1 && SUMS));
 
 // ---- Activations: four words of one token for two blocks.
 
@@ -167,9 +167,9 @@ device void multiply_step(
     const u32 constant[4] = {ONES, ONES, ONES, ONES};
     if constexpr (SUMS) multiply(ones, constant, x.at[set].x, x.at[set].y);  // of all blocks, the same for all rows
 #pragma unroll
-    for (int n = 0; n < (LIFT ? 4 : 0); ++n) {  // blocks that are four apart are lifted alike
+    for (int n = 0; n < (LIFT ? LIFTS : 0); ++n) {
       const u32 lifts[4] = {lift_of(n, 0), lift_of(n, 1), lift_of(n, 2), lift_of(n, 3)};
-      const bool own = lane / 4 % 4 == n;
+      const bool own = lane / 4 % LIFTS == n;
       multiply(lift, lifts, own ? x.at[set].x : 0, own ? x.at[set].y : 0);
     }
 #pragma unroll

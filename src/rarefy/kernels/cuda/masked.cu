@@ -9,7 +9,7 @@
 
 #include "kept.cuh"
 
-constexpr int AHEAD = 8;  // words whose weights are loaded before the first is used
+constexpr int AHEAD = TOKENS > 2 ? 16 : 32;  // words whose weights are loaded before the first is used
 
 device const i64* starts_of(const Arguments& a) { return static_cast<const i64*>(a.row_ptr); }
 
@@ -22,7 +22,7 @@ device float stored(const u8* codes, u32 at) {
 // Of a word of the bitmap: itself, and how many kept weights of the row lie before it. A warp finds 32 of them at once.
 struct Place { u32 mask, before; };
 
-extern "C" global __launch_bounds__(THREADS) void rarefy_masked(const Arguments a) {
+extern "C" global __launch_bounds__(THREADS, TOKENS > 2 ? 1 : 2) void rarefy_masked(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, stride = gridDim.x * WARPS;
   const u32 below = (1u << lane) - 1;
   Place* places = reinterpret_cast<Place*>(pool) + 64 * warp;            // [WARPS][2][32]
@@ -63,6 +63,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_masked(const Arguments 
           weights[n] = is_kept ? stored(codes, place.before + ones_of(place.mask & below)) : 0.0f;
           if constexpr (SCALE != NONE) kept |= u32(is_kept) << n;
         }
+        warp_barrier();  // all of them are on their way before the first is used
         const u16* x = tokens + 32 * (base + group) + lane;
 #pragma unroll
         for (int n = 0; n < AHEAD; ++n) {
@@ -99,7 +100,7 @@ template <> struct Piece<4> { u32 weights; };
 struct Batch {
   Piece<BITS> piece[PIECES];
   u32 mask[PIECES];
-  float scale[PIECES], zero[PIECES];
+  u32 scale[PIECES], zero[PIECES];
 };
 
 device void fetch(Batch& batch, const Arguments& a, i64 row, i64 first_code, int base, int lane) {
@@ -113,8 +114,8 @@ device void fetch(Batch& batch, const Arguments& a, i64 row, i64 first_code, int
     batch.piece[n].weights = load_once(reinterpret_cast<const decltype(Piece<BITS>::weights)*>(codes));
     batch.mask[n] = load_once(reinterpret_cast<const u16*>(a.bitmap + row * a.words) + at);
     const i64 place = row * a.groups + (GROUP ? at * 16 / (GROUP ? GROUP : 1) : 0);
-    batch.scale[n] = SCALE == NONE ? 1.0f : number<SCALE>(a.scale, place);
-    batch.zero[n] = ZERO == NONE ? float(CENTER) : number<ZERO>(a.zero, place);
+    batch.scale[n] = raw<SCALE>(a.scale, place);
+    batch.zero[n] = raw<ZERO>(a.zero, place);
   }
 }
 
@@ -134,7 +135,7 @@ device void two_of(float (&found)[2], u32 word, int k, float zero) {
   found[0] = whole(word >> 8 * k & 15) - zero, found[1] = whole(word >> (8 * k + 4) & 15) - zero;
 }
 
-extern "C" global __launch_bounds__(THREADS) void rarefy_two_of_four(const Arguments a) {
+extern "C" global __launch_bounds__(THREADS, TOKENS > 2 ? 1 : 2) void rarefy_two_of_four(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pieces = a.columns / 16, stride = gridDim.x * WARPS;
   u32* selectors = reinterpret_cast<u32*>(pool);             // which bytes of four activations a mask keeps
   uint4* tokens = reinterpret_cast<uint4*>(selectors + 16);  // [TOKENS][2][pieces], the halves of 16 columns apart
@@ -167,12 +168,14 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_two_of_four(const Argum
       for (int n = 0; n < PIECES; ++n) {
         if (batch.mask[n] == 0) continue;
         const int at = base + 32 * n + lane;
+        const float zero = ZERO == NONE ? float(CENTER) : meant<ZERO>(batch.zero[n]);
+        const float scale = SCALE == NONE ? 1.0f : meant<SCALE>(batch.scale[n]);
         float part[TOKENS] = {};
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const u32 bytes = selectors[batch.mask[n] >> 4 * k & 15];
           float weights[2];
-          two_of(weights, batch.piece[n].weights, k, batch.zero[n]);
+          two_of(weights, batch.piece[n].weights, k, zero);
 #pragma unroll
           for (int token = 0; token < TOKENS; ++token) {
             const uint4 four = tokens[(2 * token + k / 2) * pieces + at];
@@ -181,7 +184,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_two_of_four(const Argum
           }
         }
 #pragma unroll
-        for (int token = 0; token < TOKENS; ++token) sums[token] += batch.scale[n] * part[token];
+        for (int token = 0; token < TOKENS; ++token) sums[token] += scale * part[token];
       }
       batch = next;
     }

@@ -27,6 +27,12 @@ from rarefy.kernels.cuda.tuning import (
 BEYOND_CACHE = 400e6  # bytes of copies that no GPU keeps on the chip
 ROUNDS, WARM_UP = 7, 3
 OVERLAPPED = 8  # of the fastest, which are tried again so
+# By 8 tokens at once: warps across the rows, blocks over the columns, blocks that share tokens; likelier ones first.
+FORMS = {
+    2: [(8, 1, 1), (4, 4, 1), (4, 2, 1), (4, 1, 1), (8, 1, 2)], 4: [(8, 1, 1), (4, 4, 1), (8, 2, 1), (4, 2, 1), (8, 1, 2)],
+    8: [(8, 1, 1), (8, 2, 1), (4, 4, 1), (8, 1, 2), (8, 4, 1)], 16: [(8, 1, 1), (8, 2, 1), (8, 1, 2), (8, 4, 1), (4, 2, 1)],
+    32: [(8, 1, 1), (8, 2, 1), (8, 1, 2), (8, 4, 1), (8, 2, 2)],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,10 +93,11 @@ def _direct(code: Code, tokens: int) -> Iterator[Tuning]:
     loads = code.step * code.bits // 256
     if tokens > 16:
         return
-    for across, along in ((1, 8), (2, 4), (1, 4), (1, 16), (2, 8)):
-        for tiles, depth in ((2, 1), (4, 1), (1, 2), (1, 1), (2, 2), (4, 2), (1, 4)):
-            if tiles * depth * loads <= 12 and (loads < 4 or tiles < 4):
-                yield Tuning(tiles, -(-tokens // 8), across, along, depth, spread=tokens == 1)
+    likely = [(1, 2, 1, 8), (1, 2, 1, 16), (2, 1, 1, 8), (2, 2, 2, 4), (4, 2, 1, 8), (4, 2, 1, 4), (1, 1, 1, 8)]
+    others = itertools.product((1, 2, 4), (1, 2, 4), (1, 2), (8, 4, 16))
+    for tiles, depth, across, along in dict.fromkeys([*likely, *others]):
+        if across * along <= 16 and tiles * depth * loads <= 12 and (loads < 4 or tiles < 4):
+            yield Tuning(tiles, -(-tokens // 8), across, along, depth, spread=tokens == 1)
 
 
 def _staged(tokens: int) -> Iterator[Tuning]:
@@ -107,20 +114,17 @@ def _staged(tokens: int) -> Iterator[Tuning]:
 
 
 def _wide(code: Code, tokens: int) -> Iterator[Tuning]:
-    """For many, four warps together."""
+    """For many, four warps together: all tokens at once or, which leaves more blocks, half of them or less."""
     if tokens <= 8:
         return
-    for at_once in widths(tokens):
-        own = Tuning(1, at_once, across=8, along=1, stages=MOST_STAGES, wide=True)
-        every = [replace(own, split=split, cluster=cluster) for split, cluster in ((1, 1), (1, 2), (2, 1), (4, 1))]
-        if at_once <= 4:  # of which a processor takes three
-            every[1:1] = [replace(own, across=4, stages=6, split=split) for split in (1, 2, 4)]
-        if code.can_rescale and at_once >= 16:
-            every = [replace(each, rescaled=True, in_turns=at_once > 16) for each in every]
-            every += [replace(own, rescaled=True)] if at_once > 16 else [own]
-        for each in every:
-            if fits_registers(each) and each.suits(code):
-                yield fitted(code, each)
+    for place in range(5):
+        for at_once in widths(tokens):
+            across, split, cluster = FORMS[at_once][place]
+            own = Tuning(1, at_once, across, 1, stages=MOST_STAGES, split=split, wide=True, cluster=cluster)
+            if code.can_rescale and (at_once >= 16 or (at_once == 8 and across == 4)):
+                own = replace(own, rescaled=True, in_turns=at_once > 16)
+            if fits_registers(own) and own.suits(code):
+                yield fitted(code, own)
 
 
 def takes_wide(device: torch.device) -> bool:

@@ -43,10 +43,14 @@ def launches(made: gpu_decode.Ours) -> list[list[tuple[str, float]]]:
     first = next(number for number, (_, name) in enumerate(kernels) if "_embed" in name)
     kernels, before = kernels[first:], kernels[first - 1][0] if first else kernels[0][0]
     found: list[list[tuple[str, float]]] = []
+    inside = False  # of a step; what copies tokens before and after some is none of theirs
     for end, name in kernels:
         if "_embed" in name:
             found.append([])
-        found[-1].append((name, (end - before) / 1e3))
+        inside = inside or "_embed" in name
+        if inside:
+            found[-1].append((name, (end - before) / 1e3))
+        inside = inside and "_pick" not in name
         before = end
     return found[1:]  # the first waited for the host
 

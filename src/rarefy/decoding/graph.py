@@ -48,8 +48,9 @@ class GraphExecutor:
     """Runs ``program`` on its model's GPU in the model's dtype.
 
     A step of one token for each sequence is captured once for each number of sequences and each place of the cache,
-    and kept for the last place of each number; longer chunks of one sequence run launch by launch. Projections of the same input become one where their weights
-    can lie together, which moves the weights but neither copies nor changes them. On the CPU nothing is captured and
+    and kept for the last place of each number; longer chunks of one sequence run launch by launch. Projections of the
+    same input become one where their weights can lie together, which moves the weights but neither copies nor changes
+    them. On the CPU nothing is captured and
     Triton's interpreter executes. Raises UnsupportedError for a program or tensors that the kernels do not take.
     """
 

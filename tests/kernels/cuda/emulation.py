@@ -107,9 +107,9 @@ def sparse(x: Tensor, prepared: Prepared) -> Tensor:
     (term,), half, tokens = terms_of(*flat([prepared])[:3]), x.dtype == torch.float16, x.shape[0]
     code, x, y = sparse_code_of(*term[:2]), aligned(x), torch.full((tokens, prepared.rows), torch.nan, dtype=x.dtype)
     given = program.sparse_arguments(pointed_sparse(term), x, y, term[2])
-    most = 1 << (tokens - 1).bit_length()
+    most = program.at_once(tokens)
     macros = [f"-D{macro}={value}" for macro, value in code.definitions(most, half).items()]
-    library = _library((*macros, f"-DENTRY=rarefy_{code.source.stem}"), code.source)
+    library = _library((*macros, f"-DENTRY={code.entry}"), code.source)
     shared = code.shared_memory(most, x.shape[1])
     library.run(0, ctypes.byref(given), *code.grid(prepared.rows, 2), 32 * code.WARPS, shared)
     return y

@@ -11,7 +11,7 @@ from rarefy.formats.patterns import Groups
 from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms import Quantized, Sparse, Term
 from rarefy.kernels.activations import quantize_tokens
-from rarefy.kernels.cuda.linear import _decode
+from rarefy.kernels.cuda.linear import _decode, _rows_of, dense_sum, terms_of
 from rarefy.kernels.cuda.prepared import NotCovered, prepare
 from rarefy.kernels.cuda.program import Tuning
 from rarefy.kernels.prepared import flat
@@ -67,14 +67,24 @@ def test_every_covered_grid(name: str) -> None:
         assert torch.equal(weight, term.decode().half())
 
 
+@pytest.mark.parametrize("name", ["int4-integer", "int3-bilevel-float", "int8-g128", "lut4-groups", "nf4", "binary1"])
+def test_some_rows_of_a_term(name: str) -> None:
+    made = prepare(*quantized({**GRIDS, **OTHERS}[name], PATTERNS["full"], 90, 300).operation())
+    (whole,) = terms_of(*flat([made])[:3])
+    for first, last in ((0, 32), (32, 64), (64, 90)):
+        assert torch.equal(dense_sum([_rows_of(whole, first, last)]), dense_sum([whole])[first:last])
+
+
 @pytest.mark.parametrize(
     ("tuning", "tokens"),
     [
         (Tuning(1, 1, 1, 4, 2), 1), (Tuning(2, 1, 2, 1, 3), 11), (Tuning(4, 2, 1, 2, 1), 11),
         (Tuning(1, 2, 2, 2, 1, 2), 11), (Tuning(2, 1, 1, 2, 1, 3, 2), 1), (Tuning(1, 1, 1, 1, 4, 0, 3), 1),
         (Tuning(2, 2, 2, 1, 1, 4, 4), 11), (Tuning(1, 2, 8, 1, 1, 3, 2, wide=True), 11),
-        (Tuning(2, 2, 8, 1, 2, 2, wide=True), 13), (Tuning(1, 4, 8, 1, 3, 2, wide=True, in_turns=True), 30),
+        (Tuning(2, 2, 8, 1, 2, 2, wide=True), 13), (Tuning(1, 2, 8, 1, 4, 3, wide=True, prefetch=2), 13),
+        (Tuning(1, 4, 8, 1, 3, 2, wide=True, in_turns=True), 30),
         (Tuning(1, 1, 1, 2, 2, spread=True), 1), (Tuning(2, 1, 1, 4, 1, 0, 2, spread=True), 1),
+        (Tuning(1, 1, 2, 2, 2, spread=True, ring=2, prefetch=1), 1), (Tuning(2, 1, 1, 1, 1, ring=3), 7),
     ],
     ids=str,
 )  # fmt: skip
@@ -162,7 +172,17 @@ def test_kept_groups(index: str, zero: str, size: int) -> None:
     [("bitmap", "int4-integer"), ("2:4", "int8-float"), ("2:4-rank", "int2-none"), ("bitmap", "int4-row")],
 )
 def test_masked_codes(pattern: str, grid: str) -> None:
-    sparse_product(quantized(GRIDS[grid], PATTERNS[pattern], 21, 300))
+    sparse_product(quantized(GRIDS[grid], PATTERNS[pattern], 43, 1100 if pattern == "bitmap" else 300))
+
+
+@pytest.mark.parametrize("grid", ["int4-integer", "int8-float", "int4-none", "int4-row", "values"])
+def test_two_of_four(grid: str) -> None:
+    own, columns = PATTERNS["2:4-rank"], 1200
+    weight, mask = torch.randn(37, columns), mask_for(own, 37, columns)
+    term = Sparse.from_weight(weight, mask, own) if grid == "values" else quantized(GRIDS[grid], own, 37, columns)  # type: ignore[arg-type]
+    made = prepare(*term.operation())  # type: ignore[misc]
+    assert made.numbers["two_of_four"] == (grid == "values" or term.spec.grid.group_size in (None, 16, 32, 128))
+    sparse_product(term)
 
 
 @pytest.mark.parametrize("pattern", ["bitmap", "3:7", "4:8-rank"])

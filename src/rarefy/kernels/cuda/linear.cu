@@ -7,12 +7,16 @@
 //
 // Macros besides those of codes.cuh (see tuning.py for what is chosen when): OUTLIERS (type of single values that are
 // added to the weight), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns), DEPTH (steps loaded
-// ahead into registers), STAGED (codes and activations go through shared memory instead, STAGES steps of them), SPLIT
-// (blocks over columns), and those of ending.cuh.
+// ahead into registers), RING (of codes as many steps of each warp wait in shared memory instead), PREFETCH (as many
+// more are called to the GPU's cache), STAGED (codes and activations go through shared memory, STAGES steps of them by
+// all warps together), SPLIT (blocks over columns), and those of ending.cuh.
 
 constexpr int THREADS = 32 * ACROSS * ALONG;
 
 #include "codes.cuh"
+#if RING && !defined(RAREFY_EMULATED)
+#include "bulk.cuh"
+#endif
 
 constexpr int ROWS = 16 * TILES * ACROSS, COLUMNS = STEP * ALONG, WIDTH = 8 * TOKENS;
 constexpr int PITCH = 2 * COLUMNS + (SPAN == 16 ? 16 : 64);  // bytes of a staged token; the rest keeps banks apart
@@ -20,7 +24,7 @@ constexpr int STAGE_TOKENS = WIDTH * PITCH;  // bytes
 constexpr int EXTRA = SPREAD ? 1 : WIDTH;    // tokens that are any
 constexpr int STAGE_CODES = STAGED ? ROWS / 16 * ALONG * LOADS * 512 : 0;  // bytes
 constexpr int SUM_PITCH = ROWS + 4;
-constexpr bool LIFT = BITS == 1 && TABLE == NONE && SUMS;
+constexpr bool LIFT = TABLE == NONE && BITS <= 4 && (SPREAD || (BITS == 1 && SUMS));
 
 #include "ending.cuh"
 
@@ -163,6 +167,14 @@ device void multiply_step(
 #pragma unroll
   for (int set = 0; set < SETS; ++set) {
     float part[TILES][4] = {}, ones[4] = {}, lift[4] = {};
+    const u32 constant[4] = {ONES, ONES, ONES, ONES};
+    if constexpr (SUMS) multiply(ones, constant, x.at[set].x, x.at[set].y);  // of all blocks, the same for all rows
+#pragma unroll
+    for (int n = 0; n < (LIFT ? LIFTS : 0); ++n) {
+      const u32 lifts[4] = {lift_of(n, 0), lift_of(n, 1), lift_of(n, 2), lift_of(n, 3)};
+      const bool own = lane / 4 % LIFTS == n;
+      multiply(lift, lifts, own ? x.at[set].x : 0, own ? x.at[set].y : 0);
+    }
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       const int b = 8 * set + n;
@@ -175,10 +187,6 @@ device void multiply_step(
         operands<LIFT>(weights, codes.at[r], b, 4 * lane, tables[r]);
         multiply(part[r], weights, first, second);
       }
-      const u32 constant[4] = {ONES, ONES, ONES, ONES};
-      if constexpr (SUMS) multiply(ones, constant, first, second);
-      const u32 lifts[4] = {lift_of(b, 0), lift_of(b, 1), lift_of(b, 2), lift_of(b, 3)};
-      if constexpr (LIFT) multiply(lift, lifts, first, second);
     }
 #pragma unroll
     for (int r = 0; r < TILES; ++r)
@@ -195,8 +203,59 @@ typedef SpreadScales StepScales;
 typedef Scales StepScales;
 #endif
 
-// ---- Outliers: eight lanes a row, each with every eighth entry; the block's first share of columns takes them all. What
-// they need is fetched piece by piece between the steps of the product, so that nobody waits for it.
+// ---- Codes ahead: a step of a tile is one piece of memory.
+
+constexpr int STEP_BYTES = LOADS * 512;
+constexpr int RING_BYTES = RING * TILES * STEP_BYTES * ACROSS * ALONG, BARRIER_BYTES = RING ? (RING * ACROSS * ALONG + 1) / 2 * 16 : 0;
+
+device const uint4* step_of_tile(const Arguments& a, int tile, int step) {
+  return of_step(codes_of(a, tile_of(a, tile), 0, 0), step);
+}
+
+device void prefetch(const Arguments& a, int first_tile, int step, int lane) {
+  if (SPAN != 16 && lane < TILES) prefetch_bulk(step_of_tile(a, first_tile + lane, step), STEP_BYTES);
+}
+
+#if RING
+static_assert(SPAN != 16 && !STAGED, "steps that are one piece");
+
+// Of one warp: so many steps of codes, each with a barrier.
+struct Ring {
+  u8* steps;
+  u64* full;
+};
+
+device Ring prepare_ring(u8* pool_of_block, int warp, int lane) {
+  Ring own = {pool_of_block + warp * (RING * TILES * STEP_BYTES), reinterpret_cast<u64*>(pool_of_block + RING_BYTES) + warp * RING};
+  if (lane == 0) {
+    for (int n = 0; n < RING; ++n) prepare_barrier(own.full + n, 1);
+    barriers_are_prepared();
+  }
+  warp_barrier();
+  return own;
+}
+
+device void bring(const Ring& ring, const Arguments& a, int first_tile, int round, int step, int lane) {
+  if (lane != 0) return;
+  u64* full = ring.full + round % RING;
+  u8* to = ring.steps + round % RING * (TILES * STEP_BYTES);
+  expect(full, TILES * STEP_BYTES);
+#pragma unroll
+  for (int r = 0; r < TILES; ++r) copy_bulk(to + r * STEP_BYTES, step_of_tile(a, first_tile + r, step), STEP_BYTES, full);
+}
+
+device void take(Codes& codes, const Ring& ring, int round, int lane) {
+  wait_for(ring.full + round % RING, round / RING & 1);
+  const uint4* from = reinterpret_cast<const uint4*>(ring.steps + round % RING * (TILES * STEP_BYTES)) + lane;
+#pragma unroll
+  for (int r = 0; r < TILES; ++r)
+#pragma unroll
+    for (int l = 0; l < LOADS; ++l) put(codes, r, l, from[(r * LOADS + l) * 32]);
+}
+#endif
+
+// ---- Outliers: eight lanes a row, each with every eighth entry; the block's first share of columns takes them all.
+// Entries are on their way before activations are waited for, and what these meet after the first step of the product.
 
 constexpr int TURNS = (ROWS * 8 + THREADS - 1) / THREADS;
 constexpr int AHEAD = 3;  // entries of a lane that are fetched so
@@ -243,17 +302,12 @@ device void add_entries(Outliers& own, const Arguments& a, int turn, int first_t
   }
 }
 
-// After the first step of the product their entries are fetched, after the second the activations.
-device void prepare_outliers(Outliers& own, const Arguments& a, int round) {
-  if (round == 0) {
+// The activations of the entries that were fetched; after the first step of the product, when these are there.
+device void gather(Outliers& own, const Arguments& a) {
 #pragma unroll
-    for (int turn = 0; turn < TURNS; ++turn) fetch_entries(own, a, turn);
-  } else if (SPREAD && round == 1) {
+  for (int turn = 0; turn < (SPREAD ? TURNS : 0); ++turn)
 #pragma unroll
-    for (int turn = 0; turn < TURNS; ++turn)
-#pragma unroll
-      for (int k = 0; k < AHEAD; ++k) own.gathered[turn][SPREAD ? k : 0] = a.x[own.entries[turn][k] & 0xFFFF];
-  }
+    for (int k = 0; k < AHEAD; ++k) own.gathered[turn][SPREAD ? k : 0] = a.x[own.entries[turn][k] & 0xFFFF];
 }
 
 // Sums of all rows, beside those of the product.
@@ -280,8 +334,8 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int across = warp % ACROSS, along = warp / ACROSS, g = lane / 4, t = lane % 4;
   const int first_tile = tile_of_block(a, across * TILES), first_token = blockIdx.z * WIDTH;
-  const int share = (a.steps + SPLIT - 1) / SPLIT;
-  const int begin = blockIdx.y * share, end = begin + share < a.steps ? begin + share : a.steps;
+  const Share share = share_of(a);
+  const int begin = share.begin, end = share.end;
   const int rounds = end > begin ? (end - begin + ALONG - 1) / ALONG : 0;
   float* factors = reinterpret_cast<float*>(pool + TABLE_BYTES);
   u8* stages = pool + TABLE_BYTES + FACTOR_BYTES;
@@ -290,7 +344,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   const auto step_at = [&](int round) { return begin + round * ALONG + along; };
 
   // What the weights are is on its way before anything is waited for.
-  Codes codes[DEPTH];
+  Codes codes[RING ? 1 : DEPTH];
   StepScales scales[DEPTH];
 #if STAGED
   constexpr int STAGE = STAGE_TOKENS + STAGE_CODES;
@@ -307,27 +361,33 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   for (int round = 0; round < STAGES - 1; ++round) stage_codes(round);
   if (step_at(0) < end) fetch(scales[0], a, places, step_at(0), lane);
 #else
+#if RING
+  const Ring ring = prepare_ring(stages, warp, lane);
+  for (int round = 0; round < RING && step_at(round) < end; ++round) bring(ring, a, first_tile, round, step_at(round), lane);
+#endif
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d)
     if (step_at(d) < end) {
-      fetch(codes[d], a, places, step_at(d), lane);
+      if constexpr (!RING) fetch(codes[d], a, places, step_at(d), lane);
       fetch(scales[d], a, places, step_at(d), lane);
     }
+  constexpr int LOADED = RING ? RING : DEPTH;  // steps on their way
+  for (int round = LOADED; round < LOADED + PREFETCH && step_at(round) < end; ++round)
+    prefetch(a, first_tile, step_at(round), lane);
 #endif
 
 #if OUTLIERS
   Outliers outliers;
   begin_outliers(outliers, a);
+#pragma unroll
+  for (int turn = 0; turn < TURNS; ++turn) fetch_entries(outliers, a, turn);
 #endif
   if constexpr (TABLE == SHARED) {
     copy_table(a);
     block_barrier();
   }
   Tables tables[TILES];
-  if constexpr (GROUP == 0) {
-#pragma unroll
-    for (int r = 0; r < TILES; ++r) load(tables[r], a, tile_of(a, first_tile + r), 0, g);
-  }
+  load_tables(tables, a, first_tile, g);
   Beside beside;
   fetch_gain(beside, a, first_token);
   start_later_kernels();
@@ -366,9 +426,6 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
     block_barrier();
     stage_codes(round + STAGES - 1);
     stage_tokens(round + STAGES - 1);
-#if OUTLIERS
-    prepare_outliers(outliers, a, round);
-#endif
     if (step_at(round) >= end) continue;
     const Scales now = scales[0];
     if (step_at(round + 1) < end) fetch(scales[0], a, places, step_at(round + 1), lane);
@@ -407,23 +464,32 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   for (int base = 0; base < rounds; base += DEPTH) {
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-      if (step_at(base + d) >= end) break;
+      const int round = base + d, next = step_at(round + DEPTH);
+      if (step_at(round) >= end) break;
+      Codes& own = codes[RING ? 0 : d];
+#if RING
+      take(own, ring, round, lane);
+#endif
+      if (PREFETCH && step_at(round + LOADED + PREFETCH) < end) prefetch(a, first_tile, step_at(round + LOADED + PREFETCH), lane);
 #if SPREAD
-      multiply_step(sums, codes[d], scales[d], x[d], tables, a, first_tile, step_at(base + d), lane);
+      multiply_step(sums, own, scales[d], x[d], tables, a, first_tile, step_at(round), lane);
 #else
       const auto tokens = [&](int n, int pair) { return x[d].at[n][pair]; };
-      multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(base + d), lane);
+      multiply_step(sums, own, scales[d], tokens, tables, a, first_tile, step_at(round), lane);
 #endif
-      const int next = step_at(base + d + DEPTH);
+#if RING
+      warp_barrier();
+      if (step_at(round + RING) < end) bring(ring, a, first_tile, round + RING, step_at(round + RING), lane);
+#endif
+#if OUTLIERS
+      if (round == 0) gather(outliers, a);
+#endif
       if (next < end) {
-        fetch(codes[d], a, places, next, lane);
+        if constexpr (!RING) fetch(own, a, places, next, lane);
         fetch(scales[d], a, places, next, lane);
         fetch_tokens(d, next);
       }
     }
-#if OUTLIERS
-    prepare_outliers(outliers, a, base / DEPTH);
-#endif
   }
 #endif
 #if SPREAD
@@ -439,18 +505,10 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
     wait_for_copies<0>();
     block_barrier();
   }
-  float* meeting = reinterpret_cast<float*>(stages);
-#pragma unroll
-  for (int r = 0; r < TILES; ++r)
-#pragma unroll
-    for (int n = 0; n < TOKENS; ++n)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int row = (across * TILES + r) * 16 + g + j / 2 * 8, token = 8 * n + 2 * t + j % 2;
-        meeting[(along * WIDTH + token) * SUM_PITCH + row] = sums[r][n][j];
-      }
+  float* meeting = reinterpret_cast<float*>(stages + RING_BYTES + BARRIER_BYTES);
+  put_sums(meeting + along * WIDTH * SUM_PITCH, sums, SUM_PITCH, across * TILES * 16, 1, lane);
 #if OUTLIERS
-  for (int round = rounds / DEPTH + (rounds % DEPTH > 0); round < 2; ++round) prepare_outliers(outliers, a, round);
+  if (step_at(0) >= end) gather(outliers, a);
   end_outliers(outliers, a, first_token, meeting + ALONG * WIDTH * SUM_PITCH);
 #endif
   block_barrier();

@@ -108,6 +108,15 @@ device void copy_word_async(u8* to, const void* from, bool real) {
 device void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> device void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
+#if ORDERED
+// Asks for so many bytes (a multiple of 16) to come to the GPU's cache.
+device void prefetch_bulk(const void* from, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+#else
+device void prefetch_bulk(const void*, u32) {}
+#endif
+
 // ---- Order.
 
 device void block_barrier() { __syncthreads(); }

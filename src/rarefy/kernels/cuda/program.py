@@ -80,8 +80,10 @@ class Code:
 class Tuning:
     """How the work is cut up. A warp computes ``16 * tiles`` rows for ``8 * tokens`` tokens; a block has ``across``
     warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps are
-    loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``overlap``: the kernel starts
-    while its forerunner still runs; from 9.0 on. ``spread``: blocks of one token take the places of eight tokens.
+    loaded ahead into registers, or ``stages`` steps go through shared memory (0: none); of codes, ``ring`` steps of
+    each warp may wait in shared memory instead (from 9.0 on), and ``prefetch`` more are called to the GPU's cache.
+    ``overlap``: the kernel starts while its forerunner still runs; from 9.0 on. ``spread``: blocks of one token take
+    the places of eight tokens.
 
     ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
     multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; two fours of
@@ -100,6 +102,8 @@ class Tuning:
     rescaled: bool = False
     spread: bool = False
     in_turns: bool = False
+    ring: int = 0
+    prefetch: int = 0
 
     def with_halves(self) -> Tuning:
         """With warps for each half of the rows, see ``Ending.kind``."""
@@ -119,7 +123,7 @@ class Tuning:
         """Whether four warps together multiply such a code so: sums in units of a scale want one, and outliers want
         warps that have nothing else to do and whole words of tokens."""
         if not self.wide:
-            return True
+            return not self.ring or code.span != 16
         outliers = code.outliers is None or (self.across > 4 and self.tokens in (2, 4, 8, 16))
         return outliers and (code.can_rescale or not self.rescaled)
 
@@ -139,7 +143,9 @@ class Tuning:
         tokens = width * (2 * code.step * self.along + (16 if code.span == 16 else 64))
         staged = self.stages * (tokens + self.rows * self.along * code.step * code.bits // 8)
         meeting = 4 * (self.along + (code.outliers is not None)) * width * (self.rows + 4)
-        return table + max(staged, meeting)
+        steps = self.ring * self.across * self.along  # each with a barrier
+        ring = steps * TILE * self.tiles * code.step * code.bits // 8 + (steps + 1) // 2 * 16
+        return table + ring + max(staged, meeting)
 
 
 @dataclass(frozen=True)
@@ -297,8 +303,8 @@ class SparseArguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class SparseCode:
-    """Weights of which a bitmap says what is kept: groups of columns (``whole_groups``) or single ones, in ``bits`` or
-    as ``values`` of 16 bits. Other names as in ``Code``."""
+    """Weights of which a bitmap says what is kept: groups of columns (``whole_groups``) or single ones, of every four
+    neighbours two (``two_of_four``), in ``bits`` or as ``values`` of 16 bits. Other names as in ``Code``."""
 
     bits: int
     group: int
@@ -307,12 +313,18 @@ class SparseCode:
     center: int = 0
     values: torch.dtype | None = None
     whole_groups: bool = False
+    two_of_four: bool = False
 
     WARPS: ClassVar[int] = 16  # of a block
 
     @property
     def source(self) -> Path:
         return GROUPS if self.whole_groups else MASKED
+
+    @property
+    def entry(self) -> str:
+        """The kernel's name."""
+        return "rarefy_two_of_four" if self.two_of_four else f"rarefy_{self.source.stem}"
 
     def definitions(self, tokens: int, half: bool) -> dict[str, int]:
         """The macros of the source."""
@@ -324,8 +336,10 @@ class SparseCode:
 
     def shared_memory(self, tokens: int, columns: int) -> int:
         """Bytes of a block."""
+        if self.two_of_four:
+            return 64 + tokens * 2 * columns
         if not self.whole_groups:
-            return tokens * 64 * -(-columns // 32)
+            return self.WARPS * 512 + tokens * 64 * -(-columns // 32)
         halves, words = -(-columns // 16) * 2, -(-columns // self.group // 32)
         return tokens * halves * 20 + 256 + self.WARPS * 64 * words
 
@@ -346,16 +360,21 @@ def sparse_arguments(tensors: Mapping[str, Tensor | None], x: Tensor, y: Tensor,
     return SparseArguments(*pointers, x.data_ptr(), y.data_ptr(), *sizes, multiplier)
 
 
+def at_once(tokens: int) -> int:
+    """For how many tokens a kernel of kept weights is compiled."""
+    return 1 << (tokens - 1).bit_length()
+
+
 @functools.cache
 def _sparse_kernel(device: int, code: SparseCode, tokens: int, half: bool, shared: int) -> driver.Kernel:
     macros = [f"-D{macro}={value}" for macro, value in code.definitions(tokens, half).items()]
     with torch.cuda.device(device):
-        return driver.Kernel(code.source, f"rarefy_{code.source.stem}", macros, shared)
+        return driver.Kernel(code.source, code.entry, macros, shared)
 
 
 def sparse(code: SparseCode, given: SparseArguments, half: bool, device: torch.device, overlap: bool = False) -> None:
     """The product with what is kept, on the current stream of ``device``."""
-    tokens = 1 << (given.tokens - 1).bit_length()
+    tokens = at_once(given.tokens)
     program = _sparse_kernel(_index(device), code, tokens, half, code.shared_memory(tokens, given.columns))
     most = 2 * torch.cuda.get_device_properties(device).multi_processor_count
     stream = torch.cuda.current_stream(device).cuda_stream

@@ -144,8 +144,9 @@ class Trials:
         code, tokens = weights.code, x.shape[0]
         wide = measure.takes_wide(x.device) and not self.narrow
         overlap = tuning_tables.overlaps(x.device)
-        every = itertools.islice(measure.candidates(code, tokens, wide), most)
-        tried = [replace(each, overlap=overlap) for each in every]
+        known = tuning_tables.choose(code, weights.rows, weights.columns, tokens, x.device)
+        every = [known, *itertools.islice(measure.candidates(code, tokens, wide), most)]
+        tried = list(dict.fromkeys(replace(each, overlap=overlap) for each in every))
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda each: _compiles(code, each, x.dtype), tried))
         expected = weights.product(x)

@@ -109,7 +109,7 @@ WIDE = Tuning(1, 4, 8, 1, 2, 4, wide=True, overlap=True)
     "changes",
     [
         {}, {"across": 4, "depth": 3}, {"across": 12}, {"tiles": 2}, {"tokens": 16, "in_turns": True}, {"cluster": 2},
-        {"depth": 4, "prefetch": 4},
+        {"depth": 4, "buffered": True},
         {"split": 4}, {"cluster": 2, "split": 2}, {"tokens": 32, "rescaled": True, "stages": 3}, {"overlap": False},
     ],
     ids=str,
@@ -128,7 +128,7 @@ ONE = Tuning(1, 1, 1, 4, 2, spread=True, overlap=True)
 
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="before Hopper")
 @pytest.mark.parametrize(
-    "changes", [{}, {"ring": 2}, {"ring": 4, "prefetch": 2}, {"tiles": 2, "across": 2, "ring": 3}], ids=str
+    "changes", [{}, {"along": 16}, {"tiles": 4, "depth": 1}, {"tiles": 2, "across": 2}], ids=str
 )
 def test_every_form_of_one_token(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "choose", lambda *arguments: replace(ONE, **changes))

@@ -68,7 +68,6 @@ device void copy_async(unsigned char* to, const void* from, bool real) {
 device void copy_word_async(unsigned char* to, const void* from, bool real) {
   if (real) memcpy(to, from, 4); else memset(to, 0, 4);
 }
-device void prefetch_bulk(const void*, unsigned) {}
 template <class T> device void keep(T&) {}
 device void commit_copies() {}
 template <int PENDING> device void wait_for_copies() {}
@@ -214,6 +213,7 @@ device unsigned char e4m3(float value) {
   const int code = int(std::nearbyint(std::ldexp(size, 3 - exponent))) + 8 * (exponent + 6);
   return (unsigned char)(code | (std::signbit(value) ? 128 : 0));
 }
+device unsigned short e4m3_pair(float low, float high) { return e4m3(low) | e4m3(high) << 8; }
 device void reduce_over_block(float& sum, float& most, float*) {
   static float sums, maxima;
   block_barrier();

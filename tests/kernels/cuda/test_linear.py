@@ -81,10 +81,9 @@ def test_some_rows_of_a_term(name: str) -> None:
         (Tuning(1, 1, 1, 4, 2), 1), (Tuning(2, 1, 2, 1, 3), 11), (Tuning(4, 2, 1, 2, 1), 11),
         (Tuning(1, 2, 2, 2, 1, 2), 11), (Tuning(2, 1, 1, 2, 1, 3, 2), 1), (Tuning(1, 1, 1, 1, 4, 0, 3), 1),
         (Tuning(2, 2, 2, 1, 1, 4, 4), 11), (Tuning(1, 2, 8, 1, 1, 3, 2, wide=True), 11),
-        (Tuning(2, 2, 8, 1, 2, 2, wide=True), 13), (Tuning(1, 2, 8, 1, 4, 3, wide=True, prefetch=2), 13),
+        (Tuning(2, 2, 8, 1, 2, 2, wide=True), 13), (Tuning(1, 2, 8, 1, 4, 3, wide=True, buffered=True), 13),
         (Tuning(1, 4, 8, 1, 3, 2, wide=True, in_turns=True), 30),
         (Tuning(1, 1, 1, 2, 2, spread=True), 1), (Tuning(2, 1, 1, 4, 1, 0, 2, spread=True), 1),
-        (Tuning(1, 1, 2, 2, 2, spread=True, ring=2, prefetch=1), 1), (Tuning(2, 1, 1, 1, 1, ring=3), 7),
     ],
     ids=str,
 )  # fmt: skip

@@ -59,7 +59,7 @@ def test_measured_entries_are_found_and_kept() -> None:
 
 
 def test_what_was_measured_of_another_code_is_made_to_fit() -> None:
-    measured = Tuning(1, 4, 4, 1, 2, 8, wide=True)
+    measured = Tuning(1, 4, 4, 1, 4, 8, wide=True)
     tuning.keep([tuning.entry(Code(3, 128), 4096, 4096, 32, measured)], GPU)
     small, outliers = Code(3, 16, span=4), Code(3, 128, outliers=torch.float16)
     assert tuning.choose(Code(3, 128), 4096, 4096, 32, GPU) == measured

@@ -7,9 +7,9 @@
 // weight is rounded.
 //
 // Macros besides those of codes.cuh: TOKENS (of 8), ACROSS (warps over rows, a multiple of four), STAGES (steps of tokens
-// in shared memory), DEPTH (steps of codes in registers), PREFETCH (steps of codes before the tokens', that are called to
-// the GPU's cache), SPLIT (blocks over columns, which add up what they have in each other's shared memory), CLUSTER (neighbouring blocks that share what they read of the tokens), IN_TURNS (two fours of
-// warps multiply in turns), RESCALED (sums are kept in units of the last group's scale, which spares registers), OUTLIERS
+// in shared memory), DEPTH (steps of codes in registers), SPLIT (blocks over columns, which add up what they have in each
+// other's shared memory), CLUSTER (neighbouring blocks that share what they read of the tokens), IN_TURNS (two fours of
+// warps multiply in turns), BUFFERED (a group is multiplied while the one before is scaled), RESCALED (sums are kept in units of the last group's scale, which spares registers), OUTLIERS
 // (type of single values that are added to the weight).
 
 // The last warps bring what the others multiply: one where several blocks share a processor, else four, which can leave
@@ -27,12 +27,10 @@ constexpr int STAGE = STAGE_TOKENS + STAGE_SUMS;  // bytes
 constexpr int SUM_PITCH = ROWS + 4;
 constexpr bool DIRECT = !SUMS && (GROUP == 0 || RESCALED);  // whether products are added to the sums at once
 constexpr int TOGETHER = ACROSS > 4 ? 1 : TILES * TOKENS <= (RESCALED ? 8 : 4) ? 3 : 2;  // blocks of a processor
-constexpr bool ROOMY = TILES * TOKENS <= 8;  // whether registers are left
-constexpr bool WHOLE = ROOMY && TOGETHER < 3 && PART >= 8 && (BLOCKS > 8 || DEPTH % 2 == 0);
+constexpr bool WHOLE = BUFFERED && PART >= 8 && (BLOCKS > 8 || DEPTH % 2 == 0);
 constexpr int CHUNK = WHOLE ? 8 : PART < 4 ? PART : 4;  // blocks of 16 columns that are unpacked at once
 constexpr int CHUNKS = BLOCKS / CHUNK, IN_PART = PART / CHUNK;
-// A group's products may run while those of the group before are scaled, if there is room for both.
-constexpr int BUFFERS = !DIRECT && ROOMY && DEPTH * PARTS % 2 == 0 ? 2 : 1;
+constexpr int BUFFERS = !DIRECT && BUFFERED && DEPTH * PARTS % 2 == 0 ? 2 : 1;
 constexpr bool DRAINS = DIRECT ? GROUP != 0 : BUFFERS == 1;  // else a group has to wait for the one before
 static_assert(DEPTH * CHUNKS % 2 == 0, "chunks unpacked in turns to two places");
 constexpr int LEADING = WIDTH * 16;
@@ -46,20 +44,10 @@ device const float* arranged_sums(const Arguments& a, int token_tile, int step) 
   return a.ones + (i64(token_tile) * a.steps + step) * (PARTS * WIDTH);
 }
 
-// One thread: asks for the codes of a step of all tiles of the block, so that they come from the GPU's cache.
-device void prefetch_codes(const Arguments& a, int step) {
-  if constexpr (SPAN != 16) {
-#pragma unroll 1
-    for (int tile = 0; tile < ROWS / 16; ++tile)
-      prefetch_bulk(of_step(codes_of(a, tile_of(a, blockIdx.x * (ROWS / 16) + tile), 0, 0), step), LOADS * 512);
-  }
-}
-
 // One thread: brings the tokens of steps begin..begin + rounds to shared memory.
 device void bring(const Arguments& a, u8* stages, u64* full, u64* empty, int begin, int rounds, u32 rank) {
   for (int round = 0; round < rounds; ++round) {
     const int step = begin + round, stage = round % STAGES;
-    if (PREFETCH > 0 && round + PREFETCH < rounds) prefetch_codes(a, step + PREFETCH);
     if (round >= STAGES) wait_for(empty + stage, (round / STAGES - 1) & 1);
     expect(full + stage, STAGE);
     u8* to = stages + stage * STAGE;
@@ -181,7 +169,6 @@ void rarefy_gemm(const Arguments a) {
   if (warp >= ACROSS) {
     give_registers_back<ACROSS>();
     if (threadIdx.x == 32 * ACROSS) {
-      for (int round = DEPTH; round < PREFETCH && round < rounds; ++round) prefetch_codes(a, begin + round);
       start_later_kernels();
       wait_for_earlier_kernels();
       bring(a, stages, full, empty, begin, rounds, rank);

@@ -7,16 +7,12 @@
 //
 // Macros besides those of codes.cuh (see tuning.py for what is chosen when): OUTLIERS (type of single values that are
 // added to the weight), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns), DEPTH (steps loaded
-// ahead into registers), RING (of codes as many steps of each warp wait in shared memory instead), PREFETCH (as many
-// more are called to the GPU's cache), STAGED (codes and activations go through shared memory, STAGES steps of them by
-// all warps together), SPLIT (blocks over columns), and those of ending.cuh.
+// ahead into registers), STAGED (codes and activations go through shared memory instead, STAGES steps of them), SPLIT
+// (blocks over columns), and those of ending.cuh.
 
 constexpr int THREADS = 32 * ACROSS * ALONG;
 
 #include "codes.cuh"
-#if RING && !defined(RAREFY_EMULATED)
-#include "bulk.cuh"
-#endif
 
 constexpr int ROWS = 16 * TILES * ACROSS, COLUMNS = STEP * ALONG, WIDTH = 8 * TOKENS;
 constexpr int PITCH = 2 * COLUMNS + (SPAN == 16 ? 16 : 64);  // bytes of a staged token; the rest keeps banks apart
@@ -203,57 +199,6 @@ typedef SpreadScales StepScales;
 typedef Scales StepScales;
 #endif
 
-// ---- Codes ahead: a step of a tile is one piece of memory.
-
-constexpr int STEP_BYTES = LOADS * 512;
-constexpr int RING_BYTES = RING * TILES * STEP_BYTES * ACROSS * ALONG, BARRIER_BYTES = RING ? (RING * ACROSS * ALONG + 1) / 2 * 16 : 0;
-
-device const uint4* step_of_tile(const Arguments& a, int tile, int step) {
-  return of_step(codes_of(a, tile_of(a, tile), 0, 0), step);
-}
-
-device void prefetch(const Arguments& a, int first_tile, int step, int lane) {
-  if (SPAN != 16 && lane < TILES) prefetch_bulk(step_of_tile(a, first_tile + lane, step), STEP_BYTES);
-}
-
-#if RING
-static_assert(SPAN != 16 && !STAGED, "steps that are one piece");
-
-// Of one warp: so many steps of codes, each with a barrier.
-struct Ring {
-  u8* steps;
-  u64* full;
-};
-
-device Ring prepare_ring(u8* pool_of_block, int warp, int lane) {
-  Ring own = {pool_of_block + warp * (RING * TILES * STEP_BYTES), reinterpret_cast<u64*>(pool_of_block + RING_BYTES) + warp * RING};
-  if (lane == 0) {
-    for (int n = 0; n < RING; ++n) prepare_barrier(own.full + n, 1);
-    barriers_are_prepared();
-  }
-  warp_barrier();
-  return own;
-}
-
-device void bring(const Ring& ring, const Arguments& a, int first_tile, int round, int step, int lane) {
-  if (lane != 0) return;
-  u64* full = ring.full + round % RING;
-  u8* to = ring.steps + round % RING * (TILES * STEP_BYTES);
-  expect(full, TILES * STEP_BYTES);
-#pragma unroll
-  for (int r = 0; r < TILES; ++r) copy_bulk(to + r * STEP_BYTES, step_of_tile(a, first_tile + r, step), STEP_BYTES, full);
-}
-
-device void take(Codes& codes, const Ring& ring, int round, int lane) {
-  wait_for(ring.full + round % RING, round / RING & 1);
-  const uint4* from = reinterpret_cast<const uint4*>(ring.steps + round % RING * (TILES * STEP_BYTES)) + lane;
-#pragma unroll
-  for (int r = 0; r < TILES; ++r)
-#pragma unroll
-    for (int l = 0; l < LOADS; ++l) put(codes, r, l, from[(r * LOADS + l) * 32]);
-}
-#endif
-
 // ---- Outliers: eight lanes a row, each with every eighth entry; the block's first share of columns takes them all.
 // Entries are on their way before activations are waited for, and what these meet after the first step of the product.
 
@@ -344,7 +289,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   const auto step_at = [&](int round) { return begin + round * ALONG + along; };
 
   // What the weights are is on its way before anything is waited for.
-  Codes codes[RING ? 1 : DEPTH];
+  Codes codes[DEPTH];
   StepScales scales[DEPTH];
 #if STAGED
   constexpr int STAGE = STAGE_TOKENS + STAGE_CODES;
@@ -361,19 +306,12 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
   for (int round = 0; round < STAGES - 1; ++round) stage_codes(round);
   if (step_at(0) < end) fetch(scales[0], a, places, step_at(0), lane);
 #else
-#if RING
-  const Ring ring = prepare_ring(stages, warp, lane);
-  for (int round = 0; round < RING && step_at(round) < end; ++round) bring(ring, a, first_tile, round, step_at(round), lane);
-#endif
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d)
     if (step_at(d) < end) {
-      if constexpr (!RING) fetch(codes[d], a, places, step_at(d), lane);
+      fetch(codes[d], a, places, step_at(d), lane);
       fetch(scales[d], a, places, step_at(d), lane);
     }
-  constexpr int LOADED = RING ? RING : DEPTH;  // steps on their way
-  for (int round = LOADED; round < LOADED + PREFETCH && step_at(round) < end; ++round)
-    prefetch(a, first_tile, step_at(round), lane);
 #endif
 
 #if OUTLIERS
@@ -466,26 +404,17 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
     for (int d = 0; d < DEPTH; ++d) {
       const int round = base + d, next = step_at(round + DEPTH);
       if (step_at(round) >= end) break;
-      Codes& own = codes[RING ? 0 : d];
-#if RING
-      take(own, ring, round, lane);
-#endif
-      if (PREFETCH && step_at(round + LOADED + PREFETCH) < end) prefetch(a, first_tile, step_at(round + LOADED + PREFETCH), lane);
 #if SPREAD
-      multiply_step(sums, own, scales[d], x[d], tables, a, first_tile, step_at(round), lane);
+      multiply_step(sums, codes[d], scales[d], x[d], tables, a, first_tile, step_at(round), lane);
 #else
       const auto tokens = [&](int n, int pair) { return x[d].at[n][pair]; };
-      multiply_step(sums, own, scales[d], tokens, tables, a, first_tile, step_at(round), lane);
-#endif
-#if RING
-      warp_barrier();
-      if (step_at(round + RING) < end) bring(ring, a, first_tile, round + RING, step_at(round + RING), lane);
+      multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(round), lane);
 #endif
 #if OUTLIERS
       if (round == 0) gather(outliers, a);
 #endif
       if (next < end) {
-        if constexpr (!RING) fetch(own, a, places, next, lane);
+        fetch(codes[d], a, places, next, lane);
         fetch(scales[d], a, places, next, lane);
         fetch_tokens(d, next);
       }
@@ -505,7 +434,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
     wait_for_copies<0>();
     block_barrier();
   }
-  float* meeting = reinterpret_cast<float*>(stages + RING_BYTES + BARRIER_BYTES);
+  float* meeting = reinterpret_cast<float*>(stages);
   put_sums(meeting + along * WIDTH * SUM_PITCH, sums, SUM_PITCH, across * TILES * 16, 1, lane);
 #if OUTLIERS
   if (step_at(0) >= end) gather(outliers, a);
@@ -598,40 +527,65 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Argume
 
 #if FLOAT8 && (defined(RAREFY_EMULATED) || __CUDA_ARCH__ >= 890)
 // Tokens [tokens][columns] as bytes in E4M3 at `y` and what they are multiplied by, float32 [tokens] at `partial`. With a
-// `scale` [columns] they are normalized first, by the root of their mean square plus `multiplier`.
+// `scale` [columns] they are normalized first, by the root of their mean square plus `multiplier`. A block takes a token
+// and keeps what it has read, unless that is too long.
+constexpr int HELD = 4;  // pieces of eight columns of a thread
 extern "C" global __launch_bounds__(THREADS) void rarefy_quantize(const Arguments a) {
-  float* shared = reinterpret_cast<float*>(pool);
   const u16* x = a.x + i64(blockIdx.x) * a.stride;
-  const u16* gain = static_cast<const u16*>(a.scale);
+  const uint4* gain = static_cast<const uint4*>(a.scale);
+  const int pieces = a.columns / 8;
   start_later_kernels();
   wait_for_earlier_kernels();
+  const auto piece = [&](int at) { return load_shared_by_all(reinterpret_cast<const uint4*>(x) + at, at < pieces); };
+  const auto values_of = [&](float (&values)[8], const uint4& all, int at) {
+    const u32 words[4] = {all.x, all.y, all.z, all.w};
+#pragma unroll
+    for (int n = 0; n < 8; ++n) values[n] = widened(u16(words[n / 2] >> 16 * (n % 2)));
+    if (gain == nullptr || at >= pieces) return;
+    const uint4 own = gain[at];
+    const u32 gains[4] = {own.x, own.y, own.z, own.w};
+#pragma unroll
+    for (int n = 0; n < 8; ++n) values[n] *= widened(u16(gains[n / 2] >> 16 * (n % 2)));
+  };
   float squares = 0.0f, most = 0.0f;
-  for (int first = threadIdx.x * 8; first < a.columns; first += THREADS * 8) {
-    const uint4 all = load_shared_by_all(reinterpret_cast<const uint4*>(x + first), true);
-    const u32 words[4] = {all.x, all.y, all.z, all.w};
+  const auto measure = [&](const uint4& all, int at) {
+    float values[8];
+    if (gain != nullptr) {
+      const u32 words[4] = {all.x, all.y, all.z, all.w};
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      const float value = widened(u16(words[n / 2] >> 16 * (n % 2)));
-      squares += value * value;
-      most = max_of(most, absolute(gain ? value * widened(gain[first + n]) : value));
+      for (int n = 0; n < 8; ++n) {
+        const float value = widened(u16(words[n / 2] >> 16 * (n % 2)));
+        squares += value * value;
+      }
     }
-  }
-  reduce_over_block(squares, most, shared);
+    values_of(values, all, at);
+#pragma unroll
+    for (int n = 0; n < 8; ++n) most = max_of(most, absolute(values[n]));
+  };
+  uint4 held[HELD];
+#pragma unroll
+  for (int k = 0; k < HELD; ++k) held[k] = piece(threadIdx.x + k * THREADS);
+#pragma unroll
+  for (int k = 0; k < HELD; ++k) measure(held[k], threadIdx.x + k * THREADS);
+  for (int at = threadIdx.x + HELD * THREADS; at < pieces; at += THREADS) measure(piece(at), at);
+  reduce_over_block(squares, most, reinterpret_cast<float*>(pool));
   const float norm = gain ? inverse_root(squares / a.columns + a.multiplier) : 1.0f;
-  const float step = max_of(most * norm, 1e-12f) / 448.0f;
+  const float step = max_of(most * norm, 1e-12f) / 448.0f, factor = norm / step;
   if (threadIdx.x == 0) a.partial[blockIdx.x] = step;
-  uint2* y = reinterpret_cast<uint2*>(a.y) + i64(blockIdx.x) * (a.columns / 8);
-  for (int first = threadIdx.x * 8; first < a.columns; first += THREADS * 8) {
-    const uint4 all = load_shared_by_all(reinterpret_cast<const uint4*>(x + first), true);
-    const u32 words[4] = {all.x, all.y, all.z, all.w};
-    u32 bytes[2] = {0, 0};
+  uint2* y = reinterpret_cast<uint2*>(a.y) + i64(blockIdx.x) * pieces;
+  const auto put = [&](const uint4& all, int at) {
+    float values[8];
+    values_of(values, all, at);
+    u32 bytes[2];
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      float value = widened(u16(words[n / 2] >> 16 * (n % 2))) * norm;
-      if (gain) value *= widened(gain[first + n]);
-      bytes[n / 4] |= u32(e4m3(value / step)) << 8 * (n % 4);
-    }
-    y[first / 8] = {bytes[0], bytes[1]};
-  }
+    for (int n = 0; n < 2; ++n)
+      bytes[n] = e4m3_pair(values[4 * n] * factor, values[4 * n + 1] * factor) |
+                 u32(e4m3_pair(values[4 * n + 2] * factor, values[4 * n + 3] * factor)) << 16;
+    y[at] = {bytes[0], bytes[1]};
+  };
+#pragma unroll
+  for (int k = 0; k < HELD; ++k)
+    if (int(threadIdx.x) + k * THREADS < pieces) put(held[k], threadIdx.x + k * THREADS);
+  for (int at = threadIdx.x + HELD * THREADS; at < pieces; at += THREADS) put(piece(at), at);
 }
 #endif

@@ -108,15 +108,6 @@ device void copy_word_async(u8* to, const void* from, bool real) {
 device void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> device void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
-#if ORDERED
-// Asks for so many bytes (a multiple of 16) to come to the GPU's cache.
-device void prefetch_bulk(const void* from, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-#else
-device void prefetch_bulk(const void*, u32) {}
-#endif
-
 // ---- Order.
 
 device void block_barrier() { __syncthreads(); }
@@ -177,11 +168,11 @@ device float max_of(float a, float b) { return fmaxf(a, b); }
 device float quotient(float a, float b) { return __fdividef(a, b); }  // but for the last bits
 device float inverse_root(float value) { return rsqrtf(value); }
 #if defined(FLOAT8) && FLOAT8 && __CUDA_ARCH__ >= 890
-// The nearest number of E4M3, never infinite.
-device u8 e4m3(float value) {
+// The nearest numbers of E4M3, never infinite.
+device u16 e4m3_pair(float low, float high) {
   u16 pair;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(value));
-  return u8(pair);
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 #endif
 // The sum of one number and the maximum of another over all threads, in all of them; `shared` holds 64 numbers.

@@ -17,10 +17,10 @@ from rarefy.kernels.cuda.program import Code, Tuning
 from rarefy.kernels.cuda.tuning import (
     MOST_SHARED,
     MOST_SHARED_WIDE,
-    MOST_STAGES,
     fits_registers,
     fitted,
     overlaps,
+    stages_of,
     widths,
 )
 
@@ -29,8 +29,10 @@ ROUNDS, WARM_UP = 7, 3
 OVERLAPPED = 8  # of the fastest, which are tried again so
 # By 8 tokens at once: warps across the rows, blocks over the columns, blocks that share tokens; likelier ones first.
 FORMS = {
-    2: [(8, 1, 1), (4, 4, 1), (4, 2, 1), (4, 1, 1), (8, 1, 2)], 4: [(8, 1, 1), (4, 4, 1), (8, 2, 1), (4, 2, 1), (8, 1, 2)],
-    8: [(8, 1, 1), (8, 2, 1), (4, 4, 1), (8, 1, 2), (8, 4, 1)], 16: [(8, 1, 1), (8, 2, 1), (8, 1, 2), (8, 4, 1), (4, 2, 1)],
+    2: [(8, 1, 1), (4, 4, 1), (4, 2, 1), (4, 1, 1), (8, 1, 2)],
+    4: [(8, 1, 1), (4, 4, 1), (8, 2, 1), (4, 2, 1), (8, 1, 2)],
+    8: [(8, 1, 1), (8, 2, 1), (4, 4, 1), (8, 1, 2), (8, 4, 1)],
+    16: [(8, 1, 1), (8, 2, 1), (8, 1, 2), (8, 4, 1), (4, 2, 1)],
     32: [(8, 1, 1), (8, 2, 1), (8, 1, 2), (8, 4, 1), (8, 2, 2)],
 }  # fmt: skip
 
@@ -120,11 +122,13 @@ def _wide(code: Code, tokens: int) -> Iterator[Tuning]:
     for place in range(5):
         for at_once in widths(tokens):
             across, split, cluster = FORMS[at_once][place]
-            own = Tuning(1, at_once, across, 1, stages=MOST_STAGES, split=split, wide=True, cluster=cluster)
+            own = Tuning(1, at_once, across, 1, 2, stages_of(at_once, across), split, wide=True, cluster=cluster)
             if code.can_rescale and (at_once >= 16 or (at_once == 8 and across == 4)):
                 own = replace(own, rescaled=True, in_turns=at_once > 16)
             if fits_registers(own) and own.suits(code):
                 yield fitted(code, own)
+                if at_once in (4, 8) and across == 8 and place < 2:
+                    yield fitted(code, replace(own, buffered=True))
 
 
 def takes_wide(device: torch.device) -> bool:

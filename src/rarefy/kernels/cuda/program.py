@@ -80,14 +80,13 @@ class Code:
 class Tuning:
     """How the work is cut up. A warp computes ``16 * tiles`` rows for ``8 * tokens`` tokens; a block has ``across``
     warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps are
-    loaded ahead into registers, or ``stages`` steps go through shared memory (0: none); of codes, ``ring`` steps of
-    each warp may wait in shared memory instead (from 9.0 on), and ``prefetch`` more are called to the GPU's cache.
-    ``overlap``: the kernel starts while its forerunner still runs; from 9.0 on. ``spread``: blocks of one token take
-    the places of eight tokens.
+    loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``overlap``: the kernel starts
+    while its forerunner still runs; from 9.0 on. ``spread``: blocks of one token take the places of eight tokens.
 
     ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
     multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; two fours of
-    warps multiply ``in_turns``; ``rescaled``: sums are kept in units of the last scale (see ``Code.can_rescale``)."""
+    warps multiply ``in_turns``; a group of up to 64 tokens is multiplied while the one before is scaled (``buffered``);
+    or sums are kept in units of the last scale (``rescaled``; see ``Code.can_rescale``)."""
 
     tiles: int = 1
     tokens: int = 1
@@ -102,8 +101,7 @@ class Tuning:
     rescaled: bool = False
     spread: bool = False
     in_turns: bool = False
-    ring: int = 0
-    prefetch: int = 0
+    buffered: bool = False
 
     def with_halves(self) -> Tuning:
         """With warps for each half of the rows, see ``Ending.kind``."""
@@ -123,7 +121,7 @@ class Tuning:
         """Whether four warps together multiply such a code so: sums in units of a scale want one, and outliers want
         warps that have nothing else to do and whole words of tokens."""
         if not self.wide:
-            return not self.ring or code.span != 16
+            return True
         outliers = code.outliers is None or (self.across > 4 and self.tokens in (2, 4, 8, 16))
         return outliers and (code.can_rescale or not self.rescaled)
 
@@ -143,9 +141,7 @@ class Tuning:
         tokens = width * (2 * code.step * self.along + (16 if code.span == 16 else 64))
         staged = self.stages * (tokens + self.rows * self.along * code.step * code.bits // 8)
         meeting = 4 * (self.along + (code.outliers is not None)) * width * (self.rows + 4)
-        steps = self.ring * self.across * self.along  # each with a barrier
-        ring = steps * TILE * self.tiles * code.step * code.bits // 8 + (steps + 1) // 2 * 16
-        return table + ring + max(staged, meeting)
+        return table + max(staged, meeting)
 
 
 @dataclass(frozen=True)

@@ -102,12 +102,12 @@ def _wide(code: Code, rows: int, tokens: int) -> Tuning:
     """The rule where four warps can multiply together: about as many blocks as the GPU has processors."""
     own = Tuning(1, min(16, widths(tokens)[0]), across=8, along=1, stages=MOST_STAGES, wide=True, overlap=True)
     most = replace(own, tokens=32, rescaled=True, in_turns=True)
-    few = replace(own, across=4, split=4, rescaled=code.can_rescale and tokens > 32)  # three on a processor
+    few = replace(own, across=4, stages=stages_of(own.tokens, 4), split=4, rescaled=code.can_rescale and tokens > 32)
     if rows <= NARROW and tokens <= 64 and few.suits(code):
         return fitted(code, few)
     if rows <= NARROW and 64 < tokens <= 128:
         own = replace(own, tokens=8)
-    elif rows > NARROW and tokens > 128 and most.suits(code) and code.step == 128:  # more would not fit into shared memory
+    elif rows > NARROW and tokens > 128 and most.suits(code) and code.step == 128:  # as much as shared memory holds
         own = most
     blocks = -(-rows // own.rows) * -(-tokens // (8 * own.tokens))
     split = next((each for each in (1, 2, 4) if blocks * each >= 0.6 * BLOCKS), 4)
@@ -122,6 +122,11 @@ def widths(tokens: int) -> list[int]:
     return [first, first // 2] if first > 4 else [first]
 
 
+def stages_of(at_once: int, across: int) -> int:
+    """Steps of tokens in shared memory, at most: where a block has four warps, a processor takes three."""
+    return MOST_STAGES if across > 4 else max(2, min(6, 32 // at_once))
+
+
 def fits_registers(tuning: Tuning) -> bool:
     """Whether the sums of four warps together stay in registers."""
     return tuning.tiles * tuning.tokens <= (32 if tuning.rescaled else 16)
@@ -133,8 +138,9 @@ def fitted(code: Code, tuning: Tuning) -> Tuning:
     small = code.parts > 4
     if not tuning.wide:
         return replace(tuning, depth=1) if small else tuning
-    single = code.step == 128 and tuning.across > 4  # loads of one step for a warp that has registers left
-    depth = 1 if small else 4 if tuning.tokens <= 8 and single else 3 if tuning.tokens == 16 and tuning.rescaled else 2
+    long = code.step > 128 and tuning.buffered  # steps that leave few registers
+    ahead = 4 if tuning.tokens <= 8 and not long else 3 if tuning.tokens == 16 and tuning.rescaled else 2
+    depth = 1 if small else ahead
     every = (replace(tuning, stages=stages, depth=depth) for stages in range(tuning.stages, 1, -1))
     return next((each for each in every if each.shared_memory(code) <= MOST_SHARED_WIDE), replace(tuning, stages=2))
 

@@ -486,7 +486,7 @@ class Slow(WeightRecipe):
 def test_ctrl_c_leaves_nothing_and_says_how_to_go_on(shell: Callable[..., Any], models: Path, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
     arguments = (
-        "compress", models / "llama", "--recipe", tmp_path / "slow.py", "--set", "seconds=0.2",
+        "compress", models / "llama", "--recipe", tmp_path / "slow.py", "--set", "seconds=0.1",
         "--out", tmp_path / "out", "--work-dir", tmp_path / "work", "--device", "cpu",
     )  # fmt: skip
     process = subprocess.Popen(**shell(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
@@ -524,7 +524,7 @@ def test_ctrl_c_in_a_conversation(run: Run, models: Path, monkeypatch: pytest.Mo
     assert result.exit_code == 130 and result.stderr.splitlines()[-1] == "interrupted."
 
 
-@pytest.mark.parametrize("arguments", [("recipes",), ("recipes", "--json"), ("--help",)], ids=" ".join)
+@pytest.mark.parametrize("arguments", [("recipes",), ("--help",)], ids=" ".join)
 def test_a_reader_that_goes_away(shell: Callable[..., Any], arguments: tuple[str, ...]) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,9 @@ from rarefy.evaluation.attention import examine
 from rarefy.integrations.transformers.listening import listen
 from rarefy.integrations.transformers.plan_fitting import GateTrainer
 from rarefy.integrations.transformers.plan_setup import PARAMS_NAME, SETUP, attention_recipe, load_setup
+from rarefy.training import loop
 from rarefy.training.loop import Schedule
-from tests.integrations.conftest import environment
+from tests.processes import fresh_process
 from tests.zoo import VOCABULARY, dense_folder, family_of
 
 pytestmark = pytest.mark.compat
@@ -135,39 +134,30 @@ def test_steps_with_a_cache_choose_as_one_pass_does(tmp_path: Path) -> None:
     assert torch.allclose(torch.cat(last), torch.cat(again), atol=1e-5)
 
 
-KILLED = """
-import os, signal, sys, torch
-torch.set_num_threads(1)
-import rarefy
-from rarefy.training import loop
-keep, count = loop._keep, 0
-def dying(*arguments):
-    global count
-    keep(*arguments)
-    count += 1
-    if count == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-loop.KEEP_EVERY = 0.0
-if sys.argv[4] == "dies":
-    loop._keep = dying
-data = torch.randint(3, 96, (4, 48), generator=torch.Generator().manual_seed(1))
-options = {"block_q": 8, "block_k": 8}
-work = None if sys.argv[3] == "-" else sys.argv[3]
-rarefy.train(sys.argv[1], out=sys.argv[2], data=data, steps=10, options=options, work_dir=work, device="cpu")
-"""
+def train_gates(folder: Path, out: Path, work: Path | None, dies: bool) -> None:
+    """Ten steps, kept after each in ``work``; with ``dies`` it is killed after the fourth."""
+    torch.set_num_threads(1)
+    keep, kept = loop._keep, []
+
+    def dying(*arguments: Any) -> None:
+        keep(*arguments)
+        kept.append(True)
+        if len(kept) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    loop.KEEP_EVERY = 0.0
+    if dies:
+        loop._keep = dying
+    options = {"block_q": 8, "block_k": 8}
+    rarefy.train(folder, out=out, data=tokens(4, 48), steps=10, options=options, work_dir=work, device="cpu")
 
 
 def test_a_training_that_is_killed_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    dense_folder("llama", tmp_path / "dense", max_position_embeddings=256)
-
-    def run(out: str, work: str, dies: str) -> int:
-        command = [sys.executable, "-c", KILLED, str(tmp_path / "dense"), str(tmp_path / out), work, dies]
-        return subprocess.run(command, env=environment(), capture_output=True, check=False).returncode
-
-    work = str(tmp_path / "work")
-    assert run("whole", "-", "lives") == 0
-    assert run("out", work, "dies") == -signal.SIGKILL and not (tmp_path / "out").exists()
-    assert run("out", work, "lives") == 0
+    dense, work, out = (tmp_path / name for name in ("dense", "work", "out"))
+    dense_folder("llama", dense, max_position_embeddings=256)
+    assert fresh_process(train_gates, dense, tmp_path / "whole", None, False) == 0
+    assert fresh_process(train_gates, dense, out, work, True) == -signal.SIGKILL and not out.exists()
+    assert fresh_process(train_gates, dense, out, work, False) == 0
     for name in sorted(os.listdir(tmp_path / "whole")):
         whole, resumed = ((tmp_path / folder / name).read_bytes() for folder in ("whole", "out"))
         assert whole == resumed, name

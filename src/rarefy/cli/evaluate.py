@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 # What each way of measuring reads, besides what all do; anything else that was given would change nothing.
 EVERYWHERE = {"models", "dtype", "device", "as_json", "kv", "attention", "chunk", "task_data"}
+TEXT, CACHES = "on text", "with --kv, which holds each cache against the model's own dense one"
+TASKS, LONG = "with --tasks", "with --suite long"
 READS = {
-    "on text": {"reference", "data", "context", "windows", "executor"},
-    "with --kv, which holds each cache against the model's own dense one": {
-        "data", "context", "windows", "regime", "prefill"
-    },
-    "with --tasks": {"tasks", "reference", "limit", "few_shot", "batch", "allow_code", "work_dir"},
-    "with --suite long": {
+    TEXT: {"reference", "data", "context", "windows", "executor"},
+    CACHES: {"data", "context", "windows", "regime", "prefill"},
+    TASKS: {"tasks", "reference", "limit", "few_shot", "batch", "allow_code", "work_dir"},
+    LONG: {
         "suite", "tasks", "reference", "data", "length", "sessions", "documents", "seed", "session_file", "work_dir"
     },
 }  # fmt: skip
@@ -92,10 +92,8 @@ def evaluate(
         raise OptionError(f"--attention with --kv is measured chunked, not in the regime '{regime}'; leave one out.")
     if suite not in (None, "long"):
         raise OptionError(f"--suite '{suite}' is unknown; use long.")
-    text, caches, questions, long = READS
-    only_caches = kv and not attention and tasks is None and suite is None
-    _check_read(context_, long if suite else questions if tasks is not None else caches if only_caches else text)
-    if only_caches:
+    way = check_read(context_)
+    if way == CACHES:
         from rarefy.cli.caches import evaluate_caches
 
         evaluate_caches(
@@ -104,7 +102,7 @@ def evaluate(
         )  # fmt: skip
         return
     names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
-    if suite is not None:
+    if way == LONG:
         found = api.evaluate_long(
             models, reference=reference, data=data, length=length, sessions=sessions, documents=documents, seed=seed,
             chunk=chunk or 256, tasks=names, session_files=session_file or (), kv=kv or (), attention=attention or (),
@@ -137,12 +135,19 @@ def evaluate(
     print_comparison(result)
 
 
-def _check_read(context: typer.Context, way: str) -> None:
-    """Raise OptionError for an option of the command line that this way of measuring does not read."""
+def check_read(context: typer.Context) -> str:
+    """The way of measuring that the command line asks for. Raises OptionError for an option that it does not read."""
+    given = context.params
+    way = TASKS if given["tasks"] is not None else TEXT
+    if given["suite"] is not None:
+        way = LONG
+    elif way == TEXT and given["kv"] and not given["attention"]:
+        way = CACHES
     for name in context.params.keys() - EVERYWHERE - READS[way]:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise OptionError(f"--{name.replace('_', '-')} has no effect {way}; leave it out.")
+    return way
 
 
 def print_comparison(result: Comparison) -> None:

@@ -58,3 +58,10 @@ def test_commands_on_the_pages_are_commands(page: str, line: str) -> None:
 @pytest.mark.parametrize(("page", "line"), lines_of("python "))
 def test_scripts_on_the_pages_are_there(page: str, line: str) -> None:
     assert (ROOT / line.split()[1]).is_file(), f"{page}: {line}"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
+def test_every_page_is_in_the_table_of_pages(page: Path) -> None:
+    index = (ROOT / "docs" / "README.md").read_text("utf-8")
+    listed = {(ROOT / "docs" / target).resolve() for target in LINK.findall(index)}
+    assert page.name == "README.md" or page.resolve() in listed, "list it in docs/README.md"

@@ -19,7 +19,6 @@ from rarefy.evaluation.attention import examine
 from rarefy.integrations.transformers.listening import listen
 from rarefy.integrations.transformers.plan_fitting import GateTrainer
 from rarefy.integrations.transformers.plan_setup import PARAMS_NAME, SETUP, attention_recipe, load_setup
-from rarefy.training import loop
 from rarefy.training.loop import Schedule
 from tests.processes import fresh_process
 from tests.zoo import VOCABULARY, dense_folder, family_of
@@ -136,6 +135,8 @@ def test_steps_with_a_cache_choose_as_one_pass_does(tmp_path: Path) -> None:
 
 def train_gates(folder: Path, out: Path, work: Path | None, dies: bool) -> None:
     """Ten steps, kept after each in ``work``; with ``dies`` it is killed after the fourth."""
+    from rarefy.training import loop
+
     torch.set_num_threads(1)
     keep, kept = loop._keep, []
 

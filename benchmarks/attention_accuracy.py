@@ -5,13 +5,13 @@ Four kinds of rows (``kind``), each for a plan at a nominal density, all with th
 * ``choice``: every layer is given what dense attention computes, and the plan chooses: share of the probability that it
   keeps (``recall``), the most that as many blocks could hold (``best``), relative error of the layer's output
   (``error``). Of the second half of the queries, where there is something to choose from.
-* ``prefill``: windows in one pass, the loss of their second half against the dense model's, and KL. * ``decode``: a
-dense prompt, then one token at a time, by the plan. * ``retrieval``: pass keys, needles and keyed numbers in long
-contexts, asked for in the same pass (``prefill``) or token
-  by token after a dense prompt (``decode``); teacher-forced exact answers.
+* ``prefill``: windows in one pass, the loss of their second half against the dense model's, and KL.
+* ``decode``: a dense prompt, then one token at a time, by the plan.
+* ``retrieval``: pass keys, needles and keyed numbers in long contexts, asked for in the same pass (``prefill``) or
+  token by token after a dense prompt (``decode``); teacher-forced exact answers.
 
-Gates are trained first unless ``--gates`` names some. ``sink_local`` and ``random`` stand beside every plan at its own
-density, with its own blocks (``matched``: the plan that they stand beside).
+Gates are trained first unless ``--gates`` names some or no plan asks for them. ``sink_local`` and ``random`` stand
+beside every plan at its own density, with its own blocks (``matched``: the plan that they stand beside).
 """
 
 from __future__ import annotations
@@ -294,7 +294,7 @@ def train_gates(bench: Bench) -> None:
     """Gates from ``--gates``, or trained here and kept in ``--keep``; and untrained ones."""
     options = bench.options
     modules = prepared(bench.model)
-    new = attention_recipe("seer_attention", {})
+    new = attention_recipe("seer_attention", {"truth": options.truth} if options.truth else {})
     assert isinstance(new, GatedRecipe)
     bench.untrained = {
         layer: {
@@ -304,7 +304,7 @@ def train_gates(bench: Bench) -> None:
         }
         for layer, module in modules.items()
     }
-    if options.gates is not None:
+    if options.gates is not None or "seer_attention" not in options.plans:
         bench.params = options.gates
         return
     from rarefy.calibration.samples import open_samples
@@ -326,12 +326,18 @@ def train_gates(bench: Bench) -> None:
         ]
         length = min(rows.shape[1], *(len(tokens) for tokens in asked))
         rows = torch.cat([rows[:, :length], torch.stack([tokens[-length:] for tokens in asked])])
-    trainer = GateTrainer("seer_attention", new, bench.model, rows, 1, 0)
-    trainer.step(0)  # the first one is slow
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    trainer = GateTrainer("seer_attention", new, bench.model, rows[order], 1, 0)
+    trainer.room = 12 << 30
+    for place in range(len(rows)):  # half of the time to read, half to learn from what was read
+        trainer.read(place)
+        if time.monotonic() - begin > options.train_seconds / 2:
+            trainer.rows = trainer.rows[: place + 1]
+            break
     start = time.monotonic()
-    for _ in range(2):
+    for _ in range(4):
         trainer.step(0)
-    affordable = int(2 * options.train_seconds / (time.monotonic() - start))
+    affordable = int(4 * (begin + options.train_seconds - start) / (time.monotonic() - start))
     losses = trainer.train(Schedule(steps=max(10, min(options.steps, affordable)), rate=options.rate))
     seconds = time.monotonic() - begin
     path = options.keep / f"{bench.name}-gates.safetensors"
@@ -341,7 +347,8 @@ def train_gates(bench: Bench) -> None:
     part = max(1, len(losses) // 10)
     bench.row(
         "training", "seer_attention", loss_first=sum(losses[:part]) / part, loss_last=sum(losses[-part:]) / part,
-        steps=len(losses), tokens=len(losses) * rows.shape[1], seconds=seconds, note=samples.describe(),
+        steps=len(losses), tokens=len(trainer.rows) * rows.shape[1], seconds=seconds, truth=new.truth,
+        note=f"{len(trainer.rows)} x {rows.shape[1]} tokens of {samples.describe()} and questions",
     )  # fmt: skip
 
 
@@ -404,6 +411,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--train-text", default="demo", help="text for gates and thresholds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--plans", nargs="+", default=[*PREFILL, *DECODE], help="of those that are given a density")
     parser.add_argument("--densities", nargs="+", type=float, default=[0.05, 0.1, 0.2])
     parser.add_argument("--windows", type=int, default=4, help="of each text")
     parser.add_argument("--looked", type=int, default=2, help="windows whose choices are examined")
@@ -415,7 +423,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--executor", default="auto")
     parser.add_argument("--gates", type=Path, help="trained gates")
     parser.add_argument("--keep", type=Path, default=Path("."), help="folder for gates that are trained here")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--truth", help="what gates learn of a block: max or mass; default: the recipe's")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--train-len", type=int, help="tokens of a training sequence; default: the context")
     parser.add_argument("--train-seconds", type=float, default=600)
@@ -430,7 +439,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     bench.attempt("training", lambda: train_gates(bench))
     found: dict[str, tuple[AttentionSetup, dict[str, Any]]] = {}
     for density in options.densities:
-        for name in PREFILL:
+        for name in (name for name in PREFILL if name in options.plans):
 
             def add(name: str = name, density: float = density) -> None:
                 found[f"{name} {density}"] = bench.setup(name, density=density), {"nominal": density}
@@ -447,7 +456,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for own in SALE[: 1 if options.quick else None]:
             bench.attempt(f"sale {own}", lambda own=own: bench.losses("prefill", sale_rows(bench, own)))
     if "mass" in options.parts:
-        for name, mass in MASS[: 1 if options.quick else None]:
+        for name, mass in [pair for pair in MASS if pair[0] in options.plans][: 1 if options.quick else None]:
 
             def by_mass(name: str = name, mass: float = mass) -> None:
                 own = {"mass": mass} if name == "seer_attention" else {"mass": mass, "density": None}
@@ -460,7 +469,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with_dense: Setups = {"dense": (None, {}), **chosen}
         bench.attempt("retrieval", lambda: bench.retrieval("prefill", with_dense, options.tasks, options.sessions))
     decoding: Setups = {}
-    for name in DECODE:
+    for name in (name for name in DECODE if name in options.plans):
 
         def add_decoding(name: str = name) -> None:
             own: dict[str, Any] = {"phases": "decode", "density": middle, "executor": "reference"}
@@ -471,7 +480,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         bench.attempt(name, add_decoding)
     if "decode" in options.parts:
         bench.attempt("decode", lambda: bench.losses("decode", dict(decoding)))
-    if "retrieval" in options.parts:
+    if "retrieval" in options.parts and options.decoded_sessions:
         asked = options.tasks[:1]
         bench.attempt("retrieval", lambda: bench.retrieval("decode", decoding, asked, options.decoded_sessions))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from rarefy.attention.summaries import Pool
 from rarefy.kv.rotary import Rotary
 
 EPSILON = 1e-6
-
+# What a gate is to say of a block: its largest probability, or the sum of all.
+Truth = Literal["max", "mass"]
 
 # Of a new gate, normed or not: how much of a product of means its scores are. Found on a small model.
 SHARPNESS = {False: 0.5, True: 1.0}

@@ -34,9 +34,12 @@ from rarefy.integrations.transformers.plan_setup import (
 )
 from rarefy.integrations.transformers.subjects import name_of, shared_tokenizer
 from rarefy.sources.models import open_model
-from rarefy.training.gates import gate_loss
+from rarefy.training.gates import Lesson, lessons
 from rarefy.training.loop import Schedule, train_
 from rarefy.training.report import TrainingReport, first_and_last
+
+# Bytes of lessons that a trainer keeps, so that a text is read once however often it is learned from.
+LESSONS = 4 << 30
 
 # Options of `find_attention` that are no recipe's, with their usual values.
 CALIBRATION: dict[str, Any] = {
@@ -93,10 +96,13 @@ def calibrate(name: str, recipe: AttentionRecipe, model: Any, rows: Sequence[Ten
 
 class GateTrainer:
     """Gates of every layer of ``model``, which learn from what its attention looks at on ``rows`` (token ids ``[N,
-    T]``), ``batch`` of them a step, in an order drawn from ``seed`` that covers all rows again and again."""
+    T]``), ``batch`` of them a step, in an order drawn from ``seed`` that covers all rows again and again. What a row
+    teaches is kept while there is room, and the model does not run for it again."""
 
     def __init__(self, name: str, recipe: GatedRecipe, model: Any, rows: Tensor, batch: int, seed: int):
         self.name, self.recipe, self.model, self.rows, self.batch, self.seed = name, recipe, model, rows, batch, seed
+        self.lessons: dict[int, list[tuple[int, Phase, Lesson]]] = {}
+        self.room = LESSONS
         self.gates: dict[int, dict[Phase, BlockGate]] = {}
         self.weights: dict[str, nn.Parameter] = {}
         for layer, shape in _shapes(model).items():
@@ -108,6 +114,8 @@ class GateTrainer:
 
     def train(self, schedule: Schedule, work: Path | None = None) -> list[float]:
         """Losses of all steps, in nats a row, summed over phases and averaged over layers."""
+        if schedule.steps * self.batch <= len(self.rows):
+            self.room = 0  # no row comes twice
         about = hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()
         identity: Mapping[str, Any] = {
             "model": digest(self.model), "data": about, "recipe": [self.name, self.recipe.model_dump(mode="json")],
@@ -121,15 +129,36 @@ class GateTrainer:
         found: list[Tensor] = []
         share = 1 / (self.batch * len(self.gates))
 
-        def hear(call: Call) -> None:
+        def learn(layer: int, phase: Phase, lesson: Lesson) -> None:
             with torch.enable_grad():
-                loss = gate_loss(call, self.gates[call.layer], self.recipe.block_k) * share
+                loss = lesson.loss(self.gates[layer][phase]) * share
                 loss.backward()
             found.append(loss.detach())
 
         for index in range(number * self.batch, (number + 1) * self.batch):
-            listen(self.model, self.rows[self._place(index)][None], hear)
+            self.read(self._place(index), learn)
         return float(torch.stack(found).sum())
+
+    def read(self, place: int, learn: Callable[[int, Phase, Lesson], None] = lambda layer, phase, lesson: None) -> None:
+        """Call ``learn`` with what the row at ``place`` teaches, layer by layer."""
+        kept = self.lessons.get(place)
+        if kept is not None:
+            for layer, phase, lesson in kept:
+                learn(layer, phase, lesson)
+            return
+        fresh: list[tuple[int, Phase, Lesson]] = []
+
+        def hear(call: Call) -> None:
+            own = lessons(call, self.gates[call.layer], self.recipe, self.recipe.block_k, self.recipe.truth)
+            for phase, lesson in own.items():
+                learn(call.layer, phase, lesson)
+                self.room -= lesson.nbytes
+                if self.room > 0:
+                    fresh.append((call.layer, phase, lesson))
+
+        listen(self.model, self.rows[place][None], hear)
+        if self.room > 0:
+            self.lessons[place] = fresh
 
     def setup(self) -> AttentionSetup:
         """The trained gates as parameters of the recipe, in bfloat16."""

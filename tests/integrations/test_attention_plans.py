@@ -262,6 +262,24 @@ def test_policy_says_where_attention_stays_dense() -> None:
     assert reasons(density=0.8, max_density=0.5) == {"denser than 0.5": 2}
 
 
+@pytest.mark.parametrize(("name", "options"), [("random", {"density": 0.5}), ("sparge", {"mass": 0.3})])
+def test_just_above_the_limit_is_dense_and_just_below_is_not(name: str, options: dict[str, Any]) -> None:
+    """Of a rule whose density is known beforehand, and of one whose density the scores decide."""
+    model = build()
+    free = rarefy.set_attention(model, name, **{**EVERYWHERE, **options})
+    assert free is not None
+    sparse = logits(model, prompt())
+    rarefy.set_attention(model, None)
+    dense = logits(model, prompt())
+    found = {layer: own.density() for layer, own in free.report.layers.items()}
+    edge = 0.5 if name == "random" else max(found.values())
+    for limit, expected in ((edge + 1e-4, sparse), (min(found.values()) - 1e-4 if edge != 0.5 else edge - 1e-4, dense)):
+        setup = rarefy.set_attention(model, name, **{**EVERYWHERE, **options, "max_density": limit})
+        assert setup is not None
+        torch.testing.assert_close(logits(model, prompt()), expected)
+        assert sum(setup.report.dense().values()) == (0 if expected is sparse else 2)
+
+
 def test_dense_heads_and_last_rows_are_kept_whole() -> None:
     model = build()
     setup = rarefy.set_attention(model, "random", density=0.1, dense_heads=((1, 2),), last_rows=2, **EVERYWHERE)

@@ -21,6 +21,7 @@ from rarefy.evaluation.attention import examine
 from rarefy.integrations.transformers.listening import listen
 from rarefy.integrations.transformers.plan_fitting import GateTrainer
 from rarefy.integrations.transformers.plan_setup import PARAMS_NAME, SETUP, attention_recipe, load_setup
+from rarefy.training.gates import lessons
 from rarefy.training.loop import Schedule
 from tests.integrations.conftest import environment
 from tests.zoo import VOCABULARY, dense_folder, family_of
@@ -75,6 +76,54 @@ def test_trained_gates_find_more_than_untrained_ones_and_chance(family: str) -> 
     best = recall(model, rarefy.set_attention(model, "oracle", density=0.25, **SMALL))
     assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
     assert best >= trained > untrained > chance and trained > chance + 0.8 * (best - chance)
+
+
+def test_a_text_is_read_once_while_there_is_room_and_teaches_the_same() -> None:
+    model = model_of()
+    recipe = attention_recipe("seer_attention", SMALL)
+    weights, read = [], []
+    for room in (1 << 30, 0):
+        trainer = GateTrainer("seer_attention", recipe, model, topics(3), 2, 0)
+        trainer.room, passes = room, 0
+
+        def count(*given: Any) -> None:
+            nonlocal passes
+            passes += 1
+
+        with model.model.register_forward_pre_hook(count):
+            losses = trainer.train(Schedule(steps=6, rate=1e-2))
+        weights.append({name: weight.detach() for name, weight in trainer.weights.items()})
+        read.append(passes)
+        assert losses[-1] < losses[0] and bool(trainer.lessons) == (room > 0)
+    assert read == [3, 12]
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]), name
+
+
+@pytest.mark.parametrize("truth", ["max", "mass"])
+def test_what_a_gate_learns_of_a_block(truth: Any) -> None:
+    """The truth of a lesson is the greatest or the sum of all probabilities of its queries, block by block."""
+    model = model_of()
+    recipe = attention_recipe("seer_attention", {**SMALL, "sink": 1, "local": 2})
+    trainer = GateTrainer("seer_attention", recipe, model, topics(1), 1, 0)
+
+    def hear(call: Any) -> None:
+        found = lessons(call, trainer.gates[call.layer], recipe, 8, truth)
+        keys = call.source.keys().repeat_interleave(call.group, 1)
+        hidden = torch.ones(128, 128, dtype=torch.bool).triu(1)
+        shares = (call.query @ keys.mT * call.scaling).masked_fill(hidden, -torch.inf).softmax(-1)
+        tiles = shares.unflatten(3, (16, 8))
+        single = tiles.amax(4) if truth == "max" else tiles.sum(4)
+        block = single.unflatten(2, (16, 8)).amax(3) if truth == "max" else single.unflatten(2, (16, 8)).sum(3)
+        assert torch.allclose(found["prefill"].wanted, block[:, :, 4:], atol=1e-5)
+        shared = single[:, :, 64:].unflatten(1, (2, 2))
+        shared = shared.amax(2) if truth == "max" else shared.sum(2)
+        assert torch.allclose(found["decode"].wanted, shared, atol=1e-5)
+        row = found["prefill"].free[0, 0, 3]  # the block of queries 7: all but the sink, itself and the one before
+        assert row.nonzero().flatten().tolist() == [1, 2, 3, 4, 5]
+        assert found["decode"].places.tolist() == list(range(64, 128))
+
+    listen(model, topics(1), hear)
 
 
 def test_gates_are_written_and_loaded_and_serve_every_phase(tmp_path: Path) -> None:

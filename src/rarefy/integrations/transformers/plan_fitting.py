@@ -189,6 +189,7 @@ def train(
     steps: int,
     batch: int,
     seq_len: int,
+    samples: int | None,
     rate: float,
     tokenizer: Any,
     work: Path | None,
@@ -217,7 +218,7 @@ def train(
     if given is not None:
         trained.to(place, compute_dtype(stored, place))
     known = tokenizer or (lambda: shared_tokenizer([model], [None]))
-    texts = open_samples(data, known, trained.config, steps * batch, seq_len, seed)
+    texts = open_samples(data, known, trained.config, samples or steps * batch, seq_len, seed)
     rows = torch.cat([piece["input_ids"] for piece in texts.batches])
     trainer = GateTrainer(name, recipe, trained.eval(), rows, batch, seed)
     losses = trainer.train(Schedule(steps=steps, rate=rate), work)

@@ -262,7 +262,9 @@ def test_policy_says_where_attention_stays_dense() -> None:
     assert reasons(density=0.8, max_density=0.5) == {"denser than 0.5": 2}
 
 
-@pytest.mark.parametrize(("name", "options"), [("random", {"density": 0.5}), ("sparge", {"mass": 0.3, "similarity": -1.0})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("random", {"density": 0.5}), ("sparge", {"mass": 0.3, "similarity": -1.0})]
+)
 def test_just_above_the_limit_is_dense_and_just_below_is_not(name: str, options: dict[str, Any]) -> None:
     """Of a rule whose density is known beforehand, and of one whose density the scores decide."""
     model = build()

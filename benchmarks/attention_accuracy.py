@@ -76,7 +76,13 @@ IDS = {
 }
 DECODE = ("oracle", "seer_attention", "untrained gate", "infllm_v2", "sparge", "quest_pages", "sink_local", "random")
 SALE = [{"budget": budget} for budget in (0.02, 0.05, 0.1)]
-MASS = [("seer_attention", 0.9), ("seer_attention", 0.95), ("xattention", 0.95)]
+# Plans that find their density themselves.
+MASS: dict[str, tuple[str, dict[str, Any]]] = {
+    "seer_attention mass 0.9": ("seer_attention", {"mass": 0.9}),
+    "seer_attention mass 0.95": ("seer_attention", {"mass": 0.95}),
+    "xattention mass 0.95": ("xattention", {"mass": 0.95, "density": None}),
+    "minference 30 columns, 800 diagonals": ("minference", {"vertical": 30, "slash": 800, "phases": "prefill"}),
+}
 RETRIEVAL = ("passkey", "needle", "kv_easy")
 DECODED = 64  # tokens that are decoded one by one
 LEAD = 16  # tokens before the first answer that are decoded too: the question itself looks for it
@@ -411,7 +417,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--train-text", default="demo", help="text for gates and thresholds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--context", type=int, default=8192)
-    parser.add_argument("--plans", nargs="+", default=[*PREFILL, *DECODE], help="of those that are given a density")
+    parser.add_argument("--plans", nargs="+", default=[*PREFILL, *DECODE, "minference"], help="those to measure")
     parser.add_argument("--densities", nargs="+", type=float, default=[0.05, 0.1, 0.2])
     parser.add_argument("--windows", type=int, default=4, help="of each text")
     parser.add_argument("--looked", type=int, default=2, help="windows whose choices are examined")
@@ -456,13 +462,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for own in SALE[: 1 if options.quick else None]:
             bench.attempt(f"sale {own}", lambda own=own: bench.losses("prefill", sale_rows(bench, own)))
     if "mass" in options.parts:
-        for name, mass in [pair for pair in MASS if pair[0] in options.plans][: 1 if options.quick else None]:
+        asked_for = [(job, *own) for job, own in MASS.items() if own[0] in options.plans]
+        for job, name, own in asked_for[: 1 if options.quick else None]:
 
-            def by_mass(name: str = name, mass: float = mass) -> None:
-                own = {"mass": mass} if name == "seer_attention" else {"mass": mass, "density": None}
-                bench.losses("prefill", with_controls(bench, f"{name} mass {mass}", bench.setup(name, **own)))
+            def by_mass(job: str = job, name: str = name, own: dict[str, Any] = own) -> None:
+                bench.losses("prefill", with_controls(bench, job, bench.setup(name, **own)))
 
-            bench.attempt(f"{name} {mass}", by_mass)
+            bench.attempt(job, by_mass)
     middle = options.densities[len(options.densities) // 2]
     if "retrieval" in options.parts:
         chosen = {name: pair for name, pair in found.items() if name.endswith(f" {middle}")}

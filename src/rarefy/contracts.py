@@ -189,7 +189,7 @@ class AttentionRecipe(Policy, ABC):
 
 class GatedRecipe(AttentionRecipe, ABC):
     """An attention recipe whose parameters are gates that training teaches, by phase. ``truth``: what they learn of a
-    block, its largest probability (``max``), or the sum of all (``mass``)."""
+    block: its largest probability (``max``), the sum of all (``mass``), or the mean of both shares (``both``)."""
 
     truth: Truth = "max"
 

@@ -123,6 +123,12 @@ def test_what_a_gate_learns_of_a_block(truth: Any) -> None:
         assert row.nonzero().flatten().tolist() == [1, 2, 3, 4, 5]
         assert found["decode"].places.tolist() == list(range(64, 128))
 
+        both = lessons(call, trainer.gates[call.layer], recipe, 8, "both")["decode"].wanted
+        most, mass = single[:, :, 64:].unflatten(1, (2, 2)), tiles.sum(4)[:, :, 64:].unflatten(1, (2, 2)).mean(2)
+        if truth == "max":
+            most = most.amax(2)
+            assert torch.allclose(2 * both, mass + most / most.sum(-1, keepdim=True), atol=1e-5)
+
     listen(model, topics(1), hear)
 
 

@@ -14,8 +14,8 @@ from rarefy.attention.summaries import Pool
 from rarefy.kv.rotary import Rotary
 
 EPSILON = 1e-6
-# What a gate is to say of a block: its largest probability, or the sum of all.
-Truth = Literal["max", "mass"]
+# What a gate is to say of a block: its largest probability, the sum of all, or the mean of both shares.
+Truth = Literal["max", "mass", "both"]
 
 # Of a new gate, normed or not: how much of a product of means its scores are. Found on a small model.
 SHARPNESS = {False: 0.5, True: 1.0}

@@ -23,6 +23,7 @@ from rarefy.training.losses import row_divergence
 UNTAUGHT = {"prefill": 0.25, "decode": 0.5}
 # Queries of a text that teach a gate for decoding. Neighbours look at much the same; another text teaches more.
 TAUGHT = 128
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ def lessons(
     """What ``gates``, by phase, can learn from ``call``, which holds whole sequences from their beginning on.
 
     The truth of a block is the largest probability (``max``) or the sum of probabilities (``mass``) that the queries of
-    a block (``prefill``) or one query (``decode``) give to its keys, of heads that share a map joined likewise.
-    ``policy`` says which blocks are read in any case.
+    a block (``prefill``) or one query (``decode``) give to its keys, of heads that share a map joined likewise; or the
+    mean of a block's shares by one and by the other (``both``). ``policy`` says which blocks are read in any case.
     """
     count, device = call.query.shape[2], call.query.device
     query, rotary, found = call.query_before_rope().to(call.query.dtype), call.rotary, {}
@@ -72,27 +73,32 @@ def lessons(
         blocks = call.reach.blocks(span, block, device)
         first = int(blocks.rows * UNTAUGHT[phase])
         if phase == "prefill":
-            rows = torch.arange(first, blocks.rows, device=device)
-            asked, wanted = mean(*query_blocks(query, block))[:, :, rows], true_blocks(call, blocks, truth)[:, :, rows]
+            rows, asked = torch.arange(first, blocks.rows, device=device), mean(*query_blocks(query, block))
         else:
-            rows = torch.arange(first, count, max(1, (count - first) // TAUGHT), device=device)
-            asked, wanted = query[:, :, rows], _true_rows(call, rows, block, truth)
-        shared = wanted.unflatten(1, (gate.maps, -1))
+            rows, asked = torch.arange(first, count, max(1, (count - first) // TAUGHT), device=device), query
         forced = policy.forced(call.reach, blocks, call.layer, gate.maps, call.heads)
         summary, begins = _summaries(call, gate, block)
         found[phase] = Lesson(
-            asked, rows * span, summary, begins, shared.amax(2) if truth == "max" else shared.sum(2),
+            asked[:, :, rows], rows * span, summary, begins, _truth(call, rows, span, block, gate.maps, truth),
             blocks.some[:, :, rows], (blocks.some & ~forced)[:, :, rows], rotary,
         )  # fmt: skip
     return found
 
 
-def _true_rows(call: Call, rows: Tensor, block: int, truth: Truth) -> Tensor:
-    """`true_blocks` of single queries ``rows [n]``: ``[B, H, n, N]``."""
-    keys = torch.arange(call.reach.keys, device=rows.device)
-    reach = Reach(len(rows), len(keys), 0, mask=seen(call.reach, rows, keys))
-    some = replace(call, query=call.query[:, :, rows], reach=reach)
-    return true_blocks(some, reach.blocks(1, block), truth)
+def _truth(call: Call, rows: Tensor, span: int, block: int, maps: int, truth: Truth) -> Tensor:
+    """What attention gives to blocks of keys from blocks ``rows [n]`` of ``span`` queries: ``[B, maps, n, N]``."""
+    if truth == "both":
+        parts = (_truth(call, rows, span, block, maps, each) for each in ("max", "mass"))
+        return torch.stack([part / part.sum(-1, keepdim=True).clamp(min=TINY) for part in parts]).mean(0)
+    if span == 1:  # of these only, since there are as many as there are tokens
+        keys = torch.arange(call.reach.keys, device=rows.device)
+        reach = Reach(len(rows), len(keys), 0, mask=seen(call.reach, rows, keys))
+        some = replace(call, query=call.query[:, :, rows], reach=reach)
+        found = true_blocks(some, reach.blocks(1, block), truth)
+    else:
+        found = true_blocks(call, call.reach.blocks(span, block, rows.device), truth)[:, :, rows]
+    shared = found.unflatten(1, (maps, -1))
+    return shared.amax(2) if truth == "max" else shared.sum(2)
 
 
 def _summaries(call: Call, gate: BlockGate, block: int) -> tuple[Tensor, Tensor]:

@@ -378,8 +378,8 @@ def sale_rows(bench: Bench, own: dict[str, Any]) -> Setups:
     for window in bench.windows[: bench.options.looked]:
         listen(bench.model, window[None], hear)
     found = torch.cat(errors)
-    job = f"sale {own}"
     budget = setup.recipe.model_dump()["budget"]
+    job = f"sale:budget={budget:g}"
     bench.row(
         "budget", job, budget=budget, mean_error=float(found.mean()), worst_error=float(found.max()),
         within=float((found <= budget).float().mean()), within_half_more=float((found <= 1.5 * budget).float().mean()),

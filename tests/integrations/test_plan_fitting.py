@@ -294,9 +294,9 @@ def test_what_cannot_be_trained_or_calibrated_is_named(tmp_path: Path) -> None:
     dense_folder("llama", tmp_path / "dense")
     with pytest.raises(OptionError, match="Say where to write"):
         rarefy.train(tmp_path / "dense", data=tokens())
-    with pytest.raises(RecipeError, match="stride 12 has to divide"):
+    with pytest.raises(RecipeError, match=r"stride 12 has to divide.*set stride=32"):
         rarefy.set_attention(model, "infllm_v2", stride=12)
-    with pytest.raises(RecipeError, match="local has to be at least 2"):
+    with pytest.raises(RecipeError, match="set local=2 or more"):
         rarefy.set_attention(model, "infllm_v2", local=1)
     rarefy.train(model, options=SMALL, data=tokens(), steps=1)
     getattr(model, SETUP).save(tmp_path / "gates.safetensors")

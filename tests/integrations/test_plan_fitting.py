@@ -170,6 +170,31 @@ def test_gates_are_written_and_loaded_and_serve_every_phase(tmp_path: Path) -> N
     assert [int(each.count.max()) for each in few.report.maps.values()] == [2, 2]  # the last step's
 
 
+def test_padding_and_packing_change_no_choice() -> None:
+    """Sequences that begin with a block of their own are given the same blocks alone, padded and packed."""
+    model = model_of()
+    rarefy.train(model, options={**SMALL, "density": 0.4}, data=topics(), steps=2)
+    setup = getattr(model, SETUP)
+    setup.report.keep_maps = True
+    text = topics(2, 48, seed=7)
+
+    def choices(**given: Any) -> Tensor:
+        with torch.no_grad():
+            model(use_cache=False, **given)
+        return torch.stack([each.dense()[0] for each in setup.report.maps.values()])
+
+    alone = [choices(input_ids=row[None]) for row in text]
+    places = torch.arange(48)[None]
+    padded = choices(
+        input_ids=torch.cat([text[:1, :16] * 0, text[:1]], 1),
+        position_ids=torch.cat([torch.ones(1, 16).long(), places], 1),
+        attention_mask=torch.cat([torch.zeros(1, 16), torch.ones(1, 48)], 1).long(),
+    )  # fmt: skip
+    packed = choices(input_ids=text.flatten()[None], position_ids=torch.cat([places, places], 1))
+    assert torch.equal(padded[:, :, 2:, 2:], alone[0])
+    assert torch.equal(packed[:, :, :6, :6], alone[0]) and torch.equal(packed[:, :, 6:, 6:], alone[1])
+
+
 def test_steps_with_a_cache_choose_as_one_pass_does(tmp_path: Path) -> None:
     """However tokens came, and also after some were taken back."""
     model = model_of()

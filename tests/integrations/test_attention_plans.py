@@ -129,6 +129,24 @@ def test_a_plan_that_keeps_all_is_dense(way: str) -> None:
     torch.testing.assert_close(WAYS[way](model), expected)
 
 
+WHOLE: dict[str, dict[str, Any]] = {
+    "infllm_v2": {"density": 1.0, "local": 2, "size": 4, "stride": 2}, "sale": {"threshold": 0.0},
+    "xattention": {"density": 1.0, "stride": 4}, "sparge": {"density": 1.0},
+    "minference": {"vertical": 60, "slash": 60},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("way", ["left padding", "packed", "chunks", "assisted"])
+def test_whatever_finds_the_blocks_all_of_them_are_dense(way: str, name: str) -> None:
+    model = build()
+    expected = WAYS[way](model)
+    setup = rarefy.set_attention(model, name, **EVERYWHERE, **WHOLE[name])
+    assert setup is not None
+    torch.testing.assert_close(WAYS[way](model), expected, rtol=1e-4, atol=1e-4)
+    assert setup.report.density() == 1.0 and set(setup.report.dense()) <= {"not in decode"}
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_below_that_executors_agree(way: str) -> None:
     found = {}

@@ -35,6 +35,7 @@ KEY = ("model", "kind", "context", "job", "matched", "task", "phase")
 COMMON = {"sink": 1, "local": 2, "dense_below": 0, "max_density": 1.0, "phases": "both"}
 PREFILL = {
     "oracle": {},
+    "oracle by greatest": {"reduce": "max"},
     "seer_attention": {"last_rows": 0},
     "untrained gate": {"last_rows": 0},
     "infllm_v2": {},
@@ -46,6 +47,7 @@ PREFILL = {
     "random": {},
 }
 IDS = {
+    "oracle by greatest": "oracle",
     "infllm_v2 without coarse windows": "infllm_v2",
     "means of 64 keys": "infllm_v2",
     "untrained gate": "seer_attention",

@@ -98,27 +98,28 @@ def train_gates(bench: Bench) -> None:
         length = min(rows.shape[1], *(len(tokens) for tokens in asked))
         rows = torch.cat([rows[:, :length], torch.stack([tokens[-length:] for tokens in asked])])
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    trainer = GateTrainer("seer_attention", new, bench.model, rows[order], 1, 0)
-    trainer.room = 12 << 30
+    trainer = GateTrainer("seer_attention", new, bench.model, rows[order], options.batch, 0)
     for place in range(len(rows)):  # half of the time to read, half to learn from what was read
         trainer.read(place)
-        if time.monotonic() - begin > options.train_seconds / 2:
-            trainer.rows = trainer.rows[: place + 1]
+        if time.monotonic() - begin > options.train_seconds / 2 or place not in trainer.lessons:
+            trainer.rows = trainer.rows[: len(trainer.lessons)]
             break
+    trainer.step(0)  # the first one is slow
     start = time.monotonic()
-    for _ in range(4):
-        trainer.step(0)
+    for number in range(4):
+        trainer.step(number)
     affordable = int(4 * (begin + options.train_seconds - start) / (time.monotonic() - start))
     losses = trainer.train(Schedule(steps=max(10, min(options.steps, affordable)), rate=options.rate))
     seconds = time.monotonic() - begin
-    path = options.keep / f"{bench.name}-gates.safetensors"
+    path = options.keep / f"{bench.name}-gates{options.truth or ''}.safetensors"
     options.keep.mkdir(parents=True, exist_ok=True)
     trainer.setup().save(path)
     bench.params = path
     part = max(1, len(losses) // 10)
     bench.row(
-        "training", "seer_attention", loss_first=sum(losses[:part]) / part, loss_last=sum(losses[-part:]) / part,
-        steps=len(losses), tokens=len(trainer.rows) * rows.shape[1], seconds=seconds, truth=new.truth,
+        "training", f"seer_attention, truth={new.truth}",
+        loss_first=sum(losses[:part]) / part, loss_last=sum(losses[-part:]) / part, steps=len(losses),
+        tokens=len(trainer.rows) * rows.shape[1], seconds=seconds,
         note=f"{len(trainer.rows)} x {rows.shape[1]} tokens of {samples.describe()} and questions",
     )  # fmt: skip
 
@@ -190,8 +191,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--executor", default="auto")
     parser.add_argument("--gates", type=Path, help="trained gates")
     parser.add_argument("--keep", type=Path, default=Path("."), help="folder for gates that are trained here")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--truth", help="what gates learn of a block: max or mass; default: the recipe's")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--truth", help="what gates learn of a block, if not the recipe's default")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--train-len", type=int, help="tokens of a training sequence; default: the context")
     parser.add_argument("--train-seconds", type=float, default=600)
@@ -209,7 +211,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in (name for name in PREFILL if name in options.plans):
 
             def add(name: str = name, density: float = density) -> None:
-                found[f"{name} {density}"] = bench.setup(name, density=density), {"nominal": density}
+                told = f"{name}, truth={options.truth}" if options.truth and name == "seer_attention" else name
+                found[f"{told} {density}"] = bench.setup(name, density=density), {"nominal": density}
 
             bench.attempt(name, add)
     if "prefill" in options.parts:

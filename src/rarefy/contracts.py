@@ -191,7 +191,7 @@ class GatedRecipe(AttentionRecipe, ABC):
     """An attention recipe whose parameters are gates that training teaches, by phase. ``truth``: what they learn of a
     block: its largest probability (``max``), the sum of all (``mass``), or the mean of both shares (``both``)."""
 
-    truth: Truth = "max"
+    truth: Truth = "both"
 
     @property
     def needs(self) -> frozenset[str]:

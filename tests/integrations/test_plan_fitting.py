@@ -18,6 +18,7 @@ from torch import Tensor
 import rarefy
 from rarefy.core.errors import OptionError, RecipeError
 from rarefy.evaluation.attention import examine
+from rarefy.integrations.transformers import plan_fitting
 from rarefy.integrations.transformers.listening import listen
 from rarefy.integrations.transformers.plan_fitting import GateTrainer
 from rarefy.integrations.transformers.plan_setup import PARAMS_NAME, SETUP, attention_recipe, load_setup
@@ -98,6 +99,23 @@ def test_a_text_is_read_once_while_there_is_room_and_teaches_the_same() -> None:
     assert read == [3, 12]
     for name, weight in weights[0].items():
         assert torch.equal(weight, weights[1][name]), name
+
+
+@pytest.mark.parametrize("changes", [{}, {"layer_types": ["sliding_attention", "full_attention"]}])
+def test_layers_learn_together_what_they_learn_alone(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    """Also where layers differ in their windows and rotary embeddings."""
+    model = model_of("gemma3", num_hidden_layers=2, sliding_window=24, **changes) if changes else model_of()
+    recipe = attention_recipe("seer_attention", SMALL)
+    gradients, sizes = [], []
+    for together in (1 << 30, 0):
+        monkeypatch.setattr(plan_fitting, "TOGETHER", together)
+        trainer = GateTrainer("seer_attention", recipe, model, topics(1), 1, 0)
+        loss = trainer.step(0)
+        sizes.append(sum(len(layers) for layers, _, _ in trainer.lessons.get(0, [])))
+        gradients.append((loss, {name: weight.grad for name, weight in trainer.weights.items()}))
+    assert sizes == [4, 0] and gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-5)
+    for name, gradient in gradients[0][1].items():
+        assert gradient is not None and torch.allclose(gradient, gradients[1][1][name], atol=1e-6), name
 
 
 @pytest.mark.parametrize("truth", ["max", "mass"])

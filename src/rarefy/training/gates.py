@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -51,6 +51,28 @@ class Lesson:
         return row_divergence(scores, self.wanted, self.some) + row_divergence(scores, self.wanted, self.free)
 
     @property
+    def kind(self) -> Hashable:
+        """What lessons have to share to be joined."""
+        shapes = (self.query.shape, self.summary.shape, self.wanted.shape)
+        return (*shapes, tuple(self.rotary.inv_freq.tolist()), self.rotary.factor)
+
+    @classmethod
+    def join(cls, lessons: Sequence[Lesson]) -> Lesson:
+        """Lessons of several layers on one text as one lesson, with their heads side by side."""
+        shape = lessons[0].wanted.shape
+
+        def side_by_side(name: str) -> Tensor:
+            return torch.cat([getattr(lesson, name) for lesson in lessons], 1)
+
+        some, free = (
+            torch.cat([getattr(lesson, name).expand(shape) for lesson in lessons], 1) for name in ("some", "free")
+        )
+        return replace(
+            lessons[0], query=side_by_side("query"), summary=side_by_side("summary"), wanted=side_by_side("wanted"),
+            some=some, free=free,
+        )  # fmt: skip
+
+    @property
     def nbytes(self) -> int:
         parts = (getattr(self, field.name) for field in fields(self))
         return sum(part.nbytes for part in parts if isinstance(part, Tensor))
@@ -58,7 +80,7 @@ class Lesson:
 
 @torch.no_grad()
 def lessons(
-    call: Call, gates: Mapping[Phase, BlockGate], policy: Policy, block: int, truth: Truth = "max"
+    call: Call, gates: Mapping[Phase, BlockGate], policy: Policy, block: int, truth: Truth = "both"
 ) -> dict[Phase, Lesson]:
     """What ``gates``, by phase, can learn from ``call``, which holds whole sequences from their beginning on.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,9 @@ from rarefy.training.gates import Lesson, lessons
 from rarefy.training.loop import Schedule, train_
 from rarefy.training.report import TrainingReport, first_and_last
 
-# Bytes of lessons that a trainer keeps, so that a text is read once however often it is learned from.
-LESSONS = 4 << 30
+# Bytes of lessons that a trainer keeps, so that a text is read once however often it is learned from; and of those of
+# one text up to which all layers learn from it together, which takes a GPU little longer than one of them.
+LESSONS, TOGETHER = 4 << 30, 1 << 30
 
 # Options of `find_attention` that are no recipe's, with their usual values.
 CALIBRATION: dict[str, Any] = {
@@ -101,7 +102,7 @@ class GateTrainer:
 
     def __init__(self, name: str, recipe: GatedRecipe, model: Any, rows: Tensor, batch: int, seed: int):
         self.name, self.recipe, self.model, self.rows, self.batch, self.seed = name, recipe, model, rows, batch, seed
-        self.lessons: dict[int, list[tuple[int, Phase, Lesson]]] = {}
+        self.lessons: dict[int, list[tuple[tuple[int, ...], Phase, Lesson]]] = {}
         self.room = LESSONS
         self.gates: dict[int, dict[Phase, BlockGate]] = {}
         self.weights: dict[str, nn.Parameter] = {}
@@ -129,9 +130,10 @@ class GateTrainer:
         found: list[Tensor] = []
         share = 1 / (self.batch * len(self.gates))
 
-        def learn(layer: int, phase: Phase, lesson: Lesson) -> None:
+        def learn(layers: tuple[int, ...], phase: Phase, lesson: Lesson) -> None:
             with torch.enable_grad():
-                loss = lesson.loss(self.gates[layer][phase]) * share
+                gate = BlockGate.join([self.gates[layer][phase] for layer in layers])
+                loss = lesson.loss(gate) * len(layers) * share
                 loss.backward()
             found.append(loss.detach())
 
@@ -139,26 +141,34 @@ class GateTrainer:
             self.read(self._place(index), learn)
         return float(torch.stack(found).sum())
 
-    def read(self, place: int, learn: Callable[[int, Phase, Lesson], None] = lambda layer, phase, lesson: None) -> None:
-        """Call ``learn`` with what the row at ``place`` teaches, layer by layer."""
+    def read(
+        self, place: int, learn: Callable[[tuple[int, ...], Phase, Lesson], None] = lambda layers, phase, lesson: None
+    ) -> None:
+        """Call ``learn`` with what the row at ``place`` teaches gates of one phase in some layers."""
         kept = self.lessons.get(place)
-        if kept is not None:
-            for layer, phase, lesson in kept:
-                learn(layer, phase, lesson)
-            return
-        fresh: list[tuple[int, Phase, Lesson]] = []
+        if kept is None:
+            found: dict[Hashable, list[tuple[int, Phase, Lesson]]] = {}
 
-        def hear(call: Call) -> None:
-            own = lessons(call, self.gates[call.layer], self.recipe, self.recipe.block_k, self.recipe.truth)
-            for phase, lesson in own.items():
-                learn(call.layer, phase, lesson)
-                self.room -= lesson.nbytes
-                if self.room > 0:
-                    fresh.append((call.layer, phase, lesson))
+            def hear(call: Call) -> None:
+                own = lessons(call, self.gates[call.layer], self.recipe, self.recipe.block_k, self.recipe.truth)
+                together = sum(lesson.nbytes for lesson in own.values()) * len(self.gates) <= TOGETHER
+                for phase, lesson in own.items():
+                    if together:
+                        found.setdefault((phase, lesson.kind), []).append((call.layer, phase, lesson))
+                    else:
+                        learn((call.layer,), phase, lesson)
 
-        listen(self.model, self.rows[place][None], hear)
-        if self.room > 0:
-            self.lessons[place] = fresh
+            listen(self.model, self.rows[place][None], hear)
+            kept = [
+                (tuple(layer for layer, _, _ in group), group[0][1], Lesson.join([lesson for _, _, lesson in group]))
+                for group in found.values()
+            ]
+            size = sum(lesson.nbytes for _, _, lesson in kept)
+            if kept and size <= self.room:
+                self.room -= size
+                self.lessons[place] = kept
+        for layers, phase, lesson in kept:
+            learn(layers, phase, lesson)
 
     def setup(self) -> AttentionSetup:
         """The trained gates as parameters of the recipe, in bfloat16."""

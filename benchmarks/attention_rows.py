@@ -37,6 +37,7 @@ PREFILL = {
     "oracle": {},
     "oracle by greatest": {"reduce": "max"},
     "seer_attention": {"last_rows": 0},
+    "seer_attention, 16 queries a block": {"last_rows": 0, "block_q": 16},
     "untrained gate": {"last_rows": 0},
     "infllm_v2": {},
     "infllm_v2 without coarse windows": {"coarse": False},
@@ -48,6 +49,7 @@ PREFILL = {
 }
 IDS = {
     "oracle by greatest": "oracle",
+    "seer_attention, 16 queries a block": "seer_attention",
     "infllm_v2 without coarse windows": "infllm_v2",
     "means of 64 keys": "infllm_v2",
     "untrained gate": "seer_attention",
@@ -113,7 +115,7 @@ class Bench:
         """The plan ``name`` with the options that all have."""
         method = IDS.get(name, name)
         given = {**COMMON, "executor": self.options.executor, **PREFILL.get(name, {}), **own}
-        params = {"seer_attention": self.params, "untrained gate": self.untrained}.get(name)
+        params = self.untrained if name == "untrained gate" else self.params if method == "seer_attention" else None
         data = {"data": self.options.train_text, "samples": 4, "seq_len": self.context}
         return find_attention(
             self.model, method, params=params, options=given, tokenizer=self.tokenizer, seed=0, **data

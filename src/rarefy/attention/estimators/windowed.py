@@ -94,6 +94,7 @@ def window_shares(
     if kernel_serves(query, reach) and windows.shape[2]:
         return _by_kernel(query, windows, reach, scaling, block_q, size, stride, coarse, every)
     kv_heads, number = windows.shape[1], windows.shape[2]
+    every = 1 if reach.uneven else every  # the others would not speak for those that are left out
     keys = windows.float().mT.unsqueeze(2)
     found = []
     for low, high in pieces(query, max(1, number), block_q):

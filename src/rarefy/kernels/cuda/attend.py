@@ -169,10 +169,14 @@ class Program:
         tables = self.keys.table + (0 if self.same_table else self.values.table)
         scales = 2 * self.shape.warps * (self.keys.scales + self.values.scales)
         sums = self.shape.warps * 4 * MOST_HEADS * (CHANNELS + 2)
-        rest = 8 * self.group_heads * (CHANNELS + self.shape.warps * (CHANNELS + 1))
-        lists = 4 * self.group_heads * (TILE + CHANNELS) + 2048 if self.keys.entries + self.values.entries else 0
+        rest = 4 * (self.group_heads * CHANNELS * (1 + self.rotated[1]) + 2 * MOST_HEADS)
         turns = 4 * TURN_WORDS * TILE if self.turned else 0
-        return max(tables + turns + scales, sums) + rest + self.shape.warps * lists
+        most, lists = max(self.keys.entries, self.values.entries), 0
+        if most:
+            index_bytes = min(self.keys.index_bytes, self.values.index_bytes)
+            lists = 4 * self.group_heads * (TILE + (1 + self.turned) * CHANNELS) + CHANNELS + TILE * most * (2 + index_bytes)
+        both = 8 * self.group_heads * CHANNELS  # queries
+        return max(tables + turns + scales, sums) + both + self.shape.warps * (rest + lists)
 
     @property
     def threads(self) -> int:
@@ -232,9 +236,13 @@ def _bytes(side: Tiles, tensor: Tensor, length: int, token: Tensor) -> Tensor:
     return (token - inside) * size + each
 
 
-def table_of(side: Tiles, device: torch.device) -> Tensor | None:
-    """Float16 values of a table or a codebook, contiguous."""
-    return None if side.lut is None else side.lut.to(device, torch.float16).contiguous()
+def table_of(side: Tiles, device: torch.device, parts: int) -> Tensor | None:
+    """Float16 values of a table, or of a codebook ``[256, 64, 2]`` in which each of its parts is where
+    ``place_of_part`` of the source has it for so many ``parts`` at once; contiguous."""
+    if side.lut is None:
+        return None
+    lut = side.lut.to(device, torch.float16)
+    return (lut.unflatten(0, (-1, 2, parts)).permute(3, 1, 0, 2, 4) if side.kind == "product" else lut).contiguous()
 
 
 @dataclass(frozen=True)
@@ -280,7 +288,7 @@ class CodedAttention:
         rows = batch * query_heads
         self._tensors: dict[str, Tensor | None] = {
             "places": tiles.to(device), "pieces": pieces.to(device), "k_signs": signs[0], "v_signs": signs[1],
-            "k_table": table_of(keys, device), "v_table": table_of(values, device),
+            "k_table": table_of(keys, device, 8), "v_table": table_of(values, device, 4),
             "k_center": center, "k_spread": spread, "turns": inside, "starts": starts, "sinks": sinks,
             "part_out": torch.empty(rows, self.splits, CHANNELS, device=device),
             "part_lse": torch.empty(rows, self.splits, device=device),

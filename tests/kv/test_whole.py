@@ -12,7 +12,7 @@ from rarefy.contracts import kv_recipes
 from rarefy.core.errors import FormatError
 from rarefy.kernels.cuda import attend as decode_kernel
 from rarefy.kernels.cuda import encode as encode_kernel
-from rarefy.kv import attend, encoding, side, store, whole
+from rarefy.kv import attend, encoding, side, whole
 from rarefy.kv.plan import HeadShape
 from rarefy.kv.rotary import Rotary
 from rarefy.kv.store import Arrival, LayerStore
@@ -54,8 +54,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(encode_kernel, "encode", encode)
     monkeypatch.setattr(decode_kernel.CodedAttention, "__call__", attention)
     monkeypatch.setattr(whole, "available", lambda query: True)
-    for module in (side, store):
-        monkeypatch.setattr(module, "fast_form", form)
+    monkeypatch.setattr(side, "fast_form", form)
     return ran
 
 
@@ -111,8 +110,7 @@ def test_what_is_stored_is_what_codecs_give(
         valid[1, :40] = False
     found = filled(name, key, value, valid).tensors()
     assert emulated
-    for module in (side, store):
-        monkeypatch.setattr(module, "fast_form", lambda codec, x: None)
+    monkeypatch.setattr(side, "fast_form", lambda codec, x: None)
     expected = filled(name, key, value, valid).tensors()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[label], expected[label]) for label in expected)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rarefy.core.errors import FormatError
+from rarefy.core.errors import FormatError, UnsupportedError
 from rarefy.formats.grids import FloatGrid, IntegerGrid
 from rarefy.formats.grids.float import nearest
 from rarefy.formats.scales import SingleScale
@@ -31,7 +31,10 @@ from rarefy.kv.codecs.plain import is_float8
 if TYPE_CHECKING:
     from rarefy.kernels.cuda.encode import Code
 
-NOT_FINITE = 1  # the bit of `Faults` that says so
+NOT_FINITE, OVERFLOWS, GAPS = 1, 2, 4  # bits of `Faults`
+GAPS_SAID = (
+    "Positions of {} do not follow each other, and its keys are to be stored without them; use a codec of rotated keys."
+)
 
 
 class Faults:
@@ -50,8 +53,13 @@ class Faults:
             self._event.record()
         self._asked = True
 
+    def note(self, gaps: Tensor) -> None:
+        """Positions have ``gaps`` (bool, one number), which is not looked at now."""
+        self.bits |= GAPS * gaps.int()
+
     def look(self, name: str, wait: bool = False) -> None:
-        """Raise FormatError if something was wrong with ``name``; without ``wait``, if that is known."""
+        """Raise FormatError, or UnsupportedError for gaps, if something was wrong with ``name``; without ``wait``, if
+        that is known."""
         if not self._asked:
             return
         if self._event is not None:
@@ -61,6 +69,8 @@ class Faults:
             self._event.synchronize()
         self._asked = False
         found = int(self._seen)
+        if found & GAPS:
+            raise UnsupportedError(GAPS_SAID.format(name))
         if found:
             what = "were not finite" if found & NOT_FINITE else "have a scale that overflows float16"
             raise FormatError(f"Keys or values of {name} {what}; load the model in bfloat16 or float32.")

@@ -23,6 +23,7 @@ TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 LOG2E = 1.4426950408889634
 TURN_WORDS = 68  # of a place
 COPIES = 32  # of a table, one for each lane
+MOST_SHARED = 227 << 10  # bytes that a block may have on Hopper
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ def fits(keys: Tiles, values: Tiles, channels: int, heads: int) -> bool:
 def _fits(side: Tiles) -> bool:
     if side.low_rank is not None or (side.kind != "table" and (side.outliers or side.affine or side.joined)):
         return False
-    if side.outliers is not None and side.outliers.axis != "token":
+    if side.outliers is not None and (
+        side.outliers.axis != "token" or (side.outliers.runs and side.outliers.count % 2)
+    ):
         return False
     match side.kind:
         case "channel":
@@ -174,7 +177,8 @@ class Program:
         most, lists = max(self.keys.entries, self.values.entries), 0
         if most:
             index_bytes = min(self.keys.index_bytes, self.values.index_bytes)
-            lists = 4 * self.group_heads * (TILE + (1 + self.turned) * CHANNELS) + CHANNELS + TILE * most * (2 + index_bytes)
+            beside = 4 * self.group_heads * (TILE + (1 + self.turned) * CHANNELS)
+            lists = beside + CHANNELS + TILE * most * (2 + index_bytes)
         both = 8 * self.group_heads * CHANNELS  # queries
         return max(tables + turns + scales, sums) + both + self.shape.warps * (rest + lists)
 
@@ -273,18 +277,19 @@ class CodedAttention:
         group = query_heads // heads
         if not fits(keys, values, CHANNELS, group) or any(each % PIECE for part in tokens for each in part):
             raise UnsupportedError(f"These codes, for {group} query heads a KV head, do not fit the kernel.")
-        self.keys, self.values, self.shape = keys, values, shape or Shape()  # whose memory the addresses point to
-        self.batch, self.heads, self.query_heads = batch, heads, query_heads
+        self.keys, self.values = keys, values  # whose memory the addresses point to
+        self.batch, self.heads, self.query_heads, self.sinks = batch, heads, query_heads, sinks
+        self.rotated, self.turned = (signs[0] is not None, signs[1] is not None), turns is not None
+        self.same_table = keys.kind == values.kind == "table" and keys.lut is values.lut
+        self.shape = self._shape() if shape is None else shape
         tiles, pieces = places(keys, values, tokens)
         count = tiles.shape[1]
         if splits is None:
             processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
             splits = max(1, processors * self.shape.blocks // (batch * heads))
         self.splits = min(splits, -(-count // self.shape.warps) + BLOCKS_OF_REST)
-        self.rotated, self.turned = (signs[0] is not None, signs[1] is not None), turns is not None
         inside, starts = (None, None) if turns is None else _turns(turns, sum(tokens[0]))
         center, spread = keys.affine or (None, None)
-        self.same_table = keys.kind == values.kind == "table" and keys.lut is values.lut
         rows = batch * query_heads
         self._tensors: dict[str, Tensor | None] = {
             "places": tiles.to(device), "pieces": pieces.to(device), "k_signs": signs[0], "v_signs": signs[1],
@@ -297,13 +302,20 @@ class CodedAttention:
         places_of_starts = 0 if starts is None else starts.shape[1]
         self._sizes = count, heads, self.splits, pieces.shape[1], places_of_starts, sum(tokens[0]), sum(tokens[1])
 
+    def _shape(self) -> Shape:
+        """The most warps for whose lists of outliers there is room."""
+        for shape in (Shape(), Shape(warps=4)):
+            self.shape = shape
+            if self.program(torch.float32).shared_memory <= MOST_SHARED:
+                return shape
+        raise UnsupportedError("So many outliers of a token do not fit the kernel.")
+
     def program(self, dtype: torch.dtype, exact: Exact | None = None) -> Program:
         """What is compiled for queries of ``dtype``."""
-        sinks = self._tensors["sinks"]
         return Program(
             code_of(self.keys), code_of(self.values), self.rotated, self.turned, self.keys.joined, self.same_table,
             self.query_heads // self.heads, dtype, dtype if exact is None else exact.keys.dtype,
-            0 if sinks is None else sinks.shape[1], self.shape,
+            0 if self.sinks is None else self.sinks.shape[1], self.shape,
         )  # fmt: skip
 
     @property

@@ -348,43 +348,65 @@ device float score_of(const uint4& entry, float x, float y) {
   return (x * as_float(entry.x) + y * as_float(entry.y)) - as_float(entry.z);
 }
 
-// Product codes of two channels: threads of a block have different tokens and the same 32 channels, whose codebooks lie
-// in shared memory.
-extern "C" global __launch_bounds__(256) void rarefy_encode_products(const Arguments a) {
+// Product codes of two channels: a thread has several tokens and 32 channels, whose codebooks lie in shared memory and are
+// read once for all of its tokens.
+constexpr int EACH = 2, SPAN = 256;
+extern "C" global __launch_bounds__(SPAN / EACH) void rarefy_encode_products(const Arguments a) {
   const i64 pair = blockIdx.y, batch = pair / a.heads, head = pair % a.heads;
-  const int part = blockIdx.z, tokens = blockIdx.x * 256 + threadIdx.x;
-  const int token = tokens < a.tokens ? tokens : a.tokens - 1;
+  const int part = blockIdx.z, first_token = blockIdx.x * SPAN + threadIdx.x;
   uint4* entries = reinterpret_cast<uint4*>(pool);
   const uint4* from = reinterpret_cast<const uint4*>(a.lut) + part * 16 * 256;
-  for (int n = threadIdx.x; n < 16 * 256; n += 256) entries[n] = from[n];
+  for (int n = threadIdx.x; n < 16 * 256; n += SPAN / EACH) entries[n] = from[n];
   block_barrier();
-  float x[MINE];
-  const bool fine = load_mine(x, a, batch, head, token, part * MINE);
-  u32 words[4] = {};
+  float x[EACH][MINE];
+  bool fine[EACH];
+#pragma unroll
+  for (int k = 0; k < EACH; ++k) {
+    const int token = first_token + k * (SPAN / EACH);
+    fine[k] = load_mine(x[k], a, batch, head, token < a.tokens ? token : a.tokens - 1, part * MINE);
+  }
+  u32 words[EACH][4] = {};
 #pragma unroll
   for (int n = 0; n < 16; ++n) {
     // The best of each few entries first: which of them it is matters for one few only.
-    float best = as_float(0xFF800000u);
-    u32 code = 0;
+    float best[EACH];
+    u32 code[EACH] = {};
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) best[k] = as_float(0xFF800000u);
     const uint4* own = entries + n * 256;
 #pragma unroll 2
     for (int first = 0; first < 256; first += FEW) {
-      float most = score_of(own[first], x[2 * n], x[2 * n + 1]);
+      float most[EACH];
 #pragma unroll
-      for (int k = 1; k < FEW; ++k) most = max_of(most, score_of(own[first + k], x[2 * n], x[2 * n + 1]));
-      if (most > best) best = most, code = first;
+      for (int few = 0; few < FEW; ++few) {
+        const uint4 entry = own[first + few];
+#pragma unroll
+        for (int k = 0; k < EACH; ++k) {
+          const float score = score_of(entry, x[k][2 * n], x[k][2 * n + 1]);
+          most[k] = few == 0 ? score : max_of(most[k], score);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < EACH; ++k)
+        if (most[k] > best[k]) best[k] = most[k], code[k] = first;
     }
-    const u32 first = code;
 #pragma unroll
-    for (int k = FEW - 1; k >= 0; --k)
-      if (score_of(own[first + k], x[2 * n], x[2 * n + 1]) == best) code = first + k;
-    words[n / 4] |= code << 8 * (n % 4);
+    for (int k = 0; k < EACH; ++k) {
+      const u32 first = code[k];
+#pragma unroll
+      for (int few = FEW - 1; few >= 0; --few)
+        if (score_of(own[first + few], x[k][2 * n], x[k][2 * n + 1]) == best[k]) code[k] = first + few;
+      words[k][n / 4] |= code[k] << 8 * (n % 4);
+    }
   }
-  if (tokens < a.tokens) {
+#pragma unroll
+  for (int k = 0; k < EACH; ++k) {
+    const int token = first_token + k * (SPAN / EACH);
+    if (token >= a.tokens) continue;
     u32* to = a.codes + ((pair * a.tokens + token) * (D / MINE) + part) * 4;
 #pragma unroll
-    for (int n = 0; n < 4; ++n) to[n] = words[n];
-    if (!fine) raise(a.faults, NOT_FINITE);
+    for (int n = 0; n < 4; ++n) to[n] = words[k][n];
+    if (!fine[k]) raise(a.faults, NOT_FINITE);
   }
 }
 #endif

@@ -19,7 +19,7 @@ KINDS = {"channel": 1, "token": 2, "norm": 3, "range": 4, "product": 5, "row spr
 TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 CHANNELS, MINE, SPAN = (64, 128), 32, 128  # numbers of a thread, and tokens of a block of threads at most
 NOT_FINITE, OVERFLOWS = 1, 2  # bits of what was wrong
-TOKENS_OF_PRODUCTS, ENTRIES = 256, 256
+TOKENS_OF_PRODUCTS, EACH_OF_PRODUCTS, ENTRIES = 256, 2, 256
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Code:
     @property
     def threads(self) -> int:
         if self.kind == "product":
-            return TOKENS_OF_PRODUCTS
+            return TOKENS_OF_PRODUCTS // EACH_OF_PRODUCTS
         return self.channels * self.span // MINE if self.kind == "channel" else 128
 
     @property

@@ -38,7 +38,18 @@ from rarefy.kernels.cuda.attend import CodedAttention
 from rarefy.kv.attend import attend
 from rarefy.kv.codec import Codec
 from rarefy.kv.codec import nbytes as nbytes_of
-from rarefy.kv.codecs import Gridded, NormTable, ProductTable, RangeTable, Rotated
+from rarefy.kv.codecs import (
+    ChannelTable,
+    Gridded,
+    JoinedHeads,
+    NormTable,
+    ProductTable,
+    RangeTable,
+    Residual,
+    Rotated,
+    Sparse,
+    Trimmed,
+)
 from rarefy.kv.codecs.plain import Axis
 from rarefy.kv.encoding import fast_form, fast_payload
 from rarefy.kv.plan import HeadShape
@@ -213,6 +224,12 @@ def encode_codecs() -> dict[str, Codec]:
         found[f"rotated table {bits} bit"] = Rotated(NormTable(gaussian_table(bits), 32, CHANNELS), CHANNELS)
     found["table 3 bit within a range"] = RangeTable(gaussian_table(3), 32, CHANNELS)
     found["product codes of 2 channels"] = ProductTable(torch.randn(CHANNELS // 2, 256, 2).half(), 32)
+    width, lut = HEADS * CHANNELS, gaussian_table(3)
+    outliers = Sparse(10, "token", 32, width)
+    keys = ChannelTable(lut, torch.randn(1, width), torch.rand(1, width), 32)
+    values = Trimmed(RangeTable(lut, 32, width), 5, "token")
+    found["rows around centers, 10 outliers"] = JoinedHeads(Residual(keys, outliers), HEADS)
+    found["rows within a range, 10 outliers"] = JoinedHeads(Residual(values, outliers), HEADS)
     return found
 
 
@@ -294,14 +311,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=[131072, 32768])
     parser.add_argument("--layers", type=int, default=4, help="different layers of a stack")
     parser.add_argument("--seconds", type=float, default=200, help="begin nothing after so many")
-    parser.add_argument("--only", default="", help="recipes whose names have this in them")
+    parser.add_argument("--only", nargs="*", default=[""], help="recipes whose names have one of these in them")
     parser.add_argument("--longest", type=int, nargs="*", default=[4, 3, 2], help="bits of the longest contexts")
     options = parser.parse_args()
     begin = time.monotonic()
     discover()
     torch.manual_seed(0)
     lengths = [tokens // 8 for tokens in options.tokens] if options.quick else options.tokens
-    labels = [label for label in RECIPES if options.only in label]
+    labels = [label for label in RECIPES if any(part in label for part in options.only)]
     longest = [] if options.quick else options.longest
     with ProcessPoolExecutor(COMPILERS, mp_context=multiprocessing.get_context("spawn")) as pool:
         for images in pool.map(warmed, [*(label for label in labels if not label.startswith(SLOW)), *longest]):

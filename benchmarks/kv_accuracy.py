@@ -63,7 +63,8 @@ def rows_of(result: CacheComparison) -> list[Row]:
         rows.append({
             "goal": "KV", "job": name, **about, "dense_nll": result.dense_nll, "gap": cache.gap.value,
             "gap_low": cache.gap.low, "gap_high": cache.gap.high, "kl": cache.kl,
-            "top1_agreement": cache.top1_agreement, "bits_per_weight": cache.bits["total"], "bits": cache.bits, "shared_bytes": cache.shared_bytes,
+            "top1_agreement": cache.top1_agreement, "bits_per_weight": cache.bits["total"], "bits": cache.bits,
+            "shared_bytes": cache.shared_bytes,
             "note": " ".join(re.findall(r"(?:samples|seq_len)=\d+", cache.name)),
         })  # fmt: skip
     return rows

@@ -61,7 +61,6 @@ from rarefy.recipes.kv.turbo_quant import gaussian_table
 KEY = ("goal", "job", "tokens")
 HEADS, QUERY_HEADS, CHANNELS, LAYERS, CHUNK = 8, 32, 128, 32, 2048
 ROUNDS = 5
-SLOW = ("gear",)
 UNIFORM: tuple[tuple[Axis, int, int], ...] = (
     ("channel", 4, 128), ("channel", 4, 32), ("channel", 3, 128), ("token", 4, 128), ("token", 2, 32),
 )  # fmt: skip
@@ -228,6 +227,11 @@ def encode_codecs() -> dict[str, Codec]:
     outliers = Sparse(10, "token", 32, width)
     keys = ChannelTable(lut, torch.randn(1, width), torch.rand(1, width), 32)
     values = Trimmed(RangeTable(lut, 32, width), 5, "token")
+    for axis, num_bits in (("channel", 2), ("token", 4)):
+        gear = kv_recipes.get("gear")(num_bits=num_bits)
+        both = gear.codecs(HeadShape(HEADS, CHANNELS, CHANNELS, torch.bfloat16), {})
+        job = f"uniform {num_bits} bit by {axis}, errors, rank 2"
+        found[job] = both.keys if axis == "channel" else both.values
     found["rows around centers, 10 outliers"] = JoinedHeads(Residual(keys, outliers), HEADS)
     found["rows within a range, 10 outliers"] = JoinedHeads(Residual(values, outliers), HEADS)
     return found
@@ -321,7 +325,7 @@ def main() -> None:
     labels = [label for label in RECIPES if any(part in label for part in options.only)]
     longest = [] if options.quick else options.longest
     with ProcessPoolExecutor(COMPILERS, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for images in pool.map(warmed, [*(label for label in labels if not label.startswith(SLOW)), *longest]):
+        for images in pool.map(warmed, [*labels, *longest]):
             driver.images.update(images)
     print(f"{len(driver.images)} kernels compiled, {time.monotonic() - begin:.0f} s", flush=True)
     work: list[tuple[str, Callable[[], list[Row]]]] = []
@@ -338,8 +342,7 @@ def main() -> None:
 
         work += [(f"{label}, {tokens} tokens", partial(rows, label)) for label in labels]
         work += last if tokens == lengths[0] else []
-    # What is encoded by torch's operations takes long to fill.
-    for name, measured in sorted(work, key=lambda each: each[0].startswith(SLOW)):
+    for name, measured in work:
         if time.monotonic() - begin > options.seconds:
             print(f"No time for {name}.", flush=True)
             continue

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rarefy.contracts import kv_recipes
-from rarefy.core.errors import FormatError
+from rarefy.core.errors import FormatError, UnsupportedError
 from rarefy.kv import attend, side
 from rarefy.kv.plan import HeadShape
 from rarefy.kv.rotary import Rotary
@@ -71,7 +71,7 @@ def test_one_token_reads_what_the_reference_does(name: str) -> None:
     assert set(found.plans) - {"same table"} == ({"whole"} if name in ONE_LAUNCH else {"segments", "pieces"})
 
 
-@pytest.mark.parametrize("name", sorted(ONE_LAUNCH))
+@pytest.mark.parametrize("name", sorted({*ONE_LAUNCH, "gear", "gear without outliers"}))
 def test_kernels_store_what_codecs_give(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     key, value = tokens(600)
     found = filled(name, key, value).tensors()
@@ -79,6 +79,16 @@ def test_kernels_store_what_codecs_give(name: str, monkeypatch: pytest.MonkeyPat
     expected = filled(name, key, value).tensors()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[label], expected[label]) for label in expected)
+
+
+def test_gaps_of_positions_are_told_later() -> None:
+    key, value = tokens(320)
+    found = filled("kv_quant", key, value)
+    positions = torch.arange(330, 394, device="cuda")[None]
+    arrival = Arrival(None, positions, *ROTARY.angles(positions), ROTARY)
+    found.append(key[:, :, :64], value[:, :, :64], arrival)
+    with pytest.raises(UnsupportedError, match="follow each other"):
+        found.settle()
 
 
 def test_a_captured_step_is_the_step() -> None:

@@ -158,21 +158,12 @@ def _corrected(trimmed: Trimmed, corrections: list[Codec], channels: int) -> tup
     if corrections or entries != 2 * trimmed.count or not isinstance(inner, Gridded) or inner.axis != trimmed.axis:
         return None, {}
     grid = inner.grid
-    plain = isinstance(grid, IntegerGrid) and grid.zero == "float" and isinstance(grid.scales, SingleScale)
-    if not plain or grid.scales.dtype != "float16":
+    if not isinstance(grid, IntegerGrid) or grid.zero != "float" or grid.scales != SingleScale(dtype="float16"):
         return None, {}
     length = inner.tokens if inner.axis == "channel" else channels
     rank, iterations = (low_rank.rank, low_rank.iterations) if low_rank else (0, 1)
-    code = BlockCode(
-        inner.axis,
-        grid.num_bits,
-        min(grid.group_size or length, length),
-        inner.tokens,
-        channels,
-        entries,
-        rank,
-        iterations,
-    )
+    group = min(grid.group_size or length, length)
+    code = BlockCode(inner.axis, grid.num_bits, group, inner.tokens, channels, entries, rank, iterations)
     return code, {"start": low_rank.start} if low_rank else {}
 
 

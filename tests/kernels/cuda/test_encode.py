@@ -116,9 +116,8 @@ def test_blocks_with_corrections(
     source = torch.arange(128, dtype=torch.int32)[None]
     source[0, 70] = 71
     recipe = Gear(num_bits=num_bits, group_size=group, block=block, outliers=outliers, rank=rank)
-    codec = getattr(
-        recipe.codecs(HeadShape(HEADS, channels, channels, x.dtype), {}), "keys" if axis == "channel" else "values"
-    )
+    both = recipe.codecs(HeadShape(HEADS, channels, channels, x.dtype), {})
+    codec = both.keys if axis == "channel" else both.values
     fast = encoding.form_of(codec, channels, torch.device("cpu"))
     assert fast is not None and isinstance(fast.code, BlockCode)
     expected = codec.encode(x[:, :, source[0].long()].float().unflatten(2, (-1, block)))

@@ -98,10 +98,12 @@ template <int COUNT, int LENGTH_, int ROW, int STEP> device void multiply_all(fl
       const int place = n / 8 * 32 + 8 * part + n % 8;
       x[n] = matrix[row * ROW + place * STEP] * by[place];
     }
+    if constexpr (LENGTH_ == 128)
 #pragma unroll
-    for (int half = LENGTH_ / 8; half >= 8; half /= 2)
+      for (int n = 0; n < 16; ++n) x[n] += x[n + 16];
+    if constexpr (LENGTH_ >= 64)
 #pragma unroll
-      for (int n = 0; n < half; ++n) x[n] += x[n + half];
+      for (int n = 0; n < 8; ++n) x[n] += x[n + 8];
 #pragma unroll
     for (int distance = 2; distance > 0; distance /= 2)
 #pragma unroll

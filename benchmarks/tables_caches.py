@@ -80,13 +80,14 @@ def model_table() -> str:
     """Whole steps of a model over coded caches, one table for each device."""
     parts = []
     for data in results("*/gpu_kv_model.json"):
-        lines = ["| cache | tokens | bits | ms a token | tokens/s | times bf16 | cache | all memory | of a step alone |"]
+        lines = ["| cache | tokens | bits | ms a token | tokens/s | times bf16 | cache | all memory | of a step |"]
         lines.append("|---" * 9 + "|")
         for row in data["rows"]:
-            size = f"{row['cache_bytes'] / 1e9:.2f} GB | {row['total_bytes'] / 1e9:.1f} GB"
+            sizes = f"{row['cache_bytes'] / 1e9:.2f} GB | {row['total_bytes'] / 1e9:.1f} GB"
             lines.append(
-                f"| {row['job']} | {row['tokens']:,} | {row['bits_per_weight']:.2f} | {row['microseconds'] / 1e3:.2f} | "
-                f"{row['tokens_per_second']:.0f} | {row['ratio']:.2f} | {size} | {row['step_bytes'] / 1e6:.1f} MB |"
+                f"| {row['job']} | {row['tokens']:,} | {row['bits_per_weight']:.2f} | "
+                f"{row['microseconds'] / 1e3:.2f} | {row['tokens_per_second']:.0f} | {row['ratio']:.2f} | {sizes} | "
+                f"{row['step_bytes'] / 1e6:.1f} MB |"
             )
         facts = f"a layer's past in bf16 is {data['rows'][0]['layer_bytes'] / 1e6:.0f} MB"
         parts.append("\n".join([*lines, "", f"{facts}; {measured_on(data)}"]))

@@ -31,11 +31,12 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "kv_quant": ("kv_quant", {"num_bits": 4}),
     "kv_quant of turned keys": ("kv_quant", {"num_bits": 3, "rotated_keys": True}),
     "gear": ("gear", {"num_bits": 4}),
+    "gear of short blocks": ("gear", {"num_bits": 4, "block": 64}),
     "gear without outliers": ("gear", {"num_bits": 2, "outliers": 0.0, "rank": 4}),
 }
 ONE_LAUNCH = {
     "fp8", "kivi", "kivi in groups of 32", "turbo_quant", "turbo_quant of fewer bits for values", "million", "kv_quant",
-    "kv_quant of turned keys",
+    "kv_quant of turned keys", "gear", "gear without outliers",
 }  # fmt: skip
 
 
@@ -71,7 +72,7 @@ def test_one_token_reads_what_the_reference_does(name: str) -> None:
     assert set(found.plans) - {"same table"} == ({"whole"} if name in ONE_LAUNCH else {"segments", "pieces"})
 
 
-@pytest.mark.parametrize("name", sorted({*ONE_LAUNCH, "gear", "gear without outliers"}))
+@pytest.mark.parametrize("name", sorted(ONE_LAUNCH))
 def test_kernels_store_what_codecs_give(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     key, value = tokens(600)
     found = filled(name, key, value).tensors()

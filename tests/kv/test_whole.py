@@ -12,6 +12,7 @@ from rarefy.contracts import kv_recipes
 from rarefy.core.errors import FormatError
 from rarefy.kernels.cuda import attend as decode_kernel
 from rarefy.kernels.cuda import encode as encode_kernel
+from rarefy.kernels.cuda import encode_blocks as block_kernel
 from rarefy.kv import attend, encoding, side, whole
 from rarefy.kv.plan import HeadShape
 from rarefy.kv.rotary import Rotary
@@ -28,6 +29,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "turbo_quant": ("turbo_quant", {"num_bits": 3, "recent": 5}),
     "million": ("million", {"width": 2, "code_bits": 8, "steps": 1}),
     "kv_quant": ("kv_quant", {"num_bits": 4, "outliers": 0.04}),
+    "gear": ("gear", {"num_bits": 4}),
+    "gear of few": ("gear", {"num_bits": 2, "group_size": 128, "outliers": 0.0, "rank": 1, "sink": 1}),
     "kv_quant3": ("kv_quant", {"num_bits": 3, "outliers": 0.02, "rotated_keys": True}),
 }
 ROTARY = Rotary(10000 ** -(torch.arange(64) / 64), 1.2)
@@ -44,6 +47,14 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         faults |= bits
         return found
 
+    def encode_blocks(
+        code: block_kernel.BlockCode, x: Tensor, faults: Tensor, **tables: Tensor | None
+    ) -> block_kernel.EncodedBlocks:
+        ran.append("encode")
+        found, bits = emulation.encoded_blocks(code, x, **tables)
+        faults |= bits
+        return found
+
     def attention(self: Any, query: Tensor, scaling: float, exact: Any = None) -> tuple[Tensor, Tensor]:
         ran.append("attend")
         return emulation.attention(self, query, scaling, exact)
@@ -52,6 +63,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return encoding.form_of(codec, x.shape[3], x.device)
 
     monkeypatch.setattr(encode_kernel, "encode", encode)
+    monkeypatch.setattr(block_kernel, "encode", encode_blocks)
     monkeypatch.setattr(decode_kernel.CodedAttention, "__call__", attention)
     monkeypatch.setattr(whole, "available", lambda query: True)
     monkeypatch.setattr(side, "fast_form", form)

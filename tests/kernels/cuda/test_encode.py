@@ -125,4 +125,4 @@ def test_blocks_with_corrections(
     payload = encoding._blocks(found)
     assert not faults.any() and payload.keys() == expected.keys()
     for name in expected:
-        assert torch.equal(payload[name].flatten(), expected[name].flatten()), name
+        assert torch.equal(payload[name], expected[name]), name

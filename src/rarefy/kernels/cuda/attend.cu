@@ -13,7 +13,8 @@
 //
 // Macros: K_KIND, V_KIND, K_BITS, V_BITS, K_GROUP, V_GROUP (tokens or channels that share a scale), K_SCALE, K_OFFSET,
 // V_OFFSET, K_SPREAD (keys have a center and a spread for each channel), TURNED (keys are without RoPE), JOINED (a token's
-// row is that of all heads), K_ENTRIES, V_ENTRIES, INDEX_BYTES (outliers of a token, and their indices), K_ROTATED,
+// row is that of all heads), K_ENTRIES, V_ENTRIES, INDEX_BYTES (outliers of a token, or of a channel of a tile, and their
+// indices), K_RANK, V_RANK (of a matrix that is added to a tile), K_ROTATED,
 // V_ROTATED (what is in code was turned by signs and a Hadamard matrix), SAME_TABLE, GROUP_HEADS, QUERY, EXACT (types of
 // the query and of what is not in code), SINKS, WARPS, BLOCKS (of a multiprocessor), DEPTH (eighths of a tile loaded
 // ahead); HALF is 1.
@@ -26,7 +27,7 @@ typedef unsigned long long u64;
 
 enum { CHANNEL = 1, TOKEN = 2, TABLE = 3, PRODUCT = 4, FLOAT8 = 5 };
 enum { F32 = 1, F16 = 2, BF16 = 3 };
-enum { K_CODES, K_STEPS, K_ZEROS, V_CODES, V_STEPS, V_ZEROS, K_TOKENS, V_TOKENS, K_OUT, K_OUT_AT, V_OUT, V_OUT_AT, PLACES };
+enum { K_CODES, K_STEPS, K_ZEROS, V_CODES, V_STEPS, V_ZEROS, K_TOKENS, V_TOKENS, K_OUT, K_OUT_AT, V_OUT, V_OUT_AT, K_LEFT, K_RIGHT, V_LEFT, V_RIGHT, PLACES };
 
 struct Arguments {
   const void* query;   // [pairs * GROUP_HEADS][128]
@@ -85,10 +86,12 @@ constexpr int MAIN = SCALES + 2 * WARPS * BUFFER, SUMS = WARPS * 4 * 8 * (D + 2)
 constexpr int ASKED = MAIN > SUMS ? MAIN : SUMS;       // float: the query for exact keys, then for keys in code
 constexpr int REST = ASKED + 2 * 4 * GROUP_HEADS * D;  // per warp: what `take_rest` leaves, numbers
 constexpr int REST_PARTS = V_ROTATED ? 2 : 1, REST_OF_WARP = REST_PARTS * GROUP_HEADS * D + 16;
-constexpr int OUTLIERS = REST + WARPS * 4 * REST_OF_WARP;  // per warp: see attend_turns.cuh
-constexpr int MOST_ENTRIES = K_ENTRIES > V_ENTRIES ? K_ENTRIES : V_ENTRIES;
-constexpr int OUTLIERS_OF_WARP =
-    MOST_ENTRIES > 0 ? 4 * GROUP_HEADS * (TILE + D + (TURNED ? D : 0)) + D + TILE * MOST_ENTRIES * (2 + INDEX_BYTES) : 0;
+constexpr bool K_CORRECTED = K_ENTRIES + K_RANK > 0, V_CORRECTED = V_ENTRIES + V_RANK > 0;
+constexpr int LISTS = TILE * (K_ENTRIES > V_ENTRIES ? K_ENTRIES : V_ENTRIES) * (2 + INDEX_BYTES);
+constexpr int FACTORS = 2 * (TILE + D) * (K_RANK > V_RANK ? K_RANK : V_RANK);
+constexpr int CORRECTIONS = REST + WARPS * 4 * REST_OF_WARP;  // per warp: see attend_corrections.cuh
+constexpr int CORRECTIONS_OF_WARP =
+    K_CORRECTED || V_CORRECTED ? 4 * GROUP_HEADS * (TILE + D + (TURNED ? D : 0)) + D + LISTS + FACTORS : 0;
 
 device float power(int exponent) { return as_float(u32(127 + exponent) << 23); }
 device float never() { return as_float(0xFF800000u); }  // minus infinity: the score of what is not there
@@ -119,6 +122,10 @@ struct Places {
   const u8* k_out_at;
   const u8* v_out;
   const u8* v_out_at;
+  const u8* k_left;
+  const u8* k_right;
+  const u8* v_left;
+  const u8* v_right;
 };
 
 constexpr int K_ROW = K_KIND == CHANNEL ? TILE * K_BITS / 8 : K_KIND == PRODUCT ? 64 : D * K_BITS / 8;  // bytes of a channel or token
@@ -139,6 +146,9 @@ device Places places_of(const i64* places, int count, int number, i64 pair, int 
     p.k_out = from(K_OUT, k_tokens * K_ENTRIES * 2), p.k_out_at = from(K_OUT_AT, k_tokens * K_ENTRIES * INDEX_BYTES);
   if constexpr (V_ENTRIES > 0)
     p.v_out = from(V_OUT, v_tokens * V_ENTRIES * 2), p.v_out_at = from(V_OUT_AT, v_tokens * V_ENTRIES * INDEX_BYTES);
+  // Blocks have as many tokens as channels, and so both factors the same size.
+  if constexpr (K_RANK > 0) p.k_left = from(K_LEFT, k_tokens * K_RANK * 2), p.k_right = from(K_RIGHT, k_tokens * K_RANK * 2);
+  if constexpr (V_RANK > 0) p.v_left = from(V_LEFT, v_tokens * V_RANK * 2), p.v_right = from(V_RIGHT, v_tokens * V_RANK * 2);
   return p;
 }
 
@@ -226,6 +236,7 @@ template <int KIND, int BITS> device void fill_table(u8* to, const u16* from) {
 }
 
 #include "attend_turns.cuh"
+#include "attend_corrections.cuh"
 #include "attend_rest.cuh"
 
 extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Arguments a) {
@@ -239,14 +250,14 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   // The first tile is on its way while tables and the query are made ready.
   u32 ring[DEPTH][MOST_WORDS];
   u8* buffers = pool + SCALES + warp * 2 * BUFFER;
-  const Outliers outliers = outliers_at(pool + OUTLIERS + warp * OUTLIERS_OF_WARP);
+  const Corrections corrections = corrections_at(pool + CORRECTIONS + warp * CORRECTIONS_OF_WARP);
   const int number = warp * a.splits + split;  // of this warp, so that few tiles are shared by all blocks
   int tile = number, parity = 0;
   Places here = {}, next = {};
   if (tile < a.tiles) {
     here = places_of(a.places, a.tiles, tile, pair, a.heads);
     copy_scales(buffers, here, lane);
-    copy_list<K_ENTRIES>(outliers.list, here.k_out, here.k_out_at, lane);
+    copy_corrections<K_ENTRIES, K_RANK>(corrections, here.k_out, here.k_out_at, here.k_left, here.k_right, lane);
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) fetch_keys(ring[step], here.k_codes, step, g, t, a.heads);
   }
@@ -270,8 +281,8 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   const float *center = a.k_center + pair % a.heads * D, *spread = a.k_spread + pair % a.heads * D;
   const float* starts = a.starts + pair / a.heads * a.count_of_starts * 2 * D;
   if constexpr (!TURNED) load_query(query, query_sums, asked_coded, center, spread, g, t);
-  if constexpr (V_ENTRIES > 0)
-    for (int n = lane; n < GROUP_HEADS * D; n += 32) outliers.added[n] = 0.0f;
+  if constexpr (V_CORRECTED)
+    for (int n = lane; n < GROUP_HEADS * D; n += 32) corrections.added[n] = 0.0f;
 
   float out[STEPS][4] = {}, under[4] = {};  // and what zeros take away from all of a row's sums
   float top[2] = {never(), never()}, total[2] = {}, lift[2] = {};
@@ -292,7 +303,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     float zeros[4] = {};
     const float* start = starts + i64(tile) * 2 * D;
     Turned turned;
-    if constexpr (TURNED) turn_query(turned, outliers.turned, asked_coded, start, center, spread, g, t);
+    if constexpr (TURNED) turn_query(turned, corrections.turned, asked_coded, start, center, spread, g, t);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
       u32(&slot)[MOST_WORDS] = ring[step % DEPTH];
@@ -381,9 +392,9 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     if (more) copy_scales(buffers + (1 - parity) * BUFFER, next, lane);
     commit_copies();
 
-    if constexpr (K_ENTRIES > 0) score_outliers(outliers, turns, asked_coded, pair % a.heads, lane);
-    if constexpr (V_ENTRIES > 0) {
-      copy_list<V_ENTRIES>(outliers.list, here.v_out, here.v_out_at, lane);
+    if constexpr (K_CORRECTED) score_corrections(corrections, turns, asked_coded, pair % a.heads, lane);
+    if constexpr (V_CORRECTED) {
+      copy_corrections<V_ENTRIES, V_RANK>(corrections, here.v_out, here.v_out_at, here.v_left, here.v_right, lane);
       commit_copies();
     }
 
@@ -415,8 +426,8 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         if constexpr (K_AFFINE) score = (score - zeros[part]) * STEP_UP;
         if constexpr (K_KIND == TOKEN || K_OFFSET) score += shift[row] * query_sums[head];
         if constexpr (K_SPREAD && !TURNED) score += query_sums[head];
-        if constexpr (K_ENTRIES > 0)
-          if (2 * t + head < GROUP_HEADS) score += outliers.beside[token_of(g, n, row) * GROUP_HEADS + 2 * t + head];
+        if constexpr (K_CORRECTED)
+          if (2 * t + head < GROUP_HEADS) score += corrections.beside[token_of(g, n, row) * GROUP_HEADS + 2 * t + head];
         scores[n][part] = score;
       }
     }
@@ -447,7 +458,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       total[head] *= fade[head], lift[head] *= fade[head];
     }
     u32 weights[STEPS][2];
-    if constexpr (V_ENTRIES > 0) warp_barrier();  // scores have been read where weights come
+    if constexpr (V_CORRECTED) warp_barrier();  // scores have been read where weights come
 #pragma unroll
     for (int n = 0; n < STEPS; ++n) {
       u32 steps = 0, offsets = 0;
@@ -462,9 +473,9 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         for (int head = 0; head < 2; ++head) {
           shares[head] = power_of_two(scores[n][2 * row + head] - safe[head]);
           total[head] += shares[head];
-          if constexpr (V_ENTRIES > 0)
+          if constexpr (V_CORRECTED)
             if (2 * t + head < GROUP_HEADS)
-              outliers.beside[token_of(g, n, row) * GROUP_HEADS + 2 * t + head] = shares[head] * V_UP;
+              corrections.beside[token_of(g, n, row) * GROUP_HEADS + 2 * t + head] = shares[head] * V_UP;
         }
         float up = V_UP;
         if constexpr (!V_AFFINE && V_KIND != PRODUCT) up *= half_value(u16(steps >> 16 * row));
@@ -486,12 +497,12 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
 #pragma unroll
     for (int part = 0; part < 4; ++part) under[part] *= fade[part % 2];
 
-    if constexpr (V_ENTRIES > 0) {
+    if constexpr (V_CORRECTED) {
       wait_for_copies<0>();
-      mix_outliers(outliers, fade, pair % a.heads, lane);
+      mix_corrections(corrections, fade, pair % a.heads, lane);
     }
-    if constexpr (K_ENTRIES > 0) {
-      if (more) copy_list<K_ENTRIES>(outliers.list, next.k_out, next.k_out_at, lane);
+    if constexpr (K_CORRECTED) {
+      if (more) copy_corrections<K_ENTRIES, K_RANK>(corrections, next.k_out, next.k_out_at, next.k_left, next.k_right, lane);
       commit_copies();
     }
 
@@ -583,8 +594,8 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       if constexpr (V_KIND == TOKEN && !V_AFFINE) up = power(24 - shift_of(V_BITS, 2 * n + part / 2));
       if constexpr (V_AFFINE) up = STEP_UP;
       float sum = (out[n][part] - under[part]) * up + lift[part % 2];
-      if constexpr (V_ENTRIES > 0)
-        if (head < GROUP_HEADS) sum += outliers.added[channel * GROUP_HEADS + head];
+      if constexpr (V_CORRECTED)
+        if (head < GROUP_HEADS) sum += corrections.added[channel * GROUP_HEADS + head];
       if (head < GROUP_HEADS) sums[(warp * 8 + head) * D + channel] = sum / V_UP;
     }
   if (g == 0)

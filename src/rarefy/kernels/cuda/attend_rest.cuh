@@ -82,7 +82,7 @@ device void load_token(Token& it, const Arguments& a, const u32* turns, const fl
     if constexpr (K_SPREAD)
 #pragma unroll
       for (int n = 0; n < 4; ++n) it.key[n] = it.key[n] * a.k_spread[of_head + n] + a.k_center[of_head + n];
-    add_outliers<K_ENTRIES>(it.key, p.k_out, p.k_out_at, inside, of_head);
+    if constexpr (JOINED) add_outliers<K_ENTRIES>(it.key, p.k_out, p.k_out_at, inside, of_head);
     if constexpr (TURNED)
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
@@ -95,7 +95,7 @@ device void load_token(Token& it, const Arguments& a, const u32* turns, const fl
   }
   if (it.v_coded) {
     coded_numbers<V_KIND, V_BITS, V_GROUP, true, V_OFFSET, V_PARTS>(it.value, p.v_codes, p.v_steps, p.v_zeros, a.v_table, inside, channel, heads);
-    add_outliers<V_ENTRIES>(it.value, p.v_out, p.v_out_at, inside, of_head);
+    if constexpr (JOINED) add_outliers<V_ENTRIES>(it.value, p.v_out, p.v_out_at, inside, of_head);
   } else {
     exact_numbers<EXACT>(it.value, a.v_tail, pair * (a.length - a.v_coded) + token - a.v_coded, channel);
   }

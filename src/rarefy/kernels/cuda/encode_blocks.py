@@ -83,9 +83,9 @@ class Arguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class EncodedBlocks:
-    """``codes`` int32 ``[B, H, N, words]``, ``scale`` and ``zero`` float16 ``[B, H, N, vectors, groups]``, ``values``
-    float16 and ``indices`` uint8 ``[B, H, N, vectors, entries]``, ``left`` ``[B, H, N, block, rank]`` and ``right``
-    ``[B, H, N, rank, D]`` float16, of N blocks."""
+    """``codes`` int32 ``[B, H, N, numbers / 32, bits]``, ``scale`` and ``zero`` float16 ``[B, H, N, vectors, groups]``,
+    ``values`` float16 and ``indices`` uint8 ``[B, H, N, vectors, entries]``, ``left`` ``[B, H, N, block, rank]`` and
+    ``right`` ``[B, H, N, rank, D]`` float16, of N blocks."""
 
     codes: Tensor
     scale: Tensor
@@ -99,15 +99,14 @@ class EncodedBlocks:
 def empty(code: BlockCode, x: Tensor) -> EncodedBlocks:
     """Memory for the codes of ``x [B, H, tokens, D]``."""
     lead = *x.shape[:2], x.shape[2] // code.block
-    words = code.vectors * code.length * code.num_bits // 32
 
     def halves(*shape: int) -> Tensor:
         return x.new_empty(*lead, *shape, dtype=torch.float16)
 
+    codes = x.new_empty(*lead, code.vectors * code.length // 32, code.num_bits, dtype=torch.int32)
     scale, values = halves(code.vectors, code.length // code.group), halves(code.vectors, code.entries)
     return EncodedBlocks(
-        x.new_empty(*lead, words, dtype=torch.int32), scale, torch.empty_like(scale), values,
-        torch.empty_like(values, dtype=torch.uint8), halves(code.block, code.rank), halves(code.rank, code.channels),
+        codes, scale, torch.empty_like(scale), values, torch.empty_like(values, dtype=torch.uint8), halves(code.block, code.rank), halves(code.rank, code.channels),
     )  # fmt: skip
 
 

@@ -105,9 +105,9 @@ def empty(code: BlockCode, x: Tensor) -> EncodedBlocks:
 
     codes = x.new_empty(*lead, code.vectors * code.length // 32, code.num_bits, dtype=torch.int32)
     scale, values = halves(code.vectors, code.length // code.group), halves(code.vectors, code.entries)
-    return EncodedBlocks(
-        codes, scale, torch.empty_like(scale), values, torch.empty_like(values, dtype=torch.uint8), halves(code.block, code.rank), halves(code.rank, code.channels),
-    )  # fmt: skip
+    left, right = halves(code.block, code.rank), halves(code.rank, code.channels)
+    indices = torch.empty_like(values, dtype=torch.uint8)
+    return EncodedBlocks(codes, scale, torch.empty_like(scale), values, indices, left, right)
 
 
 def arguments(

@@ -1,4 +1,4 @@
-// What fills no tile of attend.cu, token by token; and how the sums of all come together.
+// What fills no tile of attend.cu, token by token.
 
 template <int BITS> device int code_at(const u8* base, int number) {
   const int bit = number * BITS, shift = bit % 8;
@@ -147,47 +147,5 @@ device void take_rest(
       for (int part = 0; part < REST_PARTS; ++part) to[(part * GROUP_HEADS + head) * D + 4 * lane + c] = sums[part][head][c];
     }
     if (lane == 0) to[REST_PARTS * GROUP_HEADS * D + head] = top[head], to[REST_PARTS * GROUP_HEADS * D + 8 + head] = total[head];
-  }
-}
-
-// Rows of 128 numbers turned by a Hadamard matrix, by the whole block.
-device void hadamard(float* rows, int count) {
-  for (int half = 1; half < D; half *= 2) {
-    for (int n = threadIdx.x; n < count * D / 2; n += THREADS) {
-      float* at = rows + n / half * 2 * half + n % half;
-      const float first = at[0], second = at[half];
-      at[0] = first + second, at[half] = first - second;
-    }
-    block_barrier();
-  }
-}
-
-// What all blocks of a pair have found, by the last of them.
-device void merge(const Arguments& a, i64 pair) {
-  constexpr int AT_ONCE = 8;
-  const i64 row = pair * GROUP_HEADS;
-  float* shares = reinterpret_cast<float*>(pool);  // [GROUP_HEADS][splits]
-  for (int n = threadIdx.x; n < GROUP_HEADS * a.splits; n += THREADS) shares[n] = load_fresh(a.part_lse + row * a.splits + n);
-  block_barrier();
-  for (int n = threadIdx.x; n < GROUP_HEADS * D; n += THREADS) {
-    const float* own = shares + n / D * a.splits;
-    const float* from = a.part_out + (row + n / D) * a.splits * D + n % D;
-    float most = never(), sum = 0.0f, whole = 0.0f;
-    for (int split = 0; split < a.splits; ++split) most = max_of(most, own[split]);
-    const float base = most == never() ? 0.0f : most;
-    for (int split = 0; split < a.splits; split += AT_ONCE) {
-      float found[AT_ONCE];
-#pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k) found[k] = load_fresh(from + (split + k < a.splits ? split + k : split) * D);
-#pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k) {
-        const float share = split + k < a.splits ? power_of_two(own[split + k] - base) : 0.0f;
-        sum += share * found[k], whole += share;
-      }
-    }
-    const float mean = whole == 0.0f ? 0.0f : sum / whole;
-    if constexpr (QUERY == F32) static_cast<float*>(a.out)[row * D + n] = mean;
-    else static_cast<u16*>(a.out)[row * D + n] = rounded<QUERY == F16>(mean);
-    if (n % D == 0) a.lse[row + n / D] = whole == 0.0f ? never() : (base + log_of_two(whole)) * 0.6931471805599453f;
   }
 }

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import FormatError, UnsupportedError
-from rarefy.formats.grids import FloatGrid, IntegerGrid
+from rarefy.formats.grids import FloatGrid
 from rarefy.formats.grids.float import nearest
-from rarefy.formats.scales import SingleScale
 from rarefy.kernels import cuda
 from rarefy.kv.codec import Codec, Payload, prefixed
 from rarefy.kv.codecs import (
@@ -110,9 +109,8 @@ def _form(codec: Codec, channels: int, device: torch.device) -> Fast | None:
     code: Code | BlockCode | None = None
     tables: dict[str, Tensor] = {}
     match codec:
-        case Gridded(grid=IntegerGrid(zero="float", scales=SingleScale(dtype="float16")) as grid):
-            length = codec.tokens if codec.axis == "channel" else channels
-            code = Code(codec.axis, grid.num_bits, channels, min(grid.group_size or length, length), codec.tokens)
+        case Gridded(uniform=(num_bits, group)):
+            code = Code(codec.axis, num_bits, channels, group, codec.tokens)
         case Residual(parts=(Trimmed() as trimmed, *corrections)):
             code, tables = _corrected(trimmed, corrections, channels)
         case Gridded(grid=FloatGrid() as floats, axis="token") if is_float8(floats, channels):
@@ -157,13 +155,10 @@ def _corrected(trimmed: Trimmed, corrections: list[Codec], channels: int) -> tup
             low_rank, corrections = found, []
     if corrections or entries != 2 * trimmed.count or not isinstance(inner, Gridded) or inner.axis != trimmed.axis:
         return None, {}
-    grid = inner.grid
-    if not isinstance(grid, IntegerGrid) or grid.zero != "float" or grid.scales != SingleScale(dtype="float16"):
+    if inner.uniform is None:
         return None, {}
-    length = inner.tokens if inner.axis == "channel" else channels
     rank, iterations = (low_rank.rank, low_rank.iterations) if low_rank else (0, 1)
-    group = min(grid.group_size or length, length)
-    code = BlockCode(inner.axis, grid.num_bits, group, inner.tokens, channels, entries, rank, iterations)
+    code = BlockCode(inner.axis, *inner.uniform, inner.tokens, channels, entries, rank, iterations)
     return code, {"start": low_rank.start} if low_rank else {}
 
 

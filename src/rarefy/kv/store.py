@@ -77,6 +77,7 @@ class LayerStore:
     shift: Tensor | None = None  # int64 [B]: the position of token t of a row is t + shift
     started: Tensor | None = None  # bool [B]: whether a row has had a token that tells its shift
     gaps: Tensor | None = None  # bool []: whether a token was not where it tells
+    all_started: bool = False  # whether that is known of all rows, without asking a GPU
     state: dict[str, SideState] = field(default_factory=dict)
     encoder: Encoder | None = None
     plans: dict[str, Any] = field(default_factory=dict)  # what executors keep from step to step, also over `copy`
@@ -176,6 +177,12 @@ class LayerStore:
             )
         if not key.shape[2]:
             return
+        if valid is None and self.all_started:
+            if arrival.positions is not None and self.gaps is not None:
+                expected = self.positions(self.length, self.length + key.shape[2])
+                self.gaps = self.gaps | (arrival.positions != expected).any()
+            return
+        self.all_started = self.all_started or valid is None
         if valid is None:
             valid = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
         index = torch.arange(self.length, self.length + key.shape[2], device=key.device)
@@ -276,6 +283,7 @@ class LayerStore:
         twin.sink = None if self.sink is None else Sink(self.sink.keys, self.sink.values, self.sink.index)
         twin.rotary, twin.plans = self.rotary, self.plans
         twin.shift, twin.started, twin.gaps = self.shift, self.started, self.gaps
+        twin.all_started = self.all_started
         twin.state = {name: replace(state, tensors=dict(state.tensors)) for name, state in self.state.items()}
         return twin
 

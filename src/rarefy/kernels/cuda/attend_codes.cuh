@@ -80,12 +80,6 @@ template <int PARTS> device int place_of_part(int part) {
 // have the same parts, then of part `turn ^ 1`, and so on; then in order. `bank`: that of the first, times four.
 template <int PARTS> device void look_up(u32* to, const u8* table, const u32* words, int set, u32 turn, u32 bank) {
   constexpr int WORDS = PARTS / 4;
-#ifdef K_STAGES
-  constexpr int STAGES = PARTS == 8 ? K_STAGES : V_STAGES, MULTIPLIED = PARTS == 8 ? K_MULTIPLIED : V_MULTIPLIED;
-#else
-  constexpr int STAGES = PARTS == 8 ? 3 : 2, MULTIPLIED = 0;
-#endif
-  turn &= (1 << STAGES) - 1;
   const u32 *own = words + WORDS * set, order = 0x3210u ^ 0x1111u * turn;
   u32 codes[WORDS];
 #pragma unroll
@@ -96,17 +90,12 @@ template <int PARTS> device void look_up(u32* to, const u8* table, const u32* wo
     to[n] = *reinterpret_cast<const u32*>(table + 128 * set + at);
   }
 #pragma unroll
-  for (int bit = 1; bit < 1 << STAGES; bit *= 2)
+  for (int bit = 1; bit < PARTS; bit *= 2)
 #pragma unroll
     for (int n = 0; n < PARTS; ++n)
       if ((n & bit) == 0) {
         const u32 first = to[n], second = to[n + bit];
-        if (MULTIPLIED & bit) {
-          const u32 other = (second - first) * u32((turn & bit) != 0);
-          to[n] = first + other, to[n + bit] = second - other;
-        } else {
         to[n] = turn & bit ? second : first, to[n + bit] = turn & bit ? first : second;
-        }
       }
 }
 constexpr u32 evens_of(int bits, int word) {

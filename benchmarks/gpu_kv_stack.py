@@ -69,17 +69,17 @@ SPARE = 6e8  # bytes that whatever else runs takes
 SCALING = CHANNELS**-0.5
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "kivi 4 bit, g128": ("kivi", {"num_bits": 4, "group_size": 128, "residual": 128}),
-    "turbo_quant 4 bit": ("turbo_quant", {"num_bits": 4}),
     "kv_quant 4 bit": ("kv_quant", {"num_bits": 4}),
     "million 4 bit": ("million", {"width": 2, "code_bits": 8}),
-    "kv_quant 3 bit": ("kv_quant", {"num_bits": 3}),
-    "kivi 4 bit, g32": ("kivi", {"num_bits": 4}),
-    "turbo_quant 3 bit": ("turbo_quant", {"num_bits": 3}),
-    "kivi 3 bit, g128": ("kivi", {"num_bits": 3, "group_size": 128, "residual": 128}),
-    "kivi 2 bit, g128": ("kivi", {"num_bits": 2, "group_size": 128, "residual": 128}),
-    "fp8": ("fp8", {}),
     "gear 4 bit": ("gear", {"num_bits": 4}),
+    "kivi 4 bit, g32": ("kivi", {"num_bits": 4}),
+    "turbo_quant 4 bit": ("turbo_quant", {"num_bits": 4}),
+    "kv_quant 3 bit": ("kv_quant", {"num_bits": 3}),
+    "kivi 2 bit, g128": ("kivi", {"num_bits": 2, "group_size": 128, "residual": 128}),
     "gear 2 bit": ("gear", {"num_bits": 2}),
+    "kivi 3 bit, g128": ("kivi", {"num_bits": 3, "group_size": 128, "residual": 128}),
+    "turbo_quant 3 bit": ("turbo_quant", {"num_bits": 3}),
+    "fp8": ("fp8", {}),
 }
 ROTARY = Rotary(500000.0 ** -(torch.arange(CHANNELS // 2) / (CHANNELS // 2)))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rarefy.contracts import kv_recipes
-from rarefy.core.errors import FormatError
+from rarefy.core.errors import FormatError, UnsupportedError
 from rarefy.kernels.cuda import attend as decode_kernel
 from rarefy.kernels.cuda import encode as encode_kernel
 from rarefy.kernels.cuda import encode_blocks as block_kernel
@@ -139,3 +139,15 @@ def test_faults_are_told_later(emulated: list[str]) -> None:
     again.append(key * 1e30, torch.zeros_like(value))
     with pytest.raises(FormatError, match="overflows"):
         again.nbytes()
+
+
+def test_gaps_of_positions_are_told_later(emulated: list[str]) -> None:
+    key, value = tokens(96)
+    found = empty_store("kv_quant")
+    for start in (0, 32, 70):
+        positions = torch.arange(start, start + 32).repeat(2, 1)
+        arrival = Arrival(None, positions, *ROTARY.angles(positions), ROTARY)
+        found.append(key[:, :, :32], value[:, :, :32], arrival)
+    with pytest.raises(UnsupportedError, match="follow each other"):
+        found.settle()
+    assert "encode" in emulated

@@ -7,7 +7,6 @@ whose score is far below it can be left out without having seen the rest of the 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -83,7 +82,7 @@ def anchored_scores(
     if num_bits is not None and _fits(query, reach, -(-block_q // every), block_k):
         from rarefy.kernels.triton import anchored_scores as kernel
 
-        return math.log(2) * kernel.anchored_scores(
+        return kernel.anchored_scores(
             query, key, asked, kept, most=2 ** (num_bits - 1) - 1, block_q=block_q, block_k=block_k, sink=sink,
             local=local, scaling=scaling, offset=reach.offset, every=every, first=reach.first,
         )  # fmt: skip

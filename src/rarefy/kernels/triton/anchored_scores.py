@@ -131,10 +131,15 @@ def _best(
     # Two float16 are added and compared at once.
     if FLOATS:
         product = tl.dot(left, tl.trans(right), out_dtype=tl.float16)
+        if BIAS:
+            # One channel more, in the fewest that a product has: what each thread would load for itself comes with keys.
+            row = tl.arange(0, 16)
+            added = tl.load(bias + token[None, :] + row[:, None] * 0, mask=(row == 0)[:, None], other=0.0)
+            product = tl.dot(shift, added, product, out_dtype=tl.float16)
     else:
         product = tl.dot(left, tl.trans(right)).to(tl.float32)
-    if BIAS:
-        product += tl.load(bias + token).to(product.dtype)[None, :] * shift.to(product.dtype)[:, None]
+        if BIAS:
+            product += tl.load(bias + token)[None, :] * shift[:, None]
     if MASK:
         seen = ((token < tokens) & (token >= low))[None, :] & (token[None, :] <= place[:, None])
         product = tl.where(seen, product, float("-inf"))
@@ -158,7 +163,10 @@ def _anchored(
     place = tl.minimum(line * BQ + BQ, queries) - 1 - (ROWS - 1 - within) * every + offset
     at = (pair * tl.num_programs(0) + tile) * M + tl.arange(0, M)
     left = tl.load(q_codes + at[:, None] * DP + tl.arange(0, DP)[None, :])
-    shift, rate, anchor = tl.load(q_shifts + at), tl.load(q_scales + at) * scale, tl.load(anchors + at)
+    shift, rate = tl.load(q_shifts + at), tl.load(q_scales + at) * scale
+    anchor = tl.load(anchors + at) * 0.6931471805599453
+    if FLOATS:
+        shift = tl.where((tl.arange(0, 16) == 0)[None, :], shift[:, None], 0.0).to(tl.float16)
     right = k_codes + kv_head * width * DP + tl.arange(0, BN)[:, None] * DP + tl.arange(0, DP)[None, :]
     right_scales, added = k_scales + kv_head * (width // BK), bias + pair * width
     low = 0
@@ -212,12 +220,14 @@ def key_codes(
     """``key [B, Hkv, L, D]`` beyond ``key_mean`` float32 ``[B, Hkv, D]`` as whole numbers up to ``most`` either way,
     ``dtype`` ``[B, Hkv, width, D']`` with zeros behind (a quarter of them where it is a float's); a scale for each
     block, float32 ``[B, Hkv, width / block_k]``; and what ``query_mean`` float32 ``[B, H, D]`` times them is, over that
-    scale and its own greatest channel, float32 ``[B, H, width]`` (None: nothing; the scales are returned again)."""
+    scale and its own greatest channel, ``[B, H, width]`` in what products are added up in: float32, or float16 beside
+    floats (None: nothing; the scales are returned again)."""
     batch, heads, tokens, channels = key.shape
     codes = torch.empty(batch, heads, width, max(32, triton.next_power_of_2(channels)), dtype=dtype, device=key.device)
     scales = torch.empty(batch, heads, width // block_k, device=key.device)
     group = 1 if query_mean is None else query_mean.shape[1] // heads
-    bias = scales if query_mean is None else torch.empty(batch, heads * group, width, device=key.device)
+    kind = torch.float16 if dtype.is_floating_point else torch.float32
+    bias = scales if query_mean is None else torch.empty(batch, heads * group, width, dtype=kind, device=key.device)
     _keys[(width // block_k, batch * heads)](
         key, key_mean.contiguous(), key_mean if query_mean is None else query_mean.contiguous(), codes, scales, bias,
         *key.stride()[:3], tokens, width, heads, most, GROUP=group, D=channels, DP=codes.shape[3], BK=block_k,
@@ -253,9 +263,9 @@ def anchored_scores(
     sink: int, local: int, scaling: float, offset: int, every: int = 1, first: Tensor | None = None,
     tile: Tile | None = None, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """The logarithm (to base 2) of the largest share that a query of one block seems to give a key of the other, by
-    codes up to ``most`` either way, relative to the exact sum over the first ``sink`` keys and those from ``local``
-    before its block on: float32 ``[B, H, query blocks, key blocks]``, -inf out of reach.
+    """The logarithm of the largest share that a query of one block seems to give a key of the other, by codes up to
+    ``most`` either way, relative to the exact sum over the first ``sink`` keys and those from ``local`` before its
+    block on: float32 ``[B, H, query blocks, key blocks]``, -inf out of reach.
 
     ``query [B, H, Q, D]``: query ``i`` is key ``i + offset``; of each block the last and each ``every``-th before it
     are looked at, a power of two of at least 16 in all. ``key [B, Hkv, L, D]``; ``block_k`` likewise. What is rounded
@@ -277,7 +287,7 @@ def anchored_scores(
     kept = key_codes(key, key_mean, query_mean, most=most, block_k=block_k, width=width, dtype=dtype)
     out = torch.full((batch, heads, many, -(-tokens // block_k)), -torch.inf, device=query.device)
     _anchored[(lines * rows // size, batch * heads)](
-        *asked, *kept, out, out if first is None else first, queries, tokens, width, offset, scaling * LOG2E, every,
+        *asked, *kept, out, out if first is None else first, queries, tokens, width, offset, scaling, every,
         heads, many, out.shape[3], GROUP=heads // key.shape[1], DP=asked[0].shape[3], ROWS=rows, BQ=block_q,
         BK=block_k, M=size, BN=keys, BIAS=query_mean is not None, FLOATS=dtype.is_floating_point,
         FIRST=first is not None, num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -1,17 +1,20 @@
 """Attention of many queries over listed blocks of keys (FlashAttention, Dao 2023, over compressed sparse rows).
 
 One program takes one block of queries of one head and walks its list: first blocks that are seen as a whole, without a
-mask, then those whose tokens have to be masked. Tensors are read where they lie; only channels must be contiguous.
+mask, then those whose tokens have to be masked. Tensors are read where they lie; only channels must be contiguous. From
+Hopper on a copy engine fetches 16-bit keys and values block by block, which spares threads their addresses.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = 1.4426950408889634
 # block_q * block_k -> warps, stages; others take the last.
@@ -20,26 +23,30 @@ CONFIGURATIONS = {(128, 128): (8, 3), (128, 64): (4, 2), (64, 64): (4, 3), (64, 
 
 @triton.jit
 def _tile(
-    q, k_base, v_base, stride_kn, stride_vn, column, place, row, keys, window, low, high, own, segment, scale,
+    q, key, value, stride_kn, stride_vn, column, place, row, kv_head, keys, window, low, high, own, segment, scale,
     mixed, top, total,
     D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, SEGMENT: tl.constexpr,
+    WINDOW: tl.constexpr, SEGMENT: tl.constexpr, ENGINE: tl.constexpr,
 ):  # fmt: skip
     """One block of keys joins the running sum. ``place``: keys that the queries are."""
     # A load ahead of the loop may read behind the list's end, where anything may be.
     column = tl.minimum(tl.maximum(column, 0), (keys - 1) // BK)
     token, channel = column * BK + tl.arange(0, BK), tl.arange(0, DP)
-    k_at = k_base + token[:, None].to(tl.int64) * stride_kn + channel[None, :]
-    v_at = v_base + token[:, None].to(tl.int64) * stride_vn + channel[None, :]
-    if MASKED:
-        here = (token < keys)[:, None] & (channel < D)[None, :]
-        k, v = tl.load(k_at, mask=here, other=0.0), tl.load(v_at, mask=here, other=0.0)
-    elif D == DP:
-        k, v = tl.load(k_at), tl.load(v_at)
+    if ENGINE:
+        k = key.load([row.to(tl.int32), kv_head.to(tl.int32), column * BK, 0]).reshape(BK, DP)
+        v = value.load([row.to(tl.int32), kv_head.to(tl.int32), column * BK, 0]).reshape(BK, DP)
     else:
-        k = tl.load(k_at, mask=(channel < D)[None, :], other=0.0)
-        v = tl.load(v_at, mask=(channel < D)[None, :], other=0.0)
-    scores = tl.dot(q, tl.trans(k)) * scale
+        k_at = key + token[:, None].to(tl.int64) * stride_kn + channel[None, :]
+        v_at = value + token[:, None].to(tl.int64) * stride_vn + channel[None, :]
+        if MASKED:
+            here = (token < keys)[:, None] & (channel < D)[None, :]
+            k, v = tl.load(k_at, mask=here, other=0.0), tl.load(v_at, mask=here, other=0.0)
+        elif D == DP:
+            k, v = tl.load(k_at), tl.load(v_at)
+        else:
+            k = tl.load(k_at, mask=(channel < D)[None, :], other=0.0)
+            v = tl.load(v_at, mask=(channel < D)[None, :], other=0.0)
+    scores = tl.dot(q, tl.trans(k))
     if MASKED:
         seen = (token >= low) & (token < high)
         both = seen[None, :] & (place < keys)[:, None]
@@ -51,9 +58,10 @@ def _tile(
             theirs = tl.load(segment + row * keys + token, mask=token < keys, other=-2)
             both = both & (theirs[None, :] == own[:, None])
         scores = tl.where(both, scores, float("-inf"))
-    peak = tl.maximum(top, tl.max(scores, 1))
+    # The scale, which is positive, waits until it is one operation with the difference.
+    peak = tl.maximum(top, tl.max(scores, 1) * scale)
     safe = tl.where(peak == float("-inf"), 0.0, peak) if MASKED else peak
-    shares = tl.math.exp2(scores - safe[:, None])
+    shares = tl.math.exp2(scores * scale - safe[:, None])
     fade = tl.math.exp2(top - safe)
     total = total * fade + tl.sum(shares, 1)
     mixed = mixed * fade[:, None]
@@ -68,7 +76,7 @@ def _attend(
     stride_ob, stride_oh, stride_on, queries, keys, offset, window, scale, heads, rows,
     GROUP: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr,
     BK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FIRST: tl.constexpr, STOP: tl.constexpr,
-    SEGMENT: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    SEGMENT: tl.constexpr, HEADS_FIRST: tl.constexpr, ENGINE: tl.constexpr,
 ):  # fmt: skip
     # Later rows see more and come first, so that the last programs are short ones.
     if HEADS_FIRST:
@@ -85,8 +93,9 @@ def _attend(
         query + row * stride_qb + head * stride_qh + index[:, None].to(tl.int64) * stride_qn + channel[None, :],
         mask=inside, other=0.0,
     )  # fmt: skip
-    k_base = key + row * stride_kb + (head // GROUP) * stride_kh
-    v_base = value + row * stride_vb + (head // GROUP) * stride_vh
+    kv_head = head // GROUP
+    if not ENGINE:
+        key, value = key + row * stride_kb + kv_head * stride_kh, value + row * stride_vb + kv_head * stride_vh
     low, high = 0, keys
     if FIRST:
         low = tl.load(first + row).to(tl.int32)
@@ -102,13 +111,13 @@ def _attend(
     mixed = tl.zeros((BQ, DP), tl.float32)
     for entry in range(0, full):
         mixed, top, total = _tile(
-            q, k_base, v_base, stride_kn, stride_vn, tl.load(begin + entry), place, row, keys, window, low, high, own,
-            segment, scale, mixed, top, total, D, DP, BK, False, CAUSAL, WINDOW, SEGMENT,
+            q, key, value, stride_kn, stride_vn, tl.load(begin + entry), place, row, kv_head, keys, window, low, high,
+            own, segment, scale, mixed, top, total, D, DP, BK, False, CAUSAL, WINDOW, SEGMENT, ENGINE,
         )  # fmt: skip
     for entry in range(full, entries):
         mixed, top, total = _tile(
-            q, k_base, v_base, stride_kn, stride_vn, tl.load(begin + entry), place, row, keys, window, low, high, own,
-            segment, scale, mixed, top, total, D, DP, BK, True, CAUSAL, WINDOW, SEGMENT,
+            q, key, value, stride_kn, stride_vn, tl.load(begin + entry), place, row, kv_head, keys, window, low, high,
+            own, segment, scale, mixed, top, total, D, DP, BK, True, CAUSAL, WINDOW, SEGMENT, ENGINE,
         )  # fmt: skip
     sum_ = tl.where(total == 0.0, 1.0, total)
     out_at = out + row * stride_ob + head * stride_oh + index[:, None].to(tl.int64) * stride_on + channel[None, :]
@@ -116,6 +125,22 @@ def _attend(
     # A sum that is NaN has to show, so only a sum of nothing is minus infinity.
     log_sum = tl.where(total == 0.0, float("-inf"), (top + tl.math.log2(sum_)) * 0.6931471805599453)
     tl.store(lse + (row * heads + head) * queries + index, log_sum, mask=real)
+
+
+@functools.cache
+def has_engine(device: torch.device) -> bool:
+    """Whether blocks of tensors are fetched by a copy engine."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def described(x: Tensor, block_k: int) -> TensorDescriptor | None:
+    """``x [B, H, L, D]`` as the copy engine is told of it; None where there is none, or ``x`` does not lie as it asks:
+    each row of channels at a multiple of 16 bytes."""
+    strides = [stride if size > 1 else 8 for size, stride in zip(x.shape, x.stride()[:3], strict=False)]
+    fits = x.element_size() == 2 and x.data_ptr() % 16 == 0 and all(stride and stride % 8 == 0 for stride in strides)
+    if not fits or block_k > 256 or not has_engine(x.device):
+        return None
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, block_k, triton.next_power_of_2(x.shape[3])])
 
 
 def block_attention(
@@ -127,8 +152,9 @@ def block_attention(
     """Attention of ``query [B, H, Q, D]`` over the listed blocks of ``key``, ``value [B, Hkv, L, D]``.
 
     ``start``, ``whole``, ``count`` int32 ``[B, M, query blocks]`` and ``columns`` int32 as in a block map, with M a
-    divisor of H; ``first``, ``stop`` int ``[B]`` and ``segment`` int ``[B, L]`` as in its reach. The result lies as
-    ``[B, Q, H, D]`` and is returned as ``[B, H, Q, D]``, with the log-sum-exp float32 ``[B, H, Q]``.
+    divisor of H; ``first``, ``stop`` int ``[B]`` and ``segment`` int ``[B, L]`` as in its reach; ``scaling`` is above
+    zero. The result lies as ``[B, Q, H, D]`` and is returned as ``[B, H, Q, D]``, with the log-sum-exp float32 ``[B, H,
+    Q]``.
     """
     batch, heads, queries, channels = query.shape
     rows = count.shape[2]
@@ -136,16 +162,18 @@ def block_attention(
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
     warps, stages = CONFIGURATIONS.get((block_q, block_k), (4, 2))
     grid = (batch * heads, rows) if heads_first else (rows, batch * heads)
+    both = [described(x, block_k) for x in (key, value)]
+    engine = None not in both
     meta: dict[str, Any] = {
         "GROUP": heads // key.shape[1], "SHARED": heads // count.shape[1], "D": channels,
         "DP": max(16, triton.next_power_of_2(channels)), "BQ": max(16, triton.next_power_of_2(block_q)), "BK": block_k,
         "CAUSAL": causal, "WINDOW": window is not None, "FIRST": first is not None, "STOP": stop is not None,
-        "SEGMENT": segment is not None, "HEADS_FIRST": heads_first, "num_warps": num_warps or warps,
-        "num_stages": num_stages or stages,
+        "SEGMENT": segment is not None, "HEADS_FIRST": heads_first, "ENGINE": engine,
+        "num_warps": num_warps or warps, "num_stages": num_stages or stages,
     }  # fmt: skip
     none = lse
     _attend[grid](
-        query, key, value, out, lse, start, whole, count, columns,
+        query, *(both if engine else (key, value)), out, lse, start, whole, count, columns,
         none if first is None else first, none if stop is None else stop, none if segment is None else segment,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         queries, key.shape[2], offset, window or 0, scaling * LOG2E, heads, rows, **meta,

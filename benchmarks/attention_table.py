@@ -56,8 +56,9 @@ def prefill(rows: list[Row], device: str, source: str) -> list[Measured]:
         many = {name: own for name, own in times.items() if len(own) > 1}
         order = sorted(many, key=lambda name: min(many[name].items(), key=lambda pair: abs(pair[0] - 0.1))[1])
         limits: dict[str, float] = {}
-        for name in order:  # an executor goes by its fastest form
-            limits.setdefault(name.split()[0], round(break_even(many[name], extra, min(dense)), 3))
+        for name in order:  # an executor goes by the slowest form of its blocks
+            limit = round(break_even(many[name], extra, min(dense)), 3)
+            limits[name.split()[0]] = min(limit, limits.get(name.split()[0], 1.0))
         found.append(Measured(device=device, phase="prefill", tokens=tokens, executors=limits, source=source))
     return found
 

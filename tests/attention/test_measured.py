@@ -55,6 +55,17 @@ def test_the_longest_length_below_decides() -> None:
 
 
 @pytest.mark.usefixtures("known")
+def test_what_runs_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An executor that is named, or the first whose kernel has such blocks."""
+    assert limit(CPU, "prefill", 64, (16, 16), "reference") == 0.1
+    assert limit(CPU, "prefill", 64, (16, 16), "flex") == 0.4  # which nothing is known of
+    monkeypatch.setattr(executors.get("cpu"), "tiles", lambda self, block_q, block_k: block_k >= 32)
+    assert limit(CPU, "prefill", 64, (16, 16)) == 0.1 and limit(CPU, "prefill", 64, (16, 32)) == 0.4
+    assert executors.get("fa4")().tiles(128, 128) and not executors.get("fa4")().tiles(64, 64)
+    assert executors.get("triton")().tiles(1, 64) and not executors.get("triton")().tiles(64, 48)
+
+
+@pytest.mark.usefixtures("known")
 def test_plans_follow_the_table() -> None:
     report = PlanReport()
     for tokens, selector, reason in (

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.int64: "*i64"}
-TYPES[torch.float8_e4m3fn] = "*fp8e4nv"
+TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int8: "*i8", torch.int64: "*i64",
+}  # fmt: skip
 
 
 class Compiled:

@@ -23,13 +23,20 @@ __all__ = [
 ]  # fmt: skip
 
 
-def limit(device: torch.device, phase: Phase, tokens: int) -> float:
-    """The density above which dense attention was measured to be faster than what is here."""
-    for table in (measured(device, phase, tokens).executors, DEFAULT.executors):
-        for name, density in table.items():
-            executor = executors.get(name)()
-            if phase in executor.phases and executor.missing(device) is None:
-                return density
+def limit(
+    device: torch.device, phase: Phase, tokens: int, blocks: tuple[int, int] | None = None, name: str = "auto"
+) -> float:
+    """The density above which dense attention was measured to be faster than executor ``name``, or (``auto``) the
+    fastest that is here and takes ``blocks`` of so many queries by so many keys (None: of any size)."""
+    tables = (measured(device, phase, tokens).executors, DEFAULT.executors)
+    for table in tables:
+        if name in table:
+            return table[name]
+    for other, density in ((other, density) for table in tables for other, density in table.items()):
+        executor = executors.get(other)()
+        fits = blocks is None or executor.tiles(*blocks)
+        if phase in executor.phases and fits and executor.missing(device) is None:
+            return density
     return 1.0
 
 

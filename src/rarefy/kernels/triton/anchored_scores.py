@@ -132,7 +132,7 @@ def _best(
     if FLOATS:
         product = tl.dot(left, tl.trans(right), out_dtype=tl.float16)
         if BIAS:
-            # One channel more, in the fewest that a product has: what each thread would load for itself comes with keys.
+            # One channel more, in the fewest that a product has: so no thread loads for itself what comes with keys.
             row = tl.arange(0, 16)
             added = tl.load(bias + token[None, :] + row[:, None] * 0, mask=(row == 0)[:, None], other=0.0)
             product = tl.dot(shift, added, product, out_dtype=tl.float16)

@@ -85,21 +85,19 @@ def _queries(
     base = key + row * stride_kb + head // GROUP * stride_kh + channel[None, :]
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    # Sinks, then neighbours; where they meet, keys of both are neighbours.
-    for part in tl.static_range(2):
-        start = 0 if part == 0 else begin
-        end = tl.minimum(sink, begin) if part == 0 else stop
-        for at_key in range(start, end, BN):
-            token = at_key + tl.arange(0, BN)
-            there = (token < end)[:, None] & inside[None, :]
-            k = tl.load(base + token[:, None].to(tl.int64) * stride_kn, mask=there, other=0.0)
-            scores = tl.dot(q, tl.trans(k)) * scale
-            seen = ((token < end) & (token >= low))[None, :] & (token[None, :] <= place[:, None])
-            scores = tl.where(seen, scores, float("-inf"))
-            peak = tl.maximum(top, tl.max(scores, 1))
-            safe = tl.where(peak == float("-inf"), 0.0, peak)
-            total = total * tl.math.exp2(top - safe) + tl.sum(tl.math.exp2(scores - safe[:, None]), 1)
-            top = peak
+    # Sinks and neighbours, side by side; where they meet, keys of both are neighbours.
+    sinks = tl.minimum(sink, begin)
+    for at_key in range(0, sinks + stop - begin, BN):
+        number = at_key + tl.arange(0, BN)
+        token = tl.where(number < sinks, number, number - sinks + begin)
+        there = (token < stop)[:, None] & inside[None, :]
+        k = tl.load(base + token[:, None].to(tl.int64) * stride_kn, mask=there, other=0.0)
+        scores = tl.dot(q, tl.trans(k))
+        scores = tl.where((token >= low)[None, :] & (token[None, :] <= place[:, None]), scores, float("-inf"))
+        peak = tl.maximum(top, tl.max(scores, 1) * scale)
+        safe = tl.where(peak == float("-inf"), 0.0, peak)
+        total = total * tl.math.exp2(top - safe) + tl.sum(tl.math.exp2(scores * scale - safe[:, None]), 1)
+        top = peak
     # Codes are of keys without their mean, which takes as much off every score of a row.
     mean = tl.load(key_mean + (row * (heads // GROUP) + head // GROUP) * D + channel, mask=inside, other=0.0)
     values = q.to(tl.float32)
@@ -239,7 +237,7 @@ def key_codes(
 def query_codes(
     query: Tensor, key: Tensor, query_mean: Tensor, key_mean: Tensor, *, most: int, block_q: int, block_k: int,
     rows: int, lines: int, every: int, sink: int, local: int, scaling: float, offset: int, first: Tensor | None = None,
-    dtype: torch.dtype = torch.int8, num_warps: int = 4,
+    dtype: torch.dtype = torch.int8, keys: int = 64, num_warps: int = 4, num_stages: int = 3,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Of each block of ``query [B, H, Q, D]`` the ``rows`` that are looked at, beyond ``query_mean`` float32 ``[B, H,
     D]``: codes as in `key_codes` ``[B, H, lines * rows, D']``, and float32 ``[B, H, lines * rows]`` the scale of a
@@ -253,7 +251,8 @@ def query_codes(
         query, key, query_mean.contiguous(), key_mean.contiguous(), codes, scales, shifts, anchors,
         anchors if first is None else first, *query.stride()[:3], *key.stride()[:3], queries, key.shape[2], offset,
         scaling * LOG2E, most, sink, local, every, heads, GROUP=heads // key.shape[1], D=channels, DP=wide, ROWS=rows,
-        BQ=block_q, BK=block_k, BN=64, FIRST=first is not None, FLOATS=dtype.is_floating_point, num_warps=num_warps,
+        BQ=block_q, BK=block_k, BN=keys, FIRST=first is not None, FLOATS=dtype.is_floating_point, num_warps=num_warps,
+        num_stages=num_stages,
     )  # fmt: skip
     return codes, scales, shifts, anchors
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from rarefy.attention.call import Call
 from rarefy.attention.estimators.base import Estimator
 from rarefy.attention.estimators.rows import by_blocks, kernel_serves, looked_at, pieces, seen
-from rarefy.attention.pooling import mean, pooled
+from rarefy.attention.pooling import in_one_read, mean, pooled
 from rarefy.attention.reach import Blocks, Reach
 from rarefy.core.errors import OptionError
 
@@ -140,7 +140,7 @@ def _by_kernel(
 
 def _overlapping_means(x: Tensor, stride: int) -> Tensor:
     """Means of windows ``x [B, H, N, size, D]``, ``stride`` apart, in its dtype, with one read of each token."""
-    if not x.shape[2] or x.shape[3] == stride:
+    if not x.shape[2] or x.shape[3] == stride or in_one_read(x):
         return mean(x, None)
     last = x[:, :, -1, stride:].unflatten(2, (-1, stride))
     steps = torch.cat([part.mean(3, dtype=torch.float32) for part in (x[:, :, :, :stride], last)], 2)

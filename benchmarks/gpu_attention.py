@@ -300,7 +300,7 @@ def prefill(clock: Clock, tokens: int, rounds: int, peers: dict[str, float]) -> 
     rows: list[Row] = []
     reach = Reach.last(tokens, tokens)
     for label, (estimator, selector) in plans().items():
-        plan = AttentionPlan(estimator, selector, Policy(dense_below=0), 128, 128, "query", "auto")
+        plan = AttentionPlan(estimator, selector, Policy(dense_below=0, max_density=1.0), 128, 128, "query", "auto")
         blocks = reach.blocks(128, 128, torch.device(DEVICE))
 
         def call(plan: AttentionPlan = plan) -> Any:
@@ -332,6 +332,7 @@ def prefill(clock: Clock, tokens: int, rounds: int, peers: dict[str, float]) -> 
                     "from_idle": round(idle, 4),
                     "peer_milliseconds": round(peers[peer], 4),
                     "ratio": round(peers[peer] / times["whole"], 3),
+                    "estimator": estimator.label,
                     "estimator_share": round(times["estimate"] / peers[peer], 4),
                     "estimator_and_selection_share": round(times["map"] / peers[peer], 4),
                     "rounds": rounds,

@@ -155,7 +155,7 @@ def measure(clock: Clock, tokens: int, density: float, rounds: int, only: str) -
     for name, value_ in peers.items():
         print(f"  {tokens} dense {name}: {value_:.3f} ms", flush=True)
     rows: list[Row] = []
-    for name in plans(density):
+    for name, (estimator, *_) in plans(density).items():
         if f"{name} | whole" not in times:
             continue
         estimate, execute, whole = (times.get(f"{name} | {part}") for part in ("estimate", "execute", "whole"))
@@ -172,6 +172,7 @@ def measure(clock: Clock, tokens: int, density: float, rounds: int, only: str) -
                 "goal": "A8", "job": f"{name}, {density:.0%}", "tokens": tokens, "peer": f"{peer}, dense",
                 "ratio": t / whole, "milliseconds": whole, "estimate_milliseconds": estimate,
                 "execute_milliseconds": execute, "peer_milliseconds": t, "share": estimate / fastest,
+                "estimator": estimator.label,
             })  # fmt: skip
     return rows
 

@@ -16,6 +16,11 @@ class Estimator(ABC):
     """Scores of blocks. What is kept of old keys goes into ``call.source.state`` through `pooled`, never into the
     estimator, which serves all sequences at once."""
 
+    @property
+    def label(self) -> str:
+        """What it is called where its time was measured."""
+        return type(self).__name__
+
     @abstractmethod
     def scores(self, call: Call, blocks: Blocks) -> Tensor:
         """Float32 ``[B, M, query blocks, key blocks]`` for the call's mask heads: the logarithm of a block's share of

@@ -33,6 +33,10 @@ class LowBitProducts(Estimator):
             "num_bits": num_bits, "sink": sink, "local": local, "smooth": smooth, "every": every,
         }  # fmt: skip
 
+    @property
+    def label(self) -> str:
+        return f"{super().label}, every {self.options['every']}"
+
     def scores(self, call: Call, blocks: Blocks) -> Tensor:
         found = anchored_scores(
             call.query, call.source.keys(), call.reach, scaling=call.scaling, block_q=blocks.block_q,

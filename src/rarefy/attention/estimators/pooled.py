@@ -22,6 +22,10 @@ class PooledMeans(Estimator):
     def __init__(self, likeness: float | None = None):
         self.likeness = likeness
 
+    @property
+    def label(self) -> str:
+        return super().label + ("" if self.likeness is None else " with likeness")
+
     def scores(self, call: Call, blocks: Blocks) -> Tensor:
         name = f"means of {blocks.block_k}" + ("" if self.likeness is None else ", with likeness")
         kept = pooled(call.source, name, blocks.block_k, self._summary, valid=call.valid)

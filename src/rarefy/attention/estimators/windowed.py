@@ -33,6 +33,10 @@ class WindowMeans(Estimator):
             raise OptionError(f"Windows of {size} keys, {stride} apart, do not fit together; use whole multiples.")
         self.size, self.stride, self.coarse, self.every = size, stride, coarse, every
 
+    @property
+    def label(self) -> str:
+        return f"{super().label}, every {self.every}"
+
     def scores(self, call: Call, blocks: Blocks) -> Tensor:
         if blocks.block_k % self.stride:
             raise OptionError(f"Blocks of {blocks.block_k} keys are no multiple of the stride {self.stride}.")

@@ -24,20 +24,24 @@ __all__ = [
 
 
 def limit(
-    device: torch.device, phase: Phase, tokens: int, blocks: tuple[int, int] | None = None, name: str = "auto"
-) -> float:
-    """The density above which dense attention was measured to be faster than executor ``name``, or (``auto``) the
-    fastest that is here and takes ``blocks`` of so many queries by so many keys (None: of any size)."""
-    tables = (measured(device, phase, tokens).executors, DEFAULT.executors)
+    device: torch.device, phase: Phase, tokens: int, *, blocks: tuple[int, int] | None = None, name: str = "auto",
+    estimator: str = "",
+) -> float:  # fmt: skip
+    """The density above which dense attention was measured to be faster than executor ``name`` (``auto``: the fastest
+    that is here and takes ``blocks`` of so many queries by so many keys; None: of any size), after what the estimator
+    of that label takes."""
+    known = measured(device, phase, tokens)
+    left = max(0.0, 1 - known.estimators.get(estimator, 0.0))
+    tables = (known.executors, DEFAULT.executors)
     for table in tables:
         if name in table:
-            return table[name]
+            return table[name] * left
     for other, density in ((other, density) for table in tables for other, density in table.items()):
         executor = executors.get(other)()
         fits = blocks is None or executor.tiles(*blocks)
         if phase in executor.phases and fits and executor.missing(device) is None:
-            return density
-    return 1.0
+            return density * left
+    return left
 
 
 def choose(

@@ -96,7 +96,9 @@ def window_shares(
     windows, with their size and stride.
     """
     if kernel_serves(query, reach) and windows.shape[2]:
-        return _by_kernel(query, windows, reach, scaling, block_q, size, stride, coarse, every)
+        return _by_kernel(
+            query, windows, reach, coarse, scaling=scaling, block_q=block_q, size=size, stride=stride, every=every
+        )
     kv_heads, number = windows.shape[1], windows.shape[2]
     keys = windows.float().mT.unsqueeze(2)
     found = []
@@ -121,22 +123,12 @@ def window_shares(
 
 
 def _by_kernel(
-    query: Tensor,
-    windows: Tensor,
-    reach: Reach,
-    scaling: float,
-    block_q: int,
-    size: int,
-    stride: int,
-    coarse: tuple[Tensor, int, int] | None = None,
-    every: int = 1,
+    query: Tensor, windows: Tensor, reach: Reach, coarse: tuple[Tensor, int, int] | None = None, **given: Any
 ) -> Tensor:
+    """`window_shares` by two kernels, with its other options as they are."""
     from rarefy.kernels.triton import window_shares as kernel
 
-    given: dict[str, Any] = {
-        "block_q": block_q, "size": size, "stride": stride, "scaling": scaling, "offset": reach.offset, "every": every,
-        "first": reach.first,
-    }  # fmt: skip
+    given |= {"offset": reach.offset, "first": reach.first}
     longer, long, step = (None, 0, 0) if coarse is None or not coarse[0].shape[2] else coarse
     totals = kernel.window_totals(query, windows, longer, coarse_size=long, coarse_stride=step, **given)
     return kernel.window_shares(query, windows, totals, **given)

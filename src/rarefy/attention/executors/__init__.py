@@ -1,5 +1,7 @@
 """Executors: exact attention over the blocks of a map, all with the same result."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -16,11 +18,15 @@ from rarefy.attention.measured import DEFAULT, measured
 from rarefy.attention.policy import Phase
 from rarefy.attention.source import Source
 from rarefy.core.errors import UnsupportedError
+from rarefy.core.logs import logger
 
 __all__ = [
     "Cpu", "Executor", "FlashAttention4", "Flex", "Native", "Reference", "Trainable", "Triton", "choose", "executors",
     "limit",
 ]  # fmt: skip
+
+
+log = logger(__name__)
 
 
 def limit(
@@ -63,8 +69,20 @@ def choose(
     if query.requires_grad:
         return Trainable()
     tokens = source.length * (query.shape[0] if phase == "decode" else 1)
+    refusals: list[str] = []
     for other in dict.fromkeys((*measured(query.device, phase, tokens).executors, *DEFAULT.executors)):
         executor = executors.get(other)()
-        if executor.refusal(query, source, block_map, softcap) is None:
+        reason = executor.refusal(query, source, block_map, softcap)
+        if reason is None:
+            if isinstance(executor, Reference):
+                _tell_slow(query.device.type, tuple(refusals))
             return executor
+        refusals.append(f"{other}: {reason}")
     return Reference()
+
+
+@functools.cache
+def _tell_slow(device: str, refusals: tuple[str, ...]) -> None:
+    """Say once that attention is right and slow, and why nothing faster runs."""
+    why = "; ".join(refusals) or "it is the first of the measured table"
+    log.warning("Sparse attention runs by the reference on this %s, which is slow (%s).", device, why)

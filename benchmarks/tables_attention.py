@@ -175,6 +175,30 @@ def plan_table(goal: str) -> str:
     return "\n\n".join(parts) or UNMEASURED
 
 
+def tile_table() -> str:
+    """What executors take for blocks and what for the ends of a tile of queries, from a line through their times."""
+    parts = []
+    for data in results("*/gpu_attention.json"):
+        rows = [row for row in data["rows"] if row["goal"] == "execution"]
+        by: dict[tuple[int, str], Rows] = {}
+        for row in sorted(rows, key=lambda row: (row["tokens"], row["job"])):
+            by.setdefault((row["tokens"], row["job"].rpartition(", ")[2]), []).append(row)
+        lines = ["| tokens | executor | of cuDNN's rate within a tile | ends of a tile, in blocks |", "|---" * 4 + "|"]
+        for (tokens, name), own in by.items():
+            if len(own) < 3:
+                continue
+            line = statistics.linear_regression(
+                [row["measured_density"] for row in own], [row["milliseconds"] for row in own]
+            )
+            block = int(name.rpartition("x")[2]) if "x" in name else 128
+            visible = (tokens / block + 1) / 2  # blocks that a tile sees, in the mean
+            rate = own[0]["peer_milliseconds"] / line.slope
+            lines.append(f"| {tokens:,} | {name} | {rate:.2f} | {line.intercept / line.slope * visible:.1f} |")
+        if len(lines) > 2:
+            parts.append("\n".join([*lines, "", measured_on({**data, "rows": rows})]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
 def break_even_table() -> str:
     """Up to which density a plan beats dense attention, by length: what the policy goes by."""
     parts = []
@@ -236,6 +260,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-training": sparse_training_table,
     "attention-estimators": estimator_table,
     **{f"attention-{goal}": partial(plan_table, goal) for goal in ("prefill", "execution", "decode")},
+    "attention-tiles": tile_table,
     "attention-break-even": break_even_table,
     "attention-cpu": cpu_plan_table,
 }

@@ -181,31 +181,12 @@ def tune(clock: Clock, tokens: int, rounds: int) -> None:
     for block_q, block_k, heads in ((128, 128, HEADS), (128, 64, HEADS), (64, 64, HEADS), (128, 64, KV_HEADS)):
         block_map = random_map(tokens, 0.1, block_q, block_k, heads)
         calls: Timed = {}
-        for warps, stages, first in (
-            (4, 2, False),
-            (4, 3, False),
-            (8, 2, False),
-            (8, 3, False),
-            (8, 2, True),
-            (4, 3, True),
-        ):
-            calls[f"{warps} warps, {stages} stages{', heads first' if first else ''}"] = (
-                lambda block_map=block_map, block_q=block_q, block_k=block_k, warps=warps, stages=stages, first=first: (
+        for warps, stages in ((4, 2), (4, 3), (8, 2), (8, 3)):
+            calls[f"{warps} warps, {stages} stages"] = (
+                lambda block_map=block_map, block_q=block_q, block_k=block_k, warps=warps, stages=stages: (
                     block_attention(
-                        query,
-                        key,
-                        value,
-                        block_map.start,
-                        block_map.whole,
-                        block_map.count,
-                        block_map.columns,
-                        block_q=block_q,
-                        block_k=block_k,
-                        scaling=SCALING,
-                        offset=0,
-                        causal=True,
-                        heads_first=first,
-                        num_warps=warps,
+                        query, key, value, block_map.start, block_map.whole, block_map.count, block_map.columns,
+                        block_q=block_q, block_k=block_k, scaling=SCALING, offset=0, causal=True, num_warps=warps,
                         num_stages=stages,
                     )
                 )

@@ -108,6 +108,7 @@ def plans(density: float) -> dict[str, tuple[Estimator, int, int, str, Selector 
         "infllm_v2 64x64, every 4th query": (WindowMeans(32, 16, (128, 64), every=4), 64, 64, "kv", TopK(density)),
         "infllm_v2 128x128, every 4th query": (WindowMeans(32, 16, (128, 64), every=4), 128, 128, "kv", TopK(density)),
         "sale 64x32": (LowBitProducts(), 64, 32, "query", None),
+        "sale 64x64": (LowBitProducts(sink=64), 64, 64, "query", None),
         "sale 128x128": (LowBitProducts(sink=128), 128, 128, "query", None),
         "sale 64x32, every 4th query": (LowBitProducts(every=4), 64, 32, "query", None),
         "sale 64x64, every 4th query": (LowBitProducts(sink=64, every=4), 64, 64, "query", None),

@@ -83,6 +83,24 @@ def test_blocks_that_a_copy_engine_fetches_are_those_that_threads_load(
     assert block_attention.described(key[:1, :1, :, :16], 16) is not None
 
 
+@pytest.mark.parametrize(("block_q", "block_k"), [(8, 32), (24, 64), (16, 16)])
+def test_large_blocks_are_taken_in_parts_and_heads_that_share_a_list_at_once(
+    block_q: int, block_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_attention, "KEYS", 16)
+    for queries, heads in ((100, 2), (37, 8), (100, 1)):
+        reach = Reach.last(queries, 100)
+        query = torch.randn(1, 8, queries, 16, device=DEVICE)
+        source = Plain(*(torch.randn(1, 2, 100, 16, device=DEVICE) for _ in range(2)))
+        block_map = random_map(reach, 1, heads, block_q, block_k)
+        for packed in (128, 16):
+            monkeypatch.setattr(block_attention, "QUERIES", packed)
+            found, lse = Triton().run(query, source, block_map, 0.3)
+            expected, expected_lse = Reference().run(query, source, block_map, 0.3)
+            torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(lse, expected_lse, rtol=2e-3, atol=2e-3)
+
+
 def test_blocks_that_are_not_listed_are_not_read() -> None:
     reach = Reach.last(64, 64)
     keep = torch.zeros(1, 1, 4, 4, dtype=torch.bool, device=DEVICE)

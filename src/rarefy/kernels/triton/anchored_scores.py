@@ -196,12 +196,22 @@ def _anchored(
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys of one product, and how a program that takes it is built."""
+    """Queries and keys of one product, and how a program that takes it is built: with at most ``registers`` for each
+    thread (None: as many as it likes), so that two programs fit where one would wait for its products alone."""
 
     rows: int = 128
     keys: int = 128
     num_warps: int = 8
     num_stages: int = 3
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """How its kernel is launched."""
+        own = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return own if self.registers is None else {**own, "maxnreg": self.registers}
+
+
+OF_FLOATS, OF_INTEGERS = Tile(rows=256, registers=128), Tile()
 
 
 def code_type(most: int, device: torch.device) -> torch.dtype:
@@ -237,7 +247,7 @@ def key_codes(
 def query_codes(
     query: Tensor, key: Tensor, query_mean: Tensor, key_mean: Tensor, *, most: int, block_q: int, block_k: int,
     rows: int, lines: int, every: int, sink: int, local: int, scaling: float, offset: int, first: Tensor | None = None,
-    dtype: torch.dtype = torch.int8, keys: int = 64, num_warps: int = 4, num_stages: int = 3,
+    dtype: torch.dtype = torch.int8, keys: int = 64, num_warps: int = 4, num_stages: int = 2,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Of each block of ``query [B, H, Q, D]`` the ``rows`` that are looked at, beyond ``query_mean`` float32 ``[B, H,
     D]``: codes as in `key_codes` ``[B, H, lines * rows, D']``, and float32 ``[B, H, lines * rows]`` the scale of a
@@ -271,13 +281,13 @@ def anchored_scores(
     are queries beyond ``query_mean`` float32 ``[B, H, D]`` (None: as they are) and keys beyond ``key_mean`` ``[B, Hkv,
     D]``. Keys before ``first`` int ``[B]`` are padding.
     """
-    tile = tile or Tile()
+    dtype = dtype or code_type(most, query.device)
+    tile = tile or (OF_FLOATS if dtype.is_floating_point else OF_INTEGERS)
     batch, heads, queries, channels = query.shape
     tokens = key.shape[2]
     rows, many, keys = -(-block_q // every), -(-queries // block_q), max(tile.keys, block_k)
     size = max(tile.rows, rows)
     lines, width = triton.cdiv(many, size // rows) * (size // rows), triton.cdiv(tokens, keys) * keys
-    dtype = dtype or code_type(most, query.device)
     moved = query_mean if query_mean is not None else torch.zeros(batch, heads, channels, device=query.device)
     asked = query_codes(
         query, key, moved, key_mean, most=most, block_q=block_q, block_k=block_k, rows=rows, lines=lines, every=every,
@@ -289,6 +299,6 @@ def anchored_scores(
         *asked, *kept, out, out if first is None else first, queries, tokens, width, offset, scaling, every,
         heads, many, out.shape[3], GROUP=heads // key.shape[1], DP=asked[0].shape[3], ROWS=rows, BQ=block_q,
         BK=block_k, M=size, BN=keys, BIAS=query_mean is not None, FLOATS=dtype.is_floating_point,
-        FIRST=first is not None, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        FIRST=first is not None, **tile.options(),
     )  # fmt: skip
     return out

@@ -32,7 +32,7 @@ from rarefy.attention.source import Plain, Stored
 from rarefy.core.errors import UnsupportedError
 from rarefy.kv.codecs import Exact
 from rarefy.kv.plan import LayerCodecs
-from rarefy.kv.rotary import Rotary
+from rarefy.kv.rotary import Rotary, unrotate
 from rarefy.kv.store import LayerStore
 from tests.attention.maps import REACHES, tensors, token_mask
 
@@ -227,9 +227,11 @@ def test_rotary_embedding_can_be_undone() -> None:
     call = Call(turned, source, Reach.last(10, 40), 0.3, **given)
     torch.testing.assert_close(call.query_before_rope(), query, rtol=1e-4, atol=1e-5)
     for start in (32, 16):  # new ones, and others of earlier passes
-        torch.testing.assert_close(call.keys_before_rope(start, 40), key[:, :, start:], rtol=1e-4, atol=1e-5)
+        cos, sin = call.key_angles(torch.arange(start, 40))
+        before = unrotate(source.keys(start, 40), cos[:, None], sin[:, None])
+        torch.testing.assert_close(before, key[:, :, start:], rtol=1e-4, atol=1e-5)
     with pytest.raises(UnsupportedError, match="can be computed anew"):
-        replace(call, find_rotary=None).keys_before_rope(16, 40)
+        replace(call, find_rotary=None).key_angles(torch.arange(16, 40))
     with pytest.raises(UnsupportedError, match="does not tell its rotary embedding"):
         call_of(Reach.last(10, 40)).query_before_rope()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rarefy.attention.call import Call
-from rarefy.attention.estimators import Estimator
+from rarefy.attention.estimators import Estimator, PooledMeans
 from rarefy.attention.estimators.gated import Gated
 from rarefy.attention.estimators.low_bit import LowBitProducts
 from rarefy.attention.estimators.windowed import WindowMeans
@@ -42,12 +42,15 @@ def gates(maps: int, device: str) -> Estimator:
 
 
 @pytest.mark.parametrize(("queries", "keys", "padded"), [(1000, 1000, False), (512, 2048, False), (640, 640, True)])
-@pytest.mark.parametrize("name", ["gate", "gate of a group", "windows", "coarse windows", "low bit", "sampled low bit"])
+@pytest.mark.parametrize(
+    "name", ["means", "gate", "gate of a group", "windows", "coarse windows", "low bit", "sampled low bit"]
+)
 def test_scores_are_those_of_the_host(name: str, queries: int, keys: int, padded: bool) -> None:
     query, key = (torch.randn(2, n, h, 128).bfloat16().transpose(1, 2) for n, h in ((queries, 8), (keys, 2)))
     found = []
     for device in ("cuda", "cpu"):
         make = {
+            "means": lambda: PooledMeans(0.0),
             "gate": lambda device=device: gates(8, device), "gate of a group": lambda device=device: gates(2, device),
             "windows": lambda: WindowMeans(32, 16), "coarse windows": lambda: WindowMeans(32, 16, (128, 64)),
             "low bit": lambda: LowBitProducts(sink=64), "sampled low bit": lambda: LowBitProducts(sink=64, every=4),
@@ -55,7 +58,7 @@ def test_scores_are_those_of_the_host(name: str, queries: int, keys: int, padded
         wide = torch.bfloat16 if device == "cuda" else torch.float32
         first = torch.tensor([0, 77], device=device) if padded else None
         call = call_of(query.to(device, wide), key.to(device, wide), first)
-        maps = 8 if name == "gate" or "low bit" in name else 2
+        maps = 8 if name in ("gate", "means") or "low bit" in name else 2
         call = replace(call, mask_heads=maps)
         found.append(make().scores(call, call.reach.blocks(64, 64, torch.device(device))).cpu())
     ours, theirs = found

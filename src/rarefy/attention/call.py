@@ -61,12 +61,6 @@ class Call:
         cos, sin = self.query_angles()
         return unrotate(self.query, cos[:, None], sin[:, None])
 
-    def keys_before_rope(self, start: int, stop: int) -> Tensor:
-        """Keys ``[start, stop)`` as they were before rotary embedding, float32. Raises UnsupportedError where it is not
-        known, as for keys of earlier passes it may be."""
-        cos, sin = self.key_angles(torch.arange(start, stop, device=self.query.device))
-        return unrotate(self.source.keys(start, stop), cos[:, None], sin[:, None])
-
     def key_angles(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Cos and sin ``[B or 1, n, rotated channels]``, float32, of the keys at ``places [n]``. Those of earlier
         passes are counted back from the newest token; places beyond it may have any."""

@@ -113,4 +113,7 @@ class AttentionPlan:
         if self.policy.max_density is not None:
             return self.policy.max_density
         rows = call.query.shape[0] if call.phase == "decode" else 1
-        return limit(call.query.device, call.phase, call.reach.keys * rows)
+        return limit(
+            call.query.device, call.phase, call.reach.keys * rows, name=self.executor, estimator=self.estimator.label,
+            blocks=(min(self.block_q, call.query.shape[2]), self.block_k),
+        )  # fmt: skip

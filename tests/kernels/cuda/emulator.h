@@ -110,7 +110,6 @@ device float sum_of(int count, float value) {
 }
 template <int LANES_> device float sum_of_lanes(float value) { return sum_of(LANES_, value); }
 device float sum_of_four(float value) { return sum_of(4, value); }
-device float sum_of_eight(float value) { return sum_of(8, value); }
 device float sum_of_warp(float value) { return sum_of(32, value); }
 device unsigned of_lane(unsigned value, int lane) {
   const int thread = emulator::current;

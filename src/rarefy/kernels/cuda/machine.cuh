@@ -147,7 +147,6 @@ template <int LANES> device float sum_of_lanes(float value) {
   return value;
 }
 device float sum_of_four(float value) { return sum_of_lanes<4>(value); }
-device float sum_of_eight(float value) { return sum_of_lanes<8>(value); }
 device float absolute(float value) { return fabsf(value); }
 device float max_of(float a, float b) { return fmaxf(a, b); }
 device float quotient(float a, float b) { return __fdividef(a, b); }  // but for the last bits

@@ -163,6 +163,7 @@ device unsigned votes(bool ours) {
   warp_barrier();
   return found;
 }
+device int ones_of(unsigned word) { return __builtin_popcount(word); }
 device int lowest_of(uint64_t word) { return __builtin_ctzll(word); }
 device unsigned bits_of(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
 device unsigned bf16_pair(float low, float high) { return rounded<false>(low) | unsigned(rounded<false>(high)) << 16; }

@@ -179,6 +179,7 @@ device u32 of_lane_xor(u32 value, int distance) { return __shfl_xor_sync(0xFFFFF
 device float of_lane_xor(float value, int distance) { return __shfl_xor_sync(0xFFFFFFFFu, value, distance); }
 // Which lanes say so.
 device u32 votes(bool ours) { return __ballot_sync(0xFFFFFFFFu, ours); }
+device int ones_of(u32 word) { return __popc(word); }
 device int lowest_of(unsigned long long word) { return __ffsll(word) - 1; }  // of its ones
 device u32 bits_of(float value) { return __float_as_uint(value); }
 device u32 bf16_pair(float low, float high) {

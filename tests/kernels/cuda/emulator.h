@@ -112,7 +112,6 @@ device float sum_of(int count, float value) {
 }
 template <int LANES_> device float sum_of_lanes(float value) { return sum_of(LANES_, value); }
 device float sum_of_four(float value) { return sum_of(4, value); }
-device float sum_of_eight(float value) { return sum_of(8, value); }
 device float sum_of_warp(float value) { return sum_of(32, value); }
 device unsigned of_lane(unsigned value, int lane) {
   const int thread = emulator::current;
@@ -166,6 +165,7 @@ device unsigned votes(bool ours) {
   warp_barrier();
   return found;
 }
+device int ones_of(unsigned word) { return __builtin_popcount(word); }
 device int lowest_of(uint64_t word) { return __builtin_ctzll(word); }
 device unsigned bits_of(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
 device unsigned bf16_pair(float low, float high) { return rounded<false>(low) | unsigned(rounded<false>(high)) << 16; }

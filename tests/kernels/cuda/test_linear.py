@@ -11,7 +11,7 @@ from rarefy.formats.patterns import Groups
 from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms import Quantized, Sparse, Term
 from rarefy.kernels.activations import quantize_tokens
-from rarefy.kernels.cuda.linear import _decode, _rows_of, dense_sum, terms_of
+from rarefy.kernels.cuda.linear import _decode
 from rarefy.kernels.cuda.prepared import NotCovered, prepare
 from rarefy.kernels.cuda.program import Tuning
 from rarefy.kernels.prepared import flat
@@ -65,14 +65,6 @@ def test_every_covered_grid(name: str) -> None:
         assert relative(weight, term.decode().double()) < 6e-4
     else:
         assert torch.equal(weight, term.decode().half())
-
-
-@pytest.mark.parametrize("name", ["int4-integer", "int3-bilevel-float", "int8-g128", "lut4-groups", "nf4", "binary1"])
-def test_some_rows_of_a_term(name: str) -> None:
-    made = prepare(*quantized({**GRIDS, **OTHERS}[name], PATTERNS["full"], 90, 300).operation())
-    (whole,) = terms_of(*flat([made])[:3])
-    for first, last in ((0, 32), (32, 64), (64, 90)):
-        assert torch.equal(dense_sum([_rows_of(whole, first, last)]), dense_sum([whole])[first:last])
 
 
 @pytest.mark.parametrize(

@@ -199,11 +199,11 @@ typedef SpreadScales StepScales;
 typedef Scales StepScales;
 #endif
 
-// ---- Outliers: eight lanes a row, each with every eighth entry; the block's first share of columns takes them all.
+// ---- Outliers: some lanes a row, each with every so many-th entry; the block's first share of columns takes them all.
 // Entries are on their way before activations are waited for, and what these meet after the first step of the product.
 
-constexpr int TURNS = (ROWS * 8 + THREADS - 1) / THREADS;
-constexpr int AHEAD = 3;  // entries of a lane that are fetched so
+constexpr int LANES = THREADS >= 16 * ROWS ? 16 : 8, AHEAD = LANES == 16 ? 2 : 3;  // of a row, entries of each
+constexpr int TURNS = (ROWS * LANES + THREADS - 1) / THREADS;
 
 #if OUTLIERS
 struct Outliers {
@@ -215,7 +215,7 @@ struct Outliers {
 device void begin_outliers(Outliers& own, const Arguments& a) {
 #pragma unroll
   for (int turn = 0; turn < TURNS; ++turn) {
-    const int within = (turn * THREADS + threadIdx.x) / 8, row = row_of_block(a, within);
+    const int within = (turn * THREADS + threadIdx.x) / LANES, row = row_of_block(a, within);
     const bool real = row < a.rows && within < ROWS && blockIdx.y == 0;
     own.end[turn] = real ? load_once(a.row_ptr + row + 1) : 0;
     own.begin[turn] = real ? load_once(a.row_ptr + row) : 0;
@@ -228,10 +228,10 @@ device void begin_outliers(Outliers& own, const Arguments& a) {
 device void fetch_entries(Outliers& own, const Arguments& a, int turn) {
 #pragma unroll
   for (int n = 0; n < AHEAD; ++n) {
-    const u32 at = own.begin[turn] + threadIdx.x % 8 + 8 * n;
+    const u32 at = own.begin[turn] + threadIdx.x % LANES + LANES * n;
     own.entries[turn][n] = at < own.end[turn] ? load_once(a.entries + at) : 0;
   }
-  own.begin[turn] += 8 * AHEAD;
+  own.begin[turn] += LANES * AHEAD;
 }
 
 device void add_entries(Outliers& own, const Arguments& a, int turn, int first_token, bool is_gathered) {
@@ -264,12 +264,12 @@ device void end_outliers(Outliers& own, const Arguments& a, int first_token, flo
       fetch_entries(own, a, turn);
       add_entries(own, a, turn, first_token, false);
     }
-    const int row = (turn * THREADS + threadIdx.x) / 8;
+    const int row = (turn * THREADS + threadIdx.x) / LANES;
 #pragma unroll
     for (int n = 0; n < EXTRA; ++n) {
       if (first_token + n >= a.tokens) break;
-      const float sum = sum_of_eight(own.sums[turn][n]);
-      if (row < ROWS && threadIdx.x % 8 == 0) meeting[n * SUM_PITCH + row] = sum;
+      const float sum = sum_of_lanes<LANES>(own.sums[turn][n]);
+      if (row < ROWS && threadIdx.x % LANES == 0) meeting[n * SUM_PITCH + row] = sum;
     }
   }
 }

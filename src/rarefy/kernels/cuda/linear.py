@@ -42,7 +42,6 @@ MOST_TOKENS_OF_SMALL_GROUPS = 64  # there, since every 16 or 32 columns are scal
 MOST_APART = 1 << 22  # numbers from a token to the next, so that 32 bits count them
 MOST_TOKENS_OF_16_BITS = 64  # up to which reading the weight is all that counts, so that activations stay exact
 MOST_TOKENS_OF_SPARSE = 4
-SLICE = 24 << 20  # bytes of a dequantized weight that stay in a cache until they are multiplied
 MOST_TOKENS_OF_OUTLIERS = 16  # beyond, their gathered activations cost more than a dense weight, except in gemm.cu
 
 Term = tuple[dict[str, Tensor], dict[str, int], float]  # tensors, numbers, multiplier
@@ -114,8 +113,6 @@ def _multiplied(x: Tensor, terms: list[Term], rows: int, fast: bool) -> Tensor:
             return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         if kinds in ([GROUPS], [MASKED]) and tokens <= MOST_TOKENS_OF_SPARSE and _fits(terms[0], x):
             return _sparse_product(x, terms[0])
-        if kinds == [CODES] and terms[0][1]["columns"] == x.shape[1]:  # no columns were added
-            return _dequantized_product(x, terms[0], rows, x.shape[1])
     elif kinds == [CODES] and tokens <= MOST_TOKENS and (y := _portable(aligned(x), terms[0])) is not None:
         return y
     columns = terms[0][1]["columns"]
@@ -287,51 +284,20 @@ def _portable(x: Tensor, term: Term) -> Tensor | None:
     )
 
 
-def _dequantized_product(x: Tensor, term: Term, rows: int, columns: int) -> Tensor:
-    """``x`` times the weight in the type of ``x``, by the library: a slice of rows after the other, in the same memory,
-    so that the GPU's cache still holds what a slice is multiplied by."""
-    tall = layout.TILE * term[1]["second_rows"]
-    count = -(-2 * rows * columns // SLICE)
-    height = -(-rows // (count * tall)) * tall
-    y, weight = x.new_empty(x.shape[0], rows), x.new_empty(min(height, rows), columns)
-    for first in range(0, rows, height):
-        last = min(first + height, rows)
-        own = weight[: last - first]
-        _dequantize(_rows_of(term, first, last), own)
-        torch.mm(x, own.t(), out=y[:, first:last])
-    return y
-
-
-def _rows_of(term: Term, first: int, last: int) -> Term:
-    """The term of rows ``first .. last``, which begin a tile of everything stored."""
-    tensors, numbers, multiplier = term
-    tall = {"codes": 1 if numbers["span"] == 16 else layout.TILE, "second_order": layout.TILE * numbers["second_rows"]}
-    own = {}
-    for name, tensor in tensors.items():
-        rows = tall.get(name, layout.TILE)
-        own[name] = tensor if tensor.dim() < 2 else tensor[first // rows : -(-last // rows)]
-    return own, {**numbers, "rows": last - first}, multiplier
-
-
-def _dequantize(term: Term, weight: Tensor) -> None:
-    """The weight of a term of codes, written to ``weight [rows, columns]``."""
-    tensors, numbers, multiplier = term
-    half = weight.dtype == torch.float16
-    given = program.arguments(
-        {**pointed(term, half), "y": weight}, rows=weight.shape[0], columns=weight.shape[1],
-        second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
-    )  # fmt: skip
-    program.dequantize(code_of(tensors, numbers), given, half, weight.device)
-
-
 def _dense(terms: Sequence[Term], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """The weight in ``dtype``: codes by the kernel where one reads them, outliers added to it, all else in torch."""
     codes = [term for term in terms if term[1]["kind"] == CODES]
     lists = [term for term in terms if term[1]["kind"] == ENTRIES]
     if len(codes) != 1 or len(codes) + len(lists) < len(terms) or columns % 4 or not _compiles():
         return dense_sum(terms).to(dtype)
-    weight = codes[0][0]["codes"].new_empty(rows, columns, dtype=dtype)
-    _dequantize(codes[0], weight)
+    tensors, numbers, multiplier = codes[0]
+    weight = tensors["codes"].new_empty(rows, columns, dtype=dtype)
+    half = dtype == torch.float16
+    given = program.arguments(
+        {**pointed(codes[0], half), "y": weight}, rows=rows, columns=columns,
+        second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
+    )  # fmt: skip
+    program.dequantize(code_of(tensors, numbers), given, half, weight.device)
     for own, more, _ in lists:
         values, column = packing.unpack_entries(own["entries"], torch.float16 if more["half"] else torch.bfloat16)
         counts = own["row_ptr"][0].diff()

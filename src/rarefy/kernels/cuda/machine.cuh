@@ -162,7 +162,6 @@ template <int LANES> device float sum_of_lanes(float value) {
   return value;
 }
 device float sum_of_four(float value) { return sum_of_lanes<4>(value); }
-device float sum_of_eight(float value) { return sum_of_lanes<8>(value); }
 device float absolute(float value) { return fabsf(value); }
 device float max_of(float a, float b) { return fmaxf(a, b); }
 device float quotient(float a, float b) { return __fdividef(a, b); }  // but for the last bits
@@ -195,6 +194,7 @@ device u32 of_lane_xor(u32 value, int distance) { return __shfl_xor_sync(0xFFFFF
 device float of_lane_xor(float value, int distance) { return __shfl_xor_sync(0xFFFFFFFFu, value, distance); }
 // Which lanes say so.
 device u32 votes(bool ours) { return __ballot_sync(0xFFFFFFFFu, ours); }
+device int ones_of(u32 word) { return __popc(word); }
 device int lowest_of(unsigned long long word) { return __ffsll(word) - 1; }  // of its ones
 device u32 bits_of(float value) { return __float_as_uint(value); }
 device u32 bf16_pair(float low, float high) {

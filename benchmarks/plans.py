@@ -89,9 +89,15 @@ def spared(saliency: str, bits: int = 3, note: str = "", **options: Any) -> Plan
     return Plan(f"gwq int{bits} g128 {saliency}{note and ' '}{note}", "gwq", what)
 
 
-def groups(sparsity: float, note: str = "", **options: Any) -> Plan:
-    """gqsa: 4-bit integers in what stays of groups of 16."""
-    return Plan(f"gqsa int4 {sparsity:.0%}{note and ' '}{note}", "gqsa", {"sparsity": sparsity, **options})
+def groups(sparsity: float, note: str = "", bits: int = 4, **options: Any) -> Plan:
+    """gqsa: integers in what stays of groups of 16."""
+    what = {"sparsity": sparsity, "num_bits": bits, **options}
+    return Plan(f"gqsa int{bits} {sparsity:.0%}{note and ' '}{note}", "gqsa", what)
+
+
+def group_values(size: int) -> Plan:
+    """gqsa: 16-bit values in half of the groups of ``size``, so that pruning alone costs quality."""
+    return Plan(f"gqsa values g{size} 50%", "gqsa", {"sparsity": 0.5, "num_bits": None, "group_size": size})
 
 
 PERCENT = {"sensitive_share": 0.0005, "magnitude_share": 0.004}
@@ -112,6 +118,9 @@ WEIGHT_RECIPES_I = [
     *(spared(saliency, note="feedback", feedback=True, clip="mse")
       for saliency in ("gradient", "fisher", "hessian", "magnitude")),
     spared("gradient", note="+0.25% magnitude", outlier_share=0.0075, magnitude_share=0.0025),
+    spared("taylor"),
+    *(spared(saliency, note="clip", clip="mse") for saliency in ("gradient", "taylor", "magnitude", "random")),
+    integers("rtn", 3, 128, note="clip", clip="mse"),
     *(groups(sparsity) for sparsity in (0.5, 0.4, 0.3, 0.2)),
     pruned("sparsegpt", "2:4"),
     pruned("sparsegpt", "2:4", 4),
@@ -120,6 +129,8 @@ WEIGHT_RECIPES_I = [
     groups(0.5, "one round mean", rounds=1, saliency="mean"),
     *(groups(sparsity, f"{rows} rows", rows=rows) for rows in ("fisher", "equal") for sparsity in (0.5, 0.3)),
     groups(0.5, "16-bit scales", scales="float16"),
+    *(groups(sparsity, bits=3) for sparsity in (0.2, 0.1)),
+    *(group_values(size) for size in (16, 8, 4, 2)),
     *(float_code(name, group, solver, scales)
       for name in ("nf3", "nf4") for group in (32, 128) for solver in ("gptq", "rtn", "awq") for scales in (2, 1)),
     *(float_code(name, 16, solver, 1) for name in ("nf3", "nf4") for solver in ("gptq", "rtn")),

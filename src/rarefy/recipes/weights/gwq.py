@@ -16,12 +16,15 @@ from torch import Tensor
 
 from rarefy.contracts import Layer, Solution, weight_recipes
 from rarefy.recipes.grids import GridRecipe
-from rarefy.saliency import magnitude, obs
+from rarefy.saliency import magnitude, obs, taylor
 from rarefy.solvers.hessian import InverseHessian, inverse_hessian
 from rarefy.solvers.masks import largest_of_each
 from rarefy.solvers.outliers import round_around_outliers
 
-NEEDS = {"gradient": {"gradient"}, "fisher": {"fisher"}, "hessian": {"gram"}, "magnitude": set(), "random": set()}
+NEEDS: dict[str, set[str]] = {
+    "gradient": {"gradient"}, "taylor": {"gradient"}, "fisher": {"fisher"}, "hessian": {"gram"}, "magnitude": set(),
+    "random": set(),
+}  # fmt: skip
 
 
 @weight_recipes.register("gwq")
@@ -29,15 +32,15 @@ class Gwq(GridRecipe):
     """Outliers by gradient, and a grid for the rest.
 
     ``outlier_share``: of a layer's weights that stay in 16 bits for their ``saliency``: ``gradient`` (its absolute mean
-    over sequences: meant for one or few), ``fisher`` (mean square), ``hessian`` (what losing the weight adds to the
-    output error), ``magnitude`` or ``random``, the last two to compare with. ``magnitude_share``: of weights that stay
-    for their size besides. ``feedback``: round column by column with the error feedback of gptq; ``dampening`` is the
-    share of the Hessian's mean diagonal added to it.
+    over sequences: meant for one or few), ``taylor`` (that times the weight), ``fisher`` (mean square), ``hessian``
+    (what losing the weight adds to the output error), ``magnitude`` or ``random``, the last two to compare with.
+    ``magnitude_share``: of weights that stay for their size besides. ``feedback``: round column by column with the
+    error feedback of gptq; ``dampening`` is the share of the Hessian's mean diagonal added to it.
     """
 
     outlier_share: float = Field(0.01, ge=0, le=0.1)
     magnitude_share: float = Field(0.0, ge=0, le=0.1)
-    saliency: Literal["gradient", "fisher", "hessian", "magnitude", "random"] = "gradient"
+    saliency: Literal["gradient", "taylor", "fisher", "hessian", "magnitude", "random"] = "gradient"
     feedback: bool = False
     dampening: float = Field(0.01, gt=0)
 
@@ -68,6 +71,8 @@ class Gwq(GridRecipe):
         weight, known = layer.weight, layer.statistics
         if self.saliency == "gradient" and known.gradient is not None:
             return known.gradient.mean().abs()
+        if self.saliency == "taylor" and known.gradient is not None:
+            return taylor(weight, known.gradient.mean())
         if self.saliency == "fisher" and known.fisher is not None:
             return known.fisher.mean()
         if self.saliency == "hessian" and inverse is not None:

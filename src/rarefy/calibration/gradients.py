@@ -100,16 +100,14 @@ def reverse_sweep(sweep: Sweep, folder: Path | None, advance: Advance) -> Gradie
         for number, batch in enumerate(sweep.batches):
             own = on_device(batch, sweep.resident.device, sweep.resident.dtype)
             states[0].write(number, sweep.replay.first_call(own)[0])
-    # The last stretch comes first and is still at hand.
-    last = (count - 1) // length * length
-    _forward(sweep, states, range(count), {*range(0, last, length), *range(last, count)}, advance)
+    _forward(sweep, states, range(count), range(0, count, length), advance)
     upstream = states.pop(count)
     _tail_gradients(sweep, upstream)
     for index in range(count - 1, -1, -1):
         block = blocks[index]
         if index not in states:
-            again = range(index // length * length, index)
-            _forward(sweep, states, again, again, advance)
+            stretch = range(index // length * length, index)
+            _forward(sweep, states, stretch, stretch, advance)
         with sweep.resident.block(block) as module:
             statistics = _through(sweep, index, module, states[index], upstream)
         states.pop(index).discard()
@@ -135,8 +133,7 @@ def states_at_once(blocks: int) -> int:
 
 def steps(blocks: int) -> int:
     """How often a block is run in the sweep over so many."""
-    length = _stretch(blocks)
-    return 2 * blocks + (blocks - 1) // length * (length - 1)
+    return 3 * blocks - -(-blocks // _stretch(blocks))
 
 
 def _stretch(blocks: int) -> int:

@@ -135,7 +135,8 @@ WEIGHT_RECIPES_I = [
       for name in ("nf3", "nf4") for group in (32, 128) for solver in ("gptq", "rtn", "awq") for scales in (2, 1)),
     # The second scale costs what groups of half the size cost: these pairs are equal in bits.
     *(float_code(name, 16, solver, 1) for name in ("nf3", "nf4") for solver in ("gptq", "rtn")),
-    *(float_code(name, 64, solver, scales) for name in ("nf3", "nf4") for solver in ("gptq", "rtn") for scales in (2, 1)),
+    *(float_code(name, 64, solver, scales)
+      for name in ("nf3", "nf4") for solver in ("gptq", "rtn") for scales in (2, 1)),
     *(float_code("fp4", 32, solver, scales) for solver in ("gptq", "rtn") for scales in (2, 1)),
     *(integers(solver, bits, 32) for bits in (3, 4) for solver in ("gptq", "rtn", "awq")),
     tables(4),

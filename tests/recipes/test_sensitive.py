@@ -221,12 +221,16 @@ def test_the_smaller_the_groups_the_less_half_of_them_costs() -> None:
 def test_without_statistics_layers_are_solved_without_data() -> None:
     weight = problem(16, 32)[0]
     recipes: list[WeightRecipe] = [
-        SqueezeLlm(feedback=True), Gwq(group_size=16, feedback=True), Gwq(saliency="hessian"), Afpq(), Gqsa(),
+        SqueezeLlm(feedback=True), Gwq(group_size=16, feedback=True), Gwq(saliency="taylor"), Gwq(saliency="hessian"),
+        Afpq(), Gqsa(),
         Gqsa(rows="fisher"),
     ]  # fmt: skip
     for layer in (Layer("layer", weight), Layer("experts", torch.stack([weight, 2 * weight]))):
         for recipe in recipes:
-            assert stored(recipe.solve(layer)).shape == layer.weight.shape
+            solution = recipe.solve(layer)
+            assert stored(solution).shape == layer.weight.shape
+            said = "".join(solution.notes)
+            assert ("not known" in said) == bool(recipe.needs & {"fisher", "gradient"})
 
 
 def test_recipes_want_no_more_than_their_options_use() -> None:

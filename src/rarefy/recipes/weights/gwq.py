@@ -49,7 +49,7 @@ class Gwq(GridRecipe):
         return frozenset(NEEDS[self.saliency] | ({"gram"} if self.feedback else set()))
 
     def solve_group(self, layers: Sequence[Layer]) -> list[Solution]:
-        gram = layers[0].statistics.gram
+        gram = layers[0].statistics.gram if "gram" in self.needs else None
         inverse = None if gram is None else inverse_hessian(gram, self.dampening, sort=True)
         weights = [layer.weight for layer in layers]
         outliers = [
@@ -61,10 +61,19 @@ class Gwq(GridRecipe):
         ]
         feedback = inverse if self.feedback else None
         solved = round_around_outliers(weights, outliers, self.grid(), search=self.search(), inverse=feedback)
-        return [Solution(terms, [] if inverse is None else inverse.notes) for terms in solved]
+        notes = [] if inverse is None else inverse.notes
+        return [
+            Solution(terms, [*notes, *self._fallbacks(layer)]) for layer, terms in zip(layers, solved, strict=True)
+        ]
 
     def solve(self, layer: Layer) -> Solution:
         return self.solve_group([layer])[0]
+
+    def _fallbacks(self, layer: Layer) -> list[str]:
+        """What was wanted and is not known of a layer."""
+        known = {"gradient": layer.statistics.gradient, "fisher": layer.statistics.fisher}
+        missing = [name for name, statistic in known.items() if name in self.needs and statistic is None]
+        return [f"its {name} is not known; its largest weights are the outliers" for name in missing]
 
     def _scores(self, layer: Layer, inverse: InverseHessian | None) -> Tensor:
         """What a weight's loss would cost, by the wanted saliency; its magnitude where nothing is known of that."""

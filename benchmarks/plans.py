@@ -84,8 +84,8 @@ def tables(bits: int, note: str = "", **options: Any) -> Plan:
 
 
 def spared(saliency: str, bits: int = 3, note: str = "", **options: Any) -> Plan:
-    """gwq with 1% of outliers by some saliency."""
-    what = {"num_bits": bits, "group_size": 128, "saliency": saliency, **options}
+    """gwq with 1% of outliers by some saliency, from minimum to maximum unless ``options`` ask for a searched range."""
+    what = {"num_bits": bits, "group_size": 128, "saliency": saliency, "clip": "none", **options}
     return Plan(f"gwq int{bits} g128 {saliency}{note and ' '}{note}", "gwq", what)
 
 
@@ -129,7 +129,7 @@ WEIGHT_RECIPES_I = [
     groups(0.5, "one round mean", rounds=1, saliency="mean"),
     *(groups(sparsity, f"{rows} rows", rows=rows) for rows in ("fisher", "equal") for sparsity in (0.5, 0.3)),
     groups(0.5, "16-bit scales", scales="float16"),
-    *(groups(sparsity, bits=3) for sparsity in (0.2, 0.1)),
+    *(groups(sparsity, bits=3) for sparsity in (0.22, 0.2, 0.1, 0.3)),
     *(group_values(size) for size in (16, 8, 4, 2)),
     *(float_code(name, group, solver, scales)
       for name in ("nf3", "nf4") for group in (32, 128) for solver in ("gptq", "rtn", "awq") for scales in (2, 1)),

@@ -8,7 +8,7 @@ their code lacks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -34,13 +34,17 @@ class Gwq(GridRecipe):
     ``outlier_share``: of a layer's weights that stay in 16 bits for their ``saliency``: ``gradient`` (its absolute mean
     over sequences: meant for one or few), ``taylor`` (that times the weight), ``fisher`` (mean square), ``hessian``
     (what losing the weight adds to the output error), ``magnitude`` or ``random``, the last two to compare with.
-    ``magnitude_share``: of weights that stay for their size besides. ``feedback``: round column by column with the
-    error feedback of gptq; ``dampening`` is the share of the Hessian's mean diagonal added to it.
+    ``magnitude_share``: of weights that stay for their size besides. ``clip``: ``mse`` searches each group's range for
+    the least error of the others; ``none`` takes it from minimum to maximum. ``feedback``: round column by column with
+    the error feedback of gptq; ``dampening`` is the share of the Hessian's mean diagonal added to it.
     """
+
+    recipe_version: ClassVar[int] = 2  # ranges are searched
 
     outlier_share: float = Field(0.01, ge=0, le=0.1)
     magnitude_share: float = Field(0.0, ge=0, le=0.1)
     saliency: Literal["gradient", "taylor", "fisher", "hessian", "magnitude", "random"] = "gradient"
+    clip: Literal["none", "mse"] = "mse"
     feedback: bool = False
     dampening: float = Field(0.01, gt=0)
 

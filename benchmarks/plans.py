@@ -119,7 +119,8 @@ WEIGHT_RECIPES_I = [
       for saliency in ("gradient", "fisher", "hessian", "magnitude")),
     spared("gradient", note="+0.25% magnitude", outlier_share=0.0075, magnitude_share=0.0025),
     spared("taylor"),
-    *(spared(saliency, note="clip", clip="mse") for saliency in ("gradient", "taylor", "magnitude", "random")),
+    *(spared(saliency, note="clip", clip="mse")
+      for saliency in ("gradient", "taylor", "hessian", "magnitude", "random")),
     integers("rtn", 3, 128, note="clip", clip="mse"),
     *(groups(sparsity) for sparsity in (0.5, 0.4, 0.3, 0.2)),
     pruned("sparsegpt", "2:4"),

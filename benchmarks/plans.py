@@ -88,14 +88,20 @@ def tables(bits: int, note: str = "", **options: Any) -> Plan:
 
 
 def spared(saliency: str, bits: int = 3, note: str = "", **options: Any) -> Plan:
-    """gwq with 1% of outliers by some saliency."""
-    what = {"num_bits": bits, "group_size": 128, "saliency": saliency, **options}
+    """gwq with 1% of outliers by some saliency, from minimum to maximum unless ``options`` ask for a searched range."""
+    what = {"num_bits": bits, "group_size": 128, "saliency": saliency, "clip": "none", **options}
     return Plan(f"gwq int{bits} g128 {saliency}{note and ' '}{note}", "gwq", what)
 
 
-def groups(sparsity: float, note: str = "", **options: Any) -> Plan:
-    """gqsa: 4-bit integers in what stays of groups of 16."""
-    return Plan(f"gqsa int4 {sparsity:.0%}{note and ' '}{note}", "gqsa", {"sparsity": sparsity, **options})
+def groups(sparsity: float, note: str = "", bits: int = 4, **options: Any) -> Plan:
+    """gqsa: integers in what stays of groups of 16."""
+    what = {"sparsity": sparsity, "num_bits": bits, **options}
+    return Plan(f"gqsa int{bits} {sparsity:.0%}{note and ' '}{note}", "gqsa", what)
+
+
+def group_values(size: int) -> Plan:
+    """gqsa: 16-bit values in half of the groups of ``size``, so that pruning alone costs quality."""
+    return Plan(f"gqsa values g{size} 50%", "gqsa", {"sparsity": 0.5, "num_bits": None, "group_size": size})
 
 
 PERCENT = {"sensitive_share": 0.0005, "magnitude_share": 0.004}
@@ -116,6 +122,10 @@ WEIGHT_RECIPES_I = [
     *(spared(saliency, note="feedback", feedback=True, clip="mse")
       for saliency in ("gradient", "fisher", "hessian", "magnitude")),
     spared("gradient", note="+0.25% magnitude", outlier_share=0.0075, magnitude_share=0.0025),
+    spared("taylor"),
+    *(spared(saliency, note="clip", clip="mse")
+      for saliency in ("gradient", "taylor", "hessian", "magnitude", "random")),
+    integers("rtn", 3, 128, note="clip", clip="mse"),
     *(groups(sparsity) for sparsity in (0.5, 0.4, 0.3, 0.2)),
     pruned("sparsegpt", "2:4"),
     pruned("sparsegpt", "2:4", 4),
@@ -124,9 +134,14 @@ WEIGHT_RECIPES_I = [
     groups(0.5, "one round mean", rounds=1, saliency="mean"),
     *(groups(sparsity, f"{rows} rows", rows=rows) for rows in ("fisher", "equal") for sparsity in (0.5, 0.3)),
     groups(0.5, "16-bit scales", scales="float16"),
+    *(groups(sparsity, bits=3) for sparsity in (0.22, 0.2, 0.1, 0.3)),
+    *(group_values(size) for size in (16, 8, 4, 2)),
     *(float_code(name, group, solver, scales)
       for name in ("nf3", "nf4") for group in (32, 128) for solver in ("gptq", "rtn", "awq") for scales in (2, 1)),
+    # The second scale costs what groups of half the size cost: these pairs are equal in bits.
     *(float_code(name, 16, solver, 1) for name in ("nf3", "nf4") for solver in ("gptq", "rtn")),
+    *(float_code(name, 64, solver, scales)
+      for name in ("nf3", "nf4") for solver in ("gptq", "rtn") for scales in (2, 1)),
     *(float_code("fp4", 32, solver, scales) for solver in ("gptq", "rtn") for scales in (2, 1)),
     *(integers(solver, bits, 32) for bits in (3, 4) for solver in ("gptq", "rtn", "awq")),
     tables(4),

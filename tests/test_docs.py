@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
+from typer.main import get_command
+
+from rarefy.cli import app
+from rarefy.cli.evaluate import check_read
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
     (ROOT / "docs").rglob("*.md")
 )
+SHELL = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 
 
@@ -27,3 +34,34 @@ def test_tables_are_up_to_date() -> None:
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text("utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def lines_of(start: str) -> list[tuple[str, str]]:
+    """Lines of the pages' shell blocks that begin with ``start``, without comments, by page."""
+    found = [(page.name, line) for page in PAGES for block in SHELL.findall(page.read_text("utf-8"))
+             for line in block.replace("\\\n", " ").splitlines()]  # fmt: skip
+    return [(page, line.partition(" #")[0]) for page, line in found if line.startswith(start)]
+
+
+@pytest.mark.parametrize(("page", "line"), lines_of("rarefy "))
+def test_commands_on_the_pages_are_commands(page: str, line: str) -> None:
+    name, *given = shlex.split(line.partition(" > ")[0].partition(" | ")[0])[1:]
+    group = get_command(app)
+    with typer.Context(group) as context:
+        command = group.get_command(context, name)  # type: ignore[attr-defined]
+        assert command is not None, f"{page}: there is no command {name}"
+        made = command.make_context(name, given, parent=context)  # raises for options and values that it does not take
+        if name == "eval":
+            check_read(made)
+
+
+@pytest.mark.parametrize(("page", "line"), lines_of("python "))
+def test_scripts_on_the_pages_are_there(page: str, line: str) -> None:
+    assert (ROOT / line.split()[1]).is_file(), f"{page}: {line}"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
+def test_every_page_is_in_the_table_of_pages(page: Path) -> None:
+    index = (ROOT / "docs" / "README.md").read_text("utf-8")
+    listed = {(ROOT / "docs" / target).resolve() for target in LINK.findall(index)}
+    assert page.name == "README.md" or page.resolve() in listed, "list it in docs/README.md"

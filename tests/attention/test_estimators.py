@@ -236,6 +236,28 @@ def test_rotary_embedding_can_be_undone() -> None:
         call_of(Reach.last(10, 40)).query_before_rope()
 
 
+@pytest.mark.parametrize(
+    "positions",
+    [
+        [*([1] * 5), *range(35)],  # padded on the left, as generate() counts
+        [*range(25), *range(15)],  # two sequences in a row
+        [*range(7, 47)],  # begun elsewhere
+    ],
+)
+def test_rotary_embedding_is_undone_by_the_positions_that_tokens_had(positions: list[int]) -> None:
+    rotary, places = Rotary(1e4 ** (-torch.arange(4) / 4)), torch.tensor(positions)[None]
+    query, key = torch.randn(1, 4, 40, 8), torch.randn(1, 2, 40, 8)
+    source = Plain(rotary.rotate(key, places), key)
+    given = {"angles": rotary.angles(places), "positions": places, "find_rotary": lambda: rotary}
+    call = Call(rotary.rotate(query, places), source, Reach.last(40, 40), 0.3, **given)
+    torch.testing.assert_close(call.query_before_rope(), query, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(call.keys_before_rope(0, 40), key, rtol=1e-4, atol=1e-5)
+    last = replace(call, query=call.query[:, :, -1:], positions=places[:, -1:], reach=Reach.last(1, 40))
+    torch.testing.assert_close(last.keys_before_rope(25, 40), key[:, :, 25:], rtol=1e-4, atol=1e-5)
+    cos, _ = call.angles_of_blocks(range(32, 48, 16))  # a block that is not whole yet
+    torch.testing.assert_close(cos[:, :8], rotary.angles(places[:, 32:])[0])
+
+
 def rows_of(keep: Tensor) -> list[list[int]]:
     return [row.nonzero().flatten().tolist() for row in keep[0, 0]]
 

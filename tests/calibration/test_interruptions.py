@@ -22,7 +22,8 @@ from rarefy.calibration.activations import FileStream, MemoryStream
 from rarefy.core import files as core_files
 from rarefy.core.errors import OptionError
 from tests.calibration import recipes
-from tests.calibration.processes import METHODS, compress, die, environment, fresh_process, small_batches_, tokens
+from tests.calibration.processes import METHODS, compress, die, small_batches_, tokens
+from tests.processes import environment, fresh_process
 from tests.zoo import dense_folder, tiny_tokenizer
 
 transformers.logging.set_verbosity_error()
@@ -100,7 +101,6 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(
 COMMAND = """
 import sys, time
 from tests.calibration import recipes
-from tests.calibration.processes import METHODS, compress, die, environment, fresh_process, small_batches_, tokens
 from tests.calibration.recipes import GramRecipe
 solve = GramRecipe.solve
 def slow(self, layer):

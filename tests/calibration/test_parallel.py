@@ -22,8 +22,9 @@ from rarefy.core.errors import RarefyError, RecipeError
 from rarefy.layers import checkpoint
 from tests.calibration import recipes
 from tests.calibration.oracle import close
-from tests.calibration.processes import compress, environment, side_by_side, small_batches_, tokens
+from tests.calibration.processes import compress, small_batches_, tokens
 from tests.calibration.recipes import SEEN
+from tests.processes import environment, side_by_side
 from tests.zoo import dense_folder, tensors, tiny_tokenizer
 
 ROWS = 9

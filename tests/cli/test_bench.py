@@ -9,6 +9,7 @@ import torch
 
 from rarefy.evaluation.speed import measure
 from rarefy.integrations.peers import RunnerDecoder, TransformersDecoder, step_bytes
+from rarefy.kernels import cpu
 from tests.cli.conftest import Run, one_json, one_sentence
 from tests.decoding.models import build_model, compress, prompt
 
@@ -74,12 +75,22 @@ def test_bench_as_json_and_as_a_table(run: Run, models: Path) -> None:
     assert torch.get_num_threads() == 1
     result = run("bench", models / "small", *SHORT)
     assert result.exit_code == 0 and "decode tokens/s" in result.stdout and "GB/s" in result.stdout
+    assert "computed by torch" not in result.stderr
 
 
 def test_a_model_without_a_program_is_measured_through_transformers_and_says_so(run: Run, models: Path) -> None:
     result = run("bench", models / "gpt2", *SHORT)
     assert result.exit_code == 0 and "does not know the model class GPT2LMHeadModel" in result.stderr
     assert "transformers" in result.stdout
+
+
+def test_weights_that_torch_computes_are_told(run: Run, models: Path, tmp_path: Path) -> None:
+    if not cpu.available():
+        pytest.skip("needs the native library, which refuses some weights")
+    odd = ("--set", "num_bits=4", "--set", "group_size=10", "--device", "cpu")  # not a multiple of four
+    assert run("compress", models / "llama", "--out", tmp_path / "odd", *odd).exit_code == 0
+    said = run("bench", tmp_path / "odd", *SHORT).stderr
+    assert "14 terms of weights are computed by torch, since no kernel here reads groups of 10 columns" in said
 
 
 @pytest.mark.parametrize(
@@ -97,4 +108,4 @@ def test_bench_refuses(run: Run, models: Path, arguments: tuple[str, ...], says:
 
 
 def test_bench_refuses_what_does_not_write(run: Run, models: Path) -> None:
-    assert "does not continue text" in one_sentence(run("bench", models / "bert", *SHORT))
+    assert "writes no text" in one_sentence(run("bench", models / "bert", *SHORT))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from rarefy.cli.bench_matrix import bench_matrix
+from rarefy.contracts import kv_recipes
 from rarefy.core.errors import OptionError, RarefyError
+from rarefy.integrations.transformers.kv_evaluation import cache_factory
 from rarefy.reporting.findings import read_findings
 from tests.cli.conftest import Run, one_json, one_sentence
+from tests.processes import fresh_process
 
 PLAN = "random:density=0.3,dense_below=0,block_q=8,block_k=8,max_density=1"
 
@@ -56,7 +57,10 @@ def test_what_cannot_be_measured_is_named(run: Run, models: Path, tmp_path: Path
         bench_matrix(matrix)
 
 
+def open_unknown() -> None:
+    assert "kivi" not in kv_recipes
+    cache_factory("kivi", None)
+
+
 def test_caches_are_known_in_a_process_that_has_used_none() -> None:
-    script = "from rarefy.integrations.transformers.kv_evaluation import cache_factory; cache_factory('kivi', None)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    assert fresh_process(open_unknown) == 0

@@ -160,6 +160,14 @@ def test_eval_asks_about_long_contexts(run: Run, models: Path, tmp_path: Path) -
     assert "--suite 'short' is unknown" in one_sentence(run("eval", models / "llama", "--suite", "short"))
 
 
+def test_eval_says_when_a_plan_was_never_sparse(run: Run, models: Path, text: Path) -> None:
+    given = ("--data", text, "--context", 32, "--windows", 1, "--device", "cpu", "--json", "--attention")
+    plan = "random:density=0.3,block_q=8,block_k=8,max_density=1"
+    assert "stayed dense in every pass (below 4096 keys)" in run("eval", models / "llama", *given, plan).stderr
+    sparse = run("eval", models / "llama", *given, plan + ",dense_below=0")
+    assert "stayed dense" not in sparse.stderr and one_json(sparse)["attention_density"] < 1
+
+
 def test_the_whole_text_and_the_fast_executor(run: Run, models: Path, text: Path) -> None:
     given = ("--data", text, "--context", 64, "--windows", 0, "--executor", "fast", "--device", "cpu", "--json")
     result = run("eval", models / "small", *given)
@@ -308,6 +316,7 @@ def test_chat_refuses_a_model_that_does_not_speak(run: Run, models: Path) -> Non
 
 BAD_COMPRESS: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown recipe": (("--recipe", "rtm"), "did you mean 'rtn'?"),
+    "recipe of another family": (("--recipe", "kivi"), "use it as rarefy.kv_cache(model, 'kivi') or rarefy eval --kv"),
     "unknown preset": (("--recipe", "nf5"), "did you mean 'nf4'?"),
     "missing recipe file": (("--recipe", "none.yaml"), "none.yaml"),
     "missing recipe program": (("--recipe", "none.py"), "none.py"),
@@ -389,8 +398,14 @@ def test_a_damaged_weight_leaves_nothing(run: Run, llama: Path, tmp_path: Path) 
         (("--context", "64", "--windows", "99"), "at most 10 windows"),
         (("--data", "none.txt"), "none.txt"),
         (("--data", "text.pdf"), "text.pdf"),
+        (("--kv", "kivi", "--reference", "x"), "--reference has no effect with --kv"),
+        (("--few-shot", "2"), "--few-shot has no effect on text"),
+        (("--suite", "long", "--context", "64"), "has no effect with --suite long"),
     ],
-    ids=["dtype", "executor", "device", "context", "short text", "missing text", "kind of text"],
+    ids=[
+        "dtype", "executor", "device", "context", "short text", "missing text", "kind of text", "reference of caches",
+        "shots without tasks", "context of a suite",
+    ],
 )
 def test_eval_refuses(run: Run, models: Path, text: Path, arguments: tuple[str, ...], word: str) -> None:
     given = ("--data", text, "--windows", "2") if "--data" not in arguments else ("--windows", "2")
@@ -486,7 +501,7 @@ class Slow(WeightRecipe):
 def test_ctrl_c_leaves_nothing_and_says_how_to_go_on(shell: Callable[..., Any], models: Path, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
     arguments = (
-        "compress", models / "llama", "--recipe", tmp_path / "slow.py", "--set", "seconds=0.2",
+        "compress", models / "llama", "--recipe", tmp_path / "slow.py", "--set", "seconds=0.1",
         "--out", tmp_path / "out", "--work-dir", tmp_path / "work", "--device", "cpu",
     )  # fmt: skip
     process = subprocess.Popen(**shell(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
@@ -524,7 +539,7 @@ def test_ctrl_c_in_a_conversation(run: Run, models: Path, monkeypatch: pytest.Mo
     assert result.exit_code == 130 and result.stderr.splitlines()[-1] == "interrupted."
 
 
-@pytest.mark.parametrize("arguments", [("recipes",), ("recipes", "--json"), ("--help",)], ids=" ".join)
+@pytest.mark.parametrize("arguments", [("recipes",), ("--help",)], ids=" ".join)
 def test_a_reader_that_goes_away(shell: Callable[..., Any], arguments: tuple[str, ...]) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -14,12 +14,15 @@ from rarefy.attention.estimators import Estimator, PooledMeans
 from rarefy.attention.estimators.gated import Gated
 from rarefy.attention.estimators.low_bit import LowBitProducts
 from rarefy.attention.estimators.windowed import WindowMeans
-from rarefy.attention.gate import BlockGate
+from rarefy.attention.gate import BlockGate, Truth
+from rarefy.attention.policy import Phase, Policy
 from rarefy.attention.reach import Reach
 from rarefy.attention.source import Plain
 from rarefy.kv.rotary import Rotary
+from rarefy.training.gates import lessons
 
 pytestmark = pytest.mark.gpu
+MAPS: dict[Phase, int] = {"prefill": 8, "decode": 2}
 FREQUENCIES = 1e4 ** (-torch.arange(0, 128, 2) / 128)
 
 
@@ -62,3 +65,23 @@ def test_scores_are_those_of_the_host(name: str, queries: int, keys: int, padded
     real = torch.isfinite(ours) & torch.isfinite(theirs)
     assert torch.equal(ours.isneginf(), theirs.isneginf()) or "gate" in name
     assert float((ours - theirs)[real].abs().mean()) < 0.03 * float(theirs[real].std())
+
+
+@pytest.mark.parametrize("truth", ["max", "mass"])
+def test_lessons_are_those_of_the_host(truth: Truth) -> None:
+    query, key = (torch.randn(1, 1000, h, 128).bfloat16().transpose(1, 2) for h in (8, 2))
+    new = {phase: BlockGate.new(8, maps, 128, ("max", "min", "mean"), maps == 2) for phase, maps in MAPS.items()}
+    found = []
+    for device in ("cuda", "cpu"):
+        wide = torch.bfloat16 if device == "cuda" else torch.float32
+        call = call_of(query.to(device, wide), key.to(device, wide), None)
+        learned = lessons(call, new, Policy(), 64, truth)
+        gates = {
+            phase: BlockGate.of({name: x.to(device) for name, x in gate.tensors("g").items()}, "g", gate.pools)
+            for phase, gate in new.items()
+        }
+        found.append({phase: (own.wanted.cpu(), float(own.loss(gates[phase]))) for phase, own in learned.items()})
+    for phase in MAPS:
+        (ours, loss), (theirs, expected) = (each[phase] for each in found)
+        torch.testing.assert_close(ours, theirs, rtol=3e-2, atol=3e-2)
+        assert loss == pytest.approx(expected, rel=3e-2)

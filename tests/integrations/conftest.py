@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import warnings
@@ -15,12 +14,12 @@ import torch
 import transformers
 
 import rarefy
+from tests.processes import environment
 from tests.zoo import dense_folder
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-SOURCE = str(Path(rarefy.__file__).parents[1])
 EIGHT_BITS = {"num_bits": 8, "group_size": 32}
 Compressed = Callable[..., Path]
 
@@ -51,12 +50,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Compressed:
         return made[key]
 
     return compressed
-
-
-def environment() -> dict[str, str]:
-    """Variables for another Python that must find this package, and the same libraries, without a network."""
-    paths = [SOURCE, *(path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def python(code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:

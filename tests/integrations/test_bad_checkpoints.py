@@ -29,7 +29,7 @@ from tests.zoo import FAMILIES, dense_folder, logits, same_bytes, tensors
 pytestmark = pytest.mark.compat
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
-MUTATIONS, THROUGH_TRANSFORMERS = 2000, 400
+MUTATIONS, THROUGH_TRANSFORMERS = 1000, 200
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 Edit = Callable[[dict[str, Tensor]], None]
 
@@ -556,7 +556,7 @@ def test_random_mutations(whole: Path, expected: Tensor, tmp_path: Path) -> None
     start = config_bytes.index(b'"quantization_config"')
     end = len(config_bytes) - 2  # it is the last key of config.json, before the closing brace and a newline
     data_start = 8 + int.from_bytes(weight_bytes[:8], "little")
-    dice = random.Random(0)
+    dice = random.Random(transformers.__version__)  # others with every Transformers that is tested
     counts = {"refused": 0, "loaded": 0, "changed": 0}
     for number in range(MUTATIONS):
         place = ("data", "header", "config", "data")[number % 4]
@@ -590,7 +590,7 @@ def test_random_mutations(whole: Path, expected: Tensor, tmp_path: Path) -> None
             weights(folder).write_bytes(weight_bytes)
     assert counts["refused"] + counts["loaded"] == MUTATIONS
     assert counts["changed"] <= counts["refused"]
-    assert counts["changed"] > 1500
+    assert counts["changed"] > 750
     assert torch.equal(logits(rarefy.load(folder), "llama"), expected)
 
 

@@ -28,22 +28,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _name, _command in (
-    ("compress", compress.compress),
-    ("train", train.train),
-    ("eval", evaluate.evaluate),
-    ("compare", compare.compare),
-    ("report", report.report),
-    ("attention", attention.attention),
-    ("chat", chat.chat),
-    ("bench", bench.bench),
-    ("tune", tune.tune),
-    ("inspect", inspect.inspect),
-    ("recipes", recipes.recipes),
-    ("info", info.info),
-    ("demo", demo.demo),
+for _name, _command, _about in (
+    ("compress", compress.compress, "Make a model smaller by a recipe."),
+    ("train", train.train, "Train what a recipe adds to a model, such as gates."),
+    ("eval", evaluate.evaluate, "Measure models: on text, tasks, long contexts, caches."),
+    ("compare", compare.compare, "Two models side by side, layer by layer."),
+    ("report", report.report, "Put results on one page."),
+    ("attention", attention.attention, "Draw where attention looks, on one page."),
+    ("chat", chat.chat, "Talk to a model."),
+    ("bench", bench.bench, "Measure speed, beside others in the same process."),
+    ("tune", tune.tune, "Fit a model's kernels to this GPU."),
+    ("inspect", inspect.inspect, "Show layers, bits and bytes; nothing is loaded."),
+    ("recipes", recipes.recipes, "List recipes, or show one with its options."),
+    ("info", info.info, "Show versions, devices and kernels."),
+    ("demo", demo.demo, "The whole job on a real model, in a minute."),
 ):
-    app.command(_name)(_command)
+    app.command(_name, short_help=_about)(_command)
 
 
 def main() -> None:

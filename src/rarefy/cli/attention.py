@@ -16,7 +16,7 @@ def attention(
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("attention.html"),
     text: Annotated[str, typer.Option(help="Text file, or 'demo'.")] = "demo",
     plan: Annotated[
-        str | None, typer.Option(help="ID or ID:key=value,key=value; default: that of the checkpoint, else oracle.")
+        str | None, typer.Option(help="ID or ID:key=value,key=value; default: that of the checkpoint.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=64, help="Tokens of the text, from its beginning on.")] = 2048,
     layers: Annotated[str, typer.Option(help="Layers to show, such as 0,5,11; default: all.")] = "",

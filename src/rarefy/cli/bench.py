@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -57,6 +58,7 @@ def bench(
     from rarefy import api
     from rarefy.evaluation.speed import gpu_read_bandwidth, measure
     from rarefy.integrations.peers import open_peer, open_runner, parse_peer
+    from rarefy.layers.execution import in_torch
 
     peers = [parse_peer(text, model) for text in against or ()]
     torch.set_num_threads(threads)
@@ -67,15 +69,17 @@ def bench(
         _check(name, loaded, prompt_tokens + new_tokens)
         return loaded.to(place)
 
-    decoders = [open_runner(model, mode, load, place)]
-    if decoders[0].executor.startswith("transformers"):
-        say(f"note: 'rarefy' is measured through {decoders[0].executor}")
+    own = open_runner(model, mode, load, place)
+    if own.executor.startswith("transformers"):
+        say(f"note: 'rarefy' is measured through {own.executor}")
     length = prompt_tokens + new_tokens
-    decoders += [open_peer(peer, name, length, load, place) for peer, name in peers]
+    decoders = [own, *(open_peer(peer, name, length, load, place) for peer, name in peers)]
     draw = torch.Generator().manual_seed(0)
     prompt = torch.randint(10, 90, (prompt_tokens,), generator=draw).tolist()
     read = gpu_read_bandwidth if place.type == "cuda" else None
     result = measure(decoders, prompt, new_tokens, rounds, read=read)
+    for reason, count in Counter(in_torch(own.model).values()).items():
+        say(f"note: {count} terms of weights are computed by torch, since no kernel here reads {reason}")
     if as_json:
         print_record("speed", {"model": model, **result.model_dump()})
     else:
@@ -116,7 +120,7 @@ def _check(name: str, model: Any, length: int) -> None:
     from rarefy.core.errors import OptionError, UnsupportedError
 
     if not model.can_generate() or model.config.is_encoder_decoder:
-        raise UnsupportedError(f"'{name}' is a {type(model).__name__}, which does not continue text.")
+        raise UnsupportedError(f"'{name}' is a {type(model).__name__}, which writes no text; name one that does.")
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise OptionError(f"{length} tokens do not fit the {limit} positions of '{name}'; lower --prompt-tokens.")

@@ -64,7 +64,7 @@ def open_chat(model: str, revision: str | None, device: str, attention: str | No
     loaded: Any = api.load(model, revision=revision)
     loaded = loaded.to(api.device_of(device))  # type: ignore[arg-type]
     if not loaded.can_generate():
-        raise UnsupportedError(f"'{model}' is a {type(loaded).__name__}, which does not generate text.")
+        raise UnsupportedError(f"'{model}' is a {type(loaded).__name__}, which does not generate text; name another.")
     if attention is not None:
         from rarefy.integrations.transformers.plan_evaluation import set_plan
 

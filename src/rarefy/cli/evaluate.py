@@ -8,17 +8,32 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from rarefy.cli.common import Device, Json, command, print_record, print_table
+from rarefy.core.errors import OptionError
 
 if TYPE_CHECKING:
     from rarefy.evaluation.long.results import LongComparison
     from rarefy.evaluation.results import Comparison, Evaluation
     from rarefy.evaluation.tasks.results import TaskComparison
 
+# What each way of measuring reads, besides what all do; anything else that was given would change nothing.
+EVERYWHERE = {"models", "dtype", "device", "as_json", "kv", "attention", "chunk", "task_data"}
+TEXT, CACHES = "on text", "with --kv, which holds each cache against the model's own dense one"
+TASKS, LONG = "with --tasks", "with --suite long"
+READS = {
+    TEXT: {"reference", "data", "context", "windows", "executor"},
+    CACHES: {"data", "context", "windows", "regime", "prefill"},
+    TASKS: {"tasks", "reference", "limit", "few_shot", "batch", "allow_code", "work_dir"},
+    LONG: {
+        "suite", "tasks", "reference", "data", "length", "sessions", "documents", "seed", "session_file", "work_dir"
+    },
+}  # fmt: skip
+
 WorkDir = Annotated[Path | None, typer.Option(help="Keep finished parts here, so that the same command goes on.")]
 
 
 @command
 def evaluate(
+    context_: typer.Context,
     models: Annotated[list[str], typer.Argument(help="Models: folders, hub ids, .gguf files or 'demo'.")],
     reference: Annotated[
         str | None, typer.Option(help="Dense model to measure KL and top-1 agreement against.")
@@ -66,8 +81,6 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure models on the same text under a stated protocol, or on the same tasks."""
-    from rarefy.core.errors import OptionError
-
     if executor not in ("exact", "fast"):
         raise OptionError(f"--executor '{executor}' is unknown; use exact or fast.")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -77,18 +90,19 @@ def evaluate(
 
     if kv and attention and regime != "chunked":
         raise OptionError(f"--attention with --kv is measured chunked, not in the regime '{regime}'; leave one out.")
-    if kv and not attention and tasks is None and suite is None:
+    if suite not in (None, "long"):
+        raise OptionError(f"--suite '{suite}' is unknown; use long.")
+    way = check_read(context_)
+    if way == CACHES:
         from rarefy.cli.caches import evaluate_caches
 
         evaluate_caches(
-            models, kv, regime=regime, chunk=chunk or 64, prefill=prefill, data=data, context=context,
+            models, kv or [], regime=regime, chunk=chunk or 64, prefill=prefill, data=data, context=context,
             windows=windows or None, dtype=dtype, device=device, as_json=as_json,
         )  # fmt: skip
         return
     names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
-    if suite is not None:
-        if suite != "long":
-            raise OptionError(f"--suite '{suite}' is unknown; use long.")
+    if way == LONG:
         found = api.evaluate_long(
             models, reference=reference, data=data, length=length, sessions=sessions, documents=documents, seed=seed,
             chunk=chunk or 256, tasks=names, session_files=session_file or (), kv=kv or (), attention=attention or (),
@@ -119,6 +133,21 @@ def evaluate(
         print_record("evaluation", records[0] if len(records) == 1 else records)
         return
     print_comparison(result)
+
+
+def check_read(context: typer.Context) -> str:
+    """The way of measuring that the command line asks for. Raises OptionError for an option that it does not read."""
+    given = context.params
+    way = TASKS if given["tasks"] is not None else TEXT
+    if given["suite"] is not None:
+        way = LONG
+    elif way == TEXT and given["kv"] and not given["attention"]:
+        way = CACHES
+    for name in context.params.keys() - EVERYWHERE - READS[way]:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise OptionError(f"--{name.replace('_', '-')} has no effect {way}; leave it out.")
+    return way
 
 
 def print_comparison(result: Comparison) -> None:

@@ -23,11 +23,6 @@ class Interval(StrictModel):
     high: float
     confidence: float = 0.95
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the sign of the value is sure at this confidence."""
-        return self.low > 0 or self.high < 0
-
 
 def mean_interval(
     values: Sequence[float], *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0

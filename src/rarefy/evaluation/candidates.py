@@ -23,8 +23,8 @@ class Candidate:
 
     ``resident_bytes`` is what the model of ``load`` will occupy; 0 means unknown, and it then never shares a pass.
     ``cache`` makes the KV cache it is measured with, where one is read; None means the dense one of Transformers.
-    ``density`` tells of a model that attends sparsely which share of blocks it read. ``identity`` says which model it
-    is for results that are kept; None (as for models in memory) keeps none.
+    ``density`` tells of a model that attends sparsely which share of blocks it read, and warns where none was chosen.
+    ``identity`` says which model it is for results that are kept; None (as for models in memory) keeps none.
     """
 
     name: str
@@ -45,6 +45,10 @@ class Candidate:
         model = self.model if self.load is None else self.load()
         check_causal(model, self.name)
         return model
+
+    def share_read(self, model: Any) -> float | None:
+        """The ``density`` of the opened ``model`` once it has been measured; None where attention is dense."""
+        return None if self.density is None else self.density(model)
 
 
 def plan_passes(

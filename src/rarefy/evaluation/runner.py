@@ -112,8 +112,7 @@ class _Subject:
         _check_fits(self.model, self.name, windows)
 
     def close(self) -> None:
-        if self.candidate.density is not None:
-            self._density = self.candidate.density(self.model)
+        self._density = self.candidate.share_read(self.model)
         self.model = None
 
     def step(self, tokens: torch.Tensor, first: int, expected: torch.Tensor | None, count: bool = True) -> torch.Tensor:

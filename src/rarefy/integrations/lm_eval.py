@@ -258,6 +258,7 @@ def _measure(candidate: Candidate, tasks: dict[str, Any], job: _Job, journal: Jo
             values[name, metric] = items
         dtype, seconds = kept["dtype"], seconds + kept["seconds"]
     if lm is not None:
+        candidate.share_read(lm.model)  # warns where a plan stayed dense
         lm._model = None
         del lm
         gc.collect()  # models hold reference cycles, and the next one needs their memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,8 @@ from rarefy.evaluation.forward import cache_argument
 from rarefy.evaluation.speed import Decoder
 from rarefy.layers.linear import CompressedLinear
 
+D = TypeVar("D", bound=Decoder)
+
 PEERS = ("hf-eager", "hf-compiled", "llama.cpp")
 
 
@@ -24,7 +26,7 @@ class RunnerDecoder:
     """The decode runner; every prompt is read anew."""
 
     def __init__(self, model: Any, mode: Mode):
-        self.runner = Runner(model, mode=mode)
+        self.model, self.runner = model, Runner(model, mode=mode)
         self.name, self.executor = "rarefy", self.runner.name
         self.step_bytes = step_bytes(model)
         self.memory_bytes: int | None = None
@@ -140,10 +142,12 @@ def open_peer(peer: str, model: str, length: int, load: Callable[[str], Any], de
     return _with_memory(lambda: TransformersDecoder(load(model), peer == "hf-compiled", length), device)
 
 
-def open_runner(model: str, mode: Mode, load: Callable[[str], Any], device: torch.device) -> Decoder:
+def open_runner(
+    model: str, mode: Mode, load: Callable[[str], Any], device: torch.device
+) -> RunnerDecoder | TransformersDecoder:
     """The decode runner of ``model``; where it has none, Transformers under the name rarefy, which says so."""
 
-    def build() -> Decoder:
+    def build() -> RunnerDecoder | TransformersDecoder:
         loaded = load(model)
         try:
             return RunnerDecoder(loaded, mode)
@@ -179,7 +183,7 @@ def _one_by_one(following: Callable[[int], int], token: int, count: int) -> list
     return written
 
 
-def _with_memory(build: Callable[[], Decoder], device: torch.device) -> Decoder:
+def _with_memory(build: Callable[[], D], device: torch.device) -> D:
     """What ``build`` makes, having read a few tokens, with how far that took this process's resident size, or its
     memory on a GPU."""
     on_gpu = device.type == "cuda"

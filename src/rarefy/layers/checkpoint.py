@@ -152,7 +152,9 @@ def read_headers(files: Iterable[Path]) -> dict[Path, Header]:
         headers[path] = read_header(path)
         for name in headers[path].tensors:
             if name in owners:
-                raise CheckpointError(f"Tensor '{name}' is in '{owners[name].name}' and in '{path.name}'.")
+                raise CheckpointError(
+                    f"Tensor '{name}' is in '{owners[name].name}' and in '{path.name}'; copy the whole folder again."
+                )
             owners[name] = path
     return headers
 

@@ -16,13 +16,18 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from rarefy.contracts import Recipe, Rule, matches, weight_recipes
+from rarefy.contracts import Recipe, Rule, attention_recipes, kv_recipes, matches, weight_recipes
 from rarefy.core.config import parse
 from rarefy.core.errors import RarefyError, RecipeError
 from rarefy.core.logs import logger
 
 log = logger(__name__)
 ENTRY_POINTS = "rarefy.recipes"
+# Recipes that are not given to ``compress``, and what they are given to.
+OTHERS = (
+    ("KV caches", kv_recipes, "rarefy.kv_cache(model, '{0}') or rarefy eval --kv {0}"),
+    ("attention", attention_recipes, "rarefy.set_attention(model, '{0}') or rarefy eval --attention {0}"),
+)
 
 
 def discover() -> None:
@@ -74,6 +79,9 @@ def _named(source: str) -> Recipe:
         known = weight_recipes.names() + list(presets())
         if path.suffix or "/" in source:
             raise RecipeError(f"Recipe file '{source}' is neither .yaml nor .py; known recipes: {', '.join(known)}.")
+        for kind, others, use in OTHERS:
+            if source in others:
+                raise RecipeError(f"Recipe '{source}' is of {kind}, not of weights; use it as {use.format(source)}.")
         near = difflib.get_close_matches(source, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}."
         raise RecipeError(f"Unknown recipe '{source}'; {hint}")

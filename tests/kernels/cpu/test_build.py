@@ -38,3 +38,32 @@ def test_without_a_compiler_the_wheel_is_pure(case: str, monkeypatch: pytest.Mon
     maker.finalize("standard", data, "")
     assert data == {"force_include": {}} and not Path(maker.folder).exists()
     assert len(told) == 1 and "everything runs in torch" in told[0]
+
+
+def test_what_is_built_already_is_not_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the sources of an editable install, until a source or the compiler changes."""
+    module, built = hook(), []
+    monkeypatch.setattr(module, "suits", lambda: True)
+
+    def build(maker: Any, root: Path, folder: Path) -> None:
+        built.append((folder / module.LIBRARY).write_bytes(b"library"))
+
+    monkeypatch.setattr(module.NativeLibrary, "_build", build)
+    library = tmp_path / "src" / module.PLACE
+    library.parent.mkdir(parents=True)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "hatch_build.py").touch()
+    source = tmp_path / "csrc" / "a.cpp"
+
+    def install(text: str) -> int:
+        source.write_text(text)
+        maker = module.NativeLibrary(str(tmp_path), {}, None, None, "", "wheel", SimpleNamespace())
+        maker.initialize("editable", {})
+        maker.finalize("editable", {}, "")
+        return len(built)
+
+    assert [install("one"), install("one"), install("two")] == [1, 1, 2] and library.read_bytes() == b"library"
+    library.unlink()
+    assert install("two") == 3
+    monkeypatch.setenv("CXXFLAGS", "-O0")
+    assert install("two") == 4

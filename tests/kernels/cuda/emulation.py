@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rarefy.kernels.cuda import attend, encode, program
+from rarefy.kernels.cuda import attend, encode, encode_blocks, program
 from rarefy.kernels.cuda.linear import aligned, pointed, pointed_sparse, terms_of
 from rarefy.kernels.cuda.prepared import code_of, sparse_code_of
 from rarefy.kernels.prepared import Prepared, flat
@@ -23,10 +24,25 @@ HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
 
 
+FLAGS = ["-std=c++17", "-O0", "-fPIC", "-w"]
+
+
+@functools.cache
+def _standard() -> Path:
+    """The headers of the standard library that every kernel includes here, parsed once for all of them."""
+    folder = Path(tempfile.mkdtemp(prefix="rarefy-emulated-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    header = folder / "standard.h"
+    lines = (HERE / "emulator.h").read_text("utf-8").splitlines()
+    header.write_text("".join(f"{line}\n" for line in lines if line.startswith("#include <")))
+    subprocess.run([COMPILER, *FLAGS, "-x", "c++-header", str(header), "-o", f"{header}.gch"], check=True)
+    return header
+
+
 @functools.cache
 def _library(macros: tuple[str, ...], source: Path = program.SOURCE) -> ctypes.CDLL:
     assert COMPILER is not None
-    given = [*macros, f'-DKERNEL_SOURCE="{source}"', "-std=c++17", "-O0", "-shared", "-fPIC", "-w"]
+    given = [*FLAGS, *macros, f'-DKERNEL_SOURCE="{source}"', "-shared", "-include", str(_standard())]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.so"
         subprocess.run([COMPILER, *given, str(HERE / "emulated.cpp"), "-o", str(path)], check=True)
@@ -128,4 +144,19 @@ def encoded(code: encode.Code, x: Tensor, **tables: Tensor | None) -> tuple[enco
     macros = [f"-D{macro}={value}" for macro, value in code.definitions(x.dtype).items()]
     library = _library((*macros, f"-DENTRY={code.entry}"), encode.SOURCE)
     library.run(0, ctypes.byref(given), *code.grid(x), code.threads, code.shared_memory)
+    return to, faults
+
+
+def encoded_blocks(
+    code: encode_blocks.BlockCode, x: Tensor, **tables: Tensor | None
+) -> tuple[encode_blocks.EncodedBlocks, Tensor]:
+    """Whole blocks ``x [B, H, tokens, D]`` in code, and what is wrong with them."""
+    assert code.fits
+    to, faults = encode_blocks.empty(code, x), torch.zeros(1, dtype=torch.int32)
+    given = encode_blocks.arguments(x, to, faults, **tables)
+    macros = [f"-D{macro}={value}" for macro, value in code.definitions(x.dtype).items()]
+    library = _library((*macros, "-DENTRY=rarefy_encode_blocks"), encode_blocks.SOURCE)
+    library.run(
+        0, ctypes.byref(given), x.shape[2] // code.block, x.shape[0] * x.shape[1], 1, code.threads, code.shared_memory
+    )
     return to, faults

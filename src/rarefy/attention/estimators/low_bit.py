@@ -91,6 +91,7 @@ def anchored_scores(
             query, key, asked, kept, most=2 ** (num_bits - 1) - 1, block_q=block_q, block_k=block_k, sink=sink,
             local=local, scaling=scaling, offset=reach.offset, every=every, first=reach.first,
         )  # fmt: skip
+    every = 1 if reach.uneven else every  # the others would not speak for those that are left out
     kv_heads, blocks, rest = key.shape[1], -(-reach.keys // block_k), -reach.keys % block_k
     keys = key.float() - kept[:, :, None]
     mean = torch.zeros_like(query[:, :, :1], dtype=torch.float32) if asked is None else asked[:, :, None]

@@ -100,6 +100,7 @@ def window_shares(
             query, windows, reach, coarse, scaling=scaling, block_q=block_q, size=size, stride=stride, every=every
         )
     kv_heads, number = windows.shape[1], windows.shape[2]
+    every = 1 if reach.uneven else every  # the others would not speak for those that are left out
     keys = windows.float().mT.unsqueeze(2)
     found = []
     for low, high in pieces(query, max(1, number), block_q):

@@ -99,6 +99,9 @@ class _Opened:
         return self._models
 
     def close(self) -> None:
+        if self._models is not None:
+            for candidate, model in zip(self._candidates, self._models, strict=True):
+                candidate.share_read(model)  # warns where a plan stayed dense
         self._models = None
         gc.collect()  # models hold reference cycles, and the next pass needs their memory
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 log = logger(__name__)
 
+
 def compress_in_place(
     model: PreTrainedModel,
     recipe: Recipe,

@@ -131,7 +131,7 @@ class GenerateRunner(Runner):
             raise UnsupportedError(f"The decode runner takes one sequence, not {input_ids.shape[0]}; use the model.")
         mask, embeddings = extra.get("attention_mask"), extra.get("inputs_embeds")
         if embeddings is not None or input_ids.shape[1] == 0:
-            raise UnsupportedError("The decode runner needs at least one token and no inputs_embeds.")
+            raise UnsupportedError("The decode runner needs at least one token and no inputs_embeds; use the model.")
         shown = torch.ones_like(input_ids) if mask is None else mask.long()
         padded_left = bool((shown.diff(dim=1) >= 0).all() and shown[:, -1].all())
         if not padded_left or not (several or bool(shown.all())):

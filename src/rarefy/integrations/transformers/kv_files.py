@@ -49,7 +49,10 @@ def load_cache(path: str | Path, model: Any, setup: KvSetup) -> CodedCache:
     if about is None:
         raise CheckpointError(f"'{path.name}' holds no KV cache of this version; run the model on the prefix anew.")
     if about.get("model") != digest(model):
-        raise CheckpointError(f"'{path.name}' is the cache of another model than this {type(model).__name__}.")
+        raise CheckpointError(
+            f"'{path.name}' is the cache of another model than this {type(model).__name__}; "
+            "load the model it was saved with, or run the prefix anew."
+        )
     cache = setup(model)
     if about.get("setup") != cache.setup_of() or about.get("layers") != len(cache):
         raise CheckpointError(f"'{path.name}' was written with another KV cache recipe or other options; use those.")

@@ -122,7 +122,7 @@ def read_setup(
             f"{remedy}."
         )
     if model is not None and about.get("model") and about["model"] != digest(model):
-        raise CheckpointError(f"'{path.name}' {tied} another model than this {type(model).__name__}.")
+        raise CheckpointError(f"'{path.name}' {tied} another model than this {type(model).__name__}; {remedy}.")
     recipe = parse(cls, options, f"Options in '{path.name}'", CheckpointError)
     params: Params = {}
     for full, tensor in load_file(path).items():
@@ -171,7 +171,8 @@ def prepare_(model: Any) -> None:
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "set_attn_implementation") or getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(
-            f"A coded KV cache needs a decoder of Transformers, which this {type(model).__name__} is not."
+            f"A coded KV cache needs a decoder of Transformers, which this {type(model).__name__} is not; "
+            "leave its cache dense."
         )
     if getattr(config, "_attn_implementation", None) != attention.NAME:
         attention.register_attention()
@@ -224,7 +225,9 @@ def install_(model: Any, setup: KvSetup) -> KvSetup:
     """Make ``model`` use caches of ``setup``: in ``generate`` and in forward passes that are given none. Only this one
     model is touched."""
     if setup.model is not None and setup.model != digest(model):
-        raise CheckpointError(f"These KV cache parameters are of another model than this {type(model).__name__}.")
+        raise CheckpointError(
+            f"These KV cache parameters are of another model than this {type(model).__name__}; fit them to this one."
+        )
     prepare_(model)
     if not hasattr(model, SETUP):
         model.register_forward_pre_hook(_give_cache, with_kwargs=True)

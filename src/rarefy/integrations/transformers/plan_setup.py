@@ -109,7 +109,8 @@ def prepared(model: Any) -> dict[int, nn.Module]:
     config = getattr(model, "config", None)
     if not hasattr(model, "set_attn_implementation") or getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(
-            f"An attention plan needs a model of Transformers with one stack of layers, not {type(model).__name__}."
+            f"An attention plan needs a model of Transformers with one stack of layers, not {type(model).__name__}; "
+            "leave it dense."
         )
     modules = attention_modules(model)
     if not modules:
@@ -126,7 +127,10 @@ def install_(model: Any, setup: AttentionSetup) -> AttentionSetup:
     """Let every layer of ``model`` attend by a plan of ``setup``. A plan that decodes gets a cache that keeps its
     state: the 16-bit one of rarefy unless the model has another."""
     if setup.model is not None and setup.model != digest(model):
-        raise CheckpointError(f"These attention parameters belong to another model than this {type(model).__name__}.")
+        raise CheckpointError(
+            f"These attention parameters belong to another model than this {type(model).__name__}; make them anew for "
+            "this one."
+        )
     modules = prepared(model)
     for module in modules.values():
         shape = shape_of(module, model, len(modules))

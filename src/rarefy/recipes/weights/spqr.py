@@ -34,6 +34,7 @@ SAMPLED, THRESHOLDS, TOLERANCE = 8, (1e-3, 10.0), 0.005
 class Spqr(WeightRecipe):
     """Small groups with two-level scales, error feedback and outliers.
 
+    ``true_sequential``: layers see the compressed ones before them in their block.
     ``outlier_threshold``: in units of a column's mean cost of being lost; smaller means more outliers, null none.
     ``target_bits``: bits per weight, all things counted, for which a threshold is found on a few layers instead.
     ``scale_bits``, ``zero_bits`` and ``scale_rows``: of the second level. ``act_order``: columns with larger inputs

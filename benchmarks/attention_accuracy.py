@@ -5,275 +5,46 @@ Four kinds of rows (``kind``), each for a plan at a nominal density, all with th
 * ``choice``: every layer is given what dense attention computes, and the plan chooses: share of the probability that it
   keeps (``recall``), the most that as many blocks could hold (``best``), relative error of the layer's output
   (``error``). Of the second half of the queries, where there is something to choose from.
-* ``prefill``: windows in one pass, the loss of their second half against the dense model's, and KL. * ``decode``: a
-dense prompt, then one token at a time, by the plan. * ``retrieval``: pass keys, needles and keyed numbers in long
-contexts, asked for in the same pass (``prefill``) or token
-  by token after a dense prompt (``decode``); teacher-forced exact answers.
+* ``prefill``: windows in one pass, the loss of their second half against the dense model's, and KL.
+* ``decode``: a dense prompt, then one token at a time, by the plan.
+* ``retrieval``: pass keys, needles and keyed numbers in long contexts, asked for in the same pass (``prefill``) or
+  token by token after a dense prompt (``decode``); teacher-forced exact answers.
 
-Gates are trained first unless ``--gates`` names some. ``sink_local`` and ``random`` stand beside every plan at its own
-density, with its own blocks (``matched``: the plan that they stand beside).
+Gates are trained first unless ``--gates`` names some or no plan asks for them. ``sink_local`` and ``random`` stand
+beside every plan at its own density, with its own blocks (``matched``: the plan that they stand beside).
 """
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Row, arguments, write
+from attention_rows import COMMON, PREFILL, Bench, Setups, tolerated
+from harness import arguments
 from torch import Tensor
 
-import rarefy
 from rarefy.attention.call import Call
 from rarefy.attention.reach import Reach
 from rarefy.attention.selectors import TopK
 from rarefy.contracts import AttentionRecipe, GatedRecipe
-from rarefy.evaluation.attention import examine
-from rarefy.evaluation.bootstrap import mean_interval
-from rarefy.evaluation.forward import step
 from rarefy.evaluation.long.material import Material
-from rarefy.evaluation.long.suite import TASKS
-from rarefy.evaluation.protocol import bos_token
-from rarefy.evaluation.scoring import Scorer
-from rarefy.integrations.transformers.kv_setup import KvSetup, kv_recipe
 from rarefy.integrations.transformers.listening import listen
-from rarefy.integrations.transformers.plan_fitting import find_attention
-from rarefy.integrations.transformers.plan_setup import (
-    AttentionSetup,
-    attention_recipe,
-    install_,
-    prepared,
-    shape_of,
-    uninstall_,
-)
+from rarefy.integrations.transformers.plan_setup import AttentionSetup, attention_recipe, prepared, shape_of
 from rarefy.sources.texts import open_text
-from rarefy.sources.windows import tokenize
-from rarefy.sources.windows import windows as cut
 
-KEY = ("model", "kind", "context", "job", "matched", "task", "phase")
-# The same for all plans of 64 x 64 blocks, so that equal nominal densities are equal measured ones.
-COMMON = {"sink": 1, "local": 2, "dense_below": 0, "max_density": 1.0, "phases": "both"}
-PREFILL = {
-    "oracle": {},
-    "seer_attention": {"last_rows": 0},
-    "untrained gate": {"last_rows": 0},
-    "infllm_v2": {},
-    "infllm_v2 without coarse windows": {"coarse": False},
-    "means of 64 keys": {"size": 64, "stride": 64, "coarse": False},
-    "sparge": {"similarity": -1.0},
-    "xattention": {"block_q": 64, "block_k": 64},
-    "sink_local": {},
-    "random": {},
-}
-IDS = {
-    "infllm_v2 without coarse windows": "infllm_v2",
-    "means of 64 keys": "infllm_v2",
-    "untrained gate": "seer_attention",
-}
 DECODE = ("oracle", "seer_attention", "untrained gate", "infllm_v2", "sparge", "quest_pages", "sink_local", "random")
 SALE = [{"budget": budget} for budget in (0.02, 0.05, 0.1)]
-MASS = [("seer_attention", 0.9), ("seer_attention", 0.95), ("xattention", 0.95)]
+# Plans that find their density themselves.
+MASS: dict[str, tuple[str, dict[str, Any]]] = {
+    "seer_attention mass 0.9": ("seer_attention", {"mass": 0.9}),
+    "seer_attention mass 0.95": ("seer_attention", {"mass": 0.95}),
+    "xattention mass 0.95": ("xattention", {"mass": 0.95, "density": None}),
+    "minference 30 columns, 800 diagonals": ("minference", {"vertical": 30, "slash": 800, "phases": "prefill"}),
+}
 RETRIEVAL = ("passkey", "needle", "kv_easy")
-DECODED = 64  # tokens that are decoded one by one
-LEAD = 16  # tokens before the first answer that are decoded too: the question itself looks for it
-Setups = dict[str, tuple[AttentionSetup | None, dict[str, Any]]]
-
-
-class Bench:
-    """One model on one device, with what all rows have in common."""
-
-    def __init__(self, options: Any):
-        self.options, self.begun = options, time.monotonic()
-        device = torch.device(options.device)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.model: Any = rarefy.load(options.model, dtype=dtype).to(device).eval()
-        self.tokenizer = rarefy.load_tokenizer(options.model)
-        self.name = options.name or Path(str(options.model)).name
-        self.context = options.context
-        self.dtype = str(dtype).removeprefix("torch.")
-        self.params: Any = None
-        self.untrained: Any = None
-        self.scorer = Scorer()
-        self.texts = [open_text(text, "evaluation") for text in options.text]
-        bos = bos_token(self.tokenizer, None)
-        parts = [cut(tokenize(self.tokenizer, text.text), self.context, options.windows, bos) for text in self.texts]
-        self.windows = torch.cat(parts)[: options.windows * len(parts)]
-
-    def left(self) -> float:
-        """Seconds before no new job is begun."""
-        return float(self.options.seconds) - (time.monotonic() - self.begun)
-
-    def row(self, kind: str, job: str, **facts: Any) -> None:
-        """Keep a row at once, so that nothing is lost when time runs out."""
-        texts = ", ".join(text.name for text in self.texts)
-        row: Row = {
-            "goal": "A8", "job": job, "kind": kind, "model": self.name, "context": self.context, "dtype": self.dtype,
-            "windows": len(self.windows), "text": texts, "matched": None, "task": None, "phase": "prefill", **facts,
-        }  # fmt: skip
-        write(self.options, [row], KEY)
-        shown = {name: round(value, 4) for name, value in facts.items() if isinstance(value, float)}
-        print(f"{time.monotonic() - self.begun:6.1f} s  {kind:9} {job:40} {shown}", flush=True)
-
-    def attempt(self, what: str, job: Callable[[], None]) -> None:
-        """Run a job unless time is over; a failure of one leaves the others alone."""
-        if self.left() <= 0:
-            print(f"no time left for {what}", flush=True)
-            return
-        try:
-            job()
-        except Exception as failure:  # whatever one plan raises, the others must still be measured
-            print(f"FAILED {what}: {type(failure).__name__}: {failure}", flush=True)
-
-    def setup(self, name: str, **own: Any) -> AttentionSetup:
-        """The plan ``name`` with the options that all have."""
-        method = IDS.get(name, name)
-        given = {**COMMON, "executor": self.options.executor, **PREFILL.get(name, {}), **own}
-        params = {"seer_attention": self.params, "untrained gate": self.untrained}.get(name)
-        data = {"data": self.options.train_text, "samples": 4, "seq_len": self.context}
-        return find_attention(
-            self.model, method, params=params, options=given, tokenizer=self.tokenizer, seed=0, **data
-        )
-
-    @contextmanager
-    def using(self, setup: AttentionSetup | None) -> Iterator[None]:
-        """The model attends by ``setup`` within, densely without one."""
-        if setup is not None:
-            setup.report.clear()
-            install_(self.model, setup)
-        try:
-            yield
-        finally:
-            uninstall_(self.model)
-
-    # What rows are made of.
-
-    def choice(self, job: str, setup: AttentionSetup, **facts: Any) -> None:
-        modules = prepared(self.model)
-        plans = {
-            layer: setup.plan(shape_of(module, self.model, len(modules)), self.model.device)
-            for layer, module in modules.items()
-        }
-        found: list[Tensor] = []
-
-        def hear(call: Call) -> None:
-            plan = plans[call.layer]
-            choice = examine(plan, call, first=self.context // plan.block_q // 2)
-            numbers = [choice.density, choice.recall, choice.best, choice.error]
-            found.append(torch.stack([number.mean() for number in numbers]).cpu())
-
-        for window in self.windows[: self.options.looked]:
-            listen(self.model, window[None], hear)
-        density, recall, best, error = torch.stack(found).mean(0).tolist()
-        self.row("choice", job, density=density, recall=recall, best=best, error=error, **facts)
-
-    @torch.inference_mode()
-    def logits(self, window: Tensor) -> Tensor:
-        """Logits of the second half of a window, float as the model's, ``[T / 2, V]``."""
-        body = self.model.base_model(input_ids=window[None].to(self.model.device), use_cache=False)
-        hidden: Tensor = body.last_hidden_state[0, self.context // 2 - 1 : -1]
-        return self.model.get_output_embeddings()(hidden)
-
-    @torch.inference_mode()
-    def decoded(self, window: Tensor) -> Tensor:
-        """Logits of the last tokens of a window, decoded one by one."""
-        cache = KvSetup("identity", kv_recipe("identity", {}))(self.model)
-        tokens = window[None].to(self.model.device)
-        step(self.model, tokens[:, : -DECODED - 1], cache, last=1)
-        parts = [step(self.model, tokens[:, at : at + 1], cache) for at in range(-DECODED - 1, -1)]
-        return torch.cat(parts, 1)[0]
-
-    def losses(self, kind: str, setups: Setups) -> None:
-        """Rows of all ``setups``: loss against the dense model's, and KL; window by window, so that the dense model
-        runs once."""
-        run = self.logits if kind == "prefill" else self.decoded
-        windows = self.windows if kind == "prefill" else self.windows[: self.options.decoded]
-        gaps: dict[str, list[float]] = {name: [] for name in setups}
-        sums = {name: torch.zeros(3, dtype=torch.float64) for name in setups}
-        densities: dict[str, list[float]] = {name: [] for name in setups}
-        dense_nll, tokens = 0.0, 0
-        for window in windows:
-            if self.left() <= 0:
-                break
-            with self.using(None):
-                dense = run(window)
-            targets = window[-len(dense) :]
-            reference = self.scorer.score(dense, targets).nll
-            dense_nll, tokens = dense_nll + float(reference.sum()), tokens + len(targets)
-            for name, (setup, _) in setups.items():
-                if self.left() <= 0:
-                    break
-                try:
-                    with self.using(setup):
-                        scores = self.scorer.score(run(window), targets, dense)
-                except Exception as failure:
-                    print(f"FAILED {kind} {name}: {type(failure).__name__}: {failure}", flush=True)
-                    continue
-                assert scores.kl is not None and scores.agree is not None and setup is not None
-                gaps[name].append(float((scores.nll - reference).mean()))
-                own = [float(scores.kl.sum()), float(scores.agree.sum()), len(targets)]
-                sums[name] += torch.tensor(own, dtype=torch.float64)
-                densities[name].append(setup.report.density())
-        for name, (_, facts) in setups.items():
-            if not gaps[name]:
-                continue
-            gap, mean = mean_interval(gaps[name]), sum(gaps[name]) / len(gaps[name])
-            kl, agree = (sums[name][:2] / sums[name][2]).tolist()
-            self.row(
-                kind, name, density=sum(densities[name]) / len(densities[name]), dense_nll=dense_nll / tokens, gap=mean,
-                gap_low=None if gap is None else gap.low, gap_high=None if gap is None else gap.high,
-                perplexity_cost=float(torch.tensor(mean).expm1()), kl=kl, top1_agreement=agree,
-                tokens=int(sums[name][2]), phase=kind, **facts,
-            )  # fmt: skip
-
-    def retrieval(self, phase: str, setups: Setups, tasks: Sequence[str], sessions: int) -> None:
-        """Rows of answers that are right, by task: of every session all questions, one after another."""
-        material = Material(self.tokenizer, self.texts[0].text)
-        for task in tasks:
-            asked = [self.session(material, task, f"{task} {n}", self.context) for n in range(sessions)]
-            for name, (setup, facts) in setups.items():
-                if self.left() <= 0:
-                    return
-                right: list[bool] = []
-                density = []
-                for tokens, answers in asked:
-                    with self.using(setup):
-                        right += self.answers(tokens, answers, phase)
-                    density.append(1.0 if setup is None else setup.report.density())
-                self.row(
-                    "retrieval", name, task=task, phase=phase, accuracy=sum(right) / len(right), answers=len(right),
-                    density=sum(density) / len(density), **facts,
-                )  # fmt: skip
-
-    def session(self, material: Material, task: str, seed: str, length: int) -> tuple[Tensor, list[tuple[int, int]]]:
-        """At most ``length`` tokens: a context with all of its questions and answers, and where each answer lies."""
-        session = TASKS[task](material, length - 256, random.Random(seed))
-        parts, answers = [tokenize(self.tokenizer, session.context)], []
-        for turn in session.turns:
-            begin = sum(len(part) for part in parts)
-            prompt, answer = (tokenize(self.tokenizer, text) for text in (turn.prompt, turn.answer))
-            answers.append((begin + len(prompt), begin + len(prompt) + len(answer)))
-            parts += [prompt, answer]
-        return torch.cat(parts), answers
-
-    @torch.inference_mode()
-    def answers(self, tokens: Tensor, answers: list[tuple[int, int]], phase: str) -> list[bool]:
-        """Whether every token of an answer is the most probable one after those before it."""
-        given = tokens[None].to(self.model.device)
-        first = answers[0][0] - LEAD
-        if phase == "prefill":
-            body = self.model.base_model(input_ids=given, use_cache=False)
-            logits = self.model.get_output_embeddings()(body.last_hidden_state[0, first:-1])
-        else:
-            cache = KvSetup("identity", kv_recipe("identity", {}))(self.model)
-            step(self.model, given[:, :first], cache, last=1)
-            parts = [step(self.model, given[:, at : at + 1], cache)[0] for at in range(first, given.shape[1] - 1)]
-            logits = torch.cat(parts)
-        said = logits.argmax(-1).cpu()
-        return [bool((said[low - first - 1 : high - first - 1] == tokens[low:high]).all()) for low, high in answers]
 
 
 def share_for(density: float, recipe: AttentionRecipe, context: int) -> float:
@@ -294,7 +65,7 @@ def train_gates(bench: Bench) -> None:
     """Gates from ``--gates``, or trained here and kept in ``--keep``; and untrained ones."""
     options = bench.options
     modules = prepared(bench.model)
-    new = attention_recipe("seer_attention", {})
+    new = attention_recipe("seer_attention", {"truth": options.truth} if options.truth else {})
     assert isinstance(new, GatedRecipe)
     bench.untrained = {
         layer: {
@@ -304,7 +75,7 @@ def train_gates(bench: Bench) -> None:
         }
         for layer, module in modules.items()
     }
-    if options.gates is not None:
+    if options.gates is not None or "seer_attention" not in options.plans:
         bench.params = options.gates
         return
     from rarefy.calibration.samples import open_samples
@@ -326,22 +97,30 @@ def train_gates(bench: Bench) -> None:
         ]
         length = min(rows.shape[1], *(len(tokens) for tokens in asked))
         rows = torch.cat([rows[:, :length], torch.stack([tokens[-length:] for tokens in asked])])
-    trainer = GateTrainer("seer_attention", new, bench.model, rows, 1, 0)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    trainer = GateTrainer("seer_attention", new, bench.model, rows[order], options.batch, 0)
+    for place in range(len(rows)):  # half of the time to read, half to learn from what was read
+        trainer.read(place)
+        if time.monotonic() - begin > options.train_seconds / 2 or place not in trainer.lessons:
+            trainer.rows = trainer.rows[: len(trainer.lessons)]
+            break
     trainer.step(0)  # the first one is slow
     start = time.monotonic()
-    for _ in range(2):
-        trainer.step(0)
-    affordable = int(2 * options.train_seconds / (time.monotonic() - start))
+    for number in range(4):
+        trainer.step(number)
+    affordable = int(4 * (begin + options.train_seconds - start) / (time.monotonic() - start))
     losses = trainer.train(Schedule(steps=max(10, min(options.steps, affordable)), rate=options.rate))
     seconds = time.monotonic() - begin
-    path = options.keep / f"{bench.name}-gates.safetensors"
+    path = options.keep / f"{bench.name}-gates{options.truth or ''}.safetensors"
     options.keep.mkdir(parents=True, exist_ok=True)
     trainer.setup().save(path)
     bench.params = path
     part = max(1, len(losses) // 10)
     bench.row(
-        "training", "seer_attention", loss_first=sum(losses[:part]) / part, loss_last=sum(losses[-part:]) / part,
-        steps=len(losses), tokens=len(losses) * rows.shape[1], seconds=seconds, note=samples.describe(),
+        "training", f"seer_attention, truth={new.truth}",
+        loss_first=sum(losses[:part]) / part, loss_last=sum(losses[-part:]) / part, steps=len(losses),
+        tokens=len(trainer.rows) * rows.shape[1], seconds=seconds,
+        note=f"{len(trainer.rows)} x {rows.shape[1]} tokens of {samples.describe()} and questions",
     )  # fmt: skip
 
 
@@ -365,8 +144,8 @@ def sale_rows(bench: Bench, own: dict[str, Any]) -> Setups:
     for window in bench.windows[: bench.options.looked]:
         listen(bench.model, window[None], hear)
     found = torch.cat(errors)
-    job = f"sale {own}"
     budget = setup.recipe.model_dump()["budget"]
+    job = f"sale:budget={budget:g}"
     bench.row(
         "budget", job, budget=budget, mean_error=float(found.mean()), worst_error=float(found.max()),
         within=float((found <= budget).float().mean()), within_half_more=float((found <= 1.5 * budget).float().mean()),
@@ -387,12 +166,8 @@ def with_controls(bench: Bench, job: str, setup: AttentionSetup) -> Setups:
     share = share_for(density, setup.recipe, bench.context)
     blocks = {"block_q": setup.recipe.block_q, "block_k": setup.recipe.block_k, "local": setup.recipe.local}
     for control in ("oracle", "sparge", "sink_local", "random"):
-        try:
-            other = bench.setup(control, **blocks, density=share)
-        except Exception as failure:
-            print(f"FAILED {control}: {failure}", flush=True)
-            continue
-        setups[f"{control} beside {job}"] = (other, {"matched": job})
+        with tolerated(control):
+            setups[f"{control} beside {job}"] = (bench.setup(control, **blocks, density=share), {"matched": job})
     return setups
 
 
@@ -404,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--train-text", default="demo", help="text for gates and thresholds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--plans", nargs="+", default=[*PREFILL, *DECODE, "minference"], help="those to measure")
     parser.add_argument("--densities", nargs="+", type=float, default=[0.05, 0.1, 0.2])
     parser.add_argument("--windows", type=int, default=4, help="of each text")
     parser.add_argument("--looked", type=int, default=2, help="windows whose choices are examined")
@@ -415,7 +191,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--executor", default="auto")
     parser.add_argument("--gates", type=Path, help="trained gates")
     parser.add_argument("--keep", type=Path, default=Path("."), help="folder for gates that are trained here")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--truth", help="what gates learn of a block, if not the recipe's default")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--train-len", type=int, help="tokens of a training sequence; default: the context")
     parser.add_argument("--train-seconds", type=float, default=600)
@@ -430,10 +208,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     bench.attempt("training", lambda: train_gates(bench))
     found: dict[str, tuple[AttentionSetup, dict[str, Any]]] = {}
     for density in options.densities:
-        for name in PREFILL:
+        for name in (name for name in PREFILL if name in options.plans):
 
             def add(name: str = name, density: float = density) -> None:
-                found[f"{name} {density}"] = bench.setup(name, density=density), {"nominal": density}
+                told = f"{name}, truth={options.truth}" if options.truth and name == "seer_attention" else name
+                found[f"{told} {density}"] = bench.setup(name, density=density), {"nominal": density}
 
             bench.attempt(name, add)
     if "prefill" in options.parts:
@@ -447,20 +226,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         for own in SALE[: 1 if options.quick else None]:
             bench.attempt(f"sale {own}", lambda own=own: bench.losses("prefill", sale_rows(bench, own)))
     if "mass" in options.parts:
-        for name, mass in MASS[: 1 if options.quick else None]:
+        asked_for = [(job, *own) for job, own in MASS.items() if own[0] in options.plans]
+        for job, name, own in asked_for[: 1 if options.quick else None]:
 
-            def by_mass(name: str = name, mass: float = mass) -> None:
-                own = {"mass": mass} if name == "seer_attention" else {"mass": mass, "density": None}
-                bench.losses("prefill", with_controls(bench, f"{name} mass {mass}", bench.setup(name, **own)))
+            def by_mass(job: str = job, name: str = name, own: dict[str, Any] = own) -> None:
+                bench.losses("prefill", with_controls(bench, job, bench.setup(name, **own)))
 
-            bench.attempt(f"{name} {mass}", by_mass)
+            bench.attempt(job, by_mass)
     middle = options.densities[len(options.densities) // 2]
     if "retrieval" in options.parts:
         chosen = {name: pair for name, pair in found.items() if name.endswith(f" {middle}")}
         with_dense: Setups = {"dense": (None, {}), **chosen}
         bench.attempt("retrieval", lambda: bench.retrieval("prefill", with_dense, options.tasks, options.sessions))
     decoding: Setups = {}
-    for name in DECODE:
+    for name in (name for name in DECODE if name in options.plans):
 
         def add_decoding(name: str = name) -> None:
             own: dict[str, Any] = {"phases": "decode", "density": middle, "executor": "reference"}
@@ -471,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         bench.attempt(name, add_decoding)
     if "decode" in options.parts:
         bench.attempt("decode", lambda: bench.losses("decode", dict(decoding)))
-    if "retrieval" in options.parts:
+    if "retrieval" in options.parts and options.decoded_sessions:
         asked = options.tasks[:1]
         bench.attempt("retrieval", lambda: bench.retrieval("decode", decoding, asked, options.decoded_sessions))
 

@@ -2,7 +2,8 @@
 
 For each length of prefill: executors by their time on random maps of 10%, and the density at which each of them, with
 what estimating and selecting takes, needs as long as torch's best dense kernel; between densities that were measured
-time is taken to be a line. What launching a plan takes from idle counts too, since nothing may hide it. Of decoding
+time is taken to be a line. What other estimators take beyond that stands beside, also from ``gpu_estimators.json`` in
+the same folder. What launching a plan takes from idle counts too, since nothing may hide it. Of decoding
 only 10% is measured, as a graph: without one its launches cost what those of a plan in prefill do, and a step that is
 then r times as fast at 10% is not slower than dense at 10r%.
 """
@@ -39,7 +40,7 @@ def launching(row: Row) -> float:
     return max(0.0, row.get("from_idle", 0.0) - row["milliseconds"])
 
 
-def prefill(rows: list[Row], device: str, source: str) -> list[Measured]:
+def prefill(rows: list[Row], others: list[Row], device: str, source: str) -> list[Measured]:
     found = []
     alone: dict[int, dict[str, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
@@ -56,10 +57,34 @@ def prefill(rows: list[Row], device: str, source: str) -> list[Measured]:
         many = {name: own for name, own in times.items() if len(own) > 1}
         order = sorted(many, key=lambda name: min(many[name].items(), key=lambda pair: abs(pair[0] - 0.1))[1])
         limits: dict[str, float] = {}
-        for name in order:  # an executor goes by its fastest form
-            limits.setdefault(name.split()[0], round(break_even(many[name], extra, min(dense)), 3))
-        found.append(Measured(device=device, phase="prefill", tokens=tokens, executors=limits, source=source))
+        for name in order:  # an executor goes by the slowest form of its blocks
+            limit = round(break_even(many[name], extra, min(dense)), 3)
+            limits[name.split()[0]] = min(limit, limits.get(name.split()[0], 1.0))
+        found.append(Measured(
+            device=device, phase="prefill", tokens=tokens, executors=limits,
+            estimators=estimators(rows, others, tokens), source=source,
+        ))  # fmt: skip
     return found
+
+
+def estimators(rows: list[Row], others: list[Row], tokens: int) -> dict[str, float]:
+    """Shares of dense attention's time that estimators take beyond pooled means, by label: the most at the length that
+    was measured next to ``tokens``."""
+    own = {(row["estimator"], row["tokens"]): row["estimator_and_selection_share"] for row in rows if peer(row)}
+    base = {length: share for (label, length), share in own.items() if label == "PooledMeans"}
+    shares: dict[str, dict[int, float]] = defaultdict(dict)
+    for (label, length), share in own.items():
+        shares[label][length] = share - base.get(length, 0.0)
+    for row in others:
+        known = shares[row["estimator"]].get(row["tokens"], 0.0)
+        shares[row["estimator"]][row["tokens"]] = max(known, row["share"])
+    nearest = {label: by[min(by, key=lambda length: abs(length - tokens))] for label, by in shares.items()}
+    return {label: round(share, 3) for label, share in sorted(nearest.items()) if share >= 0.001}
+
+
+def peer(row: Row) -> bool:
+    """Whether a row of a plan is beside torch's best dense kernel, and tells its estimator."""
+    return row["goal"] == "prefill" and row["peer"] == "dense cudnn" and "estimator" in row
 
 
 def decode(rows: list[Row], device: str, source: str) -> list[Measured]:
@@ -84,7 +109,9 @@ def main() -> None:
     options = parser.parse_args()
     data = json.loads(options.results.read_text("utf-8"))
     source = f"{options.results.parent.name}/{options.results.name}, {data['device']}"
-    fresh = prefill(data["rows"], options.device, source) + decode(data["rows"], options.device, source)
+    beside = options.results.with_name("gpu_estimators.json")
+    others = json.loads(beside.read_text("utf-8"))["rows"] if beside.is_file() else []
+    fresh = prefill(data["rows"], others, options.device, source) + decode(data["rows"], options.device, source)
     kept = [Measured(**row) for row in json.loads(TABLE.read_text("utf-8")) if row["device"] != options.device]
     table = [each.model_dump(mode="json") for each in (*kept, *fresh)]
     TABLE.write_text("[\n" + ",\n".join(json.dumps(row) for row in table) + "\n]\n", "utf-8")

@@ -140,7 +140,7 @@ def errors(names: set[str]) -> dict[str, float]:
         ("fa4 chunk", 300, 128, 128, HEADS),
         ("flex", 1024, 128, 128, HEADS),
         ("triton", 1024, 128, 128, HEADS),
-        ("triton 64", 1024, 64, 64, HEADS),
+        ("triton 64x64", 1024, 64, 64, HEADS),
         ("triton kv", 1024, 128, 64, KV_HEADS),
         ("triton chunk", 300, 64, 64, HEADS),
     ):
@@ -181,31 +181,12 @@ def tune(clock: Clock, tokens: int, rounds: int) -> None:
     for block_q, block_k, heads in ((128, 128, HEADS), (128, 64, HEADS), (64, 64, HEADS), (128, 64, KV_HEADS)):
         block_map = random_map(tokens, 0.1, block_q, block_k, heads)
         calls: Timed = {}
-        for warps, stages, first in (
-            (4, 2, False),
-            (4, 3, False),
-            (8, 2, False),
-            (8, 3, False),
-            (8, 2, True),
-            (4, 3, True),
-        ):
-            calls[f"{warps} warps, {stages} stages{', heads first' if first else ''}"] = (
-                lambda block_map=block_map, block_q=block_q, block_k=block_k, warps=warps, stages=stages, first=first: (
+        for warps, stages in ((4, 2), (4, 3), (8, 2), (8, 3)):
+            calls[f"{warps} warps, {stages} stages"] = (
+                lambda block_map=block_map, block_q=block_q, block_k=block_k, warps=warps, stages=stages: (
                     block_attention(
-                        query,
-                        key,
-                        value,
-                        block_map.start,
-                        block_map.whole,
-                        block_map.count,
-                        block_map.columns,
-                        block_q=block_q,
-                        block_k=block_k,
-                        scaling=SCALING,
-                        offset=0,
-                        causal=True,
-                        heads_first=first,
-                        num_warps=warps,
+                        query, key, value, block_map.start, block_map.whole, block_map.count, block_map.columns,
+                        block_q=block_q, block_k=block_k, scaling=SCALING, offset=0, causal=True, num_warps=warps,
                         num_stages=stages,
                     )
                 )
@@ -241,7 +222,7 @@ def execution(clock: Clock, tokens: int, rounds: int, found: dict[str, float], p
         for label, block_q, block_k in (
             ("fa4", 128, 128),
             ("triton", 128, 128),
-            ("triton 64", 128, 64),
+            ("triton 64x64", 64, 64),
             ("flex", 128, 128),
         ):
             if label == "flex" and (density != 0.1 or tokens != 32768 or label not in found):
@@ -272,6 +253,7 @@ def execution(clock: Clock, tokens: int, rounds: int, found: dict[str, float], p
                     "kept_rate": round(real[label] * peers["cudnn"] / milliseconds, 3),
                     "max_rel_error": found.get(label),
                     "peer_error": found.get("dense cudnn"),
+                    "rounds": rounds,
                     "note": "given random map",
                 }
             )
@@ -299,7 +281,7 @@ def prefill(clock: Clock, tokens: int, rounds: int, peers: dict[str, float]) -> 
     rows: list[Row] = []
     reach = Reach.last(tokens, tokens)
     for label, (estimator, selector) in plans().items():
-        plan = AttentionPlan(estimator, selector, Policy(dense_below=0), 128, 128, "query", "auto")
+        plan = AttentionPlan(estimator, selector, Policy(dense_below=0, max_density=1.0), 128, 128, "query", "auto")
         blocks = reach.blocks(128, 128, torch.device(DEVICE))
 
         def call(plan: AttentionPlan = plan) -> Any:
@@ -331,8 +313,10 @@ def prefill(clock: Clock, tokens: int, rounds: int, peers: dict[str, float]) -> 
                     "from_idle": round(idle, 4),
                     "peer_milliseconds": round(peers[peer], 4),
                     "ratio": round(peers[peer] / times["whole"], 3),
+                    "estimator": estimator.label,
                     "estimator_share": round(times["estimate"] / peers[peer], 4),
                     "estimator_and_selection_share": round(times["map"] / peers[peer], 4),
+                    "rounds": rounds,
                     "note": "estimator and selection included",
                 }
             )
@@ -443,7 +427,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="32768,8192,131072,16384,65536", help="lengths of prefill; 0 for none")
     parser.add_argument(
         "--check",
-        default="fa4,fa4 chunk,flex,triton,triton 64,triton kv,triton chunk",
+        default="fa4,fa4 chunk,flex,triton,triton 64x64,triton kv,triton chunk",
         help="executors to hold to the reference first, which compiles them",
     )
     parser.add_argument("--whole", default="32768,131072", help="lengths of prompts for layers of a model; 0 for none")
@@ -474,19 +458,19 @@ def main() -> None:
         for plan in PLANS:
             attempt(f"whole {tokens}", lambda n=tokens, plan=plan: whole(n, plan, 3))
     for tokens in (int(part) for part in options.tokens.split(",") if int(part)):
-        rounds = 9 if options.quick and tokens > 65536 else 50
+        rounds = max(7, (20 if options.quick else 50) * 32768 // max(tokens, 32768))
         peers: dict[str, float] = {}
 
         def measure(tokens: int = tokens, rounds: int = rounds, peers: dict[str, float] = peers) -> list[Row]:
-            peers.update(clock(dense(*tensors(tokens)), max(5, rounds // 3) if tokens > 65536 else rounds))
+            peers.update(clock(dense(*tensors(tokens)), rounds))
             print(f"dense {tokens}:", {name: round(each, 3) for name, each in peers.items()}, flush=True)
             return []
 
         attempt(f"dense {tokens}", measure)
         if "cudnn" not in peers:
             continue
-        attempt(f"plans {tokens}", lambda t=tokens, r=rounds, p=peers: prefill(clock, t, r // 2, p))  # type: ignore[misc]
-        attempt(f"execution {tokens}", lambda t=tokens, r=rounds, p=peers: execution(clock, t, r // 2, found, p))  # type: ignore[misc]
+        attempt(f"plans {tokens}", lambda t=tokens, r=rounds, p=peers: prefill(clock, t, r, p))  # type: ignore[misc]
+        attempt(f"execution {tokens}", lambda t=tokens, r=rounds, p=peers: execution(clock, t, r, found, p))  # type: ignore[misc]
         if tokens <= 32768 and not options.quick:
             attempt(f"masses {tokens}", lambda t=tokens, p=peers: masses(clock, t, p, 10))  # type: ignore[misc]
     if options.json is None:

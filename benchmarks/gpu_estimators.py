@@ -108,6 +108,7 @@ def plans(density: float) -> dict[str, tuple[Estimator, int, int, str, Selector 
         "infllm_v2 64x64, every 4th query": (WindowMeans(32, 16, (128, 64), every=4), 64, 64, "kv", TopK(density)),
         "infllm_v2 128x128, every 4th query": (WindowMeans(32, 16, (128, 64), every=4), 128, 128, "kv", TopK(density)),
         "sale 64x32": (LowBitProducts(), 64, 32, "query", None),
+        "sale 64x64": (LowBitProducts(sink=64), 64, 64, "query", None),
         "sale 128x128": (LowBitProducts(sink=128), 128, 128, "query", None),
         "sale 64x32, every 4th query": (LowBitProducts(every=4), 64, 32, "query", None),
         "sale 64x64, every 4th query": (LowBitProducts(sink=64, every=4), 64, 64, "query", None),
@@ -155,7 +156,7 @@ def measure(clock: Clock, tokens: int, density: float, rounds: int, only: str) -
     for name, value_ in peers.items():
         print(f"  {tokens} dense {name}: {value_:.3f} ms", flush=True)
     rows: list[Row] = []
-    for name in plans(density):
+    for name, (estimator, *_) in plans(density).items():
         if f"{name} | whole" not in times:
             continue
         estimate, execute, whole = (times.get(f"{name} | {part}") for part in ("estimate", "execute", "whole"))
@@ -172,6 +173,7 @@ def measure(clock: Clock, tokens: int, density: float, rounds: int, only: str) -
                 "goal": "A8", "job": f"{name}, {density:.0%}", "tokens": tokens, "peer": f"{peer}, dense",
                 "ratio": t / whole, "milliseconds": whole, "estimate_milliseconds": estimate,
                 "execute_milliseconds": execute, "peer_milliseconds": t, "share": estimate / fastest,
+                "estimator": estimator.label,
             })  # fmt: skip
     return rows
 

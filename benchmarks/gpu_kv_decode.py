@@ -26,13 +26,15 @@ from harness import Row, arguments, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rarefy.kernels.coded import Tiles
+from rarefy.kernels.coded import LowRank, Outliers, Tiles, Turns
 from rarefy.kernels.cuda import attend, driver
 from rarefy.kernels.triton.decode_attention import DecodeAttention
+from rarefy.kv.rotary import Rotary
 
 KEY = ("job", "tokens")
 HEADS, QUERY_HEADS, CHANNELS = 8, 32, 128
 SCALING = CHANNELS**-0.5
+FREQUENCIES = 500000.0 ** -(torch.arange(CHANNELS // 2) / (CHANNELS // 2))
 BEYOND_CACHE = 200e6  # bytes that no GPU keeps on the chip
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 PROGRAMS = (1584, 2112)  # of one call of the Triton kernel
@@ -76,6 +78,15 @@ class Job:
     def _side(self, kind: str, tokens: int) -> Tiles:
         """Random keys or values of one run."""
         shape = (1, HEADS, tokens, CHANNELS)
+        if kind.startswith("rows"):
+            return self._rows(tokens, kind == "rows before RoPE")
+        if kind.endswith("corrected"):
+            plain, blocks = self._side(kind.split()[0], tokens), (1, HEADS, tokens // 128)
+            sizes = (128, 2), (2, CHANNELS), (128, 4)
+            left, right, values = (torch.randn(*blocks, *size, device="cuda").half() / 8 for size in sizes)
+            indices = torch.randint(32, values.shape, device="cuda") + 32 * torch.arange(4, device="cuda")
+            outliers = Outliers(((values, indices.to(torch.uint8)),), "channel" if plain.kind == "channel" else "token")
+            return replace(plain, block=128, outliers=outliers, low_rank=LowRank(((left, right),)))
         if kind == "bf16":
             return Tiles("dense", ((torch.randn(shape, device="cuda", dtype=torch.bfloat16),),), self.num_bits)
         if kind == "float8":
@@ -97,6 +108,23 @@ class Job:
         block = 128 if kind == "channel" else 1
         return Tiles(kind, ((codes, scale.half(), zero.half()),), self.num_bits, block, self.group)
 
+    def _rows(self, tokens: int, before_rope: bool) -> Tiles:
+        """Tables over the vector of all heads, a hundredth of it outliers: keys around centers of channels, values
+        within a range of each token."""
+        width, entries = HEADS * CHANNELS, 1 << self.num_bits
+        words = (1, 1, tokens * width * self.num_bits // 32)
+        codes = torch.randint(-(2**31), 2**31 - 1, words, device="cuda", dtype=torch.int32)
+        lut = torch.special.ndtri((torch.arange(entries, device="cuda") + 0.5) / entries)
+        places = torch.arange(10, device="cuda") * (width // 10)
+        indices = (torch.randint(width // 10, (1, 1, tokens, 10), device="cuda") + places).to(torch.int16)
+        outliers = Outliers(((torch.randn(1, 1, tokens, 10, device="cuda").half(), indices),), "token")
+        options = {"outliers": outliers, "joined": True}
+        if before_rope:
+            affine = torch.randn(width, device="cuda"), 0.5 + torch.rand(width, device="cuda")
+            return Tiles("table", ((codes,),), self.num_bits, 32, 1, lut, affine=affine, **options)
+        scale, offset = ((0.5 + torch.rand(1, 1, tokens, device="cuda")).half() for _ in range(2))
+        return Tiles("table", ((codes, scale, offset),), self.num_bits, 32, 1, lut, **options)
+
 
 JOBS = [
     Job("uniform 4 bit", "channel", "token", 4), Job("uniform 3 bit", "channel", "token", 3),
@@ -106,16 +134,51 @@ JOBS = [
     Job("uniform 4 bit by token", "token", "token", 4), Job("uniform 3 bit by token", "token", "token", 3),
     Job("uniform 2 bit by token", "token", "token", 2), Job("rotated table 4 bit", "table", "table", 4),
     Job("rotated table 3 bit", "table", "table", 3), Job("product codes of 2 channels", "product", "product", 4),
+    Job("tables before RoPE, outliers, 4 bit", "rows before RoPE", "rows", 4),
+    Job("tables before RoPE, outliers, 3 bit", "rows before RoPE", "rows", 3),
+    Job("uniform 4 bit, outliers and rank 2", "channel corrected", "token corrected", 4, 64),
     Job("fp8", "float8", "float8", 8), Job("bf16", "bf16", "bf16", 16),
 ]  # fmt: skip
 
 
 def nbytes(*tiles: Tiles) -> int:
-    return sum(tensor.numel() * tensor.element_size() for each in tiles for run in each.runs for tensor in run)
+    parts = [(each.runs, each.outliers and each.outliers.runs, each.low_rank and each.low_rank.runs) for each in tiles]
+    tensors = [tensor for each in parts for runs in each for run in runs or () for tensor in run]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def decoded(tiles: Tiles, tokens: int) -> Tensor:
     """What the tiles stand for, float32 ``[1, H, tokens, D]``."""
+    if tiles.joined:
+        return _decoded_rows(tiles, tokens)
+    if tiles.outliers is None or tiles.low_rank is None:
+        return _decoded(tiles, tokens)
+    plain, (values, indices), (left, right) = _decoded(tiles, tokens), tiles.outliers.runs[0], tiles.low_rank.runs[0]
+    found = torch.zeros(*values.shape[:-1], 128, device="cuda").scatter_(-1, indices.long(), values.float())
+    found = found.mT if tiles.kind == "channel" else found
+    return plain + (found + left.float() @ right.float()).flatten(2, 3)
+
+
+def _decoded_rows(tiles: Tiles, tokens: int) -> Tensor:
+    from rarefy import packing
+
+    assert tiles.lut is not None and tiles.outliers is not None
+    stream = tiles.runs[0][0].unflatten(-1, (-1, tiles.num_bits))
+    codes = packing.unpack_bits(stream, tiles.num_bits, stream.shape[-2] * 32).flatten(2).unflatten(-1, (tokens, -1))
+    rows = tiles.lut[codes.int()]
+    if tiles.affine is None:
+        scale, offset = (each.float().unsqueeze(-1) for each in tiles.runs[0][1:])
+        rows = rows * scale + offset
+    else:
+        rows = rows * tiles.affine[1] + tiles.affine[0]
+    values, indices = tiles.outliers.runs[0]
+    rows = rows.scatter_add(-1, indices.long(), values.float())[:, 0].unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    if tiles.affine is None:
+        return rows
+    return Rotary(FREQUENCIES).rotate(rows, torch.arange(tokens, device="cuda")[None])
+
+
+def _decoded(tiles: Tiles, tokens: int) -> Tensor:
     from rarefy import packing
 
     numbers = tiles.runs[0]
@@ -174,7 +237,11 @@ def microseconds(graphs: dict[Any, Captured], rounds: int) -> dict[Any, float]:
 def attention(tiles: tuple[Tiles, Tiles], tokens: int, shape: AnyShape) -> Attention:
     device = torch.device("cuda")
     if isinstance(shape, attend.Shape):
-        return attend.CodedAttention(*tiles, ([tokens], [tokens]), 1, HEADS, QUERY_HEADS, device=device, shape=shape)
+        shift = torch.zeros(1, dtype=torch.int64, device=device)
+        turns = None if tiles[0].affine is None else Turns(FREQUENCIES.to(device), 1.0, shift)
+        return attend.CodedAttention(
+            *tiles, ([tokens], [tokens]), 1, HEADS, QUERY_HEADS, device=device, turns=turns, shape=shape
+        )
     return DecodeAttention(
         *tiles, 1, HEADS, QUERY_HEADS, CHANNELS, tokens, device=device, parts=max(1, shape.programs // HEADS),
         rows=shape.rows, num_warps=shape.warps, num_stages=shape.stages,
@@ -312,6 +379,7 @@ def main() -> None:
             torch.cuda.empty_cache()
         if options.trials:
             options.trials.write_text(json.dumps(trials, indent=1))
+
 
 if __name__ == "__main__":
     main()

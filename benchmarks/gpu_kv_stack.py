@@ -38,7 +38,18 @@ from rarefy.kernels.cuda.attend import CodedAttention
 from rarefy.kv.attend import attend
 from rarefy.kv.codec import Codec
 from rarefy.kv.codec import nbytes as nbytes_of
-from rarefy.kv.codecs import Gridded, NormTable, ProductTable, RangeTable, Rotated
+from rarefy.kv.codecs import (
+    ChannelTable,
+    Gridded,
+    JoinedHeads,
+    NormTable,
+    ProductTable,
+    RangeTable,
+    Residual,
+    Rotated,
+    Sparse,
+    Trimmed,
+)
 from rarefy.kv.codecs.plain import Axis
 from rarefy.kv.encoding import fast_form, fast_payload
 from rarefy.kv.plan import HeadShape
@@ -50,7 +61,6 @@ from rarefy.recipes.kv.turbo_quant import gaussian_table
 KEY = ("goal", "job", "tokens")
 HEADS, QUERY_HEADS, CHANNELS, LAYERS, CHUNK = 8, 32, 128, 32, 2048
 ROUNDS = 5
-SLOW = ("gear",)
 UNIFORM: tuple[tuple[Axis, int, int], ...] = (
     ("channel", 4, 128), ("channel", 4, 32), ("channel", 3, 128), ("token", 4, 128), ("token", 2, 32),
 )  # fmt: skip
@@ -59,17 +69,17 @@ SPARE = 6e8  # bytes that whatever else runs takes
 SCALING = CHANNELS**-0.5
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "kivi 4 bit, g128": ("kivi", {"num_bits": 4, "group_size": 128, "residual": 128}),
-    "turbo_quant 4 bit": ("turbo_quant", {"num_bits": 4}),
     "kv_quant 4 bit": ("kv_quant", {"num_bits": 4}),
     "million 4 bit": ("million", {"width": 2, "code_bits": 8}),
-    "kv_quant 3 bit": ("kv_quant", {"num_bits": 3}),
-    "kivi 4 bit, g32": ("kivi", {"num_bits": 4}),
-    "turbo_quant 3 bit": ("turbo_quant", {"num_bits": 3}),
-    "kivi 3 bit, g128": ("kivi", {"num_bits": 3, "group_size": 128, "residual": 128}),
-    "kivi 2 bit, g128": ("kivi", {"num_bits": 2, "group_size": 128, "residual": 128}),
-    "fp8": ("fp8", {}),
     "gear 4 bit": ("gear", {"num_bits": 4}),
+    "kivi 4 bit, g32": ("kivi", {"num_bits": 4}),
+    "turbo_quant 4 bit": ("turbo_quant", {"num_bits": 4}),
+    "kv_quant 3 bit": ("kv_quant", {"num_bits": 3}),
+    "kivi 2 bit, g128": ("kivi", {"num_bits": 2, "group_size": 128, "residual": 128}),
     "gear 2 bit": ("gear", {"num_bits": 2}),
+    "kivi 3 bit, g128": ("kivi", {"num_bits": 3, "group_size": 128, "residual": 128}),
+    "turbo_quant 3 bit": ("turbo_quant", {"num_bits": 3}),
+    "fp8": ("fp8", {}),
 }
 ROTARY = Rotary(500000.0 ** -(torch.arange(CHANNELS // 2) / (CHANNELS // 2)))
 
@@ -213,6 +223,17 @@ def encode_codecs() -> dict[str, Codec]:
         found[f"rotated table {bits} bit"] = Rotated(NormTable(gaussian_table(bits), 32, CHANNELS), CHANNELS)
     found["table 3 bit within a range"] = RangeTable(gaussian_table(3), 32, CHANNELS)
     found["product codes of 2 channels"] = ProductTable(torch.randn(CHANNELS // 2, 256, 2).half(), 32)
+    width, lut = HEADS * CHANNELS, gaussian_table(3)
+    outliers = Sparse(10, "token", 32, width)
+    keys = ChannelTable(lut, torch.randn(1, width), torch.rand(1, width), 32)
+    values = Trimmed(RangeTable(lut, 32, width), 5, "token")
+    for axis, num_bits in (("channel", 2), ("token", 4)):
+        gear = kv_recipes.get("gear")(num_bits=num_bits)
+        both = gear.codecs(HeadShape(HEADS, CHANNELS, CHANNELS, torch.bfloat16), {})
+        job = f"uniform {num_bits} bit by {axis}, errors, rank 2"
+        found[job] = both.keys if axis == "channel" else both.values
+    found["rows around centers, 10 outliers"] = JoinedHeads(Residual(keys, outliers), HEADS)
+    found["rows within a range, 10 outliers"] = JoinedHeads(Residual(values, outliers), HEADS)
     return found
 
 
@@ -260,7 +281,7 @@ def longest_row(num_bits: int) -> Row:
         "goal": "KV longest", "job": f"uniform {num_bits} bit", "tokens": tokens, "milliseconds": round(took / 1e3, 2),
         "cache_bytes": size, "bits_per_weight": size * 8 / (tokens * layers * 2 * heads * CHANNELS),
         "note": f"7B shape, 32 layers of 32 KV heads; synthetic blocks; {weights / 1e9:.1f} GB left for weights; "
-                f"attention alone, {size / took / 1e6:.2f} TB/s",
+                "attention alone",
     }  # fmt: skip
 
 
@@ -294,17 +315,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=[131072, 32768])
     parser.add_argument("--layers", type=int, default=4, help="different layers of a stack")
     parser.add_argument("--seconds", type=float, default=200, help="begin nothing after so many")
-    parser.add_argument("--only", default="", help="recipes whose names have this in them")
+    parser.add_argument("--only", nargs="*", default=[""], help="recipes whose names have one of these in them")
     parser.add_argument("--longest", type=int, nargs="*", default=[4, 3, 2], help="bits of the longest contexts")
     options = parser.parse_args()
     begin = time.monotonic()
     discover()
     torch.manual_seed(0)
     lengths = [tokens // 8 for tokens in options.tokens] if options.quick else options.tokens
-    labels = [label for label in RECIPES if options.only in label]
+    labels = [label for label in RECIPES if any(part in label for part in options.only)]
     longest = [] if options.quick else options.longest
     with ProcessPoolExecutor(COMPILERS, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for images in pool.map(warmed, [*(label for label in labels if not label.startswith(SLOW)), *longest]):
+        for images in pool.map(warmed, [*labels, *longest]):
             driver.images.update(images)
     print(f"{len(driver.images)} kernels compiled, {time.monotonic() - begin:.0f} s", flush=True)
     work: list[tuple[str, Callable[[], list[Row]]]] = []
@@ -321,8 +342,7 @@ def main() -> None:
 
         work += [(f"{label}, {tokens} tokens", partial(rows, label)) for label in labels]
         work += last if tokens == lengths[0] else []
-    # What is encoded by torch's operations takes long to fill.
-    for name, measured in sorted(work, key=lambda each: each[0].startswith(SLOW)):
+    for name, measured in work:
         if time.monotonic() - begin > options.seconds:
             print(f"No time for {name}.", flush=True)
             continue

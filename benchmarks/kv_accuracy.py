@@ -3,7 +3,8 @@
 Every cache keeps the first token of a sequence in 16 bits and none of the newest beyond the block that is not full, so
 that what differs is the code. Calibrated ones see 16 windows of a calibration text that the evaluation text does not
 overlap. A row per model, regime, context and cache: ``gap`` is its loss less that of the dense cache, in nats per
-token, with the 95% interval of differences paired by windows.
+token, with the 95% interval of differences paired by windows. ``versus``: the same against the cache that was measured
+first beside it, which says which of two is better more sharply than their distances from dense do.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from harness import Row, arguments, write
 import rarefy
 from rarefy.evaluation.caches import CacheComparison
 
-KEY = ("model", "regime", "context", "cache")
+KEY = ("model", "regime", "context", "cache", "versus")
 CACHES = [
     "fp8:sink=1",
     "kivi:num_bits=4,group_size=64,residual=64,sink=1",
@@ -42,26 +43,42 @@ CALIBRATED = ("kv_quant", "million")
 
 
 def rows_of(result: CacheComparison) -> list[Row]:
-    """A row for each cache of a comparison."""
+    """A row for each cache of a comparison, and for each but the first one against that."""
     rows: list[Row] = []
+    first = _name(result.caches[0].name)
     for cache in result.caches:
         assert cache.gap is not None
-        name = re.sub(",(samples|seq_len|data)=[^,]*", "", cache.name)
-        rows.append({
-            "goal": "KV", "job": name, "cache": name, "model": result.model, "regime": result.protocol.regime,
+        name = _name(cache.name)
+        about: Row = {
+            "cache": name, "model": result.model, "regime": result.protocol.regime,
             "context": result.protocol.context, "protocol": result.protocol.describe(), "tokens": result.tokens,
-            "dense_nll": result.dense_nll, "gap": cache.gap.value, "gap_low": cache.gap.low,
-            "gap_high": cache.gap.high, "kl": cache.kl, "top1_agreement": cache.top1_agreement,
-            "bits_per_weight": cache.bits["total"], "bits": cache.bits, "shared_bytes": cache.shared_bytes,
+        }  # fmt: skip
+        if cache.versus_first is not None:
+            versus = cache.versus_first
+            rows.append({
+                "goal": "KV paired", "job": f"{name} against {first}", **about, "versus": first, "gap": versus.value,
+                "gap_low": versus.low, "gap_high": versus.high, "bits_per_weight": cache.bits["total"],
+                "versus_bits": result.caches[0].bits["total"],
+            })  # fmt: skip
+        rows.append({
+            "goal": "KV", "job": name, **about, "dense_nll": result.dense_nll, "gap": cache.gap.value,
+            "gap_low": cache.gap.low, "gap_high": cache.gap.high, "kl": cache.kl,
+            "top1_agreement": cache.top1_agreement, "bits_per_weight": cache.bits["total"], "bits": cache.bits,
+            "shared_bytes": cache.shared_bytes,
             "note": " ".join(re.findall(r"(?:samples|seq_len)=\d+", cache.name)),
         })  # fmt: skip
     return rows
 
 
-def caches(samples: int, seq_len: int, data: str) -> list[str]:
-    """All caches, those that are calibrated on so many windows of the text ``data``."""
+def _name(cache: str) -> str:
+    """A cache without what it was calibrated on."""
+    return re.sub(",(samples|seq_len|data)=[^,]*", "", cache)
+
+
+def caches(chosen: Sequence[str], samples: int, seq_len: int, data: str) -> list[str]:
+    """Caches, of which those that are calibrated are on so many windows of the text ``data``."""
     given = f"samples={samples},seq_len={seq_len},data={data}"
-    return [f"{name},{given}" if name.startswith(CALIBRATED) else name for name in CACHES]
+    return [f"{name},{given}" if name.startswith(CALIBRATED) else name for name in chosen]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,10 +93,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=1, help="windows that go through at once")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--only", help="caches whose names match this regular expression")
+    parser.add_argument("--caches", nargs="+", default=CACHES, help="other caches, each held against the first")
+    parser.add_argument("--samples", type=int, default=16, help="windows that calibrated caches see")
     options = parser.parse_args(argv)
     windows = 4 if options.quick else options.windows or None
     context = min(512, options.context) if options.quick else options.context
-    everything = caches(16, min(2048, context), options.calibration)
+    everything = caches(options.caches, options.samples, min(2048, context), options.calibration)
     chosen = [name for name in everything if not options.only or re.search(options.only, name)]
     rows: list[Row] = []
     for regime in options.regimes:
@@ -91,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # fmt: skip
         rows += rows_of(result)
         for row in rows_of(result):
-            print(f"{regime} {row['cache']}: {row['bits_per_weight']:.3f} bits, {row['gap']:+.4f} "
+            print(f"{regime} {row['job']}: {row['bits_per_weight']:.3f} bits, {row['gap']:+.4f} "
                   f"({row['gap_low']:+.4f} .. {row['gap_high']:+.4f}) nats", flush=True)  # fmt: skip
     write(options, rows, KEY)
 

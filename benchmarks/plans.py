@@ -56,7 +56,11 @@ RECIPES = [
     Plan("spqr int3 no outliers", "spqr", {"num_bits": 3, "outlier_threshold": None}),
     Plan("spqr int3 3.95 bits no clip", "spqr", {"num_bits": 3, "target_bits": 3.95, "clip": "none"}),
     Plan("spqr int3 no clip", "spqr", {"num_bits": 3, "clip": "none"}),
-    Plan("spqr int4 clip", "spqr", {"num_bits": 4, "clip": "mse"}),
+    *(Plan(f"{job} 32 rows", "spqr", {**options, "scale_rows": 32}) for job, options in (
+        ("spqr int4", {"num_bits": 4}), ("spqr int3 3.95 bits", {"num_bits": 3, "target_bits": 3.95}))),
+    Plan("spqr int4 no clip", "spqr", {"num_bits": 4, "clip": "none"}),
+    Plan("spqr int3 3-bit scales", "spqr", {"num_bits": 3, "scale_bits": 3, "zero_bits": 3}),
+    Plan("spqr int3 as published", "spqr", {"num_bits": 3, "scale_bits": 3, "zero_bits": 3, "clip": "none"}),
     Plan("spqr int3 no outliers no clip", "spqr", {"num_bits": 3, "outlier_threshold": None, "clip": "none"}),
     integers("gptq", 3, 16, "F"),
     integers("gptq", 3, 128, note="no clip", clip="none"),

@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "goal": "A8", "model": name, "job": job, "attention": attention, "context": options.context,
                 "density": options.density, "measured_density": density, "nll": nll, "tokens": windows.numel() // 2,
                 "steps": 0 if job == "as it was" else trained_steps, "batch": options.batch, "rate": options.rate,
-                "seconds": seconds, "text": ", ".join(options.text),
+                "seconds": seconds, "text": ", ".join(Path(text).name for text in options.text),
             })  # fmt: skip
             if job == "dense" and attention == "dense":
                 base = nll

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from tables_shared import LAB, UNMEASURED, Rows, mean, measured_on, results
+from tables_shared import LAB, ROOT, UNMEASURED, Rows, mean, measured_on, results
 
 
 def attention_rows(kind: str, model: str, **wanted: Any) -> list[tuple[dict[str, Any], Rows]]:
@@ -101,17 +102,20 @@ def attention_budgets(model: str) -> str:
 
 
 def sparse_training_table() -> str:
+    """A model trained to attend sparsely beside the same trained densely, one table per device and density."""
     parts = []
     for data in results("*/sparse_training.json"):
-        lines = ["| trained | attends | density | nats | beside dense trained densely |", "|---" * 5 + "|"]
-        for row in data["rows"]:
-            lines.append(
-                f"| {row['job']} | {row['attention']} | {row['measured_density']:.1%} | {row['nll']:.4f} | "
-                f"{row['gap']:+.4f} |"
-            )
-        first = next(row for row in data["rows"] if row["steps"])
-        facts = f"{first['model']}, {first['steps']} steps of {first['batch']} x {first['context']} tokens;"
-        parts.append("\n".join([*lines, "", f"{facts} {measured_on(data)}"]))
+        for density in sorted({row["density"] for row in data["rows"]}):
+            own = [row for row in data["rows"] if row["density"] == density]
+            lines = ["| trained | attends | density | nats | beside dense trained densely |", "|---" * 5 + "|"]
+            for row in own:
+                lines.append(
+                    f"| {row['job']} | {row['attention']} | {row['measured_density']:.1%} | {row['nll']:.4f} | "
+                    f"{row['gap']:+.4f} |"
+                )
+            first = next(row for row in own if row["steps"])
+            facts = f"{first['model']}, {first['steps']} steps of {first['batch']} x {first['context']} tokens;"
+            parts.append("\n".join([*lines, "", f"{facts} {measured_on({**data, 'rows': own})}"]))
     return "\n\n".join(parts) or UNMEASURED
 
 
@@ -174,6 +178,52 @@ def plan_table(goal: str) -> str:
     return "\n\n".join(parts) or UNMEASURED
 
 
+def tile_table() -> str:
+    """What executors take for blocks and what for the ends of a tile of queries, from a line through their times."""
+    parts = []
+    for data in results("*/gpu_attention.json"):
+        rows = [row for row in data["rows"] if row["goal"] == "execution"]
+        by: dict[tuple[int, str], Rows] = {}
+        for row in sorted(rows, key=lambda row: (row["tokens"], row["job"])):
+            by.setdefault((row["tokens"], row["job"].rpartition(", ")[2]), []).append(row)
+        lines = ["| tokens | executor | of cuDNN's rate within a tile | ends of a tile, in blocks |", "|---" * 4 + "|"]
+        for (tokens, name), own in by.items():
+            if len(own) < 3:
+                continue
+            line = statistics.linear_regression(
+                [row["measured_density"] for row in own], [row["milliseconds"] for row in own]
+            )
+            block = int(name.rpartition("x")[2]) if "x" in name else 128
+            visible = (tokens / block + 1) / 2  # blocks that a tile sees, in the mean
+            rate = own[0]["peer_milliseconds"] / line.slope
+            lines.append(f"| {tokens:,} | {name} | {rate:.2f} | {line.intercept / line.slope * visible:.1f} |")
+        if len(lines) > 2:
+            parts.append("\n".join([*lines, "", measured_on({**data, "rows": rows})]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def break_even_table() -> str:
+    """Up to which density a plan beats dense attention, by length: what the policy goes by."""
+    parts = []
+    entries = json.loads((ROOT / "src" / "rarefy" / "attention" / "measured.json").read_text("utf-8"))
+    entries = [each for each in entries if each["phase"] == "prefill"]
+    for source in dict.fromkeys(each["source"] for each in entries):
+        own = [each for each in entries if each["source"] == source]
+        names = list(dict.fromkeys(name for each in own for name in each["executors"]))
+        curves = {name: [each["executors"].get(name, 0.0) for each in own] for name in names}
+        lengths = [f"{each['tokens'] // 1024}k" for each in own]
+        chart = ["```mermaid", "xychart-beta", f'  x-axis "tokens" [{", ".join(lengths)}]']
+        chart += ['  y-axis "density" 0 --> 1']
+        chart += [f"  line [{', '.join(f'{density:g}' for density in curve)}]" for curve in curves.values()]
+        lines = [f"| tokens | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+        lines += [
+            f"| {length} | {' | '.join(f'{curve[place]:.0%}' for curve in curves.values())} |"
+            for place, length in enumerate(lengths)
+        ]
+        parts.append("\n".join([*chart, "```", "", *lines, "", f"From {source}."]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
 def cpu_plan_table() -> str:
     """Prefill on a processor by sparse plans, one table per device: seconds of attention and of the whole."""
     parts = []
@@ -213,5 +263,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-training": sparse_training_table,
     "attention-estimators": estimator_table,
     **{f"attention-{goal}": partial(plan_table, goal) for goal in ("prefill", "execution", "decode")},
+    "attention-tiles": tile_table,
+    "attention-break-even": break_even_table,
     "attention-cpu": cpu_plan_table,
 }

@@ -16,6 +16,7 @@ def cache_table(model: str, only: str = "") -> str:
     parts = []
     for data in results("*/kv_accuracy.json"):
         own = [row for row in data["rows"] if row["model"] == model and re.search(only, row["cache"])]
+        own = [row for row in own if row["goal"] == "KV"]
         for protocol in dict.fromkeys(row["protocol"] for row in own):
             rows = [row for row in own if row["protocol"] == protocol]
             lines = ["| cache | bits | nats above dense | 95% interval | KL | top-1 |", "|---|---|---|---|---|---|"]
@@ -25,6 +26,24 @@ def cache_table(model: str, only: str = "") -> str:
                     f"{row['gap_low']:+.4f} .. {row['gap_high']:+.4f} | {row['kl']:.4f} | {row['top1_agreement']:.1%} |"
                 )
             facts = f"{model}, {protocol}, {rows[0]['tokens']} predicted tokens, dense {rows[0]['dense_nll']:.4f} nats;"
+            parts.append("\n".join([*lines, "", f"{facts} {measured_on({**data, 'rows': rows})}"]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def paired_table() -> str:
+    """Caches against another one on the same windows, one table for each device and protocol."""
+    parts = []
+    for data in results("*/kv_accuracy.json"):
+        own = [row for row in data["rows"] if row["goal"] == "KV paired"]
+        for model, protocol in dict.fromkeys((row["model"], row["protocol"]) for row in own):
+            rows = [row for row in own if (row["model"], row["protocol"]) == (model, protocol)]
+            lines = ["| cache | bits | against | bits | nats more than that | 95% interval |", "|---" * 6 + "|"]
+            for row in rows:
+                lines.append(
+                    f"| {row['cache']} | {row['bits_per_weight']:.3f} | {row['versus']} | {row['versus_bits']:.3f} | "
+                    f"{row['gap']:+.4f} | {row['gap_low']:+.4f} .. {row['gap_high']:+.4f} |"
+                )
+            facts = f"{model}, {protocol}, {rows[0]['tokens']} predicted tokens;"
             parts.append("\n".join([*lines, "", f"{facts} {measured_on({**data, 'rows': rows})}"]))
     return "\n\n".join(parts) or UNMEASURED
 
@@ -54,6 +73,24 @@ def stack_table() -> str:
             if rows:
                 facts = "; ".join(dict.fromkeys(row["note"] for row in rows))
                 parts.append("\n".join([*build(rows), "", f"{facts}; {measured_on({**data, 'rows': rows})}"]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def model_table() -> str:
+    """Whole steps of a model over coded caches, one table for each device."""
+    parts = []
+    for data in results("*/gpu_kv_model.json"):
+        lines = ["| cache | tokens | bits | ms a token | tokens/s | times bf16 | cache | all memory | of a step |"]
+        lines.append("|---" * 9 + "|")
+        for row in data["rows"]:
+            sizes = f"{row['cache_bytes'] / 1e9:.2f} GB | {row['total_bytes'] / 1e9:.1f} GB"
+            lines.append(
+                f"| {row['job']} | {row['tokens']:,} | {row['bits_per_weight']:.2f} | "
+                f"{row['microseconds'] / 1e3:.2f} | {row['tokens_per_second']:.0f} | {row['ratio']:.2f} | {sizes} | "
+                f"{row['step_bytes'] / 1e6:.1f} MB |"
+            )
+        facts = f"a layer's past in bf16 is {data['rows'][0]['layer_bytes'] / 1e6:.0f} MB"
+        parts.append("\n".join([*lines, "", f"{facts}; {measured_on(data)}"]))
     return "\n\n".join(parts) or UNMEASURED
 
 
@@ -88,11 +125,12 @@ def _encode_lines(rows: Rows) -> list[str]:
 
 
 def _longest_lines(rows: Rows) -> list[str]:
-    lines = ["| cache | tokens | bits | size | ms a token |", "|---" * 5 + "|"]
+    lines = ["| cache | tokens | bits | size | ms a token | TB/s |", "|---" * 6 + "|"]
     for row in rows:
+        size, took = row["cache_bytes"] / 1e9, row["milliseconds"]
         lines.append(
-            f"| {row['job']} | {row['tokens']:,} | {row['bits_per_weight']:.2f} | {row['cache_bytes'] / 1e9:.1f} GB | "
-            f"{row['milliseconds']:.1f} |"
+            f"| {row['job']} | {row['tokens']:,} | {row['bits_per_weight']:.2f} | {size:.1f} GB | {took:.1f} | "
+            f"{size / took:.2f} |"
         )
     return lines
 
@@ -116,7 +154,9 @@ def kv_cpu_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "kv-demo": partial(cache_table, "SmolLM2-135M-Instruct"),
     "kv-lab": partial(cache_table, LAB),
+    "kv-paired": paired_table,
     "kv-decode": decode_table,
+    "kv-model": model_table,
     "kv-stack": stack_table,
     "kv-cpu": kv_cpu_table,
 }

@@ -40,9 +40,11 @@ struct Fitting {
   Fit fit;
   const ColumnKernels &own;
 
+  int64_t height() const { return fit.tile < column_lanes ? column_lanes : fit.tile; }
+  int64_t rows() const { return int64_t(given.members) * given.rows; }
   void run(int64_t piece) const {
-    int64_t row = piece * column_lanes, left = int64_t(given.members) * given.rows - row;
-    own.fit(given, fit, row, left < column_lanes ? left : column_lanes);
+    int64_t row = piece * height(), left = rows() - row;
+    own.fit(given, fit, row, left < height() ? left : height());
   }
 };
 
@@ -70,7 +72,7 @@ void rarefy_round_columns(const rarefy_round *given, int32_t rule) {
 void rarefy_fit_around(const rarefy_fit *given, int32_t size, int32_t levels, int32_t scale_bits, int32_t zero_bits,
                        int32_t tile, int32_t half) {
   Fitting task{*given, {size, levels, scale_bits, zero_bits, tile, half != 0}, column_kernels()};
-  on_pool(task, ceil_div(int64_t(given->members) * given->rows, column_lanes));
+  on_pool(task, ceil_div(task.rows(), task.height()));
 }
 
 void rarefy_search_ranges(const rarefy_search *given) {

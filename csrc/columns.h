@@ -12,8 +12,8 @@
 extern "C" {
 #endif
 
-/* Most columns of a call, and factors of a search. */
-enum { RAREFY_AT_ONCE = 128 };
+/* Most columns of a call, and factors of a search; most rows of a tile. */
+enum { RAREFY_AT_ONCE = 128, RAREFY_FIT_ROWS = 64 };
 
 /* What becomes of a column: all of it is rounded; what is not marked is dropped; what is marked stays as it is; or
  * whether it stays is decided here and marked. */
@@ -75,8 +75,8 @@ RAREFY_API void rarefy_search_ranges(const rarefy_search *given);
 /* On the pool. Nothing is checked. */
 RAREFY_API void rarefy_round_columns(const rarefy_round *given, int32_t rule);
 
-/* A group of `size` columns, at most 32, with tiles of `tile` rows, a power of two up to 16; numbers of the second level
- * are float16 if `half`, else bfloat16. */
+/* A group of `size` columns, at most 32, with tiles of `tile` rows, a power of two up to RAREFY_FIT_ROWS; numbers of the
+ * second level are float16 if `half`, else bfloat16. */
 RAREFY_API void rarefy_fit_around(const rarefy_fit *given, int32_t size, int32_t levels, int32_t scale_bits,
                                   int32_t zero_bits, int32_t tile, int32_t half);
 

@@ -100,19 +100,6 @@ inline V moved(V a, int32_t distance) {
   for (int32_t i = 0; i < lanes_of; ++i) at[i] = i ^ distance;
   return __builtin_shuffle(a, at);
 }
-inline V least_of_tile(V a, int32_t tile) {
-  for (int32_t distance = tile / 2; distance > 0; distance /= 2) a = smaller(a, moved(a, distance));
-  return a;
-}
-inline V most_of_tile(V a, int32_t tile) {
-  for (int32_t distance = tile / 2; distance > 0; distance /= 2) a = larger(a, moved(a, distance));
-  return a;
-}
-inline V sum_of_tile(V a, int32_t tile) {
-  for (int32_t distance = tile / 2; distance > 0; distance /= 2) a += moved(a, distance);
-  return a;
-}
-
 inline uint16_t narrow(float value, bool half) {
   if (half) return rarefy_scalar::to_half(value);
   uint32_t bits;
@@ -122,18 +109,27 @@ inline uint16_t narrow(float value, bool half) {
 // Numbers that are equal within a tile, as they are stored in 16 bits.
 inline V stored(V a, const rarefy::Fit &f) {
   V r{};
-  for (int32_t first = 0; first < lanes_of; first += f.tile) {
+  const int32_t equal = f.tile < lanes_of ? f.tile : int32_t(lanes_of);
+  for (int32_t first = 0; first < lanes_of; first += equal) {
     const uint16_t bits = narrow(a[first], f.half);
     const float value = f.half ? rarefy_scalar::half_to_float(bits) : rarefy_scalar::bfloat_to_float(bits);
-    for (int32_t i = first; i < first + f.tile; ++i) r[i] = value;
+    for (int32_t i = first; i < first + equal; ++i) r[i] = value;
   }
   return r;
 }
 
+// What the rows of a tile want of a number.
+struct Span { V low, high; };
+inline Span span_of(Span a, int32_t tile) {
+  for (int32_t distance = (tile < lanes_of ? tile : int32_t(lanes_of)) / 2; distance > 0; distance /= 2)
+    a.low = smaller(a.low, moved(a.low, distance)), a.high = larger(a.high, moved(a.high, distance));
+  return a;
+}
+
 // A number of each row, as a code of some bits for a step and a zero of the tile.
 struct Level { V step, zero, code, value; };
-inline Level level_of(V number, int32_t bits, float finest, const rarefy::Fit &f) {
-  const V low = least_of_tile(number, f.tile), high = most_of_tile(number, f.tile);
+inline Level level_of(V number, Span span, int32_t bits, float finest, const rarefy::Fit &f) {
+  const V low = span.low, high = span.high;
   const V reach = larger(size_of(low), size_of(high));
   const float last = float((1 << bits) - 1);
   V step = stored(larger((high - low) / last, reach * finest), f);
@@ -145,12 +141,12 @@ inline Level level_of(V number, int32_t bits, float finest, const rarefy::Fit &f
   return {step, zero, code, step * (code - zero)};
 }
 
-struct Fitted { Level scale, zero; };
-inline Fitted fitted(V low, V high, float factor, float finest, const rarefy::Fit &f) {
+// The scale and the zero that a row wants for a range, zero included, shrunk by a factor.
+struct Wanted { V scale, zero; };
+inline Wanted wanted(V low, V high, V factor, float finest, const rarefy::Fit &f) {
   low = smaller(low, V{}) * factor, high = larger(high, V{}) * factor;
   const V scale = larger((high - low) / float(f.levels - 1), larger(size_of(low), size_of(high)) * finest);
-  const V zero = scale == 0.f ? all(float(f.levels / 2)) : -low / scale;
-  return {level_of(scale, f.scale_bits, finest, f), level_of(zero, f.zero_bits, finest, f)};
+  return {scale, scale == 0.f ? all(float(f.levels / 2)) : -low / scale};
 }
 
 // What rounding costs each weight between `low` and `high`, and all of them but the one at `without`.
@@ -186,9 +182,25 @@ inline V raised(V a, float power) {
   return a == 0.f ? V{} : e * scale;
 }
 
-void fit_around(const rarefy_fit &a, const rarefy::Fit &f, int64_t row, int64_t lanes) {
+// What a scale and a zero cost each row; `steps` are the values in units of the scale.
+inline V lost(const V *values, const V *masses, const V *steps, V scale, V zero, float norm, const rarefy::Fit &f) {
+  V error{};
+  for (int32_t n = 0; n < f.size; ++n) {
+    const V off = size_of(values[n] - (bounded(steps[n] + zero, float(f.levels - 1)) - zero) * scale);
+    error += (norm == 2.f ? off * off : raised(off, norm)) * masses[n];
+  }
+  return error;
+}
+
+// Sixteen rows of a group: their values, outliers replaced, and what they want as if nobody shared it.
+struct Rows {
+  V values[32], masses[32];
+  Wanted best;
+};
+
+void begin_fit(Rows &rows, const rarefy_fit &a, const rarefy::Fit &f, int64_t row, int64_t lanes) {
   const int64_t count = int64_t(a.members) * a.rows;
-  V values[32], units[32], masses[32], threshold = load(a.threshold + row, lanes);
+  V *values = rows.values, *masses = rows.masses, units[32], threshold = load(a.threshold + row, lanes);
   alignas(64) float spread[3][lanes_of];
   for (int64_t i = lanes; i < lanes_of; ++i) threshold[i] = threshold[lanes - 1];
   const bool one = row / a.rows == (row + lanes - 1) / a.rows && lanes == lanes_of;
@@ -238,40 +250,71 @@ void fit_around(const rarefy_fit &a, const rarefy::Fit &f, int64_t row, int64_t 
     }
   }
 
-  V factor = all(1.f);
+  Wanted &best = rows.best = wanted(low, high, all(1.f), a.finest, f);
   if (a.factors) {
-    V mass{}, real{}, least{};
+    V mass{};
     for (int32_t n = 0; n < f.size; ++n) mass += masses[n];
-    for (int64_t i = 0; i < lanes; ++i) real[i] = 1.f;
-    for (int32_t n = 0; n < f.size; ++n) masses[n] = (mass == 0.f ? all(1.f) : masses[n]) * real;
+    for (int32_t n = 0; n < f.size; ++n) masses[n] = mass == 0.f ? all(1.f) : masses[n];
+    V least{};
     for (int32_t tried = 0; tried < a.factors; ++tried) {
-      const Fitted found = fitted(low, high, a.factor[tried], a.finest, f);
-      const V scale = found.scale.value, zero = found.zero.value;
-      V error{};
-      for (int32_t n = 0; n < f.size; ++n) {
-        const V steps = scale == 0.f ? V{} : values[n] / scale;
-        const V lost = size_of(values[n] - (bounded(steps + zero, float(f.levels - 1)) - zero) * scale);
-        error += raised(lost, a.norm) * masses[n];
-      }
-      error = sum_of_tile(error, f.tile);
+      const Wanted found = wanted(low, high, all(a.factor[tried]), a.finest, f);
+      V steps[32];
+      for (int32_t n = 0; n < f.size; ++n) steps[n] = found.scale == 0.f ? V{} : values[n] / found.scale;
+      const V error = lost(values, masses, steps, found.scale, found.zero, a.norm, f);
       const W better = tried == 0 ? W{} - 1 : error < least;
-      least = better ? error : least, factor = better ? all(a.factor[tried]) : factor;
+      least = better ? error : least;
+      best.scale = better ? found.scale : best.scale, best.zero = better ? found.zero : best.zero;
     }
   }
-  // Lanes of other tiles may have chosen another factor.
-  low = smaller(low, V{}) * factor, high = larger(high, V{}) * factor;
-  const Fitted found = fitted(low, high, 1.f, a.finest, f);
-  store(a.scale + row, found.scale.value, lanes), store(a.zero + row, found.zero.value, lanes);
+}
+
+void end_fit(const Rows &rows, Span scales, Span zeros, const rarefy_fit &a, const rarefy::Fit &f, int64_t row, int64_t lanes) {
+  const V *values = rows.values, *masses = rows.masses;
+  Level scale = level_of(rows.best.scale, scales, f.scale_bits, a.finest, f);
+  Level zero = level_of(rows.best.zero, zeros, f.zero_bits, a.finest, f);
+  const bool nibbles = f.scale_bits <= 4 && f.zero_bits <= 4;
+  if (a.factors && nibbles) {
+    V least{}, scale_code{}, zero_code{};
+    for (int32_t first = 0; first < 1 << f.scale_bits; ++first) {
+      const V own = scale.step * (float(first) - scale.zero);
+      V steps[32];
+      for (int32_t n = 0; n < f.size; ++n) steps[n] = own == 0.f ? V{} : values[n] / own;
+      for (int32_t second = 0; second < 1 << f.zero_bits; ++second) {
+        const V error = lost(values, masses, steps, own, zero.step * (float(second) - zero.zero), a.norm, f);
+        const W better = first + second == 0 ? W{} - 1 : error < least;
+        least = better ? error : least;
+        scale_code = better ? all(float(first)) : scale_code, zero_code = better ? all(float(second)) : zero_code;
+      }
+    }
+    scale.code = scale_code, scale.value = scale.step * (scale_code - scale.zero);
+    zero.code = zero_code, zero.value = zero.step * (zero_code - zero.zero);
+  }
+  store(a.scale + row, scale.value, lanes), store(a.zero + row, zero.value, lanes);
   for (int64_t i = 0; i < lanes; ++i) {
-    const int32_t scale = int32_t(found.scale.code[i]), zero = int32_t(found.zero.code[i]);
-    if (f.scale_bits <= 4 && f.zero_bits <= 4) a.codes[row + i] = uint8_t(scale | zero << 4);
-    else a.codes[2 * (row + i)] = uint8_t(scale), a.codes[2 * (row + i) + 1] = uint8_t(zero);
-    if (i % f.tile == 0) {
-      uint16_t *second = a.second + (row + i) / f.tile * 4;
-      second[0] = narrow(found.scale.step[i], f.half), second[1] = narrow(found.scale.zero[i], f.half);
-      second[2] = narrow(found.zero.step[i], f.half), second[3] = narrow(found.zero.zero[i], f.half);
+    const int32_t first = int32_t(scale.code[i]), second = int32_t(zero.code[i]);
+    if (nibbles) a.codes[row + i] = uint8_t(first | second << 4);
+    else a.codes[2 * (row + i)] = uint8_t(first), a.codes[2 * (row + i) + 1] = uint8_t(second);
+    if ((row + i) % f.tile == 0) {
+      uint16_t *order = a.second + (row + i) / f.tile * 4;
+      order[0] = narrow(scale.step[i], f.half), order[1] = narrow(scale.zero[i], f.half);
+      order[2] = narrow(zero.step[i], f.half), order[3] = narrow(zero.zero[i], f.half);
     }
   }
+}
+
+// `lanes` rows from `row` on: a whole number of tiles, or what is left of them.
+void fit_around(const rarefy_fit &a, const rarefy::Fit &f, int64_t row, int64_t lanes) {
+  Rows rows[RAREFY_FIT_ROWS / lanes_of];
+  Span scales{}, zeros{};
+  for (int64_t first = 0, part = 0; first < lanes; first += lanes_of, ++part) {
+    begin_fit(rows[part], a, f, row + first, lanes - first < lanes_of ? lanes - first : lanes_of);
+    const auto [scale, zero] = rows[part].best;
+    scales = part ? Span{smaller(scales.low, scale), larger(scales.high, scale)} : Span{scale, scale};
+    zeros = part ? Span{smaller(zeros.low, zero), larger(zeros.high, zero)} : Span{zero, zero};
+  }
+  scales = span_of(scales, f.tile), zeros = span_of(zeros, f.tile);
+  for (int64_t first = 0, part = 0; first < lanes; first += lanes_of, ++part)
+    end_fit(rows[part], scales, zeros, a, f, row + first, lanes - first < lanes_of ? lanes - first : lanes_of);
 }
 
 // ---- The best range of each group of a row; here lanes have neighbouring columns.

@@ -112,6 +112,7 @@ void check_columns() {
   check_fit(7, 2, 8, 4, 5, false, 3);
   check_fit(1, 1, 5, 16, 3, true, 0);
   check_fit(32, 3, 9, 1, 4, true, 2);
+  check_fit(16, 2, 51, 64, 4, true, 3);
   for (int32_t zero = RAREFY_MIDDLE; zero <= RAREFY_REAL; ++zero)
     for (int32_t type : {RAREFY_F32, RAREFY_F16, RAREFY_BF16}) check_search(3, 45, 20, zero, type, zero % 2 == 0);
 }

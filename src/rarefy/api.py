@@ -345,6 +345,7 @@ def train(
     steps: int = 500,
     batch: int = 1,
     seq_len: int = 2048,
+    samples: int | None = None,
     rate: float = 1e-3,
     tokenizer: Any = None,
     work_dir: str | Path | None = None,
@@ -358,16 +359,18 @@ def train(
     ``model``: a folder, hub id, ``.gguf`` file or ``"demo"``, written with what was trained to the folder ``out``
     (needed then); or a loaded Transformers model, which attends by the recipe from then on and is written if ``out`` is
     given. ``data``: a text file, ``"demo"`` or token ids ``[samples, tokens]``; ``steps`` of ``batch`` sequences of
-    ``seq_len`` tokens, learning rate at most ``rate``. ``work_dir`` keeps the state, so that the same call goes on
-    after an interruption and ends in the same bytes (same device, threads and torch). Raises RecipeError, OptionError,
-    SourceError, UnsupportedError, CheckpointError.
+    ``seq_len`` tokens, learning rate at most ``rate``. ``samples``: sequences that are drawn, over which steps go again
+    and again, while the model runs once for each (None: as many as all steps take). ``work_dir`` keeps the state, so
+    that the same call goes on after an interruption and ends in the same bytes (same device, threads and torch). Raises
+    RecipeError, OptionError, SourceError, UnsupportedError, CheckpointError.
     """
     from rarefy.integrations.transformers.plan_fitting import train as run
 
     return run(
         model, recipe, options or {}, out=None if out is None else Path(out), data=data, steps=steps, batch=batch,
-        seq_len=seq_len, rate=rate, tokenizer=tokenizer, work=None if work_dir is None else Path(work_dir),
-        device=device, seed=seed, overwrite=overwrite, revision=revision, save=save,
+        seq_len=seq_len, samples=samples, rate=rate, tokenizer=tokenizer,
+        work=None if work_dir is None else Path(work_dir), device=device, seed=seed, overwrite=overwrite,
+        revision=revision, save=save,
     )  # fmt: skip
 
 

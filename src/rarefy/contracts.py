@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rarefy.attention.call import Call
 from rarefy.attention.estimators import Estimator, Even
-from rarefy.attention.gate import BlockGate
+from rarefy.attention.gate import BlockGate, Truth
 from rarefy.attention.plan import AttentionPlan, AttentionShape
 from rarefy.attention.policy import Phase, Policy
 from rarefy.attention.selectors import Selector
@@ -188,7 +188,10 @@ class AttentionRecipe(Policy, ABC):
 
 
 class GatedRecipe(AttentionRecipe, ABC):
-    """An attention recipe whose parameters are gates that training teaches, by phase."""
+    """An attention recipe whose parameters are gates that training teaches, by phase. ``truth``: what they learn of a
+    block: its largest probability (``max``), the sum of all (``mass``), or the mean of both shares (``both``)."""
+
+    truth: Truth = "both"
 
     @property
     def needs(self) -> frozenset[str]:

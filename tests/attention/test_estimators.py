@@ -32,7 +32,7 @@ from rarefy.attention.source import Plain, Stored
 from rarefy.core.errors import UnsupportedError
 from rarefy.kv.codecs import Exact
 from rarefy.kv.plan import LayerCodecs
-from rarefy.kv.rotary import Rotary
+from rarefy.kv.rotary import Rotary, unrotate
 from rarefy.kv.store import LayerStore
 from tests.attention.maps import REACHES, tensors, token_mask
 
@@ -227,11 +227,35 @@ def test_rotary_embedding_can_be_undone() -> None:
     call = Call(turned, source, Reach.last(10, 40), 0.3, **given)
     torch.testing.assert_close(call.query_before_rope(), query, rtol=1e-4, atol=1e-5)
     for start in (32, 16):  # new ones, and others of earlier passes
-        torch.testing.assert_close(call.keys_before_rope(start, 40), key[:, :, start:], rtol=1e-4, atol=1e-5)
+        cos, sin = call.key_angles(torch.arange(start, 40))
+        before = unrotate(source.keys(start, 40), cos[:, None], sin[:, None])
+        torch.testing.assert_close(before, key[:, :, start:], rtol=1e-4, atol=1e-5)
     with pytest.raises(UnsupportedError, match="can be computed anew"):
-        replace(call, find_rotary=None).keys_before_rope(16, 40)
+        replace(call, find_rotary=None).key_angles(torch.arange(16, 40))
     with pytest.raises(UnsupportedError, match="does not tell its rotary embedding"):
         call_of(Reach.last(10, 40)).query_before_rope()
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        [*([1] * 5), *range(35)],  # padded on the left, as generate() counts
+        [*range(25), *range(15)],  # two sequences in a row
+        [*range(7, 47)],  # begun elsewhere
+    ],
+)
+def test_rotary_embedding_is_undone_by_the_positions_that_tokens_had(positions: list[int]) -> None:
+    rotary, places = Rotary(1e4 ** (-torch.arange(4) / 4)), torch.tensor(positions)[None]
+    query, key = torch.randn(1, 4, 40, 8), torch.randn(1, 2, 40, 8)
+    source = Plain(rotary.rotate(key, places), key)
+    given = {"angles": rotary.angles(places), "positions": places, "find_rotary": lambda: rotary}
+    call = Call(rotary.rotate(query, places), source, Reach.last(40, 40), 0.3, **given)
+    torch.testing.assert_close(call.query_before_rope(), query, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(call.keys_before_rope(0, 40), key, rtol=1e-4, atol=1e-5)
+    last = replace(call, query=call.query[:, :, -1:], positions=places[:, -1:], reach=Reach.last(1, 40))
+    torch.testing.assert_close(last.keys_before_rope(25, 40), key[:, :, 25:], rtol=1e-4, atol=1e-5)
+    cos, _ = call.angles_of_blocks(range(32, 48, 16))  # a block that is not whole yet
+    torch.testing.assert_close(cos[:, :8], rotary.angles(places[:, 32:])[0])
 
 
 def rows_of(keep: Tensor) -> list[list[int]]:

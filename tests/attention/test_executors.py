@@ -118,6 +118,20 @@ def test_large_numbers_stay_numbers(executor: str) -> None:
     assert bool(torch.isfinite(found).all()) and bool(torch.isfinite(lse).all())
 
 
+@pytest.mark.parametrize("executor", HERE)
+def test_products_beyond_float16_stay_numbers(executor: str) -> None:
+    """Scores of half a million, where float16 ends at 65,504."""
+    reach = Reach.last(40, 40)
+    query, key, value = (part.half() for part in tensors(reach, 1, 4, channels=CHANNELS))
+    query, key, block_map = query * 200, key * 200, random_map(reach, 1, 4, share=1.0)
+    found, lse = executors.get(executor)().run(query, Plain(key, value), block_map, 1.0)
+    seen = token_mask(reach, 1, 4) & tokens_of(block_map, 4)
+    expected, expected_lse = oracle(query, key, value, seen, 1.0)
+    assert float(expected_lse.max()) > 70_000 and bool(torch.isfinite(found).all())
+    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(lse.float(), expected_lse, rtol=1e-3, atol=1.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("executor", HERE)
 def test_sixteen_bits(executor: str, dtype: torch.dtype) -> None:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from rarefy.attention.call import Call
+from rarefy.attention.estimators import Antidiagonals, Extremes, PooledMeans, TrueMass
 from rarefy.attention.estimators.gated import Gated
 from rarefy.attention.estimators.low_bit import LowBitProducts, anchored_scores, coarse_codes
 from rarefy.attention.estimators.windowed import WindowMeans, window_shares, windows_to_blocks
 from rarefy.attention.gate import BlockGate
 from rarefy.attention.reach import Reach
+from rarefy.attention.selectors import TopK
 from rarefy.attention.source import Plain
 from rarefy.attention.thresholds import largest_within
 from rarefy.core.errors import OptionError, UnsupportedError
@@ -254,3 +256,32 @@ def test_the_largest_threshold_within_a_budget_has_none_beyond_it_below() -> Non
     levels = torch.tensor([0.4, 0.2, 0.1, 0.0])
     errors = torch.tensor([[0.5, 0.1, 0.3, 0.2], [0.3, 0.05, 0.05, 0.3], [0.1, 0.01, 0.2, 0.3], [0.0, 0.0, 0.0, 0.0]])
     assert largest_within(levels, errors, 0.15).tolist() == pytest.approx([0.1, 0.4, 0.0, 0.0])
+
+
+LEARNED = {
+    "gate": lambda: Gated({"prefill": gate(4, 4, True)}), "windows": lambda: WindowMeans(8, 4, (32, 16)),
+    "low bit": lambda: LowBitProducts(sink=8, local=8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*LEARNED, "means", "extremes", "antidiagonals", "truth"])
+@pytest.mark.parametrize("keys", ["zero", "alike", "one zero block"])
+def test_keys_that_say_nothing_give_numbers_and_the_same_choice_each_time(name: str, keys: str) -> None:
+    own = {"means": PooledMeans, "extremes": Extremes, "antidiagonals": lambda: Antidiagonals(4)}
+    estimator = {**LEARNED, **own, "truth": TrueMass}[name]()
+    query, key, value = tensors(Reach.last(64, 64))
+    if keys == "one zero block":
+        key[:, :, 16:32] = 0.0
+    else:
+        key = torch.zeros_like(key) if keys == "zero" else key[:, :, :1].expand_as(key)
+    call = replace(call_of(query, key, value), mask_heads=4)
+    blocks = call.reach.blocks(16, 16)
+    first, again = (
+        TopK(0.5).select(estimator.scores(fresh, blocks), blocks.some, torch.zeros_like(blocks.some))
+        for fresh in (replace(call, source=Plain(call.source.keys(), value)) for _ in range(2))
+    )
+    scores = estimator.scores(call, blocks)
+    assert not torch.isnan(scores.masked_fill(~blocks.some, 0.0)).any()
+    assert torch.equal(first, again) and bool(first.any(-1).all())
+    if keys == "zero" and name in ("means", "extremes", "antidiagonals"):
+        assert first[0, 0].nonzero().tolist() == [[0, 0], [1, 0], [2, 0], [2, 1], [3, 0], [3, 1]]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rarefy.contracts import kv_recipes
-from rarefy.core.errors import FormatError
-from rarefy.kv import attend, side, store
+from rarefy.core.errors import FormatError, UnsupportedError
+from rarefy.kv import attend, side
 from rarefy.kv.plan import HeadShape
 from rarefy.kv.rotary import Rotary
 from rarefy.kv.store import Arrival, LayerStore
@@ -31,11 +31,12 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "kv_quant": ("kv_quant", {"num_bits": 4}),
     "kv_quant of turned keys": ("kv_quant", {"num_bits": 3, "rotated_keys": True}),
     "gear": ("gear", {"num_bits": 4}),
+    "gear of short blocks": ("gear", {"num_bits": 4, "block": 64}),
     "gear without outliers": ("gear", {"num_bits": 2, "outliers": 0.0, "rank": 4}),
 }
 ONE_LAUNCH = {
     "fp8", "kivi", "kivi in groups of 32", "turbo_quant", "turbo_quant of fewer bits for values", "million", "kv_quant",
-    "kv_quant of turned keys",
+    "kv_quant of turned keys", "gear", "gear without outliers",
 }  # fmt: skip
 
 
@@ -75,11 +76,20 @@ def test_one_token_reads_what_the_reference_does(name: str) -> None:
 def test_kernels_store_what_codecs_give(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     key, value = tokens(600)
     found = filled(name, key, value).tensors()
-    for module in (side, store):
-        monkeypatch.setattr(module, "fast_form", lambda codec, x: None)
+    monkeypatch.setattr(side, "fast_form", lambda codec, x: None)
     expected = filled(name, key, value).tensors()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[label], expected[label]) for label in expected)
+
+
+def test_gaps_of_positions_are_told_later() -> None:
+    key, value = tokens(320)
+    found = filled("kv_quant", key, value)
+    positions = torch.arange(330, 394, device="cuda")[None]
+    arrival = Arrival(None, positions, *ROTARY.angles(positions), ROTARY)
+    found.append(key[:, :, :64], value[:, :, :64], arrival)
+    with pytest.raises(UnsupportedError, match="follow each other"):
+        found.settle()
 
 
 def test_a_captured_step_is_the_step() -> None:

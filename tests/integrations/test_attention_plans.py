@@ -129,6 +129,24 @@ def test_a_plan_that_keeps_all_is_dense(way: str) -> None:
     torch.testing.assert_close(WAYS[way](model), expected)
 
 
+WHOLE: dict[str, dict[str, Any]] = {
+    "infllm_v2": {"density": 1.0, "local": 2, "size": 4, "stride": 2}, "sale": {"threshold": 0.0},
+    "xattention": {"density": 1.0, "stride": 4}, "sparge": {"density": 1.0},
+    "minference": {"vertical": 60, "slash": 60},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("way", ["left padding", "packed", "chunks", "assisted"])
+def test_whatever_finds_the_blocks_all_of_them_are_dense(way: str, name: str) -> None:
+    model = build()
+    expected = WAYS[way](model)
+    setup = rarefy.set_attention(model, name, **EVERYWHERE, **WHOLE[name])
+    assert setup is not None
+    torch.testing.assert_close(WAYS[way](model), expected, rtol=1e-4, atol=1e-4)
+    assert setup.report.density() == 1.0 and set(setup.report.dense()) <= {"not in decode"}
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_below_that_executors_agree(way: str) -> None:
     found = {}
@@ -260,6 +278,26 @@ def test_policy_says_where_attention_stays_dense() -> None:
     assert reasons(dense_layers=(-1,)) == {"dense layer": 1}
     assert reasons(phases="decode") == {"not in prefill": 2}
     assert reasons(density=0.8, max_density=0.5) == {"denser than 0.5": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("random", {"density": 0.5}), ("sparge", {"mass": 0.3, "similarity": -1.0})]
+)
+def test_just_above_the_limit_is_dense_and_just_below_is_not(name: str, options: dict[str, Any]) -> None:
+    """Of a rule whose density is known beforehand, and of one whose density the scores decide."""
+    model = build()
+    free = rarefy.set_attention(model, name, **{**EVERYWHERE, **options})
+    assert free is not None
+    sparse = logits(model, prompt())
+    rarefy.set_attention(model, None)
+    dense = logits(model, prompt())
+    found = {layer: own.density() for layer, own in free.report.layers.items()}
+    edge = 0.5 if name == "random" else max(found.values())
+    for limit, expected in ((edge + 1e-4, sparse), (min(found.values()) - 1e-4 if edge != 0.5 else edge - 1e-4, dense)):
+        setup = rarefy.set_attention(model, name, **{**EVERYWHERE, **options, "max_density": limit})
+        assert setup is not None
+        torch.testing.assert_close(logits(model, prompt()), expected)
+        assert sum(setup.report.dense().values()) == (0 if expected is sparse else 2)
 
 
 def test_dense_heads_and_last_rows_are_kept_whole() -> None:

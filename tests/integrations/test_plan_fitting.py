@@ -16,9 +16,11 @@ from torch import Tensor
 import rarefy
 from rarefy.core.errors import OptionError, RecipeError
 from rarefy.evaluation.attention import examine
+from rarefy.integrations.transformers import plan_fitting
 from rarefy.integrations.transformers.listening import listen
 from rarefy.integrations.transformers.plan_fitting import GateTrainer
 from rarefy.integrations.transformers.plan_setup import PARAMS_NAME, SETUP, attention_recipe, load_setup
+from rarefy.training.gates import lessons
 from rarefy.training.loop import Schedule
 from tests.processes import fresh_process
 from tests.zoo import VOCABULARY, dense_folder, family_of
@@ -75,6 +77,77 @@ def test_trained_gates_find_more_than_untrained_ones_and_chance(family: str) -> 
     assert best >= trained > untrained > chance and trained > chance + 0.8 * (best - chance)
 
 
+def test_a_text_is_read_once_while_there_is_room_and_teaches_the_same() -> None:
+    model = model_of()
+    recipe = attention_recipe("seer_attention", SMALL)
+    weights, read = [], []
+    for room in (1 << 30, 0):
+        trainer = GateTrainer("seer_attention", recipe, model, topics(3), 2, 0)
+        trainer.room, passes = room, 0
+
+        def count(*given: Any) -> None:
+            nonlocal passes
+            passes += 1
+
+        with model.model.register_forward_pre_hook(count):
+            losses = trainer.train(Schedule(steps=6, rate=1e-2))
+        weights.append({name: weight.detach() for name, weight in trainer.weights.items()})
+        read.append(passes)
+        assert losses[-1] < losses[0] and bool(trainer.lessons) == (room > 0)
+    assert read == [3, 12]
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]), name
+
+
+@pytest.mark.parametrize("changes", [{}, {"layer_types": ["sliding_attention", "full_attention"]}])
+def test_layers_learn_together_what_they_learn_alone(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    """Also where layers differ in their windows and rotary embeddings."""
+    model = model_of("gemma3", num_hidden_layers=2, sliding_window=24, **changes) if changes else model_of()
+    recipe = attention_recipe("seer_attention", SMALL)
+    gradients, sizes = [], []
+    for together in (1 << 30, 0):
+        monkeypatch.setattr(plan_fitting, "TOGETHER", together)
+        trainer = GateTrainer("seer_attention", recipe, model, topics(1), 1, 0)
+        loss = trainer.step(0)
+        sizes.append(sum(len(layers) for layers, _, _ in trainer.lessons.get(0, [])))
+        gradients.append((loss, {name: weight.grad for name, weight in trainer.weights.items()}))
+    assert sizes == [4, 0] and gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-5)
+    for name, gradient in gradients[0][1].items():
+        assert gradient is not None and torch.allclose(gradient, gradients[1][1][name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("truth", ["max", "mass"])
+def test_what_a_gate_learns_of_a_block(truth: Any) -> None:
+    """The truth of a lesson is the greatest or the sum of all probabilities of its queries, block by block."""
+    model = model_of()
+    recipe = attention_recipe("seer_attention", {**SMALL, "sink": 1, "local": 2})
+    trainer = GateTrainer("seer_attention", recipe, model, topics(1), 1, 0)
+
+    def hear(call: Any) -> None:
+        found = lessons(call, trainer.gates[call.layer], recipe, 8, truth)
+        keys = call.source.keys().repeat_interleave(call.group, 1)
+        hidden = torch.ones(128, 128, dtype=torch.bool).triu(1)
+        shares = (call.query @ keys.mT * call.scaling).masked_fill(hidden, -torch.inf).softmax(-1)
+        tiles = shares.unflatten(3, (16, 8))
+        single = tiles.amax(4) if truth == "max" else tiles.sum(4)
+        block = single.unflatten(2, (16, 8)).amax(3) if truth == "max" else single.unflatten(2, (16, 8)).sum(3)
+        assert torch.allclose(found["prefill"].wanted, block[:, :, 4:], atol=1e-5)
+        shared = single[:, :, 64:].unflatten(1, (2, 2))
+        shared = shared.amax(2) if truth == "max" else shared.sum(2)
+        assert torch.allclose(found["decode"].wanted, shared, atol=1e-5)
+        row = found["prefill"].free[0, 0, 3]  # the block of queries 7: all but the sink, itself and the one before
+        assert row.nonzero().flatten().tolist() == [1, 2, 3, 4, 5]
+        assert found["decode"].places.tolist() == list(range(64, 128))
+
+        both = lessons(call, trainer.gates[call.layer], recipe, 8, "both")["decode"].wanted
+        most, mass = single[:, :, 64:].unflatten(1, (2, 2)), tiles.sum(4)[:, :, 64:].unflatten(1, (2, 2)).mean(2)
+        if truth == "max":
+            most = most.amax(2)
+            assert torch.allclose(2 * both, mass + most / most.sum(-1, keepdim=True), atol=1e-5)
+
+    listen(model, topics(1), hear)
+
+
 def test_gates_are_written_and_loaded_and_serve_every_phase(tmp_path: Path) -> None:
     dense_folder("llama", tmp_path / "dense", max_position_embeddings=256)
     report = rarefy.train(
@@ -111,6 +184,31 @@ def test_gates_are_written_and_loaded_and_serve_every_phase(tmp_path: Path) -> N
     few.report.keep_maps = True
     assert model.generate(**asked).shape == (2, 60)
     assert [int(each.count.max()) for each in few.report.maps.values()] == [2, 2]  # the last step's
+
+
+def test_padding_and_packing_change_no_choice() -> None:
+    """Sequences that begin with a block of their own are given the same blocks alone, padded and packed."""
+    model = model_of()
+    rarefy.train(model, options={**SMALL, "density": 0.4}, data=topics(), steps=2)
+    setup = getattr(model, SETUP)
+    setup.report.keep_maps = True
+    text = topics(2, 48, seed=7)
+
+    def choices(**given: Any) -> Tensor:
+        with torch.no_grad():
+            model(use_cache=False, **given)
+        return torch.stack([each.dense()[0] for each in setup.report.maps.values()])
+
+    alone = [choices(input_ids=row[None]) for row in text]
+    places = torch.arange(48)[None]
+    padded = choices(
+        input_ids=torch.cat([text[:1, :16] * 0, text[:1]], 1),
+        position_ids=torch.cat([torch.ones(1, 16).long(), places], 1),
+        attention_mask=torch.cat([torch.zeros(1, 16), torch.ones(1, 48)], 1).long(),
+    )  # fmt: skip
+    packed = choices(input_ids=text.flatten()[None], position_ids=torch.cat([places, places], 1))
+    assert torch.equal(padded[:, :, 2:, 2:], alone[0])
+    assert torch.equal(packed[:, :, :6, :6], alone[0]) and torch.equal(packed[:, :, 6:, 6:], alone[1])
 
 
 def test_steps_with_a_cache_choose_as_one_pass_does(tmp_path: Path) -> None:
@@ -230,9 +328,9 @@ def test_what_cannot_be_trained_or_calibrated_is_named(tmp_path: Path) -> None:
     dense_folder("llama", tmp_path / "dense")
     with pytest.raises(OptionError, match="Say where to write"):
         rarefy.train(tmp_path / "dense", data=tokens())
-    with pytest.raises(RecipeError, match="stride 12 has to divide"):
+    with pytest.raises(RecipeError, match=r"stride 12 has to divide.*set stride=32"):
         rarefy.set_attention(model, "infllm_v2", stride=12)
-    with pytest.raises(RecipeError, match="local has to be at least 2"):
+    with pytest.raises(RecipeError, match="set local=2 or more"):
         rarefy.set_attention(model, "infllm_v2", local=1)
     rarefy.train(model, options=SMALL, data=tokens(), steps=1)
     getattr(model, SETUP).save(tmp_path / "gates.safetensors")

@@ -66,4 +66,4 @@ def range_problem(weighted: bool) -> tuple[Tensor, Tensor | None]:
 
 def searched_in_torch(grid: Grid, weight: Tensor, importance: Tensor | None) -> Params:
     """What ``clip.fit`` finds without a kernel."""
-    return grid.round(_search(grid, *grid.prepare(weight, importance), ClipSearch(), None))
+    return _search(grid, *grid.prepare(weight, importance), ClipSearch(), None)

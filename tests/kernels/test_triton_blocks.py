@@ -23,6 +23,7 @@ from rarefy.kv.plan import LayerCodecs
 from rarefy.kv.store import LayerStore
 
 pytest.importorskip("triton")
+from rarefy.kernels.triton import block_attention
 from rarefy.kernels.triton.block_decode import BlockChoice, BlockDecode, block_scores
 from rarefy.kernels.triton.block_mass import block_mass
 from rarefy.kernels.triton.block_select import partial_blocks, select_blocks
@@ -59,6 +60,45 @@ def test_attention_over_a_map_is_the_reference(name: str) -> None:
         expected, expected_lse = Reference().run(query, source, block_map, 0.3)
         torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(lse, expected_lse, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("channels", [24, 32])
+def test_blocks_that_a_copy_engine_fetches_are_those_that_threads_load(
+    channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reach = REACHES["padded"]()
+    query, key, value = (torch.randn(2, 70, n, channels, device=DEVICE).half().transpose(1, 2) for n in (4, 2, 2))
+    block_map = random_map(reach, 2, 4, 16, 16)
+    found = []
+    for engine in (True, False):
+        monkeypatch.setattr(block_attention, "has_engine", lambda device, engine=engine: engine)
+        assert (block_attention.described(key, 16) is None) == (not engine)
+        found.append(Triton().run(query, Plain(key, value), block_map, 0.3))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    monkeypatch.setattr(block_attention, "has_engine", lambda device: True)
+    # One row of channels in three lies where the engine reads none; of one sequence the stride is nothing.
+    apart = torch.randn(1, 2, 70, 20, device=DEVICE).half()[..., :16]
+    assert block_attention.described(apart, 16) is None and block_attention.described(key.float(), 16) is None
+    assert block_attention.described(key[:1, :1, :, :16], 16) is not None
+
+
+@pytest.mark.parametrize(("block_q", "block_k"), [(8, 32), (24, 64), (16, 16)])
+def test_large_blocks_are_taken_in_parts_and_heads_that_share_a_list_at_once(
+    block_q: int, block_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_attention, "KEYS", 16)
+    for queries, heads in ((100, 2), (37, 8), (100, 1)):
+        reach = Reach.last(queries, 100)
+        query = torch.randn(1, 8, queries, 16, device=DEVICE)
+        source = Plain(*(torch.randn(1, 2, 100, 16, device=DEVICE) for _ in range(2)))
+        block_map = random_map(reach, 1, heads, block_q, block_k)
+        for packed in (128, 16):
+            monkeypatch.setattr(block_attention, "QUERIES", packed)
+            found, lse = Triton().run(query, source, block_map, 0.3)
+            expected, expected_lse = Reference().run(query, source, block_map, 0.3)
+            torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(lse, expected_lse, rtol=2e-3, atol=2e-3)
 
 
 def test_blocks_that_are_not_listed_are_not_read() -> None:

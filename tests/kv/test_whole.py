@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from rarefy.contracts import kv_recipes
-from rarefy.core.errors import FormatError
+from rarefy.core.errors import FormatError, UnsupportedError
 from rarefy.kernels.cuda import attend as decode_kernel
 from rarefy.kernels.cuda import encode as encode_kernel
-from rarefy.kv import attend, encoding, side, store, whole
+from rarefy.kernels.cuda import encode_blocks as block_kernel
+from rarefy.kv import attend, encoding, side, whole
 from rarefy.kv.plan import HeadShape
 from rarefy.kv.rotary import Rotary
 from rarefy.kv.store import Arrival, LayerStore
@@ -28,6 +29,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "turbo_quant": ("turbo_quant", {"num_bits": 3, "recent": 5}),
     "million": ("million", {"width": 2, "code_bits": 8, "steps": 1}),
     "kv_quant": ("kv_quant", {"num_bits": 4, "outliers": 0.04}),
+    "gear": ("gear", {"num_bits": 4}),
+    "gear of few": ("gear", {"num_bits": 2, "group_size": 128, "outliers": 0.0, "rank": 1, "sink": 1}),
     "kv_quant3": ("kv_quant", {"num_bits": 3, "outliers": 0.02, "rotated_keys": True}),
 }
 ROTARY = Rotary(10000 ** -(torch.arange(64) / 64), 1.2)
@@ -44,6 +47,14 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         faults |= bits
         return found
 
+    def encode_blocks(
+        code: block_kernel.BlockCode, x: Tensor, faults: Tensor, **tables: Tensor | None
+    ) -> block_kernel.EncodedBlocks:
+        ran.append("encode")
+        found, bits = emulation.encoded_blocks(code, x, **tables)
+        faults |= bits
+        return found
+
     def attention(self: Any, query: Tensor, scaling: float, exact: Any = None) -> tuple[Tensor, Tensor]:
         ran.append("attend")
         return emulation.attention(self, query, scaling, exact)
@@ -52,10 +63,10 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return encoding.form_of(codec, x.shape[3], x.device)
 
     monkeypatch.setattr(encode_kernel, "encode", encode)
+    monkeypatch.setattr(block_kernel, "encode", encode_blocks)
     monkeypatch.setattr(decode_kernel.CodedAttention, "__call__", attention)
     monkeypatch.setattr(whole, "available", lambda query: True)
-    for module in (side, store):
-        monkeypatch.setattr(module, "fast_form", form)
+    monkeypatch.setattr(side, "fast_form", form)
     return ran
 
 
@@ -111,8 +122,7 @@ def test_what_is_stored_is_what_codecs_give(
         valid[1, :40] = False
     found = filled(name, key, value, valid).tensors()
     assert emulated
-    for module in (side, store):
-        monkeypatch.setattr(module, "fast_form", lambda codec, x: None)
+    monkeypatch.setattr(side, "fast_form", lambda codec, x: None)
     expected = filled(name, key, value, valid).tensors()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[label], expected[label]) for label in expected)
@@ -129,3 +139,15 @@ def test_faults_are_told_later(emulated: list[str]) -> None:
     again.append(key * 1e30, torch.zeros_like(value))
     with pytest.raises(FormatError, match="overflows"):
         again.nbytes()
+
+
+def test_gaps_of_positions_are_told_later(emulated: list[str]) -> None:
+    key, value = tokens(96)
+    found = empty_store("kv_quant")
+    for start in (0, 32, 70):
+        positions = torch.arange(start, start + 32).repeat(2, 1)
+        arrival = Arrival(None, positions, *ROTARY.angles(positions), ROTARY)
+        found.append(key[:, :, :32], value[:, :, :32], arrival)
+    with pytest.raises(UnsupportedError, match="follow each other"):
+        found.settle()
+    assert "encode" in emulated

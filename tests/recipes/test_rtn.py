@@ -25,7 +25,7 @@ GRIDS: list[tuple[dict[str, Any], Grid]] = [
     ({"symmetric": True, "group_size": 16}, IntegerGrid(num_bits=4, group_size=16, zero="none", scales=HALF)),
     (
         {"zero_point": "float", "group_size": 16, "scales": "bilevel", "num_bits": 3},
-        IntegerGrid(num_bits=3, group_size=16, zero="float", scales=BilevelScale()),
+        IntegerGrid(num_bits=3, group_size=16, zero="float", scales=BilevelScale(scale_bits=4, zero_bits=4)),
     ),
     ({"format": "nf4", "group_size": 64}, FloatGrid(format="nf4", group_size=64, scales=HALF)),
     ({"format": "fp4", "two_scales": True}, FloatGrid(format="fp4", group_size=128, two_scales=True, scales=HALF)),

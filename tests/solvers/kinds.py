@@ -22,7 +22,7 @@ from rarefy.solvers.outliers import gptq_with_outliers, round_around_outliers
 from rarefy.solvers.sparsegpt import prune_with_feedback
 from rarefy.statistics import Gram
 
-BILEVEL = IntegerGrid(num_bits=3, group_size=16, zero="float", scales=BilevelScale())
+BILEVEL = IntegerGrid(num_bits=3, group_size=16, zero="float", scales=BilevelScale(scale_bits=4, zero_bits=4))
 EVEN = IntegerGrid(num_bits=4, group_size=32, zero="integer")
 TERNARY = LevelGrid(levels=3, group_size=32)
 
@@ -35,6 +35,7 @@ def _named(weight: Tensor, inverse: InverseHessian) -> list[Term]:
 SOLVERS: dict[str, Callable[[Tensor, InverseHessian], list[Term]]] = {
     "gptq": lambda w, h: gptq([w], h, EVEN, search=ClipSearch(), static_groups=True)[0],
     "gptq in turn": lambda w, h: gptq([w], h, EVEN)[0],
+    "gptq, two-level": lambda w, h: gptq([w], h, BILEVEL, search=ClipSearch(norm=2), static_groups=True)[0],
     "ternary": lambda w, h: gptq([w], h, TERNARY)[0],
     "outliers": lambda w, h: gptq_with_outliers([w], h, BILEVEL, 0.2)[0][0],
     "outliers, searched": lambda w, h: gptq_with_outliers([w], h, BILEVEL, 0.2, ClipSearch())[0][0],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -184,10 +186,25 @@ def test_search_is_never_worse_under_its_own_norm(name: str, norm: float) -> Non
     blocks, importance = grid.prepare(weight, None)
     plain = grid.error(blocks, importance, grid.fit(weight), norm)
     found = grid.error(blocks, importance, fit(grid, weight, None, ClipSearch(norm=norm)), norm)
-    if name != "bilevel":  # there, groups are rounded and so chosen sixteen rows together
+    if name != "bilevel":  # there, the rows of a tile share steps that suit all of them together
         assert (found <= plain * (1 + 1e-5)).all()
     assert float(found.sum()) <= float(plain.sum())
     assert norm == 2.0 or float(found.sum()) < float(plain.sum())
+
+
+@pytest.mark.parametrize("zero", ["none", "float"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_each_group_has_the_best_codes_of_its_tile(zero: Any, groups: int) -> None:
+    """Of all scales and zeros that the second level has; with more than 4 bits the nearest are taken."""
+    scales = BilevelScale(scale_bits=3, zero_bits=2, rows=4, groups=groups)
+    grid, weight = IntegerGrid(num_bits=3, group_size=16, zero=zero, scales=scales), torch.randn(10, 70)
+    params = fit(grid, weight, None, ClipSearch(norm=2))
+    blocks, importance = grid.prepare(weight, None)
+    found = grid.error(blocks, importance, params)
+    codes = [code | other << 4 for code in range(8) for other in range(4 if zero == "float" else 1)]
+    tried = [{**params, "scale": torch.full_like(params["scale"], code)} for code in codes]
+    assert torch.equal(found, torch.stack([grid.error(blocks, importance, own) for own in tried]).amin(0))
+    assert not list(scales.model_copy(update={"zero_bits": 5}).choices(params))
 
 
 def test_search_minds_importance() -> None:

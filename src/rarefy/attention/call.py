@@ -61,17 +61,15 @@ class Call:
         cos, sin = self.query_angles()
         return unrotate(self.query, cos[:, None], sin[:, None])
 
-    def keys_before_rope(self, start: int, stop: int) -> Tensor:
-        """Keys ``[start, stop)`` as they were before rotary embedding, float32. Raises UnsupportedError where it is not
-        known, as for keys of earlier passes it may be."""
-        cos, sin = self.key_angles(torch.arange(start, stop, device=self.query.device))
-        return unrotate(self.source.keys(start, stop), cos[:, None], sin[:, None])
-
     def key_angles(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Cos and sin ``[B or 1, n, rotated channels]``, float32, of the keys at ``places [n]``."""
-        old = self.source.length - self.query.shape[2]
-        first = places.new_full((1, 1), old) if self.positions is None else self.positions[:, :1]
-        return self.rotary.angles(first + places - old)
+        """Cos and sin ``[B or 1, n, rotated channels]``, float32, of the keys at ``places [n]``. Those of earlier
+        passes are counted back from the newest token; places beyond it may have any."""
+        if self.positions is None:
+            return self.rotary.angles(places[None])
+        new, newest = self.query.shape[2], self.source.length - 1
+        index = places - newest + new - 1
+        own = self.positions[:, index.clamp(0, new - 1)]  # of padding and packed sequences not what counting would give
+        return self.rotary.angles(torch.where(index < 0, self.positions[:, -1:] + places - newest, own))
 
     def angles_of_blocks(self, begins: range) -> tuple[Tensor, Tensor]:
         """`key_angles` of all tokens of the blocks that begin there. Layers that share a reach share them."""

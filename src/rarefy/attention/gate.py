@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from rarefy.attention.summaries import Pool
 from rarefy.kv.rotary import Rotary
 
 EPSILON = 1e-6
-
+# What a gate is to say of a block: its largest probability, the sum of all, or the mean of both shares.
+Truth = Literal["max", "mass", "both"]
 
 # Of a new gate, normed or not: how much of a product of means its scores are. Found on a small model.
 SHARPNESS = {False: 0.5, True: 1.0}
@@ -52,6 +54,18 @@ class BlockGate:
     def of(cls, tensors: Mapping[str, Tensor], lead: str, pools: tuple[Pool, ...]) -> BlockGate:
         """The gate whose weights are ``tensors`` with names that begin with ``lead``."""
         return cls(tensors[f"{lead}.keys"], tensors.get(f"{lead}.queries"), tensors.get(f"{lead}.gain"), pools)
+
+    @classmethod
+    def join(cls, gates: Sequence[BlockGate]) -> BlockGate:
+        """Gates of one kind side by side, for queries and summaries whose heads lie side by side too."""
+
+        def side_by_side(name: str) -> Tensor | None:
+            parts = [getattr(gate, name) for gate in gates]
+            return None if parts[0] is None else torch.cat(parts)
+
+        keys = side_by_side("keys")
+        assert keys is not None
+        return cls(keys, side_by_side("queries"), side_by_side("gain"), gates[0].pools)
 
     @property
     def maps(self) -> int:

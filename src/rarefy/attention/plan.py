@@ -16,6 +16,8 @@ from rarefy.attention.policy import Phase, Policy
 from rarefy.attention.report import PlanReport
 from rarefy.attention.selectors import Selector, select_map
 
+LEAST = -1e30  # a score below all others, of a block that may be chosen
+
 
 @dataclass(frozen=True)
 class AttentionShape:
@@ -92,6 +94,8 @@ class AttentionPlan:
             return None
         with report.part(call.layer, "estimate", device):
             scores = self.estimator.scores(call, blocks)
+            if call.reach.uneven:  # what the estimator did not see of a block's queries is in reach all the same
+                scores = scores.clamp(min=LEAST)
         with report.part(call.layer, "select", device):
             forced = self.policy.forced(call.reach, blocks, call.layer, call.mask_heads, call.heads)
             found = select_map(selector, scores, blocks, forced, call.reach)
@@ -109,4 +113,7 @@ class AttentionPlan:
         if self.policy.max_density is not None:
             return self.policy.max_density
         rows = call.query.shape[0] if call.phase == "decode" else 1
-        return limit(call.query.device, call.phase, call.reach.keys * rows)
+        return limit(
+            call.query.device, call.phase, call.reach.keys * rows, name=self.executor, estimator=self.estimator.label,
+            blocks=(min(self.block_q, call.query.shape[2]), self.block_k),
+        )  # fmt: skip

@@ -18,9 +18,8 @@ class Policy(StrictModel):
     """``dense_below``: keys up to which attention stays dense. ``dense_layers``: layers that do (negative: from the
     last). ``dense_heads``: pairs of layer and query head whose blocks are all kept. ``sink``: first blocks that a query
     may see, ``local``: blocks up to its own, which are always kept. ``last_rows``: last query blocks of a pass that
-    keep all. ``max_density``: above it attention stays dense (None: where that was measured
-    to be faster). ``phases``: passes of many tokens, of
-    few, or both.
+    keep all. ``max_density``: above it attention stays dense (None: where that was measured to be faster). ``phases``:
+    passes of many tokens, of few, or both.
     """
 
     dense_below: int = Field(4096, ge=0)

@@ -4,6 +4,7 @@ yet."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -82,9 +83,28 @@ def _blocks(
 def mean(x: Tensor, counts: Tensor | None) -> Tensor:
     """Mean of the tokens that count, in the dtype of ``x [B, H, N, span, D]``; zero where none does."""
     if counts is None:
+        if in_one_read(x):
+            from rarefy.kernels.triton.block_means import block_means
+
+            return block_means(x)[0]
         return x.mean(3, dtype=torch.float32).to(x.dtype)
     total = counts.sum(3).clamp(min=1)
     return (x.float().masked_fill(~counts, 0.0).sum(3) / total).to(x.dtype)
+
+
+def mean_and_similarity(x: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`mean` and `similarity`, with one read of each token where a kernel serves."""
+    if counts is None and in_one_read(x):
+        from rarefy.kernels.triton.block_means import block_means
+
+        return block_means(x, likeness=True)
+    return mean(x, counts), similarity(x, counts)
+
+
+def in_one_read(x: Tensor) -> bool:
+    """Whether a kernel sums up blocks ``x [B, H, N, span, D]``, which may overlap."""
+    fits = x.shape[3] * x.shape[4] <= 1 << 15 and x.stride(4) == 1 and 0 < x.shape[2] <= 65535
+    return x.is_cuda and fits and x.numel() > 0 and not x.requires_grad and find_spec("triton") is not None
 
 
 def lowest(x: Tensor, counts: Tensor | None) -> Tensor:

@@ -43,6 +43,11 @@ class Reach:
         return all(part is None for part in (self.first, self.stop, self.segment, self.mask))
 
     @property
+    def uneven(self) -> bool:
+        """Whether a query may see keys that a later one of its block does not."""
+        return not all(part is None for part in (self.window, self.segment, self.mask))
+
+    @property
     def batch(self) -> int:
         """Rows whose reach may differ: B, or 1 if all are alike."""
         parts = (self.first, self.stop, self.segment, self.mask)

@@ -298,9 +298,6 @@ class Driver:
         parameter.data = weight.to(parameter.dtype).contiguous()
 
     def _keep(self, unit: str, solved: dict[str, Solved]) -> None:
-        for terms, _ in solved.values() if self.journal.keeps else ():
-            for term in terms:
-                term.to("cpu")
         parameters = {site.parameter for site, _ in self.job.selection.chosen}
         dense = {
             name: tensor.to(self.weights.base.read(name).dtype)

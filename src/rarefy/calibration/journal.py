@@ -114,6 +114,9 @@ class Journal:
         if not self.keeps:
             return
         if self.folder is None:
+            for terms, _ in solved.values():
+                for term in terms:
+                    term.to("cpu")
             self._held[unit] = dict(solved), dict(dense)
         else:
             tensors = {f"dense.{name}": tensor for name, tensor in dense.items()}

@@ -92,7 +92,10 @@ class Replay:
         with self._stand_ins(enter):
             self._run(batch)
         if not found:
-            raise UnsupportedError(f"{type(self.model).__name__} ran without entering '{self.blocks[0]}'.")
+            raise UnsupportedError(
+                f"{type(self.model).__name__} ran without entering '{self.blocks[0]}'; give data that reach it, or use "
+                "a data-free recipe."
+            )
         return found[0]
 
     def calls(self, batch: Batch, output: Any) -> list[Call]:
@@ -175,7 +178,9 @@ def hidden_of(output: Any) -> Tensor:
     """The hidden state in what a block returned: itself, or the first of a tuple. Raises UnsupportedError."""
     first = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(first, Tensor):
-        raise UnsupportedError(f"A block returned {type(first).__name__} where a hidden state was expected.")
+        raise UnsupportedError(
+            f"A block returned {type(first).__name__} where a hidden state was expected; use a data-free recipe."
+        )
     return first
 
 

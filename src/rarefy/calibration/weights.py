@@ -85,7 +85,7 @@ class ModelWeights:
 
     def read(self, name: str) -> Tensor:
         if name not in self._state:
-            raise SourceError(f"The model has no tensor '{name}'.")
+            raise SourceError(f"The model has no tensor '{name}'; load it again from its folder.")
         return self._state[name]
 
     def identity(self) -> str:

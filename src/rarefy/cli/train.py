@@ -20,6 +20,7 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Steps of the optimizer.")] = 500,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 1,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 2048,
+    samples: Annotated[int | None, typer.Option(min=1, help="Sequences to draw; default: as steps need.")] = None,
     rate: Annotated[float, typer.Option(min=0, help="Highest learning rate.")] = 1e-3,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
     work_dir: Annotated[Path | None, typer.Option(help="Keep the state here, to go on after a break.")] = None,
@@ -35,8 +36,8 @@ def train(
     from rarefy import api
 
     report = api.train(
-        model, recipe, options=options, out=out, data=data, steps=steps, batch=batch, seq_len=seq_len, rate=rate,
-        work_dir=work_dir, device=device, seed=seed, overwrite=overwrite, revision=revision,
+        model, recipe, options=options, out=out, data=data, steps=steps, batch=batch, seq_len=seq_len, samples=samples,
+        rate=rate, work_dir=work_dir, device=device, seed=seed, overwrite=overwrite, revision=revision,
     )  # fmt: skip
     if as_json:
         print_record("training", report.model_dump())

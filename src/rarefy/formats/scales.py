@@ -6,6 +6,8 @@ the float32 numbers that a reader of the stored tensors sees. Codes must be chos
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -92,6 +94,13 @@ class BilevelScale(StrictModel):
 
     def load(self, params: Params) -> tuple[Tensor, Tensor | None]:
         return group_scales(params["scale"], params["second_order"], self.tile)
+
+    def choices(self, params: Params) -> Iterator[Params]:
+        """``params`` with every pair of codes in turn, the same one in all groups; only those kept in ``nibbles``: with
+        more bits the nearest codes lose nothing that a search could win."""
+        zeros = 1 << self.zero_bits if params["second_order"].shape[-1] == 4 else 1
+        for scale, zero in product(range(1 << self.scale_bits), range(zeros)) if self.nibbles else ():
+            yield {**params, "scale": torch.full_like(params["scale"], scale | zero << 4)}
 
     def _quantize(self, numbers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """Codes uint8 ``[rows, groups]``, second order ``[row tiles, group tiles, 2]``: a min/max grid per tile."""

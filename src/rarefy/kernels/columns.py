@@ -153,11 +153,13 @@ def fit_around(
 
     A weight that would spoil it takes no part: the cost of rounding the group, ``(error / unit) ** 2`` with
     ``unit [members, size]``, is lower without it by more than ``threshold [members * rows]``. The mean of the others
-    stands in its place. Of ``factors`` by which the range is shrunk each ``tile`` of rows takes the one with the least
+    stands in its place. Of ``factors`` by which the range is shrunk each row takes the one with the least
     ``mass * |error| ** norm``, ``mass [members, size]``. Scales have ``bits[0]`` bits and zeros ``bits[1]``, with steps
-    and zeros of a tile in ``dtype``. Returns the codes (uint8 ``[members * rows, 1]`` or ``[members * rows, 1, 2]``)
-    and the second level (``[tiles, 1, 4]``) as they are stored (see ``reference/decode.py``), and the scale and the
-    zero that they stand for, both float32 ``[members * rows]``. Only where ``fits_around`` says so.
+    and zeros of a ``tile`` of rows in ``dtype``, which span what its rows want. With ``factors``, and up to 4 bits for
+    each code, a row then takes the pair of codes with the least of that error, otherwise the nearest ones. Returns the
+    codes (uint8 ``[members * rows, 1]`` or ``[members * rows, 1, 2]``) and the second level (``[tiles, 1, 4]``) as they
+    are stored (see ``reference/decode.py``), and the scale and the zero that they stand for, both float32
+    ``[members * rows]``. Only where ``fits_around`` says so.
     """
     numbers = (list(factors), norm, levels, list(bits), tile, dtype == torch.float16)
     return _kernel(columns.device, "fit_around")(columns, unit, mass, threshold, *numbers)  # type: ignore[no-any-return]

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rarefy.core.errors import FormatError
-from rarefy.formats.grids import FloatGrid, IntegerGrid
+from rarefy.core.errors import FormatError, UnsupportedError
+from rarefy.formats.grids import FloatGrid
 from rarefy.formats.grids.float import nearest
-from rarefy.formats.scales import SingleScale
 from rarefy.kernels import cuda
-from rarefy.kv.codec import Codec, Payload
+from rarefy.kv.codec import Codec, Payload, prefixed
 from rarefy.kv.codecs import (
     ChannelTable,
     Gridded,
     JoinedHeads,
+    LowRank,
     NormTable,
     ProductTable,
     RangeTable,
@@ -30,8 +30,12 @@ from rarefy.kv.codecs.plain import is_float8
 
 if TYPE_CHECKING:
     from rarefy.kernels.cuda.encode import Code
+    from rarefy.kernels.cuda.encode_blocks import BlockCode, EncodedBlocks
 
-NOT_FINITE = 1  # the bit of `Faults` that says so
+NOT_FINITE, OVERFLOWS, GAPS = 1, 2, 4  # bits of `Faults`
+GAPS_SAID = (
+    "Positions of {} do not follow each other, and its keys are to be stored without them; use a codec of rotated keys."
+)
 
 
 class Faults:
@@ -50,8 +54,13 @@ class Faults:
             self._event.record()
         self._asked = True
 
+    def note(self, gaps: Tensor) -> None:
+        """Positions have ``gaps`` (bool, one number), which is not looked at now."""
+        self.bits |= GAPS * gaps.int()
+
     def look(self, name: str, wait: bool = False) -> None:
-        """Raise FormatError if something was wrong with ``name``; without ``wait``, if that is known."""
+        """Raise FormatError, or UnsupportedError for gaps, if something was wrong with ``name``; without ``wait``, if
+        that is known."""
         if not self._asked:
             return
         if self._event is not None:
@@ -61,6 +70,8 @@ class Faults:
             self._event.synchronize()
         self._asked = False
         found = int(self._seen)
+        if found & GAPS:
+            raise UnsupportedError(GAPS_SAID.format(name))
         if found:
             what = "were not finite" if found & NOT_FINITE else "have a scale that overflows float16"
             raise FormatError(f"Keys or values of {name} {what}; load the model in bfloat16 or float32.")
@@ -70,7 +81,7 @@ class Faults:
 class Fast:
     """A codec as the kernel knows it, and the tensors that the kernel reads beside the numbers."""
 
-    code: Code
+    code: Code | BlockCode
     tables: dict[str, Tensor]
 
 
@@ -95,11 +106,13 @@ def form_of(codec: Codec, channels: int, device: torch.device) -> Fast | None:
 def _form(codec: Codec, channels: int, device: torch.device) -> Fast | None:
     from rarefy.kernels.cuda.encode import Code, entries
 
-    code, tables = None, {}
+    code: Code | BlockCode | None = None
+    tables: dict[str, Tensor] = {}
     match codec:
-        case Gridded(grid=IntegerGrid(zero="float", scales=SingleScale(dtype="float16")) as grid):
-            length = codec.tokens if codec.axis == "channel" else channels
-            code = Code(codec.axis, grid.num_bits, channels, min(grid.group_size or length, length), codec.tokens)
+        case Gridded(uniform=(num_bits, group)):
+            code = Code(codec.axis, num_bits, channels, group, codec.tokens)
+        case Residual(parts=(Trimmed() as trimmed, *corrections)):
+            code, tables = _corrected(trimmed, corrections, channels)
         case Gridded(grid=FloatGrid() as floats, axis="token") if is_float8(floats, channels):
             boundaries, codes = nearest("fp8_e4m3", torch.device("cpu"))
             tables, code = {"middles": boundaries, "lut": codes}, Code("float8", 8, channels)
@@ -129,6 +142,26 @@ def _form(codec: Codec, channels: int, device: torch.device) -> Fast | None:
     return Fast(code, {name: table.to(device, torch.float32).contiguous() for name, table in tables.items()})
 
 
+def _corrected(trimmed: Trimmed, corrections: list[Codec], channels: int) -> tuple[BlockCode | None, dict[str, Tensor]]:
+    """Uniform codes of trimmed vectors whose errors are stored next, then those errors' leading directions."""
+    from rarefy.kernels.cuda.encode_blocks import BlockCode
+
+    inner, entries, low_rank = trimmed.inner, 0, None
+    match corrections:
+        case [Sparse() as sparse, *others] if sparse.axis == trimmed.axis:
+            entries, corrections = sparse.count, others
+    match corrections:
+        case [LowRank() as found]:
+            low_rank, corrections = found, []
+    if corrections or entries != 2 * trimmed.count or not isinstance(inner, Gridded) or inner.axis != trimmed.axis:
+        return None, {}
+    if inner.uniform is None:
+        return None, {}
+    rank, iterations = (low_rank.rank, low_rank.iterations) if low_rank else (0, 1)
+    code = BlockCode(inner.axis, *inner.uniform, inner.tokens, channels, entries, rank, iterations)
+    return code, {"start": low_rank.start} if low_rank else {}
+
+
 def _table(codec: NormTable | RangeTable | ChannelTable) -> dict[str, Tensor]:
     return {"middles": (codec.lut[1:] + codec.lut[:-1]) / 2, "lut": codec.lut, "decoded": codec.decoded}
 
@@ -136,8 +169,10 @@ def _table(codec: NormTable | RangeTable | ChannelTable) -> dict[str, Tensor]:
 def fast_payload(codec: Codec, fast: Fast, x: Tensor, source: Tensor | None, faults: Tensor) -> Payload:
     """What ``codec.encode`` gives for whole blocks ``x [B, H, n, D]``, where ``source`` int32 ``[B, n]`` says which
     token stands for each (-1: zeros)."""
-    from rarefy.kernels.cuda import encode
+    from rarefy.kernels.cuda import encode, encode_blocks
 
+    if isinstance(fast.code, encode_blocks.BlockCode):
+        return _blocks(encode_blocks.encode(fast.code, x, faults, source=source, **fast.tables))
     found = encode.encode(fast.code, x, faults, source=source, **fast.tables)
     blocks = x.shape[2] // codec.tokens
     parts = {
@@ -154,3 +189,14 @@ def fast_payload(codec: Codec, fast: Fast, x: Tensor, source: Tensor | None, fau
     # All but the scales of channels are by token so far.
     by_block = ("scale", "zero_point") if fast.code.kind == "channel" else ()
     return {name: part if name in by_block else part.unflatten(2, (blocks, -1)) for name, part in parts.items()}
+
+
+def _blocks(found: EncodedBlocks) -> Payload:
+    """The payload of codes and of what corrects them, if anything does."""
+    payload = {"0.codes": found.codes, "0.scale": found.scale, "0.zero_point": found.zero}
+    corrections = [{"values": found.values, "indices": found.indices}] if found.values.shape[-1] else []
+    if found.left.shape[-1]:
+        corrections.append({"lowrank_a": found.left, "lowrank_b": found.right})
+    for number, part in enumerate(corrections, 1):
+        payload |= prefixed(str(number), part)
+    return payload

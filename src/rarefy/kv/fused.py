@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rarefy.formats.grids import FloatGrid, IntegerGrid
-from rarefy.formats.scales import SingleScale
+from rarefy.formats.grids import FloatGrid
 from rarefy.kernels import coded
 from rarefy.kernels.coded import Tiles, Turns
 from rarefy.kv.codec import Codec, Payload, part_of
@@ -232,12 +231,8 @@ def tiles_of(codec: Codec, runs: list[Payload], heads: int) -> Tiles | None:
             return _corrected(codec, runs, heads)
         case Exact():
             return Tiles("dense", tensors("exact"))
-        case Gridded(grid=IntegerGrid(zero="float", scales=SingleScale(dtype="float16")) as grid):
-            length = codec.tokens if codec.axis == "channel" else codec.channels
-            group = min(grid.group_size or length, length)
-            if length % group:
-                return None
-            options = {"num_bits": grid.num_bits, "block": codec.tokens, "group": group}
+        case Gridded(uniform=(num_bits, group)):
+            options = {"num_bits": num_bits, "block": codec.tokens, "group": group}
             return Tiles(codec.axis, tensors("codes", "scale", "zero_point"), **options)
         case Gridded(grid=FloatGrid() as floats, axis="token") if is_float8(floats, codec.channels):
             return Tiles("float8", tensors("codes", "scale"), 8, codec.tokens, 1)

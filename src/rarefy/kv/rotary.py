@@ -44,5 +44,7 @@ class Rotary:
         cos, sin = (part.unsqueeze(1) for part in self.angles(positions))
         width = cos.shape[-1]
         turned, plain = x[..., :width].float(), x[..., width:].float()
-        turned = turned * cos + _turn(turned) * sin
+        # The minus of `_turn` goes to the few angles, so that of many numbers only halves change places.
+        low, high = sin.chunk(2, -1)
+        turned = torch.addcmul(turned * cos, turned.roll(width // 2, -1), torch.cat([-low, high], -1))
         return torch.cat([turned, plain], -1) if plain.shape[-1] else turned

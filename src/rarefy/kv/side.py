@@ -77,6 +77,13 @@ class Side:
         """How many tokens of the tail fill whole blocks and are not recent."""
         return max(0, self.tail.shape[2] - self.recent) // self.codec.tokens * self.codec.tokens
 
+    def fast(self, x: Tensor) -> Fast | None:
+        """The kernel that encodes numbers such as ``x``, if there is one."""
+        found = fast_form(self.codec, x)
+        if found is not None and self.faults is None:
+            self.faults = Faults(x.device)
+        return found
+
     def seal(self, exempt: Tensor | None = None, x: Tensor | None = None, encoder: Encoder | None = None) -> None:
         """Encode all whole blocks of the tail that are not recent, each block once; with an ``encoder``, later.
 
@@ -90,9 +97,7 @@ class Side:
         counts = self.valid if exempt is None else self.counted() & ~exempt.to(self.tail.device)
         counts = None if counts is None else counts[:, :count]
         x = (self.tail if x is None else x)[:, :, :count]
-        fast = fast_form(self.codec, x)
-        if fast is not None and self.faults is None:
-            self.faults = Faults(x.device)
+        fast = self.fast(x)
         work = partial(_encoded, self.codec, fast, self.faults, counts, self.coded)
         if encoder is None:
             self._adopt(work(x), count)

@@ -13,7 +13,7 @@ from torch import Tensor
 from rarefy.core.errors import FormatError, UnsupportedError
 from rarefy.formats.bytes import ByteCount
 from rarefy.kv.codec import Payload, nbytes, part_of, prefixed
-from rarefy.kv.encoding import fast_form
+from rarefy.kv.encoding import GAPS_SAID
 from rarefy.kv.later import Encoder
 from rarefy.kv.plan import LayerCodecs
 from rarefy.kv.rotary import Rotary, unrotate
@@ -77,6 +77,7 @@ class LayerStore:
     shift: Tensor | None = None  # int64 [B]: the position of token t of a row is t + shift
     started: Tensor | None = None  # bool [B]: whether a row has had a token that tells its shift
     gaps: Tensor | None = None  # bool []: whether a token was not where it tells
+    all_started: bool = False  # whether that is known of all rows, without asking a GPU
     state: dict[str, SideState] = field(default_factory=dict)
     encoder: Encoder | None = None
     plans: dict[str, Any] = field(default_factory=dict)  # what executors keep from step to step, also over `copy`
@@ -121,7 +122,7 @@ class LayerStore:
         assert self.keys is not None and self.values is not None
         keys = self.keys
         for side, what in ((keys, "keys"), (self.values, "values")):
-            if side.pending is None and (count := side.sealable()) and fast_form(side.codec, side.tail) is None:
+            if side.pending is None and (count := side.sealable()) and side.fast(side.tail) is None:
                 _check_finite(side.tail[:, :, :count], side.counted()[:, :count], f"{what} of {self.name}", side.coded)
         if keys.pending is None and keys.sealable():
             plain = self._without_rope(keys, first, arrival) if self.codecs.pre_rope else None
@@ -143,20 +144,18 @@ class LayerStore:
 
     def _without_rope(self, keys: Side, first: int, arrival: Arrival) -> Tensor:
         """The tail of the keys with RoPE undone; it stays itself what attention reads."""
-        if self.gaps is not None and bool(self.gaps):
-            raise UnsupportedError(
-                f"Positions of {self.name} do not follow each other, and its keys are to be stored without them; use a "
-                "codec of rotated keys."
-            )
-        rotated, old = keys.tail, first - keys.coded
-        cos, sin = self._angles(keys.coded, first)
-        if rotated.shape[2] > old:
-            new_cos, new_sin = arrival.cos, arrival.sin
-            if new_cos is None or new_sin is None:
-                new_cos, new_sin = self._angles(first, keys.length)
+        if self.gaps is not None and keys.faults is not None:
+            keys.faults.note(self.gaps)
+        elif self.gaps is not None and bool(self.gaps):
+            raise UnsupportedError(GAPS_SAID.format(self.name))
+        rotated, cos, sin = keys.tail, arrival.cos, arrival.sin
+        if cos is None or sin is None or rotated.shape[2] == first - keys.coded:
+            cos, sin = self._angles(keys.coded, keys.length)
+        elif first > keys.coded:
+            old_cos, old_sin = self._angles(keys.coded, first)
             rows = rotated.shape[0]
-            cos = torch.cat([cos, new_cos.float().expand(rows, -1, -1)], 1)
-            sin = torch.cat([sin, new_sin.float().expand(rows, -1, -1)], 1)
+            cos = torch.cat([old_cos, cos.float().expand(rows, -1, -1)], 1)
+            sin = torch.cat([old_sin, sin.float().expand(rows, -1, -1)], 1)
         return unrotate(rotated, cos.unsqueeze(1), sin.unsqueeze(1))
 
     def _angles(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -178,6 +177,12 @@ class LayerStore:
             )
         if not key.shape[2]:
             return
+        if valid is None and self.all_started:
+            if arrival.positions is not None and self.gaps is not None:
+                expected = self.positions(self.length, self.length + key.shape[2])
+                self.gaps = self.gaps | (arrival.positions != expected).any()
+            return
+        self.all_started = self.all_started or valid is None
         if valid is None:
             valid = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
         index = torch.arange(self.length, self.length + key.shape[2], device=key.device)
@@ -278,6 +283,7 @@ class LayerStore:
         twin.sink = None if self.sink is None else Sink(self.sink.keys, self.sink.values, self.sink.index)
         twin.rotary, twin.plans = self.rotary, self.plans
         twin.shift, twin.started, twin.gaps = self.shift, self.started, self.gaps
+        twin.all_started = self.all_started
         twin.state = {name: replace(state, tensors=dict(state.tensors)) for name, state in self.state.items()}
         return twin
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rarefy.core.errors import UnsupportedError
 from rarefy.kernels import cuda
 from rarefy.kernels.coded import Turns
 from rarefy.kv.codecs import Rotated
@@ -97,7 +98,10 @@ def _build(store: LayerStore, keys: Side, values: Side, query: Tensor) -> CodedA
             return None
         turns = Turns(store.rotary.inv_freq.to(query.device), store.rotary.factor, store.shift)
     signs = [side.codec.beside("signs", query) if isinstance(side.codec, Rotated) else None for side in sides]
-    return CodedAttention(
-        k_tiles, v_tiles, (tokens[0], tokens[1]), batch, heads, query.shape[1], device=query.device, sinks=sinks,
-        signs=(signs[0], signs[1]), turns=turns,
-    )  # fmt: skip
+    try:
+        return CodedAttention(
+            k_tiles, v_tiles, (tokens[0], tokens[1]), batch, heads, query.shape[1], device=query.device, sinks=sinks,
+            signs=(signs[0], signs[1]), turns=turns,
+        )  # fmt: skip
+    except UnsupportedError:  # sizes that the kernel does not fit
+        return None

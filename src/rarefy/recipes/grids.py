@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, ValidationError
 
@@ -32,8 +32,10 @@ class GridRecipe(WeightRecipe):
     format, ``lut`` (k-means, ``rows_per_lut`` rows share a table), ``ternary``, ``five_level`` or ``binary`` with
     ``regions``.
     ``group_size`` null means one group per row. ``two_scales`` (float formats) scales each sign on its own.
-    ``scales``: a dtype, or ``bilevel`` for two-level 3-bit scales over 16 rows. ``clip``: ``none`` or ``mse``.
+    ``scales``: a dtype, or ``bilevel`` for two-level 4-bit scales over 16 rows. ``clip``: ``none`` or ``mse``.
     """
+
+    recipe_version: ClassVar[int] = 2  # two-level scales take 4 bits
 
     format: Literal["int", "lut", "ternary", "five_level", "binary", FloatFormat] = "int"
     num_bits: int = Field(4, ge=1, le=8)
@@ -63,7 +65,8 @@ class GridRecipe(WeightRecipe):
 
     def grid(self) -> Grid:
         """The grid that the options describe."""
-        scales: AnyScale = BilevelScale() if self.scales == "bilevel" else SingleScale(dtype=self.scales)
+        two_level = BilevelScale(scale_bits=4, zero_bits=4)
+        scales: AnyScale = two_level if self.scales == "bilevel" else SingleScale(dtype=self.scales)
         zero: Literal["none", "integer", "float"] = "none" if self.symmetric else self.zero_point
         table_dtype: FloatName = "float16" if self.scales == "bilevel" else self.scales
         match self.format:

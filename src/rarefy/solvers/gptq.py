@@ -16,7 +16,7 @@ from rarefy.formats.inputs import PermutedInput
 from rarefy.formats.terms import Quantized, Term
 from rarefy.kernels.columns import Rule
 from rarefy.kernels.native import round_columns
-from rarefy.solvers.clip import ClipSearch, fit
+from rarefy.solvers.clip import ClipSearch, fit_members
 from rarefy.solvers.feedback import Batch, ColumnRule, by_batch, compensate
 from rarefy.solvers.hessian import InverseHessian
 
@@ -99,13 +99,6 @@ class RoundColumns(ColumnRule):
 def _tell(grid: str, device: str) -> None:
     """Say once that a grid has no kernel."""
     log.info("Columns on a grid of type '%s' are rounded one by one in torch on %s.", grid, device)
-
-
-def fit_members(grid: Grid, weight: Tensor, mass: Tensor, search: ClipSearch | None) -> Params:
-    """Parameters for ``weight [members, rows, columns]``, its rows one after the other; a search counts the error of a
-    column by ``mass [members, columns]``."""
-    importance = None if search is None else mass[:, None].expand_as(weight).flatten(0, 1)
-    return fit(grid, weight.flatten(0, 1), importance, search, checked=True)
 
 
 def gptq(

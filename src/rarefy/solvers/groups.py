@@ -12,7 +12,7 @@ from torch import Tensor
 from rarefy.formats.grids import Grid, IntegerGrid, Params
 from rarefy.formats.patterns import Groups
 from rarefy.formats.terms import Quantized, Sparse, Term, stack
-from rarefy.solvers.clip import ClipSearch, fit
+from rarefy.solvers.clip import ClipSearch, fit_members
 from rarefy.solvers.feedback import Batch, by_batch, compensate
 from rarefy.solvers.gptq import RoundColumns
 from rarefy.solvers.hessian import InverseHessian
@@ -124,9 +124,9 @@ def _rounded(
     """The values of a batch of one weight, with what they were found for and their mask beside them, as codes."""
     ((values,), ((weight,), (mask,)), (multiplier,)) = batch.weight, batch.beside, batch.multipliers
     weight = weight if multiplier is None else weight / multiplier
-    mass = batch.inverse.in_place(batch.inverse.diagonal)[0].expand_as(weight) if search is not None else None
+    mass = batch.inverse.in_place(batch.inverse.diagonal)
     # Groups that are dropped have a say only where groups of several rows are stored together: as they were.
-    params = fit(grid, torch.where(mask, values, weight), mass, search)
+    params = fit_members(grid, torch.where(mask, values, weight)[None], mass, search)
     rule = RoundKept(grid, batch, params, mask)
     compensate(batch.weight, batch.inverse, rule)
     codes = torch.empty_like(rule.codes.T).index_copy_(1, batch.order_of(0), rule.codes.T)

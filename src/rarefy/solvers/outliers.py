@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 
 from rarefy.formats.grids import Grid, IntegerGrid, Params
-from rarefy.formats.layout import FLOATS
-from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms import Quantized, Residual, Term, stack
-from rarefy.kernels.native import fit_around, fits_around
-from rarefy.solvers.clip import ClipSearch, fit
+from rarefy.solvers.clip import ClipSearch, fit, fit_group, fit_members, fits_groups
 from rarefy.solvers.feedback import Batch, by_batch, compensate
-from rarefy.solvers.gptq import RoundColumns, fit_members, quantized
+from rarefy.solvers.gptq import RoundColumns, quantized
 from rarefy.solvers.hessian import InverseHessian
 from rarefy.solvers.rtn import range_multiplier
 
@@ -75,28 +72,18 @@ class KeepDear(RoundOrKeep):
         super().__init__(grid, batch, search)
         self.threshold, self.scales = threshold, batch.inverse.scales
         self._reach = threshold.sqrt()  # (lost / scale)^2 > threshold, without the squares
-        self._factors = [] if search is None else search.factors(torch.device("cpu")).tolist()
 
     def begin(self, size: int, columns: Tensor, start: int) -> None:
         part = slice(start, start + columns.shape[1])
-        scale, mass, scales = self.scales[:, part], self.mass[:, part], self.grid.scales
-        if isinstance(scales, BilevelScale) and self._has_kernel(scales, columns):
-            codes, second, *even = fit_around(
-                columns, scale, mass, self.threshold, levels=self.grid.code_count,
-                bits=(scales.scale_bits, scales.zero_bits), tile=scales.rows, dtype=FLOATS[scales.dtype],
-                factors=self._factors, norm=2.0 if self.search is None else self.search.norm,
-            )  # fmt: skip
-            self._install({"scale": codes, "second_order": second}, start, (even[0][None], even[1][None]))
+        unit, mass = self.scales[:, part], self.mass[:, part]
+        if fits_groups(self.grid, columns.device, columns.shape[1], self.search):
+            params, even = fit_group(self.grid, columns, unit, mass, self.threshold, self.search)
+            self._install(params, start, even)
             return
         weight = columns.transpose(1, 2)
-        gain = leave_one_out_gain(weight, scale[:, None], self.grid.code_count)
+        gain = leave_one_out_gain(weight, unit[:, None], self.grid.code_count)
         spoils = gain > self.threshold.view(*weight.shape[:2], 1)
         self._install(fit_members(self.grid, mean_filled(weight, spoils), mass, self.search), start)
-
-    def _has_kernel(self, scales: BilevelScale, columns: Tensor) -> bool:
-        size, dtype = columns.shape[1], FLOATS[scales.dtype]
-        alone = self.grid.zero == "float" and scales.groups == 1
-        return alone and fits_around(columns.device, size, scales.rows, dtype, len(self._factors))
 
     def _marks(self, part: slice) -> dict[str, Any]:
         return {**super()._marks(part), "rule": "choose", "reach": self._reach, "unit": self.scales[:, part]}

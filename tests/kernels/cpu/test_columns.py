@@ -49,7 +49,7 @@ def test_rounds_as_the_loop_does(
     "size,members,rows,tile,bits,dtype",
     [(16, 1, 48, 16, (3, 3), "float16"), (16, 3, 16, 16, (3, 3), "float16"), (7, 1, 21, 4, (5, 3), "bfloat16"),
      (32, 2, 24, 8, (4, 4), "float16"), (1, 1, 40, 16, (3, 3), "float16"), (16, 1, 9, 16, (3, 3), "float16"),
-     (16, 2, 400, 16, (3, 3), "float16")],
+     (16, 2, 400, 16, (3, 3), "float16"), (16, 1, 150, 64, (4, 4), "float16"), (8, 2, 35, 32, (4, 2), "bfloat16")],
 )  # fmt: skip
 @pytest.mark.parametrize("searched", [False, True])
 def test_fits_as_the_solver_does(

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rarefy.kernels.cuda import attend, encode, program
+from rarefy.kernels.cuda import attend, encode, encode_blocks, program
 from rarefy.kernels.cuda.linear import aligned, pointed, pointed_sparse, terms_of
 from rarefy.kernels.cuda.prepared import code_of, sparse_code_of
 from rarefy.kernels.prepared import Prepared, flat
@@ -144,4 +144,19 @@ def encoded(code: encode.Code, x: Tensor, **tables: Tensor | None) -> tuple[enco
     macros = [f"-D{macro}={value}" for macro, value in code.definitions(x.dtype).items()]
     library = _library((*macros, f"-DENTRY={code.entry}"), encode.SOURCE)
     library.run(0, ctypes.byref(given), *code.grid(x), code.threads, code.shared_memory)
+    return to, faults
+
+
+def encoded_blocks(
+    code: encode_blocks.BlockCode, x: Tensor, **tables: Tensor | None
+) -> tuple[encode_blocks.EncodedBlocks, Tensor]:
+    """Whole blocks ``x [B, H, tokens, D]`` in code, and what is wrong with them."""
+    assert code.fits
+    to, faults = encode_blocks.empty(code, x), torch.zeros(1, dtype=torch.int32)
+    given = encode_blocks.arguments(x, to, faults, **tables)
+    macros = [f"-D{macro}={value}" for macro, value in code.definitions(x.dtype).items()]
+    library = _library((*macros, "-DENTRY=rarefy_encode_blocks"), encode_blocks.SOURCE)
+    library.run(
+        0, ctypes.byref(given), x.shape[2] // code.block, x.shape[0] * x.shape[1], 1, code.threads, code.shared_memory
+    )
     return to, faults

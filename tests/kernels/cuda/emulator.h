@@ -164,8 +164,7 @@ device unsigned votes(bool ours) {
   warp_barrier();
   return found;
 }
-device void add_shared(float* to, float value) { *to += value; }
-device int ones_of(unsigned word) { return __builtin_popcount(word); }
+device int lowest_of(uint64_t word) { return __builtin_ctzll(word); }
 device unsigned bits_of(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
 device unsigned bf16_pair(float low, float high) { return rounded<false>(low) | unsigned(rounded<false>(high)) << 16; }
 device unsigned fused(unsigned a, unsigned b, unsigned c) {
@@ -174,6 +173,11 @@ device unsigned fused(unsigned a, unsigned b, unsigned c) {
     const double exact = double(widened(a >> k)) * widened(b >> k) + widened(c >> k);
     d |= unsigned(rounded<HALF>(float(exact))) << k;
   }
+  return d;
+}
+device unsigned lesser(unsigned a, unsigned b) {
+  unsigned d = 0;
+  for (int k = 0; k < 32; k += 16) d |= unsigned(rounded<HALF>(std::fmin(widened(a >> k), widened(b >> k)))) << k;
   return d;
 }
 device unsigned chosen(unsigned word, unsigned mask, unsigned others) { return (word & mask) | others; }

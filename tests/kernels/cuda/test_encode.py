@@ -10,9 +10,13 @@ from torch import Tensor
 
 from rarefy.formats.grids import IntegerGrid
 from rarefy.kernels.cuda import encode as kernel
+from rarefy.kernels.cuda.encode_blocks import BlockCode
+from rarefy.kv import encoding
 from rarefy.kv.codecs import Gridded, NormTable, ProductTable, RangeTable, Rotated
+from rarefy.kv.plan import HeadShape
+from rarefy.recipes.kv.gear import Gear
 from rarefy.recipes.kv.turbo_quant import gaussian_table
-from tests.kernels.cuda.emulation import COMPILER, encoded
+from tests.kernels.cuda.emulation import COMPILER, encoded, encoded_blocks
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 BATCH, HEADS, TOKENS = 2, 2, 256
@@ -98,3 +102,27 @@ def test_others_may_stand_in_and_faults_are_told() -> None:
     assert int(encoded(code, x)[1]) & kernel.NOT_FINITE
     assert encoded(code, numbers(64, torch.float32) * 1e20)[1].tolist() == [kernel.OVERFLOWS]
     assert not kernel.Code("token", 4, 96, 32).fits and not kernel.Code("channel", 4, 64, 16, 64).fits
+
+
+@pytest.mark.parametrize(
+    ("axis", "num_bits", "group", "block", "channels", "outliers", "rank"),
+    [("channel", 2, 64, 128, 64, 0.02, 2), ("token", 4, 64, 64, 64, 0.1, 3), ("token", 3, 32, 64, 128, 0.0, 2),
+     ("channel", 4, 64, 64, 64, 0.04, 0)],
+)  # fmt: skip
+def test_blocks_with_corrections(
+    axis: Any, num_bits: int, group: int, block: int, channels: int, outliers: float, rank: int
+) -> None:
+    x = numbers(channels, torch.bfloat16)[:1, :, :128]
+    source = torch.arange(128, dtype=torch.int32)[None]
+    source[0, 70] = 71
+    recipe = Gear(num_bits=num_bits, group_size=group, block=block, outliers=outliers, rank=rank)
+    both = recipe.codecs(HeadShape(HEADS, channels, channels, x.dtype), {})
+    codec = both.keys if axis == "channel" else both.values
+    fast = encoding.form_of(codec, channels, torch.device("cpu"))
+    assert fast is not None and isinstance(fast.code, BlockCode)
+    expected = codec.encode(x[:, :, source[0].long()].float().unflatten(2, (-1, block)))
+    found, faults = encoded_blocks(fast.code, x, source=source, **fast.tables)
+    payload = encoding._blocks(found)
+    assert not faults.any() and payload.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(payload[name], expected[name]), name

@@ -20,6 +20,8 @@ TYPES = {
 def kind(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return TYPES[value.dtype]
+    if hasattr(value, "block_shape"):  # a tensor as the copy engine is told of it
+        return f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape}>"
     return "fp32" if isinstance(value, float) else "i64" if abs(value) >= 2**31 else "i32"
 
 
@@ -44,8 +46,8 @@ def compile_all() -> None:
     from triton.runtime.jit import JITFunction
 
     from rarefy.kernels.coded import Tiles
+    from rarefy.kernels.triton import block_attention as prefill
     from rarefy.kernels.triton import step
-    from rarefy.kernels.triton.block_attention import block_attention
     from rarefy.kernels.triton.block_decode import BlockChoice, BlockDecode, Paged, block_scores
     from rarefy.kernels.triton.block_mass import block_mass
     from rarefy.kernels.triton.block_select import partial_blocks, select_blocks
@@ -59,8 +61,10 @@ def compile_all() -> None:
     packed = torch.zeros(2, 512, dtype=torch.int64)
     columns = torch.zeros(2 * 8 * 4 * 4, dtype=torch.int32)
     shape: dict[str, Any] = {"block_q": 128, "block_k": 128, "scaling": 0.1, "offset": 0}
-    for own in ({}, {"window": 64, "first": rows, "stop": rows, "segment": packed}):
-        block_attention(query, key, key, lines, lines, lines, columns, causal=True, **shape, **own)
+    for engine in (True, False):
+        prefill.has_engine = lambda device, engine=engine: engine  # type: ignore[assignment]
+        for own in ({}, {"window": 64, "first": rows, "stop": rows, "segment": packed}):
+            prefill.block_attention(query, key, key, lines, lines, lines, columns, causal=True, **shape, **own)
     for reduce in ("mass", "max"):
         block_mass(query, key, first=rows, reduce=reduce, **shape)
     scores, flags = torch.ones(2, 8, 4, 64), torch.ones(2, 1, 4, 64, dtype=torch.uint8)

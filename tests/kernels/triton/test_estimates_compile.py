@@ -12,8 +12,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.int64: "*i64"}
-TYPES[torch.float8_e4m3fn] = "*fp8e4nv"
+TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int8: "*i8", torch.int64: "*i64",
+}  # fmt: skip
 
 
 class Compiled:
@@ -44,9 +46,10 @@ class Compiled:
 
 
 def compile_all() -> None:
-    from rarefy.kernels.triton import anchored_scores, block_summaries, window_shares
+    from rarefy.kernels.triton import anchored_scores, block_means, block_summaries, window_shares
 
     for module, names in (
+        (block_means, ("_means",)),
         (block_summaries, ("_summaries",)),
         (window_shares, ("_totals", "_shares", "_blocks")),
         (anchored_scores, ("_keys", "_queries", "_anchored")),
@@ -56,6 +59,8 @@ def compile_all() -> None:
     for dtype, channels, first in ((torch.bfloat16, 128, None), (torch.float32, 64, torch.zeros(1, dtype=torch.int64))):
         query, key = (torch.zeros(1, heads, 512, channels, dtype=dtype) for heads in (8, 2))
         angles, means = torch.zeros(1, 512, channels), torch.zeros(1, 2, 31, channels, dtype=dtype)
+        for likeness in (True, False):
+            block_means.block_means(key.unflatten(2, (-1, 128)), likeness)
         for kinds in (("mean",), ("max", "min", "mean")):
             block_summaries.block_summaries(key.unflatten(2, (-1, 64)), angles, angles, kinds)
         windows: dict[str, Any] = {"size": 32, "stride": 16, "scaling": 0.1, "offset": 0, "first": first}
@@ -83,7 +88,8 @@ def test_kernels_of_estimators_compile() -> None:
         [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert set(done.stdout.split()) == {"_summaries", "_totals", "_shares", "_blocks", "_keys", "_queries", "_anchored"}
+    windows, low_bit = {"_totals", "_shares", "_blocks"}, {"_keys", "_queries", "_anchored"}
+    assert set(done.stdout.split()) == {"_means", "_summaries", *windows, *low_bit}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,6 +15,11 @@ from rarefy.attention.reach import Blocks
 class Estimator(ABC):
     """Scores of blocks. What is kept of old keys goes into ``call.source.state`` through `pooled`, never into the
     estimator, which serves all sequences at once."""
+
+    @property
+    def label(self) -> str:
+        """What it is called where its time was measured."""
+        return type(self).__name__
 
     @abstractmethod
     def scores(self, call: Call, blocks: Blocks) -> Tensor:
@@ -36,6 +42,16 @@ def query_blocks(x: Tensor, block_q: int) -> tuple[Tensor, Tensor | None]:
     padded = torch.nn.functional.pad(x, (0, 0, 0, rows * block_q - count))
     real = torch.arange(rows * block_q, device=x.device) < count
     return padded.unflatten(2, (rows, block_q)), real.view(1, 1, rows, block_q, 1)
+
+
+def of_query_blocks(make: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, block_q: int) -> tuple[Tensor, ...]:
+    """What ``make`` finds of blocks of queries ``[B, H, N, n, D]``, each ``[B, H, N, ...]``, for all blocks of ``x [B,
+    H, Q, D]``; the last one may be short, and is then a call of its own."""
+    whole = x.shape[2] // block_q * block_q
+    parts = [make(x[:, :, :whole].unflatten(2, (-1, block_q)))] if whole else []
+    if whole < x.shape[2]:
+        parts.append(make(x[:, :, None, whole:]))
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(both, 2) for both in zip(*parts, strict=True))
 
 
 def grouped(query: Tensor, heads: int) -> Tensor:

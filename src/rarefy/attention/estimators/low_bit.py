@@ -7,7 +7,6 @@ whose score is far below it can be left out without having seen the rest of the 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from rarefy.attention.estimators.rows import by_blocks, kernel_serves, looked_at
 from rarefy.attention.reach import Blocks, Reach
 
 TINY = 1e-12
+ENOUGH = 4096  # tokens that tell where the middle of all is
 
 
 class LowBitProducts(Estimator):
@@ -33,6 +33,10 @@ class LowBitProducts(Estimator):
         self.options: dict[str, Any] = {
             "num_bits": num_bits, "sink": sink, "local": local, "smooth": smooth, "every": every,
         }  # fmt: skip
+
+    @property
+    def label(self) -> str:
+        return f"{super().label}, every {self.options['every']}"
 
     def scores(self, call: Call, blocks: Blocks) -> Tensor:
         found = anchored_scores(
@@ -73,20 +77,21 @@ def anchored_scores(
     relative to what its anchor alone adds up to: float32 ``[B, H, query blocks, key blocks]``, -inf out of reach.
 
     The anchor of a query is the first ``sink`` keys and the blocks from ``local`` keys before its own block on.
-    ``num_bits`` of queries and keys (None: exact), with a scale for each query and each block of keys. ``smooth``:
-    means over tokens are taken out before rounding; that of keys adds one number to each row, and what that of queries
+    ``num_bits`` of queries and keys (None: exact), with a scale for each query and each block of keys. ``smooth``: the
+    middle of tokens is taken out before rounding; that of keys adds one number to each row, and what that of queries
     adds is exact. ``every``: of each block of queries the last and each so many-th before it are looked at. ``query [B,
     H, Q, D]``, ``key [B, Hkv, T, D]``.
     """
-    asked = query.mean(2, dtype=torch.float32) if smooth else None
-    kept = key.mean(2, dtype=torch.float32) * float(smooth)
+    asked = _middle(query) if smooth else None
+    kept = _middle(key) * float(smooth)
     if num_bits is not None and _fits(query, reach, -(-block_q // every), block_k):
         from rarefy.kernels.triton import anchored_scores as kernel
 
-        return math.log(2) * kernel.anchored_scores(
+        return kernel.anchored_scores(
             query, key, asked, kept, most=2 ** (num_bits - 1) - 1, block_q=block_q, block_k=block_k, sink=sink,
             local=local, scaling=scaling, offset=reach.offset, every=every, first=reach.first,
         )  # fmt: skip
+    every = 1 if reach.uneven else every  # the others would not speak for those that are left out
     kv_heads, blocks, rest = key.shape[1], -(-reach.keys // block_k), -reach.keys % block_k
     keys = key.float() - kept[:, :, None]
     mean = torch.zeros_like(query[:, :, :1], dtype=torch.float32) if asked is None else asked[:, :, None]
@@ -116,6 +121,12 @@ def anchored_scores(
         best = functional.pad(scores, (0, rest), value=-torch.inf).unflatten(-1, (blocks, block_k)).amax(-1)
         found.append(by_blocks(best, -(-block_q // every), -torch.inf).amax(3))
     return torch.cat(found, 2)
+
+
+def _middle(x: Tensor) -> Tensor:
+    """About the mean of tokens ``x [B, H, n, D]``, float32 ``[B, H, D]``, of not much more than `ENOUGH` of them: what
+    is taken out is put back exactly, whatever it is."""
+    return x[:, :, :: max(1, x.shape[2] // ENOUGH)].mean(2, dtype=torch.float32)
 
 
 def _fits(query: Tensor, reach: Reach, *sizes: int) -> bool:

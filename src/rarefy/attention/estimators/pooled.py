@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from rarefy.attention.call import Call, by_mask_head
-from rarefy.attention.estimators.base import Estimator, grouped, query_blocks
+from rarefy.attention.estimators.base import Estimator, grouped, of_query_blocks, query_blocks
 from rarefy.attention.estimators.simple import SCORES_AT_ONCE
-from rarefy.attention.pooling import highest, lowest, mean, pooled, similarity
+from rarefy.attention.pooling import highest, lowest, mean, mean_and_similarity, pooled
 from rarefy.attention.reach import Blocks
 
 
@@ -22,21 +22,26 @@ class PooledMeans(Estimator):
     def __init__(self, likeness: float | None = None):
         self.likeness = likeness
 
+    @property
+    def label(self) -> str:
+        return super().label + ("" if self.likeness is None else " with likeness")
+
     def scores(self, call: Call, blocks: Blocks) -> Tensor:
         name = f"means of {blocks.block_k}" + ("" if self.likeness is None else ", with likeness")
         kept = pooled(call.source, name, blocks.block_k, self._summary, valid=call.valid)
-        queries, real = query_blocks(call.query, blocks.block_q)
-        query = mean(queries, real)
+        query, *alike = of_query_blocks(self._sums, call.query, blocks.block_q)
         scores = torch.matmul(grouped(query, call.source.heads), kept["mean"][:, :, None].mT).float() * call.scaling
         if self.likeness is not None:
             unlike = (kept["likeness"] <= self.likeness).mT[:, :, None]
-            rows = grouped(similarity(queries, real) <= self.likeness, call.source.heads)
+            rows = grouped(alike[0] <= self.likeness, call.source.heads)
             scores = scores.masked_fill(unlike | rows, torch.inf)
         return by_mask_head(scores.flatten(1, 2), call, "max")
 
+    def _sums(self, x: Tensor, counts: Tensor | None = None) -> tuple[Tensor, ...]:
+        return (mean(x, counts),) if self.likeness is None else mean_and_similarity(x, counts)
+
     def _summary(self, x: Tensor, counts: Tensor | None, begins: range) -> dict[str, Tensor]:
-        found = {"mean": mean(x, counts)}
-        return found if self.likeness is None else {**found, "likeness": similarity(x, counts)}
+        return dict(zip(("mean", "likeness"), self._sums(x, counts), strict=False))
 
 
 class Extremes(Estimator):

@@ -21,6 +21,10 @@ class Antidiagonals(Estimator):
     def __init__(self, stride: int = 8):
         self.stride = stride
 
+    @property
+    def label(self) -> str:
+        return f"{super().label} of {self.stride}"
+
     def scores(self, call: Call, blocks: Blocks) -> Tensor:
         stride, heads = self.stride, call.source.heads
         if blocks.block_q % stride or blocks.block_k % stride:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from rarefy.attention.call import Call
 from rarefy.attention.estimators.base import Estimator
 from rarefy.attention.estimators.rows import by_blocks, kernel_serves, looked_at, pieces, seen
-from rarefy.attention.pooling import mean, pooled
+from rarefy.attention.pooling import in_one_read, mean, pooled
 from rarefy.attention.reach import Blocks, Reach
 from rarefy.core.errors import OptionError
 
@@ -32,6 +32,10 @@ class WindowMeans(Estimator):
         if size % stride or (coarse is not None and (coarse[1] % stride or coarse[0] % coarse[1] or coarse[0] % size)):
             raise OptionError(f"Windows of {size} keys, {stride} apart, do not fit together; use whole multiples.")
         self.size, self.stride, self.coarse, self.every = size, stride, coarse, every
+
+    @property
+    def label(self) -> str:
+        return f"{super().label}, every {self.every}"
 
     def scores(self, call: Call, blocks: Blocks) -> Tensor:
         if blocks.block_k % self.stride:
@@ -92,8 +96,11 @@ def window_shares(
     windows, with their size and stride.
     """
     if kernel_serves(query, reach) and windows.shape[2]:
-        return _by_kernel(query, windows, reach, scaling, block_q, size, stride, coarse, every)
+        return _by_kernel(
+            query, windows, reach, coarse, scaling=scaling, block_q=block_q, size=size, stride=stride, every=every
+        )
     kv_heads, number = windows.shape[1], windows.shape[2]
+    every = 1 if reach.uneven else every  # the others would not speak for those that are left out
     keys = windows.float().mT.unsqueeze(2)
     found = []
     for low, high in pieces(query, max(1, number), block_q):
@@ -117,22 +124,12 @@ def window_shares(
 
 
 def _by_kernel(
-    query: Tensor,
-    windows: Tensor,
-    reach: Reach,
-    scaling: float,
-    block_q: int,
-    size: int,
-    stride: int,
-    coarse: tuple[Tensor, int, int] | None = None,
-    every: int = 1,
+    query: Tensor, windows: Tensor, reach: Reach, coarse: tuple[Tensor, int, int] | None = None, **given: Any
 ) -> Tensor:
+    """`window_shares` by two kernels, with its other options as they are."""
     from rarefy.kernels.triton import window_shares as kernel
 
-    given: dict[str, Any] = {
-        "block_q": block_q, "size": size, "stride": stride, "scaling": scaling, "offset": reach.offset, "every": every,
-        "first": reach.first,
-    }  # fmt: skip
+    given |= {"offset": reach.offset, "first": reach.first}
     longer, long, step = (None, 0, 0) if coarse is None or not coarse[0].shape[2] else coarse
     totals = kernel.window_totals(query, windows, longer, coarse_size=long, coarse_stride=step, **given)
     return kernel.window_shares(query, windows, totals, **given)
@@ -140,7 +137,7 @@ def _by_kernel(
 
 def _overlapping_means(x: Tensor, stride: int) -> Tensor:
     """Means of windows ``x [B, H, N, size, D]``, ``stride`` apart, in its dtype, with one read of each token."""
-    if not x.shape[2] or x.shape[3] == stride:
+    if not x.shape[2] or x.shape[3] == stride or in_one_read(x):
         return mean(x, None)
     last = x[:, :, -1, stride:].unflatten(2, (-1, stride))
     steps = torch.cat([part.mean(3, dtype=torch.float32) for part in (x[:, :, :, :stride], last)], 2)

@@ -26,6 +26,10 @@ class Executor(ABC):
         """Why nothing can be executed on ``device``, as part of a sentence; None where something can."""
         return None
 
+    def tiles(self, block_q: int, block_k: int) -> bool:
+        """Whether maps of blocks of ``block_q`` queries by ``block_k`` keys fit it, whatever else it refuses."""
+        return True
+
     @abstractmethod
     def refusal(self, query: Tensor, source: Source, block_map: BlockMap, softcap: float | None = None) -> str | None:
         """Why this map cannot be executed here, as part of a sentence; None where it can."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from rarefy.attention.block_map import BlockMap
 from rarefy.attention.source import Stored
 from rarefy.kv.fused import blocks_kernel, fused_blocks
+from rarefy.kv.store import LayerStore
 
 
 def unreadable(query: Tensor, source: Stored, block_map: BlockMap) -> str | None:
@@ -35,7 +36,7 @@ def attend_coded(query: Tensor, source: Stored, block_map: BlockMap, scaling: fl
     keys, values = source.keys(coded), source.values(coded)
     if store.sink is not None:
         # The kernel leaves sinks out, whose place among its tokens is a negative number here.
-        index = store.sink.index.to(query.device)
+        index = _sinks_on(store, query.device)
         place = torch.cat([torch.where((index >= 0) & (index < coded), index, -1), place], 1)
         keys, values = (
             torch.cat([own.to(rest.dtype), rest], 2)
@@ -56,6 +57,15 @@ def attend_coded(query: Tensor, source: Stored, block_map: BlockMap, scaling: fl
     safe = torch.where(total == -torch.inf, 0.0, total)
     output = output * (lse - safe).exp()[..., None] + rest * (sums - safe).exp()[..., None]
     return output.to(query.dtype), total
+
+
+def _sinks_on(store: LayerStore, device: torch.device) -> Tensor:
+    """Where the sinks of a store are, int64 ``[B, S]``, on ``device``; copied once, which a CUDA graph could not do."""
+    assert store.sink is not None
+    known = store.plans.get("sinks")
+    if known is None or known[0] is not store.sink.index:
+        known = store.plans["sinks"] = (store.sink.index, store.sink.index.to(device))
+    return known[1]
 
 
 def _kept(lists: tuple[Tensor, Tensor], blocks: int) -> Tensor:

@@ -29,6 +29,9 @@ class FlashAttention4(Executor):
         hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
         return None if hopper and _installed() else "it needs a Hopper GPU and the package flash-attn-4"
 
+    def tiles(self, block_q: int, block_k: int) -> bool:
+        return block_q == block_k == BLOCK
+
     def refusal(self, query: Tensor, source: Source, block_map: BlockMap, softcap: float | None = None) -> str | None:
         reach = block_map.reach
         if (reason := self.missing(query.device)) is not None:
@@ -41,7 +44,7 @@ class FlashAttention4(Executor):
             return "it does not bend scores and knows no levels"
         if not reach.plain or reach.window is not None or not reach.causal:
             return "it takes causal maps without padding, window or packing"
-        if (block_map.block_q, block_map.block_k) != (BLOCK, BLOCK) or reach.queries < BLOCK:
+        if not self.tiles(block_map.block_q, block_map.block_k) or reach.queries < BLOCK:
             return (
                 f"blocks of {block_map.block_q} by {block_map.block_k} are not those of its kernel, {BLOCK} by {BLOCK}"
             )

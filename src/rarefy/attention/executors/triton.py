@@ -34,6 +34,9 @@ class Triton(Executor):
     def missing(self, device: torch.device) -> str | None:
         return None if device.type == "cuda" and find_spec("triton") is not None else "it needs a GPU and Triton"
 
+    def tiles(self, block_q: int, block_k: int) -> bool:
+        return block_k >= 16 and block_k & (block_k - 1) == 0 and block_q <= 128
+
     def refusal(self, query: Tensor, source: Source, block_map: BlockMap, softcap: float | None = None) -> str | None:
         if (reason := self.missing(query.device)) is not None:
             return reason
@@ -69,15 +72,14 @@ def _coded(source: Stored) -> bool:
 
 def unfit(query: Tensor, block_map: BlockMap, softcap: float | None) -> str | None:
     """Why the kernel's sizes or masks do not fit; None where they do."""
-    size = block_map.block_k
     if softcap is not None:
         return "it does not bend scores (softcap)"
     if block_map.level is not None:
         return "it knows no levels"
     if block_map.reach.mask is not None:
         return "the mask is none of padding, causality, a window and packed sequences"
-    if size < 16 or size & (size - 1) or block_map.block_q > 128:
-        return f"blocks of {block_map.block_q} queries by {size} keys do not fit its tiles"
+    if not Triton().tiles(block_map.block_q, block_map.block_k):
+        return f"blocks of {block_map.block_q} queries by {block_map.block_k} keys do not fit its tiles"
     if query.dtype not in DTYPES or query.shape[3] > 256:
         return f"{query.shape[3]} channels of {query.dtype} do not fit its tiles"
     return None

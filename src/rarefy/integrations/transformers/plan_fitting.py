@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,13 @@ from rarefy.integrations.transformers.plan_setup import (
 )
 from rarefy.integrations.transformers.subjects import name_of, shared_tokenizer
 from rarefy.sources.models import open_model
-from rarefy.training.gates import gate_loss
+from rarefy.training.gates import Lesson, lessons
 from rarefy.training.loop import Schedule, train_
 from rarefy.training.report import TrainingReport, first_and_last
+
+# Bytes of lessons that a trainer keeps, so that a text is read once however often it is learned from; and of those of
+# one text up to which all layers learn from it together, which takes a GPU little longer than one of them.
+LESSONS, TOGETHER = 4 << 30, 1 << 30
 
 # Options of `find_attention` that are no recipe's, with their usual values.
 CALIBRATION: dict[str, Any] = {
@@ -93,10 +97,13 @@ def calibrate(name: str, recipe: AttentionRecipe, model: Any, rows: Sequence[Ten
 
 class GateTrainer:
     """Gates of every layer of ``model``, which learn from what its attention looks at on ``rows`` (token ids ``[N,
-    T]``), ``batch`` of them a step, in an order drawn from ``seed`` that covers all rows again and again."""
+    T]``), ``batch`` of them a step, in an order drawn from ``seed`` that covers all rows again and again. What a row
+    teaches is kept while there is room, and the model does not run for it again."""
 
     def __init__(self, name: str, recipe: GatedRecipe, model: Any, rows: Tensor, batch: int, seed: int):
         self.name, self.recipe, self.model, self.rows, self.batch, self.seed = name, recipe, model, rows, batch, seed
+        self.lessons: dict[int, list[tuple[tuple[int, ...], Phase, Lesson]]] = {}
+        self.room = LESSONS
         self.gates: dict[int, dict[Phase, BlockGate]] = {}
         self.weights: dict[str, nn.Parameter] = {}
         for layer, shape in _shapes(model).items():
@@ -108,6 +115,8 @@ class GateTrainer:
 
     def train(self, schedule: Schedule, work: Path | None = None) -> list[float]:
         """Losses of all steps, in nats a row, summed over phases and averaged over layers."""
+        if schedule.steps * self.batch <= len(self.rows):
+            self.room = 0  # no row comes twice
         about = hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()
         identity: Mapping[str, Any] = {
             "model": digest(self.model), "data": about, "recipe": [self.name, self.recipe.model_dump(mode="json")],
@@ -121,15 +130,45 @@ class GateTrainer:
         found: list[Tensor] = []
         share = 1 / (self.batch * len(self.gates))
 
-        def hear(call: Call) -> None:
+        def learn(layers: tuple[int, ...], phase: Phase, lesson: Lesson) -> None:
             with torch.enable_grad():
-                loss = gate_loss(call, self.gates[call.layer], self.recipe.block_k) * share
+                gate = BlockGate.join([self.gates[layer][phase] for layer in layers])
+                loss = lesson.loss(gate) * len(layers) * share
                 loss.backward()
             found.append(loss.detach())
 
         for index in range(number * self.batch, (number + 1) * self.batch):
-            listen(self.model, self.rows[self._place(index)][None], hear)
+            self.read(self._place(index), learn)
         return float(torch.stack(found).sum())
+
+    def read(
+        self, place: int, learn: Callable[[tuple[int, ...], Phase, Lesson], None] = lambda layers, phase, lesson: None
+    ) -> None:
+        """Call ``learn`` with what the row at ``place`` teaches gates of one phase in some layers."""
+        kept = self.lessons.get(place)
+        if kept is None:
+            found: dict[Hashable, list[tuple[int, Phase, Lesson]]] = {}
+
+            def hear(call: Call) -> None:
+                own = lessons(call, self.gates[call.layer], self.recipe, self.recipe.block_k, self.recipe.truth)
+                together = sum(lesson.nbytes for lesson in own.values()) * len(self.gates) <= TOGETHER
+                for phase, lesson in own.items():
+                    if together:
+                        found.setdefault((phase, lesson.kind), []).append((call.layer, phase, lesson))
+                    else:
+                        learn((call.layer,), phase, lesson)
+
+            listen(self.model, self.rows[place][None], hear)
+            kept = [
+                (tuple(layer for layer, _, _ in group), group[0][1], Lesson.join([lesson for _, _, lesson in group]))
+                for group in found.values()
+            ]
+            size = sum(lesson.nbytes for _, _, lesson in kept)
+            if kept and size <= self.room:
+                self.room -= size
+                self.lessons[place] = kept
+        for layers, phase, lesson in kept:
+            learn(layers, phase, lesson)
 
     def setup(self) -> AttentionSetup:
         """The trained gates as parameters of the recipe, in bfloat16."""
@@ -160,6 +199,7 @@ def train(
     steps: int,
     batch: int,
     seq_len: int,
+    samples: int | None,
     rate: float,
     tokenizer: Any,
     work: Path | None,
@@ -188,7 +228,7 @@ def train(
     if given is not None:
         trained.to(place, compute_dtype(stored, place))
     known = tokenizer or (lambda: shared_tokenizer([model], [None]))
-    texts = open_samples(data, known, trained.config, steps * batch, seq_len, seed)
+    texts = open_samples(data, known, trained.config, samples or steps * batch, seq_len, seed)
     rows = torch.cat([piece["input_ids"] for piece in texts.batches])
     trainer = GateTrainer(name, recipe, trained.eval(), rows, batch, seed)
     losses = trainer.train(Schedule(steps=steps, rate=rate), work)

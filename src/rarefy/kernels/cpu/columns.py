@@ -54,4 +54,4 @@ def _search_ranges(
 _OPS: dict[str, Callable[..., Any]] = {
     "round_columns": _round_columns, "fit_around": _fit_around, "search_ranges": _search_ranges,
 }  # fmt: skip
-columns.add_engine("cpu", columns.Engine(available, _OPS, most_rows=16))
+columns.add_engine("cpu", columns.Engine(available, _OPS, most_rows=64))

@@ -4,26 +4,30 @@
 // so that codes need no padding, and numbers are taken out of words where they were loaded: a lane holds 16 neighbouring
 // tokens (of keys) or channels (of values), and which row of a product each of them is does not matter. The bits of a
 // uniform code are at once a float16 below the smallest normal one, `code * 2^(shift - 24)`, which products take without
-// loss; powers of two, scales and zeros go into the query, the weights and the sums, or into the numbers where several
-// groups meet. A table has an entry for two codes at once, of which every lane has its own copy, so that lookups never
-// wait for each other.
+// loss; powers of two, scales and zeros go into the query, the weights and the sums. Where several groups meet, steps go
+// into the numbers, and their zeros are a product of their own. A table has an entry for two codes at once, of which
+// every lane has its own copy; codebooks have a bank for each of 32 parts of a vector, and lanes take parts in different
+// orders, so that no lookup ever waits for another.
 //
 // What fills no tile, in code or not, and the sinks are the rest: a warp takes a few tokens of it one by one.
 //
 // Macros: K_KIND, V_KIND, K_BITS, V_BITS, K_GROUP, V_GROUP (tokens or channels that share a scale), K_SCALE, K_OFFSET,
 // V_OFFSET, K_SPREAD (keys have a center and a spread for each channel), TURNED (keys are without RoPE), JOINED (a token's
-// row is that of all heads), K_ENTRIES, V_ENTRIES, INDEX_BYTES (outliers of a token, and their indices), K_ROTATED, V_ROTATED (what is in code was turned by signs and a Hadamard matrix), SAME_TABLE, GROUP_HEADS,
-// QUERY, EXACT (types of the query and of what is not in code), SINKS, WARPS, BLOCKS (of a multiprocessor), DEPTH
-// (eighths of a tile loaded ahead); HALF is 1.
+// row is that of all heads), K_ENTRIES, V_ENTRIES, INDEX_BYTES (outliers of a token, or of a channel of a tile, and their
+// indices), K_RANK, V_RANK (of a matrix that is added to a tile), K_ROTATED,
+// V_ROTATED (what is in code was turned by signs and a Hadamard matrix), SAME_TABLE, GROUP_HEADS, QUERY, EXACT (types of
+// the query and of what is not in code), SINKS, WARPS, BLOCKS (of a multiprocessor), DEPTH (eighths of a tile loaded
+// ahead); HALF is 1.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 typedef long long i64;
+typedef unsigned long long u64;
 
 enum { CHANNEL = 1, TOKEN = 2, TABLE = 3, PRODUCT = 4, FLOAT8 = 5 };
 enum { F32 = 1, F16 = 2, BF16 = 3 };
-enum { K_CODES, K_STEPS, K_ZEROS, V_CODES, V_STEPS, V_ZEROS, K_TOKENS, V_TOKENS, K_OUT, K_OUT_AT, V_OUT, V_OUT_AT, PLACES };
+enum { K_CODES, K_STEPS, K_ZEROS, V_CODES, V_STEPS, V_ZEROS, K_TOKENS, V_TOKENS, K_OUT, K_OUT_AT, V_OUT, V_OUT_AT, K_LEFT, K_RIGHT, V_LEFT, V_RIGHT, PLACES };
 
 struct Arguments {
   const void* query;   // [pairs * GROUP_HEADS][128]
@@ -33,7 +37,7 @@ struct Arguments {
   const i64* pieces;   // likewise of every 32 tokens in code after them
   const float* k_signs;
   const float* v_signs;
-  const u16* k_table;  // float16 [entries], or [64][256][2] of products
+  const u16* k_table;  // float16 [entries], or [256][64][2] of products, in the order of `place_of_part`
   const u16* v_table;
   const float* k_center;  // [heads][128]
   const float* k_spread;
@@ -63,6 +67,7 @@ constexpr int K_GROUPS = TILE / K_GROUP, V_GROUPS = D / V_GROUP;
 constexpr bool FOLDED = K_KIND == CHANNEL && K_GROUPS == 1;  // scales go into the query
 constexpr bool K_AFFINE = K_KIND == CHANNEL && K_GROUPS > 1, V_AFFINE = V_KIND == TOKEN && V_GROUPS > 1;
 constexpr float K_UP = FOLDED ? 16.0f : 1.0f, V_UP = 16.0f;  // keeps products with scales normal
+constexpr float STEP_UP = 16.0f;                             // steps are taken so much smaller where groups meet
 constexpr int MIDDLE = 3;                                    // the shift whose codes meet the query as it is
 constexpr float HADAMARD = 0.08838834764831845f;             // makes the matrix its own inverse
 
@@ -79,9 +84,14 @@ constexpr int V_ZERO_SPAN = V_KIND == TOKEN || V_OFFSET ? V_SPAN : 0;
 constexpr int BUFFER = K_SPAN + K_ZERO_SPAN + V_SPAN + V_ZERO_SPAN;
 constexpr int MAIN = SCALES + 2 * WARPS * BUFFER, SUMS = WARPS * 4 * 8 * (D + 2);
 constexpr int ASKED = MAIN > SUMS ? MAIN : SUMS;       // float: the query for exact keys, then for keys in code
-constexpr int REST = ASKED + 2 * 4 * GROUP_HEADS * D;  // float: per warp, exact and coded sums, tops and totals of the rest
-constexpr int APART = REST + WARPS * 4 * 2 * GROUP_HEADS * (D + 1);  // per warp: weights and sums of outliers, and a list
-constexpr int APART_OF_WARP = K_ENTRIES + V_ENTRIES > 0 ? 4 * GROUP_HEADS * (TILE + D) + 2048 : 0;
+constexpr int REST = ASKED + 2 * 4 * GROUP_HEADS * D;  // per warp: what `take_rest` leaves, numbers
+constexpr int REST_PARTS = V_ROTATED ? 2 : 1, REST_OF_WARP = REST_PARTS * GROUP_HEADS * D + 16;
+constexpr bool K_CORRECTED = K_ENTRIES + K_RANK > 0, V_CORRECTED = V_ENTRIES + V_RANK > 0;
+constexpr int LISTS = TILE * (K_ENTRIES > V_ENTRIES ? K_ENTRIES : V_ENTRIES) * (2 + INDEX_BYTES);
+constexpr int FACTORS = 2 * (TILE + D) * (K_RANK > V_RANK ? K_RANK : V_RANK);
+constexpr int CORRECTIONS = REST + WARPS * 4 * REST_OF_WARP;  // per warp: see attend_corrections.cuh
+constexpr int CORRECTIONS_OF_WARP =
+    K_CORRECTED || V_CORRECTED ? 4 * GROUP_HEADS * (TILE + D + (TURNED ? D : 0)) + D + LISTS + FACTORS : 0;
 
 device float power(int exponent) { return as_float(u32(127 + exponent) << 23); }
 device float never() { return as_float(0xFF800000u); }  // minus infinity: the score of what is not there
@@ -95,89 +105,7 @@ template <int TYPE> device float number_at(const void* base, i64 index) {
 
 #include "attend_codes.cuh"
 
-// ---- One warp.
-
-constexpr u32 SIGNS = 0x80008000u;
-constexpr int K_WORDS = K_KIND == CHANNEL ? 4 * words_of(K_BITS, 16) : K_KIND == PRODUCT ? 8 : 2 * words_of(K_BITS, 32);
-constexpr int V_WORDS = V_KIND == PRODUCT ? 8 : 4 * words_of(V_BITS, 16);
-constexpr int MOST_WORDS = K_WORDS > V_WORDS ? K_WORDS : V_WORDS;
-
-struct Places {
-  const u8* k_codes;
-  const u8* k_steps;
-  const u8* k_zeros;
-  const u8* v_codes;
-  const u8* v_steps;
-  const u8* v_zeros;
-  const u8* k_out;
-  const u8* k_out_at;
-  const u8* v_out;
-  const u8* v_out_at;
-};
-
-constexpr int K_ROW = K_KIND == CHANNEL ? TILE * K_BITS / 8 : K_KIND == PRODUCT ? 64 : D * K_BITS / 8;  // bytes of a channel or token
-constexpr int V_ROW = V_KIND == PRODUCT ? 64 : D * V_BITS / 8;
-
-device Places places_of(const i64* places, int count, int number, i64 pair, int heads) {
-  const i64* at = places + number;
-  const i64 rows = JOINED ? pair / heads : pair;
-  const i64 k_tokens = rows * at[i64(K_TOKENS) * count], v_tokens = rows * at[i64(V_TOKENS) * count];
-  constexpr i64 K_BYTES = K_KIND == CHANNEL ? D * K_BITS / 8 : K_ROW;  // of a token
-  const i64 k_codes = JOINED ? (k_tokens * heads + pair % heads) * K_BYTES : k_tokens * K_BYTES;
-  const i64 v_codes = JOINED ? (v_tokens * heads + pair % heads) * V_ROW : v_tokens * V_ROW;
-  const auto from = [&](int row, i64 offset) { return reinterpret_cast<const u8*>(at[i64(row) * count] + offset); };
-  const i64 k_span = k_tokens * (K_SPAN / TILE), v_span = v_tokens * (V_SPAN / TILE);
-  Places p = {from(K_CODES, k_codes), from(K_STEPS, k_span), from(K_ZEROS, k_span), from(V_CODES, v_codes),
-              from(V_STEPS, v_span), from(V_ZEROS, v_span)};
-  if constexpr (K_ENTRIES > 0)
-    p.k_out = from(K_OUT, k_tokens * K_ENTRIES * 2), p.k_out_at = from(K_OUT_AT, k_tokens * K_ENTRIES * INDEX_BYTES);
-  if constexpr (V_ENTRIES > 0)
-    p.v_out = from(V_OUT, v_tokens * V_ENTRIES * 2), p.v_out_at = from(V_OUT_AT, v_tokens * V_ENTRIES * INDEX_BYTES);
-  return p;
-}
-
-device void copy_span(u8* to, const u8* from, int bytes, int lane) {
-  for (int n = 16 * lane; n < bytes; n += 512) copy_async(to + n, from + n, true);
-}
-device void copy_scales(u8* buffer, const Places& p, int lane) {
-  copy_span(buffer, p.k_steps, K_SPAN, lane);
-  copy_span(buffer + K_SPAN, p.k_zeros, K_ZERO_SPAN, lane);
-  copy_span(buffer + K_SPAN + K_ZERO_SPAN, p.v_steps, V_SPAN, lane);
-  copy_span(buffer + K_SPAN + K_ZERO_SPAN + V_SPAN, p.v_zeros, V_ZERO_SPAN, lane);
-}
-
-// The token of row g (`half` 0) or g + 8 of product n of a tile. By channel a lane has neighbours; else neighbouring lanes
-// do, so that a load finds them side by side.
-device int token_of(int g, int n, int half) { return K_KIND == CHANNEL ? 16 * g + 2 * n + half : 16 * n + g + 8 * half; }
-
-// Eighth `step` of a tile's keys: 16 channels of all tokens, or all channels of 16 tokens.
-device void fetch_keys(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g, int t, int heads) {
-  if constexpr (K_KIND == CHANNEL) {
-#pragma unroll
-    for (int n = 0; n < 4; ++n)
-      load_16<K_BITS>(slot + n * words_of(K_BITS, 16), codes + (16 * step + 4 * t + n) * K_ROW, g);
-  } else {
-    constexpr int BITS = K_KIND == PRODUCT ? 4 : K_BITS;
-#pragma unroll
-    for (int n = 0; n < 2; ++n)
-      load_32<BITS>(slot + n * words_of(BITS, 32), codes + token_of(g, step, n) * (JOINED ? heads * K_ROW : K_ROW) + t * (K_ROW / 4));
-  }
-}
-// Eighth `step` of a tile's values: four tokens of a lane, as products of weights have them.
-device void fetch_values(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g, int t, int heads) {
-  constexpr int BITS = V_KIND == PRODUCT ? 4 : V_BITS;
-#pragma unroll
-  for (int n = 0; n < 4; ++n)
-    load_16<BITS>(slot + n * words_of(BITS, 16), codes + token_of(2 * t + n % 2, step, n / 2) * (JOINED ? heads * V_ROW : V_ROW), g);
-}
-
-device u32 half_at(const u8* base, int index) { return reinterpret_cast<const u16*>(base)[index]; }
-device u32 halves_at(const u8* base, int first, int second) { return half_at(base, first) | half_at(base, second) << 16; }
-// Numbers of tokens, those of rows g and g + 8 of product n.
-device u32 two_rows(const u8* base, int g, int n) {
-  if constexpr (K_KIND == CHANNEL) return *reinterpret_cast<const u32*>(base + 2 * token_of(g, n, 0));
-  else return halves_at(base, token_of(g, n, 0), token_of(g, n, 1));
-}
+#include "attend_places.cuh"
 
 // The query as keys of this lane meet it: pairs of channels; and its sums, or what the centers of channels add.
 device void load_query(
@@ -220,24 +148,29 @@ template <int KIND, int BITS> device void fill_table(u8* to, const u16* from) {
 }
 
 #include "attend_turns.cuh"
+#include "attend_corrections.cuh"
 #include "attend_rest.cuh"
+#include "attend_merge.cuh"
 
 extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int split = blockIdx.x, stride = a.splits * WARPS;
   const i64 pair = blockIdx.y;
-  const u32 own = 4 * lane;  // this lane's copy of tables
+  const u32 own = 4 * lane;  // this lane's copy of tables; of codebooks, its first bank:
+  const u32 k_bank = 4 * (K_PARTS * t + g), v_bank = 4 * (V_PARTS * g + t);
   wait_for_earlier_kernels();
 
   // The first tile is on its way while tables and the query are made ready.
   u32 ring[DEPTH][MOST_WORDS];
   u8* buffers = pool + SCALES + warp * 2 * BUFFER;
+  const Corrections corrections = corrections_at(pool + CORRECTIONS + warp * CORRECTIONS_OF_WARP);
   const int number = warp * a.splits + split;  // of this warp, so that few tiles are shared by all blocks
   int tile = number, parity = 0;
   Places here = {}, next = {};
   if (tile < a.tiles) {
     here = places_of(a.places, a.tiles, tile, pair, a.heads);
     copy_scales(buffers, here, lane);
+    copy_corrections<K_ENTRIES, K_RANK>(corrections, here.k_out, here.k_out_at, here.k_left, here.k_right, lane);
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) fetch_keys(ring[step], here.k_codes, step, g, t, a.heads);
   }
@@ -261,13 +194,10 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   const float *center = a.k_center + pair % a.heads * D, *spread = a.k_spread + pair % a.heads * D;
   const float* starts = a.starts + pair / a.heads * a.count_of_starts * 2 * D;
   if constexpr (!TURNED) load_query(query, query_sums, asked_coded, center, spread, g, t);
-  float* beside = reinterpret_cast<float*>(pool + APART + warp * APART_OF_WARP);  // [TILE][GROUP_HEADS]
-  float* added = beside + GROUP_HEADS * TILE;                                      // [GROUP_HEADS][D]
-  u32* list = reinterpret_cast<u32*>(added + GROUP_HEADS * D);
-  if constexpr (V_ENTRIES > 0)
-    for (int n = lane; n < GROUP_HEADS * D; n += 32) added[n] = 0.0f;
+  if constexpr (V_CORRECTED)
+    for (int n = lane; n < GROUP_HEADS * D; n += 32) corrections.added[n] = 0.0f;
 
-  float out[STEPS][4] = {};
+  float out[STEPS][4] = {}, under[4] = {};  // and what zeros take away from all of a row's sums
   float top[2] = {never(), never()}, total[2] = {}, lift[2] = {};
   // The last warps have the fewest tiles.
   float* rest = reinterpret_cast<float*>(pool + REST);
@@ -286,7 +216,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     float zeros[4] = {};
     const float* start = starts + i64(tile) * 2 * D;
     Turned turned;
-    if constexpr (TURNED) turn_query(turned, asked_coded, start, center, spread, g, t);
+    if constexpr (TURNED) turn_query(turned, corrections.turned, asked_coded, start, center, spread, g, t);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
       u32(&slot)[MOST_WORDS] = ring[step % DEPTH];
@@ -296,7 +226,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         for (int n = 0; n < 4; ++n) settle_16<K_BITS>(slot + n * WORDS, g);
         const int channel = 16 * step + 4 * t;
         u32 left = query[step][0], right = query[step][1];
-        u32 steps[2], below[2];
+        u32 steps[2];
         if constexpr (FOLDED) {
           const uint2 scale = *reinterpret_cast<const uint2*>(k_steps + 2 * channel);
           const uint2 zero = *reinterpret_cast<const uint2*>(k_zeros + 2 * channel);
@@ -305,12 +235,14 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
           multiply(zeros, all, left, right);
         } else {
           const int group = 16 * g / K_GROUP;
+          u32 all[4];
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int one = (channel + 2 * half) * K_GROUPS + group;
-            steps[half] = halves_at(k_steps, one, one + K_GROUPS);
-            below[half] = fused(steps[half], halves_at(k_zeros, one, one + K_GROUPS) ^ SIGNS, 0);
+            steps[half] = small_steps(halves_at(k_steps, one, one + K_GROUPS));
+            all[2 * half] = all[2 * half + 1] = fused(steps[half], halves_at(k_zeros, one, one + K_GROUPS), 0);
           }
+          multiply(zeros, all, left, right);
         }
 #pragma unroll
         for (int n = 0; n < STEPS; ++n) {
@@ -318,17 +250,23 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
 #pragma unroll
           for (int part = 0; part < 4; ++part) {
             const int half = part / 2, token = 2 * n + part % 2;
-            keys[part] = both<K_BITS>(slot + 2 * half * WORDS, slot + (2 * half + 1) * WORDS, token);
-            if constexpr (K_AFFINE) keys[part] = affine<K_BITS>(keys[part], token, steps[half], below[half]);
+            const u32 *one = slot + 2 * half * WORDS, *two = one + WORDS;
+            keys[part] = K_AFFINE ? stepped<K_BITS>(one, two, token, steps[half]) : both<K_BITS>(one, two, token);
           }
           multiply(scores[n], keys, left, right);
         }
       } else {
         constexpr int WORDS = K_KIND == PRODUCT ? 4 : words_of(K_BITS, 32);
         float second[4] = {};
+        u32 entries[2][K_PARTS];
 #pragma unroll
         for (int n = 0; n < STEPS; ++n) {
           u32 keys[4];
+          if constexpr (K_KIND == PRODUCT)
+            if (2 * n % K_PARTS == 0)
+#pragma unroll
+              for (int half = 0; half < 2; ++half)
+                look_up<K_PARTS>(entries[half], pool + K_TABLE, slot + 4 * half, 2 * n / K_PARTS, g, k_bank);
 #pragma unroll
           for (int part = 0; part < 4; ++part) {
             const u32* words = slot + part % 2 * WORDS;
@@ -337,7 +275,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
             else if constexpr (K_KIND == TABLE)
               keys[part] = looked_up<K_BITS>(pool + K_TABLE, words, 2 * K_BITS * number, own);
             else if constexpr (K_KIND == FLOAT8) keys[part] = halves_of_e4m3(u16(words[number / 2] >> 16 * (number % 2)));
-            else keys[part] = entry_of(pool + K_TABLE, words, 16 * t + number, number);
+            else keys[part] = entries[part % 2][number % K_PARTS];
           }
           if constexpr (TURNED) {
             u32 sines[4], places[4];
@@ -367,19 +305,10 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     if (more) copy_scales(buffers + (1 - parity) * BUFFER, next, lane);
     commit_copies();
 
-    if constexpr (K_ENTRIES > 0) {
-      for (int n = lane; n < GROUP_HEADS * TILE; n += 32) beside[n] = 0.0f;
-      warp_barrier();
-      each_outlier<K_ENTRIES>(here.k_out, here.k_out_at, pair % a.heads, list, lane, [&](int place, int channel, float value) {
-        Angle angle = {1.0f, 0.0f};
-        if constexpr (TURNED) angle = angle_at(turns, start, place, channel);
-#pragma unroll
-        for (int head = 0; head < GROUP_HEADS; ++head) {
-          const float* one = asked_coded + head * D;
-          const float met = one[channel] * angle.cosine + (TURNED ? partner_of(one, channel) * angle.sine : 0.0f);
-          add_shared(beside + place * GROUP_HEADS + head, value * met);
-        }
-      });
+    if constexpr (K_CORRECTED) score_corrections(corrections, turns, asked_coded, pair % a.heads, lane);
+    if constexpr (V_CORRECTED) {
+      copy_corrections<V_ENTRIES, V_RANK>(corrections, here.v_out, here.v_out_at, here.v_left, here.v_right, lane);
+      commit_copies();
     }
 
     // ---- Weights.
@@ -407,10 +336,11 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         const int row = part / 2, head = part % 2;
         float score = scores[n][part] * scale[row];
         if constexpr (FOLDED) score -= zeros[part] / K_UP;
+        if constexpr (K_AFFINE) score = (score - zeros[part]) * STEP_UP;
         if constexpr (K_KIND == TOKEN || K_OFFSET) score += shift[row] * query_sums[head];
         if constexpr (K_SPREAD && !TURNED) score += query_sums[head];
-        if constexpr (K_ENTRIES > 0)
-          if (2 * t + head < GROUP_HEADS) score += beside[token_of(g, n, row) * GROUP_HEADS + 2 * t + head];
+        if constexpr (K_CORRECTED)
+          if (2 * t + head < GROUP_HEADS) score += corrections.beside[token_of(g, n, row) * GROUP_HEADS + 2 * t + head];
         scores[n][part] = score;
       }
     }
@@ -441,7 +371,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       total[head] *= fade[head], lift[head] *= fade[head];
     }
     u32 weights[STEPS][2];
-    if constexpr (V_ENTRIES > 0) warp_barrier();  // scores have been read where weights come
+    if constexpr (V_CORRECTED) warp_barrier();  // scores have been read where weights come
 #pragma unroll
     for (int n = 0; n < STEPS; ++n) {
       u32 steps = 0, offsets = 0;
@@ -456,8 +386,9 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         for (int head = 0; head < 2; ++head) {
           shares[head] = power_of_two(scores[n][2 * row + head] - safe[head]);
           total[head] += shares[head];
-          if constexpr (V_ENTRIES > 0)
-            if (2 * t + head < GROUP_HEADS) beside[token_of(g, n, row) * GROUP_HEADS + 2 * t + head] = shares[head] * V_UP;
+          if constexpr (V_CORRECTED)
+            if (2 * t + head < GROUP_HEADS)
+              corrections.beside[token_of(g, n, row) * GROUP_HEADS + 2 * t + head] = shares[head] * V_UP;
         }
         float up = V_UP;
         if constexpr (!V_AFFINE && V_KIND != PRODUCT) up *= half_value(u16(steps >> 16 * row));
@@ -476,16 +407,16 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     for (int n = 0; n < STEPS; ++n)
 #pragma unroll
       for (int part = 0; part < 4; ++part) out[n][part] *= fade[part % 2];
+#pragma unroll
+    for (int part = 0; part < 4; ++part) under[part] *= fade[part % 2];
 
-    if constexpr (V_ENTRIES > 0) {
-#pragma unroll
-      for (int n = 0; n < GROUP_HEADS * D / 32; ++n) added[32 * n + lane] *= of_lane(fade[n / 4 % 2], n / 8);
-      warp_barrier();
-      each_outlier<V_ENTRIES>(here.v_out, here.v_out_at, pair % a.heads, list, lane, [&](int place, int channel, float value) {
-#pragma unroll
-        for (int head = 0; head < GROUP_HEADS; ++head)
-          add_shared(added + head * D + channel, beside[place * GROUP_HEADS + head] * value);
-      });
+    if constexpr (V_CORRECTED) {
+      wait_for_copies<0>();
+      mix_corrections(corrections, fade, pair % a.heads, lane);
+    }
+    if constexpr (K_CORRECTED) {
+      if (more) copy_corrections<K_ENTRIES, K_RANK>(corrections, next.k_out, next.k_out_at, next.k_left, next.k_right, lane);
+      commit_copies();
     }
 
     // ---- Sums: of row g of product n, channel 16 g + 2 n; of row g + 8, the next.
@@ -493,7 +424,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     for (int step = 0; step < STEPS; ++step) {
       u32(&slot)[MOST_WORDS] = ring[step % DEPTH];
       constexpr int WORDS = V_KIND == PRODUCT ? 2 : words_of(V_BITS, 16);
-      u32 even[2][WORDS], odd[2][WORDS], steps[2], below[2];
+      u32 even[2][WORDS], odd[2][WORDS], steps[2], entries[4][V_PARTS];
       if constexpr (V_KIND != PRODUCT) {
 #pragma unroll
         for (int n = 0; n < 4; ++n) settle_16<V_BITS>(slot + n * WORDS, g);
@@ -507,36 +438,41 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       }
       if constexpr (V_AFFINE) {
         const int group = 16 * g / V_GROUP;
+        u32 all[4];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int one = token_of(2 * t, step, half) * V_GROUPS + group;
           const int two = token_of(2 * t + 1, step, half) * V_GROUPS + group;
-          steps[half] = halves_at(v_steps, one, two);
-          below[half] = fused(steps[half], halves_at(v_zeros, one, two) ^ SIGNS, 0);
+          steps[half] = small_steps(halves_at(v_steps, one, two));
+          all[2 * half] = all[2 * half + 1] = fused(steps[half], halves_at(v_zeros, one, two), 0);
         }
+        multiply(under, all, weights[step][0], weights[step][1]);
       }
 #pragma unroll
       for (int n = 0; n < STEPS; ++n) {
         u32 values[4];
         if constexpr (V_KIND == PRODUCT) {
+          if (n % V_PARTS == 0)
+#pragma unroll
+            for (int token = 0; token < 4; ++token)
+              look_up<V_PARTS>(entries[token], pool + V_TABLE, slot + 2 * token, n / V_PARTS, t, v_bank);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const u32 one = entry_of(pool + V_TABLE, slot + 4 * half, 8 * g + n, n);
-            const u32 two = entry_of(pool + V_TABLE, slot + 4 * half + 2, 8 * g + n, n);
+            const u32 one = entries[2 * half][n % V_PARTS], two = entries[2 * half + 1][n % V_PARTS];
             values[2 * half] = permuted(one, two, 0x5410), values[2 * half + 1] = permuted(one, two, 0x7632);
           }
         } else {
 #pragma unroll
           for (int part = 0; part < 4; ++part) {
             const int half = part / 2, channel = 2 * n + part % 2;
+            const u32 *one = slot + 2 * half * WORDS, *two = one + WORDS;
             if constexpr (V_KIND == TABLE)
               values[part] = looked_up<V_BITS>(pool + V_TABLE, part % 2 ? odd[half] : even[half], 2 * V_BITS * n, own);
             else if constexpr (V_KIND == FLOAT8) {
-              const u32 *one = slot + 2 * half * WORDS, *two = one + WORDS;
               const u32 at = channel % 4;
               values[part] = halves_of_e4m3(u16(permuted(one[channel / 4], two[channel / 4], at | (4 + at) << 4)));
-            } else values[part] = both<V_BITS>(slot + 2 * half * WORDS, slot + (2 * half + 1) * WORDS, channel);
-            if constexpr (V_AFFINE) values[part] = affine<V_BITS>(values[part], channel, steps[half], below[half]);
+            } else if constexpr (V_AFFINE) values[part] = stepped<V_BITS>(one, two, channel, steps[half]);
+            else values[part] = both<V_BITS>(one, two, channel);
           }
         }
         multiply(out[n], values, weights[step][0], weights[step][1]);
@@ -560,8 +496,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     }
   block_barrier();
   float* sums = reinterpret_cast<float*>(pool);  // [WARPS][8][D]
-  float* tops = sums + WARPS * 8 * D;            // [WARPS][8]
-  float* totals = tops + WARPS * 8;              // likewise
+  float *tops = sums + WARPS * 8 * D, *totals = tops + WARPS * 8;  // [WARPS][8]
 #pragma unroll
   for (int n = 0; n < STEPS; ++n)
 #pragma unroll
@@ -569,9 +504,10 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       const int channel = 16 * g + 2 * n + part / 2, head = 2 * t + part % 2;
       float up = 1.0f;
       if constexpr (V_KIND == TOKEN && !V_AFFINE) up = power(24 - shift_of(V_BITS, 2 * n + part / 2));
-      float sum = out[n][part] * up + lift[part % 2];
-      if constexpr (V_ENTRIES > 0)
-        if (head < GROUP_HEADS) sum += added[head * D + channel];
+      if constexpr (V_AFFINE) up = STEP_UP;
+      float sum = (out[n][part] - under[part]) * up + lift[part % 2];
+      if constexpr (V_CORRECTED)
+        if (head < GROUP_HEADS) sum += corrections.added[channel * GROUP_HEADS + head];
       if (head < GROUP_HEADS) sums[(warp * 8 + head) * D + channel] = sum / V_UP;
     }
   if (g == 0)
@@ -581,33 +517,6 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       totals[warp * 8 + 2 * t + head] = total[head];
     }
   block_barrier();
-  // In the place of the query: sums of what is in code, and of what is exact, of a block.
-  for (int n = threadIdx.x; n < GROUP_HEADS * D; n += THREADS) {
-    const int head = n / D, channel = n % D;
-    float most = never(), coded = 0.0f, exact = 0.0f, whole = 0.0f;
-    for (int each = 0; each < WARPS; ++each) {
-      const float* own = rest + each * REST_OF_WARP + 2 * GROUP_HEADS * D + head;
-      most = max_of(most, max_of(tops[each * 8 + head], own[0]));
-    }
-    const float base = most == never() ? 0.0f : most;
-    for (int each = 0; each < WARPS; ++each) {
-      const float* own = rest + each * REST_OF_WARP;
-      const float share = power_of_two(tops[each * 8 + head] - base);
-      const float of_rest = power_of_two(own[2 * GROUP_HEADS * D + head] - base);
-      coded += share * sums[(each * 8 + head) * D + channel] + of_rest * own[(GROUP_HEADS + head) * D + channel];
-      exact += of_rest * own[head * D + channel];
-      whole += share * totals[each * 8 + head] + of_rest * own[2 * GROUP_HEADS * D + GROUP_HEADS + head];
-    }
-    const float over = whole == 0.0f ? 0.0f : 1.0f / whole;
-    asked[n] = exact * over, asked_coded[n] = coded * over;
-    if (channel == 0)
-      a.part_lse[(pair * GROUP_HEADS + head) * a.splits + split] = whole == 0.0f ? never() : base + log_of_two(whole);
-  }
-  block_barrier();
-  if constexpr (V_ROTATED) hadamard(asked_coded, GROUP_HEADS);
-  for (int n = threadIdx.x; n < GROUP_HEADS * D; n += THREADS) {
-    const float coded = V_ROTATED ? asked_coded[n] * HADAMARD * a.v_signs[n % D] : asked_coded[n];
-    a.part_out[((pair * GROUP_HEADS + n / D) * a.splits + split) * D + n % D] = asked[n] + coded;
-  }
+  join_warps(a, asked, sums, rest, pair, split);
   if (last_to_arrive(a.arrived + pair, a.splits)) merge(a, pair);
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 LOG2E = 1.4426950408889634
 TURN_WORDS = 68  # of a place
 COPIES = 32  # of a table, one for each lane
+MOST_SHARED = 227 << 10  # bytes that a block may have on Hopper
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Code:
     affine: bool = False
     entries: int = 0  # outliers of a token, with indices of ``index_bytes``
     index_bytes: int = 2
+    rank: int = 0  # of a matrix that is added to a tile
 
     @property
     def table(self) -> int:
@@ -69,13 +71,24 @@ def fits(keys: Tiles, values: Tiles, channels: int, heads: int) -> bool:
         return False
     if _tensors(values) == 1 and values.kind == "table":
         return False
-    return all(_fits(side) for side in (keys, values))
+    sides = keys, values
+    blocked = any(side.low_rank or (side.outliers and not side.joined) for side in sides)
+    if blocked and (keys.joined or any(side.block != TILE for side in sides)):
+        return False  # what fills no tile is read without them
+    return all(_fits(side) for side in sides)
 
 
 def _fits(side: Tiles) -> bool:
+    if side.kind in ("channel", "token") and (side.outliers or side.low_rank):
+        axis = side.kind if side.outliers is None else side.outliers.axis
+        return axis == side.kind and _fits(replace(side, outliers=None, low_rank=None))
     if side.low_rank is not None or (side.kind != "table" and (side.outliers or side.affine or side.joined)):
         return False
-    if side.outliers is not None and side.outliers.axis != "token":
+    if side.outliers is not None and not side.joined:
+        return False
+    if side.outliers is not None and (
+        side.outliers.axis != "token" or (side.outliers.runs and side.outliers.count % 2)
+    ):
         return False
     match side.kind:
         case "channel":
@@ -103,7 +116,9 @@ def code_of(side: Tiles) -> Code:
     group = side.group if side.kind in ("channel", "token") else CHANNELS
     entries = 0 if outliers is None or not outliers.runs else outliers.count
     width = outliers.runs[0][1].element_size() if entries and outliers else 2
-    return Code(side.kind, side.num_bits, group, tensors > 1, tensors > 2, side.affine is not None, entries, width)
+    rank = side.low_rank.rank if side.low_rank is not None and side.low_rank.runs else 0
+    affine = side.affine is not None
+    return Code(side.kind, side.num_bits, group, tensors > 1, tensors > 2, affine, entries, width, rank)
 
 
 _POINTERS = (
@@ -155,7 +170,7 @@ class Program:
             found |= {
                 f"{prefix}_KIND": KINDS[code.kind], f"{prefix}_BITS": code.num_bits, f"{prefix}_GROUP": code.group,
                 f"{prefix}_OFFSET": int(code.kind == "table" and code.offset), f"{prefix}_ROTATED": int(rotated),
-                f"{prefix}_ENTRIES": code.entries,
+                f"{prefix}_ENTRIES": code.entries, f"{prefix}_RANK": code.rank,
             }  # fmt: skip
         return found
 
@@ -169,10 +184,16 @@ class Program:
         tables = self.keys.table + (0 if self.same_table else self.values.table)
         scales = 2 * self.shape.warps * (self.keys.scales + self.values.scales)
         sums = self.shape.warps * 4 * MOST_HEADS * (CHANNELS + 2)
-        rest = 8 * self.group_heads * (CHANNELS + self.shape.warps * (CHANNELS + 1))
-        lists = 4 * self.group_heads * (TILE + CHANNELS) + 2048 if self.keys.entries + self.values.entries else 0
+        rest = 4 * (self.group_heads * CHANNELS * (1 + self.rotated[1]) + 2 * MOST_HEADS)
         turns = 4 * TURN_WORDS * TILE if self.turned else 0
-        return max(tables + turns + scales, sums) + rest + self.shape.warps * lists
+        most, rank = max(self.keys.entries, self.values.entries), max(self.keys.rank, self.values.rank)
+        corrections = 0
+        if most or rank:
+            index_bytes = min(self.keys.index_bytes, self.values.index_bytes)
+            beside = 4 * self.group_heads * (TILE + (1 + self.turned) * CHANNELS) + CHANNELS
+            corrections = beside + TILE * most * (2 + index_bytes) + 2 * (TILE + CHANNELS) * rank
+        both = 8 * self.group_heads * CHANNELS  # queries
+        return max(tables + turns + scales, sums) + both + self.shape.warps * (rest + corrections)
 
     @property
     def threads(self) -> int:
@@ -187,9 +208,10 @@ def kernel(device: int, program: Program) -> driver.Kernel:
 
 
 def places(keys: Tiles, values: Tiles, tokens: tuple[Sequence[int], Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Addresses int64 ``[12, tiles]`` of the first head's codes, scales and zeros of keys, then of values, for each 128
+    """Addresses int64 ``[16, tiles]`` of the first head's codes, scales and zeros of keys, then of values, for each 128
     tokens that lie in one run of both, how many tokens are from one head to the next, and addresses of outliers and
-    their indices; and ``[12, pieces]`` of each 32 tokens after them. ``tokens``: of all runs of keys and of values."""
+    their indices, and of both factors of matrices of low rank; and ``[16, pieces]`` of each 32 tokens after them.
+    ``tokens``: of all runs of keys and of values."""
     both = [_pieces(side, each) for side, each in zip((keys, values), tokens, strict=True)]
     whole = min(part.shape[1] for part in both) // PIECES
     # A tile lies in one run if its last piece is as far from its first as within a run.
@@ -200,25 +222,27 @@ def places(keys: Tiles, values: Tiles, tokens: tuple[Sequence[int], Sequence[int
     tiles = int(lies.int().cumprod(0).sum()) if whole else 0
     most = max(part.shape[1] for part in both)
     rows = [torch.nn.functional.pad(part, (0, most - part.shape[1])) for part in both]
-    table = torch.cat([rows[0][:3], rows[1][:3], rows[0][5:6], rows[1][5:6], rows[0][3:5], rows[1][3:5]])
+    order = rows[0][:3], rows[1][:3], rows[0][7:8], rows[1][7:8], *(each[at : at + 2] for at in (3, 5) for each in rows)
+    table = torch.cat(order)
     return table[:, : tiles * PIECES : PIECES].contiguous(), table[:, tiles * PIECES :].contiguous()
 
 
 def _pieces(side: Tiles, tokens: Sequence[int]) -> Tensor:
-    """Addresses of codes, scales and zeros, outliers and their indices of each 32 tokens, their run's tokens and its
-    number: int64 ``[7, n]``."""
+    """Addresses of codes, scales and zeros, outliers and their indices and both factors of each 32 tokens, their run's
+    tokens and its number: int64 ``[9, n]``."""
     found = []
     for number, (run, length) in enumerate(zip(side.runs, tokens, strict=True)):
         place = torch.arange(length // PIECE) * PIECE
         rows = []
         more = (None, None) if side.outliers is None else side.outliers.runs[number]
-        for tensor in (*run, *[None] * (3 - len(run)), *more):
+        factors = (None, None) if side.low_rank is None else side.low_rank.runs[number]
+        for tensor in (*run, *[None] * (3 - len(run)), *more, *factors):
             # Of a channel's scales, those of one group follow each other.
             rows.append(
                 torch.zeros_like(place) if tensor is None else tensor.data_ptr() + _bytes(side, tensor, length, place)
             )
         found.append(torch.stack([*rows, torch.full_like(place, length), torch.full_like(place, number)]))
-    return torch.cat(found, 1) if found else torch.empty(7, 0, dtype=torch.int64)
+    return torch.cat(found, 1) if found else torch.empty(9, 0, dtype=torch.int64)
 
 
 def _bytes(side: Tiles, tensor: Tensor, length: int, token: Tensor) -> Tensor:
@@ -232,9 +256,13 @@ def _bytes(side: Tiles, tensor: Tensor, length: int, token: Tensor) -> Tensor:
     return (token - inside) * size + each
 
 
-def table_of(side: Tiles, device: torch.device) -> Tensor | None:
-    """Float16 values of a table or a codebook, contiguous."""
-    return None if side.lut is None else side.lut.to(device, torch.float16).contiguous()
+def table_of(side: Tiles, device: torch.device, parts: int) -> Tensor | None:
+    """Float16 values of a table, or of a codebook ``[256, 64, 2]`` in which each of its parts is where
+    ``place_of_part`` of the source has it for so many ``parts`` at once; contiguous."""
+    if side.lut is None:
+        return None
+    lut = side.lut.to(device, torch.float16)
+    return (lut.unflatten(0, (-1, 2, parts)).permute(3, 1, 0, 2, 4) if side.kind == "product" else lut).contiguous()
 
 
 @dataclass(frozen=True)
@@ -265,22 +293,23 @@ class CodedAttention:
         group = query_heads // heads
         if not fits(keys, values, CHANNELS, group) or any(each % PIECE for part in tokens for each in part):
             raise UnsupportedError(f"These codes, for {group} query heads a KV head, do not fit the kernel.")
-        self.keys, self.values, self.shape = keys, values, shape or Shape()  # whose memory the addresses point to
-        self.batch, self.heads, self.query_heads = batch, heads, query_heads
+        self.keys, self.values = keys, values  # whose memory the addresses point to
+        self.batch, self.heads, self.query_heads, self.sinks = batch, heads, query_heads, sinks
+        self.rotated, self.turned = (signs[0] is not None, signs[1] is not None), turns is not None
+        self.same_table = keys.kind == values.kind == "table" and keys.lut is values.lut
+        self.shape = self._shape() if shape is None else shape
         tiles, pieces = places(keys, values, tokens)
         count = tiles.shape[1]
         if splits is None:
             processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
             splits = max(1, processors * self.shape.blocks // (batch * heads))
         self.splits = min(splits, -(-count // self.shape.warps) + BLOCKS_OF_REST)
-        self.rotated, self.turned = (signs[0] is not None, signs[1] is not None), turns is not None
         inside, starts = (None, None) if turns is None else _turns(turns, sum(tokens[0]))
         center, spread = keys.affine or (None, None)
-        self.same_table = keys.kind == values.kind == "table" and keys.lut is values.lut
         rows = batch * query_heads
         self._tensors: dict[str, Tensor | None] = {
             "places": tiles.to(device), "pieces": pieces.to(device), "k_signs": signs[0], "v_signs": signs[1],
-            "k_table": table_of(keys, device), "v_table": table_of(values, device),
+            "k_table": table_of(keys, device, 8), "v_table": table_of(values, device, 4),
             "k_center": center, "k_spread": spread, "turns": inside, "starts": starts, "sinks": sinks,
             "part_out": torch.empty(rows, self.splits, CHANNELS, device=device),
             "part_lse": torch.empty(rows, self.splits, device=device),
@@ -289,13 +318,20 @@ class CodedAttention:
         places_of_starts = 0 if starts is None else starts.shape[1]
         self._sizes = count, heads, self.splits, pieces.shape[1], places_of_starts, sum(tokens[0]), sum(tokens[1])
 
+    def _shape(self) -> Shape:
+        """The most warps for whose lists of outliers there is room."""
+        for shape in (Shape(), Shape(warps=4)):
+            self.shape = shape
+            if self.program(torch.float32).shared_memory <= MOST_SHARED:
+                return shape
+        raise UnsupportedError("So many outliers of a token do not fit the kernel.")
+
     def program(self, dtype: torch.dtype, exact: Exact | None = None) -> Program:
         """What is compiled for queries of ``dtype``."""
-        sinks = self._tensors["sinks"]
         return Program(
             code_of(self.keys), code_of(self.values), self.rotated, self.turned, self.keys.joined, self.same_table,
             self.query_heads // self.heads, dtype, dtype if exact is None else exact.keys.dtype,
-            0 if sinks is None else sinks.shape[1], self.shape,
+            0 if self.sinks is None else self.sinks.shape[1], self.shape,
         )  # fmt: skip
 
     @property

@@ -1,6 +1,5 @@
 // How codes become the left operands of tensor-core products: bits taken out of words where they were loaded.
 
-constexpr u32 ONES = 0x3C003C00u;
 constexpr int words_of(int bits, int codes) { return bits == 3 && codes == 16 ? 2 : bits * codes / 32; }
 constexpr int shift_of(int bits, int n) { return n * bits % 8; }
 constexpr int distance_of(int bits) { return bits == 3 ? 8 : 16 / bits; }  // between codes that one word gives at once
@@ -47,12 +46,14 @@ template <int BITS> device void load_32(u32* words, const u8* from) {
   }
 }
 
-// Code `n` of two pieces of 16, where it is in the halves of a word: times 2^(shift - 24) as float16.
-template <int BITS> device u32 both(const u32* a, const u32* b, int n) {
+// Code `n` of two pieces of 16, among the bits of others, where it is in the halves of a word.
+template <int BITS> device u32 in_place(const u32* a, const u32* b, int n) {
   const int bit = n * BITS, word = BITS == 3 ? bit >= 24 : bit / 32, at = BITS == 3 ? bit - 16 * word : bit % 32;
   const u32 low = at / 8, high = low < 3 ? low + 1 : 3;
-  return permuted(a[word], b[word], low | high << 4 | (4 + low) << 8 | (4 + high) << 12) & mask_of(BITS, n);
+  return permuted(a[word], b[word], low | high << 4 | (4 + low) << 8 | (4 + high) << 12);
 }
+// Without the others: times 2^(shift - 24) as float16.
+template <int BITS> device u32 both(const u32* a, const u32* b, int n) { return in_place<BITS>(a, b, n) & mask_of(BITS, n); }
 // Codes `first_of(pair)` and `distance_of` further on of one piece of 32.
 template <int BITS> device u32 apart(const u32* words, int pair) {
   const int n = first_of(BITS, pair), bit = n * BITS, word = BITS == 3 ? (n < 16 ? 0 : 1) : bit / 32;
@@ -69,11 +70,33 @@ template <int BITS> device u32 looked_up(const u8* table, const u32* words, int 
   else index = at >= 7 ? words[word] >> (at - 7) : words[word] << (7 - at);
   return *reinterpret_cast<const u32*>(table + chosen(index, MASK, own));
 }
-// The entry of a codebook that byte `n` names.
-device u32 entry_of(const u8* table, const u32* words, int part, int n) {
-  const int at = n % 4 * 8;
-  const u32 index = at >= 2 ? words[n / 4] >> (at - 2) : words[n / 4] << 2;
-  return *reinterpret_cast<const u32*>(table + 1024 * part + (index & 0x3FCu));
+// A codebook of two channels of each of 64 parts of a vector: all entries of a part lie in one bank, and two parts share
+// one. A lane has two sets of so many neighbouring parts, and in each they are in neighbouring banks.
+constexpr int K_PARTS = 8, V_PARTS = 4;
+template <int PARTS> device int place_of_part(int part) {
+  return part / PARTS % 2 * 32 + part / (2 * PARTS) * PARTS + part % PARTS;
+}
+// Entries of the parts of one set, which bytes of `words` name: first that of part `turn`, which differs among lanes that
+// have the same parts, then of part `turn ^ 1`, and so on; then in order. `bank`: that of the first, times four.
+template <int PARTS> device void look_up(u32* to, const u8* table, const u32* words, int set, u32 turn, u32 bank) {
+  constexpr int WORDS = PARTS / 4;
+  const u32 *own = words + WORDS * set, order = 0x3210u ^ 0x1111u * turn;
+  u32 codes[WORDS];
+#pragma unroll
+  for (int n = 0; n < WORDS; ++n) codes[n] = permuted(own[0], own[WORDS - 1], order ^ 0x4444u * n);
+#pragma unroll
+  for (int n = 0; n < PARTS; ++n) {
+    const u32 at = permuted(codes[n / 4], bank ^ 4 * n, 0x5504u | n % 4 << 4);  // 256 * code + the bank
+    to[n] = *reinterpret_cast<const u32*>(table + 128 * set + at);
+  }
+#pragma unroll
+  for (int bit = 1; bit < PARTS; bit *= 2)
+#pragma unroll
+    for (int n = 0; n < PARTS; ++n)
+      if ((n & bit) == 0) {
+        const u32 first = to[n], second = to[n + bit];
+        to[n] = turn & bit ? second : first, to[n + bit] = turn & bit ? first : second;
+      }
 }
 constexpr u32 evens_of(int bits, int word) {
   u32 mask = 0;
@@ -97,9 +120,11 @@ template <int BITS> device void interleaved(u32* even, u32* odd, const u32* a, c
 template <int BITS> device void stream_16(u32* words) {
   if constexpr (BITS == 3) words[1] >>= 16;
 }
-// (code - zero) * step of two codes in place; `below` is -zero * step.
-template <int BITS> device u32 affine(u32 in_place, int n, u32 step, u32 below) {
+// Steps as `stepped` takes them: 1024 of one are at most the largest float16, above that they stay as they are.
+device u32 small_steps(u32 steps) { return lesser(fused(steps, 0x2C002C00u, 0), 0x53E053E0u); }
+// Likewise, times their steps.
+template <int BITS> device u32 stepped(const u32* a, const u32* b, int n, u32 steps) {
   const u32 shift = shift_of(BITS, n), magic = (25 - shift) << 10;  // a number whose last bit is 2^-shift
-  const u32 code = fused(in_place | magic * 0x10001u, ONES, (0x8000u | magic) * 0x10001u);
-  return fused(code, step, below);
+  const u32 above = chosen(in_place<BITS>(a, b, n), mask_of(BITS, n), magic * 0x10001u);
+  return fused(above, steps, fused(steps, (0x8000u | magic) * 0x10001u, 0));
 }

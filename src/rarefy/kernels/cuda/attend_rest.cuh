@@ -1,4 +1,4 @@
-// What fills no tile of attend.cu, token by token; and how the sums of all come together.
+// What fills no tile of attend.cu, token by token.
 
 template <int BITS> device int code_at(const u8* base, int number) {
   const int bit = number * BITS, shift = bit % 8;
@@ -6,8 +6,9 @@ template <int BITS> device int code_at(const u8* base, int number) {
   if (8 % BITS != 0 && shift + BITS > 8) bits |= u32(base[bit / 8 + 1]) << 8;
   return bits >> shift & ((1 << BITS) - 1);
 }
-// Four channels from `channel` on of token `inside` of a piece in code, without outliers; `heads` of a row.
-template <int KIND, int BITS, int GROUP, bool SCALE, bool OFFSET>
+// Four channels from `channel` on of token `inside` of a piece in code, without outliers; `heads` of a row; PARTS of a set
+// of products.
+template <int KIND, int BITS, int GROUP, bool SCALE, bool OFFSET, int PARTS>
 device void coded_numbers(float (&x)[4], const u8* codes, const u8* steps, const u8* zeros, const u16* table, int inside, int channel, int heads) {
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
@@ -25,7 +26,7 @@ device void coded_numbers(float (&x)[4], const u8* codes, const u8* steps, const
     } else if constexpr (KIND == FLOAT8) {
       x[n] = half_value(u16(halves_of_e4m3(codes[inside * D + c]))) * half_value(half_at(steps, inside));
     } else {
-      x[n] = half_value(table[(c / 2 * 256 + codes[inside * (D / 2) + c / 2]) * 2 + c % 2]);
+      x[n] = half_value(table[(codes[inside * (D / 2) + c / 2] * 64 + place_of_part<PARTS>(c / 2)) * 2 + c % 2]);
     }
   }
 }
@@ -77,11 +78,11 @@ device void load_token(Token& it, const Arguments& a, const u32* turns, const fl
   if (it.k_coded || it.v_coded) p = places_of(a.pieces, a.count_of_pieces, (token - first) / 32, pair, a.heads);
   const int head = pair % a.heads, heads = JOINED ? a.heads : 1, of_head = head * D + channel;
   if (it.k_coded) {
-    coded_numbers<K_KIND, K_BITS, K_GROUP, K_SCALE, K_OFFSET>(it.key, p.k_codes, p.k_steps, p.k_zeros, a.k_table, inside, channel, heads);
+    coded_numbers<K_KIND, K_BITS, K_GROUP, K_SCALE, K_OFFSET, K_PARTS>(it.key, p.k_codes, p.k_steps, p.k_zeros, a.k_table, inside, channel, heads);
     if constexpr (K_SPREAD)
 #pragma unroll
       for (int n = 0; n < 4; ++n) it.key[n] = it.key[n] * a.k_spread[of_head + n] + a.k_center[of_head + n];
-    add_outliers<K_ENTRIES>(it.key, p.k_out, p.k_out_at, inside, of_head);
+    if constexpr (JOINED) add_outliers<K_ENTRIES>(it.key, p.k_out, p.k_out_at, inside, of_head);
     if constexpr (TURNED)
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
@@ -93,19 +94,20 @@ device void load_token(Token& it, const Arguments& a, const u32* turns, const fl
     exact_numbers<EXACT>(it.key, a.k_tail, pair * (a.length - a.k_coded) + token - a.k_coded, channel);
   }
   if (it.v_coded) {
-    coded_numbers<V_KIND, V_BITS, V_GROUP, true, V_OFFSET>(it.value, p.v_codes, p.v_steps, p.v_zeros, a.v_table, inside, channel, heads);
-    add_outliers<V_ENTRIES>(it.value, p.v_out, p.v_out_at, inside, of_head);
+    coded_numbers<V_KIND, V_BITS, V_GROUP, true, V_OFFSET, V_PARTS>(it.value, p.v_codes, p.v_steps, p.v_zeros, a.v_table, inside, channel, heads);
+    if constexpr (JOINED) add_outliers<V_ENTRIES>(it.value, p.v_out, p.v_out_at, inside, of_head);
   } else {
     exact_numbers<EXACT>(it.value, a.v_tail, pair * (a.length - a.v_coded) + token - a.v_coded, channel);
   }
 }
 
-// This warp's tokens of the rest, left in shared memory: [exact or coded][GROUP_HEADS][D], tops, totals.
+// This warp's tokens of the rest, left in shared memory: sums [GROUP_HEADS][D] of what is exact, then, if it was turned,
+// of what is in code, eight tops, eight totals.
 device void take_rest(
     const Arguments& a, const float* asked, const u32* turns, const float* starts, float* to, i64 pair, int number, int stride,
     int lane) {
   constexpr int TOGETHER = 4;
-  float sums[2][GROUP_HEADS][4] = {}, top[GROUP_HEADS], total[GROUP_HEADS] = {};
+  float sums[REST_PARTS][GROUP_HEADS][4] = {}, top[GROUP_HEADS], total[GROUP_HEADS] = {};
 #pragma unroll
   for (int head = 0; head < GROUP_HEADS; ++head) top[head] = never();
   for (int token = a.tiles * TILE + number; token < a.length + SINKS; token += TOGETHER * stride) {
@@ -130,8 +132,9 @@ device void take_rest(
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           const float part = share * it.value[c];
-          sums[0][head][c] = sums[0][head][c] * fade + (it.v_coded ? 0.0f : part);
-          sums[1][head][c] = sums[1][head][c] * fade + (it.v_coded ? part : 0.0f);
+          const bool turned = V_ROTATED && it.v_coded;
+          sums[0][head][c] = sums[0][head][c] * fade + (turned ? 0.0f : part);
+          if constexpr (V_ROTATED) sums[1][head][c] = sums[1][head][c] * fade + (turned ? part : 0.0f);
         }
       }
     }
@@ -140,52 +143,9 @@ device void take_rest(
   for (int head = 0; head < GROUP_HEADS; ++head) {
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      to[head * D + 4 * lane + c] = sums[0][head][c];
-      to[(GROUP_HEADS + head) * D + 4 * lane + c] = sums[1][head][c];
-    }
-    if (lane == 0) to[2 * GROUP_HEADS * D + head] = top[head], to[2 * GROUP_HEADS * D + GROUP_HEADS + head] = total[head];
-  }
-}
-constexpr int REST_OF_WARP = 2 * GROUP_HEADS * (D + 1);  // numbers
-
-// Rows of 128 numbers turned by a Hadamard matrix, by the whole block.
-device void hadamard(float* rows, int count) {
-  for (int half = 1; half < D; half *= 2) {
-    for (int n = threadIdx.x; n < count * D / 2; n += THREADS) {
-      float* at = rows + n / half * 2 * half + n % half;
-      const float first = at[0], second = at[half];
-      at[0] = first + second, at[half] = first - second;
-    }
-    block_barrier();
-  }
-}
-
-// What all blocks of a pair have found, by the last of them.
-device void merge(const Arguments& a, i64 pair) {
-  constexpr int AT_ONCE = 8;
-  const i64 row = pair * GROUP_HEADS;
-  float* shares = reinterpret_cast<float*>(pool);  // [GROUP_HEADS][splits]
-  for (int n = threadIdx.x; n < GROUP_HEADS * a.splits; n += THREADS) shares[n] = load_fresh(a.part_lse + row * a.splits + n);
-  block_barrier();
-  for (int n = threadIdx.x; n < GROUP_HEADS * D; n += THREADS) {
-    const float* own = shares + n / D * a.splits;
-    const float* from = a.part_out + (row + n / D) * a.splits * D + n % D;
-    float most = never(), sum = 0.0f, whole = 0.0f;
-    for (int split = 0; split < a.splits; ++split) most = max_of(most, own[split]);
-    const float base = most == never() ? 0.0f : most;
-    for (int split = 0; split < a.splits; split += AT_ONCE) {
-      float found[AT_ONCE];
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k) found[k] = load_fresh(from + (split + k < a.splits ? split + k : split) * D);
-#pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k) {
-        const float share = split + k < a.splits ? power_of_two(own[split + k] - base) : 0.0f;
-        sum += share * found[k], whole += share;
-      }
+      for (int part = 0; part < REST_PARTS; ++part) to[(part * GROUP_HEADS + head) * D + 4 * lane + c] = sums[part][head][c];
     }
-    const float mean = whole == 0.0f ? 0.0f : sum / whole;
-    if constexpr (QUERY == F32) static_cast<float*>(a.out)[row * D + n] = mean;
-    else static_cast<u16*>(a.out)[row * D + n] = rounded<QUERY == F16>(mean);
-    if (n % D == 0) a.lse[row + n / D] = whole == 0.0f ? never() : (base + log_of_two(whole)) * 0.6931471805599453f;
+    if (lane == 0) to[REST_PARTS * GROUP_HEADS * D + head] = top[head], to[REST_PARTS * GROUP_HEADS * D + 8 + head] = total[head];
   }
 }

@@ -1,8 +1,7 @@
-// Keys before RoPE, and single numbers beside codes, for attend.cu.
+// Keys before RoPE, for attend.cu.
 //
 // A key that is to be turned by its place meets the query twice, times the cosines and times the sines of its place in
-// the tile; it is the query that is turned by the tile's first position. Outliers of a token are those of all heads: a
-// warp lists those of its head first.
+// the tile; it is the query that is turned by the tile's first position.
 
 constexpr int TURN_ROW = 68;  // words from one place to the next, so that lanes read different banks
 device int turn_at(int place, int two) { return place * TURN_ROW + 2 * two + (two >= 16 ? 2 : 0); }
@@ -16,35 +15,49 @@ struct Turned {
   u32 straight[STEPS][2], crossed[STEPS][2], center[STEPS][2];
 };
 
-// The channel that turns with `channel`, of one head of the query.
-device float partner_of(const float* asked, int channel) { return channel < D / 2 ? asked[channel + D / 2] : -asked[channel - D / 2]; }
-
-// The query turned back by a tile's first position, of which `start` has cosines and sines; times the spread of channels.
-// What their centers add depends on the place alone: its cosines are met by lanes of the first channels, its sines by
-// the others.
-device void turn_query(Turned& to, const float* asked, const float* start, const float* center, const float* spread, int g, int t) {
+device void four_numbers(float (&x)[4], const uint4& all) {
+  x[0] = as_float(all.x), x[1] = as_float(all.y), x[2] = as_float(all.z), x[3] = as_float(all.w);
+}
+device void four_shared(float (&x)[4], const float* from) { four_numbers(x, *reinterpret_cast<const uint4*>(from)); }
+device void four_global(float (&x)[4], const float* from) {
+  four_numbers(x, load_shared_by_all(reinterpret_cast<const uint4*>(from)));
+}
+// The query turned back by a tile's first position, of which `start` has cosines and sines; times the spread of channels,
+// but not what is `left` for outliers, [D][GROUP_HEADS]. What their centers add depends on the place alone: its cosines
+// are met by lanes of the first channels, its sines by the others.
+device void turn_query(
+    Turned& to, u32* left, const float* asked, const float* start, const float* center, const float* spread, int g, int t) {
 #pragma unroll
-  for (int step = 0; step < STEPS; ++step)
+  for (int step = 0; step < STEPS; ++step) {
+    const int first = 32 * t + 4 * step;
+    float x[4] = {}, y[4] = {}, cosines[4], sines[4], straight[4], crossed[4], middle[4] = {};
+    if (g < GROUP_HEADS) four_shared(x, asked + g * D + first), four_shared(y, asked + g * D + (first + D / 2) % D);
+    four_global(cosines, start + first), four_global(sines, start + D + first);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float partner = t < 2 ? y[k] : -y[k];  // the channel that turns with this one
+      straight[k] = x[k] * cosines[k] + partner * sines[k];
+      crossed[k] = partner * cosines[k] - x[k] * sines[k];
+      if constexpr (K_ENTRIES > 0)
+        if (g < GROUP_HEADS) left[(first + k) * GROUP_HEADS + g] = half_pair(straight[k], crossed[k]);
+    }
+    if constexpr (K_SPREAD) {
+      float centers[4], spreads[4];
+      four_global(centers, center + first), four_global(spreads, spread + first);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float cosine = centers[k] * straight[k], sine = centers[k] * crossed[k];
+        middle[k] = (t < 2 ? cosine : sine) + of_lane_xor(t < 2 ? sine : cosine, 2);
+        straight[k] *= spreads[k], crossed[k] *= spreads[k];
+      }
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float straight[2], crossed[2], middle[2] = {};
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const int c = 32 * t + 4 * step + 2 * half + k;
-        const float x = g < GROUP_HEADS ? asked[g * D + c] : 0.0f, y = g < GROUP_HEADS ? partner_of(asked + g * D, c) : 0.0f;
-        straight[k] = x * start[c] + y * start[D + c];
-        crossed[k] = y * start[c] - x * start[D + c];
-        if constexpr (K_SPREAD) {
-          const float cosine = center[c] * straight[k], sine = center[c] * crossed[k];
-          const float other = of_lane_xor(t < 2 ? sine : cosine, 2);
-          middle[k] = (t < 2 ? cosine : sine) + other;
-          straight[k] *= spread[c], crossed[k] *= spread[c];
-        }
-      }
-      to.straight[step][half] = half_pair(straight[0], straight[1]);
-      to.crossed[step][half] = half_pair(crossed[0], crossed[1]);
-      to.center[step][half] = half_pair(middle[0], middle[1]);
+      to.straight[step][half] = half_pair(straight[2 * half], straight[2 * half + 1]);
+      to.crossed[step][half] = half_pair(crossed[2 * half], crossed[2 * half + 1]);
+      to.center[step][half] = half_pair(middle[2 * half], middle[2 * half + 1]);
     }
+  }
 }
 
 // Cosine and sine of a channel at a place of a tile.
@@ -55,38 +68,4 @@ device Angle angle_at(const u32* turns, const float* start, int place, int chann
   const u32* at = turns + turn_at(place, channel % (D / 2) / 2);
   const float c = half_value(u16(at[0] >> 16 * (channel % 2))), s = half_value(u16(at[1] >> 16 * (channel % 2)));
   return {start[channel] * c - start[D + channel] * s, start[D + channel] * c + start[channel] * s};
-}
-
-constexpr int LISTED = 256;  // outliers that are looked at before those of this head are used
-
-template <int BYTES> device int index_at(const u8* indices, int n) {
-  return BYTES == 1 ? indices[n] : int(reinterpret_cast<const u16*>(indices)[n]);
-}
-
-// `use(place, channel, value)` of each of ENTRIES outliers of a tile's tokens that is of this head.
-template <int ENTRIES, class Use>
-device void each_outlier(const u8* values, const u8* indices, int head, u32* list, int lane, Use use) {
-  for (int first = 0; first < TILE * ENTRIES; first += LISTED) {
-    int index[LISTED / 32], found = 0;
-#pragma unroll
-    for (int k = 0; k < LISTED / 32; ++k) {
-      const int n = first + 32 * k + lane;
-      index[k] = n < TILE * ENTRIES ? index_at<INDEX_BYTES>(indices, n) - head * D : -1;
-    }
-#pragma unroll
-    for (int k = 0; k < LISTED / 32; ++k) {
-      const int n = first + 32 * k + lane;
-      const bool ours = index[k] >= 0 && index[k] < D;
-      const u32 all = votes(ours);
-      if (ours) {
-        const int at = found + ones_of(all & ((1u << lane) - 1));
-        list[at] = u32(n / ENTRIES) << 8 | u32(index[k]);
-        list[LISTED + at] = half_at(values, n);
-      }
-      found += ones_of(all);
-    }
-    warp_barrier();
-    for (int n = lane; n < found; n += 32) use(int(list[n] >> 8), int(list[n] & 255), half_value(u16(list[LISTED + n])));
-    warp_barrier();
-  }
 }

@@ -47,16 +47,7 @@ constexpr int PARTS = ROWS ? HEADS * D / MINE : KIND == CHANNEL ? (BLOCK < 128 ?
 constexpr int THREADS = KIND == CHANNEL ? D * PARTS : 128;
 constexpr int TOGETHER = KIND == CHANNEL || KIND == TOKEN ? GROUP / MINE : PARTS;  // threads of a group
 
-template <int TYPE> device float number_of(u32 bits) {
-  return TYPE == F16 ? half_value(u16(bits)) : as_float(bits << 16);
-}
-template <int TYPE> device float number_at(const void* base, i64 index) {
-  if constexpr (TYPE == F32) return static_cast<const float*>(base)[index];
-  else return number_of<TYPE>(static_cast<const u16*>(base)[index]);
-}
-device float at_most(float value) { return value > 65504.0f ? 65504.0f : value < -65504.0f ? -65504.0f : value; }
-device float larger(float a, float b) { return a > b ? a : b; }
-device float smaller(float a, float b) { return a < b ? a : b; }
+#include "encode_codes.cuh"
 
 // 32 numbers of a token or a channel from `first` on.
 device bool load_mine(float (&x)[MINE], const Arguments& a, i64 batch, i64 head, int token, int channel) {
@@ -83,33 +74,6 @@ device bool load_mine(float (&x)[MINE], const Arguments& a, i64 batch, i64 head,
 #pragma unroll
   for (int n = 0; n < MINE; ++n) finite &= absolute(x[n]) <= 3.4028234e38f;
   return finite;
-}
-
-// The codes of this thread as 32 * BITS bits.
-device void store_codes(u32* to, const u32 (&codes)[MINE]) {
-#pragma unroll
-  for (int word = 0; word < BITS; ++word) {
-    u32 bits = 0;
-#pragma unroll
-    for (int n = 0; n < MINE; ++n) {
-      const int at = n * BITS - 32 * word;
-      if (at > -BITS && at < 32) bits |= at >= 0 ? codes[n] << at : codes[n] >> -at;
-    }
-    to[word] = bits;
-  }
-}
-
-struct Steps {
-  u16 scale, zero;
-};
-// Scale and zero of a group between `low` and `high`, as formats/grids/integer.py proposes and rounds them.
-device Steps steps_of(float low, float high) {
-  const float reach = larger(absolute(low), absolute(high));
-  const bool constant = low == high && low != 0.0f;
-  float scale = larger((high - low) / float(LEVELS - 1), reach * 6.103515625e-05f);
-  float zero = scale == 0.0f ? float(LEVELS / 2) : -low / scale;
-  if (constant) scale = reach, zero = high < 0.0f ? 1.0f : 0.0f;
-  return {rounded<true>(scale), rounded<true>(zero)};
 }
 
 device u32 level_of(const float* middles, float value) {
@@ -267,28 +231,6 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_encode(const Arguments 
 }
 
 #elif KIND >= 6
-// The largest number of a row and where it is, the first of equals, which a row then has no more; `x` are this thread's.
-struct Largest {
-  float value;
-  int index;
-};
-device Largest take_largest(float (&x)[MINE], int part) {
-  Largest best = {as_float(0xFF800000u), 0};
-#pragma unroll
-  for (int n = 0; n < MINE; ++n)
-    if (x[n] > best.value) best = {x[n], part * MINE + n};
-#pragma unroll
-  for (int distance = 1; distance < PARTS; distance *= 2) {
-    const float value = of_lane_xor(best.value, distance);
-    const int index = int(of_lane_xor(u32(best.index), distance));
-    if (value > best.value || (value == best.value && index < best.index)) best = {value, index};
-  }
-#pragma unroll
-  for (int n = 0; n < MINE; ++n)
-    if (part * MINE + n == best.index) x[n] = as_float(0xFF800000u);
-  return best;
-}
-
 // A row of all heads: a table's codes, between the extremes that are left when half of ENTRIES are taken away at both
 // ends or around the centers of channels, and the ENTRIES largest errors.
 extern "C" global __launch_bounds__(THREADS) void rarefy_encode_rows(const Arguments a) {
@@ -348,43 +290,65 @@ device float score_of(const uint4& entry, float x, float y) {
   return (x * as_float(entry.x) + y * as_float(entry.y)) - as_float(entry.z);
 }
 
-// Product codes of two channels: threads of a block have different tokens and the same 32 channels, whose codebooks lie
-// in shared memory.
-extern "C" global __launch_bounds__(256) void rarefy_encode_products(const Arguments a) {
+// Product codes of two channels: a thread has several tokens and 32 channels, whose codebooks lie in shared memory and are
+// read once for all of its tokens.
+constexpr int EACH = 2, SPAN = 256;
+extern "C" global __launch_bounds__(SPAN / EACH) void rarefy_encode_products(const Arguments a) {
   const i64 pair = blockIdx.y, batch = pair / a.heads, head = pair % a.heads;
-  const int part = blockIdx.z, tokens = blockIdx.x * 256 + threadIdx.x;
-  const int token = tokens < a.tokens ? tokens : a.tokens - 1;
+  const int part = blockIdx.z, first_token = blockIdx.x * SPAN + threadIdx.x;
   uint4* entries = reinterpret_cast<uint4*>(pool);
   const uint4* from = reinterpret_cast<const uint4*>(a.lut) + part * 16 * 256;
-  for (int n = threadIdx.x; n < 16 * 256; n += 256) entries[n] = from[n];
+  for (int n = threadIdx.x; n < 16 * 256; n += SPAN / EACH) entries[n] = from[n];
   block_barrier();
-  float x[MINE];
-  const bool fine = load_mine(x, a, batch, head, token, part * MINE);
-  u32 words[4] = {};
+  float x[EACH][MINE];
+  bool fine[EACH];
+#pragma unroll
+  for (int k = 0; k < EACH; ++k) {
+    const int token = first_token + k * (SPAN / EACH);
+    fine[k] = load_mine(x[k], a, batch, head, token < a.tokens ? token : a.tokens - 1, part * MINE);
+  }
+  u32 words[EACH][4] = {};
 #pragma unroll
   for (int n = 0; n < 16; ++n) {
     // The best of each few entries first: which of them it is matters for one few only.
-    float best = as_float(0xFF800000u);
-    u32 code = 0;
+    float best[EACH];
+    u32 code[EACH] = {};
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) best[k] = as_float(0xFF800000u);
     const uint4* own = entries + n * 256;
 #pragma unroll 2
     for (int first = 0; first < 256; first += FEW) {
-      float most = score_of(own[first], x[2 * n], x[2 * n + 1]);
+      float most[EACH];
 #pragma unroll
-      for (int k = 1; k < FEW; ++k) most = max_of(most, score_of(own[first + k], x[2 * n], x[2 * n + 1]));
-      if (most > best) best = most, code = first;
+      for (int few = 0; few < FEW; ++few) {
+        const uint4 entry = own[first + few];
+#pragma unroll
+        for (int k = 0; k < EACH; ++k) {
+          const float score = score_of(entry, x[k][2 * n], x[k][2 * n + 1]);
+          most[k] = few == 0 ? score : max_of(most[k], score);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < EACH; ++k)
+        if (most[k] > best[k]) best[k] = most[k], code[k] = first;
     }
-    const u32 first = code;
 #pragma unroll
-    for (int k = FEW - 1; k >= 0; --k)
-      if (score_of(own[first + k], x[2 * n], x[2 * n + 1]) == best) code = first + k;
-    words[n / 4] |= code << 8 * (n % 4);
+    for (int k = 0; k < EACH; ++k) {
+      const u32 first = code[k];
+#pragma unroll
+      for (int few = FEW - 1; few >= 0; --few)
+        if (score_of(own[first + few], x[k][2 * n], x[k][2 * n + 1]) == best[k]) code[k] = first + few;
+      words[k][n / 4] |= code[k] << 8 * (n % 4);
+    }
   }
-  if (tokens < a.tokens) {
+#pragma unroll
+  for (int k = 0; k < EACH; ++k) {
+    const int token = first_token + k * (SPAN / EACH);
+    if (token >= a.tokens) continue;
     u32* to = a.codes + ((pair * a.tokens + token) * (D / MINE) + part) * 4;
 #pragma unroll
-    for (int n = 0; n < 4; ++n) to[n] = words[n];
-    if (!fine) raise(a.faults, NOT_FINITE);
+    for (int n = 0; n < 4; ++n) to[n] = words[k][n];
+    if (!fine[k]) raise(a.faults, NOT_FINITE);
   }
 }
 #endif

@@ -19,7 +19,7 @@ KINDS = {"channel": 1, "token": 2, "norm": 3, "range": 4, "product": 5, "row spr
 TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 CHANNELS, MINE, SPAN = (64, 128), 32, 128  # numbers of a thread, and tokens of a block of threads at most
 NOT_FINITE, OVERFLOWS = 1, 2  # bits of what was wrong
-TOKENS_OF_PRODUCTS, ENTRIES = 256, 256
+TOKENS_OF_PRODUCTS, EACH_OF_PRODUCTS, ENTRIES = 256, 2, 256
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Code:
     @property
     def threads(self) -> int:
         if self.kind == "product":
-            return TOKENS_OF_PRODUCTS
+            return TOKENS_OF_PRODUCTS // EACH_OF_PRODUCTS
         return self.channels * self.span // MINE if self.kind == "channel" else 128
 
     @property
@@ -149,13 +149,18 @@ def empty(code: Code, x: Tensor) -> Encoded:
     return Encoded(codes, scale, torch.empty_like(scale) if has_zero else scale[:0], values, indices)
 
 
+def check_strides(x: Tensor) -> None:
+    """Raise UnsupportedError where kernels cannot read ``x [B, H, tokens, D]``."""
+    if x.stride(3) != 1 or x.stride(2) != x.shape[3] or x.data_ptr() % 16:
+        raise UnsupportedError("Tokens of keys and values have to follow each other in memory.")
+
+
 TABLES = ("source", "signs", "middles", "lut", "decoded", "center", "spread")
 
 
 def arguments(x: Tensor, to: Encoded, faults: Tensor, tables: Mapping[str, Tensor | None]) -> Arguments:
     """``tables``: those of `encode` by name."""
-    if x.stride(3) != 1 or x.stride(2) != x.shape[3] or x.data_ptr() % 16:
-        raise UnsupportedError("Tokens of keys and values have to follow each other in memory.")
+    check_strides(x)
     beside = (tables.get(name) for name in TABLES)
     given = (x, *beside, to.codes, to.scale, to.zero, to.values, to.indices, faults)
     addresses = [0 if each is None else each.data_ptr() for each in given]

@@ -3,11 +3,11 @@
 // A lane has a row of the group in registers; the TILE lanes whose rows share second-level numbers settle these by
 // shuffles. A weight spoils its group when the cost of rounding it, (error / unit)^2 summed over the group, falls by more
 // than the row's threshold once the weight is left out, which changes the range only for the smallest and the largest.
-// The others' range, shrunk by each factor in turn, is rounded to what will be stored and judged by the error of the
-// whole tile.
+// Each row takes the factor on the others' range that costs it least. What the rows of a tile want spans the second
+// level, and then each row takes the pair of codes, of a scale and a zero, that costs it least.
 //
 // Macros: SIZE (columns), TILE (rows; a power of two up to 32), LEVELS, SCALE_BITS, ZERO_BITS, SEARCH (whether there are
-// factors), WARPS (that share the factors for 32 rows), HALF (second level in float16, else bfloat16).
+// factors), WARPS (that share factors and codes for 32 rows), HALF (second level in float16, else bfloat16).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -50,11 +50,6 @@ device float most_of_tile(float value) {
   for (int distance = TILE / 2; distance > 0; distance /= 2) value = fmaxf(value, other(value, distance));
   return value;
 }
-device float sum_of_tile(float value) {
-#pragma unroll
-  for (int distance = TILE / 2; distance > 0; distance /= 2) value += other(value, distance);
-  return value;
-}
 device float bounded(float value, int last) { return fminf(fmaxf(rintf(value), 0.0f), float(last)); }
 // As a number that is stored in 16 bits.
 device float stored(float value) { return widened(rounded<HALF>(value)); }
@@ -73,13 +68,48 @@ template <int BITS> device Level level_of(float number, float finest) {
   return {step, zero, code, step * (code - zero)};
 }
 
-struct Fitted { Level scale, zero; };
-device Fitted fitted(float low, float high, float factor, float finest) {
+// The scale and the zero that a row wants for a range, zero included, shrunk by a factor.
+struct Wanted { float scale, zero; };
+device Wanted wanted(float low, float high, float factor, float finest) {
   low = fminf(low, 0.0f) * factor, high = fmaxf(high, 0.0f) * factor;
   const float scale = fmaxf((high - low) / float(LEVELS - 1), fmaxf(fabsf(low), fabsf(high)) * finest);
-  const float zero = scale == 0.0f ? float(LEVELS / 2) : -low / scale;
-  return {level_of<SCALE_BITS>(scale, finest), level_of<ZERO_BITS>(zero, finest)};
+  return {scale, scale == 0.0f ? float(LEVELS / 2) : -low / scale};
 }
+
+#if SEARCH
+// The values in units of a scale.
+device void divided(float (&steps)[SIZE], const float (&values)[SIZE], float scale) {
+#pragma unroll
+  for (int n = 0; n < SIZE; ++n) steps[n] = scale == 0.0f ? 0.0f : values[n] / scale;
+}
+// What a scale and a zero cost a row.
+device float lost(const float (&values)[SIZE], const float (&masses)[SIZE], const float (&steps)[SIZE], float scale, float zero, float norm) {
+  float error = 0.0f;
+#pragma unroll
+  for (int n = 0; n < SIZE; ++n) {
+    const float off = fabsf(values[n] - (bounded(steps[n] + zero, LEVELS - 1) - zero) * scale);
+    error += (norm == 2.0f ? off * off : powf(off, norm)) * masses[n];
+  }
+  return error;
+}
+// The first place of least error that a warp of the block has found for a row; `place` is negative where it found none.
+device int first_of_best(float error, int place) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float(&errors)[WARPS][32] = *reinterpret_cast<float(*)[WARPS][32]>(pool);
+  int(&places)[WARPS][32] = *reinterpret_cast<int(*)[WARPS][32]>(pool + sizeof errors);
+  errors[warp][lane] = error, places[warp][lane] = place;
+  block_barrier();
+  error = errors[0][lane], place = places[0][lane];
+#pragma unroll
+  for (int from = 1; from < WARPS; ++from) {
+    const float own = errors[from][lane];
+    const int at = places[from][lane];
+    if (at >= 0 && (own < error || (own == error && at < place))) error = own, place = at;
+  }
+  block_barrier();
+  return place;
+}
+#endif
 
 // What rounding costs each weight between two of them, and all of them but the one at `without`.
 device float costs(float (&own)[SIZE], const float (&values)[SIZE], const float (&units)[SIZE], float low, float high, int without, float tiny) {
@@ -143,53 +173,53 @@ extern "C" global void __launch_bounds__(32 * WARPS) rarefy_fit_around(const Arg
 
   float factor = 1.0f;
 #if SEARCH
-  float masses[SIZE], all = 0.0f;
+  float masses[SIZE], steps[SIZE], all = 0.0f;
 #pragma unroll
   for (int n = 0; n < SIZE; ++n) masses[n] = a.mass[member * a.mass_member + n], all += masses[n];
 #pragma unroll
   for (int n = 0; n < SIZE; ++n) masses[n] = all == 0.0f ? 1.0f : masses[n];
-  float(&errors)[WARPS][32] = *reinterpret_cast<float(*)[WARPS][32]>(pool);
-  int(&places)[WARPS][32] = *reinterpret_cast<int(*)[WARPS][32]>(pool + sizeof errors);
-  float lowest_error = 0.0f;
-  int first = warp;
+  float least = 0.0f;
+  int place = -1;
   for (int tried = warp; tried < a.factors; tried += WARPS) {
-    const Fitted found = fitted(low, high, a.factor[tried], a.finest);
-    const float scale = found.scale.value, zero = found.zero.value;
-    float error = 0.0f;
-#pragma unroll
-    for (int n = 0; n < SIZE; ++n) {
-      const float steps = scale == 0.0f ? 0.0f : values[n] / scale;
-      const float lost = fabsf(values[n] - (bounded(steps + zero, LEVELS - 1) - zero) * scale);
-      error += powf(lost, a.norm) * masses[n];
-    }
-    error = sum_of_tile(real ? error : 0.0f);
-    if (tried == warp || error < lowest_error) lowest_error = error, first = tried;
+    const Wanted found = wanted(low, high, a.factor[tried], a.finest);
+    divided(steps, values, found.scale);
+    const float error = lost(values, masses, steps, found.scale, found.zero, a.norm);
+    if (place < 0 || error < least) least = error, place = tried;
   }
-  errors[warp][lane] = lowest_error, places[warp][lane] = first;
-  block_barrier();
-  if (warp != 0) return;
-  // The first of the best, whoever tried it.
-#pragma unroll
-  for (int from = 1; from < WARPS; ++from) {
-    const float error = errors[from][lane];
-    const int place = places[from][lane];
-    if (place < a.factors && (error < lowest_error || (error == lowest_error && place < first)))
-      lowest_error = error, first = place;
-  }
-  factor = a.factor[first];
+  factor = a.factor[first_of_best(least, place)];
 #endif
-  const Fitted found = fitted(low, high, factor, a.finest);
+  const Wanted best = wanted(low, high, factor, a.finest);
+  Level scale = level_of<SCALE_BITS>(best.scale, a.finest), zero = level_of<ZERO_BITS>(best.zero, a.finest);
+  constexpr bool NIBBLES = SCALE_BITS <= 4 && ZERO_BITS <= 4;
+#if SEARCH
+  if (NIBBLES) {
+    constexpr int ZEROS = 1 << ZERO_BITS;
+    place = -1;
+    for (int first = warp; first < 1 << SCALE_BITS; first += WARPS) {
+      const float own = scale.step * (float(first) - scale.zero);
+      divided(steps, values, own);
+      for (int second = 0; second < ZEROS; ++second) {
+        const float error = lost(values, masses, steps, own, zero.step * (float(second) - zero.zero), a.norm);
+        if (place < 0 || error < least) least = error, place = first * ZEROS + second;
+      }
+    }
+    place = first_of_best(least, place);
+    scale.code = float(place / ZEROS), scale.value = scale.step * (scale.code - scale.zero);
+    zero.code = float(place % ZEROS), zero.value = zero.step * (zero.code - zero.zero);
+  }
+  if (warp != 0) return;
+#endif
   if (!real) return;
-  a.scale[flat] = found.scale.value, a.zero[flat] = found.zero.value;
-  const int scale_code = int(found.scale.code), zero_code = int(found.zero.code);
-  if (SCALE_BITS <= 4 && ZERO_BITS <= 4) {
+  a.scale[flat] = scale.value, a.zero[flat] = zero.value;
+  const int scale_code = int(scale.code), zero_code = int(zero.code);
+  if (NIBBLES) {
     a.codes[flat] = u8(scale_code | zero_code << 4);
   } else {
     a.codes[2 * flat] = u8(scale_code), a.codes[2 * flat + 1] = u8(zero_code);
   }
   if (flat % TILE == 0) {
     u16* const second = a.second + flat / TILE * 4;
-    second[0] = rounded<HALF>(found.scale.step), second[1] = rounded<HALF>(found.scale.zero);
-    second[2] = rounded<HALF>(found.zero.step), second[3] = rounded<HALF>(found.zero.zero);
+    second[0] = rounded<HALF>(scale.step), second[1] = rounded<HALF>(scale.zero);
+    second[2] = rounded<HALF>(zero.step), second[3] = rounded<HALF>(zero.zero);
   }
 }

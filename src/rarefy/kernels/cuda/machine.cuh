@@ -180,8 +180,7 @@ device u32 of_lane_xor(u32 value, int distance) { return __shfl_xor_sync(0xFFFFF
 device float of_lane_xor(float value, int distance) { return __shfl_xor_sync(0xFFFFFFFFu, value, distance); }
 // Which lanes say so.
 device u32 votes(bool ours) { return __ballot_sync(0xFFFFFFFFu, ours); }
-device void add_shared(float* to, float value) { atomicAdd(to, value); }
-device int ones_of(u32 word) { return __popc(word); }
+device int lowest_of(unsigned long long word) { return __ffsll(word) - 1; }  // of its ones
 device u32 bits_of(float value) { return __float_as_uint(value); }
 device u32 bf16_pair(float low, float high) {
   u32 pair;
@@ -223,6 +222,13 @@ device u32 fused(u32 a, u32 b, u32 c) {
   u32 d;
   if constexpr (HALF) asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   else asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+// The lesser of two 16-bit numbers each.
+device u32 lesser(u32 a, u32 b) {
+  u32 d;
+  if constexpr (HALF) asm("min.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  else asm("min.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
 // (word & mask) | others

@@ -85,21 +85,19 @@ def _queries(
     base = key + row * stride_kb + head // GROUP * stride_kh + channel[None, :]
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    # Sinks, then neighbours; where they meet, keys of both are neighbours.
-    for part in tl.static_range(2):
-        start = 0 if part == 0 else begin
-        end = tl.minimum(sink, begin) if part == 0 else stop
-        for at_key in range(start, end, BN):
-            token = at_key + tl.arange(0, BN)
-            there = (token < end)[:, None] & inside[None, :]
-            k = tl.load(base + token[:, None].to(tl.int64) * stride_kn, mask=there, other=0.0)
-            scores = tl.dot(q, tl.trans(k)) * scale
-            seen = ((token < end) & (token >= low))[None, :] & (token[None, :] <= place[:, None])
-            scores = tl.where(seen, scores, float("-inf"))
-            peak = tl.maximum(top, tl.max(scores, 1))
-            safe = tl.where(peak == float("-inf"), 0.0, peak)
-            total = total * tl.math.exp2(top - safe) + tl.sum(tl.math.exp2(scores - safe[:, None]), 1)
-            top = peak
+    # Sinks and neighbours, side by side; where they meet, keys of both are neighbours.
+    sinks = tl.minimum(sink, begin)
+    for at_key in range(0, sinks + stop - begin, BN):
+        number = at_key + tl.arange(0, BN)
+        token = tl.where(number < sinks, number, number - sinks + begin)
+        there = (token < stop)[:, None] & inside[None, :]
+        k = tl.load(base + token[:, None].to(tl.int64) * stride_kn, mask=there, other=0.0)
+        scores = tl.dot(q, tl.trans(k))
+        scores = tl.where((token >= low)[None, :] & (token[None, :] <= place[:, None]), scores, float("-inf"))
+        peak = tl.maximum(top, tl.max(scores, 1) * scale)
+        safe = tl.where(peak == float("-inf"), 0.0, peak)
+        total = total * tl.math.exp2(top - safe) + tl.sum(tl.math.exp2(scores * scale - safe[:, None]), 1)
+        top = peak
     # Codes are of keys without their mean, which takes as much off every score of a row.
     mean = tl.load(key_mean + (row * (heads // GROUP) + head // GROUP) * D + channel, mask=inside, other=0.0)
     values = q.to(tl.float32)
@@ -131,10 +129,15 @@ def _best(
     # Two float16 are added and compared at once.
     if FLOATS:
         product = tl.dot(left, tl.trans(right), out_dtype=tl.float16)
+        if BIAS:
+            # One channel more, in the fewest that a product has: so no thread loads for itself what comes with keys.
+            row = tl.arange(0, 16)
+            added = tl.load(bias + token[None, :] + row[:, None] * 0, mask=(row == 0)[:, None], other=0.0)
+            product = tl.dot(shift, added, product, out_dtype=tl.float16)
     else:
         product = tl.dot(left, tl.trans(right)).to(tl.float32)
-    if BIAS:
-        product += tl.load(bias + token).to(product.dtype)[None, :] * shift.to(product.dtype)[:, None]
+        if BIAS:
+            product += tl.load(bias + token)[None, :] * shift[:, None]
     if MASK:
         seen = ((token < tokens) & (token >= low))[None, :] & (token[None, :] <= place[:, None])
         product = tl.where(seen, product, float("-inf"))
@@ -158,7 +161,10 @@ def _anchored(
     place = tl.minimum(line * BQ + BQ, queries) - 1 - (ROWS - 1 - within) * every + offset
     at = (pair * tl.num_programs(0) + tile) * M + tl.arange(0, M)
     left = tl.load(q_codes + at[:, None] * DP + tl.arange(0, DP)[None, :])
-    shift, rate, anchor = tl.load(q_shifts + at), tl.load(q_scales + at) * scale, tl.load(anchors + at)
+    shift, rate = tl.load(q_shifts + at), tl.load(q_scales + at) * scale
+    anchor = tl.load(anchors + at) * 0.6931471805599453
+    if FLOATS:
+        shift = tl.where((tl.arange(0, 16) == 0)[None, :], shift[:, None], 0.0).to(tl.float16)
     right = k_codes + kv_head * width * DP + tl.arange(0, BN)[:, None] * DP + tl.arange(0, DP)[None, :]
     right_scales, added = k_scales + kv_head * (width // BK), bias + pair * width
     low = 0
@@ -190,12 +196,22 @@ def _anchored(
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys of one product, and how a program that takes it is built."""
+    """Queries and keys of one product, and how a program that takes it is built: with at most ``registers`` for each
+    thread (None: as many as it likes), so that two programs fit where one would wait for its products alone."""
 
     rows: int = 128
     keys: int = 128
     num_warps: int = 8
     num_stages: int = 3
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """How its kernel is launched."""
+        own = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return own if self.registers is None else {**own, "maxnreg": self.registers}
+
+
+OF_FLOATS, OF_INTEGERS = Tile(rows=256, registers=128), Tile()
 
 
 def code_type(most: int, device: torch.device) -> torch.dtype:
@@ -212,12 +228,14 @@ def key_codes(
     """``key [B, Hkv, L, D]`` beyond ``key_mean`` float32 ``[B, Hkv, D]`` as whole numbers up to ``most`` either way,
     ``dtype`` ``[B, Hkv, width, D']`` with zeros behind (a quarter of them where it is a float's); a scale for each
     block, float32 ``[B, Hkv, width / block_k]``; and what ``query_mean`` float32 ``[B, H, D]`` times them is, over that
-    scale and its own greatest channel, float32 ``[B, H, width]`` (None: nothing; the scales are returned again)."""
+    scale and its own greatest channel, ``[B, H, width]`` in what products are added up in: float32, or float16 beside
+    floats (None: nothing; the scales are returned again)."""
     batch, heads, tokens, channels = key.shape
     codes = torch.empty(batch, heads, width, max(32, triton.next_power_of_2(channels)), dtype=dtype, device=key.device)
     scales = torch.empty(batch, heads, width // block_k, device=key.device)
     group = 1 if query_mean is None else query_mean.shape[1] // heads
-    bias = scales if query_mean is None else torch.empty(batch, heads * group, width, device=key.device)
+    kind = torch.float16 if dtype.is_floating_point else torch.float32
+    bias = scales if query_mean is None else torch.empty(batch, heads * group, width, dtype=kind, device=key.device)
     _keys[(width // block_k, batch * heads)](
         key, key_mean.contiguous(), key_mean if query_mean is None else query_mean.contiguous(), codes, scales, bias,
         *key.stride()[:3], tokens, width, heads, most, GROUP=group, D=channels, DP=codes.shape[3], BK=block_k,
@@ -229,7 +247,7 @@ def key_codes(
 def query_codes(
     query: Tensor, key: Tensor, query_mean: Tensor, key_mean: Tensor, *, most: int, block_q: int, block_k: int,
     rows: int, lines: int, every: int, sink: int, local: int, scaling: float, offset: int, first: Tensor | None = None,
-    dtype: torch.dtype = torch.int8, num_warps: int = 4,
+    dtype: torch.dtype = torch.int8, keys: int = 64, num_warps: int = 4, num_stages: int = 2,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Of each block of ``query [B, H, Q, D]`` the ``rows`` that are looked at, beyond ``query_mean`` float32 ``[B, H,
     D]``: codes as in `key_codes` ``[B, H, lines * rows, D']``, and float32 ``[B, H, lines * rows]`` the scale of a
@@ -243,7 +261,8 @@ def query_codes(
         query, key, query_mean.contiguous(), key_mean.contiguous(), codes, scales, shifts, anchors,
         anchors if first is None else first, *query.stride()[:3], *key.stride()[:3], queries, key.shape[2], offset,
         scaling * LOG2E, most, sink, local, every, heads, GROUP=heads // key.shape[1], D=channels, DP=wide, ROWS=rows,
-        BQ=block_q, BK=block_k, BN=64, FIRST=first is not None, FLOATS=dtype.is_floating_point, num_warps=num_warps,
+        BQ=block_q, BK=block_k, BN=keys, FIRST=first is not None, FLOATS=dtype.is_floating_point, num_warps=num_warps,
+        num_stages=num_stages,
     )  # fmt: skip
     return codes, scales, shifts, anchors
 
@@ -253,22 +272,22 @@ def anchored_scores(
     sink: int, local: int, scaling: float, offset: int, every: int = 1, first: Tensor | None = None,
     tile: Tile | None = None, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """The logarithm (to base 2) of the largest share that a query of one block seems to give a key of the other, by
-    codes up to ``most`` either way, relative to the exact sum over the first ``sink`` keys and those from ``local``
-    before its block on: float32 ``[B, H, query blocks, key blocks]``, -inf out of reach.
+    """The logarithm of the largest share that a query of one block seems to give a key of the other, by codes up to
+    ``most`` either way, relative to the exact sum over the first ``sink`` keys and those from ``local`` before its
+    block on: float32 ``[B, H, query blocks, key blocks]``, -inf out of reach.
 
     ``query [B, H, Q, D]``: query ``i`` is key ``i + offset``; of each block the last and each ``every``-th before it
     are looked at, a power of two of at least 16 in all. ``key [B, Hkv, L, D]``; ``block_k`` likewise. What is rounded
     are queries beyond ``query_mean`` float32 ``[B, H, D]`` (None: as they are) and keys beyond ``key_mean`` ``[B, Hkv,
     D]``. Keys before ``first`` int ``[B]`` are padding.
     """
-    tile = tile or Tile()
+    dtype = dtype or code_type(most, query.device)
+    tile = tile or (OF_FLOATS if dtype.is_floating_point else OF_INTEGERS)
     batch, heads, queries, channels = query.shape
     tokens = key.shape[2]
     rows, many, keys = -(-block_q // every), -(-queries // block_q), max(tile.keys, block_k)
     size = max(tile.rows, rows)
     lines, width = triton.cdiv(many, size // rows) * (size // rows), triton.cdiv(tokens, keys) * keys
-    dtype = dtype or code_type(most, query.device)
     moved = query_mean if query_mean is not None else torch.zeros(batch, heads, channels, device=query.device)
     asked = query_codes(
         query, key, moved, key_mean, most=most, block_q=block_q, block_k=block_k, rows=rows, lines=lines, every=every,
@@ -277,9 +296,9 @@ def anchored_scores(
     kept = key_codes(key, key_mean, query_mean, most=most, block_k=block_k, width=width, dtype=dtype)
     out = torch.full((batch, heads, many, -(-tokens // block_k)), -torch.inf, device=query.device)
     _anchored[(lines * rows // size, batch * heads)](
-        *asked, *kept, out, out if first is None else first, queries, tokens, width, offset, scaling * LOG2E, every,
+        *asked, *kept, out, out if first is None else first, queries, tokens, width, offset, scaling, every,
         heads, many, out.shape[3], GROUP=heads // key.shape[1], DP=asked[0].shape[3], ROWS=rows, BQ=block_q,
         BK=block_k, M=size, BN=keys, BIAS=query_mean is not None, FLOATS=dtype.is_floating_point,
-        FIRST=first is not None, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        FIRST=first is not None, **tile.options(),
     )  # fmt: skip
     return out

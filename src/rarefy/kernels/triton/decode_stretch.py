@@ -168,8 +168,8 @@ def attend_stretch(
                     values = pointer(tl.load(k_table + 3 * runs + run), tl.float16) + entries
                     outliers = ()
                     for entry in tl.static_range(K_ENTRIES):
-                        index = tl.load(indices + entry).to(tl.int32) - inside
-                        outliers = outliers + ((index[None, :], tl.load(values + entry)[None, :]),)
+                        at = tl.load(indices + entry).to(tl.int32) - inside
+                        outliers = outliers + ((at[None, :], tl.load(values + entry)[None, :]),)
                     more = ()
                     for slot in tl.static_range(SLOTS):
                         extra = tl.zeros((R, KX), tl.float16)
@@ -348,11 +348,11 @@ def attend_stretch(
             outliers = ()
             for entry in tl.static_range(V_ENTRIES):
                 entries = (v_row + token) * V_ENTRIES + entry
-                index = tl.load(pointer(tl.load(v_table + 4 * runs + run), V_INDEX) + entries).to(tl.int32)
+                at = tl.load(pointer(tl.load(v_table + 4 * runs + run), V_INDEX) + entries).to(tl.int32)
                 if V_JOINED:
-                    index -= (head * D).to(tl.int32)
+                    at -= (head * D).to(tl.int32)
                 value = tl.load(pointer(tl.load(v_table + 3 * runs + run), tl.float16) + entries)
-                outliers = outliers + ((index[None, :], value[None, :]),)
+                outliers = outliers + ((at[None, :], value[None, :]),)
             summed = ()
             for part_of in tl.static_range(V_PER):
                 values = numbers(chunks, v_entries, part_of, V_KIND, V_BITS, V_PER, PAIRS)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rarefy.kv.codec import Codec, Payload
 from rarefy.kv.codecs.plain import Axis
+from rarefy.kv.codecs.sums import norm, tree_sum
 
 
 class Sparse(Codec):
@@ -48,8 +49,8 @@ class LowRank(Codec):
     def encode(self, x: Tensor) -> Payload:
         right = self.beside("start", x).expand(*x.shape[:3], -1, -1)
         for _ in range(self.iterations):
-            left = _orthonormal(x @ right)
-            right = x.transpose(-1, -2) @ left
+            left = _orthonormal(_product(x, right))
+            right = _product(x.transpose(-1, -2), left)
         return {"lowrank_a": left.to(torch.float16), "lowrank_b": right.transpose(-1, -2).to(torch.float16)}
 
     def decode(self, payload: Payload) -> Tensor:
@@ -65,6 +66,11 @@ class LowRank(Codec):
         return ((shares @ payload["lowrank_a"].float()) @ payload["lowrank_b"].float()).sum(2)
 
 
+def _product(x: Tensor, columns: Tensor) -> Tensor:
+    """``x [..., n, m] @ columns [..., m, rank]``, column by column."""
+    return torch.cat([tree_sum(x * column.unsqueeze(-2)) for column in columns.unbind(-1)], -1)
+
+
 def _orthonormal(x: Tensor) -> Tensor:
     """An orthonormal basis of the columns of ``x [..., G, rank]``, with zeros in the place of those that others give.
 
@@ -72,9 +78,9 @@ def _orthonormal(x: Tensor) -> Tensor:
     """
     found: list[Tensor] = []
     for column in x.unbind(-1):
-        size = column.norm(dim=-1, keepdim=True)
+        size = norm(column)
         for other in found * 2:
-            column = column - other * (other * column).sum(-1, keepdim=True)
-        rest = column.norm(dim=-1, keepdim=True)
+            column = column - other * tree_sum(other * column)
+        rest = norm(column)
         found.append(torch.where(rest > 1e-6 * size, column / rest, 0.0))
     return torch.stack(found, -1)

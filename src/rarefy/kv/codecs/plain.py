@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rarefy import packing
-from rarefy.formats.grids import FloatGrid, Grid
+from rarefy.formats.grids import FloatGrid, Grid, IntegerGrid
 from rarefy.formats.scales import SingleScale
 from rarefy.kv.codec import Codec, Payload
 
@@ -37,6 +37,17 @@ class Gridded(Codec):
 
     def __init__(self, grid: Grid, axis: Axis, tokens: int, channels: int):
         self.grid, self.axis, self.tokens, self.channels = grid, axis, tokens, channels
+
+    @property
+    def uniform(self) -> tuple[int, int] | None:
+        """Bits of codes that are evenly spaced, and how many of a vector share a float16 scale and zero; None where
+        codes are of another kind, as no kernel reads them."""
+        match self.grid:
+            case IntegerGrid(zero="float", scales=SingleScale(dtype="float16")) as grid:
+                length = self.tokens if self.axis == "channel" else self.channels
+                group = min(grid.group_size or length, length)
+                return None if length % group else (grid.num_bits, group)
+        return None
 
     def encode(self, x: Tensor) -> Payload:
         lead = x.shape[:3]

@@ -8,6 +8,7 @@ from torch import Tensor
 from rarefy import packing
 from rarefy.core.errors import FormatError
 from rarefy.kv.codec import Codec, Payload
+from rarefy.kv.codecs.sums import norm
 
 
 class _Table(Codec):
@@ -80,10 +81,9 @@ class NormTable(_Table):
     stored ``scale``, float16 ``[tokens, 1]`` per block, gives what is decoded the norm that ``x`` had."""
 
     def encode(self, x: Tensor) -> Payload:
-        norm = _norm(x)
-        codes = self._nearest(x * (self.channels**0.5 / norm.clamp(min=torch.finfo(torch.float32).tiny)))
-        coded = _norm(self.beside("lut", x)[codes])
-        return {"codes": self._pack(codes), "scale": _half(norm / coded)}
+        size = norm(x)
+        codes = self._nearest(x * (self.channels**0.5 / size.clamp(min=torch.finfo(torch.float32).tiny)))
+        return {"codes": self._pack(codes), "scale": _half(size / norm(self.beside("lut", x)[codes]))}
 
     def decode(self, payload: Payload) -> Tensor:
         return self._values(payload) * payload["scale"].float()
@@ -140,17 +140,6 @@ def _half(numbers: Tensor) -> Tensor:
     """float16, at most its largest number, so that an extreme token is coarse and not infinite."""
     limit = torch.finfo(torch.float16).max
     return numbers.clamp(-limit, limit).to(torch.float16)
-
-
-def _norm(x: Tensor) -> Tensor:
-    """Euclidean norms ``[..., 1]`` of ``x [..., D]``, with sums in an order that every device can keep."""
-    squares = x.square()
-    size = 1 << (x.shape[-1] - 1).bit_length()
-    squares = torch.nn.functional.pad(squares, (0, size - x.shape[-1]))
-    while size > 1:
-        size //= 2
-        squares = squares[..., :size] + squares[..., size:]
-    return squares.sqrt()
 
 
 def _products(x: Tensor, entries: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ a group that leaves a GPU idle, so by default the queries of a block choose toge
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -45,10 +46,13 @@ class InfLlmV2(AttentionRecipe):
 
     def model_post_init(self, context: object) -> None:
         if self.size % self.stride or self.block_k % self.stride:
-            raise RecipeError(f"stride {self.stride} has to divide size {self.size} and block_k {self.block_k}.")
+            raise RecipeError(
+                f"stride {self.stride} has to divide size {self.size} and block_k {self.block_k}; "
+                f"set stride={math.gcd(self.size, self.block_k)}."
+            )
         # The newest keys fill no window and are found by their place alone.
         if self.local < 2:
-            raise RecipeError("local has to be at least 2, since the newest keys fill no window yet.")
+            raise RecipeError("The newest keys fill no window yet and are always read; set local=2 or more.")
 
     def estimator(self, shape: AttentionShape, params: Mapping[str, Tensor]) -> WindowMeans:
         coarse = (4 * self.size, 4 * self.stride) if self.coarse else None

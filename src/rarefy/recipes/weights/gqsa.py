@@ -9,7 +9,7 @@ fitted to their codes. This is the one-shot half of the method: its two stages o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -41,6 +41,8 @@ class Gqsa(WeightRecipe):
     to the codes. ``dampening``: share of the Hessian's mean diagonal added to it. ``true_sequential``: layers see the
     compressed ones before them in their block.
     """
+
+    recipe_version: ClassVar[int] = 2  # a searched range comes with searched codes of its scale
 
     sparsity: float = Field(0.5, gt=0, lt=1)
     num_bits: int | None = Field(4, ge=2, le=8)

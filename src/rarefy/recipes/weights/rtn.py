@@ -18,7 +18,7 @@ from rarefy.solvers.rtn import round_to_nearest
 class Rtn(GridRecipe):
     """Round to nearest on one grid."""
 
-    recipe_version: ClassVar[int] = 2  # tables start from finer cuts
+    recipe_version: ClassVar[int] = 3  # two-level scales take 4 bits; tables start from finer cuts
 
     def solve(self, layer: Layer) -> Solution:
         return Solution([round_to_nearest(layer.weight, self.grid(), search=self.search())])

@@ -1,7 +1,8 @@
 """SpQR (Dettmers et al. 2023): tiny groups with quantized scales, error feedback, and the worst weights in 16 bits.
 
-Groups of 16 inputs get a scale and a real-valued zero, which are themselves 3-bit numbers of a grid over 16 rows
-(section 4.2, "bilevel"). Columns are rounded as by GPTQ; a weight whose error would cost more than a threshold,
+Groups of 16 inputs get a scale and a real-valued zero, which are themselves low-bit numbers of a grid over 16 rows
+(section 4.2, "bilevel"); their codes are those with which the group is rounded best, rather than the nearest to the
+range of its values. Columns are rounded as by GPTQ; a weight whose error would cost more than a threshold,
 ``(e / U_jj)^2 > tau``, stays in 16 bits, and one that would spoil its group's range (leaving it out lowers the group's
 cost by more than tau) takes no part in fitting it (algorithm 1). Outliers are stored as what their code lacks.
 """
@@ -24,8 +25,8 @@ from rarefy.solvers.outliers import gptq_with_outliers
 from rarefy.solvers.rtn import round_to_nearest
 from rarefy.solvers.search import bisect_falling
 
-# Bits up to which a range is searched by default: with more, groups of 16 lose nothing worth the time.
-SEARCHED = 3
+# A group is judged by the error that its output would have if columns had nothing to do with each other.
+SQUARED = 2.0
 # Layers on which a threshold is found for wanted bits, and between which thresholds.
 SAMPLED, THRESHOLDS, TOLERANCE = 8, (1e-3, 10.0), 0.005
 
@@ -37,22 +38,23 @@ class Spqr(WeightRecipe):
     ``true_sequential``: layers see the compressed ones before them in their block.
     ``outlier_threshold``: in units of a column's mean cost of being lost; smaller means more outliers, null none.
     ``target_bits``: bits per weight, all things counted, for which a threshold is found on a few layers instead.
-    ``scale_bits``, ``zero_bits`` and ``scale_rows``: of the second level. ``act_order``: columns with larger inputs
-    first, stored in that order. ``dampening``: share of the Hessian's mean diagonal added to it. ``clip``: "mse"
-    searches each group's range, "none" takes all of it, as published; by default up to 3 bits are worth a search.
+    ``scale_bits``, ``zero_bits`` and ``scale_rows``: of the second level; up to 4 bits of each are stored in 4.
+    ``act_order``: columns with larger inputs first, stored in that order. ``dampening``: share of the Hessian's mean
+    diagonal added to it. ``clip``: "mse" searches each group's range and, up to 4 bits, its codes of the second level;
+    "none" takes all of the range and the nearest codes, as published.
     """
 
-    recipe_version: ClassVar[int] = 2  # ranges of up to 3 bits are searched
+    recipe_version: ClassVar[int] = 3  # scales and zeros take 4 bits, and their codes are searched
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     num_bits: int = Field(3, ge=2, le=8)
     group_size: int = Field(16, ge=2)
-    scale_bits: int = Field(3, ge=1, le=8)
-    zero_bits: int = Field(3, ge=1, le=8)
+    scale_bits: int = Field(4, ge=1, le=8)
+    zero_bits: int = Field(4, ge=1, le=8)
     scale_rows: int = Field(16, ge=1)
     outlier_threshold: float | None = Field(0.2, gt=0)
     target_bits: float | None = Field(None, gt=0)
-    clip: Literal["none", "mse"] | None = None
+    clip: Literal["none", "mse"] = "mse"
     act_order: bool = True
     dampening: float = Field(0.1, gt=0)
     true_sequential: bool = False
@@ -94,8 +96,7 @@ class Spqr(WeightRecipe):
             return [Solution([round_to_nearest(layer.weight, grid)]) for layer in layers]
         inverse = inverse_hessian(gram, self.dampening, sort=self.act_order)
         threshold = float("inf") if self.outlier_threshold is None else self.outlier_threshold
-        clip = self.clip or ("mse" if self.num_bits <= SEARCHED else "none")
-        search = ClipSearch() if clip == "mse" else None
+        search = ClipSearch(norm=SQUARED) if self.clip == "mse" else None
         solved, notes = gptq_with_outliers([layer.weight for layer in layers], inverse, grid, threshold, search)
         return [Solution(terms, inverse.notes + notes) for terms in solved]
 

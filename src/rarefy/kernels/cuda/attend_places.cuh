@@ -1,0 +1,89 @@
+// Where the codes of a tile are, and what of them a lane loads, for attend.cu.
+
+constexpr int K_WORDS = K_KIND == CHANNEL ? 4 * words_of(K_BITS, 16) : K_KIND == PRODUCT ? 8 : 2 * words_of(K_BITS, 32);
+constexpr int V_WORDS = V_KIND == PRODUCT ? 8 : 4 * words_of(V_BITS, 16);
+constexpr int MOST_WORDS = K_WORDS > V_WORDS ? K_WORDS : V_WORDS;
+
+struct Places {
+  const u8* k_codes;
+  const u8* k_steps;
+  const u8* k_zeros;
+  const u8* v_codes;
+  const u8* v_steps;
+  const u8* v_zeros;
+  const u8* k_out;
+  const u8* k_out_at;
+  const u8* v_out;
+  const u8* v_out_at;
+  const u8* k_left;
+  const u8* k_right;
+  const u8* v_left;
+  const u8* v_right;
+};
+
+constexpr int K_ROW = K_KIND == CHANNEL ? TILE * K_BITS / 8 : K_KIND == PRODUCT ? 64 : D * K_BITS / 8;  // bytes of a channel or token
+constexpr int V_ROW = V_KIND == PRODUCT ? 64 : D * V_BITS / 8;
+
+device Places places_of(const i64* places, int count, int number, i64 pair, int heads) {
+  const i64* at = places + number;
+  const i64 rows = JOINED ? pair / heads : pair;
+  const i64 k_tokens = rows * at[i64(K_TOKENS) * count], v_tokens = rows * at[i64(V_TOKENS) * count];
+  constexpr i64 K_BYTES = K_KIND == CHANNEL ? D * K_BITS / 8 : K_ROW;  // of a token
+  const i64 k_codes = JOINED ? (k_tokens * heads + pair % heads) * K_BYTES : k_tokens * K_BYTES;
+  const i64 v_codes = JOINED ? (v_tokens * heads + pair % heads) * V_ROW : v_tokens * V_ROW;
+  const auto from = [&](int row, i64 offset) { return reinterpret_cast<const u8*>(at[i64(row) * count] + offset); };
+  const i64 k_span = k_tokens * (K_SPAN / TILE), v_span = v_tokens * (V_SPAN / TILE);
+  Places p = {from(K_CODES, k_codes), from(K_STEPS, k_span), from(K_ZEROS, k_span), from(V_CODES, v_codes),
+              from(V_STEPS, v_span), from(V_ZEROS, v_span)};
+  if constexpr (K_ENTRIES > 0)
+    p.k_out = from(K_OUT, k_tokens * K_ENTRIES * 2), p.k_out_at = from(K_OUT_AT, k_tokens * K_ENTRIES * INDEX_BYTES);
+  if constexpr (V_ENTRIES > 0)
+    p.v_out = from(V_OUT, v_tokens * V_ENTRIES * 2), p.v_out_at = from(V_OUT_AT, v_tokens * V_ENTRIES * INDEX_BYTES);
+  // Blocks have as many tokens as channels, and so both factors the same size.
+  if constexpr (K_RANK > 0) p.k_left = from(K_LEFT, k_tokens * K_RANK * 2), p.k_right = from(K_RIGHT, k_tokens * K_RANK * 2);
+  if constexpr (V_RANK > 0) p.v_left = from(V_LEFT, v_tokens * V_RANK * 2), p.v_right = from(V_RIGHT, v_tokens * V_RANK * 2);
+  return p;
+}
+
+device void copy_span(u8* to, const u8* from, int bytes, int lane) {
+  for (int n = 16 * lane; n < bytes; n += 512) copy_async(to + n, from + n, true);
+}
+device void copy_scales(u8* buffer, const Places& p, int lane) {
+  copy_span(buffer, p.k_steps, K_SPAN, lane);
+  copy_span(buffer + K_SPAN, p.k_zeros, K_ZERO_SPAN, lane);
+  copy_span(buffer + K_SPAN + K_ZERO_SPAN, p.v_steps, V_SPAN, lane);
+  copy_span(buffer + K_SPAN + K_ZERO_SPAN + V_SPAN, p.v_zeros, V_ZERO_SPAN, lane);
+}
+
+// The token of row g (`half` 0) or g + 8 of product n of a tile. By channel a lane has neighbours; else neighbouring lanes
+// do, so that a load finds them side by side.
+device int token_of(int g, int n, int half) { return K_KIND == CHANNEL ? 16 * g + 2 * n + half : 16 * n + g + 8 * half; }
+
+// Eighth `step` of a tile's keys: 16 channels of all tokens, or all channels of 16 tokens.
+device void fetch_keys(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g, int t, int heads) {
+  if constexpr (K_KIND == CHANNEL) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+      load_16<K_BITS>(slot + n * words_of(K_BITS, 16), codes + (16 * step + 4 * t + n) * K_ROW, g);
+  } else {
+    constexpr int BITS = K_KIND == PRODUCT ? 4 : K_BITS;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+      load_32<BITS>(slot + n * words_of(BITS, 32), codes + token_of(g, step, n) * (JOINED ? heads * K_ROW : K_ROW) + t * (K_ROW / 4));
+  }
+}
+// Eighth `step` of a tile's values: four tokens of a lane, as products of weights have them.
+device void fetch_values(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g, int t, int heads) {
+  constexpr int BITS = V_KIND == PRODUCT ? 4 : V_BITS;
+#pragma unroll
+  for (int n = 0; n < 4; ++n)
+    load_16<BITS>(slot + n * words_of(BITS, 16), codes + token_of(2 * t + n % 2, step, n / 2) * (JOINED ? heads * V_ROW : V_ROW), g);
+}
+
+device u32 half_at(const u8* base, int index) { return reinterpret_cast<const u16*>(base)[index]; }
+device u32 halves_at(const u8* base, int first, int second) { return half_at(base, first) | half_at(base, second) << 16; }
+// Numbers of tokens, those of rows g and g + 8 of product n.
+device u32 two_rows(const u8* base, int g, int n) {
+  if constexpr (K_KIND == CHANNEL) return *reinterpret_cast<const u32*>(base + 2 * token_of(g, n, 0));
+  else return halves_at(base, token_of(g, n, 0), token_of(g, n, 1));
+}

@@ -1,0 +1,142 @@
+"""Blocks of uniform codes with two corrections by ``encode_blocks.cu``: what it is compiled for, and its launch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rarefy.kernels.cuda import driver
+from rarefy.kernels.cuda.encode import CHANNELS, MINE, TYPES, check_strides
+
+SOURCE = Path(__file__).with_name("encode_blocks.cu")
+LENGTHS, MOST_RANK = (32, 64, 128), 16
+
+
+@dataclass(frozen=True)
+class BlockCode:
+    """Vectors are a ``channel`` over the ``block`` tokens or a ``token`` over its ``channels`` (``axis``): ``num_bits``
+    codes, of which ``group`` share a scale and zero, ``entries`` stored errors of each vector, as many of which are
+    left out of ranges at both ends together, and a matrix of ``rank`` by so many ``iterations``."""
+
+    axis: str
+    num_bits: int
+    group: int
+    block: int
+    channels: int
+    entries: int = 0
+    rank: int = 0
+    iterations: int = 1
+
+    @property
+    def length(self) -> int:
+        """Numbers of a vector."""
+        return self.block if self.axis == "channel" else self.channels
+
+    @property
+    def vectors(self) -> int:
+        """How many a block has."""
+        return self.channels if self.axis == "channel" else self.block
+
+    @property
+    def fits(self) -> bool:
+        """Whether the kernel knows it."""
+        sizes = self.channels in CHANNELS and self.block in LENGTHS and self.group in LENGTHS
+        if not sizes or self.length % self.group or not 1 <= self.num_bits <= 8:
+            return False
+        return self.entries % 2 == 0 and self.entries // 2 <= (self.length - 1) // 2 and self.rank <= MOST_RANK
+
+    @property
+    def threads(self) -> int:
+        return self.vectors * self.length // MINE
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of a block of threads."""
+        return 4 * (self.block * (self.channels + 1) + self.rank * (self.block + self.channels))
+
+    def definitions(self, dtype: torch.dtype) -> dict[str, int]:
+        """The macros of the source."""
+        return {
+            "CHANNELS_APART": int(self.axis == "channel"), "BITS": self.num_bits, "GROUP": self.group,
+            "BLOCK": self.block, "D": self.channels, "X": TYPES[dtype], "ENTRIES": self.entries, "RANK": self.rank,
+            "ITERATIONS": self.iterations, "HALF": 1,
+        }  # fmt: skip
+
+
+_POINTERS = "x source start codes scale zero values indices left right faults".split()
+
+
+class Arguments(ctypes.Structure):
+    """``Arguments`` of the source."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        ("batch_stride", ctypes.c_longlong), ("head_stride", ctypes.c_longlong),
+        ("tokens", ctypes.c_int), ("heads", ctypes.c_int),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EncodedBlocks:
+    """``codes`` int32 ``[B, H, N, numbers / 32, bits]``, ``scale`` and ``zero`` float16 ``[B, H, N, vectors, groups]``,
+    ``values`` float16 and ``indices`` uint8 ``[B, H, N, vectors, entries]``, ``left`` ``[B, H, N, block, rank]`` and
+    ``right`` ``[B, H, N, rank, D]`` float16, of N blocks."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    values: Tensor
+    indices: Tensor
+    left: Tensor
+    right: Tensor
+
+
+def empty(code: BlockCode, x: Tensor) -> EncodedBlocks:
+    """Memory for the codes of ``x [B, H, tokens, D]``."""
+    lead = *x.shape[:2], x.shape[2] // code.block
+
+    def halves(*shape: int) -> Tensor:
+        return x.new_empty(*lead, *shape, dtype=torch.float16)
+
+    codes = x.new_empty(*lead, code.vectors * code.length // 32, code.num_bits, dtype=torch.int32)
+    scale, values = halves(code.vectors, code.length // code.group), halves(code.vectors, code.entries)
+    left, right = halves(code.block, code.rank), halves(code.rank, code.channels)
+    indices = torch.empty_like(values, dtype=torch.uint8)
+    return EncodedBlocks(codes, scale, torch.empty_like(scale), values, indices, left, right)
+
+
+def arguments(
+    x: Tensor, to: EncodedBlocks, faults: Tensor, start: Tensor | None = None, source: Tensor | None = None
+) -> Arguments:
+    """Of a launch; see `encode`."""
+    check_strides(x)
+    given = (x, source, start, to.codes, to.scale, to.zero, to.values, to.indices, to.left, to.right, faults)
+    addresses = [0 if each is None else each.data_ptr() for each in given]
+    return Arguments(*addresses, x.stride(0), x.stride(1), x.shape[2], x.shape[1])
+
+
+@functools.cache
+def kernel(device: int, code: BlockCode, dtype: torch.dtype) -> driver.Kernel:
+    """Compiled once in a process. Raises UnsupportedError where that fails."""
+    macros = [f"-D{macro}={value}" for macro, value in code.definitions(dtype).items()]
+    with torch.cuda.device(device):
+        return driver.Kernel(SOURCE, "rarefy_encode_blocks", ["-fmad=false", *macros], code.shared_memory)
+
+
+def encode(
+    code: BlockCode, x: Tensor, faults: Tensor, *, start: Tensor | None = None, source: Tensor | None = None
+) -> EncodedBlocks:
+    """Whole blocks ``x [B, H, tokens, D]``, by one launch on the current stream. ``start`` float32 ``[D, rank]``: where
+    the search for directions begins; ``faults`` and ``source`` as in `encode.encode`."""
+    to = empty(code, x)
+    given = arguments(x, to, faults, start, source)
+    index = x.device.index if x.device.index is not None else torch.cuda.current_device()
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    grid = x.shape[2] // code.block, x.shape[0] * x.shape[1], 1
+    kernel(index, code, x.dtype)(grid, code.threads, given, stream)
+    return to

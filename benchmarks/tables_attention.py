@@ -87,6 +87,31 @@ def attention_answers(model: str, phase: str) -> str:
     return "\n\n".join(parts) or UNMEASURED
 
 
+def truth_table(density: float = 0.1) -> str:
+    """Gates by what they learned: what they keep, cost and find at one density."""
+    parts = []
+    for data in results("*/gate_truths.json"):
+        rows = [row for row in data["rows"] if row.get("nominal") == density]
+        own = {job: [row for row in rows if row["job"] == job] for job in dict.fromkeys(row["job"] for row in rows)}
+        tasks = list(dict.fromkeys(row["task"] for row in rows if row["kind"] == "retrieval"))
+        told = ["mass kept", "output error", "nats above dense", "KL", *tasks]
+        lines = [f"| plan | {' | '.join(told)} |", "|---" * (1 + len(told)) + "|"]
+        loss = {job: next((row for row in each if row["kind"] == "prefill"), None) for job, each in own.items()}
+        for job in sorted((job for job in own if loss[job]), key=lambda job: loss[job]["kl"]):  # type: ignore[index]
+            choice = next((row for row in own[job] if row["kind"] == "choice"), None)
+            right = {row["task"]: row["accuracy"] for row in own[job] if row["kind"] == "retrieval"}
+            kept = ["-", "-"] if choice is None else [f"{choice['recall']:.1%}", f"{choice['error']:.3f}"]
+            cost = [f"{loss[job]['gap']:+.4f}", f"{loss[job]['kl']:.4f}"]  # type: ignore[index]
+            cells = [*kept, *cost, *(f"{right[task]:.0%}" if task in right else "-" for task in tasks)]
+            lines.append(f"| {job.removesuffix(f' {density:g}')} | {' | '.join(cells)} |")
+        shown = next(row for row in rows if row["kind"] == "prefill")
+        notes = "; ".join(dict.fromkeys(row["note"] for row in rows if row.get("note")))
+        parts.append(
+            "\n".join([*lines, "", f"At {shown['density']:.1%}; {notes}. {attention_facts(data, [shown, *rows])}"])
+        )
+    return "\n\n".join(parts) or UNMEASURED
+
+
 def attention_budgets(model: str) -> str:
     """How calibrated thresholds keep their budget on text they were not calibrated on."""
     parts = []
@@ -271,6 +296,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-answers-demo": partial(attention_answers, "SmolLM2", "prefill"),
     "attention-budget-lab": partial(attention_budgets, LAB),
     "attention-budget-demo": partial(attention_budgets, "SmolLM2"),
+    "attention-truths": truth_table,
     "attention-training": sparse_training_table,
     "attention-estimators": estimator_table,
     **{f"attention-{goal}": partial(plan_table, goal) for goal in ("prefill", "execution", "decode")},

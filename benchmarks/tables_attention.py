@@ -112,6 +112,24 @@ def truth_table(density: float = 0.1) -> str:
     return "\n\n".join(parts) or UNMEASURED
 
 
+def truth_layers() -> str:
+    """Where in the model gates keep more of the mass than they did untrained."""
+    parts = []
+    for data in results("*/gate_truths.json"):
+        rows = [row for row in data["rows"] if row["kind"] == "layer"]
+        spans = [(0, 3), (3, 11), (11, max(row["layer"] for row in rows) + 1)]
+        lines = [f"| plan | {' | '.join(f'layers {low} to {high - 1}' for low, high in spans)} |", "|---" * 4 + "|"]
+        jobs = dict.fromkeys(row["job"].partition(", layer")[0] for row in rows)
+        for job in [*jobs, "most that as few could keep"]:
+            name, first = ("recall", job) if job in jobs else ("best", next(iter(jobs)))
+            own = [row for row in rows if row["job"].startswith(f"{first}, layer")]
+            cells = [mean([row for row in own if low <= row["layer"] < high], name) for low, high in spans]
+            told = job.removesuffix(f" {rows[0]['nominal']:g}")
+            lines.append(f"| {told} | {' | '.join(f'{cell:.1%}' for cell in cells)} |")
+        parts.append("\n".join([*lines, "", attention_facts(data, rows)]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
 def attention_budgets(model: str) -> str:
     """How calibrated thresholds keep their budget on text they were not calibrated on."""
     parts = []
@@ -297,6 +315,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-budget-lab": partial(attention_budgets, LAB),
     "attention-budget-demo": partial(attention_budgets, "SmolLM2"),
     "attention-truths": truth_table,
+    "attention-truth-layers": truth_layers,
     "attention-training": sparse_training_table,
     "attention-estimators": estimator_table,
     **{f"attention-{goal}": partial(plan_table, goal) for goal in ("prefill", "execution", "decode")},

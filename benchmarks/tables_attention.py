@@ -258,24 +258,20 @@ def tile_table() -> str:
 
 def break_even_table() -> str:
     """Up to which density a plan beats dense attention, by length: what the policy goes by."""
-    parts = []
     entries = json.loads((ROOT / "src" / "rarefy" / "attention" / "measured.json").read_text("utf-8"))
     entries = [each for each in entries if each["phase"] == "prefill"]
-    for source in dict.fromkeys(each["source"] for each in entries):
-        own = [each for each in entries if each["source"] == source]
-        names = list(dict.fromkeys(name for each in own for name in each["executors"]))
-        curves = {name: [each["executors"].get(name, 0.0) for each in own] for name in names}
-        lengths = [f"{each['tokens'] // 1024}k" for each in own]
-        chart = ["```mermaid", "xychart-beta", f'  x-axis "tokens" [{", ".join(lengths)}]']
-        chart += ['  y-axis "density" 0 --> 1']
-        chart += [f"  line [{', '.join(f'{density:g}' for density in curve)}]" for curve in curves.values()]
-        lines = [f"| tokens | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
-        lines += [
-            f"| {length} | {' | '.join(f'{curve[place]:.0%}' for curve in curves.values())} |"
-            for place, length in enumerate(lengths)
-        ]
-        parts.append("\n".join([*chart, "```", "", *lines, "", f"From {source}."]))
-    return "\n\n".join(parts) or UNMEASURED
+    if not entries:
+        return UNMEASURED
+    names = list(dict.fromkeys(name for each in entries for name in each["executors"]))
+    curves = {name: [each["executors"].get(name, 0.0) for each in entries] for name in names}
+    lengths = [f"{each['tokens'] // 1024}k" for each in entries]
+    chart = ["```mermaid", "xychart-beta", f'  x-axis "tokens" [{", ".join(lengths)}]', '  y-axis "density" 0 --> 1']
+    chart += [f"  line [{', '.join(f'{density:g}' for density in curve)}]" for curve in curves.values()]
+    lines = [f"| tokens | {' | '.join(names)} | measured on |", "|---" * (2 + len(names)) + "|"]
+    for place, (length, each) in enumerate(zip(lengths, entries, strict=True)):
+        own = " | ".join(f"{curve[place]:.0%}" for curve in curves.values())
+        lines.append(f"| {length} | {own} | {each['source'].partition(', ')[2]} |")
+    return "\n".join([*chart, "```", "", *lines])
 
 
 def cpu_plan_table() -> str:

@@ -23,7 +23,7 @@ TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 LOG2E = 1.4426950408889634
 TURN_WORDS = 68  # of a place
 COPIES = 32  # of a table, one for each lane
-MOST_SHARED = 227 << 10  # bytes that a block may have on Hopper
+MOST_SHARED = 227 << 10  # bytes that a block may have on Hopper, where a device does not tell
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Code:
-    """How keys or values are stored; names as in ``Tiles``."""
+    """How keys or values are stored; names as in ``Tiles``. ``entries``: outliers of a token, or of a channel of a
+    tile, with indices of ``index_bytes``; ``rank``: of a matrix that is added to a tile."""
 
     kind: str
     num_bits: int
@@ -45,9 +46,9 @@ class Code:
     scale: bool
     offset: bool
     affine: bool = False
-    entries: int = 0  # outliers of a token, with indices of ``index_bytes``
+    entries: int = 0
     index_bytes: int = 2
-    rank: int = 0  # of a matrix that is added to a tile
+    rank: int = 0
 
     @property
     def table(self) -> int:
@@ -297,7 +298,7 @@ class CodedAttention:
         self.batch, self.heads, self.query_heads, self.sinks = batch, heads, query_heads, sinks
         self.rotated, self.turned = (signs[0] is not None, signs[1] is not None), turns is not None
         self.same_table = keys.kind == values.kind == "table" and keys.lut is values.lut
-        self.shape = self._shape() if shape is None else shape
+        self.shape = self._shape(device) if shape is None else shape
         tiles, pieces = places(keys, values, tokens)
         count = tiles.shape[1]
         if splits is None:
@@ -318,13 +319,15 @@ class CodedAttention:
         places_of_starts = 0 if starts is None else starts.shape[1]
         self._sizes = count, heads, self.splits, pieces.shape[1], places_of_starts, sum(tokens[0]), sum(tokens[1])
 
-    def _shape(self) -> Shape:
-        """The most warps for whose lists of outliers there is room."""
+    def _shape(self, device: torch.device) -> Shape:
+        """The most warps for whose tables and corrections there is room."""
+        about = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+        most = getattr(about, "shared_memory_per_block_optin", MOST_SHARED)
         for shape in (Shape(), Shape(warps=4)):
             self.shape = shape
-            if self.program(torch.float32).shared_memory <= MOST_SHARED:
+            if self.program(torch.float32).shared_memory <= most:
                 return shape
-        raise UnsupportedError("So many outliers of a token do not fit the kernel.")
+        raise UnsupportedError("Tables and corrections of these codes do not fit a block's shared memory.")
 
     def program(self, dtype: torch.dtype, exact: Exact | None = None) -> Program:
         """What is compiled for queries of ``dtype``."""

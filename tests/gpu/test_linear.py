@@ -109,7 +109,7 @@ WIDE = Tuning(1, 4, 8, 1, 2, 4, wide=True, overlap=True)
     "changes",
     [
         {}, {"across": 4, "depth": 3}, {"across": 12}, {"tiles": 2}, {"tokens": 16, "in_turns": True}, {"cluster": 2},
-        {"depth": 4, "buffered": True},
+        {"depth": 4},
         {"split": 4}, {"cluster": 2, "split": 2}, {"tokens": 32, "rescaled": True, "stages": 3}, {"overlap": False},
     ],
     ids=str,

@@ -9,7 +9,7 @@
 // Macros besides those of codes.cuh: TOKENS (of 8), ACROSS (warps over rows, a multiple of four), STAGES (steps of tokens
 // in shared memory), DEPTH (steps of codes in registers), SPLIT (blocks over columns, which add up what they have in each
 // other's shared memory), CLUSTER (neighbouring blocks that share what they read of the tokens), IN_TURNS (two fours of
-// warps multiply in turns), BUFFERED (a group is multiplied while the one before is scaled), RESCALED (sums are kept in units of the last group's scale, which spares registers), OUTLIERS
+// warps multiply in turns), RESCALED (sums are kept in units of the last group's scale, which spares registers), OUTLIERS
 // (type of single values that are added to the weight).
 
 // The last warps bring what the others multiply: one where several blocks share a processor, else four, which can leave
@@ -27,11 +27,9 @@ constexpr int STAGE = STAGE_TOKENS + STAGE_SUMS;  // bytes
 constexpr int SUM_PITCH = ROWS + 4;
 constexpr bool DIRECT = !SUMS && (GROUP == 0 || RESCALED);  // whether products are added to the sums at once
 constexpr int TOGETHER = ACROSS > 4 ? 1 : TILES * TOKENS <= (RESCALED ? 8 : 4) ? 3 : 2;  // blocks of a processor
-constexpr bool WHOLE = BUFFERED && PART >= 8 && (BLOCKS > 8 || DEPTH % 2 == 0);
-constexpr int CHUNK = WHOLE ? 8 : PART < 4 ? PART : 4;  // blocks of 16 columns that are unpacked at once
+constexpr int CHUNK = PART < 4 ? PART : 4;  // blocks of 16 columns that are unpacked at once
 constexpr int CHUNKS = BLOCKS / CHUNK, IN_PART = PART / CHUNK;
-constexpr int BUFFERS = !DIRECT && BUFFERED && DEPTH * PARTS % 2 == 0 ? 2 : 1;
-constexpr bool DRAINS = DIRECT ? GROUP != 0 : BUFFERS == 1;  // else a group has to wait for the one before
+constexpr bool DRAINS = !DIRECT || GROUP != 0;  // whether a group has to wait for the one before
 static_assert(DEPTH * CHUNKS % 2 == 0, "chunks unpacked in turns to two places");
 constexpr int LEADING = WIDTH * 16;
 static_assert(STAGE_TOKENS % (16 * CLUSTER) == 0 && WIDTH * ROWS % (4 * SPLIT) == 0, "equal shares of a cluster");
@@ -201,11 +199,11 @@ void rarefy_gemm(const Arguments a) {
     load_tables(tables, a, first_tile, g, 4);
     float units[TILES][2];
     Operands weights[2];
-    float part[BUFFERS][TILES][DIRECT ? 1 : TOKENS][4];
+    float part[TILES][DIRECT ? 1 : TOKENS][4];
     // After its products: what a group adds is scaled, and a step's tokens are left to the next.
     const auto finish = [&](int d, int c, int round) {
       if constexpr (!DIRECT) {
-        const int p = c / IN_PART, from = (d * PARTS + p) % BUFFERS;
+        const int p = c / IN_PART;
         const float* ones = reinterpret_cast<const float*>(stages + round % STAGES * STAGE + STAGE_TOKENS);
 #pragma unroll
         for (int r = 0; r < (c % IN_PART == IN_PART - 1 ? TILES : 0); ++r)
@@ -213,9 +211,9 @@ void rarefy_gemm(const Arguments a) {
           for (int n = 0; n < TOKENS; ++n)
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-              settle(part[from][r][n][j]);
+              settle(part[r][n][j]);
               const float own = SUMS ? ones[p * WIDTH + 8 * n + 2 * t + j % 2] : 0.0f;
-              sums[r][n][j] += contribution(scales[d].scale[r][p], scales[d].zero[r][p], j / 2, part[from][r][n][j], own);
+              sums[r][n][j] += contribution(scales[d].scale[r][p], scales[d].zero[r][p], j / 2, part[r][n][j], own);
             }
       }
       if (c < CHUNKS - 1) return;
@@ -261,7 +259,7 @@ void rarefy_gemm(const Arguments a) {
         if (begins) take_turn(warp / 4);
       }
       auto& products = reinterpret_cast<float(&)[TILES][TOKENS][4]>(
-          *(DIRECT ? &sums[0][0][0] : &part[(d * PARTS + p) % BUFFERS][0][0][0]));
+          *(DIRECT ? &sums[0][0][0] : &part[0][0][0]));
       const u64 first_tokens = tokens_at(stages + round % STAGES * STAGE, LEADING);
       begin_products();
 #pragma unroll

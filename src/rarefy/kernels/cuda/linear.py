@@ -177,7 +177,7 @@ def _quantize_tokens(x: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor
     x = aligned(x)
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format)
     step = x.new_empty(x.shape[0], dtype=torch.float32)
-    program.quantize(x, None if gain is None else gain.contiguous(), eps, codes, step)
+    program.quantize(x, None if gain is None else aligned(gain.unsqueeze(0))[0], eps, codes, step)
     return codes, step
 
 

@@ -127,8 +127,6 @@ def _wide(code: Code, tokens: int) -> Iterator[Tuning]:
                 own = replace(own, rescaled=True, in_turns=at_once > 16)
             if fits_registers(own) and own.suits(code):
                 yield fitted(code, own)
-                if at_once in (4, 8) and across == 8 and place < 2:
-                    yield fitted(code, replace(own, buffered=True))
 
 
 def takes_wide(device: torch.device) -> bool:

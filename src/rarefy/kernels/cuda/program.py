@@ -85,8 +85,7 @@ class Tuning:
 
     ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
     multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; two fours of
-    warps multiply ``in_turns``; a group of up to 64 tokens is multiplied while the one before is scaled (``buffered``);
-    or sums are kept in units of the last scale (``rescaled``; see ``Code.can_rescale``)."""
+    warps multiply ``in_turns``; ``rescaled``: sums are kept in units of the last scale (see ``Code.can_rescale``)."""
 
     tiles: int = 1
     tokens: int = 1
@@ -101,7 +100,6 @@ class Tuning:
     rescaled: bool = False
     spread: bool = False
     in_turns: bool = False
-    buffered: bool = False
 
     def with_halves(self) -> Tuning:
         """With warps for each half of the rows, see ``Ending.kind``."""

@@ -138,9 +138,8 @@ def fitted(code: Code, tuning: Tuning) -> Tuning:
     small = code.parts > 4
     if not tuning.wide:
         return replace(tuning, depth=1) if small else tuning
-    long = code.step > 128 and tuning.buffered  # steps that leave few registers
-    ahead = 4 if tuning.tokens <= 8 and not long else 3 if tuning.tokens == 16 and tuning.rescaled else 2
-    depth = 1 if small else ahead
+    roomy = tuning.tokens <= 8 and code.outliers is None  # whose warps need registers too
+    depth = 1 if small else 4 if roomy else 3 if tuning.tokens == 16 and tuning.rescaled else 2
     every = (replace(tuning, stages=stages, depth=depth) for stages in range(tuning.stages, 1, -1))
     return next((each for each in every if each.shared_memory(code) <= MOST_SHARED_WIDE), replace(tuning, stages=2))
 

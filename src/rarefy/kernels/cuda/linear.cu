@@ -275,7 +275,11 @@ device void end_outliers(Outliers& own, const Arguments& a, int first_token, flo
 }
 #endif
 
-extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments a) {
+// Blocks that a multiprocessor is to have room for; 0: as many as registers happen to leave. Small groups of two-level
+// scales would take all of them for one.
+constexpr int TOGETHER = SPREAD && SCALE == BILEVEL && TILES == 2 ? 2 : 0;
+
+extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int across = warp % ACROSS, along = warp / ACROSS, g = lane / 4, t = lane % 4;
   const int first_tile = tile_of_block(a, across * TILES), first_token = blockIdx.z * WIDTH;

@@ -3,7 +3,7 @@
 For each length of prefill: executors by their time on random maps of 10%, and the density at which each of them, with
 what estimating and selecting takes, needs as long as torch's best dense kernel; between densities that were measured
 time is taken to be a line. What other estimators take beyond that stands beside, also from ``gpu_estimators.json`` in
-the same folder. What launching a plan takes from idle counts too, since nothing may hide it. Of decoding
+the same folders. What launching a plan takes from idle counts too, since nothing may hide it. Of decoding
 only 10% is measured, as a graph: without one its launches cost what those of a plan in prefill do, and a step that is
 then r times as fast at 10% is not slower than dense at 10r%.
 """
@@ -104,16 +104,20 @@ def decode(rows: list[Row], device: str, source: str) -> list[Measured]:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path, help="a JSON file of gpu_attention.py")
+    parser.add_argument("results", type=Path, nargs="+", help="files of gpu_attention.py; of equal lengths the last")
     parser.add_argument("--device", default="cuda 9", help="'cuda' and the first number of the compute capability")
     options = parser.parse_args()
-    data = json.loads(options.results.read_text("utf-8"))
-    source = f"{options.results.parent.name}/{options.results.name}, {data['device']}"
-    beside = options.results.with_name("gpu_estimators.json")
-    others = json.loads(beside.read_text("utf-8"))["rows"] if beside.is_file() else []
-    fresh = prefill(data["rows"], others, options.device, source) + decode(data["rows"], options.device, source)
+    beside = [path.with_name("gpu_estimators.json") for path in options.results]
+    others = [row for path in beside if path.is_file() for row in json.loads(path.read_text("utf-8"))["rows"]]
+    fresh: dict[tuple[str, int], Measured] = {}
+    for path in options.results:
+        data = json.loads(path.read_text("utf-8"))
+        source = f"{path.parent.name}/{path.name}, {data['device']}"
+        own = prefill(data["rows"], others, options.device, source) + decode(data["rows"], options.device, source)
+        fresh.update({(each.phase, each.tokens): each for each in own})
     kept = [Measured(**row) for row in json.loads(TABLE.read_text("utf-8")) if row["device"] != options.device]
-    table = [each.model_dump(mode="json") for each in (*kept, *fresh)]
+    ordered = sorted(fresh.values(), key=lambda each: (each.phase != "prefill", each.tokens))
+    table = [each.model_dump(mode="json") for each in (*kept, *ordered)]
     TABLE.write_text("[\n" + ",\n".join(json.dumps(row) for row in table) + "\n]\n", "utf-8")
     for row in table:
         print(row)

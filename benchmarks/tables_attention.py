@@ -87,6 +87,49 @@ def attention_answers(model: str, phase: str) -> str:
     return "\n\n".join(parts) or UNMEASURED
 
 
+def truth_table(density: float = 0.1) -> str:
+    """Gates by what they learned: what they keep, cost and find at one density."""
+    parts = []
+    for data in results("*/gate_truths.json"):
+        rows = [row for row in data["rows"] if row.get("nominal") == density]
+        own = {job: [row for row in rows if row["job"] == job] for job in dict.fromkeys(row["job"] for row in rows)}
+        tasks = list(dict.fromkeys(row["task"] for row in rows if row["kind"] == "retrieval"))
+        told = ["mass kept", "output error", "nats above dense", "KL", *tasks]
+        lines = [f"| plan | {' | '.join(told)} |", "|---" * (1 + len(told)) + "|"]
+        loss = {job: next((row for row in each if row["kind"] == "prefill"), None) for job, each in own.items()}
+        for job in sorted((job for job in own if loss[job]), key=lambda job: loss[job]["kl"]):  # type: ignore[index]
+            choice = next((row for row in own[job] if row["kind"] == "choice"), None)
+            right = {row["task"]: row["accuracy"] for row in own[job] if row["kind"] == "retrieval"}
+            kept = ["-", "-"] if choice is None else [f"{choice['recall']:.1%}", f"{choice['error']:.3f}"]
+            cost = [f"{loss[job]['gap']:+.4f}", f"{loss[job]['kl']:.4f}"]  # type: ignore[index]
+            cells = [*kept, *cost, *(f"{right[task]:.0%}" if task in right else "-" for task in tasks)]
+            lines.append(f"| {job.removesuffix(f' {density:g}')} | {' | '.join(cells)} |")
+        shown = next(row for row in rows if row["kind"] == "prefill")
+        notes = "; ".join(dict.fromkeys(row["note"] for row in rows if row.get("note")))
+        parts.append(
+            "\n".join([*lines, "", f"At {shown['density']:.1%}; {notes}. {attention_facts(data, [shown, *rows])}"])
+        )
+    return "\n\n".join(parts) or UNMEASURED
+
+
+def truth_layers() -> str:
+    """Where in the model gates keep more of the mass than they did untrained."""
+    parts = []
+    for data in results("*/gate_truths.json"):
+        rows = [row for row in data["rows"] if row["kind"] == "layer"]
+        spans = [(0, 3), (3, 11), (11, max(row["layer"] for row in rows) + 1)]
+        lines = [f"| plan | {' | '.join(f'layers {low} to {high - 1}' for low, high in spans)} |", "|---" * 4 + "|"]
+        jobs = dict.fromkeys(row["job"].partition(", layer")[0] for row in rows)
+        for job in [*jobs, "most that as few could keep"]:
+            name, first = ("recall", job) if job in jobs else ("best", next(iter(jobs)))
+            own = [row for row in rows if row["job"].startswith(f"{first}, layer")]
+            cells = [mean([row for row in own if low <= row["layer"] < high], name) for low, high in spans]
+            told = job.removesuffix(f" {rows[0]['nominal']:g}")
+            lines.append(f"| {told} | {' | '.join(f'{cell:.1%}' for cell in cells)} |")
+        parts.append("\n".join([*lines, "", attention_facts(data, rows)]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
 def attention_budgets(model: str) -> str:
     """How calibrated thresholds keep their budget on text they were not calibrated on."""
     parts = []
@@ -215,24 +258,20 @@ def tile_table() -> str:
 
 def break_even_table() -> str:
     """Up to which density a plan beats dense attention, by length: what the policy goes by."""
-    parts = []
     entries = json.loads((ROOT / "src" / "rarefy" / "attention" / "measured.json").read_text("utf-8"))
     entries = [each for each in entries if each["phase"] == "prefill"]
-    for source in dict.fromkeys(each["source"] for each in entries):
-        own = [each for each in entries if each["source"] == source]
-        names = list(dict.fromkeys(name for each in own for name in each["executors"]))
-        curves = {name: [each["executors"].get(name, 0.0) for each in own] for name in names}
-        lengths = [f"{each['tokens'] // 1024}k" for each in own]
-        chart = ["```mermaid", "xychart-beta", f'  x-axis "tokens" [{", ".join(lengths)}]']
-        chart += ['  y-axis "density" 0 --> 1']
-        chart += [f"  line [{', '.join(f'{density:g}' for density in curve)}]" for curve in curves.values()]
-        lines = [f"| tokens | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
-        lines += [
-            f"| {length} | {' | '.join(f'{curve[place]:.0%}' for curve in curves.values())} |"
-            for place, length in enumerate(lengths)
-        ]
-        parts.append("\n".join([*chart, "```", "", *lines, "", f"From {source}."]))
-    return "\n\n".join(parts) or UNMEASURED
+    if not entries:
+        return UNMEASURED
+    names = list(dict.fromkeys(name for each in entries for name in each["executors"]))
+    curves = {name: [each["executors"].get(name, 0.0) for each in entries] for name in names}
+    lengths = [f"{each['tokens'] // 1024}k" for each in entries]
+    chart = ["```mermaid", "xychart-beta", f'  x-axis "tokens" [{", ".join(lengths)}]', '  y-axis "density" 0 --> 1']
+    chart += [f"  line [{', '.join(f'{density:g}' for density in curve)}]" for curve in curves.values()]
+    lines = [f"| tokens | {' | '.join(names)} | measured on |", "|---" * (2 + len(names)) + "|"]
+    for place, (length, each) in enumerate(zip(lengths, entries, strict=True)):
+        own = " | ".join(f"{curve[place]:.0%}" for curve in curves.values())
+        lines.append(f"| {length} | {own} | {each['source'].partition(', ')[2]} |")
+    return "\n".join([*chart, "```", "", *lines])
 
 
 def cpu_plan_table() -> str:
@@ -271,6 +310,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-answers-demo": partial(attention_answers, "SmolLM2", "prefill"),
     "attention-budget-lab": partial(attention_budgets, LAB),
     "attention-budget-demo": partial(attention_budgets, "SmolLM2"),
+    "attention-truths": truth_table,
+    "attention-truth-layers": truth_layers,
     "attention-training": sparse_training_table,
     "attention-estimators": estimator_table,
     **{f"attention-{goal}": partial(plan_table, goal) for goal in ("prefill", "execution", "decode")},

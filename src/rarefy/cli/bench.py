@@ -56,13 +56,14 @@ def bench(
     import torch
 
     from rarefy import api
+    from rarefy.core.devices import device_of
     from rarefy.evaluation.speed import gpu_read_bandwidth, measure
     from rarefy.integrations.peers import open_peer, open_runner, parse_peer
     from rarefy.layers.execution import in_torch
 
     peers = [parse_peer(text, model) for text in against or ()]
     torch.set_num_threads(threads)
-    place = api.device_of(device)
+    place = device_of(device)
 
     def load(name: str) -> Any:
         loaded: Any = api.load(name, dtype=dtype, revision=revision if name == model else None)

@@ -73,7 +73,9 @@ def evaluate(
         list[Path] | None, typer.Option(help="Sessions of SCBench, kvpress or RULER (.jsonl, .parquet) to ask besides.")
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Examples of a forward pass.")] = None,
-    allow_code: Annotated[bool, typer.Option(help="Let tasks run what the model writes, in a sandbox.")] = False,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Let tasks run what the model writes, in a sandbox.")
+    ] = False,
     work_dir: WorkDir = None,
     executor: Annotated[str, typer.Option(help="exact, or fast (may quantize activations).")] = "exact",
     dtype: Annotated[str, typer.Option(help="Dtype of the forward pass: auto, float32, bfloat16 or float16.")] = "auto",

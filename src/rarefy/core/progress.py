@@ -21,13 +21,14 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(label: str, total: float | None) -> Iterator[Advance]:
+def progress(label: str, total: float | None, *, live: bool = True) -> Iterator[Advance]:
     """A progress bar for ``total`` steps; yields the function that advances it.
 
     On a terminal it is a live bar with elapsed and remaining time; elsewhere it prints a plain line every
-    ``PLAIN_INTERVAL`` seconds, so that a log shows life without filling up.
+    ``PLAIN_INTERVAL`` seconds, so that a log shows life without filling up. ``live=False`` prints lines everywhere: a
+    bar draws itself while something is timed, a line only when it is advanced.
     """
-    if sys.stderr.isatty():
+    if live and sys.stderr.isatty():
         with _terminal_bar(label, total) as advance:
             yield advance
     else:

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from rarefy.core.config import StrictModel
+from rarefy.core.progress import progress
 from rarefy.kernels.cpu import library
 
 READ_BYTES = 1 << 28  # beyond every cache
@@ -71,15 +72,17 @@ def measure(
     prefill: list[list[float]] = [[] for _ in decoders]
     decode: list[list[float]] = [[] for _ in decoders]
     reads = []
-    for turn in range(warm + rounds):
-        if turn >= warm:
-            reads.append((read or read_bandwidth)())
-        for place in range(len(decoders)):
-            index = (place + turn) % len(decoders)
-            first, step = _once(decoders[index], prompt, new_tokens)
+    with progress("bench", (warm + rounds) * len(decoders), live=False) as advance:
+        for turn in range(warm + rounds):
             if turn >= warm:
-                prefill[index].append(first)
-                decode[index].append(step)
+                reads.append((read or read_bandwidth)())
+            for place in range(len(decoders)):
+                index = (place + turn) % len(decoders)
+                first, step = _once(decoders[index], prompt, new_tokens)
+                if turn >= warm:
+                    prefill[index].append(first)
+                    decode[index].append(step)
+                advance(note=decoders[index].name)
     bandwidth = statistics.median(reads)
     firsts, steps = ([statistics.median(times) for times in each] for each in (prefill, decode))
     rows = tuple(

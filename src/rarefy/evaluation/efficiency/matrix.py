@@ -131,7 +131,7 @@ def run_matrix(
     protocol: str | None = None
     loads = matrix.loads()
     ways = list(itertools.product(matrix.attention, caches))
-    with progress("bench", len(candidates) * len(ways) * len(loads)) as advance:
+    with progress("bench", len(candidates) * len(ways) * len(loads), live=False) as advance:
         for name, candidate in zip(matrix.models, candidates, strict=True):
             own: list[Row] = []
             for attention, cache in ways:

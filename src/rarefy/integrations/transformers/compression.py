@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,22 +11,85 @@ import torch
 
 from rarefy.calibration.calibrated import Calibration, needed
 from rarefy.calibration.data_free import assist_folder, can_stream, compress_folder, compress_model_
-from rarefy.calibration.parallel import Ranks
+from rarefy.calibration.parallel import Ranks, ranks_of
 from rarefy.calibration.report import CompressionReport, Ledger
+from rarefy.calibration.samples import open_samples
 from rarefy.contracts import Recipe
-from rarefy.core.errors import UnsupportedError
-from rarefy.core.files import staged_folder
+from rarefy.core.devices import Device, device_of
+from rarefy.core.errors import OptionError, UnsupportedError
+from rarefy.core.files import check_out, staged_folder
 from rarefy.core.logs import logger
+from rarefy.core.memory import peak_bytes, reset_peak
 from rarefy.evaluation.candidates import dense_sizes
 from rarefy.integrations.transformers import models as folders
 from rarefy.integrations.transformers.quantizer import attach_
+from rarefy.integrations.transformers.subjects import name_of, shared_tokenizer
+from rarefy.layers.checkpoint import parse_size
 from rarefy.layers.manifest import Manifest
+from rarefy.recipes import load_recipe
 from rarefy.sources.model_source import ModelSource
+from rarefy.sources.models import open_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logger(__name__)
+
+
+def compress(
+    model: str | Path | PreTrainedModel, recipe: str | Path | Recipe, options: Mapping[str, Any] | None, *,
+    out: Path | None, data: Any, samples: int, seq_len: int, tokenizer: Any, work: Path | None, device: Device,
+    seed: int, max_shard_size: str | int, overwrite: bool, revision: str | None, save: Callable[..., None],
+) -> CompressionReport:  # fmt: skip
+    """As `rarefy.compress`; ``save`` writes a model that was compressed in memory."""
+    start = time.monotonic()
+    reset_peak()
+    chosen, place = load_recipe(recipe, options), device_of(device)
+    # A model in memory is each process's own, and without data there is nothing to share.
+    ranks, place = ranks_of(place) if needed(chosen) or isinstance(model, str | Path) else (Ranks(), place)
+    with ranks.together(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        shard_bytes, notes = parse_size(max_shard_size), ignored_data(chosen, data)
+
+        def calibration(known: Any, config: Any) -> Calibration | None:
+            if not needed(chosen):
+                return None
+            data_ = open_samples("demo" if data is None else data, tokenizer or known, config, samples, seq_len, seed)
+            return Calibration(data_, ranks, seed, work)
+
+        if not isinstance(model, str | Path):
+            if out is not None:
+                check_out(out, overwrite)
+            given = calibration(lambda: shared_tokenizer([model], [None]), model.config)
+            solve_on = None if device == "auto" else place
+            ledger, skipped, manifest = compress_in_place(model, chosen, solve_on, work, notes, given)
+            name = name_of(model)
+            if out is not None and ranks.leads:
+                save(model, out, max_shard_size=shard_bytes, overwrite=overwrite)
+        else:
+            if out is None:
+                raise OptionError("Say where to write the compressed model: out=FOLDER (--out on the command line).")
+            if ranks.leads:  # the others may come when it is being written
+                check_out(out, overwrite)
+            source = open_model(model, revision)
+            name = source.name
+            if out.resolve() in (source.folder.resolve(), *source.folder.resolve().parents):
+                raise OptionError(f"--out '{out}' holds the model itself; name another folder.")
+            given = calibration(lambda: folders.load_tokenizer(source.folder), folders.read_config(source.folder))
+            if not ranks.leads:
+                return assist(source, chosen, place, given, ranks)
+            ledger, skipped, manifest = compress_source(
+                source, chosen, out, shard_bytes, place, work, overwrite, notes, given
+            )
+        report = manifest.report
+        assert report is not None
+        result = CompressionReport(
+            model=name, recipe=chosen.name, out=None if out is None else str(out),
+            bits_per_weight=report.bits_per_weight, weights=report.weights, stored_bytes=report.stored_bytes,
+            dense_bytes=report.dense_bytes, seconds=time.monotonic() - start, peak_bytes=peak_bytes(),
+            layers=tuple(ledger.layers), skipped=skipped, fallbacks=ledger.fallbacks, notes=tuple(ledger.notes),
+        )  # fmt: skip
+        return CompressionReport.model_validate_json(ranks.tell(result.model_dump_json()))
 
 
 def compress_in_place(

@@ -27,6 +27,8 @@ from harness import arguments
 from torch import Tensor
 
 from rarefy.attention.call import Call
+from rarefy.attention.estimators.low_bit import LowBitProducts
+from rarefy.attention.plan import AttentionPlan
 from rarefy.attention.reach import Reach
 from rarefy.attention.selectors import TopK
 from rarefy.contracts import AttentionRecipe, GatedRecipe
@@ -136,10 +138,14 @@ def sale_rows(bench: Bench, own: dict[str, Any]) -> Setups:
         for layer, module in modules.items()
     }
     errors: list[Tensor] = []
+    tiles: dict[str, Tensor] = {}
 
     def hear(call: Call) -> None:
-        apart, whole = head_errors([plans[call.layer]], call)
+        plan = plans[call.layer]
+        apart, whole = head_errors([plan], call)
         errors.append((apart[0] / whole).cpu())
+        for name, count in tiles_in_few_bits(plan, plan.prepared(call)).items():
+            tiles[name] = tiles.get(name, torch.zeros(3)) + count
 
     for window in bench.windows[: bench.options.looked]:
         listen(bench.model, window[None], hear)
@@ -149,10 +155,30 @@ def sale_rows(bench: Bench, own: dict[str, Any]) -> Setups:
     bench.row(
         "budget", job, budget=budget, mean_error=float(found.mean()), worst_error=float(found.max()),
         within=float((found <= budget).float().mean()), within_half_more=float((found <= 1.5 * budget).float().mean()),
-        heads=len(found),
+        heads=len(found), **{
+            f"{name}_{what}": float(part / count[0])
+            for name, count in tiles.items() for what, part in (("found", count[1]), ("as_many", count[2]))
+        },
     )  # fmt: skip
     bench.choice(job, setup)
     return with_controls(bench, job, setup)
+
+
+def tiles_in_few_bits(plan: AttentionPlan, call: Call) -> dict[str, Tensor]:
+    """Of tiles that no policy forces: how many exact scores put above their head's threshold, how many of these scores
+    in few bits do too, and how many those do at all; as they are, and without taking out means."""
+    options = plan.estimator.options
+    blocks = call.reach.blocks(plan.block_q, plan.block_k, call.query.device)
+    forced = plan.policy.forced(call.reach, blocks, call.layer, call.mask_heads, call.heads)
+    free = blocks.some & ~forced & (plan.selector.threshold > 0).to(forced.device).view(-1, 1, 1)
+    exact, few, rough = (
+        plan.selector.select(LowBitProducts(**{**options, **own}).scores(call, blocks), blocks.some, forced) & free
+        for own in ({"num_bits": None}, {}, {"smooth": False})
+    )
+    return {
+        name: torch.stack([exact.sum(), (exact & found).sum(), found.sum()]).cpu()
+        for name, found in (("tiles", few), ("tiles_without_means", rough))
+    }
 
 
 def with_controls(bench: Bench, job: str, setup: AttentionSetup) -> Setups:

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from harness import Row, arguments, write
-from plans import PERCENT, Plan, chosen, float_code, groups, integers, spared, tables
+from plans import PERCENT, Plan, as_published, chosen, float_code, groups, integers, spared, tables
 
 import rarefy
 from rarefy.calibration.journal import Journal
@@ -38,7 +38,7 @@ from rarefy.sources.models import open_model
 KEY = ("model", "layers", "job", "calibration", "processes", "device_type")
 PLANS = [
     integers("gptq", 4, 128), Plan("spqr int3", "spqr", {"num_bits": 3}), integers("rtn", 4, 128),
-    Plan("spqr int3 no clip", "spqr", {"num_bits": 3, "clip": "none"}), tables(3), tables(3, "0.45%", **PERCENT),
+    as_published("spqr int3", num_bits=3), tables(3), tables(3, "0.45%", **PERCENT),
     tables(3, "equal", importance="equal"), spared("gradient"), float_code("nf4", 32, "gptq", 2), groups(0.5),
 ]  # fmt: skip
 

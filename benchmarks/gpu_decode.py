@@ -11,6 +11,8 @@ quality is claimed here.
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import statistics
 import time
@@ -231,21 +233,50 @@ def captured_anew(decoder: Decoder) -> float:
 
 def gemlite(rows: int, columns: int) -> Callable[[Tensor], Tensor] | None:
     """None for the head, for which GemLite brings no measured form along and would look for one for too long."""
+    return None if rows == SHAPE["vocab_size"] else copy.deepcopy(_gemlite(rows, columns))
+
+
+@functools.cache
+def _gemlite(rows: int, columns: int) -> Callable[[Tensor], Tensor]:
+    import gemlite
     from gemlite.helper import A16Wn
 
-    if rows == SHAPE["vocab_size"]:
-        return None
+    gemlite.load_config(str(Path(gemlite.__file__).parent / "configs" / "h100.json"), overwrite=True)
     codes = torch.randint(0, 16, (rows, columns), device=DEVICE, dtype=torch.uint8)
     scale = torch.rand(rows, columns // 128, device=DEVICE, dtype=DTYPE) * SPREAD / 4
     zero = torch.full_like(scale, 8)
-    return A16Wn(device="cuda:0", dtype=DTYPE).from_weights(codes, scale, zero, 4, 128)  # type: ignore[no-any-return]
+    made = A16Wn(device="cuda:0", dtype=DTYPE).from_weights(codes, scale, zero, 4, 128)
+    _check("GemLite", made, (codes.float() - 8).unflatten(1, (-1, 128)) * scale.float().unsqueeze(2))
+    return made  # type: ignore[no-any-return]
 
 
 def tinygemm(rows: int, columns: int) -> Callable[[Tensor], Tensor]:
     codes = torch.randint(0, 256, (rows, columns // 2), device=DEVICE, dtype=torch.uint8)
     packed = torch._convert_weight_to_int4pack(codes, 8)
     scales = torch.rand(columns // 128, rows, 2, device=DEVICE, dtype=DTYPE) * SPREAD / 4
-    return lambda x: torch._weight_int4pack_mm(x, packed, 128, scales)
+
+    def product(x: Tensor) -> Tensor:
+        return torch._weight_int4pack_mm(x, packed, 128, scales)
+
+    if (rows, columns) not in CHECKED_SHAPES:
+        CHECKED_SHAPES.add((rows, columns))
+        numbers = torch.stack([codes >> 4, codes & 15], 2).flatten(1).float() - 8
+        scale, zero = scales.float().transpose(0, 1).unsqueeze(-1).unbind(2)
+        _check("tinygemm", product, numbers.unflatten(1, (-1, 128)) * scale + zero)
+    return product
+
+
+CHECKED_SHAPES: set[tuple[int, int]] = set()  # of tinygemm
+
+
+def _check(name: str, product: Callable[[Tensor], Tensor], weight: Tensor) -> None:
+    """Say so if a peer's product is not one with ``weight [rows, groups, columns of a group]``: it is not what it is
+    taken for."""
+    dense = weight.flatten(1)
+    x = torch.randn(3, dense.shape[1], device=DEVICE, dtype=DTYPE)
+    wanted = x.double() @ dense.double().T
+    error = float((product(x).double() - wanted).norm() / wanted.norm())
+    print(f"{name} {list(dense.shape)}: error {error:.1e}", flush=True)
 
 
 def transformers(name: str, model: Any, batch: int, compiled: bool, count: int) -> Decoder:
@@ -310,7 +341,8 @@ def attempt(name: str, make: Callable[[], Decoder]) -> list[Decoder]:
     except (Exception, KeyboardInterrupt) as failure:  # a peer that does not run, or not in time, loses no other
         print(f"{name}: {type(failure).__name__}: {str(failure).partition(chr(10))[0][:200]}", flush=True)
         return []
-    print(f"{name}: ready in {time.monotonic() - begin:.0f} s, error {made.error:.1e}", flush=True)
+    error = f", error {made.error:.1e}" if made.error else ""
+    print(f"{name}: ready in {time.monotonic() - begin:.0f} s{error}", flush=True)
     return [made]
 
 

@@ -25,16 +25,16 @@ from torch import Tensor
 
 from rarefy import packing
 from rarefy.formats.grids import BinaryGrid, FloatGrid, Grid, IntegerGrid, LutGrid
-from rarefy.formats.patterns import Groups
+from rarefy.formats.patterns import NM, Bitmap, Groups
 from rarefy.formats.scales import BilevelScale
-from rarefy.formats.terms import Quantized, Term
+from rarefy.formats.terms import Quantized, Sparse, Term
 from rarefy.formats.terms.plain import ResidualSpec
 from rarefy.formats.terms.quantized import QuantizedSpec
 from rarefy.kernels import cuda
 from rarefy.kernels.activations import quantize_tokens
 from rarefy.kernels.cuda import measure, program
 from rarefy.kernels.cuda import tuning as tuning_tables
-from rarefy.kernels.cuda.linear import dense_sum, pointed, terms_of
+from rarefy.kernels.cuda.linear import dense_sum, most_tokens, pointed, terms_of
 from rarefy.kernels.cuda.prepared import code_of
 from rarefy.kernels.cuda.program import Code, Tuning
 from rarefy.kernels.prepared import flat
@@ -105,8 +105,8 @@ class Weights:
         if job.outliers:
             terms.append(random_outliers(job.outliers, rows, columns))
         self.nbytes = sum(term.byte_count().total for term in terms)
-        prepared = [cuda.prepare(*term.operation()) for term in terms]  # type: ignore[misc]
-        (self.term, *lists) = terms_of(*flat(prepared)[:3])
+        self.made = [cuda.prepare(*term.operation()) for term in terms]  # type: ignore[misc]
+        (self.term, *lists) = terms_of(*flat(self.made)[:3])
         self.code = code_of(*self.term[:2])
         own = {name: tensor for name, tensor in pointed(self.term, False).items() if tensor is not None}
         for entries, _, _ in lists:
@@ -144,8 +144,9 @@ class Trials:
         code, tokens = weights.code, x.shape[0]
         wide = measure.takes_wide(x.device) and not self.narrow
         overlap = tuning_tables.overlaps(x.device)
-        every = itertools.islice(measure.candidates(code, tokens, wide), most)
-        tried = [replace(each, overlap=overlap) for each in every]
+        known = tuning_tables.choose(code, weights.rows, weights.columns, tokens, x.device)
+        every = [known, *itertools.islice(measure.candidates(code, tokens, wide), most)]
+        tried = list(dict.fromkeys(replace(each, overlap=overlap) for each in every))
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda each: _compiles(code, each, x.dtype), tried))
         expected = weights.product(x)
@@ -277,40 +278,63 @@ def float8_rows(tokens: int, rows: int, columns: int, limit: float) -> list[Row]
     }]  # fmt: skip
 
 
-def group_rows(rows: int, columns: int, limit: float) -> list[Row]:
-    """Half of the groups of 16 columns kept, against all weights in groups of 128 and of 16."""
-    mask = torch.rand(rows, columns // 16, device="cuda").argsort(1).argsort(1) < columns // 32
-    grid = IntegerGrid(num_bits=4, group_size=16)
-    codes = torch.randint(0, 16, (rows, columns), device="cuda", dtype=torch.uint8)
-    scale = ((0.5 + torch.rand(rows, columns // 16, device="cuda")) / 64).half()
-    term = Quantized.from_codes(
-        codes, {"scale": scale}, grid, pattern=Groups(size=16, index="bitmap"), mask=mask.repeat_interleave(16, 1)
-    )
-    made = cuda.prepare(*term.operation())
+def kept_terms(rows: int, columns: int) -> dict[str, tuple[Term, tuple[str, ...]]]:
+    """Weights of which half is kept, and what each is held against."""
+
+    def codes_of(group: int, pattern: Groups | NM, mask: Tensor) -> Term:
+        codes = torch.randint(0, 16, (rows, columns), device="cuda", dtype=torch.uint8)
+        scale = ((0.5 + torch.rand(rows, columns // group, device="cuda")) / 64).half()
+        grid = IntegerGrid(num_bits=4, group_size=group)
+        return Quantized.from_codes(codes, {"scale": scale}, grid, pattern=pattern, mask=mask)
+
+    def half_of(size: int, count: int = columns) -> Tensor:
+        """Of each ``size`` neighbours among ``count`` a half."""
+        order = torch.rand(rows, count // size, size, device="cuda").argsort(2)
+        return (order < size // 2).flatten(1)
+
+    values = torch.randn(rows, columns, device="cuda")
+    groups = half_of(columns // 16, columns // 16).repeat_interleave(16, 1)
+    return {
+        "W4, half of the groups of 16": (codes_of(16, Groups(size=16, index="bitmap"), groups), ("W4 g128", "W4 g16")),
+        "W4 2:4": (codes_of(128, NM(n=2, m=4, index="rank"), half_of(4)), ("W4 g128",)),
+        "16 bits 2:4": (Sparse.from_weight(values, half_of(4), NM(n=2, m=4, index="rank"), "bfloat16"), ("bf16",)),
+        "16 bits, half": (Sparse.from_weight(values, half_of(columns), Bitmap(), "bfloat16"), ("bf16",)),
+    }  # fmt: skip
+
+
+def kept_rows(rows: int, columns: int, limit: float) -> list[Row]:
+    """Weights of which half is kept, one token, against all of them."""
+    found: list[Row] = []
     x = torch.randn(1, columns, device="cuda", dtype=torch.bfloat16)
-    error = relative(cuda.linear(x, [made]), x.double() @ term.decode().double().T)
-    size = term.byte_count().total
-    copies = []
-    for _ in range(max(2, -(-int(EVERYWHERE) // size))):
-        copies.append(replace(made, tensors={name: tensor.clone() for name, tensor in made.tensors.items()}))
-    graphs = {"half": (graph_of([lambda own=own: cuda.linear(x, [own]) for own in copies]), len(copies))}  # type: ignore[misc]
-    kept = []
-    for name, group in (("g128", 128), ("g16", 16)):
+    dense, kept = {}, []
+    for group in (128, 16):
         weights = Weights(Job(IntegerGrid(num_bits=4, group_size=group)), rows, columns)
-        best, _ = measure.fastest(weights.problem, x, 24)
-        calls, _ = weights.calls(best, x)
+        calls, _ = weights.calls(tuning_tables.choose(weights.code, rows, columns, 1, x.device), x)
         kept.append((weights, calls))  # a graph does not
-        graphs[name] = graph_of(calls), len(calls)
-    times = microseconds(graphs, 9)
-    print(f"kept groups {rows}x{columns}", {name: round(each, 1) for name, each in times.items()}, error, flush=True)
-    return [{
-        "goal": "G8", "job": f"W4, half of the groups of 16 kept, beside {name}", "rows": rows,
-        "columns": columns, "tokens": 1,
-        "peer": f"own dense W4 {name}", "microseconds": round(times["half"], 2),
-        "peer_microseconds": round(times[name], 2), "ratio": round(times[name] / times["half"], 3),
-        "fraction_of_limit": round(size / limit / times["half"], 3), "max_rel_error": error,
-        "bits_per_weight": round(size * 8 / rows / columns, 3), "note": "bitmap of groups",
-    } for name in ("g128", "g16")]  # fmt: skip
+        dense[f"W4 g{group}"] = graph_of(calls), len(calls)
+    products = _bf16(rows, columns)
+    dense["bf16"] = graph_of([functools.partial(product, x) for product in products]), len(products)
+    for name, (term, peers) in kept_terms(rows, columns).items():
+        made, size = cuda.prepare(*term.operation()), term.byte_count().total  # type: ignore[misc]
+        error = relative(cuda.linear(x, [made]), x.double() @ term.decode().double().T)
+        count = max(2, -(-int(EVERYWHERE) // size))
+        copies = [
+            replace(made, tensors={name: tensor.clone() for name, tensor in made.tensors.items()}) for _ in range(count)
+        ]
+        ours = graph_of([functools.partial(cuda.linear, x, [own]) for own in copies]), count
+        times = microseconds({**dense, "ours": ours}, 9)
+        print(f"{name} {rows}x{columns}", {each: round(value, 1) for each, value in times.items()}, error, flush=True)
+        for peer in peers:
+            found.append({
+                "goal": "G8", "job": name if peer == peers[0] else f"{name}, beside {peer}", "rows": rows,
+                "columns": columns, "tokens": 1, "peer": f"own {peer}" if peer != "bf16" else peer,
+                "microseconds": round(times["ours"], 2), "peer_microseconds": round(times[peer], 2),
+                "ratio": round(times[peer] / times["ours"], 3),
+                "ratio_to_bf16": round(times["bf16"] / times["ours"], 3),
+                "fraction_of_limit": round(size / limit / times["ours"], 3), "max_rel_error": error,
+                "bits_per_weight": round(size * 8 / rows / columns, 3), "note": "half of the weights are kept",
+            })  # fmt: skip
+    return found
 
 
 def _scaled(codes: Tensor, step: Tensor, made: Any) -> Tensor:
@@ -332,7 +356,7 @@ def main() -> None:
     parser.add_argument("--triton", action="store_true", help="time the portable kernel too")
     parser.add_argument("--fp8", default="", help="numbers of tokens whose activations are quantized too")
     parser.add_argument("--narrow", action="store_true", help="leave out what only some GPUs can do")
-    parser.add_argument("--groups", action="store_true", help="time kept groups too")
+    parser.add_argument("--groups", action="store_true", help="time weights of which half is kept too")
     parser.add_argument("--tune", type=Path, help="write the best of what was tried there, as a table of the package")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -362,7 +386,7 @@ def main() -> None:
                 if time.monotonic() < trials.deadline:
                     keep(measured(name, weights, tokens, peers, options, trials, limit))
         if options.groups:
-            keep(group_rows(height, width, limit))
+            keep(kept_rows(height, width, limit))
         for tokens in map(int, filter(None, options.fp8.split(","))):
             keep(float8_rows(tokens, height, width, limit))
 
@@ -374,19 +398,25 @@ def measured(
     """The row of one product."""
     height, width = weights.rows, weights.columns
     x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
-    if options.most:
-        tuning = trials.best(name, weights, x, 16 if options.quick else options.most)
-    else:
-        tuning = tuning_tables.choose(weights.code, height, width, tokens, x.device)
-    if tuning is None:
-        return []
+    tuning = None
+    if tokens <= most_tokens([weights.term], x.device):
+        if options.most:
+            tuning = trials.best(name, weights, x, 16 if options.quick else options.most)
+        else:
+            tuning = tuning_tables.choose(weights.code, height, width, tokens, x.device)
+        if tuning is None:
+            return []
     known = options.gemlite.split(",")
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
     for peer, products in peers.items():
         if peer != "gemlite" or str(tokens) in known:
             graphs[peer] = graph_of([functools.partial(product, x) for product in products]), len(products)
-    calls, y = weights.calls(tuning, x)
-    calls[0]()
+    if tuning is not None:
+        calls, y = weights.calls(tuning, x)
+        calls[0]()
+    else:  # what the layer does: a dequantized weight and the library, which no cache of codes helps
+        calls = [functools.partial(cuda.linear, x, weights.made)] * 3
+        y = calls[0]()
     error = relative(y, weights.product(x))
     graphs["ours"] = graph_of(calls), len(calls)
     times = microseconds(graphs, 9)
@@ -401,7 +431,7 @@ def measured(
         "ratio_to_bf16": round(times["bf16"] / ours, 3), "fraction_of_limit": round(size / limit / ours, 3),
         "max_rel_error": error, "bits_per_weight": round(weights.nbytes * 8 / height / width, 3),
         "others": {each: round(value, 2) for each, value in times.items() if each != "ours"},
-        "note": f"{tuning}; copy {limit / 1e6:.2f} TB/s",
+        "note": f"{tuning or 'dequantized'}; copy {limit / 1e6:.2f} TB/s",
     }  # fmt: skip
     print(f"{name} {height}x{width} M={tokens}: {ours:.1f} us, {row['fraction_of_limit']} of the limit, "
           f"{row['ratio_to_bf16']}x bf16, {row['others']}, error {error:.1e}, {tuning}", flush=True)  # fmt: skip

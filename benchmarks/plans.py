@@ -43,6 +43,11 @@ def pruned(recipe: str, pattern: str, bits: int | None = None) -> Plan:
     return Plan(job, recipe, {**shape, **({"num_bits": bits, "group_size": 128} if bits else {})})
 
 
+def as_published(job: str, **options: Any) -> Plan:
+    """spqr with the second level of its paper: 3 bits, and the codes nearest to what the whole range asks for."""
+    return Plan(f"{job} as published", "spqr", {"scale_bits": 3, "zero_bits": 3, "clip": "none", **options})
+
+
 # The table of calibrated recipes: equal grids side by side, the ladder from rounding to outliers, sparsity.
 RECIPES = [
     *(integers(recipe, bits, 128) for bits in (3, 4) for recipe in ("rtn", "gptq", "awq")),
@@ -54,14 +59,14 @@ RECIPES = [
     integers("gptq", 3, 16),
     integers("gptq", 3, 16, "F", "bilevel", scales="bilevel"),
     Plan("spqr int3 no outliers", "spqr", {"num_bits": 3, "outlier_threshold": None}),
-    Plan("spqr int3 3.95 bits no clip", "spqr", {"num_bits": 3, "target_bits": 3.95, "clip": "none"}),
-    Plan("spqr int3 no clip", "spqr", {"num_bits": 3, "clip": "none"}),
-    *(Plan(f"{job} 32 rows", "spqr", {**options, "scale_rows": 32}) for job, options in (
-        ("spqr int4", {"num_bits": 4}), ("spqr int3 3.95 bits", {"num_bits": 3, "target_bits": 3.95}))),
-    Plan("spqr int4 no clip", "spqr", {"num_bits": 4, "clip": "none"}),
+    as_published("spqr int3", num_bits=3),
+    as_published("spqr int3 3.95 bits", num_bits=3, target_bits=3.95),
+    as_published("spqr int3 no outliers", num_bits=3, outlier_threshold=None),
+    as_published("spqr int4", num_bits=4),
+    as_published("spqr int4 5 bits", num_bits=4, target_bits=5.0),
+    Plan("spqr int4 32 rows", "spqr", {"num_bits": 4, "scale_rows": 32}),
+    Plan("spqr int3 3.95 bits 32 rows", "spqr", {"num_bits": 3, "target_bits": 3.95, "scale_rows": 32}),
     Plan("spqr int3 3-bit scales", "spqr", {"num_bits": 3, "scale_bits": 3, "zero_bits": 3}),
-    Plan("spqr int3 as published", "spqr", {"num_bits": 3, "scale_bits": 3, "zero_bits": 3, "clip": "none"}),
-    Plan("spqr int3 no outliers no clip", "spqr", {"num_bits": 3, "outlier_threshold": None, "clip": "none"}),
     integers("gptq", 3, 16, "F"),
     integers("gptq", 3, 128, note="no clip", clip="none"),
     integers("gptq", 3, 16, note="no clip", clip="none"),
@@ -88,14 +93,20 @@ def tables(bits: int, note: str = "", **options: Any) -> Plan:
 
 
 def spared(saliency: str, bits: int = 3, note: str = "", **options: Any) -> Plan:
-    """gwq with 1% of outliers by some saliency."""
-    what = {"num_bits": bits, "group_size": 128, "saliency": saliency, **options}
+    """gwq with 1% of outliers by some saliency, from minimum to maximum unless ``options`` ask for a searched range."""
+    what = {"num_bits": bits, "group_size": 128, "saliency": saliency, "clip": "none", **options}
     return Plan(f"gwq int{bits} g128 {saliency}{note and ' '}{note}", "gwq", what)
 
 
-def groups(sparsity: float, note: str = "", **options: Any) -> Plan:
-    """gqsa: 4-bit integers in what stays of groups of 16."""
-    return Plan(f"gqsa int4 {sparsity:.0%}{note and ' '}{note}", "gqsa", {"sparsity": sparsity, **options})
+def groups(sparsity: float, note: str = "", bits: int = 4, **options: Any) -> Plan:
+    """gqsa: integers in what stays of groups of 16."""
+    what = {"sparsity": sparsity, "num_bits": bits, **options}
+    return Plan(f"gqsa int{bits} {sparsity:.0%}{note and ' '}{note}", "gqsa", what)
+
+
+def group_values(size: int) -> Plan:
+    """gqsa: 16-bit values in half of the groups of ``size``, so that pruning alone costs quality."""
+    return Plan(f"gqsa values g{size} 50%", "gqsa", {"sparsity": 0.5, "num_bits": None, "group_size": size})
 
 
 PERCENT = {"sensitive_share": 0.0005, "magnitude_share": 0.004}
@@ -116,6 +127,10 @@ WEIGHT_RECIPES_I = [
     *(spared(saliency, note="feedback", feedback=True, clip="mse")
       for saliency in ("gradient", "fisher", "hessian", "magnitude")),
     spared("gradient", note="+0.25% magnitude", outlier_share=0.0075, magnitude_share=0.0025),
+    spared("taylor"),
+    *(spared(saliency, note="clip", clip="mse")
+      for saliency in ("gradient", "taylor", "hessian", "magnitude", "random")),
+    integers("rtn", 3, 128, note="clip", clip="mse"),
     *(groups(sparsity) for sparsity in (0.5, 0.4, 0.3, 0.2)),
     pruned("sparsegpt", "2:4"),
     pruned("sparsegpt", "2:4", 4),
@@ -124,9 +139,14 @@ WEIGHT_RECIPES_I = [
     groups(0.5, "one round mean", rounds=1, saliency="mean"),
     *(groups(sparsity, f"{rows} rows", rows=rows) for rows in ("fisher", "equal") for sparsity in (0.5, 0.3)),
     groups(0.5, "16-bit scales", scales="float16"),
+    *(groups(sparsity, bits=3) for sparsity in (0.22, 0.2, 0.1, 0.3)),
+    *(group_values(size) for size in (16, 8, 4, 2)),
     *(float_code(name, group, solver, scales)
       for name in ("nf3", "nf4") for group in (32, 128) for solver in ("gptq", "rtn", "awq") for scales in (2, 1)),
+    # The second scale costs what groups of half the size cost: these pairs are equal in bits.
     *(float_code(name, 16, solver, 1) for name in ("nf3", "nf4") for solver in ("gptq", "rtn")),
+    *(float_code(name, 64, solver, scales)
+      for name in ("nf3", "nf4") for solver in ("gptq", "rtn") for scales in (2, 1)),
     *(float_code("fp4", 32, solver, scales) for solver in ("gptq", "rtn") for scales in (2, 1)),
     *(integers(solver, bits, 32) for bits in (3, 4) for solver in ("gptq", "rtn", "awq")),
     tables(4),

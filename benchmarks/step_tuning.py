@@ -20,43 +20,45 @@ import torch
 
 from rarefy.core.errors import UnsupportedError
 from rarefy.kernels.cuda import measure, program, tuning
-from rarefy.kernels.cuda.program import Code, Tuning
+from rarefy.kernels.cuda.program import PLAIN, Code, Ending, Tuning
 
-Product = tuple[Code, int, int, int]  # code, rows, columns, tokens
+Product = tuple[Ending, Code, int, int, int]  # what becomes of it, code, rows, columns, tokens
 
 
 class Choices:
-    """What is chosen for each product, instead of what ``tuning.choose`` would."""
+    """What is chosen for each product, instead of what ``tuning.choose_with`` would."""
 
     def __init__(self) -> None:
         self.chosen: dict[Product, Tuning] = {}
         self.uses: Counter[Product] = Counter()
-        self.choose = tuning.choose
+        self.choose = tuning.choose_with
 
-    def __call__(self, code: Code, rows: int, columns: int, tokens: int, device: torch.device) -> Tuning:
-        key = code, rows, columns, tokens
+    def __call__(
+        self, ending: Ending, code: Code, rows: int, columns: int, tokens: int, device: torch.device
+    ) -> Tuning:
+        key = ending, code, rows, columns, tokens
         self.uses[key] += 1
         if key not in self.chosen:
-            self.chosen[key] = self.choose(code, rows, columns, tokens, device)
+            self.chosen[key] = self.choose(ending, code, rows, columns, tokens, device)
         return self.chosen[key]
 
     @contextmanager
     def instead(self) -> Iterator[None]:
         """Choose so for what is captured meanwhile."""
-        tuning.choose = self  # type: ignore[assignment]
+        tuning.choose_with = self  # type: ignore[assignment]
         try:
             yield
         finally:
-            tuning.choose = self.choose
+            tuning.choose_with = self.choose
 
     def products(self, tokens: int) -> list[Product]:
         """Those of so many tokens, what reads most in a step first."""
-        found = [key for key in self.chosen if key[3] == tokens]
-        return sorted(found, key=lambda key: -key[1] * key[2] * key[0].bits * self.uses[key])
+        found = [key for key in self.chosen if key[4] == tokens]
+        return sorted(found, key=lambda key: -key[2] * key[3] * key[1].bits * self.uses[key])
 
     def entries(self, tokens: int) -> list[dict[str, Any]]:
         """As ``kernels/cuda/tuning.py`` keeps them."""
-        return [tuning.entry(*key, self.chosen[key]) for key in self.products(tokens)]
+        return [tuning.entry(*key[1:], self.chosen[key]) for key in self.products(tokens)]
 
 
 def tune(choices: Choices, given: Callable[[], float], tokens: int, seconds: float, most: int = 10) -> list[str]:
@@ -75,7 +77,7 @@ def tune(choices: Choices, given: Callable[[], float], tokens: int, seconds: flo
     found.append(f"as chosen: {best:.4f} ms")
     products = choices.products(tokens)
     tried = {key: _candidates(key, choices.chosen[key], most) for key in products}
-    _compile({(key[0], each) for key, some in tried.items() for each in some})
+    _compile({(key[1], each, key[0]) for key, some in tried.items() for each in some})
     # How launches follow each other concerns all products at once.
     for overlap in (False, True):
         before = dict(choices.chosen)
@@ -95,26 +97,29 @@ def tune(choices: Choices, given: Callable[[], float], tokens: int, seconds: flo
             took = step()
             if took < best * 0.998:
                 best = took
-                found.append(f"{key[1]}x{key[2]}: {best:.4f} ms with {choices.chosen[key]}")
+                found.append(f"{key[2]}x{key[3]}: {best:.4f} ms with {choices.chosen[key]}")
             else:
                 choices.chosen[key] = before
     return found
 
 
 def _candidates(product: Product, chosen: Tuning, most: int) -> Sequence[Tuning]:
-    code, _, _, tokens = product
-    wide = measure.takes_wide(torch.device("cuda", 0))
-    return [
-        each for each in islice(measure.candidates(code, tokens, wide), most) if each != replace(chosen, overlap=False)
-    ]
+    ending, code, _, _, tokens = product
+    wide = measure.takes_wide(torch.device("cuda", 0)) and ending == PLAIN
+    every = measure.candidates(code, tokens, wide)
+    if ending.kind == "gated":
+        every = (each.with_halves() for each in every)
+    fitting = (each for each in dict.fromkeys(islice(every, 2 * most)) if each != replace(chosen, overlap=False))
+    return list(islice(fitting, most))
 
 
-def _compile(kernels: set[tuple[Code, Tuning]]) -> None:
+def _compile(kernels: set[tuple[Code, Tuning, Ending]]) -> None:
     """All at once, since each takes a second."""
 
-    def compiled(kernel: tuple[Code, Tuning]) -> None:
+    def compiled(kernel: tuple[Code, Tuning, Ending]) -> None:
+        code, tuning, ending = kernel
         with suppress(UnsupportedError):  # said when it is tried
-            program.compiled(*kernel, False, torch.device("cuda", 0))
+            program.compiled(code, tuning, False, torch.device("cuda", 0), ending)
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(compiled, kernels))

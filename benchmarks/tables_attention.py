@@ -91,12 +91,23 @@ def attention_budgets(model: str) -> str:
     """How calibrated thresholds keep their budget on text they were not calibrated on."""
     parts = []
     for data, rows in attention_rows("budget", model):
-        lines = ["| budget | mean error of a head | worst | within | within half as much again |", "|---" * 5 + "|"]
+        lines = ["| budget | mean error of a head | worst | within | within half as much again |"]
+        lines += ["|---" * 5 + "|"]
+        known = all("tiles_found" in row for row in rows)
+        if known:
+            lines[0] += " tiles found | as many | found without means | as many |"
+            lines[1] += "---|" * 4
         for row in sorted(rows, key=lambda row: row["budget"]):
-            lines.append(
+            line = (
                 f"| {row['budget']:g} | {row['mean_error']:.4f} | {row['worst_error']:.3f} | {row['within']:.1%} | "
                 f"{row['within_half_more']:.1%} |"
             )
+            if known:
+                line += "".join(
+                    f" {row[f'{name}_found']:.1%} | {row[f'{name}_as_many']:.2f} |"
+                    for name in ("tiles", "tiles_without_means")
+                )
+            lines.append(line)
         parts.append("\n".join([*lines, "", attention_facts(data, rows)]))
     return "\n\n".join(parts) or UNMEASURED
 

@@ -74,6 +74,24 @@ def gpu_decode_table() -> str:
     return "\n\n".join(parts) or UNMEASURED
 
 
+def step_table() -> str:
+    """What a decoding step's time goes to, one table for each device, kind of weights and number of sequences."""
+    parts = []
+    for data in results("*/gpu_step.json"):
+        steps: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for row in data["rows"]:
+            steps.setdefault((row["job"], row["batch"]), []).append(row)
+        for (job, batch), rows in steps.items():
+            lines = ["| launches | what | us | share | us of their bytes |", "|---" * 5 + "|"]
+            for row in sorted(rows, key=lambda row: -row["microseconds"]):
+                nbytes = f"{row['microseconds_of_bytes']:.0f}" if row["microseconds_of_bytes"] else "-"
+                where = f"{row['launches']} | {row['phase']} | {row['microseconds']:.0f} | {row['share']:.0%}"
+                lines.append(f"| {where} | {nbytes} |")
+            facts = f"{job}, batch {batch}; {rows[0]['note']}; {measured_on({**data, 'rows': rows})}"
+            parts.append("\n".join([*lines, "", facts]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
 def linear_table() -> str:
     """Single layers in code on GPUs, one table for each device."""
     parts = []
@@ -120,5 +138,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-decode": cpu_decode_table,
     "cpu-layer": cpu_layer_table,
     "gpu-decode": gpu_decode_table,
+    "gpu-step": step_table,
     "gpu-linear": linear_table,
 }

@@ -409,6 +409,25 @@ def test_what_travels_along(dense: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(config)
 
 
+@pytest.mark.parametrize(
+    ("card", "told"),
+    [
+        ('license: "mit"\nbase_model: some/one', ["license: mit", "base_model: some/one"]),
+        ("base_model: a/b/c\nlicense: [mit]", []),
+        ("license: mit: no", []),
+        ("- license", []),
+    ],
+    ids=["both", "of other kinds", "not YAML", "a list"],
+)
+def test_licence_and_base_model_travel_along(card: str, told: list[str], dense: Path, tmp_path: Path) -> None:
+    (dense / "README.md").write_text(f"---\n{card}\n---\n# Dense")
+    compress(dense, tmp_path / "small")
+    rarefy.save(rarefy.load(tmp_path / "small"), tmp_path / "again")
+    for name in ("small", "again"):
+        lines = (tmp_path / name / "README.md").read_text().splitlines()
+        assert lines[3 : lines.index("---", 1)] == told
+
+
 def test_a_key_that_would_undo_the_guard_is_dropped(dense: Path, tmp_path: Path) -> None:
     path = dense / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "transformers_weights": "model.safetensors"}))

@@ -10,7 +10,9 @@ import transformers
 from torch import Tensor, nn
 
 import rarefy
-from rarefy.calibration.gradients import _crc, loss_of
+from rarefy.calibration import driver
+from rarefy.calibration.activations import MemoryShelf
+from rarefy.calibration.gradients import _crc, loss_of, states_at_once, steps
 from rarefy.calibration.skeleton import use_expert_loop_
 from rarefy.contracts import Recipe, Rule
 from rarefy.core.errors import RecipeError
@@ -84,6 +86,43 @@ def test_gradients_are_those_of_the_whole_model(family: str) -> None:
         ):  # fmt: skip
             assert close(found[reached], wanted[reached]) < 2e-4, name
         assert torch.equal(statistics.fisher.mean()[~reached], torch.ones_like(statistics.fisher.mean()[~reached]))
+
+
+@pytest.mark.parametrize(("blocks", "states", "runs"), [(1, 2, 2), (4, 4, 10), (7, 5, 18)])
+def test_states_between_some_blocks_are_enough(
+    blocks: int, states: int, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients are the same, and no more hidden states are kept at a time than said."""
+    held, most, advanced = 0, 0, list[float]()
+
+    class Counted(MemoryShelf):
+        def __init__(self, *given: Any) -> None:
+            nonlocal held, most
+            super().__init__(*given)
+            held += 1
+            most = max(most, held)
+
+        def discard(self) -> None:
+            nonlocal held
+            super().discard()
+            held -= 1
+
+    sweep = driver.reverse_sweep
+    monkeypatch.setattr(driver, "MemoryShelf", Counted)
+    monkeypatch.setattr(driver, "reverse_sweep", lambda given, folder, _: sweep(given, folder, count))
+
+    def count(step: float = 1, note: str = "") -> None:
+        advanced.append(step)
+
+    model, batches = family_of("llama").build(num_hidden_layers=blocks), batches_for(family_of("llama"))
+    expected = whole_model(wide(model), wide_batches(batches), batches)
+    compress(model, batches, "fisher_for_tests")
+    for name, layer in SEEN.items():
+        each = torch.stack(expected[name])
+        assert close(layer.statistics.fisher.sum, each.square().sum(0)) < 2e-4, name
+    assert len({name.split(".")[2] for name in SEEN}) == blocks
+    assert (held, most, sum(advanced)) == (0, states, runs)
+    assert most <= states_at_once(blocks) and runs == steps(blocks)
 
 
 def test_the_loss_of_a_language_model_is_that_of_its_next_tokens() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ import pytest
 import torch
 
 import rarefy
-from rarefy.cli import common
+from rarefy.cli import common, recipes
+from rarefy.contracts import attention_recipes, kv_recipes, weight_recipes
 from rarefy.kernels import cpu
+from rarefy.recipes import discover
 from tests.cli.conftest import Run, one_json, one_sentence
 
 COMMANDS = ("compress", "eval", "compare", "report", "chat", "bench", "inspect", "recipes", "info", "demo")
@@ -214,6 +217,19 @@ def test_recipes_shows_options_as_they_are_typed(run: Run) -> None:
     assert about["options"]["format"]["type"].startswith("int | lut | ternary") and about["needs"] == []
     shown = run("recipes", "rtn").stdout
     assert "Union" not in shown and "Literal" not in shown and "data-free" in shown
+
+
+def test_every_option_of_every_recipe_is_explained(run: Run) -> None:
+    discover()
+    for registry in (weight_recipes, kv_recipes, attention_recipes):
+        for name in registry:
+            said = "\n".join(recipes.explanations(registry.get(name)))
+            unsaid = [
+                option for option in registry.get(name).model_fields
+                if option not in ("num_bits", "group_size") and not re.search(rf"\b{option}\b", said)
+            ]  # fmt: skip
+            assert not unsaid or name.startswith("test_"), f"{name}: say what {unsaid} mean"
+    assert "``rows_per_lut``" in run("recipes", "rtn").stdout
 
 
 def test_recipes_shows_a_preset_and_a_required_option(run: Run, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -14,10 +16,16 @@ from rarefy.decoding import interpreter
 from rarefy.decoding.batch import Batch
 from rarefy.decoding.build import build
 from rarefy.decoding.cache import KeyValues, Sequences
+from rarefy.decoding.products import Together
 from rarefy.decoding.program import Program
 from rarefy.decoding.runner import Runner
 from rarefy.decoding.sampling import Sampling
+from rarefy.kernels.cuda.join import join_
+from rarefy.kernels.cuda.prepared import prepare
+from rarefy.kernels.cuda.program import Tuning
+from rarefy.layers.linear import CompressedLinear
 from tests.decoding.models import DECODERS, build_model, compress, prompt
+from tests.kernels.cuda import emulation
 
 pytest.importorskip("triton")
 from rarefy.decoding.graph import GraphExecutor
@@ -288,3 +296,39 @@ def test_places_that_nobody_asked_for_change_nothing() -> None:
         assert row.tolist() == alone(program, part, 4)
     with pytest.raises(OptionError, match="at least one token"):
         Batch(executor, program, [torch.tensor([], dtype=torch.int64)], torch.float32, DEVICE)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu" or emulation.COMPILER is None, reason="run by this processor")
+@pytest.mark.parametrize(
+    ("family", "kinds"), [("llama", ["added", "gated", "added", "", "added", "gated"]), ("gemma2", ["gated", "gated"])]
+)
+def test_linked_products_compute_the_same(family: str, kinds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 2}
+    model = compress(small(family, **sizes).to(torch.bfloat16))
+    program, parts = build(model), prompt(6).to(DEVICE).split([4, 1, 1])
+    exact, plain = (
+        torch.cat([interpreter.run(own, part, cache) for cache in [kept(own, dtype=dtype)] for part in parts])
+        for own, dtype in ((build(copy.deepcopy(model).to(torch.float32)), torch.float32), (program, torch.bfloat16))
+    )
+    execute, cache = GraphExecutor(program), kept(program, dtype=torch.bfloat16)
+    for product in execute._products.values():
+        assert isinstance(product, Together)
+        if not isinstance(product._linears[0], CompressedLinear):
+            continue  # the head
+        for each in product._linears:
+            each.restore_()
+        layers = [[prepare(*term.operation()) for term in each.terms] for each in product._linears]
+        product.terms = [join_(terms) for terms in zip(*layers, strict=True)]
+    ended: list[str] = []
+
+    def launch(*given: Any) -> None:
+        ended.append(given[-1].kind)
+        emulation.program_linear(*given)
+
+    monkeypatch.setattr(import_module("rarefy.kernels.cuda.linear"), "_compiles", lambda: True)
+    monkeypatch.setattr("rarefy.kernels.cuda.program.linear", launch)
+    cut = Tuning(1, 1, 2, 1, 1, spread=True)
+    monkeypatch.setattr("rarefy.kernels.cuda.tuning.choose_with", lambda *given: cut)
+    made = torch.cat([execute(part, cache) for part in parts])
+    assert distance(made, exact) < 1.5 * distance(plain, exact)
+    assert ended == kinds * 2

@@ -13,13 +13,17 @@ from rarefy.contracts import Recipe, Rule
 from rarefy.decoding import interpreter
 from rarefy.decoding.build import build
 from rarefy.decoding.cache import KeyValues, Sequences
+from rarefy.decoding.link import Linked
 from rarefy.decoding.program import Program
 from rarefy.decoding.runner import Runner
 from rarefy.decoding.sampling import Sampling
+from rarefy.kernels.cuda import attend_token
 from tests.decoding.models import CODED, coded
 
 pytest.importorskip("triton")
 from rarefy.decoding.graph import GraphExecutor
+from rarefy.kernels.triton import step
+from rarefy.kernels.triton.step import PLAIN, Gain, Heads
 
 pytestmark = pytest.mark.gpu
 
@@ -73,6 +77,52 @@ def test_every_kind_of_code(name: str) -> None:
     execute, ours, oracle = GraphExecutor(program), kept(program, torch.float16), kept(program, torch.float16)
     for part in tokens.split([70, 1, 1, 1, 1]):
         assert distance(execute(part, ours), interpreter.run(program, part, oracle)) < 1e-2
+
+
+@pytest.mark.parametrize("name", CODED)
+@pytest.mark.parametrize("sequences", [1, 5, 16])
+def test_linked_products_are_those_alone(name: str, sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every kind of code, in bfloat16: linked to what surrounds them and launch by launch."""
+    sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    program = build(coded(name, {**SMALL, **sizes}).to(torch.bfloat16).cuda())
+    tokens, logits = torch.arange(5, 5 + sequences, device="cuda"), []
+    for linked in (True, False):
+        if not linked:
+            monkeypatch.setattr("rarefy.decoding.graph.can_end", lambda *given: False)
+        execute, cache = GraphExecutor(program), kept(program, torch.bfloat16, sequences)
+        assert any(isinstance(each, Linked) for each in execute.steps(sequences)) == linked
+        for number in range(sequences):
+            execute.read(prompt(3 + 40 * number, seed=number), cache, number)
+        logits.append(torch.stack([execute.advance(tokens, cache).clone() for _ in range(3)]))
+    assert distance(*logits) < 3e-2
+
+
+@pytest.mark.parametrize(("group", "channels"), [(4, 128), (8, 128), (1, 64)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"softcap": 20.0}, {"window": 100}])
+def test_attention_of_a_token_is_the_portable_one(
+    group: int, channels: int, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    heads, lengths = 2, [0, 1, 63, 64, 700, 2999]
+    angles = torch.arange(3000, device="cuda")[:, None] * 0.9 ** torch.arange(channels // 2, device="cuda")
+    turns = torch.stack([angles.cos(), angles.sin()], 1).to(dtype)
+    gain = Gain(torch.rand(channels, device="cuda").to(dtype) + 0.5, 1e-6, PLAIN)
+    layer = Heads(heads * group, heads, channels, channels**-0.5, turns, q_gain=gain, k_gain=gain, **options)
+    positions = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    cached = torch.randn(2, len(lengths), heads, 3000, channels, device="cuda").to(dtype)
+    q, k, v = (
+        torch.randn(len(lengths), count * channels, device="cuda").to(dtype)
+        for count in (heads * group, heads, heads)
+    )
+    found = []
+    for kind in (attend_token.Attention, step.Attention):
+        keys, values = cached.clone()
+        attention = kind(len(lengths), heads * group, heads, channels, torch.device("cuda", 0))
+        for _ in range(2):
+            out = attention(q, k, v, keys, values, positions, layer)
+        found.append((out, keys, values))
+    for ours, portable in zip(*found, strict=True):
+        assert distance(ours, portable) < (2e-3 if dtype == torch.float16 else 1e-2)
 
 
 def test_many_sequences_of_many_lengths() -> None:

@@ -109,6 +109,7 @@ WIDE = Tuning(1, 4, 8, 1, 2, 4, wide=True, overlap=True)
     "changes",
     [
         {}, {"across": 4, "depth": 3}, {"across": 12}, {"tiles": 2}, {"tokens": 16, "in_turns": True}, {"cluster": 2},
+        {"depth": 4, "buffered": True},
         {"split": 4}, {"cluster": 2, "split": 2}, {"tokens": 32, "rescaled": True, "stages": 3}, {"overlap": False},
     ],
     ids=str,
@@ -120,6 +121,24 @@ def test_every_form_of_four_warps_together(changes: dict[str, Any], monkeypatch:
     checked(layer, x)
     first = layer(x)
     assert all(torch.equal(layer(x), first) for _ in range(20))
+
+
+ONE = Tuning(1, 1, 1, 4, 2, spread=True, overlap=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="before Hopper")
+@pytest.mark.parametrize(
+    "changes", [{}, {"along": 16}, {"tiles": 4, "depth": 1}, {"tiles": 2, "across": 2}], ids=str
+)
+def test_every_form_of_one_token(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "choose", lambda *arguments: replace(ONE, **changes))
+    x = torch.randn(1, 3000, device=GPU, dtype=torch.float16)
+    for terms in ([quantized(GRIDS["int3-float"], PATTERNS["full"], 700, 3000), residual(700, 3000)],
+                  [quantized(GRIDS["binary1"], PATTERNS["full"], 700, 3000)]):  # fmt: skip
+        layer = CompressedLinear(terms).to(GPU)
+        checked(layer, x)
+        first = layer(x)
+        assert all(torch.equal(layer(x), first) for _ in range(20))
 
 
 def test_inputs_of_any_form() -> None:

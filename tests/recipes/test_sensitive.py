@@ -124,7 +124,7 @@ def test_feedback_lowers_the_output_error() -> None:
 # ---- outliers by gradient
 
 
-@pytest.mark.parametrize("saliency", ["gradient", "fisher", "hessian", "magnitude", "random"])
+@pytest.mark.parametrize("saliency", ["gradient", "taylor", "fisher", "hessian", "magnitude", "random"])
 def test_each_saliency_protects_what_it_names(saliency: str) -> None:
     layer = layer_of()
     recipe = Gwq(saliency=saliency, outlier_share=0.05)  # type: ignore[arg-type]
@@ -134,6 +134,7 @@ def test_each_saliency_protects_what_it_names(saliency: str) -> None:
     assert known.gradient is not None and known.fisher is not None and known.gram is not None
     scores = {
         "gradient": known.gradient.sum.abs(),
+        "taylor": (known.gradient.sum * layer.weight).abs(),
         "fisher": known.fisher.sum,
         "magnitude": layer.weight.abs(),
         "hessian": layer.weight.square() * known.gram.mean().diagonal(),
@@ -191,8 +192,8 @@ def test_afpq_wants_what_its_solver_wants() -> None:
 # ---- groups
 
 
-def test_groups_of_integers_beat_pairs_of_four_and_two_bits() -> None:
-    """At fewer bits than either."""
+def test_groups_of_integers_take_fewer_bits_than_pairs_of_four_and_two_bits() -> None:
+    """What they cost by selection, by rounds, and by sparsity."""
     layer = layer_of(96, 256)
     uneven = Layer("layer", layer.weight * torch.logspace(-0.5, 0.5, 96)[:, None], layer.statistics)
     solution = Gqsa().solve(uneven)
@@ -206,18 +207,30 @@ def test_groups_of_integers_beat_pairs_of_four_and_two_bits() -> None:
     assert isinstance(term, Quantized) and int(term.decode().eq(0).sum()) >= term.decode().numel() // 2
 
 
+def test_the_smaller_the_groups_the_less_half_of_them_costs() -> None:
+    """Pairs of four lie between groups of 2 and of 16."""
+    layer = layer_of(96, 256)
+    costs = [lost(Gqsa(num_bits=None, group_size=size), layer) for size in (2, 4, 8, 16)]
+    assert costs == sorted(costs)
+    assert costs[0] < lost(SparseGpt(n=2, m=4), layer) < costs[-1]
+
+
 # ---- what is missing or wrong
 
 
 def test_without_statistics_layers_are_solved_without_data() -> None:
     weight = problem(16, 32)[0]
     recipes: list[WeightRecipe] = [
-        SqueezeLlm(feedback=True), Gwq(group_size=16, feedback=True), Gwq(saliency="hessian"), Afpq(), Gqsa(),
+        SqueezeLlm(feedback=True), Gwq(group_size=16, feedback=True), Gwq(saliency="taylor"), Gwq(saliency="hessian"),
+        Afpq(), Gqsa(),
         Gqsa(rows="fisher"),
     ]  # fmt: skip
     for layer in (Layer("layer", weight), Layer("experts", torch.stack([weight, 2 * weight]))):
         for recipe in recipes:
-            assert stored(recipe.solve(layer)).shape == layer.weight.shape
+            solution = recipe.solve(layer)
+            assert stored(solution).shape == layer.weight.shape
+            said = "".join(solution.notes)
+            assert ("not known" in said) == bool(recipe.needs & {"fisher", "gradient"})
 
 
 def test_recipes_want_no_more_than_their_options_use() -> None:

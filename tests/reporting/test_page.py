@@ -148,3 +148,9 @@ def test_nothing_to_show_and_no_page(findings: Findings, tmp_path: Path) -> None
         write_report(Findings(), tmp_path / "a.html")
     with pytest.raises(OptionError, match=r"ends in \.html"):
         write_report(findings, tmp_path / "a.pdf")
+
+
+def test_quality_by_bits_comes_before_what_was_timed(findings: Findings) -> None:
+    html = own(render(findings))
+    sections = re.findall(r'<section id="([a-z]*-[^"]*)"', html)
+    assert sections.index("benchmark-0-0") < sections.index("efficiency-0") < sections.index("benchmark-1")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rarefy.calibration.calibrated import Calibration, calibrated
 from rarefy.calibration.journal import Journal
-from rarefy.calibration.output import copy_companions, licence_of, write_card, write_config
+from rarefy.calibration.output import copy_companions, write_card, write_config
 from rarefy.calibration.report import LayerReport, Ledger
 from rarefy.calibration.selection import Selection, may_be_absent, select, select_sites, tied_parameters
 from rarefy.calibration.skeleton import read_config, runnable_skeleton, skeleton, skeleton_of
@@ -151,7 +151,7 @@ def compress_folder(
     copy_companions(source, stage)
     write_config(stage, config, manifest)
     architecture = next(iter(config.get("architectures") or ()), "AutoModel")
-    write_card(stage, name, str(architecture), manifest, licence_of(source))
+    write_card(stage, name, str(architecture), manifest, source)
     return ledger, manifest, selection.skipped
 
 

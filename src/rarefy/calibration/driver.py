@@ -16,7 +16,7 @@ from rarefy.calibration.activations import FileShelf, FileStream, MemoryShelf, M
 from rarefy.calibration.blocks import Resident, find_blocks
 from rarefy.calibration.capture import INPUTS, Capture, EndOfBlock, Group
 from rarefy.calibration.fold import Producer
-from rarefy.calibration.gradients import KINDS, Sweep, reverse_sweep
+from rarefy.calibration.gradients import KINDS, Sweep, reverse_sweep, steps
 from rarefy.calibration.journal import Journal, Progress, Solved
 from rarefy.calibration.parallel import Ranks
 from rarefy.calibration.replay import Call, Replay, check_data, hidden_of, token_mask
@@ -159,7 +159,7 @@ class Driver:
                 self.replay, self.resident, self.batches, self.calls, self.output, self.sites,
                 lambda site: self.solver.recipe(site).needs, self.ranks, self.job.seed, self._shelf,
             )  # fmt: skip
-            with self._progress("gradients", 2 * len(self.blocks)) as advance:
+            with self._progress("gradients", steps(len(self.blocks))) as advance:
                 self.solver.gradients = reverse_sweep(sweep, self.job.scratch, advance)
 
     def _outside(self, advance: Advance) -> None:

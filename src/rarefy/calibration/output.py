@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ COMPANIONS = (
     "config_sentence_transformers.json", "sentence_*config.json", "1_Pooling",
     "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
+
+NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a licence, or of a model on the hub
 
 
 def copy_companions(source: Path, out: Path) -> None:
@@ -43,11 +46,17 @@ def write_config(out: Path, config: dict[str, Any], manifest: Manifest) -> None:
     write_text(out / "config.json", json.dumps(whole, indent=2) + "\n")
 
 
-def write_card(out: Path, base: str, architecture: str, manifest: Manifest, licence: str | None) -> None:
-    """README.md: the model card with what compression achieved and how to load the model, a ``architecture``."""
+def write_card(out: Path, base: str, architecture: str, manifest: Manifest, source: Path | None) -> None:
+    """README.md: the model card with what compression achieved and how to load the model, a ``architecture``.
+
+    ``base``: the dense model's hub id, or its name where it has none; licence and base model are then those that the
+    card of the folder ``source`` tells.
+    """
+    licence, ancestor = _travelling(source)
+    ancestor = base if "/" in base and not Path(base).is_absolute() else ancestor
     head = ["---", "library_name: transformers", "tags: [rarefy, compressed]"]
     head += [f"license: {licence}"] if licence else []
-    head += [f"base_model: {base}", "---"] if "/" in base and not Path(base).is_absolute() else ["---"]
+    head += [f"base_model: {ancestor}", "---"] if ancestor else ["---"]
     body = [
         f"# {Path(base).name}, compressed with rarefy",
         "",
@@ -80,18 +89,16 @@ def _achieved(manifest: Manifest) -> list[str]:
     ]
 
 
-def licence_of(source: Path) -> str | None:
-    """The ``license:`` line of a model card's front matter, if the source folder has one."""
+def _travelling(source: Path | None) -> tuple[str | None, str | None]:
+    """Licence and base model in the front matter of the source's own card, where it has them."""
+    import yaml
+
     try:
-        lines = (source / "README.md").read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return None
-    if not lines or lines[0].strip() != "---":
-        return None
-    for line in lines[1:]:
-        if line.strip() == "---":
-            break
-        if line.startswith("license:"):
-            value = line.split(":", 1)[1].strip()
-            return value if value and all(char.isalnum() or char in ".-_" for char in value) else None
-    return None
+        lines = (source / "README.md").read_text("utf-8").splitlines() if source is not None else []
+        end = lines.index("---", 1) if lines and lines[0] == "---" else 0
+        facts = yaml.safe_load("\n".join(lines[1:end]))
+    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError, RecursionError):
+        return None, None
+    found = [facts.get(key) if isinstance(facts, dict) else None for key in ("license", "base_model")]
+    licence, base = (value if isinstance(value, str) and NAME.fullmatch(value) else None for value in found)
+    return licence, base

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rarefy.calibration.gradients import states_at_once
 from rarefy.calibration.samples import Samples
 from rarefy.core.errors import OptionError
 from rarefy.core.memory import available_bytes, free_disk_bytes, human
@@ -71,7 +72,7 @@ def plan(
 ) -> Plan:
     """Estimates from shapes alone; layers of one parent and width are taken to read one input, as q, k and v do.
 
-    ``streams``: kinds of hidden states that are kept; with ``gradients`` those of all blocks are.
+    ``streams``: kinds of hidden states that are kept; ``gradients`` keeps those between some blocks besides.
     """
     states = samples.positions * _hidden_width(model, sites) * dtype.itemsize
     sizes = [_block_bytes(model.get_submodule(name), dtype) for name in blocks]
@@ -81,7 +82,8 @@ def plan(
         (SOLVER_COPIES * 4 * _members(s) * s.shape[-1] ** 2 + WEIGHT_COPIES * 4 * s.count for s in sites), default=0
     )
     results = sum(site.count for site in sites)  # at most a byte a weight, as a rule half of that
-    return Plan(streams * states, (len(blocks) + 2) * states * gradients, max(sizes), statistics, solver, results)
+    between = states_at_once(len(blocks)) * states * gradients
+    return Plan(streams * states, between, max(sizes), statistics, solver, results)
 
 
 def check_plan(wanted: Plan, device: torch.device, scratch: Path | None, processes: int) -> str | None:

@@ -51,17 +51,28 @@ def recipes(
         for label, field in recipe.model_fields.items()
     }
     needs = sorted(recipe.model_construct().needs)
+    about = explanations(recipe)
     if as_json:
-        print_json({"name": name, "about": inspect.getdoc(recipe), "needs": needs, "options": options})
+        print_json({"name": name, "about": "\n\n".join(about), "needs": needs, "options": options})
         return
-    print(inspect.getdoc(inspect.getmodule(recipe)) or "")
-    print(f"\n{inspect.getdoc(recipe) or ''}\n")
+    print("\n\n".join([inspect.getdoc(inspect.getmodule(recipe)) or "", *about]) + "\n")
     print_table(
         ("option", "default", "type"),
         ((label, _as_yaml(entry["default"]), entry["type"]) for label, entry in options.items()),
         text=True,
     )
     print(f"needs {', '.join(needs) or 'nothing: it is data-free'}")
+
+
+def explanations(recipe: type[Any]) -> list[str]:
+    """What is written about the options of a recipe: by itself, then by each class that it has some of them from."""
+    found = []
+    for cls in recipe.__mro__:
+        options = set(getattr(cls, "model_fields", ()))
+        inherited = {name for base in cls.__bases__ for name in getattr(base, "model_fields", ())}
+        if cls is recipe or options - inherited:
+            found.append(inspect.cleandoc(cls.__doc__ or ""))
+    return found
 
 
 def _title(recipe: type[Any]) -> str:

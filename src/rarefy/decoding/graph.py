@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, overload
 
 import torch
@@ -14,13 +14,19 @@ from torch.nn.attention.bias import causal_lower_right
 from rarefy.core.errors import OptionError, UnsupportedError
 from rarefy.decoding import interpreter
 from rarefy.decoding.cache import KeyValues, Sequences
-from rarefy.decoding.fuse import AddNorm, Attention, Fused, Projects, fuse
-from rarefy.decoding.products import together_
+from rarefy.decoding.fuse import AddNorm, Attention, Projects, fuse
+from rarefy.decoding.link import After, Linked, Step, link
+from rarefy.decoding.products import Together
 from rarefy.decoding.program import Add, Cap, Embed, Gate, Norm, Program, Rotate
 from rarefy.decoding.sampling import Sampling
+from rarefy.kernels.cuda import attend_token, status
+from rarefy.kernels.cuda.linear import Beside, can_end, product_with_ending
+from rarefy.kernels.cuda.prepared import Prepared
+from rarefy.kernels.cuda.program import Ending as EndOfProduct
 from rarefy.kernels.triton import step
 from rarefy.kernels.triton.pick import Picker
 
+SQUARES = " squares"  # of what is to be divided, beside its name
 WRITTEN = 1024  # tokens that are remembered on the GPU
 # How a step ends: with its logits, or by picking tokens: (draw, of the top k, of the top p).
 Ending: TypeAlias = tuple[bool, bool, bool] | None
@@ -32,7 +38,7 @@ class _Step:
 
     tokens: Tensor
     positions: Tensor
-    attend: step.Attention
+    attend: step.Attention | attend_token.Attention
     pick: Picker
     place: tuple[int, ...] = ()  # of the cache that the graphs read
     graphs: dict[Ending, tuple[Callable[[], None], Tensor]] = field(default_factory=dict)
@@ -41,9 +47,10 @@ class _Step:
 class GraphExecutor:
     """Runs ``program`` on its model's GPU in the model's dtype.
 
-    A step of one token for each sequence is captured once for each number of sequences and each place of the cache;
-    longer chunks of one sequence run launch by launch. Projections of the same input become one where their weights
-    can lie together, which moves the weights but neither copies nor changes them. On the CPU nothing is captured and
+    A step of one token for each sequence is captured once for each number of sequences and each place of the cache,
+    and kept for the last place of each number; longer chunks of one sequence run launch by launch. Projections of the
+    same input become one where their weights can lie together, which moves the weights but neither copies nor changes
+    them. On the CPU nothing is captured and
     Triton's interpreter executes. Raises UnsupportedError for a program or tensors that the kernels do not take.
     """
 
@@ -58,8 +65,8 @@ class GraphExecutor:
             raise UnsupportedError("The GPU's runner needs an embedding whose rows lie together.")
         self.device, self.dtype = embed.table.weight.device, embed.table.weight.dtype
         with torch.inference_mode(False), torch.no_grad():  # what weights become is theirs to keep
-            self._products = {
-                operation.parts[0].name: together_([part.linear for part in operation.parts])
+            self._products: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+                operation.parts[0].name: Together([part.linear for part in operation.parts])
                 for operation in (*self._whole, *self._head)
                 if isinstance(operation, Projects)
             }
@@ -162,7 +169,7 @@ class GraphExecutor:
             at = self._steps[sequences] = _Step(
                 torch.zeros(sequences, dtype=torch.int64, device=device),
                 torch.zeros(sequences, dtype=torch.int32, device=device),
-                step.Attention(sequences, program.heads, program.kv_heads, program.head_dim, device),
+                self._attention()(sequences, program.heads, program.kv_heads, program.head_dim, device),
                 Picker(sequences, program.vocabulary, WRITTEN, device),
             )
         place = keys.data_ptr(), values.data_ptr(), capacity
@@ -171,6 +178,25 @@ class GraphExecutor:
             at.graphs.clear()
         return at
 
+    def steps(self, sequences: int) -> tuple[Step, ...]:
+        """What one more token of so many sequences launches, in this order."""
+
+        def ends(product: Projects, after: After) -> bool:
+            terms = self._terms(product)
+            fits = not isinstance(after, AddNorm) or after.norm.weight.dtype == self.dtype
+            return fits and terms is not None and can_end(terms, sequences, self.dtype)
+
+        return link(self._whole, ends)
+
+    def _attention(self) -> type[step.Attention] | type[attend_token.Attention]:
+        """The kernel that reads heads like the program's."""
+        program = self.program
+        norms = [norm for each in self._whole if isinstance(each, Attention) for norm in (each.q_norm, each.k_norm)]
+        fits = attend_token.fits(self.dtype, program.heads, program.kv_heads, program.head_dim)
+        if fits and status() == "cuda" and all(norm is None or norm.weight.dtype == self.dtype for norm in norms):
+            return attend_token.Attention
+        return step.Attention
+
     def _capture(self, at: _Step, keys: Tensor, values: Tensor, ending: Ending) -> tuple[Callable[[], None], Tensor]:
         """What runs the step once more, and the logits that it leaves."""
 
@@ -178,9 +204,11 @@ class GraphExecutor:
             layer = operation.attend.layer
             return at.attend(q, k, v, keys[layer], values[layer], at.positions, self._heads(operation, keys.shape[3]))
 
+        operations = self.steps(len(at.tokens))
+
         def run() -> Tensor:
             buffers = {"tokens": at.tokens}
-            self._execute(self._whole, buffers, attend)
+            self._execute(operations, buffers, attend)
             logits = buffers["logits"]
             if ending is not None:
                 draw, top_k, top_p = ending
@@ -221,8 +249,12 @@ class GraphExecutor:
         self._execute(self._head, buffers, attend)
         return buffers["logits"]
 
+    def _terms(self, operation: Projects) -> Sequence[Prepared] | None:
+        """What the kernels multiply by for ``operation``, if they do."""
+        return getattr(self._products[operation.parts[0].name], "terms", None)
+
     def _execute(
-        self, operations: Sequence[Fused], at: dict[str, Tensor],
+        self, operations: Sequence[Step], at: dict[str, Tensor],
         attend: Callable[[Attention, Tensor, Tensor, Tensor], Tensor],
     ) -> None:  # fmt: skip
         for operation in operations:
@@ -235,6 +267,8 @@ class GraphExecutor:
                 case Projects(parts):
                     for part, made in zip(parts, self._products[parts[0].name](at[parts[0].x]), strict=True):
                         at[part.out] = made
+                case Linked():
+                    self._link(operation, at)
                 case Attention():
                     q, k, v = (at[name] for name in (operation.attend.q, operation.attend.k, operation.attend.v))
                     at[operation.attend.out] = attend(operation, q, k, v)
@@ -244,6 +278,25 @@ class GraphExecutor:
                     at[x] = at[x] + at[y]
                 case Cap(x, cap):
                     at[x] = cap * torch.tanh(at[x] / cap)
+
+    def _link(self, operation: Linked, at: dict[str, Tensor]) -> None:
+        product, normed, after = operation.product, operation.normed, operation.after
+        terms = self._terms(product)
+        assert terms is not None  # as ``link`` was told
+        x, name = at[product.parts[0].x], product.parts[0].x
+        beside = Beside() if normed is None else Beside(at[name + SQUARES], normed.eps)
+        match after:
+            case Gate(_, _, out, activation):
+                ending = EndOfProduct(normed is not None, "gated", activation)
+                at[out], _ = product_with_ending(x, terms, ending, beside)
+            case AddNorm(norm, Add(hidden, _), _):
+                ending = EndOfProduct(normed is not None, "added", centred=norm.centred)
+                beside = replace(beside, hidden=at[hidden], gain=norm.weight)
+                at[norm.out], at[norm.out + SQUARES] = product_with_ending(x, terms, ending, beside)
+            case _:
+                made, _ = product_with_ending(x, terms, EndOfProduct(normed is not None), beside)
+                rows = [part.linear.out_features for part in product.parts]
+                at.update(zip([part.out for part in product.parts], made.split(rows, -1), strict=True))
 
     def _heads(self, operation: Attention, capacity: int) -> step.Heads:
         attend, program = operation.attend, self.program

@@ -20,30 +20,42 @@ from rarefy.layers.linear import CompressedLinear
 Product: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
 
 
-def together_(linears: Sequence[nn.Linear]) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """What computes ``linears`` of the same input, as one product where their weights can be made to lie together."""
-    product = _product_of_all_(linears) if len(linears) > 1 else None
-    if product is None:
-        return lambda x: tuple(linear(x) for linear in linears)
-    biases = [linear.bias for linear in linears if linear.bias is not None]
-    bias = _adjacent_(biases) if biases else None
-    rows = [linear.out_features for linear in linears]
-    return lambda x: product(x, bias).split(rows, -1)
+class Together:
+    """``linears`` of the same input, as one product where their weights can be made to lie together, which moves them.
 
+    ``terms``: what native kernels multiply by, of all of them; None where Torch computes, or adds a bias.
+    """
 
-def _product_of_all_(linears: Sequence[nn.Linear]) -> Product | None:
-    kinds = {type(each) for each in linears}
-    if kinds not in ({nn.Linear}, {CompressedLinear}):
-        return None
-    if len({(each.bias is None, each.weight.dtype) for each in linears}) > 1:
-        return None
-    if kinds == {nn.Linear}:
-        weight = _adjacent_([each.weight for each in linears])
+    def __init__(self, linears: Sequence[nn.Linear]):
+        self._linears = linears
+        self._rows = [linear.out_features for linear in linears]
+        terms = self._terms_()
+        self._product = self._product_of_all_(terms) if len(linears) > 1 else None
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        self._bias = _adjacent_(biases) if biases and self._product is not None else None
+        self.terms = None if biases else terms
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``[M, out_features]`` of each for ``x [M, in_features]``."""
+        if self._product is None:
+            return tuple(linear(x) for linear in self._linears)
+        return self._product(x, self._bias).split(self._rows, -1)
+
+    def _terms_(self) -> list[Prepared] | None:
+        coded = [each for each in self._linears if type(each) is CompressedLinear]
+        return _joined_(coded) if len(coded) == len(self._linears) and self._are_alike else None
+
+    @property
+    def _are_alike(self) -> bool:
+        return len({(type(each), each.bias is None, each.weight.dtype) for each in self._linears}) == 1
+
+    def _product_of_all_(self, terms: list[Prepared] | None) -> Product | None:
+        if terms is not None:
+            return lambda x, bias: native.linear(x, terms) if bias is None else native.linear(x, terms) + bias
+        if type(self._linears[0]) is not nn.Linear or not self._are_alike:
+            return None
+        weight = _adjacent_([each.weight for each in self._linears])
         return lambda x, bias: F.linear(x, weight, bias)
-    terms = _joined_([each for each in linears if isinstance(each, CompressedLinear)])
-    if terms is None:
-        return None
-    return lambda x, bias: native.linear(x, terms) if bias is None else native.linear(x, terms) + bias
 
 
 def _joined_(layers: Sequence[CompressedLinear]) -> list[Prepared] | None:

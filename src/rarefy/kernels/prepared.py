@@ -106,6 +106,16 @@ def filled(arguments: Arguments, given: dict[int, Tensor | None]) -> Arguments:
     return tuple(given.get(index, value) for index, value in enumerate(arguments))
 
 
+def padded(values: Tensor, dim: int, multiple: int) -> Tensor:
+    """``values`` with zeros behind, so that ``dim`` is a multiple."""
+    missing = -values.shape[dim] % multiple
+    if not missing:
+        return values
+    shape = list(values.shape)
+    shape[dim] = missing
+    return torch.cat([values, values.new_zeros(shape)], dim)
+
+
 def linear(x: Tensor, terms: Sequence[Prepared], fast: bool = False) -> Tensor:
     """``x @ weight.T`` for the sum of ``terms``, all on the device of ``x [..., columns]``.
 

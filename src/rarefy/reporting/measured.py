@@ -41,8 +41,8 @@ def cards(benchmarks: Sequence[Benchmark]) -> list[Card]:
     return [_card(group, _named(group, groups)) for group in groups]
 
 
-def sections(benchmarks: Sequence[Benchmark]) -> list[Section]:
-    """For every benchmark its pictures and tables, those with bits and quality first."""
+def sections(benchmarks: Sequence[Benchmark]) -> tuple[list[Section], list[Section]]:
+    """For every benchmark its pictures and tables: those of bits and quality, and the others."""
     benchmarks = joined(benchmarks)
     looks = _looks(benchmarks)
     everyone = [group for benchmark in benchmarks for group in quality(benchmark)]
@@ -55,7 +55,7 @@ def sections(benchmarks: Sequence[Benchmark]) -> list[Section]:
         if timed or not groups:
             drawn = present([_speed_figure(timed, f"plot-{anchor}-speed")])
             others.append(Section(anchor, title(benchmark.name), drawn, [_all(benchmark)], [benchmark.describe()]))
-    return [*first, *others]
+    return first, others
 
 
 def _named(group: Quality, groups: Sequence[Quality]) -> str:

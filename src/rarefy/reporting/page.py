@@ -56,10 +56,10 @@ def findings_json(findings: Findings) -> str:
 
 def render(findings: Findings, title: str = "") -> str:
     """The page as text."""
+    judged, timed = measured.sections(findings.benchmarks)
     sections = [
-        *_quality(findings), *efficiency.sections(findings.efficiency), *caches.sections(findings.caches),
-        *measured.sections(findings.benchmarks), *_tasks(findings), *_long(findings), *_layers(findings),
-        *_differences(findings),
+        *_quality(findings), *judged, *efficiency.sections(findings.efficiency), *caches.sections(findings.caches),
+        *timed, *_tasks(findings), *_long(findings), *_layers(findings), *_differences(findings),
     ]  # fmt: skip
     cards = [card for comparison in findings.comparisons for card in _cards(comparison, findings)]
     cards += measured.cards(findings.benchmarks)

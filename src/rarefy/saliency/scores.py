@@ -27,6 +27,15 @@ def obs(weight: Tensor, scale: Tensor) -> Tensor:
     return (weight / scale).square()
 
 
+def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
+    """``|g_ij * w_ij|`` for the loss's ``gradient``, of the weight's shape: to first order what losing a weight adds to
+    or takes from the loss.
+
+    (Molchanov et al. 2017, Pruning Convolutional Neural Networks for Resource Efficient Inference, equation 7.)
+    """
+    return (gradient * weight).abs()
+
+
 def group_obs(groups: Tensor, blocks: Tensor) -> Tensor:
     """``w_G inverse(B_G) w_G^T`` of ``groups [out, groups, size]`` -> ``[out, groups]``: the output error of losing a
     group when all other weights of its row make up for it.

@@ -54,6 +54,8 @@ def fit(
     blocks, importance = grid.prepare(weight, importance)
     if search is None or not grid.searchable:
         return grid.round(grid.propose(blocks, importance))
+    if gram is None and counts is None and fits_groups(grid, weight.device, weight.shape[1], search):
+        return fit_members(grid, weight.detach()[None], None, search)
     if gram is None and _has_kernel(grid, weight, search):
         assert isinstance(grid, IntegerGrid)
         shrink = search_ranges(
@@ -82,7 +84,7 @@ def fit_members(grid: Grid, weight: Tensor, mass: Tensor | None, search: ClipSea
     """``fit`` for ``weight [members, rows, columns]`` that has been checked, its rows one after the other; a search
     counts the error of a column by ``mass [members, columns]``, all alike without it."""
     members, rows, columns = weight.shape
-    if search is not None and weight.numel() and fits_groups(grid, weight.device, columns, search):
+    if search is not None and fits_groups(grid, weight.device, columns, search):
         mass = weight.new_ones(members, columns) if mass is None else mass
         size, never = grid.size(columns), weight.new_full((members * rows,), torch.inf)
         across, unit = weight.float().transpose(1, 2).contiguous(), weight.new_ones(members, columns)

@@ -23,9 +23,9 @@ class GradientStatistic(Statistic):
 
     def update(self, gradient: Tensor) -> None:
         """Add the gradient of one sequence, in any floating dtype."""
-        wide = gradient.detach().to(self.sum)
-        finite = torch.isfinite(wide).all()
-        self.sum += torch.where(finite, self._term(wide), 0.0)
+        term = self._term(gradient.detach().to(self.sum))
+        finite = term.sum().isfinite()  # one pass, where looking at each number takes six
+        self.sum += torch.where(finite, term, 0.0)
         self.sequences += finite
         self.skipped += ~finite
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rarefy.kernels.cuda import attend, encode, encode_blocks, program
+from rarefy.kernels.cuda import attend_token as token
 from rarefy.kernels.cuda.linear import aligned, pointed, pointed_sparse, terms_of
 from rarefy.kernels.cuda.prepared import code_of, sparse_code_of
 from rarefy.kernels.prepared import Prepared, flat
@@ -51,13 +52,21 @@ def _library(macros: tuple[str, ...], source: Path = program.SOURCE) -> ctypes.C
 
 def _run(
     name: str, code: program.Code, tuning: program.Tuning, half: bool, given: program.Arguments,
-    grid: tuple[int, int, int],
+    grid: tuple[int, int, int], ending: program.Ending = program.PLAIN,
 ) -> None:  # fmt: skip
-    macros = [f"-D{macro}={value}" for macro, value in program.definitions(code, tuning, half).items()]
+    macros = [f"-D{macro}={value}" for macro, value in program.definitions(code, tuning, half, ending).items()]
     run = _library(tuple(macros), program.SOURCES.get(name, program.SOURCE)).run
     which = {"linear": 0, "dequantize": 1, "quantize": 2, "gemm": 0, "arrange": 1}[name]
     threads = program.ARRANGING if name == "arrange" else tuning.threads
-    run(which, ctypes.byref(given), *grid, threads, program.shared_memory(name, code, tuning))
+    run(which, ctypes.byref(given), *grid, threads, program.shared_memory(name, code, tuning, ending))
+
+
+def program_linear(
+    code: program.Code, tuning: program.Tuning, given: program.Arguments, half: bool, device: torch.device,
+    ending: program.Ending = program.PLAIN,
+) -> None:  # fmt: skip
+    """In the place of ``program.linear``, for one kernel."""
+    _run("linear", code, tuning, half, given, program.grid(tuning, given.rows, given.tokens), ending)
 
 
 def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> Tensor:
@@ -114,9 +123,9 @@ def sparse(x: Tensor, prepared: Prepared) -> Tensor:
     (term,), half, tokens = terms_of(*flat([prepared])[:3]), x.dtype == torch.float16, x.shape[0]
     code, x, y = sparse_code_of(*term[:2]), aligned(x), torch.full((tokens, prepared.rows), torch.nan, dtype=x.dtype)
     given = program.sparse_arguments(pointed_sparse(term), x, y, term[2])
-    most = 1 << (tokens - 1).bit_length()
+    most = program.at_once(tokens)
     macros = [f"-D{macro}={value}" for macro, value in code.definitions(most, half).items()]
-    library = _library((*macros, f"-DENTRY=rarefy_{code.source.stem}"), code.source)
+    library = _library((*macros, f"-DENTRY={code.entry}"), code.source)
     shared = code.shared_memory(most, x.shape[1])
     library.run(0, ctypes.byref(given), *code.grid(prepared.rows, 2), 32 * code.WARPS, shared)
     return y
@@ -160,3 +169,10 @@ def encoded_blocks(
         0, ctypes.byref(given), x.shape[2] // code.block, x.shape[0] * x.shape[1], 1, code.threads, code.shared_memory
     )
     return to, faults
+
+
+def attend_token(form: token.Form, grid: tuple[int, int, int], given: token.Arguments) -> None:
+    """In the place of the launch of ``attend_token.cu``."""
+    macros = [f"-D{macro}={value}" for macro, value in form.definitions().items()]
+    library = _library((*macros, "-DENTRY=rarefy_attend_token"), token.SOURCE)
+    library.run(0, ctypes.byref(given), *grid, 32 * form.warps, form.shared_memory)

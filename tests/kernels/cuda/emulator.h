@@ -60,6 +60,8 @@ device uint2 load_shared_by_all(const uint2* from, bool real) { return real ? *f
 device uint4 load_shared_by_all(const uint4* from) { return *from; }
 device uint2 load_shared_by_all(const uint2* from) { return *from; }
 device float load_fresh(const float* from) { return *from; }
+device unsigned short load_fresh(const unsigned short* from) { return *from; }
+device uint4 load_fresh(const uint4* from, bool real) { return real ? *from : uint4{0, 0, 0, 0}; }
 device void copy_async(unsigned char* to, const void* from, bool real) {
   if (real) memcpy(to, from, 16); else memset(to, 0, 16);
 }
@@ -110,7 +112,6 @@ device float sum_of(int count, float value) {
 }
 template <int LANES_> device float sum_of_lanes(float value) { return sum_of(LANES_, value); }
 device float sum_of_four(float value) { return sum_of(4, value); }
-device float sum_of_eight(float value) { return sum_of(8, value); }
 device float sum_of_warp(float value) { return sum_of(32, value); }
 device unsigned of_lane(unsigned value, int lane) {
   const int thread = emulator::current;
@@ -164,6 +165,7 @@ device unsigned votes(bool ours) {
   warp_barrier();
   return found;
 }
+device int ones_of(unsigned word) { return __builtin_popcount(word); }
 device int lowest_of(uint64_t word) { return __builtin_ctzll(word); }
 device unsigned bits_of(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
 device unsigned bf16_pair(float low, float high) { return rounded<false>(low) | unsigned(rounded<false>(high)) << 16; }
@@ -205,6 +207,8 @@ device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsig
 device float absolute(float value) { return std::fabs(value); }
 device float max_of(float a, float b) { return std::fmax(a, b); }
 device float quotient(float a, float b) { return a / b; }
+device float sigmoid(float value) { return 1.0f / (1.0f + std::exp(-value)); }
+device float error_function(float value) { return std::erf(value); }
 device float inverse_root(float value) { return 1.0f / std::sqrt(value); }
 device unsigned char e4m3(float value) {
   const float size = std::fmin(std::fabs(value), 448.0f);
@@ -213,6 +217,7 @@ device unsigned char e4m3(float value) {
   const int code = int(std::nearbyint(std::ldexp(size, 3 - exponent))) + 8 * (exponent + 6);
   return (unsigned char)(code | (std::signbit(value) ? 128 : 0));
 }
+device unsigned short e4m3_pair(float low, float high) { return e4m3(low) | e4m3(high) << 8; }
 device void reduce_over_block(float& sum, float& most, float*) {
   static float sums, maxima;
   block_barrier();
@@ -237,9 +242,9 @@ device void prepare_barrier(u64* barrier, unsigned count) { phased(barrier) = {(
 device void barriers_are_prepared() {}
 device void cluster_barrier() { emulator::arrive(emulator::barriers[0], 0, emulator::fibers.size()); }
 device unsigned rank_in_cluster() { return own_block(); }
-device float load_of_block(const float* at, unsigned rank) {
+device uint4 load_of_block(const uint4* at, unsigned rank) {
   const auto place = reinterpret_cast<const unsigned char*>(at) - emulator::shared;
-  return *reinterpret_cast<const float*>(emulator::memory[rank].data() + place);
+  return *reinterpret_cast<const uint4*>(emulator::memory[rank].data() + place);
 }
 device void expect(u64* barrier, unsigned bytes) {
   phased(barrier).bytes += bytes, ++phased(barrier).arrived;

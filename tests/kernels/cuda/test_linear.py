@@ -73,7 +73,8 @@ def test_every_covered_grid(name: str) -> None:
         (Tuning(1, 1, 1, 4, 2), 1), (Tuning(2, 1, 2, 1, 3), 11), (Tuning(4, 2, 1, 2, 1), 11),
         (Tuning(1, 2, 2, 2, 1, 2), 11), (Tuning(2, 1, 1, 2, 1, 3, 2), 1), (Tuning(1, 1, 1, 1, 4, 0, 3), 1),
         (Tuning(2, 2, 2, 1, 1, 4, 4), 11), (Tuning(1, 2, 8, 1, 1, 3, 2, wide=True), 11),
-        (Tuning(2, 2, 8, 1, 2, 2, wide=True), 13), (Tuning(1, 4, 8, 1, 3, 2, wide=True, in_turns=True), 30),
+        (Tuning(2, 2, 8, 1, 2, 2, wide=True), 13), (Tuning(1, 2, 8, 1, 4, 3, wide=True, buffered=True), 13),
+        (Tuning(1, 4, 8, 1, 3, 2, wide=True, in_turns=True), 30),
         (Tuning(1, 1, 1, 2, 2, spread=True), 1), (Tuning(2, 1, 1, 4, 1, 0, 2, spread=True), 1),
     ],
     ids=str,
@@ -162,7 +163,17 @@ def test_kept_groups(index: str, zero: str, size: int) -> None:
     [("bitmap", "int4-integer"), ("2:4", "int8-float"), ("2:4-rank", "int2-none"), ("bitmap", "int4-row")],
 )
 def test_masked_codes(pattern: str, grid: str) -> None:
-    sparse_product(quantized(GRIDS[grid], PATTERNS[pattern], 21, 300))
+    sparse_product(quantized(GRIDS[grid], PATTERNS[pattern], 43, 1100 if pattern == "bitmap" else 300))
+
+
+@pytest.mark.parametrize("grid", ["int4-integer", "int8-float", "int4-none", "int4-row", "values"])
+def test_two_of_four(grid: str) -> None:
+    own, columns = PATTERNS["2:4-rank"], 1200
+    weight, mask = torch.randn(37, columns), mask_for(own, 37, columns)
+    term = Sparse.from_weight(weight, mask, own) if grid == "values" else quantized(GRIDS[grid], own, 37, columns)  # type: ignore[arg-type]
+    made = prepare(*term.operation())  # type: ignore[misc]
+    assert made.numbers["two_of_four"] == (grid == "values" or term.spec.grid.group_size in (None, 16, 32, 128))
+    sparse_product(term)
 
 
 @pytest.mark.parametrize("pattern", ["bitmap", "3:7", "4:8-rank"])

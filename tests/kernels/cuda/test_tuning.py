@@ -65,6 +65,10 @@ def test_what_was_measured_of_another_code_is_made_to_fit() -> None:
     assert tuning.choose(Code(3, 128), 4096, 4096, 32, GPU) == measured
     assert tuning.choose(small, 4096, 4096, 32, GPU).depth == 1  # or a program that takes long to compile
     assert tuning.choose(outliers, 4096, 4096, 32, GPU) == tuning.by_rule(outliers, 4096, 4096, 32, CAPABILITY)
+    own = Tuning(1, 4, 8, 1, 2, 5, wide=True)  # measured with outliers
+    tuning.keep([tuning.entry(outliers, 4096, 4096, 32, own)], GPU)
+    assert tuning.choose(outliers, 4096, 4096, 32, GPU).across == 8
+    assert tuning.choose(Code(3, 128), 4096, 4096, 32, GPU).across == 4
 
 
 def test_small_groups_are_dequantized_sooner() -> None:
@@ -88,7 +92,7 @@ def test_the_tables_of_the_package_can_be_read() -> None:
     for path in paths:
         data = json.loads(path.read_text("utf-8"))
         assert len(data["capability"]) == 2
-        places = [tuple(entry[key] for key in tuning.KEY) for entry in data["entries"]]
+        places = [tuple(entry.get(key, False) for key in tuning.KEY) for entry in data["entries"]]
         assert len(set(places)) == len(places) and all(Tuning(**entry["tuning"]) for entry in data["entries"])
 
 

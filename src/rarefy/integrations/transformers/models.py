@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rarefy.calibration.output import copy_companions, licence_of, write_card, write_config
+from rarefy.calibration.output import copy_companions, write_card, write_config
 from rarefy.calibration.selection import tied_parameters
 from rarefy.calibration.skeleton import model_class, read_config
 from rarefy.core.errors import OptionError, SourceError
@@ -114,7 +114,7 @@ def write_model(model: PreTrainedModel, stage: Path, source: Path | None, base: 
     config = json.loads((stage / "config.json").read_text("utf-8"))
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     write_config(stage, config, manifest)
-    write_card(stage, base, type(model).__name__, manifest, licence_of(source) if source else None)
+    write_card(stage, base, type(model).__name__, manifest, source)
 
 
 def manifest_of(model: Any) -> Manifest:

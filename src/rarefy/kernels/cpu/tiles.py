@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rarefy import packing
 from rarefy.kernels.cpu.library import _loaded, follow_threads
+from rarefy.kernels.prepared import padded
 
 TILE, UNIT, PANEL = 16, 32, 128
 SLACK = 64  # bytes after lists that kernels read in whole registers
@@ -17,7 +18,7 @@ SLACK = 64  # bytes after lists that kernels read in whole registers
 
 def tile_rows(parameters: Tensor) -> Tensor:
     """``[rows, groups, ...] -> [tiles, groups, ..., 16]``; rows beyond the last are zero."""
-    return _pad(parameters, 0, TILE).unflatten(0, (-1, TILE)).movedim(1, -1).contiguous()
+    return padded(parameters, 0, TILE).unflatten(0, (-1, TILE)).movedim(1, -1).contiguous()
 
 
 def untile_rows(tiles: Tensor, rows: int) -> Tensor:
@@ -49,7 +50,7 @@ def pack_row_codes(codes: Tensor, bits: int) -> Tensor:
     Lane ``l`` of 16 holds the codes of columns ``l``, ``16 + l``, ... ``112 + l`` of a panel, planes of 4, 2 and 1 bits
     apart.
     """
-    panels = _pad(_pad(codes, 0, TILE), 1, PANEL).unflatten(1, (-1, 8, 16)).to(torch.int32)
+    panels = padded(padded(codes, 0, TILE), 1, PANEL).unflatten(1, (-1, 8, 16)).to(torch.int32)
     pieces, low = [], 0
     for width in _planes(bits):
         shifts = torch.arange(0, 8 * width, width, dtype=torch.int32)[:, None]
@@ -75,8 +76,8 @@ def unpack_row_codes(tiles: Tensor, bits: int, rows: int, columns: int) -> Tenso
 
 def quad_lanes(dense: Tensor) -> Tensor:
     """``[rows, columns] -> [tiles, quads, 64]``: lane ``4 * row + column`` of 16 rows x 4 columns."""
-    padded = _pad(_pad(dense, 0, TILE), 1, UNIT)
-    return padded.unflatten(1, (-1, 4)).unflatten(0, (-1, TILE)).transpose(1, 2).flatten(2)
+    whole = padded(padded(dense, 0, TILE), 1, UNIT)
+    return whole.unflatten(1, (-1, 4)).unflatten(0, (-1, TILE)).transpose(1, 2).flatten(2)
 
 
 def dense_of_quads(lanes: Tensor, rows: int, columns: int) -> Tensor:
@@ -160,7 +161,7 @@ def unpack_entries(slices: Tensor, lanes: Tensor, starts: Tensor, rows: int, kep
 
 def column_lanes(dense: Tensor) -> Tensor:
     """``[rows, columns] -> [tiles, columns up to a multiple of 32, 16]``."""
-    return _pad(_pad(dense, 0, TILE), 1, UNIT).unflatten(0, (-1, TILE)).transpose(1, 2)
+    return padded(padded(dense, 0, TILE), 1, UNIT).unflatten(0, (-1, TILE)).transpose(1, 2)
 
 
 def dense_of_columns(lanes: Tensor, rows: int, columns: int) -> Tensor:
@@ -188,12 +189,3 @@ def _running(sizes: Tensor) -> Tensor:
 
 def _bits(octets: Tensor) -> Tensor:
     return ((octets.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(-2).bool()
-
-
-def _pad(values: Tensor, dim: int, multiple: int) -> Tensor:
-    missing = -values.shape[dim] % multiple
-    if not missing:
-        return values
-    shape = list(values.shape)
-    shape[dim] = missing
-    return torch.cat([values, values.new_zeros(shape)], dim)

@@ -32,8 +32,12 @@ struct Arguments {
   u32* arrived;         // [blocks], zero before and after
   const u32* entries;   // outliers by row: a 16-bit value above its column
   const u32* row_ptr;   // [rows + 1]
-  int rows, columns, steps, groups, tokens, stride, second_rows, second_groups, pitch;
-  float multiplier;
+  const float* squares; // sums of squares of the tokens' numbers, [tokens][parts]
+  float* squared;       // those of what comes out, [tokens][rows / 16]
+  u16* hidden;          // to which the result is added, [tokens][rows]
+  const u16* gain;      // [rows]
+  int rows, columns, steps, groups, tokens, stride, second_rows, second_groups, pitch, parts;
+  float multiplier, eps;
 };
 
 #ifndef RAREFY_EMULATED
@@ -128,16 +132,26 @@ device u32 bytes_as_numbers(u32 word, int pair) {
   }
 }
 
-// Codes of one bit can stay in a mantissa if its power of two is such that the bit counts one: the number is then more
-// by that power. It is the same for all rows, so that what is too much in the sums is formed but once.
-constexpr int ONE_BIT_PLACES = HALF ? 10 : 7;
-device constexpr u32 lift_of(int b, int i) { return power(ONE_BIT_PLACES - (4 * (b % 4) + i) % ONE_BIT_PLACES); }
+// Where pair i of block b lies in a 16-bit half of its word, of the places that a mantissa has room for (codes of up to
+// four bits, three bits: but for the sixteenth pair, which is put together).
+constexpr int MANTISSA = HALF ? 10 : 7, PLACES = BITS > MANTISSA ? 1 : MANTISSA / BITS;
+device constexpr int pair_of(int b, int i) { return BITS == 4 ? i : BITS == 2 ? 4 * (b % 2) + i : 4 * (b % 4) + i; }
+device constexpr int place_of(int b, int i) {
+  const int pair = pair_of(b, i);
+  return BITS == 3 && pair == 15 ? 0 : BITS * ((BITS == 3 ? pair % 5 : pair) % PLACES);
+}
+
+// A code can stay in a mantissa if its power of two is such that the code counts what it is: the number is then more by
+// that power. It is the same for all rows, so that what is too much in the sums, with the code that means zero, is formed
+// but once.
+constexpr int LIFTS = BITS == 4 ? 1 : BITS == 2 ? 2 : 4;  // blocks that are so far apart are lifted alike
+device constexpr u32 lift_of(int b, int i) { return minus((1u << (MANTISSA - place_of(b, i))) + CENTER) ^ 0x80008000u; }
 
 // A word whose bit `from` is to be bit `to`.
 device u32 moved(u32 word, int from, int to) { return from < to ? word << (to - from) : word >> (from - to); }
 
-// The 16-bit numbers of pair i (0..3) of block b, LIFTED by `lift_of` of the same pair (codes of one bit). Both codes of a pair lie at the same place of a word's two halves, or
-// for a table beside each other, so that together they are one index.
+// The 16-bit numbers of pair i (0..3) of block b, LIFTED by `lift_of` of the same pair. Both codes of a pair lie at the
+// same place of a word's two halves, or for a table beside each other, so that together they are one index.
 template <bool LIFTED = false> device u32 operand(const u32* words, int b, int i, u32 bank) {
   if constexpr (TABLE == SHARED) {
     // Copies of an entry fill 128 bytes, so an index is wanted seven bits up; `bank` is the lane's place among them.
@@ -168,22 +182,18 @@ template <bool LIFTED = false> device u32 operand(const u32* words, int b, int i
     return fused(found, ONES, minus(MAGIC_VALUE + CENTER));
   } else {
     // Places of a 16-bit half that lie below the mantissa's end need no shift: the product takes their factor out.
-    constexpr int PLACES = (HALF ? 10 : 7) / BITS;
     constexpr u32 MASK = ((1u << BITS) - 1) * 0x10001u;
+    const int pair = pair_of(b, i), place = place_of(b, i);
     u32 found;
-    int place = 0;
-    const int pair = BITS == 4 ? i : BITS == 2 ? 4 * (b % 2) + i : 4 * (b % 4) + i;
     if (BITS == 3 && pair == 15) {
       const u32* own = words + 3 * (b / 4);
       found = (own[0] >> 15 & 0x10001u) | (own[1] >> 14 & 0x20002u) | (own[2] >> 13 & 0x40004u) | MAGIC;
     } else {
       const u32 word = words[BITS == 4 ? b : BITS == 2 ? b / 2 : BITS == 3 ? 3 * (b / 4) + pair / 5 : b / 4];
       const int own = BITS == 3 ? pair % 5 : pair;
-      place = BITS * (own % PLACES);
-      found = chosen(word >> BITS * (own / PLACES * PLACES), MASK << place, LIFTED ? lift_of(b, i) : MAGIC);
-      if constexpr (LIFTED) return found;
+      found = chosen(word >> BITS * (own / PLACES * PLACES), MASK << place, LIFTED ? power(MANTISSA - place) : MAGIC);
     }
-    return fused(found, power(-place), minus((MAGIC_VALUE >> place) + CENTER));
+    return LIFTED ? found : fused(found, power(-place), minus((MAGIC_VALUE >> place) + CENTER));
   }
 }
 
@@ -253,6 +263,15 @@ device int first_of(int pair, int t) {
   return SPAN == 16 ? pair / 2 * 64 + 16 * t + pair % 2 * 8 : 32 * pair + SPAN * t;
 }
 
+// ---- Which steps are a block's.
+
+struct Share { int begin, end; };
+
+device Share share_of(const Arguments& a) {
+  const int each = (a.steps + SPLIT - 1) / SPLIT, begin = blockIdx.y * each;
+  return {begin, begin + each < a.steps ? begin + each : a.steps};
+}
+
 // ---- What a warp needs of one step.
 
 device i64 tile_of(const Arguments& a, int tile) {
@@ -308,6 +327,12 @@ device Places places_of(const Arguments& a, int first_tile, int lane, int apart 
   return found;
 }
 
+// Tables of whole rows, once for all steps.
+device void load_tables(Tables (&tables)[TILES], const Arguments& a, int first_tile, int g, int apart = 1) {
+#pragma unroll
+  for (int r = 0; r < (GROUP == 0 ? TILES : 0); ++r) load(tables[r], a, tile_of(a, first_tile + apart * r), 0, g);
+}
+
 struct Codes { u32 at[TILES][4 * LOADS]; };
 
 device void put(Codes& codes, int tile, int load, const uint4& words) {
@@ -341,4 +366,16 @@ device void fetch(Scales& scales, const Arguments& a, const Places& places, int 
       load(scales.zero[r][p], a.zero, places.scales[r] + i64(group) * 8, places.second[r], above);
     }
   }
+}
+
+// ---- Where warps meet: their sums in shared memory, `pitch` numbers from a token to the next.
+
+device void put_sums(float* meeting, const float (&sums)[TILES][TOKENS][4], int pitch, int first_row, int apart, int lane) {
+#pragma unroll
+  for (int r = 0; r < TILES; ++r)
+#pragma unroll
+    for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        meeting[(8 * n + lane % 4 * 2 + j % 2) * pitch + first_row + 16 * apart * r + lane / 4 + j / 2 * 8] = sums[r][n][j];
 }

@@ -79,7 +79,8 @@ def _compile(source: Path, capability: tuple[int, int], options: Sequence[str]) 
         ctypes.byref(program), source.read_bytes(), source.name.encode(), len(headers), texts, names
     )
     if created != 0:
-        raise UnsupportedError(f"CUDA's run-time compiler answers {created} when it is given {source.name}.")
+        what = f"CUDA's run-time compiler answers {created} when it is given {source.name}"
+        raise UnsupportedError(f"{what}; reinstall a CUDA build of PyTorch.")
     try:
         # The instructions of 9.0 that no other has go by the letter.
         suffix = "a" if capability == (9, 0) else ""
@@ -105,7 +106,7 @@ def _driver() -> ctypes.CDLL:
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise UnsupportedError(f"There is no CUDA driver: {error}") from None
+        raise UnsupportedError(f"There is no CUDA driver, so layers are computed in torch: {error}") from None
 
 
 @functools.cache

@@ -2,69 +2,36 @@
 //
 // Rows keep different groups, so they cannot share a tile of a tensor core: a warp takes a row, a lane 16 neighbouring
 // weights. Where the codes lie does not depend on which groups they are, so they are on their way while the row's bitmap
-// is turned into a list, and those of the next row while this one is computed. Products of four weights are summed in float16 with activations scaled to its range, all else
-// in float32.
+// is turned into a list, and those of the next row while this one is computed. Products of four weights are summed in
+// float16 with activations scaled to its range, all else in float32.
 //
-// Macros, of those of masked.cu: GROUP (columns), SCALE, ZERO (types), CENTER, TOKENS, WARPS, X_HALF (float16 activations, else bfloat16);
-// HALF is 1.
+// Macros besides those of kept.cuh: GROUP (columns), SCALE, ZERO (types), CENTER.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef long long i64;
+#include "kept.cuh"
 
-enum { NONE = 0, F32 = 1, F16 = 2, BF16 = 3, U8 = 4 };
-
-struct Arguments {
-  const uint2* codes;   // [kept groups][GROUP / 16]
-  const void* scale;    // [kept groups]
-  const void* zero;     // likewise
-  const u32* bitmap;    // [rows][words]
-  const u32* row_ptr;   // [rows + 1], in groups
-  const u16* x;         // [tokens][stride]
-  u16* y;               // [tokens][rows]
-  int rows, columns, words, tokens, stride, groups;
-  float multiplier;
-};
-
-#ifndef RAREFY_EMULATED
-#include "machine.cuh"
-#endif
-
-shared_memory(pool);
-
-constexpr int THREADS = 32 * WARPS, PIECES = GROUP / 16;
+constexpr int PIECES = GROUP / 16;
 constexpr int AHEAD = 4;  // loads of a lane before the first is used
 constexpr u32 MAGIC = 0x64006400u, ONES = 0x3C003C00u;
 constexpr u32 OFFSET = (0xE400u + CENTER) * 0x10001u;  // minus 1024 and the code that means zero
-
-template <int TYPE> device float number(const void* base, i64 index) {
-  if constexpr (TYPE == F32) return static_cast<const float*>(base)[index];
-  else if constexpr (TYPE == F16) return half_value(static_cast<const u16*>(base)[index]);
-  else if constexpr (TYPE == BF16) return as_float(u32(static_cast<const u16*>(base)[index]) << 16);
-  else if constexpr (TYPE == U8) return float(static_cast<const u8*>(base)[index]);
-  else return 0.0f;
-}
-
-device float activation(u16 bits) { return X_HALF ? half_value(bits) : as_float(u32(bits) << 16); }
 
 struct Row {
   u32 first, count;  // of its pieces of 16 weights
   u32 words;         // lane n: word n of the bitmap
   uint2 codes[AHEAD];
-  float scale[AHEAD];
+  u32 scale[AHEAD];
 };
 
 device void fetch(Row& row, int slot, u32 at, const Arguments& a) {
   if (at >= row.count) return;
-  row.codes[slot] = load_once(a.codes + i64(row.first) + at);
-  row.scale[slot] = number<SCALE>(a.scale, (i64(row.first) + at) / PIECES);
+  row.codes[slot] = load_once(static_cast<const uint2*>(a.codes) + i64(row.first) + at);
+  row.scale[slot] = raw<SCALE>(a.scale, (i64(row.first) + at) / PIECES);
 }
 
 device void begin(Row& row, int number_of_row, int lane, const Arguments& a) {
   const bool real = number_of_row < a.rows;
-  row.first = real ? a.row_ptr[number_of_row] * PIECES : 0;
-  row.count = real ? a.row_ptr[number_of_row + 1] * PIECES - row.first : 0;
+  const u32* starts = static_cast<const u32*>(a.row_ptr);
+  row.first = real ? starts[number_of_row] * PIECES : 0;
+  row.count = real ? starts[number_of_row + 1] * PIECES - row.first : 0;
   row.words = real && lane < a.words ? a.bitmap[i64(number_of_row) * a.words + lane] : 0;
 #pragma unroll
   for (int slot = 0; slot < AHEAD; ++slot) fetch(row, slot, slot * 32 + lane, a);
@@ -108,7 +75,26 @@ device float stage(uint4* tokens, float* totals, float* shared, int halves, cons
   return sane ? as_float(u32(127 + exponent) << 23) : 1.0f;
 }
 
-extern "C" global __launch_bounds__(THREADS) void rarefy_groups(const Arguments a) {
+// The numbers of the groups that a row keeps, each lane those of its own stretch of the bitmap; a long row's word by word.
+device void list_groups(u16* list, const Row& row, int at_row, int lane, const Arguments& a) {
+  if (a.words <= 32) {
+    const int first = lane * a.words;
+    const u32 low = of_lane(row.words, first / 32), high = of_lane(row.words, (first / 32 + 1) % 32);
+    const u32 own = funnel(low, high, first % 32) & (0xFFFFFFFFu >> (32 - a.words));
+    u32 at = sum_until(ones_of(own), lane) - ones_of(own);
+    for (int n = 0; n < a.words; ++n)
+      if (own >> n & 1) list[at++] = u16(first + n);
+  } else {
+    u32 before = 0;
+    for (int word = 0; word < a.words; ++word) {
+      const u32 bits = word < 32 ? of_lane(row.words, word) : a.bitmap[i64(at_row) * a.words + word];
+      if (bits >> lane & 1) list[before + ones_of(bits & ((1u << lane) - 1))] = u16(32 * word + lane);
+      before += ones_of(bits);
+    }
+  }
+}
+
+extern "C" global __launch_bounds__(THREADS, TOKENS > 2 ? 1 : 2) void rarefy_groups(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int halves = (a.columns + 15) / 16 * 2, stride = gridDim.x * WARPS;
   uint4* tokens = reinterpret_cast<uint4*>(pool);                       // [TOKENS][halves of 16 columns]
@@ -123,12 +109,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_groups(const Arguments 
   const float up = stage(tokens, totals, shared, halves, a);
 
   for (int at_row = blockIdx.x * WARPS + warp; at_row < a.rows; at_row += stride) {
-    u32 before = 0;
-    for (int word = 0; word < a.words; ++word) {
-      const u32 bits = word < 32 ? of_lane(row.words, word) : a.bitmap[i64(at_row) * a.words + word];
-      if (bits >> lane & 1) list[before + ones_of(bits & ((1u << lane) - 1))] = u16(32 * word + lane);
-      before += ones_of(bits);
-    }
+    list_groups(list, row, at_row, lane, a);
     warp_barrier();
     Row next;
     begin(next, at_row + stride, lane, a);
@@ -160,7 +141,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_groups(const Arguments 
               part += half_value(u16(sum)) + half_value(u16(sum >> 16));
               if constexpr (ZERO != NONE) part += zero * totals[place];
             }
-            sums[token] += row.scale[slot] * part;
+            sums[token] += meant<SCALE>(row.scale[slot]) * part;
           }
         }
         fetch(row, slot, at + 32 * AHEAD, a);

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rarefy.kernels.prepared import padded
+
 Order = Literal["halves", "pairs", "nibbles"]
 TILE, BLOCK = 16, 16
 BITS = range(1, 9)
@@ -36,7 +38,7 @@ def pack_codes(codes: Tensor, bits: int, span: int, order: Order) -> Tensor:
     pair; or, in nibbles, the highest bits of three words make a fourth.
     """
     step = step_of(bits)
-    lanes = _lanes(_pad(_pad(codes, 0, TILE), 1, step), step, span)  # [tiles, steps, 32, pairs, 2]
+    lanes = _lanes(padded(padded(codes, 0, TILE), 1, step), step, span)  # [tiles, steps, 32, pairs, 2]
     if bits == 3:
         words = _words_of_three(lanes, order)
     else:
@@ -68,7 +70,7 @@ def unpack_codes(packed: Tensor, bits: int, span: int, order: Order, rows: int, 
 
 def pack_pairs(numbers: Tensor) -> Tensor:
     """Numbers of rows and groups ``[rows, groups]`` as ``[tiles, groups, 8, 2]``, rows ``g`` and ``g + 8`` together."""
-    return _pad(numbers, 0, TILE).unflatten(0, (-1, 2, 8)).permute(0, 3, 2, 1).contiguous()
+    return padded(numbers, 0, TILE).unflatten(0, (-1, 2, 8)).permute(0, 3, 2, 1).contiguous()
 
 
 def unpack_pairs(pairs: Tensor, rows: int) -> Tensor:
@@ -80,7 +82,7 @@ def pack_tables(tables: Tensor) -> Tensor:
     """Tables of rows ``[rows, groups, entries]`` of 16-bit floats, 8 or 16 entries, as int32
     ``[tiles, groups, 8, 2, entries / 2]``: rows ``g`` and ``g + 8`` together, of each the low bytes and the high ones.
     """
-    octets = _pad(tables, 0, TILE).contiguous().view(torch.uint8).unflatten(-1, (-1, 2)).transpose(-1, -2)
+    octets = padded(tables, 0, TILE).contiguous().view(torch.uint8).unflatten(-1, (-1, 2)).transpose(-1, -2)
     pairs = octets.unflatten(0, (-1, 2, 8)).permute(0, 3, 2, 1, 4, 5).flatten(-2).contiguous()
     return pairs.view(torch.int32)
 
@@ -186,12 +188,3 @@ def _spare_bits(codes: Tensor, shifts: Tensor, device: torch.device) -> Tensor:
     """Bit ``n`` of each code in word ``n``, above the place of another code: ``[..., pairs, 2]`` to ``[..., 3]``."""
     bits = (codes.unsqueeze(-3) >> _three(device)[:, None, None]) & 1
     return (bits << (shifts + 3)).sum((-2, -1), dtype=torch.int32)
-
-
-def _pad(values: Tensor, dim: int, multiple: int) -> Tensor:
-    missing = -values.shape[dim] % multiple
-    if not missing:
-        return values
-    shape = list(values.shape)
-    shape[dim] = missing
-    return torch.cat([values, values.new_zeros(shape)], dim)

@@ -8,7 +8,7 @@
 // Macros besides those of codes.cuh (see tuning.py for what is chosen when): OUTLIERS (type of single values that are
 // added to the weight), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns), DEPTH (steps loaded
 // ahead into registers), STAGED (codes and activations go through shared memory instead, STAGES steps of them), SPLIT
-// (blocks over columns).
+// (blocks over columns), and those of ending.cuh.
 
 constexpr int THREADS = 32 * ACROSS * ALONG;
 
@@ -17,9 +17,12 @@ constexpr int THREADS = 32 * ACROSS * ALONG;
 constexpr int ROWS = 16 * TILES * ACROSS, COLUMNS = STEP * ALONG, WIDTH = 8 * TOKENS;
 constexpr int PITCH = 2 * COLUMNS + (SPAN == 16 ? 16 : 64);  // bytes of a staged token; the rest keeps banks apart
 constexpr int STAGE_TOKENS = WIDTH * PITCH;  // bytes
+constexpr int EXTRA = SPREAD ? 1 : WIDTH;    // tokens that are any
 constexpr int STAGE_CODES = STAGED ? ROWS / 16 * ALONG * LOADS * 512 : 0;  // bytes
 constexpr int SUM_PITCH = ROWS + 4;
-constexpr bool LIFT = BITS == 1 && TABLE == NONE && SUMS;
+constexpr bool LIFT = TABLE == NONE && BITS <= 4 && (SPREAD || (BITS == 1 && SUMS));
+
+#include "ending.cuh"
 
 // ---- Activations: four words of one token for two blocks.
 
@@ -160,6 +163,14 @@ device void multiply_step(
 #pragma unroll
   for (int set = 0; set < SETS; ++set) {
     float part[TILES][4] = {}, ones[4] = {}, lift[4] = {};
+    const u32 constant[4] = {ONES, ONES, ONES, ONES};
+    if constexpr (SUMS) multiply(ones, constant, x.at[set].x, x.at[set].y);  // of all blocks, the same for all rows
+#pragma unroll
+    for (int n = 0; n < (LIFT ? LIFTS : 0); ++n) {
+      const u32 lifts[4] = {lift_of(n, 0), lift_of(n, 1), lift_of(n, 2), lift_of(n, 3)};
+      const bool own = lane / 4 % LIFTS == n;
+      multiply(lift, lifts, own ? x.at[set].x : 0, own ? x.at[set].y : 0);
+    }
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       const int b = 8 * set + n;
@@ -172,10 +183,6 @@ device void multiply_step(
         operands<LIFT>(weights, codes.at[r], b, 4 * lane, tables[r]);
         multiply(part[r], weights, first, second);
       }
-      const u32 constant[4] = {ONES, ONES, ONES, ONES};
-      if constexpr (SUMS) multiply(ones, constant, first, second);
-      const u32 lifts[4] = {lift_of(b, 0), lift_of(b, 1), lift_of(b, 2), lift_of(b, 3)};
-      if constexpr (LIFT) multiply(lift, lifts, first, second);
     }
 #pragma unroll
     for (int r = 0; r < TILES; ++r)
@@ -192,12 +199,11 @@ typedef SpreadScales StepScales;
 typedef Scales StepScales;
 #endif
 
-// ---- Outliers: eight lanes a row, each with every eighth entry; the block's first share of columns takes them all. What
-// they need is fetched piece by piece between the steps of the product, so that nobody waits for it.
+// ---- Outliers: some lanes a row, each with every so many-th entry; the block's first share of columns takes them all.
+// Entries are on their way before activations are waited for, and what these meet after the first step of the product.
 
-constexpr int TURNS = (ROWS * 8 + THREADS - 1) / THREADS;
-constexpr int AHEAD = 3;  // entries of a lane that are fetched so
-constexpr int EXTRA = SPREAD ? 1 : WIDTH;  // tokens
+constexpr int LANES = THREADS >= 16 * ROWS ? 16 : 8, AHEAD = LANES == 16 ? 2 : 3;  // of a row, entries of each
+constexpr int TURNS = (ROWS * LANES + THREADS - 1) / THREADS;
 
 #if OUTLIERS
 struct Outliers {
@@ -206,10 +212,10 @@ struct Outliers {
   float sums[TURNS][EXTRA];
 };
 
-device void begin_outliers(Outliers& own, const Arguments& a, int first_row) {
+device void begin_outliers(Outliers& own, const Arguments& a) {
 #pragma unroll
   for (int turn = 0; turn < TURNS; ++turn) {
-    const int within = (turn * THREADS + threadIdx.x) / 8, row = first_row + within;
+    const int within = (turn * THREADS + threadIdx.x) / LANES, row = row_of_block(a, within);
     const bool real = row < a.rows && within < ROWS && blockIdx.y == 0;
     own.end[turn] = real ? load_once(a.row_ptr + row + 1) : 0;
     own.begin[turn] = real ? load_once(a.row_ptr + row) : 0;
@@ -222,10 +228,10 @@ device void begin_outliers(Outliers& own, const Arguments& a, int first_row) {
 device void fetch_entries(Outliers& own, const Arguments& a, int turn) {
 #pragma unroll
   for (int n = 0; n < AHEAD; ++n) {
-    const u32 at = own.begin[turn] + threadIdx.x % 8 + 8 * n;
+    const u32 at = own.begin[turn] + threadIdx.x % LANES + LANES * n;
     own.entries[turn][n] = at < own.end[turn] ? load_once(a.entries + at) : 0;
   }
-  own.begin[turn] += 8 * AHEAD;
+  own.begin[turn] += LANES * AHEAD;
 }
 
 device void add_entries(Outliers& own, const Arguments& a, int turn, int first_token, bool is_gathered) {
@@ -241,17 +247,12 @@ device void add_entries(Outliers& own, const Arguments& a, int turn, int first_t
   }
 }
 
-// After the first step of the product their entries are fetched, after the second the activations.
-device void prepare_outliers(Outliers& own, const Arguments& a, int round) {
-  if (round == 0) {
+// The activations of the entries that were fetched; after the first step of the product, when these are there.
+device void gather(Outliers& own, const Arguments& a) {
 #pragma unroll
-    for (int turn = 0; turn < TURNS; ++turn) fetch_entries(own, a, turn);
-  } else if (SPREAD && round == 1) {
+  for (int turn = 0; turn < (SPREAD ? TURNS : 0); ++turn)
 #pragma unroll
-    for (int turn = 0; turn < TURNS; ++turn)
-#pragma unroll
-      for (int k = 0; k < AHEAD; ++k) own.gathered[turn][SPREAD ? k : 0] = a.x[own.entries[turn][k] & 0xFFFF];
-  }
+    for (int k = 0; k < AHEAD; ++k) own.gathered[turn][SPREAD ? k : 0] = a.x[own.entries[turn][k] & 0xFFFF];
 }
 
 // Sums of all rows, beside those of the product.
@@ -263,12 +264,12 @@ device void end_outliers(Outliers& own, const Arguments& a, int first_token, flo
       fetch_entries(own, a, turn);
       add_entries(own, a, turn, first_token, false);
     }
-    const int row = (turn * THREADS + threadIdx.x) / 8;
+    const int row = (turn * THREADS + threadIdx.x) / LANES;
 #pragma unroll
     for (int n = 0; n < EXTRA; ++n) {
       if (first_token + n >= a.tokens) break;
-      const float sum = sum_of_eight(own.sums[turn][n]);
-      if (row < ROWS && threadIdx.x % 8 == 0) meeting[n * SUM_PITCH + row] = sum;
+      const float sum = sum_of_lanes<LANES>(own.sums[turn][n]);
+      if (row < ROWS && threadIdx.x % LANES == 0) meeting[n * SUM_PITCH + row] = sum;
     }
   }
 }
@@ -277,12 +278,12 @@ device void end_outliers(Outliers& own, const Arguments& a, int first_token, flo
 extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int across = warp % ACROSS, along = warp / ACROSS, g = lane / 4, t = lane % 4;
-  const int first_tile = (blockIdx.x * ACROSS + across) * TILES;
-  const int first_row = blockIdx.x * ROWS, first_token = blockIdx.z * WIDTH;
-  const int share = (a.steps + SPLIT - 1) / SPLIT;
-  const int begin = blockIdx.y * share, end = begin + share < a.steps ? begin + share : a.steps;
+  const int first_tile = tile_of_block(a, across * TILES), first_token = blockIdx.z * WIDTH;
+  const Share share = share_of(a);
+  const int begin = share.begin, end = share.end;
   const int rounds = end > begin ? (end - begin + ALONG - 1) / ALONG : 0;
-  u8* stages = pool + TABLE_BYTES;
+  float* factors = reinterpret_cast<float*>(pool + TABLE_BYTES);
+  u8* stages = pool + TABLE_BYTES + FACTOR_BYTES;
 
   const Places places = places_of(a, first_tile, lane);
   const auto step_at = [&](int round) { return begin + round * ALONG + along; };
@@ -298,7 +299,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
       const int tile = n / (ALONG * LOADS * 32), step = n / (LOADS * 32) % ALONG, load = n / 32 % LOADS;
       const int at = begin + round * ALONG + step;
       const bool real = at < end && has_bytes(a, at, load, n % 32);
-      const uint4* from = codes_of(a, tile_of(a, blockIdx.x * TILES * ACROSS + tile), n % 32, load % 2);
+      const uint4* from = codes_of(a, tile_of(a, tile_of_block(a, tile)), n % 32, load % 2);
       copy_async(target + 16 * n, real ? of_step(from, at) + load_at(load) : a.codes, real);
     }
   };
@@ -315,17 +316,18 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
 
 #if OUTLIERS
   Outliers outliers;
-  begin_outliers(outliers, a, first_row);
+  begin_outliers(outliers, a);
+#pragma unroll
+  for (int turn = 0; turn < TURNS; ++turn) fetch_entries(outliers, a, turn);
 #endif
   if constexpr (TABLE == SHARED) {
     copy_table(a);
     block_barrier();
   }
   Tables tables[TILES];
-  if constexpr (GROUP == 0) {
-#pragma unroll
-    for (int r = 0; r < TILES; ++r) load(tables[r], a, tile_of(a, first_tile + r), 0, g);
-  }
+  load_tables(tables, a, first_tile, g);
+  Beside beside;
+  fetch_gain(beside, a, first_token);
   start_later_kernels();
   wait_for_earlier_kernels();  // weights never depend on them
 
@@ -356,14 +358,12 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
     commit_copies();
   };
   for (int round = 0; round < STAGES - 1; ++round) stage_tokens(round);
+  fetch_rest(beside, factors, a, first_token);
   for (int round = 0; round < rounds; ++round) {
     wait_for_copies<STAGES - 2>();
     block_barrier();
     stage_codes(round + STAGES - 1);
     stage_tokens(round + STAGES - 1);
-#if OUTLIERS
-    prepare_outliers(outliers, a, round);
-#endif
     if (step_at(round) >= end) continue;
     const Scales now = scales[0];
     if (step_at(round + 1) < end) fetch(scales[0], a, places, step_at(round + 1), lane);
@@ -398,26 +398,27 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d)
     if (step_at(d) < end) fetch_tokens(d, step_at(d));
+  fetch_rest(beside, factors, a, first_token);
   for (int base = 0; base < rounds; base += DEPTH) {
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-      if (step_at(base + d) >= end) break;
+      const int round = base + d, next = step_at(round + DEPTH);
+      if (step_at(round) >= end) break;
 #if SPREAD
-      multiply_step(sums, codes[d], scales[d], x[d], tables, a, first_tile, step_at(base + d), lane);
+      multiply_step(sums, codes[d], scales[d], x[d], tables, a, first_tile, step_at(round), lane);
 #else
       const auto tokens = [&](int n, int pair) { return x[d].at[n][pair]; };
-      multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(base + d), lane);
+      multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(round), lane);
 #endif
-      const int next = step_at(base + d + DEPTH);
+#if OUTLIERS
+      if (round == 0) gather(outliers, a);
+#endif
       if (next < end) {
         fetch(codes[d], a, places, next, lane);
         fetch(scales[d], a, places, next, lane);
         fetch_tokens(d, next);
       }
     }
-#if OUTLIERS
-    prepare_outliers(outliers, a, base / DEPTH);
-#endif
   }
 #endif
 #if SPREAD
@@ -434,41 +435,35 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_linear(const Arguments 
     block_barrier();
   }
   float* meeting = reinterpret_cast<float*>(stages);
-#pragma unroll
-  for (int r = 0; r < TILES; ++r)
-#pragma unroll
-    for (int n = 0; n < TOKENS; ++n)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int row = (across * TILES + r) * 16 + g + j / 2 * 8, token = 8 * n + 2 * t + j % 2;
-        meeting[(along * WIDTH + token) * SUM_PITCH + row] = sums[r][n][j];
-      }
+  put_sums(meeting + along * WIDTH * SUM_PITCH, sums, SUM_PITCH, across * TILES * 16, 1, lane);
 #if OUTLIERS
-  for (int round = rounds / DEPTH + (rounds % DEPTH > 0); round < 2; ++round) prepare_outliers(outliers, a, round);
+  if (step_at(0) >= end) gather(outliers, a);
   end_outliers(outliers, a, first_token, meeting + ALONG * WIDTH * SUM_PITCH);
 #endif
   block_barrier();
-  for (int n = threadIdx.x; n < WIDTH * ROWS; n += THREADS) {
-    const int token = n / ROWS, row = n % ROWS;
-    if (first_token + token >= a.tokens || first_row + row >= a.rows) continue;
+  const auto total_of_block = [&](int token, int row) {
     float sum = 0.0f;
 #pragma unroll
     for (int k = 0; k < ALONG + (OUTLIERS != NONE); ++k) sum += meeting[(k * WIDTH + token) * SUM_PITCH + row];
-    const i64 place = i64(first_token + token) * a.rows + first_row + row;
-    if constexpr (SPLIT == 1) a.y[place] = rounded<HALF>(sum * a.multiplier);
-    else a.partial[i64(blockIdx.y) * a.tokens * a.rows + place] = sum;
-  }
-  if constexpr (SPLIT > 1) {
-    if (!last_to_arrive(a.arrived + blockIdx.z * gridDim.x + blockIdx.x, SPLIT)) return;
-    for (int n = threadIdx.x; n < WIDTH * ROWS; n += THREADS) {
+    return sum;
+  };
+  if constexpr (SPLIT == 1) {
+    finish(beside, factors, a, first_token, total_of_block);
+  } else {
+    const i64 all = i64(a.tokens) * a.rows;
+    const auto place = [&](int token, int row) { return i64(first_token + token) * a.rows + row_of_block(a, row); };
+    for (int n = threadIdx.x; n < EXTRA * ROWS; n += THREADS) {
       const int token = n / ROWS, row = n % ROWS;
-      if (first_token + token >= a.tokens || first_row + row >= a.rows) continue;
-      const i64 place = i64(first_token + token) * a.rows + first_row + row;
+      if (first_token + token < a.tokens && row_of_block(a, row) < a.rows)
+        a.partial[blockIdx.y * all + place(token, row)] = total_of_block(token, row);
+    }
+    if (!last_to_arrive(a.arrived + blockIdx.z * gridDim.x + blockIdx.x, SPLIT)) return;
+    finish(beside, factors, a, first_token, [&](int token, int row) {
       float sum = 0.0f;
 #pragma unroll
-      for (int k = 0; k < SPLIT; ++k) sum += load_fresh(a.partial + i64(k) * a.tokens * a.rows + place);
-      a.y[place] = rounded<HALF>(sum * a.multiplier);
-    }
+      for (int k = 0; k < SPLIT; ++k) sum += load_fresh(a.partial + k * all + place(token, row));
+      return sum;
+    });
   }
 }
 
@@ -532,40 +527,65 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Argume
 
 #if FLOAT8 && (defined(RAREFY_EMULATED) || __CUDA_ARCH__ >= 890)
 // Tokens [tokens][columns] as bytes in E4M3 at `y` and what they are multiplied by, float32 [tokens] at `partial`. With a
-// `scale` [columns] they are normalized first, by the root of their mean square plus `multiplier`.
+// `scale` [columns] they are normalized first, by the root of their mean square plus `multiplier`. A block takes a token
+// and keeps what it has read, unless that is too long.
+constexpr int HELD = 4;  // pieces of eight columns of a thread
 extern "C" global __launch_bounds__(THREADS) void rarefy_quantize(const Arguments a) {
-  float* shared = reinterpret_cast<float*>(pool);
   const u16* x = a.x + i64(blockIdx.x) * a.stride;
-  const u16* gain = static_cast<const u16*>(a.scale);
+  const uint4* gain = static_cast<const uint4*>(a.scale);
+  const int pieces = a.columns / 8;
   start_later_kernels();
   wait_for_earlier_kernels();
+  const auto piece = [&](int at) { return load_shared_by_all(reinterpret_cast<const uint4*>(x) + at, at < pieces); };
+  const auto values_of = [&](float (&values)[8], const uint4& all, int at) {
+    const u32 words[4] = {all.x, all.y, all.z, all.w};
+#pragma unroll
+    for (int n = 0; n < 8; ++n) values[n] = widened(u16(words[n / 2] >> 16 * (n % 2)));
+    if (gain == nullptr || at >= pieces) return;
+    const uint4 own = gain[at];
+    const u32 gains[4] = {own.x, own.y, own.z, own.w};
+#pragma unroll
+    for (int n = 0; n < 8; ++n) values[n] *= widened(u16(gains[n / 2] >> 16 * (n % 2)));
+  };
   float squares = 0.0f, most = 0.0f;
-  for (int first = threadIdx.x * 8; first < a.columns; first += THREADS * 8) {
-    const uint4 all = load_shared_by_all(reinterpret_cast<const uint4*>(x + first), true);
-    const u32 words[4] = {all.x, all.y, all.z, all.w};
+  const auto measure = [&](const uint4& all, int at) {
+    float values[8];
+    if (gain != nullptr) {
+      const u32 words[4] = {all.x, all.y, all.z, all.w};
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      const float value = widened(u16(words[n / 2] >> 16 * (n % 2)));
-      squares += value * value;
-      most = max_of(most, absolute(gain ? value * widened(gain[first + n]) : value));
+      for (int n = 0; n < 8; ++n) {
+        const float value = widened(u16(words[n / 2] >> 16 * (n % 2)));
+        squares += value * value;
+      }
     }
-  }
-  reduce_over_block(squares, most, shared);
+    values_of(values, all, at);
+#pragma unroll
+    for (int n = 0; n < 8; ++n) most = max_of(most, absolute(values[n]));
+  };
+  uint4 held[HELD];
+#pragma unroll
+  for (int k = 0; k < HELD; ++k) held[k] = piece(threadIdx.x + k * THREADS);
+#pragma unroll
+  for (int k = 0; k < HELD; ++k) measure(held[k], threadIdx.x + k * THREADS);
+  for (int at = threadIdx.x + HELD * THREADS; at < pieces; at += THREADS) measure(piece(at), at);
+  reduce_over_block(squares, most, reinterpret_cast<float*>(pool));
   const float norm = gain ? inverse_root(squares / a.columns + a.multiplier) : 1.0f;
-  const float step = max_of(most * norm, 1e-12f) / 448.0f;
+  const float step = max_of(most * norm, 1e-12f) / 448.0f, factor = norm / step;
   if (threadIdx.x == 0) a.partial[blockIdx.x] = step;
-  uint2* y = reinterpret_cast<uint2*>(a.y) + i64(blockIdx.x) * (a.columns / 8);
-  for (int first = threadIdx.x * 8; first < a.columns; first += THREADS * 8) {
-    const uint4 all = load_shared_by_all(reinterpret_cast<const uint4*>(x + first), true);
-    const u32 words[4] = {all.x, all.y, all.z, all.w};
-    u32 bytes[2] = {0, 0};
+  uint2* y = reinterpret_cast<uint2*>(a.y) + i64(blockIdx.x) * pieces;
+  const auto put = [&](const uint4& all, int at) {
+    float values[8];
+    values_of(values, all, at);
+    u32 bytes[2];
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      float value = widened(u16(words[n / 2] >> 16 * (n % 2))) * norm;
-      if (gain) value *= widened(gain[first + n]);
-      bytes[n / 4] |= u32(e4m3(value / step)) << 8 * (n % 4);
-    }
-    y[first / 8] = {bytes[0], bytes[1]};
-  }
+    for (int n = 0; n < 2; ++n)
+      bytes[n] = e4m3_pair(values[4 * n] * factor, values[4 * n + 1] * factor) |
+                 u32(e4m3_pair(values[4 * n + 2] * factor, values[4 * n + 3] * factor)) << 16;
+    y[at] = {bytes[0], bytes[1]};
+  };
+#pragma unroll
+  for (int k = 0; k < HELD; ++k)
+    if (int(threadIdx.x) + k * THREADS < pieces) put(held[k], threadIdx.x + k * THREADS);
+  for (int at = threadIdx.x + HELD * THREADS; at < pieces; at += THREADS) put(piece(at), at);
 }
 #endif

@@ -8,8 +8,8 @@ portable form in Triton.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -111,7 +111,7 @@ def _multiplied(x: Tensor, terms: list[Term], rows: int, fast: bool) -> Tensor:
         if set(kinds) == {CODES} and tokens <= most:
             parts = [_product(x, term) for term in terms]
             return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-        if kinds in ([GROUPS], [MASKED]) and tokens <= MOST_TOKENS_OF_SPARSE:
+        if kinds in ([GROUPS], [MASKED]) and tokens <= MOST_TOKENS_OF_SPARSE and _fits(terms[0], x):
             return _sparse_product(x, terms[0])
     elif kinds == [CODES] and tokens <= MOST_TOKENS and (y := _portable(aligned(x), terms[0])) is not None:
         return y
@@ -144,6 +144,12 @@ def _product_of_bytes(x: Tensor, term: Term) -> Tensor:
         use_fast_accum=True,
     )  # fmt: skip
     return (y if multiplier == 1.0 else y * multiplier).to(x.dtype)
+
+
+def _fits(term: Term, x: Tensor) -> bool:
+    """Whether a block of a kernel of kept weights has room for the tokens ``x``."""
+    code = sparse_code_of(term[0], term[1])
+    return code.shared_memory(program.at_once(x.shape[0]), x.shape[1]) <= tuning.MOST_SHARED
 
 
 def _sparse_product(x: Tensor, term: Term) -> Tensor:
@@ -185,7 +191,45 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _product(x: Tensor, term: Term, outliers: Term | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Beside:
+    """What a product with an ending reads beside its tokens: ``squares`` float32 ``[tokens, parts]``, sums of squares
+    of what a norm with ``eps`` divides them by; ``hidden [tokens, rows]``, which it adds to in place, and the next
+    norm's ``gain [rows]``."""
+
+    squares: Tensor | None = None
+    eps: float = 0.0
+    hidden: Tensor | None = None
+    gain: Tensor | None = None
+
+
+def can_end(terms: Sequence[prepared.Prepared], tokens: int, dtype: torch.dtype) -> bool:
+    """Whether ``product_with_ending`` takes ``terms`` for so many tokens. Not in float16, which cannot hold every
+    residual stream times a gain before it is divided."""
+    kinds = sorted(term.numbers["kind"] for term in terms)
+    few = tokens <= MOST_TOKENS_OF_OUTLIERS and dtype == torch.bfloat16
+    return few and kinds in ([CODES], [CODES, ENTRIES]) and terms[0].rows % (2 * layout.TILE) == 0 and _compiles()
+
+
+def product_with_ending(
+    x: Tensor, terms: Sequence[prepared.Prepared], ending: program.Ending, beside: Beside
+) -> tuple[Tensor, Tensor]:
+    """What ``ending`` makes of ``x @ weight.T``: ``[tokens, rows]``, or ``[tokens, rows / 2]`` where it is gated. With
+    what is added to, also its sums of squares, float32 ``[tokens, rows / 16]``."""
+    codes, *outliers = sorted(terms_of(*flat(terms)[:3]), key=lambda term: term[1]["kind"])
+    rows = codes[1]["rows"]
+    y = x.new_empty(len(x), rows // 2 if ending.kind == "gated" else rows)
+    parts = rows // layout.TILE if ending.kind == "added" else 0
+    squared = x.new_empty(len(x), parts, dtype=torch.float32)
+    more = {"squares": beside.squares, "hidden": beside.hidden, "gain": beside.gain, "squared": squared}
+    _product(aligned(x), codes, next(iter(outliers), None), y=y, ending=ending, more=more, eps=beside.eps)
+    return y, squared
+
+
+def _product(
+    x: Tensor, term: Term, outliers: Term | None = None, *, y: Tensor | None = None,
+    ending: program.Ending = program.PLAIN, more: Mapping[str, Tensor | None] | None = None, eps: float = 0.0,
+) -> Tensor:  # fmt: skip
     tensors, numbers, multiplier = term
     code, tokens, rows = code_of(tensors, numbers), x.shape[0], numbers["rows"]
     half = x.dtype == torch.float16
@@ -193,15 +237,15 @@ def _product(x: Tensor, term: Term, outliers: Term | None = None) -> Tensor:
     if outliers is not None:
         code = replace(code, outliers=torch.float16 if outliers[1]["half"] else torch.bfloat16)
         entries = {"entries": outliers[0]["entries"], "row_ptr": outliers[0]["row_ptr"]}
-    chosen = tuning.choose(code, rows, x.shape[1], tokens, x.device)
-    y = x.new_empty(tokens, rows)
+    chosen = tuning.choose_with(ending, code, rows, x.shape[1], tokens, x.device)
+    y = x.new_empty(tokens, rows) if y is None else y
     work = program.workspace(code, chosen, rows, x.shape[1], tokens, x.device)
     given = program.arguments(
-        {**pointed(term, half), **entries, **work, "x": x, "y": y},
+        {**pointed(term, half), **entries, **work, **(more or {}), "x": x, "y": y},
         rows=rows, columns=x.shape[1], tokens=tokens, stride=x.stride(0),
-        second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
+        second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier, eps=eps,
     )  # fmt: skip
-    program.linear(code, chosen, given, half, x.device)
+    program.linear(code, chosen, given, half, x.device, ending)
     return y
 
 

@@ -49,35 +49,50 @@ device u16 load_once(const u16* from) {
   asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(to) : "l"(from));
   return to;
 }
-// Read by many blocks, or zeros.
+// Read by many blocks, or zeros. Not as what is constant (`nc`), which a compiler moves before a wait for what earlier
+// kernels write.
 device uint4 load_shared_by_all(const uint4* from, bool real) {
   uint4 to = {0, 0, 0, 0};
   asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0;\n"
-               "@p ld.global.nc.L1::evict_last.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+               "@p ld.global.L1::evict_last.v4.u32 {%0, %1, %2, %3}, [%4]; }"
                : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w) : "l"(from), "r"(u32(real)));
   return to;
 }
 device uint4 load_shared_by_all(const uint4* from) {
   uint4 to;
-  asm volatile("ld.global.nc.L1::evict_last.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::evict_last.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w) : "l"(from));
   return to;
 }
 device uint2 load_shared_by_all(const uint2* from) {
   uint2 to;
-  asm volatile("ld.global.nc.L1::evict_last.v2.u32 {%0, %1}, [%2];" : "=r"(to.x), "=r"(to.y) : "l"(from));
+  asm volatile("ld.global.L1::evict_last.v2.u32 {%0, %1}, [%2];" : "=r"(to.x), "=r"(to.y) : "l"(from));
   return to;
 }
 device uint2 load_shared_by_all(const uint2* from, bool real) {
   uint2 to = {0, 0};
   asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0;\n"
-               "@p ld.global.nc.L1::evict_last.v2.u32 {%0, %1}, [%2]; }"
+               "@p ld.global.L1::evict_last.v2.u32 {%0, %1}, [%2]; }"
                : "+r"(to.x), "+r"(to.y) : "l"(from), "r"(u32(real)));
   return to;
 }
 device float load_fresh(const float* from) {
   float to;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(to) : "l"(from) : "memory");
+  return to;
+}
+device u16 load_fresh(const u16* from) {
+  u16 to;
+  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(to) : "l"(from) : "memory");
+  return to;
+}
+// Unlike what is read once, this stays where it stands before or after a wait: a compiler moves loads of what it takes
+// for constant.
+device uint4 load_fresh(const uint4* from, bool real) {
+  uint4 to = {0, 0, 0, 0};
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0;\n"
+               "@p ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+               : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w) : "l"(from), "r"(u32(real)) : "memory");
   return to;
 }
 // Sixteen bytes into shared memory, or zeros.
@@ -147,17 +162,16 @@ template <int LANES> device float sum_of_lanes(float value) {
   return value;
 }
 device float sum_of_four(float value) { return sum_of_lanes<4>(value); }
-device float sum_of_eight(float value) { return sum_of_lanes<8>(value); }
 device float absolute(float value) { return fabsf(value); }
 device float max_of(float a, float b) { return fmaxf(a, b); }
 device float quotient(float a, float b) { return __fdividef(a, b); }  // but for the last bits
 device float inverse_root(float value) { return rsqrtf(value); }
 #if defined(FLOAT8) && FLOAT8 && __CUDA_ARCH__ >= 890
-// The nearest number of E4M3, never infinite.
-device u8 e4m3(float value) {
+// The nearest numbers of E4M3, never infinite.
+device u16 e4m3_pair(float low, float high) {
   u16 pair;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(value));
-  return u8(pair);
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 #endif
 // The sum of one number and the maximum of another over all threads, in all of them; `shared` holds 64 numbers.
@@ -180,6 +194,7 @@ device u32 of_lane_xor(u32 value, int distance) { return __shfl_xor_sync(0xFFFFF
 device float of_lane_xor(float value, int distance) { return __shfl_xor_sync(0xFFFFFFFFu, value, distance); }
 // Which lanes say so.
 device u32 votes(bool ours) { return __ballot_sync(0xFFFFFFFFu, ours); }
+device int ones_of(u32 word) { return __popc(word); }
 device int lowest_of(unsigned long long word) { return __ffsll(word) - 1; }  // of its ones
 device u32 bits_of(float value) { return __float_as_uint(value); }
 device u32 bf16_pair(float low, float high) {
@@ -206,6 +221,8 @@ device float power_of_two(float value) {
   return found;
 }
 device float root(float value) { return sqrtf(value); }
+device float sigmoid(float value) { return quotient(1.0f, 1.0f + power_of_two(-1.4426950408889634f * value)); }
+device float error_function(float value) { return erff(value); }
 device float nearest_integer(float value) { return rintf(value); }
 device void raise(u32* flags, u32 bits) { atomicOr(flags, bits); }
 device float log_of_two(float value) { return log2f(value); }

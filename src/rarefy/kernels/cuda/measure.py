@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -17,16 +17,24 @@ from rarefy.kernels.cuda.program import Code, Tuning
 from rarefy.kernels.cuda.tuning import (
     MOST_SHARED,
     MOST_SHARED_WIDE,
-    MOST_STAGES,
     fits_registers,
     fitted,
     overlaps,
+    stages_of,
     widths,
 )
 
 BEYOND_CACHE = 400e6  # bytes of copies that no GPU keeps on the chip
-ROUNDS = 7
+ROUNDS, WARM_UP = 7, 3
 OVERLAPPED = 8  # of the fastest, which are tried again so
+# By 8 tokens at once: warps across the rows, blocks over the columns, blocks that share tokens; likelier ones first.
+FORMS = {
+    2: [(8, 1, 1), (4, 4, 1), (4, 2, 1), (4, 1, 1), (8, 1, 2)],
+    4: [(8, 1, 1), (4, 4, 1), (8, 2, 1), (4, 2, 1), (8, 1, 2)],
+    8: [(8, 1, 1), (8, 2, 1), (4, 4, 1), (8, 1, 2), (8, 4, 1)],
+    16: [(8, 1, 1), (8, 2, 1), (8, 1, 2), (8, 4, 1), (4, 2, 1)],
+    32: [(8, 1, 1), (8, 2, 1), (8, 1, 2), (8, 4, 1), (8, 2, 2)],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,10 +95,11 @@ def _direct(code: Code, tokens: int) -> Iterator[Tuning]:
     loads = code.step * code.bits // 256
     if tokens > 16:
         return
-    for across, along in ((1, 8), (2, 4), (1, 4), (1, 16), (2, 8)):
-        for tiles, depth in ((2, 1), (4, 1), (1, 2), (1, 1), (2, 2), (4, 2), (1, 4)):
-            if tiles * depth * loads <= 12 and (loads < 4 or tiles < 4):
-                yield Tuning(tiles, -(-tokens // 8), across, along, depth, spread=tokens == 1)
+    likely = [(1, 2, 1, 8), (1, 2, 1, 16), (2, 1, 1, 8), (2, 2, 2, 4), (4, 2, 1, 8), (4, 2, 1, 4), (1, 1, 1, 8)]
+    others = itertools.product((1, 2, 4), (1, 2, 4), (1, 2), (8, 4, 16))
+    for tiles, depth, across, along in dict.fromkeys([*likely, *others]):
+        if across * along <= 16 and tiles * depth * loads <= 12 and (loads < 4 or tiles < 4):
+            yield Tuning(tiles, -(-tokens // 8), across, along, depth, spread=tokens == 1)
 
 
 def _staged(tokens: int) -> Iterator[Tuning]:
@@ -107,20 +116,19 @@ def _staged(tokens: int) -> Iterator[Tuning]:
 
 
 def _wide(code: Code, tokens: int) -> Iterator[Tuning]:
-    """For many, four warps together."""
+    """For many, four warps together: all tokens at once or, which leaves more blocks, half of them or less."""
     if tokens <= 8:
         return
-    for at_once in widths(tokens):
-        own = Tuning(1, at_once, across=8, along=1, stages=MOST_STAGES, wide=True)
-        every = [replace(own, split=split, cluster=cluster) for split, cluster in ((1, 1), (1, 2), (2, 1), (4, 1))]
-        if at_once <= 4:  # of which a processor takes three
-            every[1:1] = [replace(own, across=4, stages=6, split=split) for split in (1, 2, 4)]
-        if code.can_rescale and at_once >= 16:
-            every = [replace(each, rescaled=True, in_turns=at_once > 16) for each in every]
-            every += [replace(own, rescaled=True)] if at_once > 16 else [own]
-        for each in every:
-            if fits_registers(each) and each.suits(code):
-                yield fitted(code, each)
+    for place in range(5):
+        for at_once in widths(tokens):
+            across, split, cluster = FORMS[at_once][place]
+            own = Tuning(1, at_once, across, 1, 2, stages_of(at_once, across), split, wide=True, cluster=cluster)
+            if code.can_rescale and (at_once >= 16 or (at_once == 8 and across == 4)):
+                own = replace(own, rescaled=True, in_turns=at_once > 16)
+            if fits_registers(own) and own.suits(code):
+                yield fitted(code, own)
+                if at_once in (4, 8) and across == 8 and place < 2:
+                    yield fitted(code, replace(own, buffered=True))
 
 
 def takes_wide(device: torch.device) -> bool:
@@ -149,7 +157,7 @@ def fastest(problem: Problem, x: Tensor, most: int = 64) -> tuple[Tuning, dict[T
 
     def measure(tuning: Tuning) -> None:
         calls, _ = problem.calls(copies, tuning, x)
-        times[tuning] = microseconds(graph_of(calls), len(calls))
+        times[tuning] = microseconds({"": (graph_of(calls), len(calls))}, ROUNDS)[""]
 
     for tuning in tried:
         measure(tuning)
@@ -161,12 +169,12 @@ def fastest(problem: Problem, x: Tensor, most: int = 64) -> tuple[Tuning, dict[T
     return min(times, key=lambda each: times[each]), times
 
 
-def graph_of(calls: list[Callable[[], None]]) -> torch.cuda.CUDAGraph:
+def graph_of(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     """All calls, warmed up, as one graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls:
+        for call in [*calls, *calls]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -176,15 +184,16 @@ def graph_of(calls: list[Callable[[], None]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def microseconds(graph: torch.cuda.CUDAGraph, calls: int) -> float:
-    """Median time of one of so many calls in the graph."""
-    times = []
-    for number in range(ROUNDS + 2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        if number >= 2:
-            times.append(begin.elapsed_time(end) * 1e3 / calls)
-    return statistics.median(times)
+def microseconds(graphs: Mapping[str, tuple[torch.cuda.CUDAGraph, int]], rounds: int) -> dict[str, float]:
+    """Median time of one call in each graph (of so many), in turn."""
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for number in range(rounds + WARM_UP):
+        for name, (graph, count) in graphs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            if number >= WARM_UP:
+                times[name].append(begin.elapsed_time(end) * 1e3 / count)
+    return {name: statistics.median(each) for name, each in times.items()}

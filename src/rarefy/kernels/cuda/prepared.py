@@ -34,7 +34,7 @@ class Prepared(prepared.Prepared):
     )  # fmt: skip
     NUMBERS: ClassVar[tuple[str, ...]] = (
         "kind", "bits", "group_size", "span", "scale_layout", "center", "half", "rows", "columns", "second_rows",
-        "second_groups", "float8",
+        "second_groups", "float8", "two_of_four",
     )  # fmt: skip
 
     @property
@@ -59,6 +59,7 @@ def sparse_code_of(tensors: dict[str, Tensor], numbers: dict[str, int]) -> Spars
     return SparseCode(
         bits, numbers["group_size"], scale.dtype if scale.numel() else None, zero.dtype if zero.numel() else None,
         numbers["center"], tensors["codes"].dtype if bits == 16 else None, numbers["kind"] == GROUPS,
+        bool(numbers["two_of_four"]),
     )  # fmt: skip
 
 
@@ -271,6 +272,11 @@ def _starts(bitmap: Tensor, pattern: str, stride: int, columns: int) -> Tensor:
     return torch.arange(bitmap.shape[0] + 1, device=bitmap.device) * stride
 
 
+def _two_of_four(pattern: str, block: list[int], bits: int, size: int, columns: int) -> int:
+    """Whether eight kept weights are of 16 neighbouring columns, all of one group of ``size``."""
+    return int(pattern != "bitmap" and list(block) == [2, 4] and bits >= 4 and columns % 16 == size % 16 == 0)
+
+
 def _masked(arguments: Arguments) -> Prepared:
     codes, scale, zero_point, second, positions, _, pattern, block, name, levels, size, _, rows, columns = arguments
     bits = _bits(levels)
@@ -288,7 +294,8 @@ def _masked(arguments: Arguments) -> Prepared:
         tensors["zero_point"] = zero_point.contiguous()
     center = levels // 2 if zero_point is None else 0
     size = 0 if size >= columns else size
-    numbers = _numbers(MASKED, rows, columns, bits=bits, group_size=size, center=center)
+    pairs = _two_of_four(pattern, block, bits, size, columns)
+    numbers = _numbers(MASKED, rows, columns, bits=bits, group_size=size, center=center, two_of_four=pairs)
     return Prepared(tensors, numbers, _undo_masked, plain(arguments), zero=float(center))
 
 
@@ -310,7 +317,8 @@ def _values(arguments: Arguments) -> Prepared:
     tensors = {
         "codes": values.contiguous(), "bitmap": bitmap, "starts": _starts(bitmap, pattern, stride, columns),
     }  # fmt: skip
-    return Prepared(tensors, _numbers(MASKED, rows, columns, bits=16), _undo_values, plain(arguments))
+    numbers = _numbers(MASKED, rows, columns, bits=16, two_of_four=_two_of_four(pattern, block, 16, 0, columns))
+    return Prepared(tensors, numbers, _undo_values, plain(arguments))
 
 
 def _undo_values(made: Prepared) -> Arguments:

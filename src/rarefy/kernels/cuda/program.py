@@ -85,7 +85,8 @@ class Tuning:
 
     ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
     multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; two fours of
-    warps multiply ``in_turns``; ``rescaled``: sums are kept in units of the last scale (see ``Code.can_rescale``)."""
+    warps multiply ``in_turns``; a group of up to 64 tokens is multiplied while the one before is scaled (``buffered``);
+    or sums are kept in units of the last scale (``rescaled``; see ``Code.can_rescale``)."""
 
     tiles: int = 1
     tokens: int = 1
@@ -100,6 +101,11 @@ class Tuning:
     rescaled: bool = False
     spread: bool = False
     in_turns: bool = False
+    buffered: bool = False
+
+    def with_halves(self) -> Tuning:
+        """With warps for each half of the rows, see ``Ending.kind``."""
+        return self if self.across % 2 == 0 else replace(self, across=2 * self.across, along=max(1, self.along // 2))
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -138,8 +144,35 @@ class Tuning:
         return table + max(staged, meeting)
 
 
-_NUMBERS = "rows columns steps groups tokens stride second_rows second_groups pitch".split()
-_POINTERS = "codes scale zero second table x arranged ones turned extra y partial arrived entries row_ptr".split()
+@dataclass(frozen=True)
+class Ending:
+    """What becomes of a product of up to 16 tokens, see ``ending.cuh``. ``normed``: tokens are still to be divided by
+    their root mean squares. ``kind``: the second half of the rows is ``gated`` by the ``activation`` of the first; or
+    the result is ``added`` to the residual stream, and what comes out is that times the gain of a norm, ``1 + gain`` if
+    ``centred``."""
+
+    normed: bool = False
+    kind: Literal["", "gated", "added"] = ""
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    centred: bool = False
+
+    def definitions(self) -> dict[str, int]:
+        """The macros of the source."""
+        activation = ("silu", "gelu", "gelu_tanh", "relu").index(self.activation)
+        kind = ("", "gated", "added").index(self.kind)
+        return {"NORMED": int(self.normed), "ENDING": kind, "ACTIVATION": activation, "CENTRED": int(self.centred)}
+
+    def shared_memory(self, tuning: Tuning) -> int:
+        """Bytes of a block beside those of the product."""
+        return 4 * 8 * tuning.tokens if self.normed else 0
+
+
+PLAIN = Ending()
+_NUMBERS = "rows columns steps groups tokens stride second_rows second_groups pitch parts".split()
+_POINTERS = (
+    "codes scale zero second table x arranged ones turned extra y partial arrived entries row_ptr squares squared "
+    "hidden gain"
+).split()
 
 
 class Arguments(ctypes.Structure):
@@ -149,10 +182,11 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int) for name in _NUMBERS),
         ("multiplier", ctypes.c_float),
+        ("eps", ctypes.c_float),
     ]
 
 
-def definitions(code: Code, tuning: Tuning, half: bool) -> dict[str, int]:
+def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) -> dict[str, int]:
     """The macros of the source."""
     names = (field.name for field in fields(tuning) if field.name != "overlap")
     found = {name.upper(): int(getattr(tuning, name)) for name in names}
@@ -161,18 +195,19 @@ def definitions(code: Code, tuning: Tuning, half: bool) -> dict[str, int]:
         TABLE=("", "shared", "rows").index(code.table),
         SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half),
         STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8),
-        RAGGED=int(code.ragged),
+        RAGGED=int(code.ragged), **ending.definitions(),
     )  # fmt: skip
     return found
 
 
 def arguments(
     tensors: Mapping[str, Tensor | None], *, rows: int, columns: int, tokens: int = 0, stride: int = 0,
-    second: tuple[int, int] = (1, 1), multiplier: float = 1.0,
+    second: tuple[int, int] = (1, 1), multiplier: float = 1.0, eps: float = 0.0,
 ) -> Arguments:  # fmt: skip
     """``tensors``: ``codes [tiles, steps, loads, 32, 4]`` or bytes ``[rows, pitch]``, ``scale`` and ``zero [tiles,
-    groups, 8, 2]`` of layout.py, ``x [tokens, columns]`` with rows ``stride`` apart, ``y [tokens, rows]`` and so on;
-    what is absent is a null pointer. ``second``: how many tiles and groups share second-order numbers."""
+    groups, 8, 2]`` of layout.py, ``x [tokens, columns]`` with rows ``stride`` apart, ``y [tokens, rows]`` and so on
+    (see ``codes.cuh``); what is absent is a null pointer. ``second``: how many tiles and groups share second-order
+    numbers."""
     codes = tensors["codes"]
     assert codes is not None
     grouped = (tensors.get(name) for name in ("scale", "table"))
@@ -181,7 +216,9 @@ def arguments(
     steps, pitch = codes.shape[1], 0
     if codes.dim() == 2:  # bytes as they are stored
         steps, pitch = -(-columns // step_of(8)), codes.shape[1]
-    return Arguments(*pointers, rows, columns, steps, groups, tokens, stride, *second, pitch, multiplier)
+    squares = tensors.get("squares")
+    parts = 0 if squares is None else squares.shape[1]
+    return Arguments(*pointers, rows, columns, steps, groups, tokens, stride, *second, pitch, parts, multiplier, eps)
 
 
 def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
@@ -190,38 +227,45 @@ def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
     return across, tuning.split, -(-tokens // (8 * tuning.tokens))
 
 
-def shared_memory(name: str, code: Code, tuning: Tuning) -> int:
+def shared_memory(name: str, code: Code, tuning: Tuning, ending: Ending = PLAIN) -> int:
     """Bytes of a block of ``rarefy_<name>``."""
     if name == "arrange":
         return 0
     if name == "dequantize":
         return code.table_bytes + tuning.threads // 32 * TILE * (2 * code.step + 64)
-    return tuning.shared_memory(code)
+    return tuning.shared_memory(code) + ending.shared_memory(tuning)
 
 
 @functools.cache
-def kernel(device: int, name: str, code: Code, tuning: Tuning, half: bool) -> driver.Kernel:
+def kernel(
+    device: int, name: str, code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN
+) -> driver.Kernel:
     """``rarefy_<name>`` of the source for ``device``, compiled once in a process. Raises UnsupportedError where that
     fails."""
-    macros = [f"-D{macro}={value}" for macro, value in definitions(code, tuning, half).items()]
+    macros = [f"-D{macro}={value}" for macro, value in definitions(code, tuning, half, ending).items()]
+    shared = shared_memory(name, code, tuning, ending)
     with torch.cuda.device(device):
-        return driver.Kernel(SOURCES.get(name, SOURCE), f"rarefy_{name}", macros, shared_memory(name, code, tuning))
+        return driver.Kernel(SOURCES.get(name, SOURCE), f"rarefy_{name}", macros, shared)
 
 
-def linear(code: Code, tuning: Tuning, given: Arguments, half: bool, device: torch.device) -> None:
+def linear(
+    code: Code, tuning: Tuning, given: Arguments, half: bool, device: torch.device, ending: Ending = PLAIN
+) -> None:
     """The product, on the current stream of ``device``."""
     stream = torch.cuda.current_stream(device).cuda_stream
-    for name, program in compiled(code, tuning, half, device).items():
+    for name, program in compiled(code, tuning, half, device, ending).items():
         if name == "arrange":
             program(arranging(code, tuning, given), ARRANGING, given, stream, tuning.overlap)
         else:
             program(grid(tuning, given.rows, given.tokens), tuning.threads, given, stream, tuning.overlap)
 
 
-def compiled(code: Code, tuning: Tuning, half: bool, device: torch.device) -> dict[str, driver.Kernel]:
+def compiled(
+    code: Code, tuning: Tuning, half: bool, device: torch.device, ending: Ending = PLAIN
+) -> dict[str, driver.Kernel]:
     """The kernels of a product by their names. Raises UnsupportedError where one does not compile."""
     own = replace(tuning, overlap=False)
-    return {name: kernel(_index(device), name, code, own, half) for name in tuning.kernels}
+    return {name: kernel(_index(device), name, code, own, half, ending) for name in tuning.kernels}
 
 
 ARRANGING = 128  # threads of a block
@@ -255,8 +299,8 @@ class SparseArguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class SparseCode:
-    """Weights of which a bitmap says what is kept: groups of columns (``whole_groups``) or single ones, in ``bits`` or
-    as ``values`` of 16 bits. Other names as in ``Code``."""
+    """Weights of which a bitmap says what is kept: groups of columns (``whole_groups``) or single ones, of every four
+    neighbours two (``two_of_four``), in ``bits`` or as ``values`` of 16 bits. Other names as in ``Code``."""
 
     bits: int
     group: int
@@ -265,12 +309,18 @@ class SparseCode:
     center: int = 0
     values: torch.dtype | None = None
     whole_groups: bool = False
+    two_of_four: bool = False
 
     WARPS: ClassVar[int] = 16  # of a block
 
     @property
     def source(self) -> Path:
         return GROUPS if self.whole_groups else MASKED
+
+    @property
+    def entry(self) -> str:
+        """The kernel's name."""
+        return "rarefy_two_of_four" if self.two_of_four else f"rarefy_{self.source.stem}"
 
     def definitions(self, tokens: int, half: bool) -> dict[str, int]:
         """The macros of the source."""
@@ -282,8 +332,10 @@ class SparseCode:
 
     def shared_memory(self, tokens: int, columns: int) -> int:
         """Bytes of a block."""
+        if self.two_of_four:
+            return 64 + tokens * 2 * columns
         if not self.whole_groups:
-            return tokens * 64 * -(-columns // 32)
+            return self.WARPS * 512 + tokens * 64 * -(-columns // 32)
         halves, words = -(-columns // 16) * 2, -(-columns // self.group // 32)
         return tokens * halves * 20 + 256 + self.WARPS * 64 * words
 
@@ -304,16 +356,21 @@ def sparse_arguments(tensors: Mapping[str, Tensor | None], x: Tensor, y: Tensor,
     return SparseArguments(*pointers, x.data_ptr(), y.data_ptr(), *sizes, multiplier)
 
 
+def at_once(tokens: int) -> int:
+    """For how many tokens a kernel of kept weights is compiled."""
+    return 1 << (tokens - 1).bit_length()
+
+
 @functools.cache
 def _sparse_kernel(device: int, code: SparseCode, tokens: int, half: bool, shared: int) -> driver.Kernel:
     macros = [f"-D{macro}={value}" for macro, value in code.definitions(tokens, half).items()]
     with torch.cuda.device(device):
-        return driver.Kernel(code.source, f"rarefy_{code.source.stem}", macros, shared)
+        return driver.Kernel(code.source, code.entry, macros, shared)
 
 
 def sparse(code: SparseCode, given: SparseArguments, half: bool, device: torch.device, overlap: bool = False) -> None:
     """The product with what is kept, on the current stream of ``device``."""
-    tokens = 1 << (given.tokens - 1).bit_length()
+    tokens = at_once(given.tokens)
     program = _sparse_kernel(_index(device), code, tokens, half, code.shared_memory(tokens, given.columns))
     most = 2 * torch.cuda.get_device_properties(device).multi_processor_count
     stream = torch.cuda.current_stream(device).cuda_stream

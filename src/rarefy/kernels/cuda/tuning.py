@@ -12,11 +12,11 @@ import torch
 from filelock import FileLock
 
 from rarefy.core.files import write_text
-from rarefy.kernels.cuda.program import Code, Tuning
+from rarefy.kernels.cuda.program import PLAIN, Code, Ending, Tuning
 from rarefy.sources.cache import cache_root
 
 FOLDER = Path(__file__).with_name("tables")
-KEY = ("bits", "table", "rows", "columns", "tokens")  # of a measurement
+KEY = ("bits", "table", "outliers", "small", "rows", "columns", "tokens")  # of a measurement
 ALIKE = 2.0  # how many times larger or longer a measured size may be
 MOST_SHARED = 200 * 1024  # bytes of a block's shared memory
 MOST_SHARED_WIDE = 226 * 1024  # where four warps can multiply together
@@ -32,12 +32,29 @@ def choose(code: Code, rows: int, columns: int, tokens: int, device: torch.devic
     return _chosen(code, rows, columns, bucket, _name(device), torch.cuda.get_device_capability(device))
 
 
+def choose_with(
+    ending: Ending, code: Code, rows: int, columns: int, tokens: int, device: torch.device
+) -> Tuning:
+    """As ``choose`` for a product with an ending, of up to 16 tokens. It is one of a step's, in which it always pays to
+    begin before its forerunner has ended."""
+    found = choose(code, rows, columns, tokens, device)
+    if ending == PLAIN:
+        return found
+    found = replace(found, overlap=overlaps(device))
+    if found.wide:
+        found = by_rule(code, rows, columns, tokens, torch.cuda.get_device_capability(device))
+    return found.with_halves() if ending.kind == "gated" else found
+
+
 @functools.cache
 def _chosen(
     code: Code, rows: int, columns: int, bucket: int, name: str, capability: tuple[int, int]
 ) -> Tuning:
-    kind = {"bits": code.bits, "table": code.table, "tokens": bucket}
-    known = [entry for entry in table(name, capability) if all(entry[key] == value for key, value in kind.items())]
+    wanted = {"bits": code.bits, "table": code.table, "tokens": bucket}
+    known = [entry for entry in table(name, capability) if all(entry[key] == value for key, value in wanted.items())]
+    kind = _kind(code)
+    known = [entry for entry in known if all(entry.get(key, False) == kind[key] for key in kind)] or known
+
     # The nearest size by the number of weights, then by proportion; one of another order says nothing.
     def distance(entry: dict[str, Any]) -> tuple[float, float]:
         size = entry["rows"] * entry["columns"] / (rows * columns)
@@ -82,10 +99,15 @@ def _of_one_token(code: Code, overlap: bool) -> Tuning:
 
 
 def _wide(code: Code, rows: int, tokens: int) -> Tuning:
-    """The rule where four warps can multiply together."""
-    own = Tuning(1, widths(tokens)[-1], across=8, along=1, stages=MOST_STAGES, wide=True, overlap=True)
+    """The rule where four warps can multiply together: about as many blocks as the GPU has processors."""
+    own = Tuning(1, min(16, widths(tokens)[0]), across=8, along=1, stages=MOST_STAGES, wide=True, overlap=True)
     most = replace(own, tokens=32, rescaled=True, in_turns=True)
-    if tokens > 128 and most.suits(code) and code.step == 128:  # more would not fit into shared memory
+    few = replace(own, across=4, stages=stages_of(own.tokens, 4), split=4, rescaled=code.can_rescale and tokens > 32)
+    if rows <= NARROW and tokens <= 64 and few.suits(code):
+        return fitted(code, few)
+    if rows <= NARROW and 64 < tokens <= 128:
+        own = replace(own, tokens=8)
+    elif rows > NARROW and tokens > 128 and most.suits(code) and code.step == 128:  # as much as shared memory holds
         own = most
     blocks = -(-rows // own.rows) * -(-tokens // (8 * own.tokens))
     split = next((each for each in (1, 2, 4) if blocks * each >= 0.6 * BLOCKS), 4)
@@ -94,8 +116,15 @@ def _wide(code: Code, rows: int, tokens: int) -> Tuning:
 
 def widths(tokens: int) -> list[int]:
     """How many times 8 tokens a block of four warps together may take, likelier ones first."""
-    fitting = [each for each in (2, 4, 8, 16) if 8 * each >= tokens]
-    return fitting[:1] or [32, 16]
+    if tokens > 128:
+        return [32, 16, 8]
+    first = next(each for each in (2, 4, 8, 16) if 8 * each >= tokens)
+    return [first, first // 2] if first > 4 else [first]
+
+
+def stages_of(at_once: int, across: int) -> int:
+    """Steps of tokens in shared memory, at most: where a block has four warps, a processor takes three."""
+    return MOST_STAGES if across > 4 else max(2, min(6, 32 // at_once))
 
 
 def fits_registers(tuning: Tuning) -> bool:
@@ -109,7 +138,9 @@ def fitted(code: Code, tuning: Tuning) -> Tuning:
     small = code.parts > 4
     if not tuning.wide:
         return replace(tuning, depth=1) if small else tuning
-    depth = 1 if small else 4 if tuning.tokens <= 8 else 3 if tuning.tokens <= 16 and tuning.rescaled else 2
+    long = code.step > 128 and tuning.buffered  # steps that leave few registers
+    ahead = 4 if tuning.tokens <= 8 and not long else 3 if tuning.tokens == 16 and tuning.rescaled else 2
+    depth = 1 if small else ahead
     every = (replace(tuning, stages=stages, depth=depth) for stages in range(tuning.stages, 1, -1))
     return next((each for each in every if each.shared_memory(code) <= MOST_SHARED_WIDE), replace(tuning, stages=2))
 
@@ -137,7 +168,7 @@ def keep(entries: list[dict[str, Any]], device: torch.device) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         capability = torch.cuda.get_device_capability(device)
-        merged = {tuple(each[key] for key in KEY): each for each in (*table(name, capability), *entries)}
+        merged = {tuple(each.get(key, False) for key in KEY): each for each in (*table(name, capability), *entries)}
         write_text(path, json.dumps({"capability": capability, "entries": list(merged.values())}, indent=1) + "\n")
     table.cache_clear()
     _chosen.cache_clear()
@@ -146,8 +177,15 @@ def keep(entries: list[dict[str, Any]], device: torch.device) -> Path:
 
 def entry(code: Code, rows: int, columns: int, tokens: int, tuning: Tuning) -> dict[str, Any]:
     """What a table says of one measurement."""
-    own = {"bits": code.bits, "table": code.table, "rows": rows, "columns": columns, "tokens": tokens}
+    own = {**_kind(code), "rows": rows, "columns": columns, "tokens": tokens}
     return {**own, "tuning": asdict(tuning)}
+
+
+def _kind(code: Code) -> dict[str, Any]:
+    """What of a code its measurements are known by; entries do not have to say what is false."""
+    return {
+        "bits": code.bits, "table": code.table, "outliers": code.outliers is not None, "small": code.parts > 4,
+    }  # fmt: skip
 
 
 def _own(name: str) -> Path:

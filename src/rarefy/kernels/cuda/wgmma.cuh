@@ -1,51 +1,7 @@
 // Products of four warps at once (wgmma, compute capability 9.0): a warp's own 16 rows from registers times tokens from
-// shared memory; and the copies (cp.async.bulk) and barriers (mbarrier) that bring both there.
+// shared memory.
 
-typedef unsigned long long u64;
-
-device u32 shared_address(const void* at) { return static_cast<u32>(__cvta_generic_to_shared(at)); }
-
-// ---- Barriers in shared memory: a phase ends when `count` have arrived and all bytes that were announced are there.
-
-device void prepare_barrier(u64* barrier, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
-}
-// All blocks of the cluster see each other's barriers.
-device void barriers_are_prepared() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-device void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-device u32 rank_in_cluster() {
-  u32 rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-// A number in the shared memory of another block of the cluster.
-device float load_of_block(const float* at, u32 rank) {
-  float value;
-  asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.f32 %0, [there]; }"
-               : "=f"(value) : "r"(shared_address(at)), "r"(rank) : "memory");
-  return value;
-}
-device void expect(u64* barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-device void arrive_at(u64* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-// At the same barrier of another block of the cluster. Nothing was written for that block: a release to the cluster would
-// wait for all loads that are on their way.
-device void arrive_at(u64* barrier, u32 rank) {
-  asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-               "mbarrier.arrive.shared::cluster.b64 _, [there]; }"
-               ::"r"(shared_address(barrier)), "r"(rank) : "memory");
-}
-device void wait_for(u64* barrier, u32 phase) {
-  u32 done = 0;
-  while (!done)
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(done) : "r"(shared_address(barrier)), "r"(phase) : "memory");
-}
+#include "bulk.cuh"
 
 // ---- Turns of two fours of warps: who takes one waits until the other has passed it on.
 
@@ -63,18 +19,6 @@ template <int WARPS> device void take_registers() {
   if constexpr (WARPS == 8 && OUTLIERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
   else if constexpr (WARPS == 8) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
   else if constexpr (WARPS == 12) asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-}
-
-// ---- Copies of whole pieces, multiples of 16 bytes.
-
-device void copy_bulk(u8* to, const void* from, u32 bytes, u64* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
-}
-// To the same place of the blocks of the cluster whose bits are set.
-device void copy_bulk_to(u8* to, const void* from, u32 bytes, u64* barrier, u16 blocks) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
-               ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "h"(blocks) : "memory");
 }
 
 // ---- Products. Between begin and the wait nobody touches the registers of either operand.

@@ -106,11 +106,22 @@ def _gate(
 
 
 @triton.jit
+def _turned(turn, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    """Cosines and sines ``[WIDTH]`` of a position, by which channels and their partners are multiplied."""
+    HALF: tl.constexpr = CHANNELS // 2
+    channel = tl.arange(0, WIDTH)
+    here = channel < CHANNELS
+    cos = tl.load(turn + channel % HALF, mask=here, other=0.0).to(tl.float32)
+    sin = tl.load(turn + HALF + channel % HALF, mask=here, other=0.0).to(tl.float32)
+    return cos, tl.where(channel < HALF, -sin, sin)
+
+
+@triton.jit
 def _heads(
-    x, real, gain, turn, eps, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr
+    x, real, gain, cos, sin, eps, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr
 ):  # fmt: skip
-    """Heads ``[rows, WIDTH]`` that begin at the pointers ``x [rows]``, normed and turned by the cosines and sines that
-    ``turn`` points to; ``real [rows]``: which of them exist."""
+    """Heads ``[rows, WIDTH]`` that begin at the pointers ``x [rows]``, normed and turned by ``cos`` and ``sin
+    [WIDTH]``; ``real [rows]``: which of them exist."""
     HALF: tl.constexpr = CHANNELS // 2
     channel = tl.arange(0, WIDTH)
     partner = tl.where(channel < HALF, channel + HALF, channel - HALF)
@@ -123,10 +134,7 @@ def _heads(
         factor = tl.rsqrt(tl.sum(wide * wide, 1) / CHANNELS + eps)[:, None]
         own = _scaled(own, factor, tl.load(gain + channel, mask=here, other=0.0)[None, :], KIND)
         other = _scaled(other, factor, tl.load(gain + partner, mask=here, other=0.0)[None, :], KIND)
-    cos = tl.load(turn + channel % HALF, mask=here, other=0.0).to(tl.float32)[None, :]
-    sin = tl.load(turn + HALF + channel % HALF, mask=here, other=0.0).to(tl.float32)[None, :]
-    sin = tl.where(channel < HALF, -sin, sin)
-    return (own.to(tl.float32) * cos + other.to(tl.float32) * sin).to(own.dtype)
+    return (own.to(tl.float32) * cos[None, :] + other.to(tl.float32) * sin[None, :]).to(own.dtype)
 
 
 @triton.jit
@@ -137,6 +145,34 @@ def _capped(scores, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
+def _cached(keys, values, tile, first, position, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr):
+    """Of a tile of tokens of one head: keys ``[WIDTH, N]``, values ``[N, WIDTH]``, and which are from ``first`` on and
+    before ``position``."""
+    token, channel = tile * N + tl.arange(0, N), tl.arange(0, WIDTH)
+    seen, here = (token >= first) & (token < position), channel < CHANNELS
+    place = token.to(tl.int64) * CHANNELS
+    columns = tl.load(keys + place[None, :] + channel[:, None], mask=seen[None, :] & here[:, None], other=0.0)
+    rows = tl.load(values + place[:, None] + channel[None, :], mask=seen[:, None] & here[None, :], other=0.0)
+    return columns, rows, seen
+
+
+@triton.jit
+def _tile(
+    query, keys, values, seen, top, total, mixed, scale, softcap, CAPPED: tl.constexpr, DOT: tl.constexpr
+):  # fmt: skip
+    """Softmax so far, having seen ``keys [WIDTH, N]`` and ``values [N, WIDTH]`` of some more tokens."""
+    scores = tl.dot(query.to(DOT), keys.to(DOT), input_precision="ieee") * scale
+    scores = tl.where(seen[None, :], _capped(scores, softcap, CAPPED), float("-inf"))
+    peak = tl.maximum(top, tl.max(scores, 1))
+    safe = tl.where(peak == float("-inf"), 0.0, peak)
+    shares = tl.exp(scores - safe[:, None])
+    fade = tl.exp(top - safe)
+    total = total * fade + tl.sum(shares, 1)
+    mixed = mixed * fade[:, None] + tl.dot(shares.to(DOT), values.to(DOT), input_precision="ieee")
+    return peak, total, mixed
+
+
+@triton.jit
 def _attend(
     q, k, v, keys, values, positions, turns, q_gain, k_gain, out, part, part_lse, arrived,
     q_stride, k_stride, v_stride, sequence_stride, head_stride, heads, q_eps, k_eps, scale, softcap, window,
@@ -144,7 +180,9 @@ def _attend(
     SPLITS: tl.constexpr, LEAST: tl.constexpr, MEMBERS: tl.constexpr, Q_KIND: tl.constexpr, K_KIND: tl.constexpr,
     CAPPED: tl.constexpr, WINDOW: tl.constexpr, DOT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    begin(EARLY)
+    # What this step's launches do not write, positions and the cache of earlier tokens, is fetched before waiting.
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     pair, split = tl.program_id(0), tl.program_id(1)
     sequence, head = (pair // heads).to(tl.int64), pair % heads
     position = tl.load(positions + sequence)
@@ -157,45 +195,36 @@ def _attend(
         return
     member, channel = tl.arange(0, M), tl.arange(0, WIDTH)
     real, here = member < GROUP, channel < CHANNELS
-    turn = turns + position.to(tl.int64) * CHANNELS
-    queries = q + sequence * q_stride + (head * GROUP + member) * CHANNELS
-    query = _heads(queries, real, q_gain, turn, q_eps, CHANNELS, WIDTH, Q_KIND)
+    cos, sin = _turned(turns + position.to(tl.int64) * CHANNELS, CHANNELS, WIDTH)
     key_base = keys + sequence * sequence_stride + head.to(tl.int64) * head_stride
     value_base = values + sequence * sequence_stride + head.to(tl.int64) * head_stride
+    begin_tile, end_tile = start + split * each, start + tl.minimum((split + 1) * each, tiles)
+    columns, rows, seen = _cached(key_base, value_base, begin_tile, first, position, CHANNELS, WIDTH, N)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    queries = q + sequence * q_stride + (head * GROUP + member) * CHANNELS
+    query = _heads(queries, real, q_gain, cos, sin, q_eps, CHANNELS, WIDTH, Q_KIND)
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     mixed = tl.zeros((M, WIDTH), tl.float32)
     if split == 0:  # the token's own key and value, which the cache gets too
         one = tl.arange(0, 1)
         key = _heads(
-            k + sequence * k_stride + head * CHANNELS + one, one == 0, k_gain, turn, k_eps, CHANNELS, WIDTH, K_KIND
+            k + sequence * k_stride + head * CHANNELS + one, one == 0, k_gain, cos, sin, k_eps, CHANNELS, WIDTH, K_KIND
         ).to(keys.dtype.element_ty)
         value = tl.load(v + sequence * v_stride + head * CHANNELS + channel, mask=here, other=0.0)
         value = value.to(values.dtype.element_ty)
-        place = position.to(tl.int64) * CHANNELS + channel
-        tl.store(key_base + place[None, :], key, mask=here[None, :])
-        tl.store(value_base + place, value, mask=here)
+        own = position.to(tl.int64) * CHANNELS + channel
+        tl.store(key_base + own[None, :], key, mask=here[None, :])
+        tl.store(value_base + own, value, mask=here)
         scores = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
         top = _capped(scores, softcap, CAPPED)
         total += 1.0
         mixed += value.to(tl.float32)[None, :]
-    for tile in range(start + split * each, start + tl.minimum((split + 1) * each, tiles)):
-        token = tile * N + tl.arange(0, N)
-        seen = (token >= first) & (token < position)
-        place = token.to(tl.int64) * CHANNELS
-        mask = seen[None, :] & here[:, None]
-        transposed = tl.load(key_base + place[None, :] + channel[:, None], mask=mask, other=0.0)
-        scores = tl.dot(query.to(DOT), transposed.to(DOT), input_precision="ieee") * scale
-        scores = tl.where(seen[None, :], _capped(scores, softcap, CAPPED), float("-inf"))
-        peak = tl.maximum(top, tl.max(scores, 1))
-        safe = tl.where(peak == float("-inf"), 0.0, peak)
-        shares = tl.exp(scores - safe[:, None])
-        fade = tl.exp(top - safe)
-        total = total * fade + tl.sum(shares, 1)
-        mask = seen[:, None] & here[None, :]
-        rows = tl.load(value_base + place[:, None] + channel[None, :], mask=mask, other=0.0)
-        mixed = mixed * fade[:, None] + tl.dot(shares.to(DOT), rows.to(DOT), input_precision="ieee")
-        top = peak
+    top, total, mixed = _tile(query, columns, rows, seen, top, total, mixed, scale, softcap, CAPPED, DOT)
+    for tile in range(begin_tile + 1, end_tile):
+        more, below, there = _cached(key_base, value_base, tile, first, position, CHANNELS, WIDTH, N)
+        top, total, mixed = _tile(query, more, below, there, top, total, mixed, scale, softcap, CAPPED, DOT)
     mixed = mixed / total[:, None]
     target = (pair * GROUP + member).to(tl.int64)
     mask = real[:, None] & here[None, :]
@@ -238,14 +267,16 @@ def _place(
     row, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     one, channel = tl.arange(0, 1), tl.arange(0, WIDTH)
     here = channel < CHANNELS
-    turn = turns + (start + row) * CHANNELS
+    cos, sin = _turned(turns + (start + row) * CHANNELS, CHANNELS, WIDTH)
     if number < QUERY_HEADS:
-        x = _heads(q + row * q_stride + number * CHANNELS + one, one == 0, q_gain, turn, q_eps, CHANNELS, WIDTH, Q_KIND)
+        x = q + row * q_stride + number * CHANNELS + one
+        x = _heads(x, one == 0, q_gain, cos, sin, q_eps, CHANNELS, WIDTH, Q_KIND)
         target = (row * QUERY_HEADS + number) * CHANNELS + channel
         tl.store(out + target[None, :], x, mask=here[None, :])
         return
     head = number - QUERY_HEADS
-    x = _heads(k + row * k_stride + head * CHANNELS + one, one == 0, k_gain, turn, k_eps, CHANNELS, WIDTH, K_KIND)
+    x = k + row * k_stride + head * CHANNELS + one
+    x = _heads(x, one == 0, k_gain, cos, sin, k_eps, CHANNELS, WIDTH, K_KIND)
     place = head.to(tl.int64) * head_stride + (start + row) * CHANNELS + channel
     tl.store(keys + place[None, :], x.to(keys.dtype.element_ty), mask=here[None, :])
     value = tl.load(v + row * v_stride + head * CHANNELS + channel, mask=here)

@@ -31,7 +31,8 @@ from rarefy.contracts import AttentionRecipe, attention_recipes
 
 @attention_recipes.register("sale")
 class Sale(AttentionRecipe):
-    """Thresholds on 4-bit scores, for prefill. ``num_bits`` of queries and keys; ``every``: of each block of queries
+    """Thresholds on 4-bit scores, for prefill. ``num_bits`` of queries and keys, which lose their mean over tokens
+    before when ``smooth``; ``every``: of each block of queries
     only each so many-th is looked at. ``budget``: error of a head's output that calibration allows; ``start`` and
     ``halvings``: the thresholds that it tries. ``threshold``: that one for all heads, without calibration."""
 

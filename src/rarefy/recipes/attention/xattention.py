@@ -22,7 +22,8 @@ from rarefy.contracts import AttentionRecipe, attention_recipes
 
 @attention_recipes.register("xattention")
 class XAttention(AttentionRecipe):
-    """``mass``: share of a row's estimated attention to keep; or ``density``: share of blocks, where that is given."""
+    """``stride`` of the antidiagonals. ``mass``: share of a row's estimated attention to keep; or ``density``: share of
+    blocks, where that is given."""
 
     stride: int = Field(8, ge=1)
     mass: float = Field(0.9, gt=0, le=1)

@@ -23,8 +23,10 @@ from rarefy.kv.plan import HeadShape, LayerCodecs
 
 @kv_recipes.register("gear")
 class Gear(KvRecipe):
-    """Uniform codes with sparse and low-rank corrections. ``outliers``: share of each vector (a channel of keys over a
-    block's tokens, a token of values) that is stored as its error. ``recent``: newest tokens that stay in 16 bits."""
+    """Uniform codes with sparse and low-rank corrections. ``block``: tokens that are coded together. ``outliers``:
+    share of each vector (a channel of keys over a block's tokens, a token of values) that is stored as its error.
+    ``rank`` of the correction of a block, found in so many ``iterations``. ``recent``: newest tokens that stay in 16
+    bits."""
 
     num_bits: int = Field(2, ge=1, le=8)
     group_size: int = Field(64, ge=1)

@@ -23,7 +23,8 @@ from rarefy.kv.plan import HeadShape, LayerCodecs
 
 @kv_recipes.register("kivi")
 class Kivi(KvRecipe):
-    """Uniform codes, keys by channel and values by token. ``residual``: a multiple of ``group_size``."""
+    """Uniform codes, keys by channel and values by token. ``residual``: tokens of keys that are
+    coded together, in 16 bits until there are as many; a multiple of ``group_size``."""
 
     num_bits: int = Field(4, ge=1, le=8)
     group_size: int = Field(32, ge=1)

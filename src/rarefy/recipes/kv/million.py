@@ -24,8 +24,9 @@ POINTS_PER_CENTROID = 64
 
 @kv_recipes.register("million")
 class Million(KvRecipe):
-    """Product quantization. ``block``: tokens that are coded together, in 16 bits until there are as many. ``recent``:
-    newest tokens that stay in 16 bits."""
+    """Product quantization. ``width``: neighbouring channels that share a code of ``code_bits``; ``steps`` of the
+    k-means that finds the codebooks. ``block``: tokens that are coded together, in 16 bits until there are as many.
+    ``recent``: newest tokens that stay in 16 bits."""
 
     width: int = Field(2, ge=1)
     code_bits: int = Field(8, ge=1, le=8)

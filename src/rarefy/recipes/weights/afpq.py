@@ -30,7 +30,8 @@ SOLVERS: dict[str, type[GridRecipe]] = {"rtn": Rtn, "gptq": Gptq, "awq": Awq}
 class Afpq(WeightRecipe):
     """A float format with a scale for each sign, solved by another recipe.
 
-    ``solver``: ``rtn``, ``gptq`` or ``awq``, with its ``solver_options``. ``group_size`` null means one group per row;
+    ``solver``: ``rtn``, ``gptq`` or ``awq``, with its ``solver_options`` (``--set solver_options.clip=mse``).
+    ``group_size`` null means one group per row;
     ``scales``: dtype of both scales of a group.
     """
 

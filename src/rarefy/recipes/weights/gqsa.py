@@ -94,7 +94,10 @@ class Gqsa(WeightRecipe):
             grid=self.grid(), search=ClipSearch() if self.clip == "mse" else None,
             rounds=self.rounds, refit=self.refit,
         )  # fmt: skip
-        return [Solution(terms, inverse.notes) for terms in solved]
+        notes = [*inverse.notes]
+        if self.rows == "fisher" and any(layer.statistics.fisher is None for layer in layers):
+            notes.append("its fisher is not known; all its rows count alike")
+        return [Solution(terms, notes) for terms in solved]
 
     def solve(self, layer: Layer) -> Solution:
         return self.solve_group([layer])[0]

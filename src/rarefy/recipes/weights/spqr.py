@@ -35,6 +35,7 @@ SAMPLED, THRESHOLDS, TOLERANCE = 8, (1e-3, 10.0), 0.005
 class Spqr(WeightRecipe):
     """Small groups with two-level scales, error feedback and outliers.
 
+    ``true_sequential``: layers see the compressed ones before them in their block.
     ``outlier_threshold``: in units of a column's mean cost of being lost; smaller means more outliers, null none.
     ``target_bits``: bits per weight, all things counted, for which a threshold is found on a few layers instead.
     ``scale_bits``, ``zero_bits`` and ``scale_rows``: of the second level; up to 4 bits of each are stored in 4.

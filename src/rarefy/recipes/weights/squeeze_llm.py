@@ -63,7 +63,10 @@ class SqueezeLlm(WeightRecipe):
         importance = known if weighted else [size.new_ones(size.shape) for size in sizes]
         inverse = inverse_hessian(gram, self.dampening, sort=True) if self.feedback and gram is not None else None
         solved = round_around_outliers(weights, outliers, self.grid(), importance=importance, inverse=inverse)
-        return [Solution(terms, [] if inverse is None else inverse.notes) for terms in solved]
+        notes = [] if inverse is None else [*inverse.notes]
+        if None in fishers and "fisher" in self.needs:
+            notes.append("its fisher is not known; errors count alike, and its largest weights are the outliers")
+        return [Solution(terms, notes) for terms in solved]
 
     def solve(self, layer: Layer) -> Solution:
         return self.solve_group([layer])[0]

@@ -1,0 +1,61 @@
+// Copies of whole pieces of memory (cp.async.bulk) and the barriers in shared memory (mbarrier) that say when they are
+// there; compute capability 9.0.
+
+typedef unsigned long long u64;
+
+device u32 shared_address(const void* at) { return static_cast<u32>(__cvta_generic_to_shared(at)); }
+
+// ---- Barriers in shared memory: a phase ends when `count` have arrived and all bytes that were announced are there.
+
+device void prepare_barrier(u64* barrier, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+// All blocks of the cluster see each other's barriers.
+device void barriers_are_prepared() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+device void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+device u32 rank_in_cluster() {
+  u32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// Four words in the shared memory of another block of the cluster.
+device uint4 load_of_block(const uint4* at, u32 rank) {
+  uint4 found;
+  asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %4, %5;\n"
+               "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [there]; }"
+               : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w) : "r"(shared_address(at)), "r"(rank) : "memory");
+  return found;
+}
+device void expect(u64* barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+device void arrive_at(u64* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// At the same barrier of another block of the cluster. Nothing was written for that block: a release to the cluster would
+// wait for all loads that are on their way.
+device void arrive_at(u64* barrier, u32 rank) {
+  asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+               "mbarrier.arrive.shared::cluster.b64 _, [there]; }"
+               ::"r"(shared_address(barrier)), "r"(rank) : "memory");
+}
+device void wait_for(u64* barrier, u32 phase) {
+  u32 done = 0;
+  while (!done)
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(shared_address(barrier)), "r"(phase) : "memory");
+}
+
+// ---- Copies of whole pieces, multiples of 16 bytes.
+
+device void copy_bulk(u8* to, const void* from, u32 bytes, u64* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+// To the same place of the blocks of the cluster whose bits are set.
+device void copy_bulk_to(u8* to, const void* from, u32 bytes, u64* barrier, u16 blocks) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
+               ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "h"(blocks) : "memory");
+}

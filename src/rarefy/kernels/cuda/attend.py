@@ -231,19 +231,22 @@ def places(keys: Tiles, values: Tiles, tokens: tuple[Sequence[int], Sequence[int
 def _pieces(side: Tiles, tokens: Sequence[int]) -> Tensor:
     """Addresses of codes, scales and zeros, outliers and their indices and both factors of each 32 tokens, their run's
     tokens and its number: int64 ``[9, n]``."""
-    found = []
+    if not side.runs:
+        return torch.empty(9, 0, dtype=torch.int64)
+    rows = []
     for number, (run, length) in enumerate(zip(side.runs, tokens, strict=True)):
-        place = torch.arange(length // PIECE) * PIECE
-        rows = []
-        more = (None, None) if side.outliers is None else side.outliers.runs[number]
+        outliers = (None, None) if side.outliers is None else side.outliers.runs[number]
         factors = (None, None) if side.low_rank is None else side.low_rank.runs[number]
-        for tensor in (*run, *[None] * (3 - len(run)), *more, *factors):
-            # Of a channel's scales, those of one group follow each other.
-            rows.append(
-                torch.zeros_like(place) if tensor is None else tensor.data_ptr() + _bytes(side, tensor, length, place)
-            )
-        found.append(torch.stack([*rows, torch.full_like(place, length), torch.full_like(place, number)]))
-    return torch.cat(found, 1) if found else torch.empty(9, 0, dtype=torch.int64)
+        tensors = *run, *[None] * (3 - len(run)), *outliers, *factors
+        rows.append([*(0 if each is None else each.data_ptr() for each in tensors), length, number])
+    counts = torch.tensor(tokens) // PIECE
+    of_run = torch.arange(len(rows)).repeat_interleave(counts)
+    place = (torch.arange(len(of_run)) - (counts.cumsum(0) - counts)[of_run]) * PIECE
+    found = torch.tensor(rows).T[:, of_run]
+    for row, each in zip(found, tensors, strict=False):
+        if each is not None:  # that of the last run: all have as many bytes for a token
+            row += _bytes(side, each, tokens[-1], place)
+    return found
 
 
 def _bytes(side: Tiles, tensor: Tensor, length: int, token: Tensor) -> Tensor:

@@ -19,4 +19,5 @@ def tree_sum(x: Tensor) -> Tensor:
 
 def norm(x: Tensor) -> Tensor:
     """Euclidean norms ``[..., 1]`` of ``x [..., n]``."""
-    return tree_sum(x.square()).sqrt()
+    # Roots in single precision are not the nearest number on every processor.
+    return tree_sum(x.square()).double().sqrt().to(x.dtype)

@@ -28,6 +28,7 @@ from rarefy.kernels.triton.pick import Picker
 
 SQUARES = " squares"  # of what is to be divided, beside its name
 WRITTEN = 1024  # tokens that are remembered on the GPU
+MOST_LINKED = 1  # sequences of a step with linked products; of more, none has been proved on a GPU
 # How a step ends: with its logits, or by picking tokens: (draw, of the top k, of the top p).
 Ending: TypeAlias = tuple[bool, bool, bool] | None
 
@@ -184,7 +185,8 @@ class GraphExecutor:
         def ends(product: Projects, after: After) -> bool:
             terms = self._terms(product)
             fits = not isinstance(after, AddNorm) or after.norm.weight.dtype == self.dtype
-            return fits and terms is not None and can_end(terms, sequences, self.dtype)
+            few = sequences <= MOST_LINKED
+            return few and fits and terms is not None and can_end(terms, sequences, self.dtype)
 
         return link(self._whole, ends)
 

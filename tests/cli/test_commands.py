@@ -223,12 +223,14 @@ def test_every_option_of_every_recipe_is_explained(run: Run) -> None:
     discover()
     for registry in (weight_recipes, kv_recipes, attention_recipes):
         for name in registry:
+            if not registry.get(name).__module__.startswith("rarefy."):
+                continue  # other tests register recipes of their own
             said = "\n".join(recipes.explanations(registry.get(name)))
             unsaid = [
                 option for option in registry.get(name).model_fields
                 if option not in ("num_bits", "group_size") and not re.search(rf"\b{option}\b", said)
             ]  # fmt: skip
-            assert not unsaid or name.startswith("test_"), f"{name}: say what {unsaid} mean"
+            assert not unsaid, f"{name}: say what {unsaid} mean"
     assert "``rows_per_lut``" in run("recipes", "rtn").stdout
 
 

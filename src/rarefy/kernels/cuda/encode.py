@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,17 +105,17 @@ class Code:
         return -(-x.shape[2] // self.span), pairs, self.channels // MINE if self.kind == "product" else 1
 
 
-_POINTERS = "x source signs middles lut decoded center spread codes scale zero values indices faults".split()
+def fields(pointers: str) -> list[tuple[str, Any]]:
+    """Of an encoder's arguments: pointers by name, then strides and sizes of what is encoded."""
+    strides, counts = ("batch_stride", "head_stride"), ("tokens", "heads")
+    kinds = {ctypes.c_void_p: pointers.split(), ctypes.c_longlong: strides, ctypes.c_int: counts}
+    return [(name, kind) for kind, names in kinds.items() for name in names]
 
 
 class Arguments(ctypes.Structure):
     """``Arguments`` of the source."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        ("batch_stride", ctypes.c_longlong), ("head_stride", ctypes.c_longlong),
-        ("tokens", ctypes.c_int), ("heads", ctypes.c_int),
-    ]  # fmt: skip
+    _fields_ = fields("x source signs middles lut decoded center spread codes scale zero values indices faults")
 
 
 @dataclass(frozen=True)

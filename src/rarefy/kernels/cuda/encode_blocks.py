@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rarefy.kernels.cuda import driver
-from rarefy.kernels.cuda.encode import CHANNELS, MINE, TYPES, check_strides
+from rarefy.kernels.cuda.encode import CHANNELS, MINE, TYPES, check_strides, fields
 
 SOURCE = Path(__file__).with_name("encode_blocks.cu")
 LENGTHS, MOST_RANK = (32, 64, 128), 16
@@ -68,17 +68,10 @@ class BlockCode:
         }  # fmt: skip
 
 
-_POINTERS = "x source start codes scale zero values indices left right faults".split()
-
-
 class Arguments(ctypes.Structure):
     """``Arguments`` of the source."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        ("batch_stride", ctypes.c_longlong), ("head_stride", ctypes.c_longlong),
-        ("tokens", ctypes.c_int), ("heads", ctypes.c_int),
-    ]  # fmt: skip
+    _fields_ = fields("x source start codes scale zero values indices left right faults")
 
 
 @dataclass(frozen=True)

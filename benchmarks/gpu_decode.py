@@ -38,7 +38,7 @@ from rarefy.decoding.cache import KeyValues, Sequences
 from rarefy.decoding.fuse import Projects
 from rarefy.decoding.graph import GraphExecutor
 from rarefy.decoding.program import Add, Attend, Program, Project
-from rarefy.formats.grids import IntegerGrid, LutGrid
+from rarefy.formats.grids import BinaryGrid, FloatGrid, Grid, IntegerGrid, LutGrid
 from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms.base import Term
 from rarefy.formats.terms.plain import ResidualSpec
@@ -54,7 +54,15 @@ SHAPE = {
     "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0,
     "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
 }  # fmt: skip
-OUTLIERS = 0.0045
+KINDS: dict[str, Grid] = {
+    "W4 g128": IntegerGrid(num_bits=4, group_size=128), "W3 g128": IntegerGrid(num_bits=3, group_size=128),
+    "W2 g128": IntegerGrid(num_bits=2, group_size=128), "W8 g128": IntegerGrid(num_bits=8, group_size=128),
+    "binary g128": BinaryGrid(group_size=128), "fp8": FloatGrid(format="fp8_e4m3"),
+    "LUT4": LutGrid(num_bits=4, rows_per_lut=None), "NF4 g64": FloatGrid(format="nf4", group_size=64),
+    "SpQR 3": IntegerGrid(num_bits=3, group_size=16, zero="float", scales=BilevelScale(rows=16)),
+    "SqueezeLLM 3": LutGrid(num_bits=3),
+}  # fmt: skip
+WITH_OUTLIERS, OUTLIERS = ("SpQR 3", "SqueezeLLM 3"), 0.0045
 PROMPT, NEW, TRIAL = 128, 64, 16
 CHECKED = 2  # layers: random ones magnify every rounding
 TRIED = 16  # tokens of a peer's product that is checked: GemLite brings forms of so many along
@@ -63,30 +71,36 @@ SPREAD = 0.02  # of weights
 
 def random_term(rows: int, columns: int, kind: str) -> list[Term]:
     """Random codes with scales that make a weight of ordinary size."""
-    grids: dict[str, Any] = {
-        "W4 g128": IntegerGrid(num_bits=4, group_size=128), "W3 g128": IntegerGrid(num_bits=3, group_size=128),
-        "SpQR 3": IntegerGrid(num_bits=3, group_size=16, zero="float", scales=BilevelScale(rows=16)),
-        "SqueezeLLM 3": LutGrid(num_bits=3),
-    }  # fmt: skip
-    spec = QuantizedSpec(grid=grids[kind])
+    terms: list[Term] = [_codes(rows, columns, KINDS[kind], _step(kind))]
+    if kind in WITH_OUTLIERS:
+        terms.append(_outliers(rows, columns))
+    return terms
+
+
+@functools.cache
+def _step(kind: str) -> float:
+    """The mean scale with which random codes spread as weights do."""
+    return SPREAD / float(_codes(256, 4096, KINDS[kind], 1.0).decode().std())
+
+
+def _codes(rows: int, columns: int, grid: Grid, step: float) -> Term:
+    spec = QuantizedSpec(grid=grid)  # type: ignore[arg-type]
     tensors = {}
     for name, entry in spec.layout((rows, columns)).items():
         shape = [int(size) for size in entry.shape]
         if name == "codes":
             made = torch.randint(-(2**31), 2**31, shape, device=DEVICE)
+            made &= ~0x08080808 if grid.code_bits == 8 and isinstance(grid, FloatGrid) else -1  # all numbers of E4M3
         elif name == "scale" and entry.dtype == torch.uint8:
             made = torch.randint(0, 8, shape, device=DEVICE) | (torch.randint(2, 6, shape, device=DEVICE) << 4)
         elif name == "second_order":  # scales from 1 to 8 steps, zeros as coded
-            made = torch.tensor([SPREAD / 10, -1.0, 1.0, 0.0], device=DEVICE).expand(shape)
+            made = torch.tensor([step, -1.0, 1.0, 0.0], device=DEVICE).expand(shape)
         elif name == "lut":
-            made = torch.randn(shape, device=DEVICE) * SPREAD
+            made = torch.randn(shape, device=DEVICE) * step
         else:
-            made = (0.5 + torch.rand(shape, device=DEVICE)) * SPREAD / 2 ** (grids[kind].num_bits - 2)
+            made = (0.5 + torch.rand(shape, device=DEVICE)) * step
         tensors[name] = made.to(entry.dtype).contiguous()
-    terms: list[Term] = [spec.build((rows, columns), tensors)]
-    if kind in ("SpQR 3", "SqueezeLLM 3"):
-        terms.append(_outliers(rows, columns))
-    return terms
+    return spec.build((rows, columns), tensors)
 
 
 def _outliers(rows: int, columns: int) -> Term:
@@ -387,7 +401,7 @@ def measured(
     choices = Choices()
     with choices.instead():
         for number, (kind, model) in enumerate(coded.items()):
-            if batch > MOST_TOKENS_OF_OUTLIERS and kind in ("SpQR 3", "SqueezeLLM 3"):
+            if batch > MOST_TOKENS_OF_OUTLIERS and kind in WITH_OUTLIERS:
                 print(f"{kind}: weights with outliers are dequantized for {batch} tokens; not measured", flush=True)
                 continue
             mine += attempt(kind, partial(ours, kind, model, programs[kind], batch))
@@ -439,7 +453,7 @@ def _write(
         print(f"batch {batch}, {each.name}: {took:.3f} ms, {batch / took * 1e3:.0f} tokens/s", flush=True)
         for peer in (*peers, *mine[-1:]):
             rows.append({
-                "goal": "3 bits" if "3" in each.name else "G14" if batch == 1 else "G15",
+                "goal": "3 bits" if each.name in WITH_OUTLIERS else "G14" if batch == 1 else "G15",
                 "job": each.name, "batch": batch, "peer": peer.name,
                 "milliseconds": round(took, 4), "tokens_per_second": round(batch / took * 1e3, 1),
                 "peer_milliseconds": round(times[peer.name], 4), "ratio": round(times[peer.name] / took, 3),

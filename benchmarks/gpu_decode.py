@@ -45,6 +45,7 @@ from rarefy.formats.terms.plain import ResidualSpec
 from rarefy.formats.terms.quantized import QuantizedSpec
 from rarefy.integrations.peers import step_bytes
 from rarefy.kernels.cuda.linear import MOST_TOKENS_OF_OUTLIERS
+from rarefy.kernels.cuda.measure import takes_wide
 from rarefy.layers.linear import CompressedLinear
 
 KEY = ("job", "batch", "peer")
@@ -55,8 +56,10 @@ SHAPE = {
     "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
 }  # fmt: skip
 KINDS: dict[str, Grid] = {
-    "W4 g128": IntegerGrid(num_bits=4, group_size=128), "W3 g128": IntegerGrid(num_bits=3, group_size=128),
-    "W2 g128": IntegerGrid(num_bits=2, group_size=128), "W8 g128": IntegerGrid(num_bits=8, group_size=128),
+    "W4 g128": IntegerGrid(num_bits=4, group_size=128),
+    "W4 zero g128": IntegerGrid(num_bits=4, group_size=128, zero="integer"),
+    "W3 g128": IntegerGrid(num_bits=3, group_size=128), "W2 g128": IntegerGrid(num_bits=2, group_size=128),
+    "W8 g128": IntegerGrid(num_bits=8, group_size=128),
     "binary g128": BinaryGrid(group_size=128), "fp8": FloatGrid(format="fp8_e4m3"),
     "LUT4": LutGrid(num_bits=4, rows_per_lut=None), "NF4 g64": FloatGrid(format="nf4", group_size=64),
     "SpQR 3": IntegerGrid(num_bits=3, group_size=16, zero="float", scales=BilevelScale(rows=16)),
@@ -88,7 +91,7 @@ def _codes(rows: int, columns: int, grid: Grid, step: float) -> Term:
     tensors = {}
     for name, entry in spec.layout((rows, columns)).items():
         shape = [int(size) for size in entry.shape]
-        if name == "codes":
+        if name in ("codes", "zero_point"):
             made = torch.randint(-(2**31), 2**31, shape, device=DEVICE)
             made &= ~0x08080808 if grid.code_bits == 8 and isinstance(grid, FloatGrid) else -1  # all numbers of E4M3
         elif name == "scale" and entry.dtype == torch.uint8:
@@ -401,7 +404,7 @@ def measured(
     choices = Choices()
     with choices.instead():
         for number, (kind, model) in enumerate(coded.items()):
-            if batch > MOST_TOKENS_OF_OUTLIERS and kind in WITH_OUTLIERS:
+            if batch > MOST_TOKENS_OF_OUTLIERS and kind in WITH_OUTLIERS and not takes_wide(DEVICE):
                 print(f"{kind}: weights with outliers are dequantized for {batch} tokens; not measured", flush=True)
                 continue
             mine += attempt(kind, partial(ours, kind, model, programs[kind], batch))

@@ -172,15 +172,23 @@ class Ours:
                 rows = [part.linear.out_features for part in operation.parts]
                 made = other(sum(rows), operation.parts[0].linear.in_features)
                 if made is not None:
-                    self.execute._products[operation.parts[0].name] = partial(_split, made, rows)
+                    self.execute._products[operation.parts[0].name] = Theirs(made, rows)  # type: ignore[assignment]
 
     def __call__(self, count: int) -> Tensor:
         self.cache.lengths = [PROMPT] * len(self.tokens)
         return self.execute.write(self.tokens, self.cache, count)
 
 
-def _split(product: Callable[[Tensor], Tensor], rows: Sequence[int], x: Tensor) -> tuple[Tensor, ...]:
-    return product(x).split(rows, -1)
+@dataclass
+class Theirs:
+    """Projections of the same input by other people's product, which nothing can be linked to."""
+
+    product: Callable[[Tensor], Tensor]
+    rows: Sequence[int]
+    terms: None = None
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.product(x).split(self.rows, -1)
 
 
 def _random_cache(program: Program, batch: int) -> Sequences:

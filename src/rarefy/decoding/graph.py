@@ -28,6 +28,7 @@ from rarefy.kernels.triton.pick import Picker
 
 SQUARES = " squares"  # of what is to be divided, beside its name
 WRITTEN = 1024  # tokens that are remembered on the GPU
+KEPT = 8  # numbers of sequences whose steps stay captured
 MOST_LINKED = 1  # sequences of a step with linked products; of more, none has been proved on a GPU
 # How a step ends: with its logits, or by picking tokens: (draw, of the top k, of the top p).
 Ending: TypeAlias = tuple[bool, bool, bool] | None
@@ -49,10 +50,10 @@ class GraphExecutor:
     """Runs ``program`` on its model's GPU in the model's dtype.
 
     A step of one token for each sequence is captured once for each number of sequences and each place of the cache,
-    and kept for the last place of each number; longer chunks of one sequence run launch by launch. Projections of the
-    same input become one where their weights can lie together, which moves the weights but neither copies nor changes
-    them. On the CPU nothing is captured and
-    Triton's interpreter executes. Raises UnsupportedError for a program or tensors that the kernels do not take.
+    and kept for the last place of the `KEPT` numbers that were last in use; longer chunks of one sequence run launch by
+    launch. Projections of the same input become one where their weights can lie together, which moves the weights but
+    neither copies nor changes them. On the CPU nothing is captured and Triton's interpreter executes. Raises
+    UnsupportedError for a program or tensors that the kernels do not take.
     """
 
     name = "cuda graph"
@@ -66,7 +67,7 @@ class GraphExecutor:
             raise UnsupportedError("The GPU's runner needs an embedding whose rows lie together.")
         self.device, self.dtype = embed.table.weight.device, embed.table.weight.dtype
         with torch.inference_mode(False), torch.no_grad():  # what weights become is theirs to keep
-            self._products: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+            self._products = {
                 operation.parts[0].name: Together([part.linear for part in operation.parts])
                 for operation in (*self._whole, *self._head)
                 if isinstance(operation, Projects)
@@ -121,9 +122,13 @@ class GraphExecutor:
         likely. Nothing waits for the host. Raises OptionError for less than one."""
         if count < 1:
             raise OptionError(f"{count} tokens cannot be written; ask for some.")
-        if count > WRITTEN:
-            first = self.write(tokens, cache, WRITTEN, sampling)
-            return torch.cat([first, self.write(first[:, -1], cache, count - WRITTEN, sampling)], 1)
+        parts = [tokens[:, None]]
+        for start in range(0, count, WRITTEN):
+            parts.append(self._write(parts[-1][:, -1], cache, min(WRITTEN, count - start), sampling))
+        return torch.cat(parts[1:], 1)
+
+    def _write(self, tokens: Tensor, cache: KeyValues, count: int, sampling: Sampling | None) -> Tensor:
+        """As `write`, up to `WRITTEN` tokens."""
         many = isinstance(cache, Sequences)
         lengths = cache.lengths if isinstance(cache, Sequences) else [cache.length]
         cache.reserve(max(lengths) + count)
@@ -164,15 +169,18 @@ class GraphExecutor:
 
     def _step(self, keys: Tensor, values: Tensor) -> _Step:
         sequences, capacity = keys.shape[1], keys.shape[3]
-        at = self._steps.get(sequences)
+        at = self._steps.pop(sequences, None)
         if at is None:
             program, device = self.program, self.device
-            at = self._steps[sequences] = _Step(
+            at = _Step(
                 torch.zeros(sequences, dtype=torch.int64, device=device),
                 torch.zeros(sequences, dtype=torch.int32, device=device),
                 self._attention()(sequences, program.heads, program.kv_heads, program.head_dim, device),
                 Picker(sequences, program.vocabulary, WRITTEN, device),
             )
+        self._steps[sequences] = at  # the last one
+        for least in list(self._steps)[:-KEPT]:
+            del self._steps[least]
         place = keys.data_ptr(), values.data_ptr(), capacity
         if at.place != place:
             at.place = place
@@ -253,7 +261,7 @@ class GraphExecutor:
 
     def _terms(self, operation: Projects) -> Sequence[Prepared] | None:
         """What the kernels multiply by for ``operation``, if they do."""
-        return getattr(self._products[operation.parts[0].name], "terms", None)
+        return self._products[operation.parts[0].name].terms
 
     def _execute(
         self, operations: Sequence[Step], at: dict[str, Tensor],
@@ -285,8 +293,8 @@ class GraphExecutor:
         product, normed, after = operation.product, operation.normed, operation.after
         terms = self._terms(product)
         assert terms is not None  # as ``link`` was told
-        x, name = at[product.parts[0].x], product.parts[0].x
-        beside = Beside() if normed is None else Beside(at[name + SQUARES], normed.eps)
+        name = product.parts[0].x
+        x, beside = at[name], Beside() if normed is None else Beside(at[name + SQUARES], normed.eps)
         match after:
             case Gate(_, _, out, activation):
                 ending = EndOfProduct(normed is not None, "gated", activation)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from rarefy import packing
 from rarefy.decoding import interpreter
 from rarefy.decoding.build import build
-from rarefy.decoding.cache import KeyValues, Sequences
+from rarefy.decoding.cache import FLOAT8, KeyValues, Sequences
 from rarefy.decoding.fuse import Projects
 from rarefy.decoding.graph import GraphExecutor
 from rarefy.decoding.program import Add, Attend, Program, Project
@@ -152,17 +152,33 @@ class Decoder:
     error: float = 0.0
 
 
+@dataclass(frozen=True)
+class Held:
+    """What each sequence holds: random keys and values of so many tokens, in a cache of a dtype."""
+
+    tokens: int = PROMPT
+    dtype: torch.dtype = DTYPE
+
+    def nbytes(self, program: Program) -> int:
+        """Bytes of a sequence that a step reads, in the middle of those that are written."""
+        bits = 8 * self.dtype.itemsize * program.head_dim + 16 * (self.dtype == FLOAT8)
+        return 2 * program.layers * program.kv_heads * bits // 8 * (self.tokens + NEW // 2)
+
+
+HELD = Held()
+
+
 class Ours:
-    """The runner's executor with ``batch`` sequences that hold `PROMPT` random keys and values.
+    """The runner's executor with ``batch`` sequences that hold something.
 
     ``other(rows, columns)`` makes a product that takes the place of ours, projections of the same input being one;
     where it makes none ours stays. Then nothing is checked."""
 
-    def __init__(self, program: Program, batch: int, other: Other | None = None):
-        self.execute = GraphExecutor(program)
-        self.cache = _random_cache(program, batch)
+    def __init__(self, program: Program, batch: int, other: Other | None = None, held: Held = HELD):
+        self.execute, self.held = GraphExecutor(program), held
+        self.cache = _random_cache(program, batch, held)
         self.tokens = torch.full((batch,), 17, device=DEVICE)
-        self.error = 0.0 if other is not None else error_of_first_layers(program, batch)
+        self.error = 0.0 if other is not None else error_of_first_layers(program, batch, held=held)
         if other is not None:
             self._replace(other)
 
@@ -175,7 +191,7 @@ class Ours:
                     self.execute._products[operation.parts[0].name] = Theirs(made, rows)  # type: ignore[assignment]
 
     def __call__(self, count: int) -> Tensor:
-        self.cache.lengths = [PROMPT] * len(self.tokens)
+        self.cache.lengths = [self.held.tokens] * len(self.tokens)
         return self.execute.write(self.tokens, self.cache, count)
 
 
@@ -191,30 +207,34 @@ class Theirs:
         return self.product(x).split(self.rows, -1)
 
 
-def _random_cache(program: Program, batch: int) -> Sequences:
-    sizes = (program.layers, program.kv_heads, program.head_dim, DTYPE, program.positions, DEVICE)
+def _random_cache(program: Program, batch: int, held: Held) -> Sequences:
+    sizes = (program.layers, program.kv_heads, program.head_dim, held.dtype, program.positions, DEVICE)
     cache = Sequences(batch, *sizes)
-    cache.reserve(PROMPT + NEW + 1)
-    cache.lengths = [PROMPT] * batch
-    for kept in (cache.keys, cache.values):
-        kept.normal_()
+    cache.reserve(held.tokens + NEW + 1)
+    cache.lengths = [held.tokens] * batch
+    shape = program.kv_heads, cache.capacity, program.head_dim
+    for layer in range(program.layers):
+        for number in range(batch):
+            keys, values = torch.randn(2, *shape, device=DEVICE, dtype=DTYPE)
+            cache.kept[layer, number].store(0, keys, values)
     return cache
 
 
-def error_of_first_layers(program: Program, batch: int, token: int = 17) -> float:
+def error_of_first_layers(program: Program, batch: int, token: int = 17, held: Held = HELD) -> float:
     """The largest relative error of the logits of a sequence after one more token and the first `CHECKED` layers,
     against operations one by one with decoded weights in float32. No two sequences are alike."""
     last = [number for number, each in enumerate(program.step) if isinstance(each, Attend)][CHECKED]
     start = max(number for number, each in enumerate(program.step[:last]) if isinstance(each, Add)) + 1
     short = replace(program, step=program.step[:start], layers=CHECKED)
-    ours, tokens = _random_cache(short, batch), token + torch.arange(batch, device=DEVICE)
-    oracle = KeyValues(short.layers, short.kv_heads, short.head_dim, DTYPE, short.positions, DEVICE)
-    kept = ours.keys.clone(), ours.values.clone()
+    ours, tokens = _random_cache(short, batch, held), token + torch.arange(batch, device=DEVICE)
+    oracle = KeyValues(short.layers, short.kv_heads, short.head_dim, held.dtype, short.positions, DEVICE)
+    kept = copy.deepcopy(ours.kept)
     made = GraphExecutor(short).advance(tokens, ours).double()
     decoded = _decoded(short)
     errors = []
     for number in range(batch):
-        oracle.keys, oracle.values, oracle.length = kept[0][:, number], kept[1][:, number], PROMPT
+        own = kept[:, number]
+        oracle.keys, oracle.values, oracle.steps, oracle.length = own.keys, own.values, own.steps, held.tokens
         wanted = interpreter.run(decoded, tokens[number : number + 1], oracle)[0].double()
         errors.append(float((made[number] - wanted).norm() / wanted.norm()))
     return max(errors)
@@ -239,8 +259,7 @@ def _decoded(program: Program) -> Program:
 
 def ours(name: str, model: Any, program: Program, batch: int, **options: Any) -> Decoder:
     made = Ours(program, batch, **options)
-    cached = 2 * program.layers * program.kv_heads * program.head_dim * DTYPE.itemsize
-    nbytes = step_bytes(model) + batch * cached * (PROMPT + NEW // 2)
+    nbytes = step_bytes(model) + batch * made.held.nbytes(program)
     return Decoder(name, partial(made, NEW), NEW, nbytes, made.error)
 
 
@@ -384,6 +403,7 @@ def main() -> None:
     parser.add_argument(
         "--peers", default="eager,tinygemm,gemlite,torchao,compiled,hf", help="by commas"
     )
+    parser.add_argument("--caches", default="1:8000,16:4096", help="sequences and tokens that each holds, by commas")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--tune", default="0", help="for each batch, seconds to try ways to cut the first kind's products up, by commas"
@@ -400,6 +420,35 @@ def main() -> None:
     for batch, tuned in zip_longest(map(int, batches), map(float, seconds), fillvalue=0):
         measured(int(batch), coded, programs, dense, shape, options, limit, tuned)
         torch.cuda.empty_cache()
+    for batch, tokens in (map(int, each.split(":")) for each in options.caches.split(",") if each):
+        for kind, model in list(coded.items())[:1]:
+            caches(kind, model, programs[kind], batch, tokens, options, limit)
+
+
+def caches(
+    kind: str, model: Any, program: Program, batch: int, tokens: int, options: Namespace, limit: tuple[float, float]
+) -> None:
+    """Write the row of a cache in 8 bits against one in 16."""
+    found: list[Decoder] = []
+    for name, dtype in (("cache in E4M3", FLOAT8), ("cache in bfloat16", DTYPE)):
+        found += attempt(name, partial(ours, name, model, program, batch, held=Held(tokens, dtype)))
+    if len(found) < 2:
+        return
+    times = milliseconds(found, options.rounds)
+    small, large = found
+    took = times[small.name]
+    row: Row = {
+        "goal": "cache", "job": f"{kind}, {small.name}, {tokens:,} tokens before", "batch": batch, "peer": large.name,
+        "milliseconds": round(took, 4), "tokens_per_second": round(batch / took * 1e3, 1),
+        "peer_milliseconds": round(times[large.name], 4), "ratio": round(times[large.name] / took, 3),
+        "fraction_of_limit": round(small.nbytes / limit[0] / took / 1e3, 3),
+        "fraction_of_read": round(small.nbytes / limit[1] / took / 1e3, 3), "max_rel_error": small.error,
+        "bits_per_weight": _bits(model),
+        "note": f"{program.layers} layers, {NEW} tokens written; the peer reads at "
+        f"{large.nbytes / limit[0] / times[large.name] / 1e3:.3f} of the limit",
+    }  # fmt: skip
+    print(row, flush=True)
+    write(options, [row], KEY)
 
 
 def measured(

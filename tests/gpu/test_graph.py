@@ -12,7 +12,7 @@ import rarefy
 from rarefy.contracts import Recipe, Rule
 from rarefy.decoding import interpreter
 from rarefy.decoding.build import build
-from rarefy.decoding.cache import KeyValues, Sequences
+from rarefy.decoding.cache import FLOAT8, KeyValues, Sequences
 from rarefy.decoding.link import Linked
 from rarefy.decoding.program import Program
 from rarefy.decoding.runner import Runner
@@ -124,6 +124,24 @@ def test_attention_of_a_token_is_the_portable_one(
         found.append((out, keys, values))
     for ours, portable in zip(*found, strict=True):
         assert distance(ours, portable) < (2e-3 if dtype == torch.float16 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", [[1], [300], [700, 3, 64, 33, 1500]])
+def test_a_cache_in_eight_bits(dtype: torch.dtype, lengths: list[int]) -> None:
+    program = build(model_of(dtype, 4))
+    execute, cache = GraphExecutor(program), kept(program, FLOAT8, len(lengths))
+    for number, length in enumerate(lengths):
+        execute.read(prompt(length, seed=number), cache, number)
+    tokens = torch.arange(5, 5 + 3 * len(lengths), device="cuda").view(3, -1)
+    made = [execute.advance(each, cache).clone() for each in tokens]
+    for number, length in enumerate(lengths):
+        oracle = kept(program, FLOAT8)
+        interpreter.run(program, prompt(length, seed=number), oracle)
+        for token, logits in zip(tokens[:, number], made, strict=True):
+            wanted = interpreter.run(program, token[None], oracle)
+            assert distance(logits[number : number + 1], wanted) < 5e-2
+    assert cache.byte_count() < 0.52 * cache.keys.numel() * (2 * dtype.itemsize)
 
 
 def test_many_sequences_of_many_lengths() -> None:

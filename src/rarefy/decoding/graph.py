@@ -13,7 +13,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from rarefy.core.errors import OptionError, UnsupportedError
 from rarefy.decoding import interpreter
-from rarefy.decoding.cache import KeyValues, Sequences
+from rarefy.decoding.cache import FLOAT8, Kept, KeyValues, Sequences
 from rarefy.decoding.fuse import AddNorm, Attention, Projects, fuse
 from rarefy.decoding.link import After, Linked, Step, link
 from rarefy.decoding.products import Together
@@ -88,9 +88,9 @@ class GraphExecutor:
         cache.reserve(end)
         tokens = tokens.to(self.device)
         if len(tokens) == 1:
-            logits = self._replay(cache.keys[:, None], cache.values[:, None], tokens, [cache.length], None).clone()
+            logits = self._replay(cache.kept[:, None], tokens, [cache.length], None).clone()
         else:
-            logits = self._chunk(tokens, cache.keys, cache.values, cache.length, every)
+            logits = self._chunk(tokens, cache.kept, cache.length, every)
         cache.length = end
         return logits
 
@@ -101,8 +101,7 @@ class GraphExecutor:
         cache.reserve(start + len(tokens))
         logits = tokens
         for part in tokens.to(self.device).split(self.chunk):
-            kept = cache.keys[:, number], cache.values[:, number]
-            logits = self._chunk(part, *kept, cache.lengths[number], False)
+            logits = self._chunk(part, cache.kept[:, number], cache.lengths[number], False)
             cache.lengths[number] += len(part)
         return logits
 
@@ -111,7 +110,7 @@ class GraphExecutor:
         """Logits ``[M, vocabulary]`` after one of ``tokens`` [M] more of each sequence; the next call overwrites
         them."""
         cache.reserve(max(cache.lengths) + 1)
-        logits = self._replay(cache.keys, cache.values, tokens, cache.lengths, None)
+        logits = self._replay(cache.kept, tokens, cache.lengths, None)
         cache.lengths = [length + 1 for length in cache.lengths]
         return logits
 
@@ -132,14 +131,14 @@ class GraphExecutor:
         many = isinstance(cache, Sequences)
         lengths = cache.lengths if isinstance(cache, Sequences) else [cache.length]
         cache.reserve(max(lengths) + count)
-        keys, values = (cache.keys, cache.values) if many else (cache.keys[:, None], cache.values[:, None])
-        pick = self._step(keys, values).pick
+        kept = cache.kept if many else cache.kept[:, None]
+        pick = self._step(kept).pick
         ending = (False, False, False)
         if sampling is not None:
             pick.settings.copy_(torch.tensor([1 / sampling.temperature, sampling.top_k, sampling.top_p]))
             pick.seed.fill_(sampling.seed)
             ending = (True, sampling.top_k > 0, sampling.top_p < 1)
-        self._replay(keys, values, tokens, lengths, ending, count)
+        self._replay(kept, tokens, lengths, ending, count)
         if isinstance(cache, Sequences):
             cache.lengths = [length + count for length in lengths]
         else:
@@ -148,10 +147,10 @@ class GraphExecutor:
         return pick.written.gather(1, at % WRITTEN)
 
     def _replay(
-        self, keys: Tensor, values: Tensor, tokens: Tensor, lengths: Sequence[int], ending: Ending, count: int = 1
+        self, kept: Kept, tokens: Tensor, lengths: Sequence[int], ending: Ending, count: int = 1
     ) -> Tensor:
         """The logits of the last of ``count`` steps, each after the first on the token that the one before picked."""
-        at = self._step(keys, values)
+        at = self._step(kept)
         started = torch.tensor(lengths, dtype=torch.int32).to(self.device)
 
         def begin() -> None:
@@ -160,17 +159,19 @@ class GraphExecutor:
 
         if ending not in at.graphs:
             begin()  # what warms up writes where the next token will stand, and nowhere else
-            at.graphs[ending] = self._capture(at, keys, values, ending)
+            at.graphs[ending] = self._capture(at, kept, ending)
         replay, logits = at.graphs[ending]
         begin()
         for _ in range(count):
             replay()
         return logits
 
-    def _step(self, keys: Tensor, values: Tensor) -> _Step:
-        sequences, capacity = keys.shape[1], keys.shape[3]
+    def _step(self, kept: Kept) -> _Step:
+        sequences, capacity = kept.keys.shape[1], kept.keys.shape[3]
         at = self._steps.pop(sequences, None)
         if at is None:
+            if not self.keeps(kept.keys.dtype):
+                raise UnsupportedError(f"No kernel here keeps keys and values of this model in {kept.keys.dtype}.")
             program, device = self.program, self.device
             at = _Step(
                 torch.zeros(sequences, dtype=torch.int64, device=device),
@@ -181,7 +182,7 @@ class GraphExecutor:
         self._steps[sequences] = at  # the last one
         for least in list(self._steps)[:-KEPT]:
             del self._steps[least]
-        place = keys.data_ptr(), values.data_ptr(), capacity
+        place = kept.keys.data_ptr(), kept.values.data_ptr(), capacity
         if at.place != place:
             at.place = place
             at.graphs.clear()
@@ -198,6 +199,11 @@ class GraphExecutor:
 
         return link(self._whole, ends)
 
+    def keeps(self, dtype: torch.dtype) -> bool:
+        """Whether a step reads and writes a cache of ``dtype``."""
+        fits = dtype == FLOAT8 and self._attention() is attend_token.Attention
+        return dtype != FLOAT8 or (fits and attend_token.keeps_float8(self.device))
+
     def _attention(self) -> type[step.Attention] | type[attend_token.Attention]:
         """The kernel that reads heads like the program's."""
         program = self.program
@@ -207,12 +213,14 @@ class GraphExecutor:
             return attend_token.Attention
         return step.Attention
 
-    def _capture(self, at: _Step, keys: Tensor, values: Tensor, ending: Ending) -> tuple[Callable[[], None], Tensor]:
+    def _capture(self, at: _Step, kept: Kept, ending: Ending) -> tuple[Callable[[], None], Tensor]:
         """What runs the step once more, and the logits that it leaves."""
 
         def attend(operation: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            layer = operation.attend.layer
-            return at.attend(q, k, v, keys[layer], values[layer], at.positions, self._heads(operation, keys.shape[3]))
+            own, heads = kept[operation.attend.layer], self._heads(operation, kept.keys.shape[3])
+            if isinstance(at.attend, step.Attention):
+                return at.attend(q, k, v, own.keys, own.values, at.positions, heads)
+            return at.attend(q, k, v, own.keys, own.values, at.positions, heads, own.steps)
 
         operations = self.steps(len(at.tokens))
 
@@ -226,7 +234,7 @@ class GraphExecutor:
             return logits
 
         if self._stream is None:
-            logits = keys.new_empty(len(at.tokens), self.program.vocabulary, dtype=self.dtype)
+            logits = kept.keys.new_empty(len(at.tokens), self.program.vocabulary, dtype=self.dtype)
 
             def again() -> None:
                 logits.copy_(run())
@@ -242,15 +250,19 @@ class GraphExecutor:
             logits = run()
         return graph.replay, logits
 
-    def _chunk(self, tokens: Tensor, keys: Tensor, values: Tensor, start: int, every: bool) -> Tensor:
-        """As ``interpreter.run`` over ``keys`` and ``values [layers, kv_heads, capacity, head_dim]``."""
+    def _chunk(self, tokens: Tensor, kept: Kept, start: int, every: bool) -> Tensor:
+        """As ``interpreter.run`` over what is ``kept [layers, kv_heads, capacity, head_dim]``."""
 
         def attend(operation: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            kept = keys[operation.attend.layer], values[operation.attend.layer]
-            q = step.place(q, k, v, *kept, start, self._heads(operation, keys.shape[2]))
+            own, heads = kept[operation.attend.layer], self._heads(operation, kept.keys.shape[2])
+            if own.steps is None:
+                q = step.place(q, k, v, own.keys, own.values, start, heads)
+            else:
+                fresh = q.new_empty(2, heads.heads, len(tokens), heads.channels)
+                q = step.place(q, k, v, fresh[0], fresh[1], 0, replace(heads, turns=heads.turns[start:]))
+                own.store(start, fresh[0], fresh[1])
             q = q.unflatten(-1, (self.program.heads, -1)).transpose(0, 1)
-            seen = [part[:, : start + len(tokens)].to(q.dtype) for part in kept]
-            return _mix(operation, q, *seen).transpose(0, 1).flatten(-2)
+            return _mix(operation, q, *own.load(start + len(tokens), q.dtype)).transpose(0, 1).flatten(-2)
 
         buffers = {"tokens": tokens}
         self._execute(self._body, buffers, attend)

@@ -14,7 +14,7 @@ from rarefy.core.logs import logger
 from rarefy.decoding import interpreter
 from rarefy.decoding.batch import Batch, BatchExecutor
 from rarefy.decoding.build import build
-from rarefy.decoding.cache import KeyValues
+from rarefy.decoding.cache import DTYPES, KeyValues
 from rarefy.decoding.native import Mode, NativeExecutor
 from rarefy.decoding.program import Program
 from rarefy.decoding.sampling import Sampling
@@ -34,6 +34,9 @@ class Executor(Protocol):
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """How it keeps keys and values of a model of ``dtype``."""
 
+    def keeps(self, dtype: torch.dtype) -> bool:
+        """Whether it can keep them in ``dtype``."""
+
     def __call__(self, tokens: Tensor, cache: KeyValues, *, every: bool = False) -> Tensor:
         """As ``interpreter.run``."""
 
@@ -49,6 +52,9 @@ class Interpreter:
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
+
+    def keeps(self, dtype: torch.dtype) -> bool:
+        return dtype in DTYPES
 
     def __call__(self, tokens: Tensor, cache: KeyValues, *, every: bool = False) -> Tensor:
         return interpreter.run(self.program, tokens, cache, every=every)
@@ -155,6 +161,8 @@ class Runner:
         self._execute = self._executor()
         self._built_from = self._state()  # layouts that the executor made included
         dtype = self._cache_dtype or self._execute.cache_dtype(self.model.dtype)
+        if not self._execute.keeps(dtype):
+            raise OptionError(f"'{self.name}' does not keep keys and values of this model in {dtype}; name another.")
         program = self.program
         self.cache = KeyValues(
             program.layers, program.kv_heads, program.head_dim, dtype, program.positions, self.model.device

@@ -62,6 +62,8 @@ device uint2 load_shared_by_all(const uint2* from) { return *from; }
 device float load_fresh(const float* from) { return *from; }
 device unsigned short load_fresh(const unsigned short* from) { return *from; }
 device uint4 load_fresh(const uint4* from, bool real) { return real ? *from : uint4{0, 0, 0, 0}; }
+device uint2 load_fresh(const uint2* from, bool real) { return real ? *from : uint2{0, 0}; }
+device unsigned load_fresh(const unsigned* from, bool real) { return real ? *from : 0; }
 device void copy_async(unsigned char* to, const void* from, bool real) {
   if (real) memcpy(to, from, 16); else memset(to, 0, 16);
 }

@@ -43,6 +43,7 @@ struct Arguments {
 #ifndef RAREFY_EMULATED
 #include "machine.cuh"
 #endif
+#include "float8.cuh"
 
 shared_memory(pool);
 
@@ -121,8 +122,7 @@ template <class S, class Z> device float contribution(const S& scale, const Z& z
 // Two of the four bytes of one row.
 device u32 bytes_as_numbers(u32 word, int pair) {
   if constexpr (FLOAT8) {
-    const u32 high = permuted(word, 0, pair ? 0x3424 : 0x1404);  // exponents differ by a constant
-    return fused(chosen(high >> (HALF ? 1 : 4), HALF ? 0x3F803F80u : 0x07F007F0u, high & 0x80008000u), power(HALF ? 8 : 120), 0x80008000u);
+    return numbers_of_float8(word, pair);
   } else if constexpr (HALF) {
     return fused(permuted(word, MAGIC, pair ? 0x5352 : 0x5150), ONES, minus(MAGIC_VALUE + CENTER));
   } else {

@@ -95,6 +95,19 @@ device uint4 load_fresh(const uint4* from, bool real) {
                : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w) : "l"(from), "r"(u32(real)) : "memory");
   return to;
 }
+device uint2 load_fresh(const uint2* from, bool real) {
+  uint2 to = {0, 0};
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0;\n"
+               "@p ld.global.cg.v2.u32 {%0, %1}, [%2]; }"
+               : "+r"(to.x), "+r"(to.y) : "l"(from), "r"(u32(real)) : "memory");
+  return to;
+}
+device u32 load_fresh(const u32* from, bool real) {
+  u32 to = 0;
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0;\n"
+               "@p ld.global.cg.u32 %0, [%1]; }" : "+r"(to) : "l"(from), "r"(u32(real)) : "memory");
+  return to;
+}
 // Sixteen bytes into shared memory, or zeros.
 device void copy_async(u8* to, const void* from, bool real) {
   const u32 address = static_cast<u32>(__cvta_generic_to_shared(to));

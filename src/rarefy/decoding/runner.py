@@ -65,9 +65,9 @@ class Runner:
 
     ``mode``: ``exact`` keeps activations in 32 bits (in the model's dtype where Torch executes), ``fast`` may quantize
     them to 8. The native library executes, or Torch where it cannot, which is logged. ``cache_dtype``: of kept keys
-    and values, by default the model's own, float16 where the library does not keep that. A model that changes between
-    calls is noticed: its program is built again and what was kept is forgotten. Raises UnsupportedError for a model
-    that has no program.
+    and values, by default the model's own, float16 where the library does not keep that; E4M3 only on GPUs and in
+    Torch. A model that changes between calls is noticed: its program is built again and what was kept is forgotten.
+    Raises UnsupportedError for a model that has no program, OptionError for a cache that its executor does not keep.
     """
 
     def __init__(self, model: Any, *, mode: Mode = "exact", cache_dtype: torch.dtype | None = None):

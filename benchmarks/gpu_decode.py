@@ -73,7 +73,9 @@ SPREAD = 0.02  # of weights
 
 
 def random_term(rows: int, columns: int, kind: str) -> list[Term]:
-    """Random codes with scales that make a weight of ordinary size."""
+    """Random codes with scales that make a weight of ordinary size and without a mean: with one every product would
+    follow the sum of its input, queries would grow until one token has all the attention, and one rounding would decide
+    which."""
     terms: list[Term] = [_codes(rows, columns, KINDS[kind], _step(kind))]
     if kind in WITH_OUTLIERS:
         terms.append(_outliers(rows, columns))
@@ -100,8 +102,10 @@ def _codes(rows: int, columns: int, grid: Grid, step: float) -> Term:
             made = torch.tensor([step, -1.0, 1.0, 0.0], device=DEVICE).expand(shape)
         elif name == "lut":
             made = torch.randn(shape, device=DEVICE) * step
+            made -= made.mean(-1, keepdim=True)
         else:
             made = (0.5 + torch.rand(shape, device=DEVICE)) * step
+            made *= torch.randint(0, 2, shape, device=DEVICE) * 2 - 1
         tensors[name] = made.to(entry.dtype).contiguous()
     return spec.build((rows, columns), tensors)
 

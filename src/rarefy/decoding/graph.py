@@ -29,7 +29,8 @@ from rarefy.kernels.triton.pick import Picker
 SQUARES = " squares"  # of what is to be divided, beside its name
 WRITTEN = 1024  # tokens that are remembered on the GPU
 KEPT = 8  # numbers of sequences whose steps stay captured
-MOST_LINKED = 1  # sequences of a step with linked products; of more, none has been proved on a GPU
+MOST_LINKED = 16  # sequences of a step with linked products
+MOST_GATED = 1  # that gate their own result: for more, a launch of its own costs less than tiles in two halves
 # How a step ends: with its logits, or by picking tokens: (draw, of the top k, of the top p).
 Ending: TypeAlias = tuple[bool, bool, bool] | None
 
@@ -194,7 +195,7 @@ class GraphExecutor:
         def ends(product: Projects, after: After) -> bool:
             terms = self._terms(product)
             fits = not isinstance(after, AddNorm) or after.norm.weight.dtype == self.dtype
-            few = sequences <= MOST_LINKED
+            few = sequences <= (MOST_GATED if isinstance(after, Gate) else MOST_LINKED)
             return few and fits and terms is not None and can_end(terms, sequences, self.dtype)
 
         return link(self._whole, ends)

@@ -28,6 +28,10 @@ def test_a_model_learns_where_to_look_and_shows_it(
     facts = one_json(run(*shown, "--out", page, "--layers", "1", "--plan", "oracle:density=0.5", "--json"))
     assert facts["plan"] == "oracle:density=0.5" and 0 < facts["density"] <= 1 and facts["recall"] <= 1
     assert facts["page"] == str(page)
+    measured = run("eval", out, "--data", text, "--windows", 1, "--context", 32, "--device", "cpu", "--json")
+    found = one_json(measured)
+    assert found["attention_density"] == 1 and "stayed dense in every pass" in measured.stderr
+    assert found["bits_per_weight"]["total"] == pytest.approx(32, rel=0.01) and found["stored_bytes"] > 0
     table = run("train", models / "llama", "--out", out, "--data", text, *FEW, "--samples", 1, "--overwrite")
     assert table.exit_code == 0 and "loss" in table.stdout
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from rarefy.evaluation.journal import fingerprint
 from rarefy.evaluation.results import Sizes
 from rarefy.formats.bytes import ByteCount
 from rarefy.integrations.transformers import models as folders
+from rarefy.integrations.transformers.plan_setup import share_read
 from rarefy.layers.manifest import Manifest, read_manifest
 from rarefy.sources.model_source import ModelSource
 from rarefy.sources.models import open_model
@@ -101,15 +103,18 @@ def _candidate(
         return model.to(device)
 
     if folders.is_compressed(folder):
-        sizes = _sizes(read_manifest(folders.read_config(folder)["quantization_config"]))
+        manifest = read_manifest(folders.read_config(folder)["quantization_config"])
+        # One without a report compressed nothing, and is there for its attention or its cache.
+        own = folder.glob(f"{manifest.weights.partition('.')[0]}*.safetensors")
+        sizes = _dense_file_sizes(own)[0] if manifest.report is None else _sizes(manifest)
         resident = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     else:
-        sizes, weights = _dense_file_sizes(folder)
+        sizes, weights = _dense_file_sizes(weight_files(folder))
         wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         resident = weights * wanted.itemsize if isinstance(wanted, torch.dtype) else sizes.stored_bytes or 0
     identity = f"{fingerprint(folder)}, {dtype}, {device.type}" if cache is None else None
     return Candidate(
-        name, load=open_it, resident_bytes=resident, sizes=sizes, cache=cache, identity=identity
+        name, load=open_it, resident_bytes=resident, sizes=sizes, cache=cache, density=share_read, identity=identity
     )
 
 
@@ -131,14 +136,9 @@ def _sizes(manifest: Manifest) -> Sizes:
     )
 
 
-def _dense_file_sizes(folder: Path) -> tuple[Sizes, int]:
-    tensors = [info for path in weight_files(folder) for info in read_header(path).tensors.values()]
-    size, count = sum(info.nbytes for info in tensors), 0
-    for info in tensors:
-        weights = 1
-        for extent in info.shape:
-            weights *= extent
-        count += weights
+def _dense_file_sizes(files: Iterable[Path]) -> tuple[Sizes, int]:
+    tensors = [info for path in files for info in read_header(path).tensors.values()]
+    size, count = sum(info.nbytes for info in tensors), sum(math.prod(info.shape) for info in tensors)
     bits = ByteCount(values=size).bits_per_weight(count)
     return Sizes(bits_per_weight=bits, stored_bytes=size, dense_bytes=size), count
 

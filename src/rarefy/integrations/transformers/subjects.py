@@ -104,9 +104,9 @@ def _candidate(
 
     if folders.is_compressed(folder):
         manifest = read_manifest(folders.read_config(folder)["quantization_config"])
-        # One without a report compressed nothing, and is there for its attention or its cache.
+        # One without rules has dense weights, and is there for its attention or its cache.
         own = folder.glob(f"{manifest.weights.partition('.')[0]}*.safetensors")
-        sizes = _dense_file_sizes(own)[0] if manifest.report is None else _sizes(manifest)
+        sizes = _sizes(manifest) if manifest.rules else _dense_file_sizes(own)[0]
         resident = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     else:
         sizes, weights = _dense_file_sizes(weight_files(folder))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rarefy.calibration.data_free import weight_files
-from rarefy.core.devices import Device, device_of, fast_dtype
+from rarefy.core.devices import Device, check_dtype, device_of, fast_dtype
 from rarefy.core.errors import OptionError
 from rarefy.core.files import read_header
 from rarefy.evaluation.candidates import Candidate, dense_sizes
@@ -60,6 +60,7 @@ def open_subjects(
         raise OptionError("Name at least one model to evaluate.")
     sources = [open_model(model) if isinstance(model, str | Path) else None for model in everyone]
     tokenizer = tokenizer or shared_tokenizer(everyone, sources)
+    check_dtype(dtype)
     place = device_of(device)
     dtype = _compute_dtype(dtype, sources[0], place)
     names = _names(everyone, sources)

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from rarefy.core.errors import OptionError, RarefyError, UnsupportedError
+from rarefy.core.errors import OptionError, RarefyError, UnsupportedError, first_line
 
 
 class PeerError(RarefyError):
@@ -121,7 +121,7 @@ class Ranks:
         except RuntimeError as broken:
             if failure is not None:
                 return  # the others are gone too; this rank's own error is the one to see
-            raise PeerError(f"A process of this job died ({_first_line(broken)}); see what it said, and start again.")  # noqa: B904
+            raise PeerError(f"A process of this job died ({first_line(broken)}); see what it said, and start again.")  # noqa: B904
         if failure is None:
             raise PeerError(f"Process {first} of {self.size} stopped: {sentence}")
 
@@ -171,7 +171,3 @@ def _as_tensor(text: str) -> Tensor:
 
 def _as_text(tensor: Tensor) -> str:
     return tensor.numpy().tobytes().decode()
-
-
-def _first_line(failure: Exception) -> str:
-    return (str(failure).strip().splitlines() or [type(failure).__name__])[0].rstrip(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +65,7 @@ class Ledger:
         key = json.dumps([rule.method, rule.options, specs], sort_keys=True)
         self._entries.setdefault(key, (rule, [], specs))[1].append(layer.name)
         self.layers.append(layer)
-        self.weights += _product(layer.shape)
+        self.weights += math.prod(layer.shape)
         for term in terms:
             self.count += term.byte_count()
 
@@ -93,10 +94,3 @@ class Ledger:
         return Manifest(
             recipe=self.recipe.name, recipe_version=version, rules=rules, execution=self.recipe.execution, report=report
         )
-
-
-def _product(shape: Iterable[int]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size

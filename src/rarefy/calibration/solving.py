@@ -174,9 +174,8 @@ def _ask(recipe: WeightRecipe, layers: list[Layer]) -> list[Solution]:
 
 def _cost(group: Group) -> float:
     """Work of solving a group: one factorization of its inputs, and a pass over all columns for all rows."""
-    members = group.sites[0].shape[0] if len(group.sites[0].shape) == 3 else 1
     columns, rows = group.sites[0].shape[-1], sum(site.shape[-2] for site in group.sites)
-    return float(members * (columns**3 + rows * columns**2))
+    return float(group.sites[0].members * (columns**3 + rows * columns**2))
 
 
 def _note(report: LayerReport) -> str:

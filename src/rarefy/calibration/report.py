@@ -89,8 +89,20 @@ class Ledger:
             weights=self.weights,
             stored_bytes=stored_bytes,
             dense_bytes=dense_bytes,
-            notes=(*self.notes, *self.fallbacks),
+            notes=(*self.notes, *by_reason(self.layers)),
         )
         return Manifest(
             recipe=self.recipe.name, recipe_version=version, rules=rules, execution=self.recipe.execution, report=report
         )
+
+
+def by_reason(layers: Iterable[LayerReport]) -> list[str]:
+    """Every note of ``layers`` once, with the layer that it is of, or the first of them and how many there are."""
+    of: dict[str, list[str]] = {}
+    for layer in layers:
+        for note in layer.notes:
+            of.setdefault(note, []).append(layer.name)
+    return [
+        f"{names[0]}: {note}" if len(names) == 1 else f"{len(names)} layers, the first {names[0]}: {note}"
+        for note, names in of.items()
+    ]

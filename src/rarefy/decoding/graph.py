@@ -29,8 +29,9 @@ from rarefy.kernels.triton.pick import Picker
 SQUARES = " squares"  # of what is to be divided, beside its name
 WRITTEN = 1024  # tokens that are remembered on the GPU
 KEPT = 8  # numbers of sequences whose steps stay captured
-MOST_LINKED = 16  # sequences of a step with linked products
-MOST_GATED = 1  # that gate their own result: for more, a launch of its own costs less than tiles in two halves
+# Sequences of a step for which it pays to link products, and to let them gate their own result: an ending costs more
+# the more tokens there are, and blocks with both halves of a gate have fewer warps on their way.
+MOST_LINKED, MOST_GATED = 4, 1
 # How a step ends: with its logits, or by picking tokens: (draw, of the top k, of the top p).
 Ending: TypeAlias = tuple[bool, bool, bool] | None
 

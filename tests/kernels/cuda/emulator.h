@@ -242,9 +242,9 @@ device void prepare_barrier(u64* barrier, unsigned count) { phased(barrier) = {(
 device void barriers_are_prepared() {}
 device void cluster_barrier() { emulator::arrive(emulator::barriers[0], 0, emulator::fibers.size()); }
 device unsigned rank_in_cluster() { return own_block(); }
-device float load_of_block(const float* at, unsigned rank) {
+device uint4 load_of_block(const uint4* at, unsigned rank) {
   const auto place = reinterpret_cast<const unsigned char*>(at) - emulator::shared;
-  return *reinterpret_cast<const float*>(emulator::memory[rank].data() + place);
+  return *reinterpret_cast<const uint4*>(emulator::memory[rank].data() + place);
 }
 device void expect(u64* barrier, unsigned bytes) {
   phased(barrier).bytes += bytes, ++phased(barrier).arrived;

@@ -99,10 +99,15 @@ def _of_one_token(code: Code, overlap: bool) -> Tuning:
 
 
 def _wide(code: Code, rows: int, tokens: int) -> Tuning:
-    """The rule where four warps can multiply together."""
-    own = Tuning(1, widths(tokens)[-1], across=8, along=1, stages=MOST_STAGES, wide=True, overlap=True)
+    """The rule where four warps can multiply together: about as many blocks as the GPU has processors."""
+    own = Tuning(1, min(16, widths(tokens)[0]), across=8, along=1, stages=MOST_STAGES, wide=True, overlap=True)
     most = replace(own, tokens=32, rescaled=True, in_turns=True)
-    if tokens > 128 and most.suits(code) and code.step == 128:  # more would not fit into shared memory
+    few = replace(own, across=4, stages=stages_of(own.tokens, 4), split=4, rescaled=code.can_rescale and tokens > 32)
+    if rows <= NARROW and tokens <= 64 and few.suits(code):
+        return fitted(code, few)
+    if rows <= NARROW and 64 < tokens <= 128:
+        own = replace(own, tokens=8)
+    elif rows > NARROW and tokens > 128 and most.suits(code) and code.step == 128:  # as much as shared memory holds
         own = most
     blocks = -(-rows // own.rows) * -(-tokens // (8 * own.tokens))
     split = next((each for each in (1, 2, 4) if blocks * each >= 0.6 * BLOCKS), 4)
@@ -111,8 +116,10 @@ def _wide(code: Code, rows: int, tokens: int) -> Tuning:
 
 def widths(tokens: int) -> list[int]:
     """How many times 8 tokens a block of four warps together may take, likelier ones first."""
-    fitting = [each for each in (2, 4, 8, 16) if 8 * each >= tokens]
-    return fitting[:1] or [32, 16]
+    if tokens > 128:
+        return [32, 16, 8]
+    first = next(each for each in (2, 4, 8, 16) if 8 * each >= tokens)
+    return [first, first // 2] if first > 4 else [first]
 
 
 def stages_of(at_once: int, across: int) -> int:

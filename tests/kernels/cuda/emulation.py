@@ -84,7 +84,7 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> T
         {**own, **work, "x": x, "y": y}, rows=rows, columns=x.shape[1], tokens=tokens,
         stride=x.stride(0), second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
     )  # fmt: skip
-    if tuning.wide:
+    if "arrange" in tuning.kernels:
         _run("arrange", code, tuning, half, given, program.arranging(code, tuning, given))
     _run("gemm" if tuning.wide else "linear", code, tuning, half, given, grid)
     assert "arrived" not in work or not work["arrived"].any()

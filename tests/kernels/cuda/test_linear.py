@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -94,6 +96,15 @@ EVERY_KIND = [
 def test_four_warps_at_once(name: str) -> None:
     grid = {**GRIDS, **OTHERS}[name]
     assert product([quantized(grid, PATTERNS["full"], 70, 300)], Tuning(1, 2, 4, 1, 1, 2, wide=True), 13) < 6e-4
+
+
+@pytest.mark.parametrize("name", ["int4-none", "lut3-row", "lut4-groups", "int8-g128", "int3-none"])
+@pytest.mark.parametrize("tuning", [Tuning(1, 2, 4, 1, 1, 2), Tuning(1, 4, 8, 1, 2, 3, 2)], ids=str)
+def test_blocks_gather_the_tokens_they_want(name: str, tuning: Tuning) -> None:
+    own = replace(tuning, wide=True, gathers=True)
+    assert own.kernels == ("gemm",)
+    term = quantized({**GRIDS, **OTHERS}[name], PATTERNS["full"], 70, 1100)
+    assert product([term], own, 8 * tuning.tokens - 3) < 6e-4
 
 
 @pytest.mark.parametrize("name", EVERY_KIND)

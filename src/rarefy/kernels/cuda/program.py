@@ -84,8 +84,8 @@ class Tuning:
     while its forerunner still runs; from 9.0 on. ``spread``: blocks of one token take the places of eight tokens.
 
     ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
-    multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; two fours of
-    warps multiply ``in_turns``; ``rescaled``: sums are kept in units of the last scale (see ``Code.can_rescale``)."""
+    multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; or each block
+    ``gathers`` them, so that no kernel has to arrange them before; two fours of warps multiply ``in_turns``; ``rescaled``: sums are kept in units of the last scale (see ``Code.can_rescale``)."""
 
     tiles: int = 1
     tokens: int = 1
@@ -100,6 +100,7 @@ class Tuning:
     rescaled: bool = False
     spread: bool = False
     in_turns: bool = False
+    gathers: bool = False
 
     def with_halves(self) -> Tuning:
         """With warps for each half of the rows, see ``Ending.kind``."""
@@ -108,18 +109,22 @@ class Tuning:
     @property
     def kernels(self) -> tuple[str, ...]:
         """What is launched, in this order."""
-        return ("arrange", "gemm") if self.wide else ("linear",)
+        return ("linear",) if not self.wide else ("gemm",) if self.gathers else ("arrange", "gemm")
 
     @property
     def threads(self) -> int:
-        beside = 0 if not self.wide else 32 if self.across == 4 else 128  # that bring what the others multiply
+        few = self.across == 4 and not self.gathers
+        beside = 0 if not self.wide else 32 if few else 128  # that bring what the others multiply
         return 32 * self.across * self.along + beside
 
     def suits(self, code: Code) -> bool:
         """Whether four warps together multiply such a code so: sums in units of a scale want one, and outliers want
-        warps that have nothing else to do and whole words of tokens."""
+        warps that have nothing else to do and whole words of tokens; who gathers tokens neither adds them up nor shares
+        them."""
         if not self.wide:
             return True
+        if self.gathers and (code.sums or code.outliers is not None or self.cluster > 1):
+            return False
         outliers = code.outliers is None or (self.across > 4 and self.tokens in (2, 4, 8, 16))
         return outliers and (code.can_rescale or not self.rescaled)
 
@@ -400,7 +405,7 @@ def workspace(
     if tuning.split > 1 and not tuning.wide:
         found["partial"] = torch.empty(tuning.split, tokens, rows, dtype=torch.float32, device=device)
         found["arrived"] = _counters(device, across * deep)
-    if tuning.wide:
+    if tuning.wide and not tuning.gathers:
         steps, width = -(-columns // code.step), 8 * tuning.tokens
         found["arranged"] = torch.empty(deep, steps, code.step // 8, width, 8, dtype=torch.int16, device=device)
         if code.sums:

@@ -56,7 +56,7 @@ def _run(
 ) -> None:  # fmt: skip
     macros = [f"-D{macro}={value}" for macro, value in program.definitions(code, tuning, half, ending).items()]
     run = _library(tuple(macros), program.SOURCES.get(name, program.SOURCE)).run
-    which = {"linear": 0, "dequantize": 1, "quantize": 2, "gemm": 0, "arrange": 1}[name]
+    which = {"linear": 0, "dequantize": 1, "quantize": 2, "dequantize_to_bytes": 3, "gemm": 0, "arrange": 1}[name]
     threads = program.ARRANGING if name == "arrange" else tuning.threads
     run(which, ctypes.byref(given), *grid, threads, program.shared_memory(name, code, tuning, ending))
 
@@ -104,6 +104,22 @@ def dequantize(prepared: Prepared, dtype: torch.dtype) -> Tensor:
     units = -(-numbers["rows"] // 16) * given.steps
     _run("dequantize", code_of(tensors, numbers), tuning, half, given, (-(-units * 32 // tuning.threads), 1, 1))
     return weight
+
+
+def dequantize_to_bytes(prepared: Prepared) -> tuple[Tensor, Tensor]:
+    """The weight of a term of integers in E4M3, and the steps of its rows."""
+    ((tensors, numbers, _),) = terms = terms_of(*flat([prepared])[:3])
+    rows, columns = numbers["rows"], numbers["columns"]
+    weight = torch.zeros(rows, columns, dtype=torch.float8_e4m3fn)
+    step = torch.full((rows,), torch.nan)
+    given = program.arguments(
+        {**pointed(terms[0], True), "y": weight, "partial": step}, rows=rows, columns=columns,
+        second=(numbers["second_rows"], numbers["second_groups"]),
+    )  # fmt: skip
+    tuning, code = program.Tuning(), code_of(tensors, numbers)
+    blocks = -(-rows // 16) * given.steps * 32 // tuning.threads + 1
+    _run("dequantize_to_bytes", code, tuning, True, given, (blocks, 1, 1))
+    return weight, step
 
 
 def quantize_tokens(x: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:

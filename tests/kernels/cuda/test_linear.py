@@ -140,6 +140,17 @@ def test_what_no_kernel_reads_is_named() -> None:
 
 
 
+@pytest.mark.parametrize("name", ["int4-none", "int4-row", "int3-float", "int8-g128-integer", "binary1", *BILEVEL])
+def test_codes_become_bytes(name: str) -> None:
+    """Of E4M3, which keeps three bits after the first; no row's largest number exceeds what there is."""
+    term = quantized({**GRIDS, **OTHERS}[name], PATTERNS["full"], 37, 300)
+    weight, step = emulation.dequantize_to_bytes(prepare(*term.operation()))  # type: ignore[arg-type]
+    wanted = term.decode()
+    values = weight.float() * step[:, None]
+    assert torch.all((values - wanted).abs() <= wanted.abs() / 16 * 1.001 + step[:, None] * 2**-10)
+    assert torch.all(wanted.abs().amax(1) <= step * 448 * 1.001)
+
+
 @pytest.mark.parametrize("normed", [False, True])
 def test_tokens_in_eight_bits(normed: bool) -> None:
     x = torch.randn(3, 520).bfloat16() * torch.tensor([[1.0], [1e-4], [0.0]]).bfloat16()

@@ -471,10 +471,40 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   }
 }
 
-// The weight in the type of the activations, [rows][columns] at `y`; what many tokens are multiplied by. A warp takes
-// one step of a tile.
-constexpr int WEIGHT_PITCH = 2 * STEP + 64;  // bytes of a row of a step; the rest keeps banks apart
-extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Arguments a) {
+// The weight for products of many tokens, [rows][columns] at `y`: in the type of the activations, or in BYTES of E4M3
+// with a step for each row, float32 at `partial`. A warp takes one step of a tile.
+
+// The largest number that a row of codes may hold, of the rows g and g + 8: all of their groups, by four lanes.
+device void reaches_of(float (&found)[2], const Arguments& a, const Places& places, int t) {
+  found[0] = found[1] = 0.0f;
+  for (int group = t; group < a.groups; group += 4) {
+    Pair<SCALE> scale;
+    Pair<ZERO> zero;
+    const int above = a.second_groups == 1 ? group : group / a.second_groups;
+    load(scale, a.scale, places.scales[0] + i64(group) * 8, places.second[0], above);
+    load(zero, a.zero, places.scales[0] + i64(group) * 8, places.second[0], above);
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const float least = contribution(scale, zero, which, -CENTER, 1.0f);
+      const float most = contribution(scale, zero, which, (1 << BITS) - 1 - CENTER, 1.0f);
+      found[which] = max_of(found[which], max_of(absolute(least), absolute(most)));
+    }
+  }
+#pragma unroll
+  for (int which = 0; which < 2; ++which)
+#pragma unroll
+    for (int distance = 1; distance < 4; distance *= 2)
+      found[which] = max_of(found[which], of_lane_xor(found[which], distance));
+}
+
+#if defined(RAREFY_EMULATED) || __CUDA_ARCH__ >= 890
+device u32 four_bytes(const float (&values)[4]) { return e4m3_pair(values[0], values[1]) | u32(e4m3_pair(values[2], values[3])) << 16; }
+#else
+device u32 four_bytes(const float (&)[4]) { return 0; }  // nobody asks for it there
+#endif
+
+template <bool BYTES> device void dequantize(const Arguments& a) {
+  constexpr int SIZE = BYTES ? 1 : 2, PITCH_OF_ROW = SIZE * (STEP + 32);  // bytes; the rest keeps banks apart
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const u32 unit = u32(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
   if constexpr (TABLE == SHARED) {
@@ -488,11 +518,21 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Argume
   const Places places = places_of(a, tile, lane);
   fetch(codes, a, places, step, lane);
   fetch(scales, a, places, step, lane);
+  float factors[2] = {a.multiplier, a.multiplier};
+  if constexpr (BYTES) {
+    reaches_of(factors, a, places, t);
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const int row = tile * 16 + g + 8 * which;
+      if (step == 0 && t == 0 && row < a.rows) a.partial[row] = factors[which] / 448.0f * a.multiplier;
+      factors[which] = factors[which] > 0.0f ? 448.0f / factors[which] : 0.0f;
+    }
+  }
   Tables tables;
-  u8* own = pool + TABLE_BYTES + threadIdx.x / 32 * 16 * WEIGHT_PITCH;
+  u8* own = pool + TABLE_BYTES + threadIdx.x / 32 * 16 * PITCH_OF_ROW;
 #pragma unroll
   for (int pair = 0; pair < BLOCKS / 2; ++pair) {
-    u32 words[2][4];  // of a row: the lane's columns of both blocks
+    float values[2][2][4];  // of both rows, in either block the lane's columns
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int b = 2 * pair + e;
@@ -500,31 +540,41 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Argume
       u32 weights[4];
       operands(weights, codes.at[0], b, 4 * lane, tables);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float values[2];
+      for (int i = 0; i < 4; ++i)
 #pragma unroll
         for (int f = 0; f < 2; ++f) {
           const float code = widened(u16(weights[i] >> 16 * f));
-          values[f] = contribution(scales.scale[0][b / PART], scales.zero[0][b / PART], i % 2, code, 1.0f) * a.multiplier;
+          values[i % 2][e][i / 2 * 2 + f] =
+              contribution(scales.scale[0][b / PART], scales.zero[0][b / PART], i % 2, code, 1.0f) * factors[i % 2];
         }
-        words[i % 2][2 * e + i / 2] = rounded<HALF>(values[0]) | u32(rounded<HALF>(values[1])) << 16;
-      }
     }
 #pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      u8* to = own + (g + 8 * which) * WEIGHT_PITCH + 2 * (SPAN == 4 ? 32 * pair + 4 * t : first_of(pair, t));
-      *reinterpret_cast<uint2*>(to) = {words[which][0], words[which][1]};
-      *reinterpret_cast<uint2*>(to + (SPAN == 4 ? 32 : 8)) = {words[which][2], words[which][3]};
-    }
+    for (int which = 0; which < 2; ++which)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int column = SPAN == 4 ? 32 * pair + 4 * t + 16 * e : first_of(pair, t) + 4 * e;
+        u8* to = own + (g + 8 * which) * PITCH_OF_ROW + SIZE * column;
+        const float (&four)[4] = values[which][e];
+        if constexpr (BYTES) *reinterpret_cast<u32*>(to) = four_bytes(four);
+        else *reinterpret_cast<uint2*>(to) = {rounded<HALF>(four[0]) | u32(rounded<HALF>(four[1])) << 16,
+                                              rounded<HALF>(four[2]) | u32(rounded<HALF>(four[3])) << 16};
+      }
   }
   warp_barrier();
 #pragma unroll
   for (int n = 0; n < 16 * STEP / 128; ++n) {  // whole rows, as memory likes them
     const int within = n % (STEP / 128) * 128 + 4 * lane, row = n / (STEP / 128);
-    if (tile * 16 + row < a.rows && step * STEP + within < a.columns)
-      *reinterpret_cast<uint2*>(a.y + i64(tile * 16 + row) * a.columns + step * STEP + within) =
-          *reinterpret_cast<const uint2*>(own + row * WEIGHT_PITCH + 2 * within);
+    if (tile * 16 + row >= a.rows || step * STEP + within >= a.columns) continue;
+    const i64 place = i64(tile * 16 + row) * a.columns + step * STEP + within;
+    const u8* from = own + row * PITCH_OF_ROW + SIZE * within;
+    if constexpr (BYTES) reinterpret_cast<u32*>(a.y)[place / 4] = *reinterpret_cast<const u32*>(from);
+    else *reinterpret_cast<uint2*>(a.y + place) = *reinterpret_cast<const uint2*>(from);
   }
+}
+
+extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Arguments a) { dequantize<false>(a); }
+extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize_to_bytes(const Arguments a) {
+  if constexpr (TABLE == NONE && !FLOAT8) dequantize<true>(a);
 }
 
 // ---- Activations in 8 bits, for products of bytes.

@@ -41,6 +41,7 @@ MOST_TOKENS_WIDE = 768  # where four warps can multiply together
 MOST_TOKENS_OF_SMALL_GROUPS = 64  # there, since every 16 or 32 columns are scaled apart
 MOST_APART = 1 << 22  # numbers from a token to the next, so that 32 bits count them
 MOST_TOKENS_OF_16_BITS = 64  # up to which reading the weight is all that counts, so that activations stay exact
+MOST_TOKENS_OF_16_BITS_BY_CODES = 384  # likewise of codes, which would have to become bytes first
 MOST_TOKENS_OF_SPARSE = 4
 MOST_TOKENS_OF_OUTLIERS = 16  # beyond, their gathered activations cost more than a dense weight, except in gemm.cu
 
@@ -100,8 +101,8 @@ def _linear(
 def _multiplied(x: Tensor, terms: list[Term], rows: int, fast: bool) -> Tensor:
     """``x [tokens, columns]`` by the first kernel that fits, else by a dense weight."""
     tokens, kinds = x.shape[0], sorted(term[1]["kind"] for term in terms)
-    if fast and tokens > MOST_TOKENS_OF_16_BITS and len(terms) == 1 and _multiplies_bytes(terms[0], x.device):
-        return _product_of_bytes(x, terms[0])
+    if fast and len(terms) == 1 and tokens > MOST_TOKENS_OF_16_BITS and (weight := _in_bytes(terms[0], x)) is not None:
+        return _product_of_bytes(x, *weight, terms[0][2])
     if _compiles():
         x = aligned(x)
         most = most_tokens(terms, x.device)
@@ -127,22 +128,36 @@ def most_tokens(terms: Sequence[Term], device: torch.device) -> int:
     return MOST_TOKENS_OF_SMALL_GROUPS if small else MOST_TOKENS_WIDE
 
 
-def _multiplies_bytes(term: Term, device: torch.device) -> bool:
-    """Whether the library has a product for these bytes."""
+def _in_bytes(term: Term, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The weight in E4M3 and what its rows are multiplied by, where the library has a product for that: stored so, or
+    for more tokens made of codes, which rounds them once more."""
     tensors, numbers, _ = term
-    whole = numbers["rows"] % 16 == 0 and numbers["columns"] % 32 == 0
-    return whole and tensors["row_scale"].numel() > 0 and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def _product_of_bytes(x: Tensor, term: Term) -> Tensor:
-    """With activations in E4M3, a step for each token."""
-    tensors, _, multiplier = term
-    codes, step = activations.quantize_tokens(x)
-    weight = tensors["codes"].view(torch.float8_e4m3fn).t()
-    y = torch._scaled_mm(
-        codes, weight, step.unsqueeze(1), tensors["row_scale"].unsqueeze(0), out_dtype=torch.bfloat16,
-        use_fast_accum=True,
+    rows, columns = numbers["rows"], numbers["columns"]
+    if rows % 16 or columns % 32 or torch.cuda.get_device_capability(x.device) < (8, 9):
+        return None
+    if tensors["row_scale"].numel() > 0:
+        return tensors["codes"].view(torch.float8_e4m3fn), tensors["row_scale"]
+    if numbers["kind"] != CODES or x.shape[0] <= MOST_TOKENS_OF_16_BITS_BY_CODES or not _compiles():
+        return None
+    code, half = code_of(tensors, numbers), x.dtype == torch.float16
+    if not code.plain_numbers:
+        return None
+    weight = tensors["codes"].new_empty(rows, columns, dtype=torch.float8_e4m3fn)
+    step = weight.new_empty(rows, dtype=torch.float32)
+    given = program.arguments(
+        {**pointed(term, half), "y": weight, "partial": step}, rows=rows, columns=columns,
+        second=(numbers["second_rows"], numbers["second_groups"]),
     )  # fmt: skip
+    program.dequantize(code, given, half, x.device, to_bytes=True)
+    return weight, step
+
+
+def _product_of_bytes(x: Tensor, weight: Tensor, row_scale: Tensor, multiplier: float) -> Tensor:
+    """With activations in E4M3, a step for each token."""
+    codes, step = activations.quantize_tokens(x)
+    y = torch._scaled_mm(
+        codes, weight.t(), step.unsqueeze(1), row_scale.unsqueeze(0), out_dtype=torch.bfloat16, use_fast_accum=True
+    )
     return (y if multiplier == 1.0 else y * multiplier).to(x.dtype)
 
 

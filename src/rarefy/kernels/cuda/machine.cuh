@@ -166,7 +166,7 @@ device float absolute(float value) { return fabsf(value); }
 device float max_of(float a, float b) { return fmaxf(a, b); }
 device float quotient(float a, float b) { return __fdividef(a, b); }  // but for the last bits
 device float inverse_root(float value) { return rsqrtf(value); }
-#if defined(FLOAT8) && FLOAT8 && __CUDA_ARCH__ >= 890
+#if __CUDA_ARCH__ >= 890
 // The nearest numbers of E4M3, never infinite.
 device u16 e4m3_pair(float low, float high) {
   u16 pair;

@@ -27,11 +27,12 @@ from rarefy.kernels.cuda.tuning import (
 BEYOND_CACHE = 400e6  # bytes of copies that no GPU keeps on the chip
 ROUNDS, WARM_UP = 7, 3
 OVERLAPPED = 8  # of the fastest, which are tried again so
+MOST_GATHERED = 8  # times 8 tokens; what more take with their tokens makes a kernel before it cheap
 # By 8 tokens at once: warps across the rows, blocks over the columns, blocks that share tokens; likelier ones first.
 FORMS = {
     2: [(8, 1, 1), (4, 4, 1), (4, 2, 1), (4, 1, 1), (8, 1, 2)],
     4: [(8, 1, 1), (4, 4, 1), (8, 2, 1), (4, 2, 1), (8, 1, 2)],
-    8: [(8, 1, 1), (8, 2, 1), (4, 4, 1), (8, 1, 2), (8, 4, 1)],
+    8: [(8, 1, 1), (8, 2, 1), (4, 4, 1), (8, 4, 1), (8, 1, 2)],
     16: [(8, 1, 1), (8, 2, 1), (8, 1, 2), (8, 4, 1), (4, 2, 1)],
     32: [(8, 1, 1), (8, 2, 1), (8, 1, 2), (8, 4, 1), (8, 2, 2)],
 }  # fmt: skip
@@ -125,8 +126,9 @@ def _wide(code: Code, tokens: int) -> Iterator[Tuning]:
             own = Tuning(1, at_once, across, 1, 2, stages_of(at_once, across), split, wide=True, cluster=cluster)
             if code.can_rescale and (at_once >= 16 or (at_once == 8 and across == 4)):
                 own = replace(own, rescaled=True, in_turns=at_once > 16)
-            if fits_registers(own) and own.suits(code):
-                yield fitted(code, own)
+            for each in (replace(own, gathers=True), own) if at_once <= MOST_GATHERED else (own,):
+                if fits_registers(each) and each.suits(code):
+                    yield fitted(code, each)
 
 
 def takes_wide(device: torch.device) -> bool:

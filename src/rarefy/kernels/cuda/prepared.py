@@ -39,7 +39,8 @@ class Prepared(prepared.Prepared):
 
     @property
     def multiplies_bytes(self) -> bool:
-        return "row_scale" in self.tensors
+        integers = self.numbers["kind"] == CODES and not self.numbers["float8"] and not _table_of(self.tensors)
+        return "row_scale" in self.tensors or (integers and self.rows % 16 == 0 and self.columns % 32 == 0)
 
 
 def code_of(tensors: dict[str, Tensor], numbers: dict[str, int]) -> Code:

@@ -71,6 +71,11 @@ class Code:
         return not self.sums and (self.group == 0 or self.scale == torch.float16)
 
     @property
+    def plain_numbers(self) -> bool:
+        """Whether codes are integers, which are not looked up."""
+        return not self.table and not self.float8
+
+    @property
     def sums(self) -> bool:
         """Whether sums of activations are wanted beside the product."""
         return self.zero is not None or self.scale in ("pairs", "bilevel")
@@ -84,8 +89,9 @@ class Tuning:
     while its forerunner still runs; from 9.0 on. ``spread``: blocks of one token take the places of eight tokens.
 
     ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
-    multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; or each block
-    ``gathers`` them, so that no kernel has to arrange them before; two fours of warps multiply ``in_turns``; ``rescaled``: sums are kept in units of the last scale (see ``Code.can_rescale``)."""
+    multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; or each
+    ``gathers`` them, so that no kernel has to arrange them before; two fours of warps multiply ``in_turns``;
+    ``rescaled``: sums are kept in units of the last scale (see ``Code.can_rescale``)."""
 
     tiles: int = 1
     tokens: int = 1
@@ -234,7 +240,7 @@ def shared_memory(name: str, code: Code, tuning: Tuning, ending: Ending = PLAIN)
     """Bytes of a block of ``rarefy_<name>``."""
     if name == "arrange":
         return 0
-    if name == "dequantize":
+    if name.startswith("dequantize"):
         return code.table_bytes + tuning.threads // 32 * TILE * (2 * code.step + 64)
     return tuning.shared_memory(code) + ending.shared_memory(tuning)
 
@@ -281,10 +287,11 @@ def arranging(code: Code, tuning: Tuning, given: Arguments) -> tuple[int, int, i
     return -(-threads // ARRANGING), 1, 1
 
 
-def dequantize(code: Code, given: Arguments, half: bool, device: torch.device) -> None:
-    """The weight at ``y [rows, columns]``, on the current stream of ``device``."""
+def dequantize(code: Code, given: Arguments, half: bool, device: torch.device, to_bytes: bool = False) -> None:
+    """The weight at ``y [rows, columns]``, on the current stream of ``device``; or in bytes of E4M3, with the steps of
+    its rows at ``partial [rows]``, which takes codes that are ``plain_numbers``."""
     tuning = Tuning()
-    program = kernel(_index(device), "dequantize", code, tuning, half)
+    program = kernel(_index(device), "dequantize_to_bytes" if to_bytes else "dequantize", code, tuning, half)
     units = -(-given.rows // TILE) * given.steps
     stream = torch.cuda.current_stream(device).cuda_stream
     program((-(-units * 32 // tuning.threads), 1, 1), tuning.threads, given, stream)

@@ -122,7 +122,8 @@ WIDE = Tuning(1, 4, 8, 1, 2, 4, wide=True, overlap=True)
         {}, {"across": 4, "depth": 3}, {"across": 12}, {"tiles": 2}, {"tokens": 16, "in_turns": True}, {"cluster": 2},
         {"depth": 4},
         {"gathers": True}, {"across": 4, "split": 4, "gathers": True}, {"tokens": 2, "split": 8, "gathers": True},
-        {"tokens": 16, "gathers": True, "rescaled": True}, {"split": 4}, {"cluster": 2, "split": 2}, {"tokens": 32, "rescaled": True, "stages": 3}, {"overlap": False},
+        {"tokens": 16, "gathers": True, "rescaled": True}, {"split": 4}, {"cluster": 2, "split": 2},
+        {"tokens": 32, "rescaled": True, "stages": 3}, {"overlap": False},
     ],
     ids=str,
 )  # fmt: skip

@@ -46,6 +46,7 @@ DEFAULT = (
 )
 SHAPES = [(14336, 4096), (4096, 14336), (28672, 4096), (4096, 4096)]
 EPS = 1e-5  # of a norm
+MOST_OF_TINYGEMM = 64  # tokens, each of which takes it as long
 EVERYWHERE = 500e6  # bytes of all copies, of which the GPU's cache may keep a few percent
 
 
@@ -437,7 +438,7 @@ def measured(
     known = options.gemlite.split(",")
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
     for peer, products in peers.items():
-        if peer != "gemlite" or str(tokens) in known:
+        if str(tokens) in known if peer == "gemlite" else peer != "tinygemm" or tokens <= MOST_OF_TINYGEMM:
             graphs[peer] = graph_of([functools.partial(product, x) for product in products]), len(products)
     if tuning is not None:
         calls, y = weights.calls(tuning, x)

@@ -69,14 +69,14 @@ device void put(uint4* to, const TwoBlocks& own) {
 // Four warps: bring the tokens of steps begin..begin + rounds to shared memory, in order. Neighbours take neighbouring
 // tokens, which keeps them in different banks, and a few steps are on their way.
 constexpr int UNITS = WIDTH * BLOCKS / 2, OF_THREAD = (UNITS + 127) / 128, AHEAD = OF_THREAD > 2 ? 1 : 4 / OF_THREAD;
-device void gather(const Arguments& a, u8* stages, u64* full, u64* empty, int begin, int rounds) {
+device void gather(const Arguments& a, u8* stages, u64* full, u64* empty, int token_tile, int begin, int rounds) {
   const int first = threadIdx.x - 32 * ACROSS;
   TwoBlocks held[AHEAD][OF_THREAD];
   const auto fetch_step = [&](TwoBlocks (&to)[OF_THREAD], int round) {
 #pragma unroll
     for (int k = 0; k < OF_THREAD; ++k) {
       const int unit = first + 128 * k;
-      if (UNITS % 128 == 0 || unit < UNITS) fetch(to[k], a, blockIdx.z * WIDTH + unit % WIDTH, begin + round, unit / WIDTH);
+      if (UNITS % 128 == 0 || unit < UNITS) fetch(to[k], a, token_tile * WIDTH + unit % WIDTH, begin + round, unit / WIDTH);
     }
   };
 #pragma unroll
@@ -103,7 +103,8 @@ device void gather(const Arguments& a, u8* stages, u64* full, u64* empty, int be
 }
 
 // One thread: brings the tokens of steps begin..begin + rounds to shared memory, which have been arranged.
-device void bring(const Arguments& a, u8* stages, u64* full, u64* empty, int begin, int rounds, u32 rank) {
+device void bring(
+    const Arguments& a, u8* stages, u64* full, u64* empty, int token_tile, int begin, int rounds, u32 rank) {
   for (int round = 0; round < rounds; ++round) {
     const int step = begin + round, stage = round % STAGES;
     if (round >= STAGES) wait_for(empty + stage, (round / STAGES - 1) & 1);
@@ -111,12 +112,12 @@ device void bring(const Arguments& a, u8* stages, u64* full, u64* empty, int beg
     u8* to = stages + stage * STAGE;
     if constexpr (CLUSTER > 1) {
       constexpr int SHARE = STAGE_TOKENS / CLUSTER;
-      const u8* from = arranged_tokens(a, blockIdx.z, step) + rank % CLUSTER * SHARE;
+      const u8* from = arranged_tokens(a, token_tile, step) + rank % CLUSTER * SHARE;
       copy_bulk_to(to + rank % CLUSTER * SHARE, from, SHARE, full + stage, ((1 << CLUSTER) - 1) << rank / CLUSTER * CLUSTER);
     } else {
-      copy_bulk(to, arranged_tokens(a, blockIdx.z, step), STAGE_TOKENS, full + stage);
+      copy_bulk(to, arranged_tokens(a, token_tile, step), STAGE_TOKENS, full + stage);
     }
-    if constexpr (SUMS) copy_bulk(to + STAGE_TOKENS, arranged_sums(a, blockIdx.z, step), STAGE_SUMS, full + stage);
+    if constexpr (SUMS) copy_bulk(to + STAGE_TOKENS, arranged_sums(a, token_tile, step), STAGE_SUMS, full + stage);
   }
 }
 
@@ -205,7 +206,9 @@ device void unpack(
 extern "C" global __launch_bounds__(THREADS, TOGETHER) in_clusters_of(CLUSTER, SPLIT)
 void rarefy_gemm(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int first_row = blockIdx.x * ROWS, first_token = blockIdx.z * WIDTH;
+  const int block = blockIdx.x + a.first_block, row_block = block % a.row_blocks;
+  const int token_tile = block / a.row_blocks + blockIdx.z;
+  const int first_row = row_block * ROWS, first_token = token_tile * WIDTH;
   const Share share = share_of(a);
   const int begin = share.begin, rounds = share.end > begin ? share.end - begin : 0;
   u8* stages = pool + TABLE_BYTES;
@@ -229,14 +232,14 @@ void rarefy_gemm(const Arguments a) {
     if (GATHERS || threadIdx.x == 32 * ACROSS) {
       start_later_kernels();
       wait_for_earlier_kernels();
-      if constexpr (GATHERS) gather(a, stages, full, empty, begin, rounds);
-      else bring(a, stages, full, empty, begin, rounds, rank);
+      if constexpr (GATHERS) gather(a, stages, full, empty, token_tile, begin, rounds);
+      else bring(a, stages, full, empty, token_tile, begin, rounds, rank);
     }
 #if OUTLIERS
     if (warp > ACROSS && blockIdx.y == 0) {
       start_later_kernels();
       wait_for_earlier_kernels();
-      add_outliers(a, first_row, blockIdx.z, warp - ACROSS - 1, lane);
+      add_outliers(a, first_row, token_tile, warp - ACROSS - 1, lane);
     }
     block_barrier();
 #endif
@@ -245,7 +248,7 @@ void rarefy_gemm(const Arguments a) {
   take_registers<ACROSS>();
   float sums[TILES][TOKENS][4] = {};
   // A warp's tiles are four apart: four warps multiply 64 rows together.
-  const int own_tile = warp / 4 * 4 * TILES + warp % 4, first_tile = blockIdx.x * (ROWS / 16) + own_tile;
+  const int own_tile = warp / 4 * 4 * TILES + warp % 4, first_tile = row_block * (ROWS / 16) + own_tile;
   if (rounds > 0) {
     const Places places = places_of(a, first_tile, lane, 4);
     Codes codes[DEPTH];
@@ -397,7 +400,7 @@ void rarefy_gemm(const Arguments a) {
         for (int which = 0; which < 2; ++which) {
           const int row = first_row + (own_tile + 4 * r) * 16 + g + 8 * which;
           if (row >= a.rows) continue;
-          const float* more = a.extra + (i64(blockIdx.z) * a.rows + row) * WIDTH + 8 * n + 2 * t;
+          const float* more = a.extra + (i64(token_tile) * a.rows + row) * WIDTH + 8 * n + 2 * t;
           sums[r][n][2 * which] += load_fresh(more), sums[r][n][2 * which + 1] += load_fresh(more + 1);
         }
   }

@@ -91,7 +91,8 @@ class Tuning:
     ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
     multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; or each
     ``gathers`` them, so that no kernel has to arrange them before; two fours of warps multiply ``in_turns``;
-    ``rescaled``: sums are kept in units of the last scale (see ``Code.can_rescale``)."""
+    ``rescaled``: sums are kept in units of the last scale (see ``Code.can_rescale``). Blocks of
+    the ``tail``, which would not fill the GPU once more, are split among so many."""
 
     tiles: int = 1
     tokens: int = 1
@@ -107,6 +108,7 @@ class Tuning:
     spread: bool = False
     in_turns: bool = False
     gathers: bool = False
+    tail: int = 1
 
     def with_halves(self) -> Tuning:
         """With warps for each half of the rows, see ``Ending.kind``."""
@@ -130,6 +132,8 @@ class Tuning:
         if not self.wide:
             return True
         if self.gathers and (code.sums or code.outliers is not None or self.cluster > 1):
+            return False
+        if self.tail > 1 and (self.split > 1 or self.cluster > 1):
             return False
         outliers = code.outliers is None or (self.across > 4 and self.tokens in (2, 4, 8, 16))
         return outliers and (code.can_rescale or not self.rescaled)
@@ -177,7 +181,9 @@ class Ending:
 
 
 PLAIN = Ending()
-_NUMBERS = "rows columns steps groups tokens stride second_rows second_groups pitch parts".split()
+_NUMBERS = (
+    "rows columns steps groups tokens stride second_rows second_groups pitch parts first_block row_blocks"
+).split()
 _POINTERS = (
     "codes scale zero second table x arranged ones turned extra y partial arrived entries row_ptr squares squared "
     "hidden gain"
@@ -197,7 +203,7 @@ class Arguments(ctypes.Structure):
 
 def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) -> dict[str, int]:
     """The macros of the source."""
-    names = (field.name for field in fields(tuning) if field.name != "overlap")
+    names = (field.name for field in fields(tuning) if field.name not in ("overlap", "tail"))
     found = {name.upper(): int(getattr(tuning, name)) for name in names}
     found.update(
         BITS=code.bits, GROUP=code.group, SPAN=code.span, STEP=code.step, CENTER=code.center,
@@ -227,7 +233,8 @@ def arguments(
         steps, pitch = -(-columns // step_of(8)), codes.shape[1]
     squares = tensors.get("squares")
     parts = 0 if squares is None else squares.shape[1]
-    return Arguments(*pointers, rows, columns, steps, groups, tokens, stride, *second, pitch, parts, multiplier, eps)
+    numbers = (rows, columns, steps, groups, tokens, stride, *second, pitch, parts, 0, 1)
+    return Arguments(*pointers, *numbers, multiplier, eps)
 
 
 def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
@@ -262,19 +269,39 @@ def linear(
 ) -> None:
     """The product, on the current stream of ``device``."""
     stream = torch.cuda.current_stream(device).cuda_stream
-    for name, program in compiled(code, tuning, half, device, ending).items():
-        if name == "arrange":
-            program(arranging(code, tuning, given), ARRANGING, given, stream, tuning.overlap)
-        else:
-            program(grid(tuning, given.rows, given.tokens), tuning.threads, given, stream, tuning.overlap)
+    programs = compiled(code, tuning, half, device, ending)
+    if "arrange" in programs:
+        programs["arrange"](arranging(code, tuning, given), ARRANGING, given, stream, tuning.overlap)
+    if not tuning.wide:
+        programs["linear"](grid(tuning, given.rows, given.tokens), tuning.threads, given, stream, tuning.overlap)
+        return
+    given.row_blocks = grid(tuning, given.rows, given.tokens)[0]
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    for name, first, blocks in launches(tuning, given.rows, given.tokens, processors):
+        given.first_block = first
+        programs[name](blocks, tuning.threads, given, stream, tuning.overlap)
+
+
+def launches(tuning: Tuning, rows: int, tokens: int, processors: int) -> list[tuple[str, int, tuple[int, int, int]]]:
+    """Of four warps that multiply together: ``gemm`` or ``tail``, its first block and its grid."""
+    across, split, deep = grid(tuning, rows, tokens)
+    left = across * deep % processors
+    if tuning.tail == 1 or left == 0:
+        return [("gemm", 0, (across, split, deep))]
+    whole = across * deep - left
+    first = [("gemm", 0, (whole, 1, 1))] if whole else []
+    return [*first, ("tail", whole, (left, tuning.tail, 1))]
 
 
 def compiled(
     code: Code, tuning: Tuning, half: bool, device: torch.device, ending: Ending = PLAIN
 ) -> dict[str, driver.Kernel]:
     """The kernels of a product by their names. Raises UnsupportedError where one does not compile."""
-    own = replace(tuning, overlap=False)
-    return {name: kernel(_index(device), name, code, own, half, ending) for name in tuning.kernels}
+    own = replace(tuning, overlap=False, tail=1)
+    found = {name: kernel(_index(device), name, code, own, half, ending) for name in tuning.kernels}
+    if tuning.tail > 1:
+        found["tail"] = kernel(_index(device), "gemm", code, replace(own, split=tuning.tail), half, ending)
+    return found
 
 
 ARRANGING = 128  # threads of a block

@@ -29,6 +29,7 @@ pytestmark = [
 GPU = torch.device("cuda", 0)
 OTHERS: dict[str, Grid] = {
     "spqr": IntegerGrid(num_bits=3, group_size=16, zero="float", scales=BilevelScale()),
+    "int4-g64-integer": IntegerGrid(num_bits=4, group_size=64, zero="integer"),
     "int8-g128": IntegerGrid(num_bits=8, group_size=128), "fp8": FloatGrid(format="fp8_e4m3"),
     "lut4-groups": LutGrid(num_bits=4, group_size=32),
 }  # fmt: skip
@@ -135,6 +136,14 @@ def test_every_form_of_four_warps_together(changes: dict[str, Any], monkeypatch:
     checked(layer, x)
     first = layer(x)
     assert all(torch.equal(layer(x), first) for _ in range(20))
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="not Hopper")
+@pytest.mark.parametrize("grid", ["int4-g64-integer", "int4-none", "int8-g128", "lut4-tensor", "lut3-row"])
+def test_blocks_gather_the_tokens_they_want(grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "choose", lambda *arguments: replace(WIDE, across=4, split=2, gathers=True))
+    layer = CompressedLinear([quantized({**GRIDS, **OTHERS}[grid], PATTERNS["full"], 300, 1100)]).to(GPU)
+    checked(layer, torch.randn(60, 1100, device=GPU, dtype=torch.float16))
 
 
 ONE = Tuning(1, 1, 1, 4, 2, spread=True, overlap=True)

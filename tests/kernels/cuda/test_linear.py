@@ -38,6 +38,7 @@ BILEVEL = {
 OTHERS: dict[str, Grid] = {
     "lut4-groups": LutGrid(num_bits=4, group_size=32), "int8-g128": IntegerGrid(num_bits=8, group_size=128),
     "int8-g128-integer": IntegerGrid(num_bits=8, group_size=128, zero="integer"), "int8-row": IntegerGrid(num_bits=8),
+    "int4-g64-integer": IntegerGrid(num_bits=4, group_size=64, zero="integer"),
     "fp8_e4m3-row": FloatGrid(format="fp8_e4m3"), "fp8_e4m3-g64": FloatGrid(format="fp8_e4m3", group_size=64),
     **BILEVEL,
 }  # fmt: skip
@@ -99,7 +100,7 @@ def test_four_warps_at_once(name: str) -> None:
     assert product([quantized(grid, PATTERNS["full"], 70, 300)], Tuning(1, 2, 4, 1, 1, 2, wide=True), 13) < 6e-4
 
 
-@pytest.mark.parametrize("name", ["int4-none", "lut3-row", "lut4-groups", "int8-g128", "int3-none"])
+@pytest.mark.parametrize("name", ["int4-none", "int4-g64-integer", "int4-row", "lut3-row", "int8-g128-integer"])
 @pytest.mark.parametrize("tuning", [Tuning(1, 2, 4, 1, 1, 2), Tuning(1, 4, 8, 1, 2, 3, 2)], ids=str)
 def test_blocks_gather_the_tokens_they_want(name: str, tuning: Tuning) -> None:
     own = replace(tuning, wide=True, gathers=True)

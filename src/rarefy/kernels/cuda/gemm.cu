@@ -22,7 +22,8 @@ constexpr int THREADS = 32 * ACROSS + (ACROSS == 4 && !GATHERS ? 32 : 128);
 #endif
 
 constexpr int WIDTH = 8 * TOKENS, ROWS = 16 * TILES * ACROSS;
-constexpr int STAGE_TOKENS = STEP * WIDTH * 2, STAGE_SUMS = SUMS ? PARTS * WIDTH * 4 : 0;
+constexpr int SUMMANDS = GATHERS && PART > 1 ? PART / 2 : 1;  // of a group's sum of tokens
+constexpr int STAGE_TOKENS = STEP * WIDTH * 2, STAGE_SUMS = SUMS ? PARTS * SUMMANDS * WIDTH * 4 : 0;
 constexpr int STAGE = STAGE_TOKENS + STAGE_SUMS;  // bytes
 constexpr int SUM_PITCH = ROWS + 4;
 constexpr bool DIRECT = !SUMS && (GROUP == 0 || RESCALED);  // whether products are added to the sums at once
@@ -32,7 +33,7 @@ constexpr int CHUNKS = BLOCKS / CHUNK, IN_PART = PART / CHUNK;
 constexpr bool DRAINS = !DIRECT || GROUP != 0;  // whether a group has to wait for the one before
 static_assert(DEPTH * CHUNKS % 2 == 0, "chunks unpacked in turns to two places");
 constexpr int LEADING = WIDTH * 16;
-static_assert(!GATHERS || (!SUMS && !OUTLIERS && CLUSTER == 1), "who gathers tokens does nothing else with them");
+static_assert(!GATHERS || (!OUTLIERS && CLUSTER == 1 && (!SUMS || PART > 1)), "who gathers tokens has no time for more");
 static_assert(STAGE_TOKENS % (16 * CLUSTER) == 0 && WIDTH * ROWS % (4 * SPLIT) == 0, "equal shares of a cluster");
 
 // Where a step's tokens lie, and their sums by group.
@@ -59,6 +60,15 @@ device void fetch(TwoBlocks& to, const Arguments& a, int token, int step, int pa
 }
 // Of block e the numbers that lane t takes first (q = 0) or second.
 device u32 numbers_of(const TwoBlocks& own, int e, int q, int t) { return own.at[SPAN == 4 ? 8 * e + 2 * t + q : 4 * t + 2 * e + q]; }
+device float sum_of(const TwoBlocks& own, int e) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    const u32 two = numbers_of(own, e, n / 4, n % 4);
+    sum += widened(u16(two)) + widened(u16(two >> 16));
+  }
+  return sum;
+}
 device void put(uint4* to, const TwoBlocks& own) {
 #pragma unroll
   for (int k = 0; k < 4; ++k)
@@ -92,7 +102,10 @@ device void gather(const Arguments& a, u8* stages, u64* full, u64* empty, int to
 #pragma unroll
       for (int k = 0; k < OF_THREAD; ++k) {
         const int unit = first + 128 * k;
-        if (UNITS % 128 == 0 || unit < UNITS) put(to + unit / WIDTH * 4 * WIDTH + unit % WIDTH, held[d][k]);
+        if (UNITS % 128 != 0 && unit >= UNITS) continue;
+        put(to + unit / WIDTH * 4 * WIDTH + unit % WIDTH, held[d][k]);
+        if constexpr (SUMS)
+          reinterpret_cast<float*>(stages + stage * STAGE + STAGE_TOKENS)[unit] = sum_of(held[d][k], 0) + sum_of(held[d][k], 1);
       }
       show_to_products();
       warp_barrier();
@@ -276,7 +289,9 @@ void rarefy_gemm(const Arguments a) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
               settle(part[r][n][j]);
-              const float own = SUMS ? ones[p * WIDTH + 8 * n + 2 * t + j % 2] : 0.0f;
+              float own = 0.0f;
+#pragma unroll
+              for (int k = 0; k < (SUMS ? SUMMANDS : 0); ++k) own += ones[(p * SUMMANDS + k) * WIDTH + 8 * n + 2 * t + j % 2];
               sums[r][n][j] += contribution(scales[d].scale[r][p], scales[d].zero[r][p], j / 2, part[r][n][j], own);
             }
       }
@@ -448,22 +463,18 @@ extern "C" global __launch_bounds__(128) void rarefy_arrange(const Arguments a) 
   TwoBlocks own;
   fetch(own, a, tile * WIDTH + token, step, pair);
   put(reinterpret_cast<uint4*>(a.arranged) + ((i64(tile) * a.steps + step) * (STEP / 8) + 4 * pair) * WIDTH + token, own);
-  float sums[2] = {};
-#pragma unroll
-  for (int e = 0; e < 2; ++e)
-#pragma unroll
-    for (int q = 0; q < 2; ++q)
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        const u32 two = numbers_of(own, e, q, t);
-        if constexpr (SUMS) sums[e] += widened(u16(two)) + widened(u16(two >> 16));
 #if OUTLIERS
-        const int column = step * STEP + (SPAN == 4 ? 32 * pair + 16 * e + 4 * t : first_of(pair, t) + 4 * e) + 2 * q;
-        u16* turned = a.turned + (i64(tile) * a.steps * STEP + column) * WIDTH + token;
-        turned[0] = u16(two), turned[WIDTH] = u16(two >> 16);
+#pragma unroll
+  for (int n = 0; n < 16; ++n) {
+    const int e = n / 8, q = n / 4 % 2, t = n % 4;
+    const int column = step * STEP + (SPAN == 4 ? 32 * pair + 16 * e + 4 * t : first_of(pair, t) + 4 * e) + 2 * q;
+    u16* turned = a.turned + (i64(tile) * a.steps * STEP + column) * WIDTH + token;
+    const u32 two = numbers_of(own, e, q, t);
+    turned[0] = u16(two), turned[WIDTH] = u16(two >> 16);
+  }
 #endif
-      }
   if constexpr (SUMS) {
+    const float sums[2] = {sum_of(own, 0), sum_of(own, 1)};
     float* ones = a.ones + (i64(tile) * a.steps + step) * (PARTS * WIDTH) + token;
     if constexpr (PART < 2) {
       ones[2 * pair * WIDTH] = sums[0], ones[(2 * pair + 1) * WIDTH] = sums[1];

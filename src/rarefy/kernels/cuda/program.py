@@ -127,11 +127,12 @@ class Tuning:
 
     def suits(self, code: Code) -> bool:
         """Whether four warps together multiply such a code so: sums in units of a scale want one, and outliers want
-        warps that have nothing else to do and whole words of tokens; who gathers tokens neither adds them up nor shares
-        them."""
+        warps that have nothing else to do and whole words of tokens; who gathers tokens shares them with
+        nobody and has no time for more."""
         if not self.wide:
             return True
-        if self.gathers and (code.sums or code.outliers is not None or self.cluster > 1):
+        small = code.sums and 0 < code.group <= TILE
+        if self.gathers and (small or code.outliers is not None or self.cluster > 1):
             return False
         if self.tail > 1 and (self.split > 1 or self.cluster > 1):
             return False
@@ -145,10 +146,11 @@ class Tuning:
 
     def shared_memory(self, code: Code) -> int:
         """Bytes of a block."""
-        width = 8 * self.tokens
+        width, small = 8 * self.tokens, 0 < code.group <= TILE
+        parts = code.step // 32 if self.gathers and not small else code.parts  # of which the sums of tokens are
         table = code.table_bytes
         if self.wide:
-            sums = code.parts * width * 4 if code.sums else 0
+            sums = parts * width * 4 if code.sums else 0
             staged = self.stages * (2 * code.step * width + sums) + 16 * self.stages
             return table + max(staged, 4 * width * (self.rows + 4))
         tokens = width * (2 * code.step * self.along + (16 if code.span == 16 else 64))

@@ -122,9 +122,7 @@ WIDE = Tuning(1, 4, 8, 1, 2, 4, wide=True, overlap=True)
     [
         {}, {"across": 4, "depth": 3}, {"across": 12}, {"tiles": 2}, {"tokens": 16, "in_turns": True}, {"cluster": 2},
         {"depth": 4},
-        {"gathers": True}, {"across": 4, "split": 4, "gathers": True}, {"tokens": 2, "split": 8, "gathers": True},
-        {"tokens": 16, "gathers": True, "rescaled": True}, {"tokens": 2, "tail": 4},
-        {"tokens": 1, "across": 4, "tail": 2}, {"split": 4}, {"cluster": 2, "split": 2},
+        {"split": 4}, {"cluster": 2, "split": 2},
         {"tokens": 32, "rescaled": True, "stages": 3}, {"overlap": False},
     ],
     ids=str,
@@ -136,14 +134,6 @@ def test_every_form_of_four_warps_together(changes: dict[str, Any], monkeypatch:
     checked(layer, x)
     first = layer(x)
     assert all(torch.equal(layer(x), first) for _ in range(20))
-
-
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="not Hopper")
-@pytest.mark.parametrize("grid", ["int4-g64-integer", "int4-none", "int8-g128", "lut4-tensor", "lut3-row"])
-def test_blocks_gather_the_tokens_they_want(grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "choose", lambda *arguments: replace(WIDE, across=4, split=2, gathers=True))
-    layer = CompressedLinear([quantized({**GRIDS, **OTHERS}[grid], PATTERNS["full"], 300, 1100)]).to(GPU)
-    checked(layer, torch.randn(60, 1100, device=GPU, dtype=torch.float16))
 
 
 ONE = Tuning(1, 1, 1, 4, 2, spread=True, overlap=True)

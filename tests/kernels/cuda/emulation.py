@@ -23,7 +23,6 @@ from rarefy.kernels.prepared import Prepared, flat
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
-PROCESSORS = 3  # of the GPU that is emulated
 
 
 FLAGS = ["-std=c++17", "-O0", "-fPIC", "-w"]
@@ -79,20 +78,15 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> T
         code = replace(code, outliers=torch.float16 if more["half"] else torch.bfloat16)
         own.update(entries=entries["entries"], row_ptr=entries["row_ptr"])
     x, y = aligned(x), torch.full((tokens, rows), torch.nan, dtype=x.dtype)
+    grid = program.grid(tuning, rows, tokens)
     work = program.workspace(code, tuning, rows, x.shape[1], tokens, x.device)
     given = program.arguments(
         {**own, **work, "x": x, "y": y}, rows=rows, columns=x.shape[1], tokens=tokens,
         stride=x.stride(0), second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
     )  # fmt: skip
-    if not tuning.wide:
-        _run("linear", code, tuning, half, given, program.grid(tuning, rows, tokens))
-    elif "arrange" in tuning.kernels:
+    if tuning.wide:
         _run("arrange", code, tuning, half, given, program.arranging(code, tuning, given))
-    given.row_blocks = program.grid(tuning, rows, tokens)[0]
-    for name, first, blocks in program.launches(tuning, rows, tokens, PROCESSORS) if tuning.wide else []:
-        given.first_block = first
-        own = replace(tuning, split=tuning.tail) if name == "tail" else tuning
-        _run("gemm", code, own, half, given, blocks)
+    _run("gemm" if tuning.wide else "linear", code, tuning, half, given, grid)
     assert "arrived" not in work or not work["arrived"].any()
     return y
 

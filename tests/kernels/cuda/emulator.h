@@ -271,7 +271,6 @@ device void copy_bulk(unsigned char* to, const void* from, unsigned bytes, u64* 
 device void copy_bulk_to(unsigned char* to, const void* from, unsigned bytes, u64* barrier, unsigned short) {
   copy_bulk(to, from, bytes, barrier);
 }
-device void show_to_products() {}
 device void begin_products() {}
 device void commit_products() {}
 template <int PENDING> device void wait_for_products() {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +11,6 @@ from rarefy.formats.patterns import Groups
 from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms import Quantized, Sparse, Term
 from rarefy.kernels.activations import quantize_tokens
-from rarefy.kernels.cuda import program
 from rarefy.kernels.cuda.linear import _decode
 from rarefy.kernels.cuda.prepared import NotCovered, prepare
 from rarefy.kernels.cuda.program import Tuning
@@ -98,24 +95,6 @@ EVERY_KIND = [
 def test_four_warps_at_once(name: str) -> None:
     grid = {**GRIDS, **OTHERS}[name]
     assert product([quantized(grid, PATTERNS["full"], 70, 300)], Tuning(1, 2, 4, 1, 1, 2, wide=True), 13) < 6e-4
-
-
-@pytest.mark.parametrize("name", ["int4-none", "int4-g64-integer", "int4-row", "lut3-row", "int8-g128-integer"])
-@pytest.mark.parametrize("tuning", [Tuning(1, 2, 4, 1, 1, 2), Tuning(1, 4, 8, 1, 2, 3, 2)], ids=str)
-def test_blocks_gather_the_tokens_they_want(name: str, tuning: Tuning) -> None:
-    own = replace(tuning, wide=True, gathers=True)
-    assert own.kernels == ("gemm",)
-    term = quantized({**GRIDS, **OTHERS}[name], PATTERNS["full"], 70, 1100)
-    assert product([term], own, 8 * tuning.tokens - 3) < 6e-4
-
-
-@pytest.mark.parametrize(("rows", "tokens", "whole"), [(250, 30, 6), (250, 14, 3), (120, 14, 0)])
-@pytest.mark.parametrize("gathers", [False, True])
-def test_the_last_blocks_are_split(rows: int, tokens: int, whole: int, gathers: bool) -> None:
-    tuning = Tuning(1, 2, 4, 1, 1, 2, wide=True, tail=2, gathers=gathers)
-    *_, (name, first, (count, split, _)) = program.launches(tuning, rows, tokens, emulation.PROCESSORS)
-    assert (name, first, split) == ("tail", whole, 2) and 0 < count < emulation.PROCESSORS
-    assert product([quantized(GRIDS["int4-none"], PATTERNS["full"], rows, 300)], tuning, tokens) < 6e-4
 
 
 @pytest.mark.parametrize("name", EVERY_KIND)

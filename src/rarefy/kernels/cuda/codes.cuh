@@ -37,7 +37,6 @@ struct Arguments {
   u16* hidden;          // to which the result is added, [tokens][rows]
   const u16* gain;      // [rows]
   int rows, columns, steps, groups, tokens, stride, second_rows, second_groups, pitch, parts;
-  int first_block, row_blocks;  // of gemm.cu: the launch's first block, of those that lie over all rows and tokens
   float multiplier, eps;
 };
 

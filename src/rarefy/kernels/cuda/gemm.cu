@@ -2,19 +2,19 @@
 // capability 9.0).
 //
 // One warp brings tokens into shared memory, a few steps ahead, in the order in which they are wanted: `rarefy_arrange`
-// has written them so; or four warps GATHER them in that order themselves. Warps in fours load codes, a few steps ahead too, and turn them into the first operand in
+// has written them so. Warps in fours load codes, a few steps ahead too, and turn them into the first operand in
 // registers, while the product before still runs. A group's sums are formed apart and scaled in float32, so that no
 // weight is rounded.
 //
 // Macros besides those of codes.cuh: TOKENS (of 8), ACROSS (warps over rows, a multiple of four), STAGES (steps of tokens
 // in shared memory), DEPTH (steps of codes in registers), SPLIT (blocks over columns, which add up what they have in each
-// other's shared memory), CLUSTER (neighbouring blocks that share what they read of the tokens), GATHERS (nothing has
-// been arranged before), IN_TURNS (two fours of warps multiply in turns), RESCALED (sums are kept in units of the last group's scale, which spares registers), OUTLIERS
+// other's shared memory), CLUSTER (neighbouring blocks that share what they read of the tokens), IN_TURNS (two fours of
+// warps multiply in turns), RESCALED (sums are kept in units of the last group's scale, which spares registers), OUTLIERS
 // (type of single values that are added to the weight).
 
 // The last warps bring what the others multiply: one where several blocks share a processor, else four, which can leave
 // them their registers.
-constexpr int THREADS = 32 * ACROSS + (ACROSS == 4 && !GATHERS ? 32 : 128);
+constexpr int THREADS = 32 * ACROSS + (ACROSS == 4 ? 32 : 128);
 
 #include "codes.cuh"
 #ifndef RAREFY_EMULATED
@@ -22,18 +22,16 @@ constexpr int THREADS = 32 * ACROSS + (ACROSS == 4 && !GATHERS ? 32 : 128);
 #endif
 
 constexpr int WIDTH = 8 * TOKENS, ROWS = 16 * TILES * ACROSS;
-constexpr int SUMMANDS = GATHERS && PART > 1 ? PART / 2 : 1;  // of a group's sum of tokens
-constexpr int STAGE_TOKENS = STEP * WIDTH * 2, STAGE_SUMS = SUMS ? PARTS * SUMMANDS * WIDTH * 4 : 0;
+constexpr int STAGE_TOKENS = STEP * WIDTH * 2, STAGE_SUMS = SUMS ? PARTS * WIDTH * 4 : 0;
 constexpr int STAGE = STAGE_TOKENS + STAGE_SUMS;  // bytes
 constexpr int SUM_PITCH = ROWS + 4;
 constexpr bool DIRECT = !SUMS && (GROUP == 0 || RESCALED);  // whether products are added to the sums at once
-constexpr int TOGETHER = ACROSS > 4 ? 1 : TILES * TOKENS <= (RESCALED ? 8 : 4) && !GATHERS ? 3 : 2;  // blocks of a processor
+constexpr int TOGETHER = ACROSS > 4 ? 1 : TILES * TOKENS <= (RESCALED ? 8 : 4) ? 3 : 2;  // blocks of a processor
 constexpr int CHUNK = PART < 4 ? PART : 4;  // blocks of 16 columns that are unpacked at once
 constexpr int CHUNKS = BLOCKS / CHUNK, IN_PART = PART / CHUNK;
 constexpr bool DRAINS = !DIRECT || GROUP != 0;  // whether a group has to wait for the one before
 static_assert(DEPTH * CHUNKS % 2 == 0, "chunks unpacked in turns to two places");
 constexpr int LEADING = WIDTH * 16;
-static_assert(!GATHERS || (!OUTLIERS && CLUSTER == 1 && (!SUMS || PART > 1)), "who gathers tokens has no time for more");
 static_assert(STAGE_TOKENS % (16 * CLUSTER) == 0 && WIDTH * ROWS % (4 * SPLIT) == 0, "equal shares of a cluster");
 
 // Where a step's tokens lie, and their sums by group.
@@ -44,80 +42,8 @@ device const float* arranged_sums(const Arguments& a, int token_tile, int step) 
   return a.ones + (i64(token_tile) * a.steps + step) * (PARTS * WIDTH);
 }
 
-// What a token has in two neighbouring blocks of a step.
-struct TwoBlocks { u32 at[16]; };
-
-device void fetch(TwoBlocks& to, const Arguments& a, int token, int step, int pair) {
-  const bool real = token < a.tokens;
-  const u16* x = a.x + (real ? i64(token) * a.stride : 0);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int column = step * STEP + (SPAN == 4 ? 32 * pair + 8 * i : first_of(pair, i));
-    const bool there = real && (!RAGGED || column < a.columns);
-    const uint4 all = load_shared_by_all(reinterpret_cast<const uint4*>(x + (there ? column : 0)), there);
-    to.at[4 * i] = all.x, to.at[4 * i + 1] = all.y, to.at[4 * i + 2] = all.z, to.at[4 * i + 3] = all.w;
-  }
-}
-// Of block e the numbers that lane t takes first (q = 0) or second.
-device u32 numbers_of(const TwoBlocks& own, int e, int q, int t) { return own.at[SPAN == 4 ? 8 * e + 2 * t + q : 4 * t + 2 * e + q]; }
-device float sum_of(const TwoBlocks& own, int e) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    const u32 two = numbers_of(own, e, n / 4, n % 4);
-    sum += widened(u16(two)) + widened(u16(two >> 16));
-  }
-  return sum;
-}
-device void put(uint4* to, const TwoBlocks& own) {
-#pragma unroll
-  for (int k = 0; k < 4; ++k)
-    to[k * WIDTH] = {numbers_of(own, k / 2, k % 2, 0), numbers_of(own, k / 2, k % 2, 1), numbers_of(own, k / 2, k % 2, 2),
-                     numbers_of(own, k / 2, k % 2, 3)};
-}
-
-// Four warps: bring the tokens of steps begin..begin + rounds to shared memory, in order. Neighbours take neighbouring
-// tokens, which keeps them in different banks, and a few steps are on their way.
-constexpr int UNITS = WIDTH * BLOCKS / 2, OF_THREAD = (UNITS + 127) / 128, AHEAD = OF_THREAD > 2 ? 1 : 4 / OF_THREAD;
-device void gather(const Arguments& a, u8* stages, u64* full, u64* empty, int token_tile, int begin, int rounds) {
-  const int first = threadIdx.x - 32 * ACROSS;
-  TwoBlocks held[AHEAD][OF_THREAD];
-  const auto fetch_step = [&](TwoBlocks (&to)[OF_THREAD], int round) {
-#pragma unroll
-    for (int k = 0; k < OF_THREAD; ++k) {
-      const int unit = first + 128 * k;
-      if (UNITS % 128 == 0 || unit < UNITS) fetch(to[k], a, token_tile * WIDTH + unit % WIDTH, begin + round, unit / WIDTH);
-    }
-  };
-#pragma unroll
-  for (int d = 0; d < AHEAD; ++d)
-    if (d < rounds) fetch_step(held[d], d);
-  for (int base = 0; base < rounds; base += AHEAD) {
-#pragma unroll
-    for (int d = 0; d < AHEAD; ++d) {
-      const int round = base + d, stage = round % STAGES;
-      if (round >= rounds) break;
-      if (round >= STAGES) wait_for(empty + stage, (round / STAGES - 1) & 1);
-      uint4* to = reinterpret_cast<uint4*>(stages + stage * STAGE);
-#pragma unroll
-      for (int k = 0; k < OF_THREAD; ++k) {
-        const int unit = first + 128 * k;
-        if (UNITS % 128 != 0 && unit >= UNITS) continue;
-        put(to + unit / WIDTH * 4 * WIDTH + unit % WIDTH, held[d][k]);
-        if constexpr (SUMS)
-          reinterpret_cast<float*>(stages + stage * STAGE + STAGE_TOKENS)[unit] = sum_of(held[d][k], 0) + sum_of(held[d][k], 1);
-      }
-      show_to_products();
-      warp_barrier();
-      if (threadIdx.x % 32 == 0) arrive_at(full + stage);
-      if (round + AHEAD < rounds) fetch_step(held[d], round + AHEAD);
-    }
-  }
-}
-
-// One thread: brings the tokens of steps begin..begin + rounds to shared memory, which have been arranged.
-device void bring(
-    const Arguments& a, u8* stages, u64* full, u64* empty, int token_tile, int begin, int rounds, u32 rank) {
+// One thread: brings the tokens of steps begin..begin + rounds to shared memory.
+device void bring(const Arguments& a, u8* stages, u64* full, u64* empty, int begin, int rounds, u32 rank) {
   for (int round = 0; round < rounds; ++round) {
     const int step = begin + round, stage = round % STAGES;
     if (round >= STAGES) wait_for(empty + stage, (round / STAGES - 1) & 1);
@@ -125,12 +51,12 @@ device void bring(
     u8* to = stages + stage * STAGE;
     if constexpr (CLUSTER > 1) {
       constexpr int SHARE = STAGE_TOKENS / CLUSTER;
-      const u8* from = arranged_tokens(a, token_tile, step) + rank % CLUSTER * SHARE;
+      const u8* from = arranged_tokens(a, blockIdx.z, step) + rank % CLUSTER * SHARE;
       copy_bulk_to(to + rank % CLUSTER * SHARE, from, SHARE, full + stage, ((1 << CLUSTER) - 1) << rank / CLUSTER * CLUSTER);
     } else {
-      copy_bulk(to, arranged_tokens(a, token_tile, step), STAGE_TOKENS, full + stage);
+      copy_bulk(to, arranged_tokens(a, blockIdx.z, step), STAGE_TOKENS, full + stage);
     }
-    if constexpr (SUMS) copy_bulk(to + STAGE_TOKENS, arranged_sums(a, token_tile, step), STAGE_SUMS, full + stage);
+    if constexpr (SUMS) copy_bulk(to + STAGE_TOKENS, arranged_sums(a, blockIdx.z, step), STAGE_SUMS, full + stage);
   }
 }
 
@@ -219,9 +145,7 @@ device void unpack(
 extern "C" global __launch_bounds__(THREADS, TOGETHER) in_clusters_of(CLUSTER, SPLIT)
 void rarefy_gemm(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int block = blockIdx.x + a.first_block, row_block = block % a.row_blocks;
-  const int token_tile = block / a.row_blocks + blockIdx.z;
-  const int first_row = row_block * ROWS, first_token = token_tile * WIDTH;
+  const int first_row = blockIdx.x * ROWS, first_token = blockIdx.z * WIDTH;
   const Share share = share_of(a);
   const int begin = share.begin, rounds = share.end > begin ? share.end - begin : 0;
   u8* stages = pool + TABLE_BYTES;
@@ -231,7 +155,7 @@ void rarefy_gemm(const Arguments a) {
 
   if (threadIdx.x == 0) {
     for (int n = 0; n < STAGES; ++n) {
-      prepare_barrier(full + n, GATHERS ? 4 : 1);
+      prepare_barrier(full + n, 1);
       prepare_barrier(empty + n, CLUSTER * ACROSS);
     }
     barriers_are_prepared();
@@ -242,17 +166,16 @@ void rarefy_gemm(const Arguments a) {
 
   if (warp >= ACROSS) {
     give_registers_back<ACROSS>();
-    if (GATHERS || threadIdx.x == 32 * ACROSS) {
+    if (threadIdx.x == 32 * ACROSS) {
       start_later_kernels();
       wait_for_earlier_kernels();
-      if constexpr (GATHERS) gather(a, stages, full, empty, token_tile, begin, rounds);
-      else bring(a, stages, full, empty, token_tile, begin, rounds, rank);
+      bring(a, stages, full, empty, begin, rounds, rank);
     }
 #if OUTLIERS
     if (warp > ACROSS && blockIdx.y == 0) {
       start_later_kernels();
       wait_for_earlier_kernels();
-      add_outliers(a, first_row, token_tile, warp - ACROSS - 1, lane);
+      add_outliers(a, first_row, blockIdx.z, warp - ACROSS - 1, lane);
     }
     block_barrier();
 #endif
@@ -261,7 +184,7 @@ void rarefy_gemm(const Arguments a) {
   take_registers<ACROSS>();
   float sums[TILES][TOKENS][4] = {};
   // A warp's tiles are four apart: four warps multiply 64 rows together.
-  const int own_tile = warp / 4 * 4 * TILES + warp % 4, first_tile = row_block * (ROWS / 16) + own_tile;
+  const int own_tile = warp / 4 * 4 * TILES + warp % 4, first_tile = blockIdx.x * (ROWS / 16) + own_tile;
   if (rounds > 0) {
     const Places places = places_of(a, first_tile, lane, 4);
     Codes codes[DEPTH];
@@ -289,9 +212,7 @@ void rarefy_gemm(const Arguments a) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
               settle(part[r][n][j]);
-              float own = 0.0f;
-#pragma unroll
-              for (int k = 0; k < (SUMS ? SUMMANDS : 0); ++k) own += ones[(p * SUMMANDS + k) * WIDTH + 8 * n + 2 * t + j % 2];
+              const float own = SUMS ? ones[p * WIDTH + 8 * n + 2 * t + j % 2] : 0.0f;
               sums[r][n][j] += contribution(scales[d].scale[r][p], scales[d].zero[r][p], j / 2, part[r][n][j], own);
             }
       }
@@ -415,7 +336,7 @@ void rarefy_gemm(const Arguments a) {
         for (int which = 0; which < 2; ++which) {
           const int row = first_row + (own_tile + 4 * r) * 16 + g + 8 * which;
           if (row >= a.rows) continue;
-          const float* more = a.extra + (i64(token_tile) * a.rows + row) * WIDTH + 8 * n + 2 * t;
+          const float* more = a.extra + (i64(blockIdx.z) * a.rows + row) * WIDTH + 8 * n + 2 * t;
           sums[r][n][2 * which] += load_fresh(more), sums[r][n][2 * which + 1] += load_fresh(more + 1);
         }
   }
@@ -457,24 +378,39 @@ extern "C" global __launch_bounds__(128) void rarefy_arrange(const Arguments a) 
   const u32 unit = blockIdx.x * 128u + threadIdx.x;
   const int token = unit / PAIRS % WIDTH, rest = unit / PAIRS / WIDTH;
   const int pair = rest % GROUPS * PAIRS + unit % PAIRS, step = rest / GROUPS % a.steps, tile = rest / GROUPS / a.steps;
+  const bool real = tile * WIDTH + token < a.tokens;
   start_later_kernels();
   wait_for_earlier_kernels();
   if (tile * WIDTH >= a.tokens) return;
-  TwoBlocks own;
-  fetch(own, a, tile * WIDTH + token, step, pair);
-  put(reinterpret_cast<uint4*>(a.arranged) + ((i64(tile) * a.steps + step) * (STEP / 8) + 4 * pair) * WIDTH + token, own);
-#if OUTLIERS
+  const u16* x = a.x + (real ? i64(tile * WIDTH + token) * a.stride : 0);
+  uint4* to = reinterpret_cast<uint4*>(a.arranged) + ((i64(tile) * a.steps + step) * (STEP / 8)) * WIDTH + token;
+  u32 words[16];
 #pragma unroll
-  for (int n = 0; n < 16; ++n) {
-    const int e = n / 8, q = n / 4 % 2, t = n % 4;
-    const int column = step * STEP + (SPAN == 4 ? 32 * pair + 16 * e + 4 * t : first_of(pair, t) + 4 * e) + 2 * q;
-    u16* turned = a.turned + (i64(tile) * a.steps * STEP + column) * WIDTH + token;
-    const u32 two = numbers_of(own, e, q, t);
-    turned[0] = u16(two), turned[WIDTH] = u16(two >> 16);
+  for (int i = 0; i < 4; ++i) {
+    const int column = step * STEP + (SPAN == 4 ? 32 * pair + 8 * i : first_of(pair, i));
+    const bool there = real && (!RAGGED || column < a.columns);
+    const uint4 all = load_shared_by_all(reinterpret_cast<const uint4*>(x + (there ? column : 0)), there);
+    words[4 * i] = all.x, words[4 * i + 1] = all.y, words[4 * i + 2] = all.z, words[4 * i + 3] = all.w;
   }
+  float sums[2] = {};
+#pragma unroll
+  for (int e = 0; e < 2; ++e)
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      u32 own[4];
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        own[t] = words[SPAN == 4 ? 8 * e + 2 * t + q : 4 * t + 2 * e + q];
+        if constexpr (SUMS) sums[e] += widened(u16(own[t])) + widened(u16(own[t] >> 16));
+#if OUTLIERS
+        const int column = step * STEP + (SPAN == 4 ? 32 * pair + 16 * e + 4 * t : first_of(pair, t) + 4 * e) + 2 * q;
+        u16* turned = a.turned + (i64(tile) * a.steps * STEP + column) * WIDTH + token;
+        turned[0] = u16(own[t]), turned[WIDTH] = u16(own[t] >> 16);
 #endif
+      }
+      to[(4 * pair + 2 * e + q) * WIDTH] = {own[0], own[1], own[2], own[3]};
+    }
   if constexpr (SUMS) {
-    const float sums[2] = {sum_of(own, 0), sum_of(own, 1)};
     float* ones = a.ones + (i64(tile) * a.steps + step) * (PARTS * WIDTH) + token;
     if constexpr (PART < 2) {
       ones[2 * pair * WIDTH] = sums[0], ones[(2 * pair + 1) * WIDTH] = sums[1];

@@ -27,7 +27,6 @@ from rarefy.kernels.cuda.tuning import (
 BEYOND_CACHE = 400e6  # bytes of copies that no GPU keeps on the chip
 ROUNDS, WARM_UP = 7, 3
 OVERLAPPED = 8  # of the fastest, which are tried again so
-MOST_GATHERED = 8  # times 8 tokens; what more take with their tokens makes a kernel before it cheap
 # By 8 tokens at once: warps across the rows, blocks over the columns, blocks that share tokens; likelier ones first.
 FORMS = {
     2: [(8, 1, 1), (4, 4, 1), (4, 2, 1), (4, 1, 1), (8, 1, 2)],
@@ -126,9 +125,8 @@ def _wide(code: Code, tokens: int) -> Iterator[Tuning]:
             own = Tuning(1, at_once, across, 1, 2, stages_of(at_once, across), split, wide=True, cluster=cluster)
             if code.can_rescale and (at_once >= 16 or (at_once == 8 and across == 4)):
                 own = replace(own, rescaled=True, in_turns=at_once > 16)
-            for each in (replace(own, gathers=True), own) if at_once <= MOST_GATHERED else (own,):
-                if fits_registers(each) and each.suits(code):
-                    yield fitted(code, each)
+            if fits_registers(own) and own.suits(code):
+                yield fitted(code, own)
 
 
 def takes_wide(device: torch.device) -> bool:

@@ -89,10 +89,8 @@ class Tuning:
     while its forerunner still runs; from 9.0 on. ``spread``: blocks of one token take the places of eight tokens.
 
     ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
-    multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; or each
-    ``gathers`` them, so that no kernel has to arrange them before; two fours of warps multiply ``in_turns``;
-    ``rescaled``: sums are kept in units of the last scale (see ``Code.can_rescale``). Blocks of
-    the ``tail``, which would not fill the GPU once more, are split among so many."""
+    multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; two fours of
+    warps multiply ``in_turns``; ``rescaled``: sums are kept in units of the last scale (see ``Code.can_rescale``)."""
 
     tiles: int = 1
     tokens: int = 1
@@ -107,8 +105,6 @@ class Tuning:
     rescaled: bool = False
     spread: bool = False
     in_turns: bool = False
-    gathers: bool = False
-    tail: int = 1
 
     def with_halves(self) -> Tuning:
         """With warps for each half of the rows, see ``Ending.kind``."""
@@ -117,25 +113,18 @@ class Tuning:
     @property
     def kernels(self) -> tuple[str, ...]:
         """What is launched, in this order."""
-        return ("linear",) if not self.wide else ("gemm",) if self.gathers else ("arrange", "gemm")
+        return ("arrange", "gemm") if self.wide else ("linear",)
 
     @property
     def threads(self) -> int:
-        few = self.across == 4 and not self.gathers
-        beside = 0 if not self.wide else 32 if few else 128  # that bring what the others multiply
+        beside = 0 if not self.wide else 32 if self.across == 4 else 128  # that bring what the others multiply
         return 32 * self.across * self.along + beside
 
     def suits(self, code: Code) -> bool:
         """Whether four warps together multiply such a code so: sums in units of a scale want one, and outliers want
-        warps that have nothing else to do and whole words of tokens; who gathers tokens shares them with
-        nobody and has no time for more."""
+        warps that have nothing else to do and whole words of tokens."""
         if not self.wide:
             return True
-        small = code.sums and 0 < code.group <= TILE
-        if self.gathers and (small or code.outliers is not None or self.cluster > 1):
-            return False
-        if self.tail > 1 and (self.split > 1 or self.cluster > 1):
-            return False
         outliers = code.outliers is None or (self.across > 4 and self.tokens in (2, 4, 8, 16))
         return outliers and (code.can_rescale or not self.rescaled)
 
@@ -146,11 +135,10 @@ class Tuning:
 
     def shared_memory(self, code: Code) -> int:
         """Bytes of a block."""
-        width, small = 8 * self.tokens, 0 < code.group <= TILE
-        parts = code.step // 32 if self.gathers and not small else code.parts  # of which the sums of tokens are
+        width = 8 * self.tokens
         table = code.table_bytes
         if self.wide:
-            sums = parts * width * 4 if code.sums else 0
+            sums = code.parts * width * 4 if code.sums else 0
             staged = self.stages * (2 * code.step * width + sums) + 16 * self.stages
             return table + max(staged, 4 * width * (self.rows + 4))
         tokens = width * (2 * code.step * self.along + (16 if code.span == 16 else 64))
@@ -183,9 +171,7 @@ class Ending:
 
 
 PLAIN = Ending()
-_NUMBERS = (
-    "rows columns steps groups tokens stride second_rows second_groups pitch parts first_block row_blocks"
-).split()
+_NUMBERS = "rows columns steps groups tokens stride second_rows second_groups pitch parts".split()
 _POINTERS = (
     "codes scale zero second table x arranged ones turned extra y partial arrived entries row_ptr squares squared "
     "hidden gain"
@@ -205,7 +191,7 @@ class Arguments(ctypes.Structure):
 
 def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) -> dict[str, int]:
     """The macros of the source."""
-    names = (field.name for field in fields(tuning) if field.name not in ("overlap", "tail"))
+    names = (field.name for field in fields(tuning) if field.name != "overlap")
     found = {name.upper(): int(getattr(tuning, name)) for name in names}
     found.update(
         BITS=code.bits, GROUP=code.group, SPAN=code.span, STEP=code.step, CENTER=code.center,
@@ -235,8 +221,7 @@ def arguments(
         steps, pitch = -(-columns // step_of(8)), codes.shape[1]
     squares = tensors.get("squares")
     parts = 0 if squares is None else squares.shape[1]
-    numbers = (rows, columns, steps, groups, tokens, stride, *second, pitch, parts, 0, 1)
-    return Arguments(*pointers, *numbers, multiplier, eps)
+    return Arguments(*pointers, rows, columns, steps, groups, tokens, stride, *second, pitch, parts, multiplier, eps)
 
 
 def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
@@ -271,39 +256,19 @@ def linear(
 ) -> None:
     """The product, on the current stream of ``device``."""
     stream = torch.cuda.current_stream(device).cuda_stream
-    programs = compiled(code, tuning, half, device, ending)
-    if "arrange" in programs:
-        programs["arrange"](arranging(code, tuning, given), ARRANGING, given, stream, tuning.overlap)
-    if not tuning.wide:
-        programs["linear"](grid(tuning, given.rows, given.tokens), tuning.threads, given, stream, tuning.overlap)
-        return
-    given.row_blocks = grid(tuning, given.rows, given.tokens)[0]
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    for name, first, blocks in launches(tuning, given.rows, given.tokens, processors):
-        given.first_block = first
-        programs[name](blocks, tuning.threads, given, stream, tuning.overlap)
-
-
-def launches(tuning: Tuning, rows: int, tokens: int, processors: int) -> list[tuple[str, int, tuple[int, int, int]]]:
-    """Of four warps that multiply together: ``gemm`` or ``tail``, its first block and its grid."""
-    across, split, deep = grid(tuning, rows, tokens)
-    left = across * deep % processors
-    if tuning.tail == 1 or left == 0:
-        return [("gemm", 0, (across, split, deep))]
-    whole = across * deep - left
-    first = [("gemm", 0, (whole, 1, 1))] if whole else []
-    return [*first, ("tail", whole, (left, tuning.tail, 1))]
+    for name, program in compiled(code, tuning, half, device, ending).items():
+        if name == "arrange":
+            program(arranging(code, tuning, given), ARRANGING, given, stream, tuning.overlap)
+        else:
+            program(grid(tuning, given.rows, given.tokens), tuning.threads, given, stream, tuning.overlap)
 
 
 def compiled(
     code: Code, tuning: Tuning, half: bool, device: torch.device, ending: Ending = PLAIN
 ) -> dict[str, driver.Kernel]:
     """The kernels of a product by their names. Raises UnsupportedError where one does not compile."""
-    own = replace(tuning, overlap=False, tail=1)
-    found = {name: kernel(_index(device), name, code, own, half, ending) for name in tuning.kernels}
-    if tuning.tail > 1:
-        found["tail"] = kernel(_index(device), "gemm", code, replace(own, split=tuning.tail), half, ending)
-    return found
+    own = replace(tuning, overlap=False)
+    return {name: kernel(_index(device), name, code, own, half, ending) for name in tuning.kernels}
 
 
 ARRANGING = 128  # threads of a block
@@ -441,7 +406,7 @@ def workspace(
     if tuning.split > 1 and not tuning.wide:
         found["partial"] = torch.empty(tuning.split, tokens, rows, dtype=torch.float32, device=device)
         found["arrived"] = _counters(device, across * deep)
-    if tuning.wide and not tuning.gathers:
+    if tuning.wide:
         steps, width = -(-columns // code.step), 8 * tuning.tokens
         found["arranged"] = torch.empty(deep, steps, code.step // 8, width, 8, dtype=torch.int16, device=device)
         if code.sums:

@@ -136,8 +136,6 @@ def fitted(code: Code, tuning: Tuning) -> Tuning:
     """With as many steps on their way as registers and, for four warps together, shared memory have room for; small
     groups are scaled so often that several steps would be long programs."""
     small = code.parts > 4
-    if tuning.gathers and not tuning.suits(code):
-        tuning = replace(tuning, gathers=False)
     if not tuning.wide:
         return replace(tuning, depth=1) if small else tuning
     roomy = tuning.tokens <= 8 and code.outliers is None  # whose warps need registers too

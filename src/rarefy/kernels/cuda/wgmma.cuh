@@ -11,18 +11,15 @@ device void pass_turn(int four) { asm volatile("bar.arrive %0, 256;" ::"r"(2 - f
 // ---- Registers: four warps that only bring things leave theirs to `warps` that multiply.
 
 template <int WARPS> device void give_registers_back() {
-  if constexpr (WARPS == 8 && (OUTLIERS || GATHERS)) asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+  if constexpr (WARPS == 8 && OUTLIERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
   else if constexpr (WARPS == 8) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
   else if constexpr (WARPS == 12) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
 }
 template <int WARPS> device void take_registers() {
-  if constexpr (WARPS == 8 && (OUTLIERS || GATHERS)) asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
+  if constexpr (WARPS == 8 && OUTLIERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
   else if constexpr (WARPS == 8) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
   else if constexpr (WARPS == 12) asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
 }
-
-// What this thread has written to shared memory, to products that begin later.
-device void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- Products. Between begin and the wait nobody touches the registers of either operand.
 

@@ -101,8 +101,9 @@ def dequantize(prepared: Prepared, dtype: torch.dtype) -> Tensor:
         second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
     )  # fmt: skip
     tuning = program.Tuning()
-    units = -(-numbers["rows"] // 16) * given.steps
-    _run("dequantize", code_of(tensors, numbers), tuning, half, given, (-(-units * 32 // tuning.threads), 1, 1))
+    code = code_of(tensors, numbers)
+    units = -(-numbers["rows"] // 16) * -(-given.steps // code.steps_of_warp)
+    _run("dequantize", code, tuning, half, given, (-(-units * 32 // tuning.threads), 1, 1))
     return weight
 
 
@@ -117,7 +118,7 @@ def dequantize_to_bytes(prepared: Prepared) -> tuple[Tensor, Tensor]:
         second=(numbers["second_rows"], numbers["second_groups"]),
     )  # fmt: skip
     tuning, code = program.Tuning(), code_of(tensors, numbers)
-    blocks = -(-rows // 16) * given.steps * 32 // tuning.threads + 1
+    blocks = -(-rows // 16) * -(-given.steps // code.steps_of_warp) * 32 // tuning.threads + 1
     _run("dequantize_to_bytes", code, tuning, True, given, (blocks, 1, 1))
     return weight, step
 

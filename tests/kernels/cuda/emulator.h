@@ -218,6 +218,7 @@ device unsigned char e4m3(float value) {
   return (unsigned char)(code | (std::signbit(value) ? 128 : 0));
 }
 device unsigned short e4m3_pair(float low, float high) { return e4m3(low) | e4m3(high) << 8; }
+device unsigned short e4m3_of_halves(unsigned halves) { return e4m3_pair(half_value(halves), half_value(halves >> 16)); }
 device void reduce_over_block(float& sum, float& most, float*) {
   static float sums, maxima;
   block_barrier();

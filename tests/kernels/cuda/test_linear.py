@@ -132,13 +132,15 @@ def test_what_no_kernel_reads_is_named() -> None:
 
 @pytest.mark.parametrize("name", ["int4-none", "int4-row", "int3-float", "int8-g128-integer", "binary1", *BILEVEL])
 def test_codes_become_bytes(name: str) -> None:
-    """Of E4M3, which keeps three bits after the first; no row's largest number exceeds what there is."""
-    term = quantized({**GRIDS, **OTHERS}[name], PATTERNS["full"], 37, 300)
+    """Of E4M3, which keeps three bits after the first; no row's largest number, 448 steps, exceeds what there is."""
+    term = quantized({**GRIDS, **OTHERS}[name], PATTERNS["full"], 37, 320)
     weight, step = emulation.dequantize_to_bytes(prepare(*term.operation()))  # type: ignore[arg-type]
     wanted = term.decode()
     values = weight.float() * step[:, None]
-    assert torch.all((values - wanted).abs() <= wanted.abs() / 16 * 1.001 + step[:, None] * 2**-10)
+    assert torch.all((values - wanted).abs() <= wanted.abs() / 16 * 1.001 + step[:, None] / 2)
     assert torch.all(wanted.abs().amax(1) <= step * 448 * 1.001)
+    if "bilevel" not in name and name != "binary1":  # whose zeros are no codes
+        assert torch.all(values[wanted == 0] == 0)
 
 
 @pytest.mark.parametrize("normed", [False, True])

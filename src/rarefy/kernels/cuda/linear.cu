@@ -471,110 +471,144 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   }
 }
 
-// The weight for products of many tokens, [rows][columns] at `y`: in the type of the activations, or in BYTES of E4M3
-// with a step for each row, float32 at `partial`. A warp takes one step of a tile.
+// The weight for products of many tokens, [rows][columns] at `y`: in the type of the activations, or in bytes of E4M3
+// with a step for each row, float32 at `partial`. A warp takes some steps of a tile, all of which it loads at once.
+constexpr int AT_ONCE = PARTS > 4 ? 1 : 4;
 
-// The largest number that a row of codes may hold, of the rows g and g + 8: all of their groups, by four lanes.
-device void reaches_of(float (&found)[2], const Arguments& a, const Places& places, int t) {
-  found[0] = found[1] = 0.0f;
-  for (int group = t; group < a.groups; group += 4) {
-    Pair<SCALE> scale;
-    Pair<ZERO> zero;
-    const int above = a.second_groups == 1 ? group : group / a.second_groups;
-    load(scale, a.scale, places.scales[0] + i64(group) * 8, places.second[0], above);
-    load(zero, a.zero, places.scales[0] + i64(group) * 8, places.second[0], above);
+// Of E4M3: what a code stands for is `factor * (code + shift) + offset` in float16, for rows g and g + 8. A shift is a
+// zero point, so that what means zero stays zero.
+struct Bytes {
+  static constexpr int SIZE = 1, PIECE = 16;  // bytes of a number, numbers of a lane
+  float most[2];
+  u32 factor[2], shift[2], offset[2];
+
+  // The largest number that a row may hold, of all its groups, by four lanes.
+  void prepare(const Arguments& a, const Places& places, int tile, bool is_first, int lane) {
+    most[0] = most[1] = 0.0f;
+    for (int group = lane % 4; group < a.groups; group += 4) {
+      Pair<SCALE> scale;
+      Pair<ZERO> zero;
+      const int above = a.second_groups == 1 ? group : group / a.second_groups;
+      load(scale, a.scale, places.scales[0] + i64(group) * 8, places.second[0], above);
+      load(zero, a.zero, places.scales[0] + i64(group) * 8, places.second[0], above);
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        const float low = contribution(scale, zero, which, -CENTER, 1.0f);
+        const float high = contribution(scale, zero, which, (1 << BITS) - 1 - CENTER, 1.0f);
+        most[which] = max_of(most[which], max_of(absolute(low), absolute(high)));
+      }
+    }
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-      const float least = contribution(scale, zero, which, -CENTER, 1.0f);
-      const float most = contribution(scale, zero, which, (1 << BITS) - 1 - CENTER, 1.0f);
-      found[which] = max_of(found[which], max_of(absolute(least), absolute(most)));
+#pragma unroll
+      for (int distance = 1; distance < 4; distance *= 2) most[which] = max_of(most[which], of_lane_xor(most[which], distance));
+      const int row = tile * 16 + lane / 4 + 8 * which;
+      if (is_first && lane % 4 == 0 && row < a.rows) a.partial[row] = most[which] / 448.0f * a.multiplier;
     }
   }
+  void begin_group(const Pair<SCALE>& scale, const Pair<ZERO>& zero, const Arguments&) {
 #pragma unroll
-  for (int which = 0; which < 2; ++which)
-#pragma unroll
-    for (int distance = 1; distance < 4; distance *= 2)
-      found[which] = max_of(found[which], of_lane_xor(found[which], distance));
-}
-
+    for (int which = 0; which < 2; ++which) {
+      const float unit = most[which] > 0.0f ? 448.0f / most[which] : 0.0f, none = contribution(scale, zero, which, 0.0f, 1.0f);
+      const float slope = contribution(scale, zero, which, 1.0f, 1.0f) - none;
+      factor[which] = rounded<true>(slope * unit) * 0x10001u;
+      shift[which] = rounded<true>(slope == 0.0f ? 0.0f : none / slope) * 0x10001u;
+      offset[which] = rounded<true>(none * unit) * 0x10001u;
+    }
+  }
+  // Four numbers of a row from two pairs of codes.
+  void put(u8* to, u32 first, u32 second, int which) const {
 #if defined(RAREFY_EMULATED) || __CUDA_ARCH__ >= 890
-device u32 four_bytes(const float (&values)[4]) { return e4m3_pair(values[0], values[1]) | u32(e4m3_pair(values[2], values[3])) << 16; }
-#else
-device u32 four_bytes(const float (&)[4]) { return 0; }  // nobody asks for it there
+    *reinterpret_cast<u32*>(to) = e4m3_of_halves(number(first, which)) | u32(e4m3_of_halves(number(second, which))) << 16;
 #endif
+  }
+  u32 number(u32 codes, int which) const {
+    if constexpr (SCALE == PAIRS) return fused(codes, factor[which], offset[which]);
+    else return fused(SUMS ? fused(codes, ONES, shift[which]) : codes, factor[which], 0);
+  }
+};
 
-template <bool BYTES> device void dequantize(const Arguments& a) {
-  constexpr int SIZE = BYTES ? 1 : 2, PITCH_OF_ROW = SIZE * (STEP + 32);  // bytes; the rest keeps banks apart
+// In the type of the activations.
+struct Halves {
+  static constexpr int SIZE = 2, PIECE = 4;
+  Pair<SCALE> scale;
+  Pair<ZERO> zero;
+  float multiplier;
+
+  void prepare(const Arguments& a, const Places&, int, bool, int) { multiplier = a.multiplier; }
+  void begin_group(const Pair<SCALE>& own_scale, const Pair<ZERO>& own_zero, const Arguments&) { scale = own_scale, zero = own_zero; }
+  u32 number(u16 code, int which) const {
+    return rounded<HALF>(contribution(scale, zero, which, widened(code), 1.0f) * multiplier);
+  }
+  void put(u8* to, u32 first, u32 second, int which) const {
+    *reinterpret_cast<uint2*>(to) = {number(u16(first), which) | number(u16(first >> 16), which) << 16,
+                                     number(u16(second), which) | number(u16(second >> 16), which) << 16};
+  }
+};
+
+template <int BYTES_> struct Piece { typedef uint2 type; };
+template <> struct Piece<16> { typedef uint4 type; };
+
+template <class Numbers> device void dequantize(const Arguments& a) {
+  constexpr int SIZE = Numbers::SIZE, PIECE = Numbers::PIECE;
+  constexpr int PITCH_OF_ROW = SIZE * (STEP + 32);  // bytes; the rest keeps banks apart
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const u32 unit = u32(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
+  const u32 unit = u32(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32, shares = (a.steps + AT_ONCE - 1) / AT_ONCE;
   if constexpr (TABLE == SHARED) {
     copy_table(a);
     block_barrier();
   }
-  const int tile = unit / a.steps, step = unit % a.steps;
+  const int tile = unit / shares, begin = unit % shares * AT_ONCE;
   if (tile * 16 >= a.rows) return;
-  Codes codes;
-  Scales scales;
+  Codes codes[AT_ONCE];
+  Scales scales[AT_ONCE];
   const Places places = places_of(a, tile, lane);
-  fetch(codes, a, places, step, lane);
-  fetch(scales, a, places, step, lane);
-  float factors[2] = {a.multiplier, a.multiplier};
-  if constexpr (BYTES) {
-    reaches_of(factors, a, places, t);
 #pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      const int row = tile * 16 + g + 8 * which;
-      if (step == 0 && t == 0 && row < a.rows) a.partial[row] = factors[which] / 448.0f * a.multiplier;
-      factors[which] = factors[which] > 0.0f ? 448.0f / factors[which] : 0.0f;
+  for (int k = 0; k < AT_ONCE; ++k)
+    if (begin + k < a.steps) {
+      fetch(codes[k], a, places, begin + k, lane);
+      fetch(scales[k], a, places, begin + k, lane);
     }
-  }
+  const int rows = a.rows - tile * 16;
+  const i64 pitch = a.columns;
+  u8* y = reinterpret_cast<u8*>(a.y) + SIZE * (tile * 16 * pitch);
+  Numbers numbers;
+  numbers.prepare(a, places, tile, begin == 0, lane);
   Tables tables;
   u8* own = pool + TABLE_BYTES + threadIdx.x / 32 * 16 * PITCH_OF_ROW;
 #pragma unroll
-  for (int pair = 0; pair < BLOCKS / 2; ++pair) {
-    float values[2][2][4];  // of both rows, in either block the lane's columns
+  for (int k = 0; k < AT_ONCE; ++k) {
+    const int step = begin + k;
+    if (step >= a.steps) break;
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int b = 2 * pair + e;
-      if (b % PART == 0) load(tables, a, tile, group_of(a, step, b / PART), g);
-      u32 weights[4];
-      operands(weights, codes.at[0], b, 4 * lane, tables);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int f = 0; f < 2; ++f) {
-          const float code = widened(u16(weights[i] >> 16 * f));
-          values[i % 2][e][i / 2 * 2 + f] =
-              contribution(scales.scale[0][b / PART], scales.zero[0][b / PART], i % 2, code, 1.0f) * factors[i % 2];
-        }
-    }
-#pragma unroll
-    for (int which = 0; which < 2; ++which)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int column = SPAN == 4 ? 32 * pair + 4 * t + 16 * e : first_of(pair, t) + 4 * e;
-        u8* to = own + (g + 8 * which) * PITCH_OF_ROW + SIZE * column;
-        const float (&four)[4] = values[which][e];
-        if constexpr (BYTES) *reinterpret_cast<u32*>(to) = four_bytes(four);
-        else *reinterpret_cast<uint2*>(to) = {rounded<HALF>(four[0]) | u32(rounded<HALF>(four[1])) << 16,
-                                              rounded<HALF>(four[2]) | u32(rounded<HALF>(four[3])) << 16};
+    for (int b = 0; b < BLOCKS; ++b) {
+      if (b % PART == 0) {
+        load(tables, a, tile, group_of(a, step, b / PART), g);
+        numbers.begin_group(scales[k].scale[0][b / PART], scales[k].zero[0][b / PART], a);
       }
-  }
-  warp_barrier();
+      u32 weights[4];
+      operands(weights, codes[k].at[0], b, 4 * lane, tables);
+      const int column = SPAN == 4 ? 32 * (b / 2) + 4 * t + 16 * (b % 2) : first_of(b / 2, t) + 4 * (b % 2);
 #pragma unroll
-  for (int n = 0; n < 16 * STEP / 128; ++n) {  // whole rows, as memory likes them
-    const int within = n % (STEP / 128) * 128 + 4 * lane, row = n / (STEP / 128);
-    if (tile * 16 + row >= a.rows || step * STEP + within >= a.columns) continue;
-    const i64 place = i64(tile * 16 + row) * a.columns + step * STEP + within;
-    const u8* from = own + row * PITCH_OF_ROW + SIZE * within;
-    if constexpr (BYTES) reinterpret_cast<u32*>(a.y)[place / 4] = *reinterpret_cast<const u32*>(from);
-    else *reinterpret_cast<uint2*>(a.y + place) = *reinterpret_cast<const uint2*>(from);
+      for (int which = 0; which < 2; ++which)
+        numbers.put(own + (g + 8 * which) * PITCH_OF_ROW + SIZE * column, weights[which], weights[which + 2], which);
+    }
+    warp_barrier();
+#pragma unroll
+    for (int n = 0; n < 16 * STEP / 32 / PIECE; ++n) {  // whole rows, as memory likes them
+      const int at = n * 32 + lane, within = at % (STEP / PIECE) * PIECE, row = at / (STEP / PIECE);
+      typedef typename Piece<SIZE * PIECE>::type Own;
+      const Own whole = *reinterpret_cast<const Own*>(own + row * PITCH_OF_ROW + SIZE * within);
+      u8* to = y + SIZE * (row * pitch + step * STEP + within);
+      if (row < rows && (!RAGGED || step * STEP + within < a.columns)) *reinterpret_cast<Own*>(to) = whole;
+    }
+    warp_barrier();
   }
 }
 
-extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Arguments a) { dequantize<false>(a); }
+extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Arguments a) { dequantize<Halves>(a); }
 extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize_to_bytes(const Arguments a) {
-  if constexpr (TABLE == NONE && !FLOAT8) dequantize<true>(a);
+  if constexpr (TABLE == NONE && !FLOAT8 && HALF) dequantize<Bytes>(a);
 }
 
 // ---- Activations in 8 bits, for products of bytes.

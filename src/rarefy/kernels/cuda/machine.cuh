@@ -173,6 +173,11 @@ device u16 e4m3_pair(float low, float high) {
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
   return pair;
 }
+device u16 e4m3_of_halves(u32 halves) {
+  u16 pair;
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(pair) : "r"(halves));
+  return pair;
+}
 #endif
 // The sum of one number and the maximum of another over all threads, in all of them; `shared` holds 64 numbers.
 device void reduce_over_block(float& sum, float& most, float* shared) {

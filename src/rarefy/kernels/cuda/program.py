@@ -71,6 +71,11 @@ class Code:
         return not self.sums and (self.group == 0 or self.scale == torch.float16)
 
     @property
+    def steps_of_warp(self) -> int:
+        """Steps that a warp dequantizes."""
+        return 1 if self.parts > 4 else 4
+
+    @property
     def plain_numbers(self) -> bool:
         """Whether codes are integers, which are not looked up."""
         return not self.table and not self.float8
@@ -284,9 +289,9 @@ def arranging(code: Code, tuning: Tuning, given: Arguments) -> tuple[int, int, i
 def dequantize(code: Code, given: Arguments, half: bool, device: torch.device, to_bytes: bool = False) -> None:
     """The weight at ``y [rows, columns]``, on the current stream of ``device``; or in bytes of E4M3, with the steps of
     its rows at ``partial [rows]``, which takes codes that are ``plain_numbers``."""
-    tuning = Tuning()
-    program = kernel(_index(device), "dequantize_to_bytes" if to_bytes else "dequantize", code, tuning, half)
-    units = -(-given.rows // TILE) * given.steps
+    tuning, name = Tuning(), "dequantize_to_bytes" if to_bytes else "dequantize"
+    program = kernel(_index(device), name, code, tuning, half or to_bytes)
+    units = -(-given.rows // TILE) * -(-given.steps // code.steps_of_warp)
     stream = torch.cuda.current_stream(device).cuda_stream
     program((-(-units * 32 // tuning.threads), 1, 1), tuning.threads, given, stream)
 

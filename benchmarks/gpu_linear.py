@@ -34,7 +34,7 @@ from rarefy.kernels import cuda
 from rarefy.kernels.activations import quantize_tokens
 from rarefy.kernels.cuda import measure, program
 from rarefy.kernels.cuda import tuning as tuning_tables
-from rarefy.kernels.cuda.linear import dense_sum, most_tokens, pointed, terms_of
+from rarefy.kernels.cuda.linear import dense_sum, most_tokens, pointed, pointed_entries, terms_of
 from rarefy.kernels.cuda.prepared import code_of
 from rarefy.kernels.cuda.program import Code, Tuning
 from rarefy.kernels.prepared import flat
@@ -111,7 +111,7 @@ class Weights:
         own = {name: tensor for name, tensor in pointed(self.term, False).items() if tensor is not None}
         for entries, _, _ in lists:
             self.code = replace(self.code, outliers=torch.float16)
-            own.update(entries=entries["entries"], row_ptr=entries["row_ptr"])
+            own.update({name: each for name, each in pointed_entries(entries).items() if each is not None})
         self._dense = dense_sum([self.term, *lists]).bfloat16()
         self._dense_error = dense_sum([self.term, *lists]) - self._dense
         numbers = self.term[1]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rarefy.kernels.cuda import attend, encode, encode_blocks, program
 from rarefy.kernels.cuda import attend_token as token
-from rarefy.kernels.cuda.linear import aligned, pointed, pointed_sparse, terms_of
+from rarefy.kernels.cuda.linear import aligned, pointed, pointed_entries, pointed_sparse, terms_of
 from rarefy.kernels.cuda.prepared import code_of, sparse_code_of
 from rarefy.kernels.prepared import Prepared, flat
 
@@ -76,7 +76,7 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> T
     code, rows, own = code_of(tensors, numbers), numbers["rows"], pointed(codes, half)
     for entries, more, _ in lists:
         code = replace(code, outliers=torch.float16 if more["half"] else torch.bfloat16)
-        own.update(entries=entries["entries"], row_ptr=entries["row_ptr"])
+        own.update(pointed_entries(entries))
     x, y = aligned(x), torch.full((tokens, rows), torch.nan, dtype=x.dtype)
     grid = program.grid(tuning, rows, tokens)
     work = program.workspace(code, tuning, rows, x.shape[1], tokens, x.device)

@@ -10,6 +10,7 @@ from rarefy.formats.grids import FloatGrid, Grid, IntegerGrid, LutGrid
 from rarefy.formats.patterns import Groups
 from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms import Quantized, Sparse, Term
+from rarefy.formats.terms.plain import Residual
 from rarefy.kernels.activations import quantize_tokens
 from rarefy.kernels.cuda.linear import _decode
 from rarefy.kernels.cuda.prepared import NotCovered, prepare
@@ -82,6 +83,21 @@ def test_every_way_to_cut_the_work_up(tuning: Tuning, tokens: int) -> None:
     term = quantized(GRIDS["int4-integer"], PATTERNS["full"], 50, 700)
     assert product([term], tuning, tokens, torch.bfloat16) < 4e-3
     assert product([term, residual(50, 700)], tuning, tokens) < 6e-4
+
+
+@pytest.mark.parametrize(
+    ("tuning", "tokens"),
+    [(Tuning(1, 1, 1, 2, 2, spread=True), 1), (Tuning(2, 1, 2, 1, 3), 11), (Tuning(1, 2, 8, 1, 1, 3, 2, wide=True), 11)],
+    ids=str,
+)  # fmt: skip
+def test_outliers_of_long_rows(tuning: Tuning, tokens: int) -> None:
+    """What no quad has room for follows in a list."""
+    chosen = torch.rand(50, 700) < 0.02
+    chosen[[3, 12, 49]] |= torch.rand(3, 700) < 0.5
+    outliers = Residual.from_weight(torch.randn(50, 700), chosen)
+    made = prepare(*outliers.operation())  # type: ignore[misc]
+    assert made.tensors["rest"].numel() > 300 and made.tensors["entries"].numel() > 500
+    assert product([quantized(GRIDS["int4-integer"], PATTERNS["full"], 50, 700), outliers], tuning, tokens) < 6e-4
 
 
 EVERY_KIND = [

@@ -30,13 +30,14 @@ struct Arguments {
   u16* y;               // [tokens][rows]
   float* partial;       // [SPLIT][tokens][rows]
   u32* arrived;         // [blocks], zero before and after
-  const u32* entries;   // outliers by row: a 16-bit value above its column
-  const u32* row_ptr;   // [rows + 1]
+  const uint2* entries; // outliers [tiles][quads][32], see outliers.cuh
+  const u32* rest;      // and those of long rows
+  const u32* rest_ptr;  // [rows + 1], or null
   const float* squares; // sums of squares of the tokens' numbers, [tokens][parts]
   float* squared;       // those of what comes out, [tokens][rows / 16]
   u16* hidden;          // to which the result is added, [tokens][rows]
   const u16* gain;      // [rows]
-  int rows, columns, steps, groups, tokens, stride, second_rows, second_groups, pitch, parts;
+  int rows, columns, steps, groups, tokens, stride, second_rows, second_groups, pitch, parts, quads;
   float multiplier, eps;
 };
 

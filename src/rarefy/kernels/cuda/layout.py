@@ -100,6 +100,54 @@ def pair_table(table: Tensor) -> Tensor:
     return (low[None, :] | (low[:, None] << 16)).flatten().contiguous()
 
 
+QUAD = 4  # entries of a row that lie beside those of the other rows of its tile
+_OF_REST = 2048  # bytes that a tile which reads entries of a list may as well read instead of waiting for them
+
+
+def quads_of(counts: Tensor) -> int:
+    """How many quads a row is to have, for rows of so many entries ``[rows]``: those that take the least to read."""
+    tiles = padded(counts.to(torch.int64), 0, TILE).reshape(-1, TILE)
+    most = int(counts.max()) if counts.numel() else 0
+    below = torch.bincount(counts.to(torch.int64), minlength=most + 1).cumsum(0)  # rows of up to so many entries
+    longer = (counts.numel() - below).flip(0).cumsum(0).flip(0)  # entries beyond so many of their row
+    waiting = len(tiles) - torch.bincount(tiles.amax(1), minlength=most + 1).cumsum(0)
+    quads = torch.arange(-(-most // QUAD) + 1, device=counts.device)
+    beyond = (quads * QUAD).clamp(max=most)
+    nbytes = quads * QUAD * TILE * 4 * len(tiles) + longer[beyond] * 4 + waiting[beyond] * _OF_REST
+    return int(nbytes.argmin())
+
+
+def pack_entries(entries: Tensor, row_ptr: Tensor, quads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compressed sparse rows, int32 ``[n]`` and ``[rows + 1]``, as int32 ``[tiles, quads, 32, 2]``: lane ``4 g + t`` has
+    entry ``4 quad + t`` of rows ``g`` and ``g + 8``, zeros where a row has fewer; and the rest of each row likewise in
+    compressed sparse rows."""
+    row, number, counts = _places_in_rows(row_ptr)
+    rows, near = counts.numel(), number < QUAD * quads
+    dense = entries.new_zeros(-(-rows // TILE) * TILE, QUAD * quads)
+    dense[row[near], number[near]] = entries[near]
+    packed = dense.reshape(-(-rows // TILE), 2, 8, quads, QUAD).permute(0, 3, 2, 4, 1).flatten(2, 3).contiguous()
+    beyond = (counts - QUAD * quads).clamp(min=0).cumsum(0)
+    return packed, entries[~near], torch.nn.functional.pad(beyond, (1, 0)).to(torch.int32)
+
+
+def unpack_entries(packed: Tensor, rest: Tensor, row_ptr: Tensor) -> Tensor:
+    """Inverse of ``pack_entries``: the entries, for the row pointers that were given."""
+    row, number, _ = _places_in_rows(row_ptr)
+    tiles, quads = packed.shape[:2]
+    near = number < QUAD * quads
+    dense = packed.reshape(tiles, quads, 8, QUAD, 2).permute(0, 4, 2, 1, 3).reshape(tiles * TILE, QUAD * quads)
+    entries = packed.new_empty(row.numel())
+    entries[near], entries[~near] = dense[row[near], number[near]], rest
+    return entries
+
+
+def _places_in_rows(row_ptr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The row of each entry, its number there, and how many each row has."""
+    counts = row_ptr.diff().to(torch.int64)
+    row = torch.repeat_interleave(torch.arange(counts.numel(), device=row_ptr.device), counts)
+    return row, torch.arange(row.numel(), device=row_ptr.device) - row_ptr[:-1].to(torch.int64)[row], counts
+
+
 def _inner(step: int, span: int) -> tuple[int, ...]:
     return (step // 32, 2) if span == 8 else (step // BLOCK,)
 

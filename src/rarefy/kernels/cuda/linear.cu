@@ -199,77 +199,91 @@ typedef SpreadScales StepScales;
 typedef Scales StepScales;
 #endif
 
-// ---- Outliers: some lanes a row, each with every so many-th entry; the block's first share of columns takes them all.
-// Entries are on their way before activations are waited for, and what these meet after the first step of the product.
-
-constexpr int LANES = THREADS >= 16 * ROWS ? 16 : 8, AHEAD = LANES == 16 ? 2 : 3;  // of a row, entries of each
-constexpr int TURNS = (ROWS * LANES + THREADS - 1) / THREADS;
+// ---- Outliers: warps along the columns share a row's quads. A lane of one token adds its own entries to its own sums,
+// which meet later; of more, lanes of a row pass each other's entries on and add all of them for their own tokens.
+// Entries are on their way before activations are waited for, and what these meet before the product begins.
 
 #if OUTLIERS
+#include "outliers.cuh"
+
+constexpr int WARPS_OF_ROW = ALONG * SPLIT, AHEAD = WARPS_OF_ROW < 8 ? 2 : 1;  // quads of a warp on their way
+
 struct Outliers {
-  u32 begin[TURNS], end[TURNS], entries[TURNS][AHEAD];
-  u16 gathered[TURNS][SPREAD ? AHEAD : 1];
-  float sums[TURNS][EXTRA];
+  int first;  // quad of this warp
+  uint2 entries[TILES][AHEAD];
+  u16 met[SPREAD ? TILES : 1][AHEAD][2];
 };
 
-device void begin_outliers(Outliers& own, const Arguments& a) {
+device void begin_outliers(Outliers& own, const Arguments& a, int first_tile, int along, int lane) {
+  own.first = blockIdx.y * ALONG + along;
 #pragma unroll
-  for (int turn = 0; turn < TURNS; ++turn) {
-    const int within = (turn * THREADS + threadIdx.x) / LANES, row = row_of_block(a, within);
-    const bool real = row < a.rows && within < ROWS && blockIdx.y == 0;
-    own.end[turn] = real ? load_once(a.row_ptr + row + 1) : 0;
-    own.begin[turn] = real ? load_once(a.row_ptr + row) : 0;
+  for (int r = 0; r < TILES; ++r)
 #pragma unroll
-    for (int n = 0; n < EXTRA; ++n) own.sums[turn][n] = 0.0f;
-  }
+    for (int k = 0; k < AHEAD; ++k)
+      own.entries[r][k] = entries_of(a, tile_of(a, first_tile + r), own.first + k * WARPS_OF_ROW, lane);
 }
 
-// The next entries of a row, zeros where there are none.
-device void fetch_entries(Outliers& own, const Arguments& a, int turn) {
+#if SPREAD
+device void meet_tokens(Outliers& own, const Arguments& a) {
 #pragma unroll
-  for (int n = 0; n < AHEAD; ++n) {
-    const u32 at = own.begin[turn] + threadIdx.x % LANES + LANES * n;
-    own.entries[turn][n] = at < own.end[turn] ? load_once(a.entries + at) : 0;
-  }
-  own.begin[turn] += LANES * AHEAD;
-}
-
-device void add_entries(Outliers& own, const Arguments& a, int turn, int first_token, bool is_gathered) {
+  for (int r = 0; r < TILES; ++r)
 #pragma unroll
-  for (int k = 0; k < AHEAD; ++k) {
-    const u32 entry = own.entries[turn][k];
-    const float value = OUTLIERS == F16 ? half_value(u16(entry >> 16)) : as_float(entry & 0xFFFF0000u);
-    const u16* x = a.x + i64(first_token) * a.stride + (entry & 0xFFFF);
-#pragma unroll
-    for (int n = 0; n < EXTRA; ++n)
-      if (first_token + n < a.tokens)
-        own.sums[turn][n] += value * widened(SPREAD && is_gathered ? own.gathered[turn][SPREAD ? k : 0] : x[i64(n) * a.stride]);
-  }
-}
-
-// The activations of the entries that were fetched; after the first step of the product, when these are there.
-device void gather(Outliers& own, const Arguments& a) {
-#pragma unroll
-  for (int turn = 0; turn < (SPREAD ? TURNS : 0); ++turn)
-#pragma unroll
-    for (int k = 0; k < AHEAD; ++k) own.gathered[turn][SPREAD ? k : 0] = a.x[own.entries[turn][k] & 0xFFFF];
-}
-
-// Sums of all rows, beside those of the product.
-device void end_outliers(Outliers& own, const Arguments& a, int first_token, float* meeting) {
-#pragma unroll
-  for (int turn = 0; turn < TURNS; ++turn) {
-    add_entries(own, a, turn, first_token, true);
-    while (own.begin[turn] < own.end[turn]) {
-      fetch_entries(own, a, turn);
-      add_entries(own, a, turn, first_token, false);
+    for (int k = 0; k < AHEAD; ++k) {
+      own.met[r][k][0] = a.x[own.entries[r][k].x & 0xFFFF];
+      own.met[r][k][1] = a.x[own.entries[r][k].y & 0xFFFF];
     }
-    const int row = (turn * THREADS + threadIdx.x) / LANES;
+}
+
+device void add_entry(float& sum, const Arguments& a, u32 entry) { sum += value_of(entry) * widened(a.x[entry & 0xFFFF]); }
+#endif
+
+// Both entries of a lane, by those lanes that have sums of their rows.
+device void add_pair(float (&sums)[TOKENS][4], const Arguments& a, const uint2& pair, int first_token, int lane) {
+#if SPREAD
+  add_entry(sums[0][0], a, pair.x);
+  add_entry(sums[0][2], a, pair.y);
+#else
 #pragma unroll
-    for (int n = 0; n < EXTRA; ++n) {
-      if (first_token + n >= a.tokens) break;
-      const float sum = sum_of_lanes<LANES>(own.sums[turn][n]);
-      if (row < ROWS && threadIdx.x % LANES == 0) meeting[n * SUM_PITCH + row] = sum;
+  for (int from = 0; from < 4; ++from)
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const u32 entry = of_lane(which ? pair.y : pair.x, (lane & ~3) + from);
+      const float value = value_of(entry);
+#pragma unroll
+      for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int token = first_token + 8 * n + lane % 4 * 2 + j;
+          const i64 row = i64(token < a.tokens ? token : a.tokens - 1) * a.stride;
+          sums[n][2 * which + j] += value * widened(a.x[row + (entry & 0xFFFF)]);
+        }
+    }
+#endif
+}
+
+device void add_outliers(
+    float (&sums)[TILES][TOKENS][4], const Outliers& own, const Arguments& a, int first_tile, int first_token, int lane) {
+#pragma unroll
+  for (int r = 0; r < TILES; ++r) {
+    const i64 tile = tile_of(a, first_tile + r);
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+#if SPREAD
+      sums[r][0][0] += value_of(own.entries[r][k].x) * widened(own.met[r][k][0]);
+      sums[r][0][2] += value_of(own.entries[r][k].y) * widened(own.met[r][k][1]);
+#else
+      add_pair(sums[r], a, own.entries[r][k], first_token, lane);
+#endif
+    }
+    for (int quad = own.first + AHEAD * WARPS_OF_ROW; quad < a.quads; quad += WARPS_OF_ROW)
+      add_pair(sums[r], a, entries_of(a, tile, quad, lane), first_token, lane);
+    if (a.rest_ptr == nullptr) continue;
+    const Rest rest[2] = {rest_of(a, int(tile) * 16 + lane / 4), rest_of(a, int(tile) * 16 + lane / 4 + 8)};
+    for (u32 at = 4 * own.first; votes(rest[0].begin + at < rest[0].end || rest[1].begin + at < rest[1].end) != 0; at += 4 * WARPS_OF_ROW) {
+      const u32 mine = at + lane % 4;
+      const bool some[2] = {rest[0].begin + mine < rest[0].end, rest[1].begin + mine < rest[1].end};
+      const uint2 pair = {some[0] ? a.rest[rest[0].begin + mine] : 0, some[1] ? a.rest[rest[1].begin + mine] : 0};
+      add_pair(sums[r], a, pair, first_token, lane);
     }
   }
 }
@@ -320,9 +334,7 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
 
 #if OUTLIERS
   Outliers outliers;
-  begin_outliers(outliers, a);
-#pragma unroll
-  for (int turn = 0; turn < TURNS; ++turn) fetch_entries(outliers, a, turn);
+  begin_outliers(outliers, a, first_tile, along, lane);
 #endif
   if constexpr (TABLE == SHARED) {
     copy_table(a);
@@ -363,6 +375,9 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   };
   for (int round = 0; round < STAGES - 1; ++round) stage_tokens(round);
   fetch_rest(beside, factors, a, first_token);
+#if OUTLIERS
+  add_outliers(sums, outliers, a, first_tile, first_token, lane);
+#endif
   for (int round = 0; round < rounds; ++round) {
     wait_for_copies<STAGES - 2>();
     block_barrier();
@@ -403,6 +418,11 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   for (int d = 0; d < DEPTH; ++d)
     if (step_at(d) < end) fetch_tokens(d, step_at(d));
   fetch_rest(beside, factors, a, first_token);
+#if OUTLIERS && SPREAD
+  meet_tokens(outliers, a);
+#elif OUTLIERS
+  add_outliers(sums, outliers, a, first_tile, first_token, lane);
+#endif
   for (int base = 0; base < rounds; base += DEPTH) {
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
@@ -414,9 +434,6 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
       const auto tokens = [&](int n, int pair) { return x[d].at[n][pair]; };
       multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(round), lane);
 #endif
-#if OUTLIERS
-      if (round == 0) gather(outliers, a);
-#endif
       if (next < end) {
         fetch(codes[d], a, places, next, lane);
         fetch(scales[d], a, places, next, lane);
@@ -426,6 +443,9 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   }
 #endif
 #if SPREAD
+#if OUTLIERS
+  add_outliers(sums, outliers, a, first_tile, first_token, lane);
+#endif
 #pragma unroll
   for (int r = 0; r < TILES; ++r) {
     sums[r][0][0] = sum_of_four(sums[r][0][0]);
@@ -440,15 +460,11 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   }
   float* meeting = reinterpret_cast<float*>(stages);
   put_sums(meeting + along * WIDTH * SUM_PITCH, sums, SUM_PITCH, across * TILES * 16, 1, lane);
-#if OUTLIERS
-  if (step_at(0) >= end) gather(outliers, a);
-  end_outliers(outliers, a, first_token, meeting + ALONG * WIDTH * SUM_PITCH);
-#endif
   block_barrier();
   const auto total_of_block = [&](int token, int row) {
     float sum = 0.0f;
 #pragma unroll
-    for (int k = 0; k < ALONG + (OUTLIERS != NONE); ++k) sum += meeting[(k * WIDTH + token) * SUM_PITCH + row];
+    for (int k = 0; k < ALONG; ++k) sum += meeting[(k * WIDTH + token) * SUM_PITCH + row];
     return sum;
   };
   if constexpr (SPLIT == 1) {

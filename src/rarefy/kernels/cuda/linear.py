@@ -30,6 +30,7 @@ from rarefy.kernels.cuda.prepared import (
     PAIRS,
     Prepared,
     code_of,
+    entries_of,
     sparse_code_of,
 )
 from rarefy.kernels.prepared import flat, library
@@ -233,10 +234,10 @@ def _product(
     tensors, numbers, multiplier = term
     code, tokens, rows = code_of(tensors, numbers), x.shape[0], numbers["rows"]
     half = x.dtype == torch.float16
-    entries: dict[str, Tensor] = {}
+    entries: dict[str, Tensor | None] = {}
     if outliers is not None:
         code = replace(code, outliers=torch.float16 if outliers[1]["half"] else torch.bfloat16)
-        entries = {"entries": outliers[0]["entries"], "row_ptr": outliers[0]["row_ptr"]}
+        entries = pointed_entries(outliers[0])
     chosen = tuning.choose_with(ending, code, rows, x.shape[1], tokens, x.device)
     y = x.new_empty(tokens, rows) if y is None else y
     work = program.workspace(code, chosen, rows, x.shape[1], tokens, x.device)
@@ -256,6 +257,12 @@ def pointed(term: Term, half: bool) -> dict[str, Tensor | None]:
         "codes": tensors["codes"], "scale": present["scale"], "zero": present["zero_point"],
         "second": present["second_order"], "table": present["pairs_half" if half else "pairs_bfloat16"],
     }  # fmt: skip
+
+
+def pointed_entries(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """The tensors of outliers that kernels read, by their names."""
+    some = tensors["rest"].numel() > 0
+    return {"entries": tensors["entries"], **{name: tensors[name] if some else None for name in ("rest", "rest_ptr")}}
 
 
 def problem_of(made: prepared.Prepared) -> Problem | None:
@@ -299,7 +306,7 @@ def _dense(terms: Sequence[Term], rows: int, columns: int, dtype: torch.dtype) -
     )  # fmt: skip
     program.dequantize(code_of(tensors, numbers), given, half, weight.device)
     for own, more, _ in lists:
-        values, column = packing.unpack_entries(own["entries"], torch.float16 if more["half"] else torch.bfloat16)
+        values, column = packing.unpack_entries(entries_of(own), torch.float16 if more["half"] else torch.bfloat16)
         counts = own["row_ptr"][0].diff()
         row = torch.repeat_interleave(
             torch.arange(rows, device=column.device), counts, output_size=column.numel()
@@ -327,7 +334,7 @@ def _values(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: flo
     if numbers["kind"] == MASKED:
         return _values_of_masked(tensors, numbers, multiplier)
     if numbers["kind"] != CODES:
-        return decode.decode_csr(tensors["entries"], tensors["row_ptr"], bool(numbers["half"]), rows, columns)
+        return decode.decode_csr(entries_of(tensors), tensors["row_ptr"], bool(numbers["half"]), rows, columns)
     size = numbers["group_size"] or columns
     code = code_of(tensors, numbers)
 

@@ -30,7 +30,7 @@ class Prepared(prepared.Prepared):
 
     SLOTS: ClassVar[tuple[str, ...]] = (
         "codes", "scale", "zero_point", "second_order", "table", "pairs_half", "pairs_bfloat16", "entries", "row_ptr",
-        "row_scale", "bitmap", "starts",
+        "rest", "rest_ptr", "row_scale", "bitmap", "starts",
     )  # fmt: skip
     NUMBERS: ClassVar[tuple[str, ...]] = (
         "kind", "bits", "group_size", "span", "scale_layout", "center", "half", "rows", "columns", "second_rows",
@@ -419,12 +419,26 @@ def _csr(arguments: Arguments) -> Prepared:
     entries, row_ptr, half, rows, columns = arguments
     if row_ptr.shape[0] != 1:
         raise NotCovered(f"outliers in {columns} columns")
-    tensors = {"entries": entries.contiguous(), "row_ptr": row_ptr.contiguous()}
-    return Prepared(tensors, _numbers(ENTRIES, rows, columns, half=int(half)), _undo_csr, plain(arguments))
+    made = Prepared({}, _numbers(ENTRIES, rows, columns, half=int(half)), _undo_csr, plain(arguments))
+    put_entries_(made, entries, row_ptr, layout.quads_of(row_ptr[0].diff()))
+    return made
+
+
+def put_entries_(made: Prepared, entries: Tensor, row_ptr: Tensor, quads: int) -> None:
+    """Compressed sparse rows as the tensors of a term of ENTRIES, so many ``quads`` of each row apart from the rest.
+    The row pointers are kept, since zeros that fill up a row may be entries too."""
+    packed, rest, rest_ptr = layout.pack_entries(entries, row_ptr[0], quads)
+    own = {"entries": packed, "row_ptr": row_ptr.contiguous(), "rest": rest, "rest_ptr": rest_ptr.unsqueeze(0)}
+    made.tensors.update(own)
+
+
+def entries_of(tensors: Mapping[str, Tensor]) -> Tensor:
+    """All entries of a term of ENTRIES, those of a row behind each other."""
+    return layout.unpack_entries(tensors["entries"], tensors["rest"], tensors["row_ptr"][0])
 
 
 def _undo_csr(made: Prepared) -> Arguments:
-    return filled(made.plain, {0: made.tensors["entries"], 1: made.tensors["row_ptr"]})
+    return filled(made.plain, {0: entries_of(made.tensors), 1: made.tensors["row_ptr"]})
 
 
 _PREPARE: dict[str, Callable[[Arguments], Prepared]] = {

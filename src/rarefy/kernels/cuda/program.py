@@ -138,7 +138,7 @@ class Tuning:
             return table + max(staged, 4 * width * (self.rows + 4))
         tokens = width * (2 * code.step * self.along + (16 if code.span == 16 else 64))
         staged = self.stages * (tokens + self.rows * self.along * code.step * code.bits // 8)
-        meeting = 4 * (self.along + (code.outliers is not None)) * width * (self.rows + 4)
+        meeting = 4 * self.along * width * (self.rows + 4)
         return table + max(staged, meeting)
 
 
@@ -166,10 +166,10 @@ class Ending:
 
 
 PLAIN = Ending()
-_NUMBERS = "rows columns steps groups tokens stride second_rows second_groups pitch parts".split()
+_NUMBERS = "rows columns steps groups tokens stride second_rows second_groups pitch parts quads".split()
 _POINTERS = (
-    "codes scale zero second table x arranged ones turned extra y partial arrived entries row_ptr squares squared "
-    "hidden gain"
+    "codes scale zero second table x arranged ones turned extra y partial arrived entries rest rest_ptr squares "
+    "squared hidden gain"
 ).split()
 
 
@@ -216,7 +216,10 @@ def arguments(
         steps, pitch = -(-columns // step_of(8)), codes.shape[1]
     squares = tensors.get("squares")
     parts = 0 if squares is None else squares.shape[1]
-    return Arguments(*pointers, rows, columns, steps, groups, tokens, stride, *second, pitch, parts, multiplier, eps)
+    entries = tensors.get("entries")
+    quads = 0 if entries is None else entries.shape[1]
+    sizes = (rows, columns, steps, groups, tokens, stride, *second, pitch, parts, quads)
+    return Arguments(*pointers, *sizes, multiplier, eps)
 
 
 def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:

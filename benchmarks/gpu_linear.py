@@ -115,8 +115,7 @@ class Weights:
         self._dense = dense_sum([self.term, *lists]).bfloat16()
         self._dense_error = dense_sum([self.term, *lists]) - self._dense
         numbers = self.term[1]
-        second = numbers["second_rows"], numbers["second_groups"]
-        self.problem = measure.Problem(self.code, own, rows, columns, second)
+        self.problem = measure.Problem(self.code, own, rows, columns, numbers["second_rows"])
         self.copies = self.problem.copies(EVERYWHERE)
 
     def product(self, x: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> T
     work = program.workspace(code, tuning, rows, x.shape[1], tokens, x.device)
     given = program.arguments(
         {**own, **work, "x": x, "y": y}, rows=rows, columns=x.shape[1], tokens=tokens,
-        stride=x.stride(0), second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
+        stride=x.stride(0), second_rows=numbers["second_rows"], multiplier=multiplier,
     )  # fmt: skip
     if tuning.wide:
         _run("arrange", code, tuning, half, given, program.arranging(code, tuning, given))
@@ -98,7 +98,7 @@ def dequantize(prepared: Prepared, dtype: torch.dtype) -> Tensor:
     weight = torch.full((numbers["rows"], numbers["columns"]), torch.nan, dtype=dtype)
     given = program.arguments(
         {**pointed(codes, half), "y": weight}, rows=numbers["rows"], columns=numbers["columns"],
-        second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
+        second_rows=numbers["second_rows"], multiplier=multiplier,
     )  # fmt: skip
     tuning = program.Tuning()
     units = -(-numbers["rows"] // 16) * given.steps

@@ -103,7 +103,7 @@ device void multiply_step(
       for (int n = 0; n < TOKENS; ++n) multiply(ones[n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
     }
     if constexpr (LIFT) {
-      const u32 weights[4] = {lift_of(b, 0), lift_of(b, 1), lift_of(b, 2), lift_of(b, 3)};
+      const u32 weights[4] = {minus_lift_of(b, 0), minus_lift_of(b, 1), minus_lift_of(b, 2), minus_lift_of(b, 3)};
 #pragma unroll
       for (int n = 0; n < TOKENS; ++n) multiply(lift[n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
     }
@@ -115,7 +115,7 @@ device void multiply_step(
 #pragma unroll
           for (int j = 0; j < 4; ++j)
             sums[r][n][j] += contribution(
-                scales.scale[r][b / PART], scales.zero[r][b / PART], j / 2, part[r][n][j] - lift[n][j], ones[n][j]);
+                scales.scale[r][b / PART], scales.zero[r][b / PART], j / 2, part[r][n][j] + lift[n][j], ones[n][j]);
     }
   }
 }
@@ -145,15 +145,29 @@ device void fetch(SpreadActivations& x, const Arguments& a, int step, int lane) 
 }
 
 device void fetch(SpreadScales& scales, const Arguments& a, const Places& places, int step, int lane) {
+  const i64 first = group_of(a, step, 0) + (PART >= 8 ? 0 : 2 * (lane % 4) / PART);
 #pragma unroll
   for (int own = 0; own < OWN_PARTS; ++own) {
-    const int part = PART >= 8 ? own : PART > 1 ? (8 * own + 2 * (lane % 4)) / PART : own / 2 * 8 + 2 * (lane % 4) + own % 2;
-    const int group = group_of(a, step, part), above = a.second_groups == 1 ? group : group / a.second_groups;
+    i64 group = first + (PART >= 8 ? own : PART > 1 ? 8 * own / PART : own / 2 * 8 + own % 2);
+    if (RAGGED && group >= a.groups) group = a.groups - 1;
 #pragma unroll
     for (int r = 0; r < TILES; ++r) {
-      load(scales.scale[r][own], a.scale, places.scales[r] + i64(group) * 8, places.second[r], above);
-      load(scales.zero[r][own], a.zero, places.scales[r] + i64(group) * 8, places.second[r], above);
+      load(scales.scale[r][own], a.scale, places.scales[r] + group * 8, places.second[r], group / SECOND_GROUPS);
+      load(scales.zero[r][own], a.zero, places.scales[r] + group * 8, places.second[r], group / SECOND_GROUPS);
     }
+  }
+}
+
+// What blocks 2 * t + c of a set add to the sums of rows g and g + 8.
+template <class S, class Z>
+device void add_contributions(float (&sums)[4], const S& scale, const Z& zero, int c, const float (&part)[4], const float (&ones)[4]) {
+  if constexpr (SCALE == BILEVEL || SCALE == LEVEL) {
+    const Levels levels = levels_of(scale.second);
+    sums[0] += contribution_of(levels, scale.raw, 0, part[c], ones[c]);
+    sums[2] += contribution_of(levels, scale.raw, 1, part[2 + c], ones[2 + c]);
+  } else {
+    sums[0] += contribution(scale, zero, 0, part[c], ones[c]);
+    sums[2] += contribution(scale, zero, 1, part[2 + c], ones[2 + c]);
   }
 }
 
@@ -162,15 +176,19 @@ device void multiply_step(
     Tables (&tables)[TILES], const Arguments& a, int first_tile, int step, int lane) {
 #pragma unroll
   for (int set = 0; set < SETS; ++set) {
-    float part[TILES][4] = {}, ones[4] = {}, lift[4] = {};
+    float part[TILES][4], ones[4] = {}, lift[4] = {};
     const u32 constant[4] = {ONES, ONES, ONES, ONES};
     if constexpr (SUMS) multiply(ones, constant, x.at[set].x, x.at[set].y);  // of all blocks, the same for all rows
 #pragma unroll
     for (int n = 0; n < (LIFT ? LIFTS : 0); ++n) {
-      const u32 lifts[4] = {lift_of(n, 0), lift_of(n, 1), lift_of(n, 2), lift_of(n, 3)};
+      const u32 lifts[4] = {minus_lift_of(n, 0), minus_lift_of(n, 1), minus_lift_of(n, 2), minus_lift_of(n, 3)};
       const bool own = lane / 4 % LIFTS == n;
       multiply(lift, lifts, own ? x.at[set].x : 0, own ? x.at[set].y : 0);
     }
+#pragma unroll
+    for (int r = 0; r < TILES; ++r)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) part[r][j] = lift[j];
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       const int b = 8 * set + n;
@@ -187,9 +205,9 @@ device void multiply_step(
 #pragma unroll
     for (int r = 0; r < TILES; ++r)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int own = own_part(set, j % 2);
-        sums[r][0][j / 2 * 2] += contribution(scales.scale[r][own], scales.zero[r][own], j / 2, part[r][j] - lift[j], ones[j]);
+      for (int c = 0; c < 2; ++c) {
+        const int own = own_part(set, c);
+        add_contributions(sums[r][0], scales.scale[r][own], scales.zero[r][own], c, part[r], ones);
       }
   }
 }
@@ -206,7 +224,7 @@ typedef Scales StepScales;
 #if OUTLIERS
 #include "outliers.cuh"
 
-constexpr int WARPS_OF_ROW = ALONG * SPLIT, AHEAD = WARPS_OF_ROW < 8 ? 2 : 1;  // quads of a warp on their way
+constexpr int WARPS_OF_ROW = ALONG * SPLIT, AHEAD = WARPS_OF_ROW < 8 && PARTS <= 4 ? 2 : 1;  // quads of a warp on their way
 
 struct Outliers {
   int first;  // quad of this warp

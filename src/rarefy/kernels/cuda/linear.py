@@ -244,7 +244,7 @@ def _product(
     given = program.arguments(
         {**pointed(term, half), **entries, **work, **(more or {}), "x": x, "y": y},
         rows=rows, columns=x.shape[1], tokens=tokens, stride=x.stride(0),
-        second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier, eps=eps,
+        second_rows=numbers["second_rows"], multiplier=multiplier, eps=eps,
     )  # fmt: skip
     program.linear(code, chosen, given, half, x.device, ending)
     return y
@@ -272,8 +272,7 @@ def problem_of(made: prepared.Prepared) -> Problem | None:
     if numbers["kind"] != CODES:
         return None
     own = {name: tensor for name, tensor in pointed(term, False).items() if tensor is not None}
-    second = numbers["second_rows"], numbers["second_groups"]
-    return Problem(code_of(tensors, numbers), own, numbers["rows"], numbers["columns"], second)
+    return Problem(code_of(tensors, numbers), own, numbers["rows"], numbers["columns"], numbers["second_rows"])
 
 
 def _portable(x: Tensor, term: Term) -> Tensor | None:
@@ -302,7 +301,7 @@ def _dense(terms: Sequence[Term], rows: int, columns: int, dtype: torch.dtype) -
     half = dtype == torch.float16
     given = program.arguments(
         {**pointed(codes[0], half), "y": weight}, rows=rows, columns=columns,
-        second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
+        second_rows=numbers["second_rows"], multiplier=multiplier,
     )  # fmt: skip
     program.dequantize(code_of(tensors, numbers), given, half, weight.device)
     for own, more, _ in lists:

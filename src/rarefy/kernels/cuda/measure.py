@@ -45,7 +45,7 @@ class Problem:
     tensors: Mapping[str, Tensor]
     rows: int
     columns: int
-    second: tuple[int, int] = (1, 1)
+    second_rows: int = 1
 
     def nbytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
@@ -66,7 +66,7 @@ class Problem:
             work = program.workspace(self.code, tuning, self.rows, x.shape[1], x.shape[0], x.device)
             given = program.arguments(
                 {**own, **work, "x": x, "y": y}, rows=self.rows, columns=self.columns,
-                tokens=x.shape[0], stride=x.stride(0), second=self.second,
+                tokens=x.shape[0], stride=x.stride(0), second_rows=self.second_rows,
             )  # fmt: skip
             results.append(y)
 

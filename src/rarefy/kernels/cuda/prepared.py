@@ -49,7 +49,8 @@ def code_of(tensors: dict[str, Tensor], numbers: dict[str, int]) -> Code:
     return Code(
         bits=numbers["bits"], group=numbers["group_size"], span=numbers["span"], table=_table_of(tensors),
         scale=named, zero=zero.dtype if zero.numel() else None, center=numbers["center"],  # type: ignore[arg-type]
-        float8=bool(numbers["float8"]), ragged=numbers["columns"] % layout.step_of(numbers["bits"]) != 0,
+        float8=bool(numbers["float8"]), second_groups=numbers["second_groups"],
+        ragged=numbers["columns"] % layout.step_of(numbers["bits"]) != 0,
     )  # fmt: skip
 
 

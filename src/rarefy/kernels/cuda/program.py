@@ -30,7 +30,7 @@ class Code:
     """What is stored. ``group``: columns of a scale, 0 for the whole row; ``table``: codes are looked up in a table of
     16-bit numbers, one that all rows share or one of each row; ``scale``, ``zero``: their types, or that a "scale"
     holds the values of two codes (``pairs``), or codes of 4 bits of a scale and a zero (``bilevel``) or of a scale only
-    (``level``); without a zero, ``center`` is the code that means zero. ``outliers``: the type of single values that
+    (``level``), numbers of second order being shared by ``second_groups``; without a zero, ``center`` is the code that means zero. ``outliers``: the type of single values that
     are added to the weight. ``float8``: codes of 8 bits are numbers in E4M3. ``ragged``: columns do not fill
     the last step."""
 
@@ -43,6 +43,7 @@ class Code:
     center: int = 0
     outliers: torch.dtype | None = None
     float8: bool = False
+    second_groups: int = 1
     ragged: bool = True
 
     @property
@@ -166,7 +167,7 @@ class Ending:
 
 
 PLAIN = Ending()
-_NUMBERS = "rows columns steps groups tokens stride second_rows second_groups pitch parts quads".split()
+_NUMBERS = "rows columns steps groups tokens stride second_rows pitch parts quads".split()
 _POINTERS = (
     "codes scale zero second table x arranged ones turned extra y partial arrived entries rest rest_ptr squares "
     "squared hidden gain"
@@ -192,7 +193,7 @@ def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) 
         BITS=code.bits, GROUP=code.group, SPAN=code.span, STEP=code.step, CENTER=code.center,
         TABLE=("", "shared", "rows").index(code.table),
         SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half),
-        STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8),
+        STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8), SECOND_GROUPS=code.second_groups,
         RAGGED=int(code.ragged), **ending.definitions(),
     )  # fmt: skip
     return found
@@ -200,11 +201,11 @@ def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) 
 
 def arguments(
     tensors: Mapping[str, Tensor | None], *, rows: int, columns: int, tokens: int = 0, stride: int = 0,
-    second: tuple[int, int] = (1, 1), multiplier: float = 1.0, eps: float = 0.0,
+    second_rows: int = 1, multiplier: float = 1.0, eps: float = 0.0,
 ) -> Arguments:  # fmt: skip
     """``tensors``: ``codes [tiles, steps, loads, 32, 4]`` or bytes ``[rows, pitch]``, ``scale`` and ``zero [tiles,
     groups, 8, 2]`` of layout.py, ``x [tokens, columns]`` with rows ``stride`` apart, ``y [tokens, rows]`` and so on
-    (see ``codes.cuh``); what is absent is a null pointer. ``second``: how many tiles and groups share second-order
+    (see ``codes.cuh``); what is absent is a null pointer. ``second_rows``: how many tiles share second-order
     numbers."""
     codes = tensors["codes"]
     assert codes is not None
@@ -218,7 +219,7 @@ def arguments(
     parts = 0 if squares is None else squares.shape[1]
     entries = tensors.get("entries")
     quads = 0 if entries is None else entries.shape[1]
-    sizes = (rows, columns, steps, groups, tokens, stride, *second, pitch, parts, quads)
+    sizes = (rows, columns, steps, groups, tokens, stride, second_rows, pitch, parts, quads)
     return Arguments(*pointers, *sizes, multiplier, eps)
 
 

@@ -127,7 +127,7 @@ def sparse(x: Tensor, prepared: Prepared) -> Tensor:
     macros = [f"-D{macro}={value}" for macro, value in code.definitions(most, half).items()]
     library = _library((*macros, f"-DENTRY={code.entry}"), code.source)
     shared = code.shared_memory(most, x.shape[1])
-    library.run(0, ctypes.byref(given), *code.grid(prepared.rows, 2), 32 * code.WARPS, shared)
+    library.run(0, ctypes.byref(given), *code.grid(prepared.rows, 2), 32 * code.warps, shared)
     return y
 
 

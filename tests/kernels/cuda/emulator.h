@@ -204,6 +204,10 @@ device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsig
   }
   warp_barrier();
 }
+device void multiply_alone(float (&product)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  memset(product, 0, sizeof product);
+  multiply(product, a, b0, b1);
+}
 device float absolute(float value) { return std::fabs(value); }
 device float max_of(float a, float b) { return std::fmax(a, b); }
 device float quotient(float a, float b) { return a / b; }

@@ -7,6 +7,7 @@ reordered so that the lane's columns are neighbours (``span`` of them: a block's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -66,6 +67,46 @@ def unpack_codes(packed: Tensor, bits: int, span: int, order: Order, rows: int, 
     else:  # tiles, steps, g, t, b, q, h, f
         dense = parts.permute(0, 6, 2, 1, 4, 3, 5, 7)
     return dense.reshape(tiles * TILE, steps * step)[:rows, :columns].contiguous()
+
+
+PIECE, CHUNK = 16, 8  # columns of a piece, pieces of a chunk
+
+
+def pack_kept(groups: Tensor, numbers: Sequence[Tensor], counts: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Kept groups, uint8 codes ``[groups, size]`` of 4 bits, ``counts [rows]`` of each row, as chunks of eight pieces of
+    16 columns: int32 ``[chunks, 4, 4]``, of lane ``t`` columns ``4 t`` to ``4 t + 3`` of each piece, two pieces to a
+    word, the first codes of pairs in its lower half. Each row begins a chunk; zeros fill up its last. ``numbers
+    [groups]``, scales and such, likewise ``[chunks, groups of a chunk]``. And where the chunks of rows begin."""
+    of_chunk = CHUNK * PIECE // groups.shape[1]
+    place, starts = _places_of_kept(counts, of_chunk)
+    chunks = int(starts[-1])
+    padded_codes = groups.new_zeros(chunks * of_chunk, groups.shape[1])
+    padded_codes[place] = groups
+    parts = padded_codes.reshape(chunks, 4, 2, 4, 2, 2).to(torch.int32)  # words, pieces, t, pairs, codes
+    words = (parts << _shifts_of_pieces(groups.device)).sum((2, 4, 5), dtype=torch.int32).transpose(1, 2).contiguous()
+    spread = [each.new_zeros(chunks * of_chunk).index_copy(0, place, each) for each in numbers]
+    return words, [each.reshape(chunks, of_chunk) for each in spread], starts
+
+
+def unpack_kept(words: Tensor, numbers: Sequence[Tensor], counts: Tensor, size: int) -> tuple[Tensor, list[Tensor]]:
+    """Inverse of ``pack_kept``."""
+    place, _ = _places_of_kept(counts, CHUNK * PIECE // size)
+    parts = words.transpose(1, 2)[:, :, None, :, None, None] >> _shifts_of_pieces(words.device) & 15
+    return parts.to(torch.uint8).reshape(-1, size)[place], [each.flatten()[place] for each in numbers]
+
+
+def _places_of_kept(counts: Tensor, of_chunk: int) -> tuple[Tensor, Tensor]:
+    """The place of each kept group among those of whole chunks, and where the chunks of each row begin."""
+    chunks = (counts + of_chunk - 1) // of_chunk
+    starts = torch.nn.functional.pad(chunks.cumsum(0), (1, 0))
+    row, number, _ = _places_in_rows(torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
+    return starts[row] * of_chunk + number, starts
+
+
+def _shifts_of_pieces(device: torch.device) -> Tensor:
+    """Where a code lies in its word: ``[pieces, 1, pairs, codes]``."""
+    two = torch.arange(2, dtype=torch.int32, device=device)
+    return 8 * two[:, None, None, None] + 4 * two[:, None] + 16 * two
 
 
 def pack_pairs(numbers: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from rarefy.kernels.cuda.prepared import (
     Prepared,
     code_of,
     entries_of,
+    kept_of,
     sparse_code_of,
 )
 from rarefy.kernels.prepared import flat, library
@@ -166,7 +167,7 @@ def pointed_sparse(term: Term) -> dict[str, Tensor | None]:
     """The tensors that kernels of kept weights read, by their names."""
     present = {name: tensor if tensor.numel() else None for name, tensor in term[0].items()}
     return {
-        **{name: present[name] for name in ("codes", "scale", "bitmap")}, "zero": present["zero_point"],
+        **{name: present[name] for name in ("codes", "scale", "bitmap", "places", "bases")}, "zero": present["zero_point"],
         "row_ptr": present["row_ptr" if term[1]["kind"] == GROUPS else "starts"],
     }  # fmt: skip
 
@@ -375,14 +376,10 @@ def _values(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: flo
 
 
 def _values_of_groups(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: float) -> Tensor:
-    size, columns = numbers["group_size"], numbers["columns"]
-    octets = tensors["codes"]
-    codes = torch.stack([octets & 15, octets >> 4], -1).flatten(1).float()
-    zero = tensors["zero_point"]
-    values = codes - (zero.float().unsqueeze(1) if zero.numel() else numbers["center"])
-    chosen = packing.unpack_bitmap(tensors["bitmap"], columns // size)
-    weight = torch.zeros(*chosen.shape, size, device=octets.device)
-    weight[chosen] = values * tensors["scale"].float().unsqueeze(1) * multiplier
+    chosen, groups, scale, zero = kept_of(tensors, numbers)
+    values = groups.float() - (numbers["center"] if zero is None else zero.float().unsqueeze(1))
+    weight = torch.zeros(*chosen.shape, groups.shape[1], device=groups.device)
+    weight[chosen] = values * scale.float().unsqueeze(1) * multiplier
     return weight.flatten(1)
 
 

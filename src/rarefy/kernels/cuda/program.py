@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -293,7 +293,7 @@ class SparseArguments(ctypes.Structure):
     """``Arguments`` of ``groups.cu`` and ``masked.cu``."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "codes scale zero bitmap row_ptr x y".split()),
+        *((name, ctypes.c_void_p) for name in "codes scale zero bitmap places bases row_ptr x y".split()),
         *((name, ctypes.c_int) for name in "rows columns words tokens stride groups".split()),
         ("multiplier", ctypes.c_float),
     ]
@@ -313,7 +313,10 @@ class SparseCode:
     whole_groups: bool = False
     two_of_four: bool = False
 
-    WARPS: ClassVar[int] = 16  # of a block
+    @property
+    def warps(self) -> int:
+        """Of a block."""
+        return 8 if self.whole_groups else 16
 
     @property
     def source(self) -> Path:
@@ -328,8 +331,8 @@ class SparseCode:
         """The macros of the source."""
         return {
             "BITS": self.bits, "VALUES": TYPES[self.values], "GROUP": self.group, "SCALE": TYPES[self.scale],
-            "ZERO": TYPES[self.zero], "CENTER": self.center, "TOKENS": tokens, "WARPS": self.WARPS,
-            "X_HALF": int(half), "HALF": 1,
+            "ZERO": TYPES[self.zero], "CENTER": self.center, "TOKENS": tokens, "WARPS": self.warps,
+            "X_HALF": int(half), "HALF": int(half or not self.whole_groups),
         }  # fmt: skip
 
     def shared_memory(self, tokens: int, columns: int) -> int:
@@ -337,24 +340,28 @@ class SparseCode:
         if self.two_of_four:
             return 64 + tokens * 2 * columns
         if not self.whole_groups:
-            return self.WARPS * 512 + tokens * 64 * -(-columns // 32)
-        halves, words = -(-columns // 16) * 2, -(-columns // self.group // 32)
-        return tokens * halves * 20 + 256 + self.WARPS * 64 * words
+            return self.warps * 512 + tokens * 64 * -(-columns // 32)
+        pieces = -(-columns // 16)
+        totals = 0 if self.zero is None else -(-tokens * pieces // 4) * 16
+        return tokens * pieces * 32 + totals + self.warps * tokens * 64
 
     def grid(self, rows: int, most: int) -> tuple[int, int, int]:
-        """Blocks, ``most`` of them, which take row after row."""
-        return min(most, -(-rows // self.WARPS)), 1, 1
+        """Blocks: one for 16 rows, or ``most`` of them, which take row after row."""
+        if self.whole_groups:
+            return -(-rows // TILE), 1, 1
+        return min(most, -(-rows // self.warps)), 1, 1
 
 
 def sparse_arguments(tensors: Mapping[str, Tensor | None], x: Tensor, y: Tensor, multiplier: float) -> SparseArguments:
-    """``codes``, ``scale``, ``zero``, ``bitmap [rows, words]`` and ``row_ptr [rows + 1]`` of what is kept, ``x [tokens,
-    columns]`` and ``y [tokens, rows]``."""
-    bitmap, scale = tensors["bitmap"], tensors.get("scale")
-    assert bitmap is not None
-    names = ("codes", "scale", "zero", "bitmap", "row_ptr")
+    """``codes``, ``scale``, ``zero``, ``bitmap [rows, words]`` or ``places`` and ``bases``, and ``row_ptr [rows + 1]`` of
+    what is kept, ``x [tokens, columns]`` and ``y [tokens, rows]``."""
+    bitmap, scale = tensors.get("bitmap"), tensors.get("scale")
+    names = ("codes", "scale", "zero", "bitmap", "places", "bases", "row_ptr")
     pointers = [0 if (own := tensors.get(name)) is None else own.data_ptr() for name in names]
     groups = scale.shape[1] if scale is not None and scale.dim() == 2 else 1
-    sizes = (y.shape[1], x.shape[1], bitmap.shape[1], x.shape[0], x.stride(0), groups)
+    if tensors.get("row_ptr") is None:  # as many chunks of kept groups in each row
+        groups = scale.shape[0] // y.shape[1] if scale is not None else 0
+    sizes = (y.shape[1], x.shape[1], 0 if bitmap is None else bitmap.shape[1], x.shape[0], x.stride(0), groups)
     return SparseArguments(*pointers, x.data_ptr(), y.data_ptr(), *sizes, multiplier)
 
 
@@ -376,7 +383,7 @@ def sparse(code: SparseCode, given: SparseArguments, half: bool, device: torch.d
     program = _sparse_kernel(_index(device), code, tokens, half, code.shared_memory(tokens, given.columns))
     most = 2 * torch.cuda.get_device_properties(device).multi_processor_count
     stream = torch.cuda.current_stream(device).cuda_stream
-    program(code.grid(given.rows, most), 32 * code.WARPS, given, stream, overlap)
+    program(code.grid(given.rows, most), 32 * code.warps, given, stream, overlap)
 
 
 def quantize(x: Tensor, gain: Tensor | None, eps: float, codes: Tensor, step: Tensor) -> None:

@@ -87,7 +87,10 @@ def test_every_way_to_cut_the_work_up(tuning: Tuning, tokens: int) -> None:
 
 @pytest.mark.parametrize(
     ("tuning", "tokens"),
-    [(Tuning(1, 1, 1, 2, 2, spread=True), 1), (Tuning(2, 1, 2, 1, 3), 11), (Tuning(1, 2, 8, 1, 1, 3, 2, wide=True), 11)],
+    [
+        (Tuning(1, 1, 1, 2, 2, spread=True), 1), (Tuning(2, 1, 2, 1, 3), 11),
+        (Tuning(1, 2, 8, 1, 1, 3, 2, wide=True), 11),
+    ],
     ids=str,
 )  # fmt: skip
 def test_outliers_of_long_rows(tuning: Tuning, tokens: int) -> None:

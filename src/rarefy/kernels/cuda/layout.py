@@ -73,8 +73,8 @@ PIECE, CHUNK = 16, 8  # columns of a piece, pieces of a chunk
 
 
 def pack_kept(groups: Tensor, numbers: Sequence[Tensor], counts: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Kept groups, uint8 codes ``[groups, size]`` of 4 bits, ``counts [rows]`` of each row, as chunks of eight pieces of
-    16 columns: int32 ``[chunks, 4, 4]``, of lane ``t`` columns ``4 t`` to ``4 t + 3`` of each piece, two pieces to a
+    """Kept groups, uint8 codes ``[groups, size]`` of 4 bits, ``counts [rows]`` of each row, as chunks of eight pieces
+    of 16 columns: int32 ``[chunks, 4, 4]``, of lane ``t`` columns ``4 t`` to ``4 t + 3`` of each piece, two pieces to a
     word, the first codes of pairs in its lower half. Each row begins a chunk; zeros fill up its last. ``numbers
     [groups]``, scales and such, likewise ``[chunks, groups of a chunk]``. And where the chunks of rows begin."""
     of_chunk = CHUNK * PIECE // groups.shape[1]
@@ -159,9 +159,9 @@ def quads_of(counts: Tensor) -> int:
 
 
 def pack_entries(entries: Tensor, row_ptr: Tensor, quads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Compressed sparse rows, int32 ``[n]`` and ``[rows + 1]``, as int32 ``[tiles, quads, 32, 2]``: lane ``4 g + t`` has
-    entry ``4 quad + t`` of rows ``g`` and ``g + 8``, zeros where a row has fewer; and the rest of each row likewise in
-    compressed sparse rows."""
+    """Compressed sparse rows, int32 ``[n]`` and ``[rows + 1]``, as int32 ``[tiles, quads, 32, 2]``: lane ``4 g + t``
+    has entry ``4 quad + t`` of rows ``g`` and ``g + 8``, zeros where a row has fewer; and what each row has beyond
+    those, again in compressed sparse rows."""
     row, number, counts = _places_in_rows(row_ptr)
     rows, near = counts.numel(), number < QUAD * quads
     dense = entries.new_zeros(-(-rows // TILE) * TILE, QUAD * quads)

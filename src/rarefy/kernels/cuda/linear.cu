@@ -158,16 +158,16 @@ device void fetch(SpreadScales& scales, const Arguments& a, const Places& places
   }
 }
 
-// What blocks 2 * t + c of a set add to the sums of rows g and g + 8.
+// What a group adds to the sums of rows g and g + 8.
 template <class S, class Z>
-device void add_contributions(float (&sums)[4], const S& scale, const Z& zero, int c, const float (&part)[4], const float (&ones)[4]) {
+device void add_contributions(float (&sums)[4], const S& scale, const Z& zero, float part, float part_below, float ones) {
   if constexpr (SCALE == BILEVEL || SCALE == LEVEL) {
     const Levels levels = levels_of(scale.second);
-    sums[0] += contribution_of(levels, scale.raw, 0, part[c], ones[c]);
-    sums[2] += contribution_of(levels, scale.raw, 1, part[2 + c], ones[2 + c]);
+    sums[0] += contribution_of(levels, scale.raw, 0, part, ones);
+    sums[2] += contribution_of(levels, scale.raw, 1, part_below, ones);
   } else {
-    sums[0] += contribution(scale, zero, 0, part[c], ones[c]);
-    sums[2] += contribution(scale, zero, 1, part[2 + c], ones[2 + c]);
+    sums[0] += contribution(scale, zero, 0, part, ones);
+    sums[2] += contribution(scale, zero, 1, part_below, ones);
   }
 }
 
@@ -203,12 +203,19 @@ device void multiply_step(
       }
     }
 #pragma unroll
-    for (int r = 0; r < TILES; ++r)
+    for (int r = 0; r < TILES; ++r) {
+      if constexpr (PART >= 8) {  // the lane's blocks 2 * t and 2 * t + 1 are of one group
+        const int own = own_part(set, 0);
+        add_contributions(
+            sums[r][0], scales.scale[r][own], scales.zero[r][own], part[r][0] + part[r][1], part[r][2] + part[r][3], ones[0] + ones[1]);
+      } else {
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int own = own_part(set, c);
-        add_contributions(sums[r][0], scales.scale[r][own], scales.zero[r][own], c, part[r], ones);
+        for (int c = 0; c < 2; ++c) {
+          const int own = own_part(set, c);
+          add_contributions(sums[r][0], scales.scale[r][own], scales.zero[r][own], part[r][c], part[r][2 + c], ones[c]);
+        }
       }
+    }
   }
 }
 

@@ -167,7 +167,8 @@ def pointed_sparse(term: Term) -> dict[str, Tensor | None]:
     """The tensors that kernels of kept weights read, by their names."""
     present = {name: tensor if tensor.numel() else None for name, tensor in term[0].items()}
     return {
-        **{name: present[name] for name in ("codes", "scale", "bitmap", "places", "bases")}, "zero": present["zero_point"],
+        **{name: present[name] for name in ("codes", "scale", "bitmap", "places", "bases")},
+        "zero": present["zero_point"],
         "row_ptr": present["row_ptr" if term[1]["kind"] == GROUPS else "starts"],
     }  # fmt: skip
 

@@ -235,8 +235,8 @@ def _kept_groups(arguments: Arguments) -> Prepared:
 
 
 def _put_places(groups: Tensor, size: int, columns: int) -> dict[str, Tensor]:
-    """The numbers of pieces of 16 columns, for groups ``[chunks, groups of a chunk]``: a byte each, where there are more
-    than 256 above a number of 16 bits for the chunk."""
+    """The numbers of pieces of 16 columns, for groups ``[chunks, groups of a chunk]``: a byte each, where there are
+    more than 256 above a number of 16 bits for the chunk."""
     each = size // layout.PIECE
     pieces = (groups.unsqueeze(-1) * each + torch.arange(each, device=groups.device)).flatten(1)
     if columns <= 256 * layout.PIECE:
@@ -249,7 +249,8 @@ def _put_places(groups: Tensor, size: int, columns: int) -> dict[str, Tensor]:
 
 
 def kept_of(tensors: Mapping[str, Tensor], numbers: Mapping[str, int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Of a term of GROUPS: which are kept ``[rows, groups]``, and of these codes uint8 ``[kept, size]``, scales, zeros."""
+    """Of a term of GROUPS: which are kept ``[rows, groups]``, and of these codes uint8 ``[kept, size]``, scales and
+    zeros."""
     zeros, bases, size = tensors.get("zero_point"), tensors.get("bases"), numbers["group_size"]
     pieces = tensors["places"].to(torch.int64)
     if bases is not None and bases.numel():
@@ -267,7 +268,7 @@ def kept_of(tensors: Mapping[str, Tensor], numbers: Mapping[str, int]) -> tuple[
 
 
 def _undo_groups(made: Prepared) -> Arguments:
-    pattern, block = made.plain[6:8]
+    pattern = made.plain[6]
     tensors, lead = made.tensors, made.rows if pattern == "groups" else 1
     chosen, groups, scale, zeros = kept_of(tensors, made.numbers)
     octets = (groups[:, ::2] | groups[:, 1::2] << 4).reshape(lead, -1)

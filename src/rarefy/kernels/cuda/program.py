@@ -30,9 +30,9 @@ class Code:
     """What is stored. ``group``: columns of a scale, 0 for the whole row; ``table``: codes are looked up in a table of
     16-bit numbers, one that all rows share or one of each row; ``scale``, ``zero``: their types, or that a "scale"
     holds the values of two codes (``pairs``), or codes of 4 bits of a scale and a zero (``bilevel``) or of a scale only
-    (``level``), numbers of second order being shared by ``second_groups``; without a zero, ``center`` is the code that means zero. ``outliers``: the type of single values that
-    are added to the weight. ``float8``: codes of 8 bits are numbers in E4M3. ``ragged``: columns do not fill
-    the last step."""
+    (``level``), whose numbers of second order are those of ``second_groups`` groups; without a zero, ``center`` is the
+    code that means zero. ``outliers``: the type of single values that are added to the weight. ``float8``: codes of 8
+    bits are numbers in E4M3. ``ragged``: columns do not fill the last step."""
 
     bits: int
     group: int = 0
@@ -353,7 +353,7 @@ class SparseCode:
 
 
 def sparse_arguments(tensors: Mapping[str, Tensor | None], x: Tensor, y: Tensor, multiplier: float) -> SparseArguments:
-    """``codes``, ``scale``, ``zero``, ``bitmap [rows, words]`` or ``places`` and ``bases``, and ``row_ptr [rows + 1]`` of
+    """``codes``, ``scale``, ``zero``, ``bitmap [rows, words]`` or ``places`` and ``bases``, ``row_ptr [rows + 1]`` of
     what is kept, ``x [tokens, columns]`` and ``y [tokens, rows]``."""
     bitmap, scale = tensors.get("bitmap"), tensors.get("scale")
     names = ("codes", "scale", "zero", "bitmap", "places", "bases", "row_ptr")

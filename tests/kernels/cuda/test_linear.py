@@ -176,6 +176,24 @@ def test_kept_groups(index: str, zero: str, size: int) -> None:
     sparse_product(quantized(grid, Groups(size=size, index=index), 43, 37 * 32))  # type: ignore[arg-type]
 
 
+def test_kept_groups_of_wide_rows() -> None:
+    """More pieces than a byte counts; rows that keep nothing, others nearly all."""
+    rows, columns = 19, 300 * 16
+    chosen = torch.rand(rows, columns // 16) < torch.linspace(0, 1, rows)[:, None]
+    grid, own = IntegerGrid(num_bits=4, group_size=16), Groups(size=16, index="csr")
+    codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
+    params = {"scale": torch.rand(rows, columns // 16).half()}
+
+    def term_of(chosen: Tensor) -> Quantized:
+        return Quantized.from_codes(codes, params, grid, pattern=own, mask=chosen.repeat_interleave(16, 1))
+
+    sparse_product(term_of(chosen | (torch.arange(columns // 16) % 30 == 29) & (torch.arange(rows) > 0)[:, None]))
+    apart = torch.zeros_like(chosen)
+    apart[3, [0, 299]] = True
+    with pytest.raises(NotCovered, match="columns apart"):
+        prepare(*term_of(apart).operation())
+
+
 @pytest.mark.parametrize(
     ("pattern", "grid"),
     [("bitmap", "int4-integer"), ("2:4", "int8-float"), ("2:4-rank", "int2-none"), ("bitmap", "int4-row")],

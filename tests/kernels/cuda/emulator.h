@@ -121,6 +121,11 @@ device unsigned of_lane(unsigned value, int lane) {
   warp_barrier();
   return found;
 }
+device unsigned max_of_warp(unsigned value) {
+  unsigned most = 0;
+  for (int lane = 0; lane < 32; ++lane) most = std::max(most, of_lane(value, lane));
+  return most;
+}
 device float of_lane(float value, int lane) {
   unsigned bits;
   memcpy(&bits, &value, 4);

@@ -300,15 +300,17 @@ device void add_outliers(
       add_pair(sums[r], a, own.entries[r][k], first_token, lane);
 #endif
     }
-    for (int quad = own.first + AHEAD * WARPS_OF_ROW; quad < a.quads; quad += WARPS_OF_ROW)
-      add_pair(sums[r], a, entries_of(a, tile, quad, lane), first_token, lane);
-    if (a.rest_ptr == nullptr) continue;
+    // Others come as they are met: quads of rows that have many, then the rest of long rows, four at once like these.
+    int quad = own.first + AHEAD * WARPS_OF_ROW;
+    if (quad >= a.quads && a.rest_ptr == nullptr) continue;
     const Rest rest[2] = {rest_of(a, int(tile) * 16 + lane / 4), rest_of(a, int(tile) * 16 + lane / 4 + 8)};
-    for (u32 at = 4 * own.first; votes(rest[0].begin + at < rest[0].end || rest[1].begin + at < rest[1].end) != 0; at += 4 * WARPS_OF_ROW) {
-      const u32 mine = at + lane % 4;
-      const bool some[2] = {rest[0].begin + mine < rest[0].end, rest[1].begin + mine < rest[1].end};
-      const uint2 pair = {some[0] ? a.rest[rest[0].begin + mine] : 0, some[1] ? a.rest[rest[1].begin + mine] : 0};
-      add_pair(sums[r], a, pair, first_token, lane);
+    const u32 lengths[2] = {rest[0].end - rest[0].begin, rest[1].end - rest[1].begin};
+    const u32 longest = max_of_warp(lengths[0] > lengths[1] ? lengths[0] : lengths[1]);
+    const int quads = a.quads > AHEAD * WARPS_OF_ROW ? a.quads : AHEAD * WARPS_OF_ROW;  // from which the rest is counted
+    for (const int last = quads + int(longest + 3) / 4; quad < last; quad += WARPS_OF_ROW) {
+      const int beyond = 4 * (quad - quads) + lane % 4;
+      const auto entry = [&](const Rest& own) { return own.begin + beyond < own.end ? a.rest[own.begin + beyond] : 0; };
+      add_pair(sums[r], a, quad < quads ? entries_of(a, tile, quad, lane) : uint2{entry(rest[0]), entry(rest[1])}, first_token, lane);
     }
   }
 }

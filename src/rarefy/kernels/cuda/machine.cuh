@@ -188,6 +188,7 @@ device void reduce_over_block(float& sum, float& most, float* shared) {
   for (int n = 0; n < warps; ++n) sum += shared[n], most = fmaxf(most, shared[32 + n]);
 }
 device float sum_of_warp(float value) { return sum_of_lanes<32>(value); }
+device u32 max_of_warp(u32 value) { return __reduce_max_sync(0xFFFFFFFFu, value); }
 device u32 of_lane(u32 value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
 device float of_lane(float value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
 device u32 of_lane_xor(u32 value, int distance) { return __shfl_xor_sync(0xFFFFFFFFu, value, distance); }

@@ -194,7 +194,7 @@ def relative(y: Tensor, expected: Tensor) -> float:
 
 def peers_of(names: Iterable[str], rows: int, columns: int) -> dict[str, list[Callable[[Tensor], Tensor]]]:
     """What others make of a layer of this size: for each a product with every copy of its weights."""
-    makers = {"bf16": _bf16, "tinygemm": _tinygemm, "gemlite": _gemlite}
+    makers = {"bf16": _bf16, "tinygemm": _tinygemm, "gemlite": _gemlite, "spqr_quant": _spqr_quant}
     found = {}
     for name in names:
         try:
@@ -228,6 +228,23 @@ def _gemlite(rows: int, columns: int) -> list[Callable[[Tensor], Tensor]]:
     zero = torch.full_like(scale, 8)
     maker = A16Wn(device="cuda:0", dtype=torch.bfloat16)
     return [maker.from_weights(codes, scale, zero, 4, 128) for _ in _count(4, rows, columns)]
+
+
+def _spqr_quant(rows: int, columns: int) -> list[Callable[[Tensor], Tensor]]:
+    """The kernel of SpQR's authors, which is given as many outliers; 8 bytes hold 16 weights of a row."""
+    from spqr_quant.inference import FeatureFlags
+
+    share, flags = JOBS["SpQR"].outliers, int(FeatureFlags.SPARSE_FUSED_FP32_ASYNC)
+    row_ptr = torch.arange(rows + 1, device="cuda", dtype=torch.int32) * round(share * columns)
+    x, y = (torch.randn(size, device="cuda").half() for size in (columns, rows))
+    calls = []
+    for _ in _count(4, rows, columns):
+        octets = torch.randint(0, 256, (rows * columns // 16, 8), device="cuda", dtype=torch.uint8)
+        entries = random_outliers(share, rows, columns).operation()[1][0]  # type: ignore[index]
+        sizes = (rows, columns, 3, 16, 16, octets.view(torch.int64).flatten(), row_ptr, entries, entries.numel())
+        call = functools.partial(torch.ops.spqr_cuda.spqr_mul, *sizes, x, flags, y, y)  # in float16, not the input
+        calls.append(lambda _, call=call: call())
+    return calls  # type: ignore[return-value]
 
 
 def triton_time(weights: Weights, x: Tensor) -> float | None:
@@ -352,6 +369,7 @@ def main() -> None:
     parser.add_argument("--jobs", default=DEFAULT, help="names and tokens: 'W4@1,16; W3@1'")
     parser.add_argument("--shapes", default=",".join(f"{rows}x{columns}" for rows, columns in SHAPES))
     parser.add_argument("--gemlite", default="1,16,64", help="numbers of tokens for which gemlite is a peer")
+    parser.add_argument("--spqr-quant", action="store_true", help="one token of SpQR beside its authors' kernel")
     parser.add_argument("--triton", action="store_true", help="time the portable kernel too")
     parser.add_argument("--fp8", default="", help="numbers of tokens whose activations are quantized too")
     parser.add_argument("--narrow", action="store_true", help="leave out what only some GPUs can do")
@@ -378,7 +396,8 @@ def main() -> None:
         write(options, rows, KEY)
 
     for height, width in shapes:
-        peers = peers_of(["bf16", "tinygemm", *(["gemlite"] if options.gemlite else [])], height, width)
+        others = [*(["gemlite"] if options.gemlite else []), *(["spqr_quant"] if options.spqr_quant else [])]
+        peers = peers_of(["bf16", "tinygemm", *others], height, width)
         for name, counts in jobs:
             weights = Weights(JOBS[name], height, width)
             for tokens in counts:
@@ -408,6 +427,8 @@ def measured(
     known = options.gemlite.split(",")
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
     for peer, products in peers.items():
+        if peer == "spqr_quant" and (name, tokens) != ("SpQR", 1):
+            continue
         if peer != "gemlite" or str(tokens) in known:
             graphs[peer] = graph_of([functools.partial(product, x) for product in products]), len(products)
     if tuning is not None:

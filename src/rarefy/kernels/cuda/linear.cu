@@ -165,6 +165,11 @@ device void add_contributions(float (&sums)[4], const S& scale, const Z& zero, f
     const Levels levels = levels_of(scale.second);
     sums[0] += contribution_of(levels, scale.raw, 0, part, ones);
     sums[2] += contribution_of(levels, scale.raw, 1, part_below, ones);
+  } else if constexpr (SCALE == PAIRS) {  // `part` over what has the second number
+    sums[0] += half_of(scale.raw.x, 0) * (ones - part);
+    sums[0] += half_of(scale.raw.x, 1) * part;
+    sums[2] += half_of(scale.raw.y, 0) * (ones - part_below);
+    sums[2] += half_of(scale.raw.y, 1) * part_below;
   } else {
     sums[0] += contribution(scale, zero, 0, part, ones);
     sums[2] += contribution(scale, zero, 1, part_below, ones);

@@ -59,8 +59,9 @@ constexpr u32 ONES = HALF ? 0x3C003C00u : 0x3F803F80u;
 
 // Minus a whole number below 256 (HALF: 2048) and 2 to the power n as 16-bit floats, twice.
 device constexpr u32 minus(u32 number) {
-  u32 exponent = 0;
-  while (number >> (exponent + 1)) ++exponent;
+  // Not counted in a loop, which the compiler has been seen to leave to the machine.
+  const u32 exponent = (number > 1) + (number > 3) + (number > 7) + (number > 15) + (number > 31) + (number > 63) +
+                       (number > 127) + (number > 255) + (number > 511) + (number > 1023);
   const u32 fraction = HALF ? number << 10 >> exponent & 1023 : number << 7 >> exponent & 127;
   return (0x8000u | (HALF ? 15 + exponent << 10 : 127 + exponent << 7) | fraction) * 0x10001u;
 }

@@ -53,6 +53,7 @@ class Job:
     grid: Grid
     outliers: float = 0.0  # share of weights
     goals: tuple[str, str, str, str] = ("G5", "G5", "G5", "G5")  # for 1, up to 16, 64 and more tokens
+    beside: str = ""  # another job, which up to 16 tokens are timed with too
 
 
 SPQR = BilevelScale(rows=16, groups=1, scale_bits=3, zero_bits=3)
@@ -61,13 +62,15 @@ JOBS = {
     "W3": Job(IntegerGrid(num_bits=3, group_size=128)), "W2": Job(IntegerGrid(num_bits=2, group_size=128)),
     "W8": Job(IntegerGrid(num_bits=8, group_size=128)),
     "W4 zero": Job(IntegerGrid(num_bits=4, group_size=128, zero="integer")),
-    "LUT4": Job(LutGrid(num_bits=4, rows_per_lut=None), goals=("G6",) * 4),
-    "LUT4 rows": Job(LutGrid(num_bits=4), goals=("G6",) * 4), "LUT3 rows": Job(LutGrid(num_bits=3), goals=("G6",) * 4),
+    "LUT4": Job(LutGrid(num_bits=4, rows_per_lut=None), goals=("G6",) * 4, beside="W4"),
+    "LUT4 rows": Job(LutGrid(num_bits=4), goals=("G6",) * 4, beside="W4"),
+    "LUT3 rows": Job(LutGrid(num_bits=3), goals=("G6",) * 4),
+    "LUT3 rows + 0.45%": Job(LutGrid(num_bits=3), 0.0045, ("G7",) * 4, "LUT3 rows"),
     "NF4 g64": Job(FloatGrid(format="nf4", group_size=64), goals=("G6",) * 4),
-    "W3 + 0.45%": Job(IntegerGrid(num_bits=3, group_size=128), 0.0045, ("G7",) * 4),
-    "W3 + 1%": Job(IntegerGrid(num_bits=3, group_size=128), 0.01, ("G7",) * 4),
+    "W3 + 0.45%": Job(IntegerGrid(num_bits=3, group_size=128), 0.0045, ("G7",) * 4, "W3"),
+    "W3 + 1%": Job(IntegerGrid(num_bits=3, group_size=128), 0.01, ("G7",) * 4, "W3"),
     "SpQR": Job(IntegerGrid(num_bits=3, group_size=16, zero="float", scales=SPQR), 0.0045, ("G7",) * 4),
-    "binary": Job(BinaryGrid(group_size=128), goals=("G8",) * 4),
+    "binary": Job(BinaryGrid(group_size=128), goals=("G8",) * 4, beside="W2"),
     "fp8": Job(FloatGrid(format="fp8_e4m3")),
 }  # fmt: skip
 
@@ -424,7 +427,7 @@ def measured(
             tuning = tuning_tables.choose(weights.code, height, width, tokens, x.device)
         if tuning is None:
             return []
-    known = options.gemlite.split(",")
+    known, beside = options.gemlite.split(","), JOBS[name].beside if tokens <= 16 else ""
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
     for peer, products in peers.items():
         if peer == "spqr_quant" and (name, tokens) != ("SpQR", 1):
@@ -438,6 +441,10 @@ def measured(
         calls = [functools.partial(cuda.linear, x, weights.made)] * 3
         y = calls[0]()
     error = relative(y, weights.product(x))
+    if beside:
+        other = _kept_weights(beside, height, width)
+        own, _ = other.calls(tuning_tables.choose(other.code, height, width, tokens, x.device), x)
+        graphs[f"own {beside}"] = graph_of(own), len(own)
     graphs["ours"] = graph_of(calls), len(calls)
     times = microseconds(graphs, 9)
     if options.triton and (portable := triton_time(weights, x)):
@@ -455,7 +462,20 @@ def measured(
     }  # fmt: skip
     print(f"{name} {height}x{width} M={tokens}: {ours:.1f} us, {row['fraction_of_limit']} of the limit, "
           f"{row['ratio_to_bf16']}x bf16, {row['others']}, error {error:.1e}, {tuning}", flush=True)  # fmt: skip
-    return [row]
+    rows: list[Row] = [row]
+    if beside:
+        peer_time = times[f"own {beside}"]
+        rows.append({
+            **row, "job": f"{name}, beside {beside}", "peer": f"own {beside}", "ratio": round(peer_time / ours, 3),
+            "peer_microseconds": round(peer_time, 2),
+        })  # fmt: skip
+    return rows
+
+
+@functools.lru_cache(maxsize=1)
+def _kept_weights(name: str, rows: int, columns: int) -> Weights:
+    """Those of a job that others are timed beside."""
+    return Weights(JOBS[name], rows, columns)
 
 
 if __name__ == "__main__":

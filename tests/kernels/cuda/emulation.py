@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -94,7 +93,7 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> T
     tensors, numbers, multiplier = codes
     code, rows, own = code_of(tensors, numbers), numbers["rows"], pointed(codes, half)
     for entries, more, _ in lists:
-        code = replace(code, outliers=torch.float16 if more["half"] else torch.bfloat16)
+        code = code.with_outliers(torch.float16 if more["half"] else torch.bfloat16, x.shape[1])
         own.update(pointed_entries(entries))
     x, y = aligned(x), torch.full((tokens, rows), torch.nan, dtype=x.dtype)
     grid = program.grid(tuning, rows, tokens)

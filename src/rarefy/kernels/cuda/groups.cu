@@ -106,7 +106,8 @@ device void stage(u8* tokens, float* totals, const Arguments& a) {
     }
 }
 
-extern "C" global __launch_bounds__(THREADS) void rarefy_groups(const Arguments a) {
+// All blocks of a large weight find room at once if a warp takes few registers.
+extern "C" global __launch_bounds__(THREADS, TOKENS > 1 ? 1 : 28 / WARPS) void rarefy_groups(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int pieces = (a.columns + 15) / 16;
   u8* tokens = pool;                                                       // [TOKENS][pieces][32]
@@ -125,18 +126,19 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_groups(const Arguments 
   float sums[TOKENS][2] = {};
   const auto word_of = [](const uint4& four, int n) { return n == 0 ? four.x : n == 1 ? four.y : n == 2 ? four.z : four.w; };
   const auto add = [&](const Chunks& now) {
-    uint2 x[CHUNK][2];  // of all pieces before the first is multiplied
+    constexpr int FEW = TOKENS > 1 ? CHUNK : CHUNK / 2;
     const auto place = [&](int n, int which) { return permuted(n < 4 ? now.places[which].x : now.places[which].y, 0, 0x4440 + n % 4); };
     const u8* own_tokens[2] = {tokens + now.base[0] * 32 + 8 * t, tokens + now.base[1] * 32 + 8 * t};
 #pragma unroll
     for (int token = 0; token < TOKENS; ++token) {
-#pragma unroll
-      for (int n = 0; n < CHUNK; ++n)
-#pragma unroll
-        for (int which = 0; which < 2; ++which)
-          x[n][which] = *reinterpret_cast<const uint2*>(own_tokens[which] + token * pieces * 32 + place(n, which) * 32);
+      uint2 x[FEW][2];  // of some pieces before the first is multiplied
 #pragma unroll
       for (int n = 0; n < CHUNK; ++n) {
+#pragma unroll
+        for (int k = 0; k < (n % FEW == 0 ? FEW : 0); ++k)
+#pragma unroll
+          for (int which = 0; which < 2; ++which)
+            x[k][which] = *reinterpret_cast<const uint2*>(own_tokens[which] + token * pieces * 32 + place(n + k, which) * 32);
         u32 weights[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
@@ -144,7 +146,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_groups(const Arguments 
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
           float product[4];
-          multiply_alone(product, weights, x[n][which].x, x[n][which].y);
+          multiply_alone(product, weights, x[n % FEW][which].x, x[n % FEW][which].y);
           float own = g % 2 ? product[2 * which + 1] : product[2 * which];
           if constexpr (ZERO != NONE) own -= number_of(now.zero[which], n / PIECES) * totals[token * pieces + now.base[which] + place(n, which)];
           sums[token][which] += number_of(now.scale[which], n / PIECES) * own;

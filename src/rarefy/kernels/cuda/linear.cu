@@ -8,7 +8,7 @@
 // Macros besides those of codes.cuh (see tuning.py for what is chosen when): OUTLIERS (type of single values that are
 // added to the weight), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns), DEPTH (steps loaded
 // ahead into registers), STAGED (codes and activations go through shared memory instead, STAGES steps of them), SPLIT
-// (blocks over columns), and those of ending.cuh.
+// (blocks over columns), LATE (later kernels may start when the sums are formed, not before), and those of ending.cuh.
 
 constexpr int THREADS = 32 * ACROSS * ALONG;
 
@@ -65,6 +65,25 @@ device void fetch(Activations& x, const Arguments& a, const u8* const (&tokens)[
   }
 }
 
+// What a group adds to the sums of all tokens.
+template <class S, class Z>
+device void add_group(
+    float (&sums)[TOKENS][4], const S& scale, const Z& zero, const float (&part)[TOKENS][4], const float (&lift)[TOKENS][4],
+    const float (&ones)[TOKENS][4]) {
+  if constexpr (SCALE == BILEVEL || SCALE == LEVEL) {
+    const Levels levels = levels_of(scale.second);
+#pragma unroll
+    for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[n][j] += contribution_of(levels, scale.raw, j / 2, part[n][j] + lift[n][j], ones[n][j]);
+  } else {
+#pragma unroll
+    for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[n][j] += contribution(scale, zero, j / 2, part[n][j] + lift[n][j], ones[n][j]);
+  }
+}
+
 // Adds the product of one step to `sums`; `tokens(n, pair)` answers with the words of eight tokens.
 template <class Tokens>
 device void multiply_step(
@@ -109,13 +128,7 @@ device void multiply_step(
     }
     if (b % PART == PART - 1) {
 #pragma unroll
-      for (int r = 0; r < TILES; ++r)
-#pragma unroll
-        for (int n = 0; n < TOKENS; ++n)
-#pragma unroll
-          for (int j = 0; j < 4; ++j)
-            sums[r][n][j] += contribution(
-                scales.scale[r][b / PART], scales.zero[r][b / PART], j / 2, part[r][n][j] + lift[n][j], ones[n][j]);
+      for (int r = 0; r < TILES; ++r) add_group(sums[r], scales.scale[r][b / PART], scales.zero[r][b / PART], part[r], lift, ones);
     }
   }
 }
@@ -130,6 +143,16 @@ constexpr int OWN_PARTS = PART >= 8 ? PARTS : PART > 1 ? SETS : 2 * SETS;  // wh
 device constexpr int own_part(int set, int c) { return PART >= 8 ? set * 8 / PART : PART > 1 ? set : 2 * set + c; }
 
 struct SpreadActivations { uint2 at[SETS]; };
+
+// Of each block of a set all lanes take part in the product, but only its own have numbers, the others zeros. These stand
+// in shared memory, eight places for a lane of which it fills only its own block's: one load instead of two selections.
+constexpr int PLACES_OF_WARP = 8 * 32;
+constexpr int AT_PLACES = (TABLE_BYTES + FACTOR_BYTES + 4 * ALONG * WIDTH * SUM_PITCH + 15) / 16 * 16;
+device uint2* places_of_lane() { return reinterpret_cast<uint2*>(pool + AT_PLACES) + threadIdx.x / 32 * PLACES_OF_WARP + threadIdx.x % 32; }
+device void clear_places() {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) places_of_lane()[32 * n] = {0, 0};
+}
 struct SpreadScales {
   Pair<SCALE> scale[TILES][OWN_PARTS];
   Pair<ZERO> zero[TILES][OWN_PARTS];
@@ -181,6 +204,7 @@ device void multiply_step(
     Tables (&tables)[TILES], const Arguments& a, int first_tile, int step, int lane) {
 #pragma unroll
   for (int set = 0; set < SETS; ++set) {
+    places_of_lane()[32 * (lane / 4)] = x.at[set];
     float part[TILES][4], ones[4] = {}, lift[4] = {};
     const u32 constant[4] = {ONES, ONES, ONES, ONES};
     if constexpr (SUMS) multiply(ones, constant, x.at[set].x, x.at[set].y);  // of all blocks, the same for all rows
@@ -197,14 +221,14 @@ device void multiply_step(
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       const int b = 8 * set + n;
-      const u32 first = lane / 4 == n ? x.at[set].x : 0, second = lane / 4 == n ? x.at[set].y : 0;
+      const uint2 own = places_of_lane()[32 * n];
 #pragma unroll
       for (int r = 0; r < TILES; ++r) {
         u32 weights[4];
         if (GROUP != 0 && b % PART == 0)
           load(tables[r], a, tile_of(a, first_tile + r), group_of(a, step, b / PART), lane / 4);
         operands<LIFT>(weights, codes.at[r], b, 4 * lane, tables[r]);
-        multiply(part[r], weights, first, second);
+        multiply(part[r], weights, own.x, own.y);
       }
     }
 #pragma unroll
@@ -254,17 +278,32 @@ device void begin_outliers(Outliers& own, const Arguments& a, int first_tile, in
 }
 
 #if SPREAD
+// The first HELD_TOKENS activations wait in shared memory, where lanes find them a few at once, not each in a line of its own.
+constexpr int MOST_HELD = 16384;
+constexpr int AT_HELD = AT_PLACES + 8 * PLACES_OF_WARP * ACROSS * ALONG;
+device void hold_tokens(const Arguments& a) {
+  for (int n = threadIdx.x; n < HELD_TOKENS / 8 && 8 * n < a.columns; n += THREADS) copy_async(pool + AT_HELD + 16 * n, a.x + 8 * n, true);
+  commit_copies();
+}
+device u16 activation_of(const Arguments& a, u32 entry) {
+  const int column = entry & 0xFFFF;
+  if (HELD_TOKENS == MOST_HELD && column >= HELD_TOKENS) return a.x[column];
+  return reinterpret_cast<const u16*>(pool + AT_HELD)[column];
+}
+
 device void meet_tokens(Outliers& own, const Arguments& a) {
+  wait_for_copies<0>();
+  block_barrier();
 #pragma unroll
   for (int r = 0; r < TILES; ++r)
 #pragma unroll
     for (int k = 0; k < AHEAD; ++k) {
-      own.met[r][k][0] = a.x[own.entries[r][k].x & 0xFFFF];
-      own.met[r][k][1] = a.x[own.entries[r][k].y & 0xFFFF];
+      own.met[r][k][0] = activation_of(a, own.entries[r][k].x);
+      own.met[r][k][1] = activation_of(a, own.entries[r][k].y);
     }
 }
 
-device void add_entry(float& sum, const Arguments& a, u32 entry) { sum += value_of(entry) * widened(a.x[entry & 0xFFFF]); }
+device void add_entry(float& sum, const Arguments& a, u32 entry) { sum += value_of(entry) * widened(activation_of(a, entry)); }
 #endif
 
 // Both entries of a lane, by those lanes that have sums of their rows.
@@ -372,12 +411,18 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
     copy_table(a);
     block_barrier();
   }
+#if SPREAD
+  clear_places();
+#endif
   Tables tables[TILES];
   load_tables(tables, a, first_tile, g);
   Beside beside;
   fetch_gain(beside, a, first_token);
-  start_later_kernels();
+  if constexpr (!LATE) start_later_kernels();
   wait_for_earlier_kernels();  // weights never depend on them
+#if OUTLIERS && SPREAD
+  hold_tokens(a);
+#endif
 
   float sums[TILES][TOKENS][4] = {};
 #if STAGED
@@ -484,6 +529,8 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
     sums[r][0][2] = sum_of_four(sums[r][0][2]);
   }
 #endif
+
+  if constexpr (LATE) start_later_kernels();
 
   // Warps along the columns meet in shared memory, blocks along the columns in device memory, always in one order.
   if constexpr (STAGED) {

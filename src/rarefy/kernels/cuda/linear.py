@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -238,7 +238,7 @@ def _product(
     half = x.dtype == torch.float16
     entries: dict[str, Tensor | None] = {}
     if outliers is not None:
-        code = replace(code, outliers=torch.float16 if outliers[1]["half"] else torch.bfloat16)
+        code = code.with_outliers(torch.float16 if outliers[1]["half"] else torch.bfloat16, x.shape[1])
         entries = pointed_entries(outliers[0])
     chosen = tuning.choose_with(ending, code, rows, x.shape[1], tokens, x.device)
     y = x.new_empty(tokens, rows) if y is None else y

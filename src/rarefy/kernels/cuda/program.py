@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ class Code:
     holds the values of two codes (``pairs``), or codes of 4 bits of a scale and a zero (``bilevel``) or of a scale only
     (``level``), whose numbers of second order are those of ``second_groups`` groups; without a zero, ``center`` is the
     code that means zero. ``outliers``: the type of single values that are added to the weight. ``float8``: codes of 8
-    bits are numbers in E4M3. ``ragged``: columns do not fill the last step."""
+    bits are numbers in E4M3. ``ragged``: columns do not fill the last step. ``held``: activations of one token
+    that wait in shared memory for outliers."""
 
     bits: int
     group: int = 0
@@ -45,6 +46,14 @@ class Code:
     float8: bool = False
     second_groups: int = 1
     ragged: bool = True
+    held: int = 0
+
+    MOST_HELD: ClassVar[int] = 16384
+
+    def with_outliers(self, dtype: torch.dtype, columns: int) -> Code:
+        """With values of ``dtype`` beside these of a weight of so many ``columns``."""
+        held = min(self.MOST_HELD, 1 << max(columns - 1, 1023).bit_length())
+        return replace(self, outliers=dtype, held=held)
 
     @property
     def order(self) -> Order:
@@ -82,7 +91,8 @@ class Tuning:
     """How the work is cut up. A warp computes ``16 * tiles`` rows for ``8 * tokens`` tokens; a block has ``across``
     warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps are
     loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``overlap``: the kernel starts
-    while its forerunner still runs; from 9.0 on. ``spread``: blocks of one token take the places of eight tokens.
+    while its forerunner still runs; from 9.0 on. ``late``: it lets its successor do so only when it has read all.
+    ``spread``: blocks of one token take the places of eight tokens.
 
     ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
     multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; two fours of
@@ -101,6 +111,7 @@ class Tuning:
     rescaled: bool = False
     spread: bool = False
     in_turns: bool = False
+    late: bool = False
 
     def with_halves(self) -> Tuning:
         """With warps for each half of the rows, see ``Ending.kind``."""
@@ -140,6 +151,8 @@ class Tuning:
         tokens = width * (2 * code.step * self.along + (16 if code.span == 16 else 64))
         staged = self.stages * (tokens + self.rows * self.along * code.step * code.bits // 8)
         meeting = 4 * self.along * width * (self.rows + 4)
+        if self.spread:
+            return table + -(-meeting // 16) * 16 + 16 + 2048 * self.across * self.along + 2 * code.held
         return table + max(staged, meeting)
 
 
@@ -194,7 +207,7 @@ def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) 
         TABLE=("", "shared", "rows").index(code.table),
         SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half),
         STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8), SECOND_GROUPS=code.second_groups,
-        RAGGED=int(code.ragged), **ending.definitions(),
+        HELD_TOKENS=code.held, RAGGED=int(code.ragged), **ending.definitions(),
     )  # fmt: skip
     return found
 
@@ -316,7 +329,7 @@ class SparseCode:
     @property
     def warps(self) -> int:
         """Of a block."""
-        return 8 if self.whole_groups else 16
+        return 4 if self.whole_groups else 16
 
     @property
     def source(self) -> Path:

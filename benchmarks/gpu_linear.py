@@ -171,8 +171,11 @@ class Trials:
         first = len(self.rows)
         for tuning in tried:
             attempt(tuning)
-        if times:  # rarely better alone
-            attempt(replace(min(times, key=lambda each: times[each]), overlap=False))
+        if times:  # rarely better alone, or when its successor comes late
+            found = min(times, key=lambda each: times[each])
+            attempt(replace(found, overlap=False))
+            if not found.wide:
+                attempt(replace(found, late=True))
         wrong = [row for row in self.rows[first:] if "error" in row and not row["error"] < 1e-2]
         failed = [row for row in self.rows[first:] if "failure" in row]
         if wrong or failed:

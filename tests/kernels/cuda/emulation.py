@@ -5,11 +5,11 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
+import hashlib
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from rarefy.kernels.cuda import attend, encode, encode_blocks, program
 from rarefy.kernels.cuda import attend_token as token
-from rarefy.kernels.cuda.linear import aligned, pointed, pointed_sparse, terms_of
+from rarefy.kernels.cuda.linear import aligned, pointed, pointed_entries, pointed_sparse, terms_of
 from rarefy.kernels.cuda.prepared import code_of, sparse_code_of
 from rarefy.kernels.prepared import Prepared, flat
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
+KEPT = HERE.parents[2] / ".pytest_cache" / "emulated"
 
-
-FLAGS = ["-std=c++17", "-O0", "-fPIC", "-w"]
+FLAGS = ["-std=c++17", "-Og", "-fPIC", "-w"]  # compiles no slower than -O0, and runs twice as fast
 
 
 @functools.cache
@@ -43,11 +43,29 @@ def _standard() -> Path:
 @functools.cache
 def _library(macros: tuple[str, ...], source: Path = program.SOURCE) -> ctypes.CDLL:
     assert COMPILER is not None
-    given = [*FLAGS, *macros, f'-DKERNEL_SOURCE="{source}"', "-shared", "-include", str(_standard())]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.so"
-        subprocess.run([COMPILER, *given, str(HERE / "emulated.cpp"), "-o", str(path)], check=True)
-        return ctypes.CDLL(str(path))
+    kept = _kept() / f"{hashlib.sha256(repr((macros, source.name)).encode()).hexdigest()[:32]}.so"
+    if not kept.is_file():
+        given = [*FLAGS, *macros, f'-DKERNEL_SOURCE="{source}"', "-shared", "-include", str(_standard())]
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            path = Path(folder) / "kernel.so"
+            subprocess.run([COMPILER, *given, str(HERE / "emulated.cpp"), "-o", str(path)], check=True)
+            path.replace(kept)
+    return ctypes.CDLL(str(kept))
+
+
+@functools.cache
+def _kept() -> Path:
+    """Where kernels lie that this or another process of tests compiled, a second or more for each; those that were made
+    of other sources go."""
+    digest = hashlib.sha256(repr((COMPILER, FLAGS)).encode())
+    for path in sorted((*program.SOURCE.parent.glob("*.cu*"), *HERE.glob("emulat*.[ch]*"))):
+        digest.update(path.name.encode() + path.read_bytes())
+    own = KEPT / digest.hexdigest()[:16]
+    for other in KEPT.glob("*"):
+        if other != own:
+            shutil.rmtree(other, ignore_errors=True)
+    return own
 
 
 def _run(
@@ -75,14 +93,14 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> T
     tensors, numbers, multiplier = codes
     code, rows, own = code_of(tensors, numbers), numbers["rows"], pointed(codes, half)
     for entries, more, _ in lists:
-        code = replace(code, outliers=torch.float16 if more["half"] else torch.bfloat16)
-        own.update(entries=entries["entries"], row_ptr=entries["row_ptr"])
+        code = code.with_outliers(torch.float16 if more["half"] else torch.bfloat16, x.shape[1])
+        own.update(pointed_entries(entries))
     x, y = aligned(x), torch.full((tokens, rows), torch.nan, dtype=x.dtype)
     grid = program.grid(tuning, rows, tokens)
     work = program.workspace(code, tuning, rows, x.shape[1], tokens, x.device)
     given = program.arguments(
         {**own, **work, "x": x, "y": y}, rows=rows, columns=x.shape[1], tokens=tokens,
-        stride=x.stride(0), second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
+        stride=x.stride(0), second_rows=numbers["second_rows"], multiplier=multiplier,
     )  # fmt: skip
     if tuning.wide:
         _run("arrange", code, tuning, half, given, program.arranging(code, tuning, given))
@@ -98,7 +116,7 @@ def dequantize(prepared: Prepared, dtype: torch.dtype) -> Tensor:
     weight = torch.full((numbers["rows"], numbers["columns"]), torch.nan, dtype=dtype)
     given = program.arguments(
         {**pointed(codes, half), "y": weight}, rows=numbers["rows"], columns=numbers["columns"],
-        second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
+        second_rows=numbers["second_rows"], multiplier=multiplier,
     )  # fmt: skip
     tuning = program.Tuning()
     code = code_of(tensors, numbers)
@@ -115,7 +133,7 @@ def dequantize_to_bytes(prepared: Prepared) -> tuple[Tensor, Tensor]:
     step = torch.full((rows,), torch.nan)
     given = program.arguments(
         {**pointed(terms[0], True), "y": weight, "partial": step}, rows=rows, columns=columns,
-        second=(numbers["second_rows"], numbers["second_groups"]),
+        second_rows=numbers["second_rows"],
     )  # fmt: skip
     tuning, code = program.Tuning(), code_of(tensors, numbers)
     blocks = -(-rows // 16) * -(-given.steps // code.steps_of_warp) * 32 // tuning.threads + 1
@@ -144,7 +162,7 @@ def sparse(x: Tensor, prepared: Prepared) -> Tensor:
     macros = [f"-D{macro}={value}" for macro, value in code.definitions(most, half).items()]
     library = _library((*macros, f"-DENTRY={code.entry}"), code.source)
     shared = code.shared_memory(most, x.shape[1])
-    library.run(0, ctypes.byref(given), *code.grid(prepared.rows, 2), 32 * code.WARPS, shared)
+    library.run(0, ctypes.byref(given), *code.grid(prepared.rows, 2), 32 * code.warps, shared)
     return y
 
 

@@ -121,6 +121,11 @@ device unsigned of_lane(unsigned value, int lane) {
   warp_barrier();
   return found;
 }
+device unsigned max_of_warp(unsigned value) {
+  unsigned most = 0;
+  for (int lane = 0; lane < 32; ++lane) most = std::max(most, of_lane(value, lane));
+  return most;
+}
 device float of_lane(float value, int lane) {
   unsigned bits;
   memcpy(&bits, &value, 4);
@@ -203,6 +208,10 @@ device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsig
     }
   }
   warp_barrier();
+}
+device void multiply_alone(float (&product)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  memset(product, 0, sizeof product);
+  multiply(product, a, b0, b1);
 }
 device float absolute(float value) { return std::fabs(value); }
 device float max_of(float a, float b) { return std::fmax(a, b); }

@@ -10,6 +10,7 @@ from rarefy.formats.grids import FloatGrid, Grid, IntegerGrid, LutGrid
 from rarefy.formats.patterns import Groups
 from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms import Quantized, Sparse, Term
+from rarefy.formats.terms.plain import Residual
 from rarefy.kernels.activations import quantize_tokens
 from rarefy.kernels.cuda.linear import _decode
 from rarefy.kernels.cuda.prepared import NotCovered, prepare
@@ -83,6 +84,24 @@ def test_every_way_to_cut_the_work_up(tuning: Tuning, tokens: int) -> None:
     term = quantized(GRIDS["int4-integer"], PATTERNS["full"], 50, 700)
     assert product([term], tuning, tokens, torch.bfloat16) < 4e-3
     assert product([term, residual(50, 700)], tuning, tokens) < 6e-4
+
+
+@pytest.mark.parametrize(
+    ("tuning", "tokens"),
+    [
+        (Tuning(1, 1, 1, 2, 2, spread=True), 1), (Tuning(2, 1, 2, 1, 3), 11),
+        (Tuning(1, 2, 8, 1, 1, 3, 2, wide=True), 11),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_outliers_of_long_rows(tuning: Tuning, tokens: int) -> None:
+    """What no quad has room for follows in a list."""
+    chosen = torch.rand(50, 700) < 0.02
+    chosen[[3, 12, 49]] |= torch.rand(3, 700) < 0.5
+    outliers = Residual.from_weight(torch.randn(50, 700), chosen)
+    made = prepare(*outliers.operation())  # type: ignore[misc]
+    assert made.tensors["rest"].numel() > 300 and made.tensors["entries"].numel() > 500
+    assert product([quantized(GRIDS["int4-integer"], PATTERNS["full"], 50, 700), outliers], tuning, tokens) < 6e-4
 
 
 EVERY_KIND = [
@@ -169,6 +188,24 @@ def sparse_product(term: Term) -> None:
 def test_kept_groups(index: str, zero: str, size: int) -> None:
     grid = IntegerGrid(num_bits=4, group_size=size, zero=zero)  # type: ignore[arg-type]
     sparse_product(quantized(grid, Groups(size=size, index=index), 43, 37 * 32))  # type: ignore[arg-type]
+
+
+def test_kept_groups_of_wide_rows() -> None:
+    """More pieces than a byte counts; rows that keep nothing, others nearly all."""
+    rows, columns = 19, 300 * 16
+    chosen = torch.rand(rows, columns // 16) < torch.linspace(0, 1, rows)[:, None]
+    grid, own = IntegerGrid(num_bits=4, group_size=16), Groups(size=16, index="csr")
+    codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
+    params = {"scale": torch.rand(rows, columns // 16).half()}
+
+    def term_of(chosen: Tensor) -> Quantized:
+        return Quantized.from_codes(codes, params, grid, pattern=own, mask=chosen.repeat_interleave(16, 1))
+
+    sparse_product(term_of(chosen | (torch.arange(columns // 16) % 30 == 29) & (torch.arange(rows) > 0)[:, None]))
+    apart = torch.zeros_like(chosen)
+    apart[3, [0, 299]] = True
+    with pytest.raises(NotCovered, match="columns apart"):
+        prepare(*term_of(apart).operation())
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,8 @@ device void bring(const Arguments& a, u8* stages, u64* full, u64* empty, int beg
 // block. Lanes are tokens, two of them a word. A row's entries are on their way while the row before is added up.
 
 #if OUTLIERS
+#include "outliers.cuh"
+
 static_assert(ACROSS > 4, "warps that have nothing else to do");
 static_assert(WIDTH == 16 || WIDTH == 32 || WIDTH == 64 || WIDTH == 128, "words of tokens for all lanes");
 constexpr int LANES = WIDTH < 64 ? WIDTH / 2 : 32, ENTRIES_AT_ONCE = 32 / LANES, WORDS = WIDTH / 2 / LANES;
@@ -73,17 +75,21 @@ device void add_outliers(const Arguments& a, int first_row, int token_tile, int 
   const u32* tokens = reinterpret_cast<const u32*>(a.turned);
   tokens += i64(token_tile) * a.steps * STEP * (WIDTH / 2) + lane % LANES * WORDS;
   const int last = first_row + ROWS < a.rows ? first_row + ROWS : a.rows;
-  const auto pointer_of = [&](int row) { return load_once(a.row_ptr + (row < a.rows ? row : a.rows)); };
-  const auto entry_at = [&](u32 at, u32 end) { return at < end ? load_once(a.entries + at) : 0; };
-  u32 begin = pointer_of(first_row + which), end = pointer_of(first_row + which + 1);
-  u32 next_begin = pointer_of(first_row + which + 3), next_end = pointer_of(first_row + which + 4);
-  u32 mine = entry_at(begin + lane, end);
+  const int held = 4 * a.quads;
+  const auto entry_at = [&](int row, int at) {
+    const uint2* own = a.entries + (i64(row / 16) * a.quads + at / 4) * 32 + row % 8 * 4 + at % 4;
+    return at < held && row < last ? load_near(reinterpret_cast<const u32*>(own) + row / 8 % 2) : 0;
+  };
+  u32 mine = entry_at(first_row + which, lane);
   for (int row = first_row + which; row < last; row += 3) {
-    const u32 coming = entry_at(next_begin + lane, next_end);
-    const u32 later_begin = pointer_of(row + 6), later_end = pointer_of(row + 7);
+    const u32 coming = entry_at(row + 3, lane);
+    const Rest rest = rest_of(a, row);
+    const int end = held + rest.end - rest.begin;
     float sums[WORDS][2] = {};
-    for (u32 first = begin; first < end; first += 32) {
-      if (first > begin) mine = entry_at(first + lane, end);
+    for (int first = 0; first < end; first += 32) {
+      const int at = first + lane;
+      if (first > 0) mine = entry_at(row, at);
+      if (at >= held) mine = at < end ? load_near(a.rest + rest.begin + at - held) : 0;
       const int left = end - first < 32 ? end - first : 32;
       for (int k = 0; k < left; k += BATCH * ENTRIES_AT_ONCE) {
         u32 words[BATCH][WORDS];
@@ -98,8 +104,7 @@ device void add_outliers(const Arguments& a, int first_row, int token_tile, int 
         for (int n = 0; n < BATCH; ++n) {
           const int at = k + n * ENTRIES_AT_ONCE + lane / LANES;
           const u32 entry = of_lane(mine, at < 32 ? at : 31);
-          float value = OUTLIERS == F16 ? half_value(u16(entry >> 16)) : as_float(entry & 0xFFFF0000u);
-          value = at < left ? value : 0.0f;
+          const float value = at < left ? value_of(entry) : 0.0f;
 #pragma unroll
           for (int w = 0; w < WORDS; ++w) {
             sums[w][0] += value * widened(u16(words[n][w]));
@@ -108,7 +113,7 @@ device void add_outliers(const Arguments& a, int first_row, int token_tile, int 
         }
       }
     }
-    begin = next_begin, end = next_end, next_begin = later_begin, next_end = later_end, mine = coming;
+    mine = coming;
     float* to = a.extra + (i64(token_tile) * a.rows + row) * WIDTH + lane % LANES * (2 * WORDS);
 #pragma unroll
     for (int w = 0; w < WORDS; ++w)

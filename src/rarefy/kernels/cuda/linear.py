@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -30,6 +30,8 @@ from rarefy.kernels.cuda.prepared import (
     PAIRS,
     Prepared,
     code_of,
+    entries_of,
+    kept_of,
     sparse_code_of,
 )
 from rarefy.kernels.prepared import flat, library
@@ -146,7 +148,7 @@ def _in_bytes(term: Term, x: Tensor) -> tuple[Tensor, Tensor] | None:
     step = weight.new_empty(rows, dtype=torch.float32)
     given = program.arguments(
         {**pointed(term, half), "y": weight, "partial": step}, rows=rows, columns=columns,
-        second=(numbers["second_rows"], numbers["second_groups"]),
+        second_rows=numbers["second_rows"],
     )  # fmt: skip
     program.dequantize(code, given, half, x.device, to_bytes=True)
     return weight, step
@@ -180,7 +182,8 @@ def pointed_sparse(term: Term) -> dict[str, Tensor | None]:
     """The tensors that kernels of kept weights read, by their names."""
     present = {name: tensor if tensor.numel() else None for name, tensor in term[0].items()}
     return {
-        **{name: present[name] for name in ("codes", "scale", "bitmap")}, "zero": present["zero_point"],
+        **{name: present[name] for name in ("codes", "scale", "bitmap", "places", "bases")},
+        "zero": present["zero_point"],
         "row_ptr": present["row_ptr" if term[1]["kind"] == GROUPS else "starts"],
     }  # fmt: skip
 
@@ -248,17 +251,17 @@ def _product(
     tensors, numbers, multiplier = term
     code, tokens, rows = code_of(tensors, numbers), x.shape[0], numbers["rows"]
     half = x.dtype == torch.float16
-    entries: dict[str, Tensor] = {}
+    entries: dict[str, Tensor | None] = {}
     if outliers is not None:
-        code = replace(code, outliers=torch.float16 if outliers[1]["half"] else torch.bfloat16)
-        entries = {"entries": outliers[0]["entries"], "row_ptr": outliers[0]["row_ptr"]}
+        code = code.with_outliers(torch.float16 if outliers[1]["half"] else torch.bfloat16, x.shape[1])
+        entries = pointed_entries(outliers[0])
     chosen = tuning.choose_with(ending, code, rows, x.shape[1], tokens, x.device)
     y = x.new_empty(tokens, rows) if y is None else y
     work = program.workspace(code, chosen, rows, x.shape[1], tokens, x.device)
     given = program.arguments(
         {**pointed(term, half), **entries, **work, **(more or {}), "x": x, "y": y},
         rows=rows, columns=x.shape[1], tokens=tokens, stride=x.stride(0),
-        second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier, eps=eps,
+        second_rows=numbers["second_rows"], multiplier=multiplier, eps=eps,
     )  # fmt: skip
     program.linear(code, chosen, given, half, x.device, ending)
     return y
@@ -273,6 +276,12 @@ def pointed(term: Term, half: bool) -> dict[str, Tensor | None]:
     }  # fmt: skip
 
 
+def pointed_entries(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """The tensors of outliers that kernels read, by their names."""
+    some = tensors["rest"].numel() > 0
+    return {"entries": tensors["entries"], **{name: tensors[name] if some else None for name in ("rest", "rest_ptr")}}
+
+
 def problem_of(made: prepared.Prepared) -> Problem | None:
     """What is measured of a term; None for one that is no codes."""
     (term,) = terms_of(*flat([made])[:3])
@@ -280,8 +289,7 @@ def problem_of(made: prepared.Prepared) -> Problem | None:
     if numbers["kind"] != CODES:
         return None
     own = {name: tensor for name, tensor in pointed(term, False).items() if tensor is not None}
-    second = numbers["second_rows"], numbers["second_groups"]
-    return Problem(code_of(tensors, numbers), own, numbers["rows"], numbers["columns"], second)
+    return Problem(code_of(tensors, numbers), own, numbers["rows"], numbers["columns"], numbers["second_rows"])
 
 
 def _portable(x: Tensor, term: Term) -> Tensor | None:
@@ -310,11 +318,11 @@ def _dense(terms: Sequence[Term], rows: int, columns: int, dtype: torch.dtype) -
     half = dtype == torch.float16
     given = program.arguments(
         {**pointed(codes[0], half), "y": weight}, rows=rows, columns=columns,
-        second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
+        second_rows=numbers["second_rows"], multiplier=multiplier,
     )  # fmt: skip
     program.dequantize(code_of(tensors, numbers), given, half, weight.device)
     for own, more, _ in lists:
-        values, column = packing.unpack_entries(own["entries"], torch.float16 if more["half"] else torch.bfloat16)
+        values, column = packing.unpack_entries(entries_of(own), torch.float16 if more["half"] else torch.bfloat16)
         counts = own["row_ptr"][0].diff()
         row = torch.repeat_interleave(
             torch.arange(rows, device=column.device), counts, output_size=column.numel()
@@ -342,7 +350,7 @@ def _values(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: flo
     if numbers["kind"] == MASKED:
         return _values_of_masked(tensors, numbers, multiplier)
     if numbers["kind"] != CODES:
-        return decode.decode_csr(tensors["entries"], tensors["row_ptr"], bool(numbers["half"]), rows, columns)
+        return decode.decode_csr(entries_of(tensors), tensors["row_ptr"], bool(numbers["half"]), rows, columns)
     size = numbers["group_size"] or columns
     code = code_of(tensors, numbers)
 
@@ -384,14 +392,10 @@ def _values(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: flo
 
 
 def _values_of_groups(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: float) -> Tensor:
-    size, columns = numbers["group_size"], numbers["columns"]
-    octets = tensors["codes"]
-    codes = torch.stack([octets & 15, octets >> 4], -1).flatten(1).float()
-    zero = tensors["zero_point"]
-    values = codes - (zero.float().unsqueeze(1) if zero.numel() else numbers["center"])
-    chosen = packing.unpack_bitmap(tensors["bitmap"], columns // size)
-    weight = torch.zeros(*chosen.shape, size, device=octets.device)
-    weight[chosen] = values * tensors["scale"].float().unsqueeze(1) * multiplier
+    chosen, groups, scale, zero = kept_of(tensors, numbers)
+    values = groups.float() - (numbers["center"] if zero is None else zero.float().unsqueeze(1))
+    weight = torch.zeros(*chosen.shape, groups.shape[1], device=groups.device)
+    weight[chosen] = values * scale.float().unsqueeze(1) * multiplier
     return weight.flatten(1)
 
 

@@ -75,7 +75,7 @@ def by_rule(code: Code, rows: int, columns: int, tokens: int, capability: tuple[
     wide, overlap = capability == (9, 0), capability >= (9, 0)
     loads = code.step * code.bits // 256
     if tokens == 1:
-        return fitted(code, _of_one_token(code, overlap))
+        return fitted(code, _of_one_token(code, rows, overlap))
     if tokens <= 16:
         along = 16 if tokens <= 8 and rows <= NARROW else 8
         return Tuning(2 if loads < 4 else 1, -(-tokens // 8), along=along, depth=1, overlap=overlap)
@@ -89,13 +89,15 @@ def by_rule(code: Code, rows: int, columns: int, tokens: int, capability: tuple[
     return next((each for each in fitting if each.shared_memory(code) <= MOST_SHARED), replace(own, stages=2))
 
 
-def _of_one_token(code: Code, overlap: bool) -> Tuning:
-    """The rule for one token: about as many bytes on their way for each number of bits."""
+def _of_one_token(code: Code, rows: int, overlap: bool) -> Tuning:
+    """The rule for one token: about as many bytes on their way for each number of bits, and more warps to a row where
+    there are few rows."""
     few = code.step * code.bits // 256 < 2  # loads of a step
-    if code.parts > 4:
-        return Tuning(tiles=2, across=2, along=4, depth=1, spread=True, overlap=overlap)
-    depth = 1 if few or code.outliers is not None else 2
-    return Tuning(tiles=4 if few else 1, depth=depth, spread=True, overlap=overlap)
+    small = code.parts > 4
+    if rows <= NARROW and not few:
+        return Tuning(along=16, depth=1 if small or code.outliers is not None else 2, spread=True, overlap=overlap)
+    tiles = 4 if few else 2 if small else 1
+    return Tuning(tiles=tiles, depth=1 if few or small else 2, spread=True, overlap=overlap)
 
 
 def _wide(code: Code, rows: int, tokens: int) -> Tuning:

@@ -111,6 +111,17 @@ def linear_table() -> str:
     return "\n\n".join(parts) or UNMEASURED
 
 
+def rates_table() -> str:
+    """How fast tensor cores multiply, one table for each device."""
+    parts = []
+    for data in results("*/gpu_rates.json"):
+        lines = ["| numbers | products a second | times bf16 |", "|---" * 3 + "|"]
+        for row in data["rows"]:
+            lines.append(f"| {row['job']} | {row['tera_products']:.0f} x 10^12 | {row['ratio']:.2f} |")
+        parts.append("\n".join([*lines, "", measured_on(data)]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
 # What README shows: file, which rows, and what they are in words.
 SHOWN: list[tuple[str, dict[str, Any], str]] = [
     ("cpu_decode", {"job": "decode after 128", "peer": "demo-q4_0"}, "SmolLM2 decoding, one CPU thread, 4.4 bits"),
@@ -153,4 +164,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-decode": gpu_decode_table,
     "gpu-step": step_table,
     "gpu-linear": linear_table,
+    "gpu-rates": rates_table,
 }

@@ -179,11 +179,16 @@ device float absolute(float value) { return fabsf(value); }
 device float max_of(float a, float b) { return fmaxf(a, b); }
 device float quotient(float a, float b) { return __fdividef(a, b); }  // but for the last bits
 device float inverse_root(float value) { return rsqrtf(value); }
-#if defined(FLOAT8) && FLOAT8 && __CUDA_ARCH__ >= 890
+#if __CUDA_ARCH__ >= 890
 // The nearest numbers of E4M3, never infinite.
 device u16 e4m3_pair(float low, float high) {
   u16 pair;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+device u16 e4m3_of_halves(u32 halves) {
+  u16 pair;
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(pair) : "r"(halves));
   return pair;
 }
 #endif
@@ -201,6 +206,7 @@ device void reduce_over_block(float& sum, float& most, float* shared) {
   for (int n = 0; n < warps; ++n) sum += shared[n], most = fmaxf(most, shared[32 + n]);
 }
 device float sum_of_warp(float value) { return sum_of_lanes<32>(value); }
+device u32 max_of_warp(u32 value) { return __reduce_max_sync(0xFFFFFFFFu, value); }
 device u32 of_lane(u32 value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
 device float of_lane(float value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
 device u32 of_lane_xor(u32 value, int distance) { return __shfl_xor_sync(0xFFFFFFFFu, value, distance); }
@@ -268,6 +274,16 @@ device u32 chosen(u32 word, u32 mask, u32 others) {
   return d;
 }
 device u32 permuted(u32 a, u32 b, u32 bytes) { return __byte_perm(a, b, bytes); }
+device void multiply_alone(float (&product)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  if constexpr (HALF)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+        : "=f"(product[0]), "=f"(product[1]), "=f"(product[2]), "=f"(product[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+        : "=f"(product[0]), "=f"(product[1]), "=f"(product[2]), "=f"(product[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
 device void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   if constexpr (HALF)
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

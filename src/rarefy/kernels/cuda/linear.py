@@ -39,7 +39,7 @@ from rarefy.kernels.reference import decode
 
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 MOST_TOKENS = 128  # beyond, a dequantized weight and the library's product take less time
-MOST_TOKENS_WIDE = 1024  # where four warps can multiply together
+MOST_TOKENS_WIDE = 768  # where four warps can multiply together
 MOST_TOKENS_OF_SMALL_GROUPS = 64  # there, since every 16 or 32 columns are scaled apart
 MOST_APART = 1 << 22  # numbers from a token to the next, so that 32 bits count them
 MOST_TOKENS_OF_16_BITS = 64  # up to which reading the weight is all that counts, so that activations stay exact

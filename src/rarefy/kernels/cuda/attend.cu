@@ -64,8 +64,9 @@ shared_memory(pool);
 
 constexpr int THREADS = 32 * WARPS, D = 128, TILE = 128, STEPS = 8;
 constexpr int K_GROUPS = TILE / K_GROUP, V_GROUPS = D / V_GROUP;
-constexpr bool FOLDED = K_KIND == CHANNEL && K_GROUPS == 1;  // scales go into the query
-constexpr bool K_AFFINE = K_KIND == CHANNEL && K_GROUPS > 1, V_AFFINE = V_KIND == TOKEN && V_GROUPS > 1;
+constexpr bool K_CORRECTED = K_ENTRIES + K_RANK > 0, V_CORRECTED = V_ENTRIES + V_RANK > 0;
+constexpr bool FOLDED = K_KIND == CHANNEL && K_GROUPS == 1 && !K_CORRECTED;  // scales go into the query
+constexpr bool K_AFFINE = K_KIND == CHANNEL && !FOLDED, V_AFFINE = V_KIND == TOKEN && (V_GROUPS > 1 || V_CORRECTED);
 constexpr float K_UP = FOLDED ? 16.0f : 1.0f, V_UP = 16.0f;  // keeps products with scales normal
 constexpr float STEP_UP = 16.0f;                             // steps are taken so much smaller where groups meet
 constexpr int MIDDLE = 3;                                    // the shift whose codes meet the query as it is
@@ -81,17 +82,14 @@ constexpr int K_SPAN = K_KIND == CHANNEL ? 256 * K_GROUPS : K_SCALE ? 256 : 0;  
 constexpr int V_SPAN = V_KIND == TOKEN ? 256 * V_GROUPS : V_KIND == PRODUCT ? 0 : 256;
 constexpr int K_ZERO_SPAN = K_KIND == CHANNEL || K_KIND == TOKEN || K_OFFSET ? K_SPAN : 0;
 constexpr int V_ZERO_SPAN = V_KIND == TOKEN || V_OFFSET ? V_SPAN : 0;
-constexpr int BUFFER = K_SPAN + K_ZERO_SPAN + V_SPAN + V_ZERO_SPAN;
+constexpr int START_SPAN = TURNED ? 8 * D : 0;  // cosines and sines of a tile's first position
+constexpr int BUFFER = K_SPAN + K_ZERO_SPAN + V_SPAN + V_ZERO_SPAN + START_SPAN;
 constexpr int MAIN = SCALES + 2 * WARPS * BUFFER, SUMS = WARPS * 4 * 8 * (D + 2);
 constexpr int ASKED = MAIN > SUMS ? MAIN : SUMS;       // float: the query for exact keys, then for keys in code
-constexpr int REST = ASKED + 2 * 4 * GROUP_HEADS * D;  // per warp: what `take_rest` leaves, numbers
+constexpr int CENTERS = ASKED + 2 * 4 * GROUP_HEADS * D;  // float: centers of channels, then spreads
+constexpr int REST = CENTERS + (K_SPREAD ? 8 * D : 0);    // per warp: what `take_rest` leaves, numbers
 constexpr int REST_PARTS = V_ROTATED ? 2 : 1, REST_OF_WARP = REST_PARTS * GROUP_HEADS * D + 16;
-constexpr bool K_CORRECTED = K_ENTRIES + K_RANK > 0, V_CORRECTED = V_ENTRIES + V_RANK > 0;
-constexpr int LISTS = TILE * (K_ENTRIES > V_ENTRIES ? K_ENTRIES : V_ENTRIES) * (2 + INDEX_BYTES);
-constexpr int FACTORS = 2 * (TILE + D) * (K_RANK > V_RANK ? K_RANK : V_RANK);
 constexpr int CORRECTIONS = REST + WARPS * 4 * REST_OF_WARP;  // per warp: see attend_corrections.cuh
-constexpr int CORRECTIONS_OF_WARP =
-    K_CORRECTED || V_CORRECTED ? 4 * GROUP_HEADS * (TILE + D + (TURNED ? D : 0)) + D + LISTS + FACTORS : 0;
 
 device float power(int exponent) { return as_float(u32(127 + exponent) << 23); }
 device float never() { return as_float(0xFF800000u); }  // minus infinity: the score of what is not there
@@ -165,12 +163,14 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   u8* buffers = pool + SCALES + warp * 2 * BUFFER;
   const Corrections corrections = corrections_at(pool + CORRECTIONS + warp * CORRECTIONS_OF_WARP);
   const int number = warp * a.splits + split;  // of this warp, so that few tiles are shared by all blocks
+  const float* starts = a.starts + pair / a.heads * a.count_of_starts * 2 * D;
   int tile = number, parity = 0;
   Places here = {}, next = {};
   if (tile < a.tiles) {
     here = places_of(a.places, a.tiles, tile, pair, a.heads);
-    copy_scales(buffers, here, lane);
-    copy_corrections<K_ENTRIES, K_RANK>(corrections, here.k_out, here.k_out_at, here.k_left, here.k_right, lane);
+    copy_scales(buffers, here, starts + i64(tile) * 2 * D, lane);
+    copy_corrections<K_ENTRIES, K_RANK>(corrections.k_list, here.k_out, here.k_out_at, here.k_left, here.k_right, lane);
+    copy_corrections<V_ENTRIES, V_RANK>(corrections.v_list, here.v_out, here.v_out_at, here.v_left, here.v_right, lane);
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) fetch_keys(ring[step], here.k_codes, step, g, t, a.heads);
   }
@@ -179,23 +179,26 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   u32* turns = reinterpret_cast<u32*>(pool + TURNS);
   if constexpr (TURNED) fill_turns(turns, a.turns);
   commit_copies();
+  clear_scattered(corrections, lane);
   float* asked = reinterpret_cast<float*>(pool + ASKED);
   float* asked_coded = asked + GROUP_HEADS * D;
   for (int n = threadIdx.x; n < GROUP_HEADS * D; n += THREADS) {
     asked[n] = number_at<QUERY>(a.query, pair * GROUP_HEADS * D + n) * a.scaling;
     asked_coded[n] = K_ROTATED ? asked[n] * a.k_signs[n % D] * HADAMARD : asked[n];
   }
+  float *center = reinterpret_cast<float*>(pool + CENTERS), *spread = center + D;
+  if constexpr (K_SPREAD)
+    for (int n = threadIdx.x; n < D; n += THREADS) {
+      center[n] = a.k_center[pair % a.heads * D + n];
+      spread[n] = a.k_spread[pair % a.heads * D + n];
+    }
   wait_for_copies<0>();
   block_barrier();
   if constexpr (K_ROTATED) hadamard(asked_coded, GROUP_HEADS);
 
   u32 query[STEPS][2];
   float query_sums[2];
-  const float *center = a.k_center + pair % a.heads * D, *spread = a.k_spread + pair % a.heads * D;
-  const float* starts = a.starts + pair / a.heads * a.count_of_starts * 2 * D;
   if constexpr (!TURNED) load_query(query, query_sums, asked_coded, center, spread, g, t);
-  if constexpr (V_CORRECTED)
-    for (int n = lane; n < GROUP_HEADS * D; n += 32) corrections.added[n] = 0.0f;
 
   float out[STEPS][4] = {}, under[4] = {};  // and what zeros take away from all of a row's sums
   float top[2] = {never(), never()}, total[2] = {}, lift[2] = {};
@@ -206,7 +209,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   for (; tile < a.tiles; tile += stride) {
     const bool more = tile + stride < a.tiles;
     if (more) next = places_of(a.places, a.tiles, tile + stride, pair, a.heads);
-    wait_for_copies<0>();
+    wait_for_copies<V_CORRECTED>();  // but for what corrects values
     warp_barrier();
     const u8* k_steps = buffers + parity * BUFFER;
     const u8 *k_zeros = k_steps + K_SPAN, *v_steps = k_zeros + K_ZERO_SPAN, *v_zeros = v_steps + V_SPAN;
@@ -214,9 +217,12 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     // ---- Scores: of rows g and g + 8 of product n, tokens `token_of` for two heads.
     float scores[STEPS][4] = {};
     float zeros[4] = {};
-    const float* start = starts + i64(tile) * 2 * D;
     Turned turned;
-    if constexpr (TURNED) turn_query(turned, corrections.turned, asked_coded, start, center, spread, g, t);
+    if constexpr (TURNED) {
+      const float* start = reinterpret_cast<const float*>(v_zeros + V_ZERO_SPAN);
+      turn_query(turned, corrections.turned, asked_coded, start, center, spread, g, t);
+    }
+    if constexpr (K_RANK > 0) score_low_rank(scores, corrections.k_factors, query, g, t);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
       u32(&slot)[MOST_WORDS] = ring[step % DEPTH];
@@ -224,7 +230,10 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         constexpr int WORDS = words_of(K_BITS, 16);
 #pragma unroll
         for (int n = 0; n < 4; ++n) settle_16<K_BITS>(slot + n * WORDS, g);
-        const int channel = 16 * step + 4 * t;
+        const auto channel_of = [&](int k, int half) { return 16 * step + 4 * (k / 2) + 2 * half + k % 2; };
+        int at[PUTS<K_ENTRIES>];
+        if constexpr (K_ENTRIES > 0) scatter<K_ENTRIES, true>(at, corrections.scattered, corrections.k_list, pair % a.heads, lane, channel_of);
+        const int channel = channel_of(2 * t, 0);
         u32 left = query[step][0], right = query[step][1];
         u32 steps[2];
         if constexpr (FOLDED) {
@@ -255,6 +264,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
           }
           multiply(scores[n], keys, left, right);
         }
+        if constexpr (K_ENTRIES > 0) add_scattered(scores, at, corrections.scattered, left, right, g, t);
       } else {
         constexpr int WORDS = K_KIND == PRODUCT ? 4 : words_of(K_BITS, 32);
         float second[4] = {};
@@ -302,14 +312,13 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       else fetch_values(slot, here.v_codes, ahead - STEPS, g, t, a.heads);
     }
 
-    if (more) copy_scales(buffers + (1 - parity) * BUFFER, next, lane);
-    commit_copies();
-
-    if constexpr (K_CORRECTED) score_corrections(corrections, turns, asked_coded, pair % a.heads, lane);
-    if constexpr (V_CORRECTED) {
-      copy_corrections<V_ENTRIES, V_RANK>(corrections, here.v_out, here.v_out_at, here.v_left, here.v_right, lane);
-      commit_copies();
+    if constexpr (K_ONE_BY_ONE) score_outliers(corrections, turns, asked_coded, pair % a.heads, lane);
+    if constexpr (K_CORRECTED) warp_barrier();
+    if (more) {
+      copy_scales(buffers + (1 - parity) * BUFFER, next, starts + i64(tile + stride) * 2 * D, lane);
+      copy_corrections<K_ENTRIES, K_RANK>(corrections.k_list, next.k_out, next.k_out_at, next.k_left, next.k_right, lane);
     }
+    commit_copies();
 
     // ---- Weights.
     float peak[2] = {top[0], top[1]};
@@ -339,7 +348,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         if constexpr (K_AFFINE) score = (score - zeros[part]) * STEP_UP;
         if constexpr (K_KIND == TOKEN || K_OFFSET) score += shift[row] * query_sums[head];
         if constexpr (K_SPREAD && !TURNED) score += query_sums[head];
-        if constexpr (K_CORRECTED)
+        if constexpr (K_ONE_BY_ONE)
           if (2 * t + head < GROUP_HEADS) score += corrections.beside[token_of(g, n, row) * GROUP_HEADS + 2 * t + head];
         scores[n][part] = score;
       }
@@ -370,8 +379,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       top[head] = peak[head];
       total[head] *= fade[head], lift[head] *= fade[head];
     }
-    u32 weights[STEPS][2];
-    if constexpr (V_CORRECTED) warp_barrier();  // scores have been read where weights come
+    u32 weights[STEPS][2], plain[STEPS][2];  // times scales, and as they are
 #pragma unroll
     for (int n = 0; n < STEPS; ++n) {
       u32 steps = 0, offsets = 0;
@@ -386,9 +394,6 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         for (int head = 0; head < 2; ++head) {
           shares[head] = power_of_two(scores[n][2 * row + head] - safe[head]);
           total[head] += shares[head];
-          if constexpr (V_CORRECTED)
-            if (2 * t + head < GROUP_HEADS)
-              corrections.beside[token_of(g, n, row) * GROUP_HEADS + 2 * t + head] = shares[head] * V_UP;
         }
         float up = V_UP;
         if constexpr (!V_AFFINE && V_KIND != PRODUCT) up *= half_value(u16(steps >> 16 * row));
@@ -401,6 +406,8 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
           lift[0] += shares[0] * V_UP * offset, lift[1] += shares[1] * V_UP * offset;
         }
         weights[n][row] = transposed(weights[n][row]);
+        if constexpr (V_CORRECTED)
+          plain[n][row] = V_AFFINE ? weights[n][row] : transposed(half_pair(shares[0] * V_UP, shares[1] * V_UP));
       }
     }
 #pragma unroll
@@ -411,12 +418,10 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     for (int part = 0; part < 4; ++part) under[part] *= fade[part % 2];
 
     if constexpr (V_CORRECTED) {
-      wait_for_copies<0>();
-      mix_corrections(corrections, fade, pair % a.heads, lane);
-    }
-    if constexpr (K_CORRECTED) {
-      if (more) copy_corrections<K_ENTRIES, K_RANK>(corrections, next.k_out, next.k_out_at, next.k_left, next.k_right, lane);
-      commit_copies();
+      if constexpr (K_ONE_BY_ONE) warp_barrier(), clear_scattered(corrections, lane);
+      wait_for_copies<1>();
+      warp_barrier();
+      if constexpr (V_RANK > 0) mix_low_rank(out, corrections.v_factors, plain, g, t);
     }
 
     // ---- Sums: of row g of product n, channel 16 g + 2 n; of row g + 8, the next.
@@ -425,6 +430,10 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       u32(&slot)[MOST_WORDS] = ring[step % DEPTH];
       constexpr int WORDS = V_KIND == PRODUCT ? 2 : words_of(V_BITS, 16);
       u32 even[2][WORDS], odd[2][WORDS], steps[2], entries[4][V_PARTS];
+      int at[PUTS<V_ENTRIES>];
+      if constexpr (V_ENTRIES > 0)
+        scatter<V_ENTRIES, V_AFFINE>(
+            at, corrections.scattered, corrections.v_list, pair % a.heads, lane, [&](int k, int half) { return token_of(k, step, half); });
       if constexpr (V_KIND != PRODUCT) {
 #pragma unroll
         for (int n = 0; n < 4; ++n) settle_16<V_BITS>(slot + n * WORDS, g);
@@ -477,6 +486,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         }
         multiply(out[n], values, weights[step][0], weights[step][1]);
       }
+      if constexpr (V_ENTRIES > 0) add_scattered(out, at, corrections.scattered, plain[step][0], plain[step][1], g, t);
       const int ahead = step + DEPTH;
       if (ahead < STEPS) fetch_values(slot, here.v_codes, ahead, g, t, a.heads);
       else if (more) fetch_keys(slot, next.k_codes, ahead - STEPS, g, t, a.heads);
@@ -484,6 +494,10 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     here = next;
     parity ^= 1;
     warp_barrier();
+    if constexpr (V_CORRECTED) {
+      if (more) copy_corrections<V_ENTRIES, V_RANK>(corrections.v_list, here.v_out, here.v_out_at, here.v_left, here.v_right, lane);
+      commit_copies();
+    }
   }
 
   // ---- Sums of all warps of the block.
@@ -505,9 +519,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       float up = 1.0f;
       if constexpr (V_KIND == TOKEN && !V_AFFINE) up = power(24 - shift_of(V_BITS, 2 * n + part / 2));
       if constexpr (V_AFFINE) up = STEP_UP;
-      float sum = (out[n][part] - under[part]) * up + lift[part % 2];
-      if constexpr (V_CORRECTED)
-        if (head < GROUP_HEADS) sum += corrections.added[channel * GROUP_HEADS + head];
+      const float sum = (out[n][part] - under[part]) * up + lift[part % 2];
       if (head < GROUP_HEADS) sums[(warp * 8 + head) * D + channel] = sum / V_UP;
     }
   if (g == 0)

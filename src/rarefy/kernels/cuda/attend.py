@@ -18,6 +18,7 @@ from rarefy.kernels.cuda import driver
 SOURCE = Path(__file__).with_name("attend.cu")
 TILE, PIECE, CHANNELS, MOST_HEADS = 128, 32, 128, 8
 PIECES = TILE // PIECE
+MOST_RANK = 8  # rows of a product
 BLOCKS_OF_REST = 8  # that share what fills no tile
 TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 LOG2E = 1.4426950408889634
@@ -72,6 +73,8 @@ def fits(keys: Tiles, values: Tiles, channels: int, heads: int) -> bool:
         return False
     if _tensors(values) == 1 and values.kind == "table":
         return False
+    if keys.kind == "token" and (keys.outliers or keys.low_rank):
+        return False
     sides = keys, values
     blocked = any(side.low_rank or (side.outliers and not side.joined) for side in sides)
     if blocked and (keys.joined or any(side.block != TILE for side in sides)):
@@ -82,7 +85,8 @@ def fits(keys: Tiles, values: Tiles, channels: int, heads: int) -> bool:
 def _fits(side: Tiles) -> bool:
     if side.kind in ("channel", "token") and (side.outliers or side.low_rank):
         axis = side.kind if side.outliers is None else side.outliers.axis
-        return axis == side.kind and _fits(replace(side, outliers=None, low_rank=None))
+        few = side.low_rank is None or not side.low_rank.runs or side.low_rank.rank <= MOST_RANK
+        return axis == side.kind and few and _fits(replace(side, outliers=None, low_rank=None))
     if side.low_rank is not None or (side.kind != "table" and (side.outliers or side.affine or side.joined)):
         return False
     if side.outliers is not None and not side.joined:
@@ -183,18 +187,23 @@ class Program:
     def shared_memory(self) -> int:
         """Bytes of a block."""
         tables = self.keys.table + (0 if self.same_table else self.values.table)
-        scales = 2 * self.shape.warps * (self.keys.scales + self.values.scales)
+        turned = int(self.turned)
+        scales = 2 * self.shape.warps * (self.keys.scales + self.values.scales + 8 * CHANNELS * turned)
         sums = self.shape.warps * 4 * MOST_HEADS * (CHANNELS + 2)
         rest = 4 * (self.group_heads * CHANNELS * (1 + self.rotated[1]) + 2 * MOST_HEADS)
-        turns = 4 * TURN_WORDS * TILE if self.turned else 0
-        most, rank = max(self.keys.entries, self.values.entries), max(self.keys.rank, self.values.rank)
-        corrections = 0
-        if most or rank:
-            index_bytes = min(self.keys.index_bytes, self.values.index_bytes)
-            beside = 4 * self.group_heads * (TILE + (1 + self.turned) * CHANNELS) + CHANNELS
-            corrections = beside + TILE * most * (2 + index_bytes) + 2 * (TILE + CHANNELS) * rank
-        both = 8 * self.group_heads * CHANNELS  # queries
-        return max(tables + turns + scales, sums) + both + self.shape.warps * (rest + corrections)
+        turns = 4 * TURN_WORDS * TILE * turned
+        both = 8 * self.group_heads * CHANNELS + 8 * CHANNELS * self.keys.affine  # queries, and centers and spreads
+        return max(tables + turns + scales, sums) + both + self.shape.warps * (rest + self._corrections)
+
+    @property
+    def _corrections(self) -> int:
+        """Bytes of a warp's lists and matrices, and what it makes of them."""
+        one_by_one = self.keys.entries > 0 and self.keys.kind != "channel"
+        scattered = 32 * CHANNELS if self.values.entries or (self.keys.entries and not one_by_one) else 0
+        beside = 4 * self.group_heads * (TILE + CHANNELS * self.turned) if one_by_one else 0
+        entries, rank = self.keys.entries + self.values.entries, self.keys.rank + self.values.rank
+        index_bytes = min(self.keys.index_bytes, self.values.index_bytes)
+        return max(scattered, beside) + TILE * entries * (2 + index_bytes) + 2 * (TILE + CHANNELS) * rank
 
     @property
     def threads(self) -> int:

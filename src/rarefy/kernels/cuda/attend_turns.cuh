@@ -15,12 +15,9 @@ struct Turned {
   u32 straight[STEPS][2], crossed[STEPS][2], center[STEPS][2];
 };
 
-device void four_numbers(float (&x)[4], const uint4& all) {
+device void four_shared(float (&x)[4], const float* from) {
+  const uint4 all = *reinterpret_cast<const uint4*>(from);
   x[0] = as_float(all.x), x[1] = as_float(all.y), x[2] = as_float(all.z), x[3] = as_float(all.w);
-}
-device void four_shared(float (&x)[4], const float* from) { four_numbers(x, *reinterpret_cast<const uint4*>(from)); }
-device void four_global(float (&x)[4], const float* from) {
-  four_numbers(x, load_shared_by_all(reinterpret_cast<const uint4*>(from)));
 }
 // The query turned back by a tile's first position, of which `start` has cosines and sines; times the spread of channels,
 // but not what is `left` for outliers, [D][GROUP_HEADS]. What their centers add depends on the place alone: its cosines
@@ -32,7 +29,7 @@ device void turn_query(
     const int first = 32 * t + 4 * step;
     float x[4] = {}, y[4] = {}, cosines[4], sines[4], straight[4], crossed[4], middle[4] = {};
     if (g < GROUP_HEADS) four_shared(x, asked + g * D + first), four_shared(y, asked + g * D + (first + D / 2) % D);
-    four_global(cosines, start + first), four_global(sines, start + D + first);
+    four_shared(cosines, start + first), four_shared(sines, start + D + first);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const float partner = t < 2 ? y[k] : -y[k];  // the channel that turns with this one
@@ -43,7 +40,7 @@ device void turn_query(
     }
     if constexpr (K_SPREAD) {
       float centers[4], spreads[4];
-      four_global(centers, center + first), four_global(spreads, spread + first);
+      four_shared(centers, center + first), four_shared(spreads, spread + first);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float cosine = centers[k] * straight[k], sine = centers[k] * crossed[k];

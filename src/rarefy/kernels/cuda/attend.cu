@@ -1,6 +1,6 @@
 // Attention of one new token over keys and values in code: all query heads of one KV head, 128 channels.
 //
-// A warp takes tiles of 128 tokens. Its tensor-core products have codes as the left operand and query heads as columns,
+// A warp takes tiles of 128 tokens, or of 64, which are there sooner, where there are few. Its tensor-core products have codes as the left operand and query heads as columns,
 // so that codes need no padding, and numbers are taken out of words where they were loaded: a lane holds 16 neighbouring
 // tokens (of keys) or channels (of values), and which row of a product each of them is does not matter. The bits of a
 // uniform code are at once a float16 below the smallest normal one, `code * 2^(shift - 24)`, which products take without
@@ -16,8 +16,8 @@
 // row is that of all heads), K_ENTRIES, V_ENTRIES, INDEX_BYTES (outliers of a token, or of a channel of a tile, and their
 // indices), K_RANK, V_RANK (of a matrix that is added to a tile), K_ROTATED,
 // V_ROTATED (what is in code was turned by signs and a Hadamard matrix), SAME_TABLE, GROUP_HEADS, QUERY, EXACT (types of
-// the query and of what is not in code), SINKS, WARPS, BLOCKS (of a multiprocessor), DEPTH (eighths of a tile loaded
-// ahead); HALF is 1.
+// the query and of what is not in code), SINKS, WARPS, BLOCKS (of a multiprocessor), DEPTH (products' parts of a tile that
+// are loaded ahead), TILE (its tokens, 128 where keys are by channel); HALF is 1.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -62,7 +62,8 @@ struct Arguments {
 
 shared_memory(pool);
 
-constexpr int THREADS = 32 * WARPS, D = 128, TILE = 128, STEPS = 8;
+constexpr int THREADS = 32 * WARPS, D = 128;
+constexpr int STEPS = D / 16, ROWS = TILE / 16;  // that channels take in products, and tokens
 constexpr int K_GROUPS = TILE / K_GROUP, V_GROUPS = D / V_GROUP;
 constexpr bool K_CORRECTED = K_ENTRIES + K_RANK > 0, V_CORRECTED = V_ENTRIES + V_RANK > 0;
 constexpr bool FOLDED = K_KIND == CHANNEL && K_GROUPS == 1 && !K_CORRECTED;  // scales go into the query
@@ -78,8 +79,8 @@ constexpr int table_bytes(int kind, int bits) { return kind == TABLE ? 128 << 2 
 constexpr int K_TABLE = 0, V_TABLE = SAME_TABLE ? 0 : table_bytes(K_KIND, K_BITS);
 constexpr int TURNS = V_TABLE + (SAME_TABLE ? table_bytes(K_KIND, K_BITS) : table_bytes(V_KIND, V_BITS));
 constexpr int SCALES = TURNS + (TURNED ? 4 * 68 * TILE : 0);
-constexpr int K_SPAN = K_KIND == CHANNEL ? 256 * K_GROUPS : K_SCALE ? 256 : 0;  // bytes of a tile's scales, and of its zeros
-constexpr int V_SPAN = V_KIND == TOKEN ? 256 * V_GROUPS : V_KIND == PRODUCT ? 0 : 256;
+constexpr int K_SPAN = K_KIND == CHANNEL ? 256 * K_GROUPS : K_SCALE ? 2 * TILE : 0;  // bytes of a tile's scales, and of its zeros
+constexpr int V_SPAN = V_KIND == TOKEN ? 2 * TILE * V_GROUPS : V_KIND == PRODUCT ? 0 : 2 * TILE;
 constexpr int K_ZERO_SPAN = K_KIND == CHANNEL || K_KIND == TOKEN || K_OFFSET ? K_SPAN : 0;
 constexpr int V_ZERO_SPAN = V_KIND == TOKEN || V_OFFSET ? V_SPAN : 0;
 constexpr int START_SPAN = TURNED ? 8 * D : 0;  // cosines and sines of a tile's first position
@@ -215,7 +216,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     const u8 *k_zeros = k_steps + K_SPAN, *v_steps = k_zeros + K_ZERO_SPAN, *v_zeros = v_steps + V_SPAN;
 
     // ---- Scores: of rows g and g + 8 of product n, tokens `token_of` for two heads.
-    float scores[STEPS][4] = {};
+    float scores[ROWS][4] = {};
     float zeros[4] = {};
     Turned turned;
     if constexpr (TURNED) {
@@ -224,7 +225,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     }
     if constexpr (K_RANK > 0) score_low_rank(scores, corrections.k_factors, query, g, t);
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
+    for (int step = 0; step < ROWS; ++step) {
       u32(&slot)[MOST_WORDS] = ring[step % DEPTH];
       if constexpr (K_KIND == CHANNEL) {
         constexpr int WORDS = words_of(K_BITS, 16);
@@ -254,7 +255,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
           multiply(zeros, all, left, right);
         }
 #pragma unroll
-        for (int n = 0; n < STEPS; ++n) {
+        for (int n = 0; n < ROWS; ++n) {
           u32 keys[4];
 #pragma unroll
           for (int part = 0; part < 4; ++part) {
@@ -308,8 +309,8 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         for (int n = 0; n < 4; ++n) scores[step][n] += second[n];
       }
       const int ahead = step + DEPTH;
-      if (ahead < STEPS) fetch_keys(slot, here.k_codes, ahead, g, t, a.heads);
-      else fetch_values(slot, here.v_codes, ahead - STEPS, g, t, a.heads);
+      if (ahead < ROWS) fetch_keys(slot, here.k_codes, ahead, g, t, a.heads);
+      else fetch_values(slot, here.v_codes, ahead - ROWS, g, t, a.heads);
     }
 
     if constexpr (K_ONE_BY_ONE) score_outliers(corrections, turns, asked_coded, pair % a.heads, lane);
@@ -323,7 +324,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     // ---- Weights.
     float peak[2] = {top[0], top[1]};
 #pragma unroll
-    for (int n = 0; n < STEPS; ++n) {
+    for (int n = 0; n < ROWS; ++n) {
       float scale[2] = {1.0f, 1.0f}, shift[2] = {};
       if constexpr (FOLDED) {
 #pragma unroll
@@ -358,14 +359,14 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         const i64 token = a.sinks[pair / a.heads * SINKS + sink] - i64(tile) * TILE;
         if (token < 0 || token >= TILE) continue;
 #pragma unroll
-        for (int n = 0; n < STEPS; ++n)
+        for (int n = 0; n < ROWS; ++n)
 #pragma unroll
           for (int part = 0; part < 4; ++part)
             if (token_of(g, n, part / 2) == token) scores[n][part] = never();
       }
     }
 #pragma unroll
-    for (int n = 0; n < STEPS; ++n)
+    for (int n = 0; n < ROWS; ++n)
 #pragma unroll
       for (int part = 0; part < 4; ++part) peak[part % 2] = max_of(peak[part % 2], scores[n][part]);
     float safe[2], fade[2];
@@ -379,9 +380,9 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       top[head] = peak[head];
       total[head] *= fade[head], lift[head] *= fade[head];
     }
-    u32 weights[STEPS][2], plain[STEPS][2];  // times scales, and as they are
+    u32 weights[ROWS][2], plain[ROWS][2];  // times scales, and as they are
 #pragma unroll
-    for (int n = 0; n < STEPS; ++n) {
+    for (int n = 0; n < ROWS; ++n) {
       u32 steps = 0, offsets = 0;
       if constexpr (!V_AFFINE && V_KIND != PRODUCT) {
         steps = two_rows(v_steps, g, n);
@@ -426,7 +427,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
 
     // ---- Sums: of row g of product n, channel 16 g + 2 n; of row g + 8, the next.
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
+    for (int step = 0; step < ROWS; ++step) {
       u32(&slot)[MOST_WORDS] = ring[step % DEPTH];
       constexpr int WORDS = V_KIND == PRODUCT ? 2 : words_of(V_BITS, 16);
       u32 even[2][WORDS], odd[2][WORDS], steps[2], entries[4][V_PARTS];
@@ -488,8 +489,8 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       }
       if constexpr (V_ENTRIES > 0) add_scattered(out, at, corrections.scattered, plain[step][0], plain[step][1], g, t);
       const int ahead = step + DEPTH;
-      if (ahead < STEPS) fetch_values(slot, here.v_codes, ahead, g, t, a.heads);
-      else if (more) fetch_keys(slot, next.k_codes, ahead - STEPS, g, t, a.heads);
+      if (ahead < ROWS) fetch_values(slot, here.v_codes, ahead, g, t, a.heads);
+      else if (more) fetch_keys(slot, next.k_codes, ahead - ROWS, g, t, a.heads);
     }
     here = next;
     parity ^= 1;

@@ -65,10 +65,10 @@ device void scatter(int (&at)[PUTS<ENTRIES>], u16* to, const u8* list, int head,
   }
   warp_barrier();
 }
-template <int COUNT>
-device void add_scattered(float (&sums)[STEPS][4], const int (&at)[COUNT], u16* scattered, u32 first, u32 second, int g, int t) {
+template <int PRODUCTS, int COUNT>
+device void add_scattered(float (&sums)[PRODUCTS][4], const int (&at)[COUNT], u16* scattered, u32 first, u32 second, int g, int t) {
 #pragma unroll
-  for (int n = 0; n < STEPS; ++n) {
+  for (int n = 0; n < PRODUCTS; ++n) {
     const uint4 all = reinterpret_cast<const uint4*>(scattered)[row_of(8 * g + n) * 4 + t];
     const u32 words[4] = {all.x, all.y, all.z, all.w};
     multiply(sums[n], words, first, second);
@@ -80,14 +80,14 @@ device void add_scattered(float (&sums)[STEPS][4], const int (&at)[COUNT], u16* 
   warp_barrier();
 }
 
-// What outliers of keys by token add to scores. A lane has those of four tokens.
+// What outliers of keys by token add to scores. A lane has those of neighbouring tokens.
 device void score_outliers(const Corrections& own, const u32* turns, const float* asked, int head, int lane) {
-  constexpr int OWN = 4 * K_ENTRIES, AT_ONCE = 64, EACH = 4 / INDEX_BYTES, TOGETHER = 2;
+  constexpr int TOKENS = TILE / 32, OWN = TOKENS * K_ENTRIES, AT_ONCE = 64, EACH = 4 / INDEX_BYTES, TOGETHER = 2;
   const u8* indices = own.k_list + TILE * K_ENTRIES * 2;
-  const uint2* mine = reinterpret_cast<const uint2*>(indices + lane * OWN * INDEX_BYTES);
+  const u32* mine = reinterpret_cast<const u32*>(indices + lane * OWN * INDEX_BYTES);
   const u32 ours = head * D * (INDEX_BYTES == 1 ? 0x1010101u : 0x10001u);
   float sums[GROUP_HEADS] = {};
-  int current = 4 * lane;
+  int current = TOKENS * lane;
   const auto leave = [&](int place) {  // and all before it that have none
     for (; current < place; ++current)
 #pragma unroll
@@ -97,11 +97,10 @@ device void score_outliers(const Corrections& own, const u32* turns, const float
   for (int first = 0; first < OWN; first += AT_ONCE) {
     u64 found = 0;
 #pragma unroll
-    for (int n = first; n < OWN && n < first + AT_ONCE; n += 2 * EACH) {
-      const uint2 all = mine[n / (2 * EACH)];
+    for (int n = first; n < OWN && n < first + AT_ONCE; n += EACH) {
 #pragma unroll
-      for (int k = 0; k < 2 * EACH; ++k) {
-        const u32 index = ((k < EACH ? all.x : all.y) ^ ours) >> k % EACH * 8 * INDEX_BYTES & ((1 << 8 * INDEX_BYTES) - 1);
+      for (int k = 0; k < EACH; ++k) {
+        const u32 index = (mine[n / EACH] ^ ours) >> k * 8 * INDEX_BYTES & ((1 << 8 * INDEX_BYTES) - 1);
         if (n + k < first + AT_ONCE) found |= u64(index < D) << (n + k - first);
       }
     }
@@ -139,14 +138,14 @@ device void score_outliers(const Corrections& own, const u32* turns, const float
       }
     }
   }
-  leave(4 * lane + 4);
+  leave(TOKENS * (lane + 1));
 }
 
 device u32 pair_of(const u16* first, const u16* second, bool one, bool two) {
   return (one ? *first : 0) | u32(two ? *second : 0) << 16;
 }
 // What a matrix of low rank adds to scores, in steps of codes.
-device void score_low_rank(float (&scores)[STEPS][4], const u16* left, const u32 (&query)[STEPS][2], int g, int t) {
+device void score_low_rank(float (&scores)[ROWS][4], const u16* left, const u32 (&query)[STEPS][2], int g, int t) {
   const u16* right = left + TILE * K_RANK;
   float along[4] = {};  // of row g, a direction
 #pragma unroll
@@ -158,7 +157,7 @@ device void score_low_rank(float (&scores)[STEPS][4], const u16* left, const u32
   }
   const u32 met = transposed(half_pair(along[0] / STEP_UP, along[1] / STEP_UP));
 #pragma unroll
-  for (int n = 0; n < STEPS; ++n) {
+  for (int n = 0; n < ROWS; ++n) {
     u32 words[4] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -169,11 +168,11 @@ device void score_low_rank(float (&scores)[STEPS][4], const u16* left, const u32
   }
 }
 // What it adds to sums.
-device void mix_low_rank(float (&out)[STEPS][4], const u16* left, const u32 (&weights)[STEPS][2], int g, int t) {
+device void mix_low_rank(float (&out)[STEPS][4], const u16* left, const u32 (&weights)[ROWS][2], int g, int t) {
   const u16* right = left + TILE * V_RANK;
   float along[4] = {};
 #pragma unroll
-  for (int step = 0; step < STEPS; ++step) {
+  for (int step = 0; step < ROWS; ++step) {
     u32 words[4] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

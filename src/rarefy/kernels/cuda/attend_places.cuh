@@ -60,7 +60,7 @@ device void copy_scales(u8* buffer, const Places& p, const float* start, int lan
 // do, so that a load finds them side by side.
 device int token_of(int g, int n, int half) { return K_KIND == CHANNEL ? 16 * g + 2 * n + half : 16 * n + g + 8 * half; }
 
-// Eighth `step` of a tile's keys: 16 channels of all tokens, or all channels of 16 tokens.
+// Part `step` of a tile's keys: 16 channels of all tokens, or all channels of 16 tokens.
 device void fetch_keys(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g, int t, int heads) {
   if constexpr (K_KIND == CHANNEL) {
 #pragma unroll
@@ -73,7 +73,7 @@ device void fetch_keys(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g
       load_32<BITS>(slot + n * words_of(BITS, 32), codes + token_of(g, step, n) * (JOINED ? heads * K_ROW : K_ROW) + t * (K_ROW / 4));
   }
 }
-// Eighth `step` of a tile's values: four tokens of a lane, as products of weights have them.
+// Part `step` of a tile's values: four tokens of a lane, as products of weights have them.
 device void fetch_values(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g, int t, int heads) {
   constexpr int BITS = V_KIND == PRODUCT ? 4 : V_BITS;
 #pragma unroll

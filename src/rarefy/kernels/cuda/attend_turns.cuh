@@ -6,7 +6,7 @@
 constexpr int TURN_ROW = 68;  // words from one place to the next, so that lanes read different banks
 device int turn_at(int place, int two) { return place * TURN_ROW + 2 * two + (two >= 16 ? 2 : 0); }
 
-// Cosines and sines of two channels each, [128 places][32][2] words, to where `turn_at` finds them.
+// Cosines and sines of two channels each, [TILE places][32][2] words, to where `turn_at` finds them.
 device void fill_turns(u32* to, const u32* from) {
   for (int n = threadIdx.x; n < TILE * 64; n += THREADS) to[turn_at(n / 64, n % 64 / 2) + n % 2] = from[n];
 }

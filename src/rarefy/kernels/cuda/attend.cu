@@ -135,12 +135,24 @@ device void load_query(
   sums[0] = of_lane(sum, 8 * t), sums[1] = of_lane(sum, 8 * t + 4);
 }
 
+// `put(n, get(n))` for all n < COUNT by the whole block: of so many numbers at once, for whose first the others do not wait.
+template <int COUNT, class Get, class Put> device void fill(Get get, Put put) {
+  constexpr int AT_ONCE = 8;
+  for (int first = threadIdx.x; first < COUNT; first += AT_ONCE * THREADS) {
+    u32 found[AT_ONCE];
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; ++k) found[k] = first + k * THREADS < COUNT ? get(first + k * THREADS) : 0;
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; ++k)
+      if (first + k * THREADS < COUNT) put(first + k * THREADS, found[k]);
+  }
+}
+
 // A table for all lanes, or a codebook as it is.
 template <int KIND, int BITS> device void fill_table(u8* to, const u16* from) {
   if constexpr (KIND == TABLE) {
-#pragma unroll 8
-    for (int n = threadIdx.x; n < 32 << 2 * BITS; n += THREADS)
-      reinterpret_cast<u32*>(to)[n] = from[n / 32 % (1 << BITS)] | u32(from[n / 32 >> BITS]) << 16;
+    const auto two = [&](int n) { return from[n / 32 % (1 << BITS)] | u32(from[n / 32 >> BITS]) << 16; };
+    fill<32 << 2 * BITS>(two, [&](int n, u32 word) { reinterpret_cast<u32*>(to)[n] = word; });
   } else if constexpr (KIND == PRODUCT) {
     for (int n = threadIdx.x; n < 4096; n += THREADS) copy_async(to + 16 * n, from + 8 * n, true);
   }

@@ -8,7 +8,8 @@ device int turn_at(int place, int two) { return place * TURN_ROW + 2 * two + (tw
 
 // Cosines and sines of two channels each, [TILE places][32][2] words, to where `turn_at` finds them.
 device void fill_turns(u32* to, const u32* from) {
-  for (int n = threadIdx.x; n < TILE * 64; n += THREADS) to[turn_at(n / 64, n % 64 / 2) + n % 2] = from[n];
+  const auto put = [&](int n, u32 word) { to[turn_at(n / 64, n % 64 / 2) + n % 2] = word; };
+  fill<64 * TILE>([&](int n) { return from[n]; }, put);
 }
 
 struct Turned {

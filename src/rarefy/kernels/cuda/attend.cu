@@ -182,8 +182,8 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   if (tile < a.tiles) {
     here = places_of(a.places, a.tiles, tile, pair, a.heads);
     copy_scales(buffers, here, starts + i64(tile) * 2 * D, lane);
-    copy_corrections<K_ENTRIES, K_RANK>(corrections.k_list, here.k_out, here.k_out_at, here.k_left, here.k_right, lane);
-    copy_corrections<V_ENTRIES, V_RANK>(corrections.v_list, here.v_out, here.v_out_at, here.v_left, here.v_right, lane);
+    copy_k_corrections(corrections, here, lane);
+    if constexpr (!K_ONE_BY_ONE) copy_v_corrections(corrections, here, lane);
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) fetch_keys(ring[step], here.k_codes, step, g, t, a.heads);
   }
@@ -222,7 +222,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   for (; tile < a.tiles; tile += stride) {
     const bool more = tile + stride < a.tiles;
     if (more) next = places_of(a.places, a.tiles, tile + stride, pair, a.heads);
-    wait_for_copies<V_CORRECTED>();  // but for what corrects values
+    wait_for_copies<K_ONE_BY_ONE || V_CORRECTED>();  // but for corrections that come later
     warp_barrier();
     const u8* k_steps = buffers + parity * BUFFER;
     const u8 *k_zeros = k_steps + K_SPAN, *v_steps = k_zeros + K_ZERO_SPAN, *v_zeros = v_steps + V_SPAN;
@@ -325,12 +325,15 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       else fetch_values(slot, here.v_codes, ahead - ROWS, g, t, a.heads);
     }
 
-    if constexpr (K_ONE_BY_ONE) score_outliers(corrections, turns, asked_coded, pair % a.heads, lane);
-    if constexpr (K_CORRECTED) warp_barrier();
-    if (more) {
-      copy_scales(buffers + (1 - parity) * BUFFER, next, starts + i64(tile + stride) * 2 * D, lane);
-      copy_corrections<K_ENTRIES, K_RANK>(corrections.k_list, next.k_out, next.k_out_at, next.k_left, next.k_right, lane);
+    if constexpr (K_ONE_BY_ONE) {
+      wait_for_copies<0>();
+      warp_barrier();
+      score_outliers(corrections, turns, asked_coded, pair % a.heads, lane);
     }
+    if constexpr (K_CORRECTED) warp_barrier();
+    if (more) copy_scales(buffers + (1 - parity) * BUFFER, next, starts + i64(tile + stride) * 2 * D, lane);
+    if constexpr (K_ONE_BY_ONE) copy_v_corrections(corrections, here, lane);
+    else if (more) copy_k_corrections(corrections, next, lane);
     commit_copies();
 
     // ---- Weights.
@@ -432,7 +435,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
 
     if constexpr (V_CORRECTED) {
       if constexpr (K_ONE_BY_ONE) warp_barrier(), clear_scattered(corrections, lane);
-      wait_for_copies<1>();
+      wait_for_copies<!K_ONE_BY_ONE>();
       warp_barrier();
       if constexpr (V_RANK > 0) mix_low_rank(out, corrections.v_factors, plain, g, t);
     }
@@ -507,10 +510,11 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     here = next;
     parity ^= 1;
     warp_barrier();
-    if constexpr (V_CORRECTED) {
-      if (more) copy_corrections<V_ENTRIES, V_RANK>(corrections.v_list, here.v_out, here.v_out_at, here.v_left, here.v_right, lane);
-      commit_copies();
+    if (more) {
+      if constexpr (K_ONE_BY_ONE) copy_k_corrections(corrections, here, lane);
+      else copy_v_corrections(corrections, here, lane);
     }
+    commit_copies();
   }
 
   // ---- Sums of all warps of the block.

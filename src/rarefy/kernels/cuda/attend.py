@@ -204,7 +204,8 @@ class Program:
         scattered = 32 * CHANNELS if self.values.entries or (self.keys.entries and not one_by_one) else 0
         tile = self.shape.tile
         beside = 4 * self.group_heads * (tile + CHANNELS * self.turned) if one_by_one else 0
-        entries, rank = self.keys.entries + self.values.entries, self.keys.rank + self.values.rank
+        both = self.keys.entries, self.values.entries
+        entries, rank = max(both) if one_by_one else sum(both), self.keys.rank + self.values.rank
         index_bytes = min(self.keys.index_bytes, self.values.index_bytes)
         return max(scattered, beside) + tile * entries * (2 + index_bytes) + 2 * (tile + CHANNELS) * rank
 

@@ -7,15 +7,16 @@
 
 constexpr bool K_ONE_BY_ONE = K_ENTRIES > 0 && K_KIND != CHANNEL;
 
-// What a warp has in shared memory. Scores and the query are there while keys are read, what is scattered in their place
-// while values are.
+// What a warp has in shared memory. Of keys by token, scores, the query and the list are there while keys are read, what is
+// scattered and the list of values in their place while values are.
 constexpr int SCATTERED = V_ENTRIES > 0 || (K_ENTRIES > 0 && !K_ONE_BY_ONE) ? 16 * D * 2 : 0;
 constexpr int BESIDE = K_ONE_BY_ONE ? 4 * GROUP_HEADS * TILE : 0, OF_QUERY = K_ONE_BY_ONE && TURNED ? 4 * GROUP_HEADS * D : 0;
 constexpr int IN_TURN = SCATTERED > BESIDE + OF_QUERY ? SCATTERED : BESIDE + OF_QUERY;
 constexpr int list_bytes(int entries) { return TILE * entries * (2 + INDEX_BYTES); }
 constexpr int factor_bytes(int rank) { return 2 * (TILE + D) * rank; }
-constexpr int K_FACTORS = IN_TURN + list_bytes(K_ENTRIES), V_LIST = K_FACTORS + factor_bytes(K_RANK);
-constexpr int V_FACTORS = V_LIST + list_bytes(V_ENTRIES), CORRECTIONS_OF_WARP = V_FACTORS + factor_bytes(V_RANK);
+constexpr int K_FACTORS = IN_TURN + list_bytes(K_ENTRIES), V_LIST = K_ONE_BY_ONE ? IN_TURN : K_FACTORS + factor_bytes(K_RANK);
+constexpr int LISTS_END = V_LIST + list_bytes(V_ENTRIES), V_FACTORS = LISTS_END > K_FACTORS ? LISTS_END : K_FACTORS;
+constexpr int CORRECTIONS_OF_WARP = V_FACTORS + factor_bytes(V_RANK);
 struct Corrections {
   u16* scattered;  // 8 words of two vectors for each place; see `scatter`
   float* beside;   // [TILE][GROUP_HEADS]: what outliers add to scores
@@ -29,12 +30,17 @@ device Corrections corrections_at(u8* base) {
   return {reinterpret_cast<u16*>(base), reinterpret_cast<float*>(base), reinterpret_cast<u32*>(base + BESIDE), base + IN_TURN,
           reinterpret_cast<u16*>(base + K_FACTORS), base + V_LIST, reinterpret_cast<u16*>(base + V_FACTORS)};
 }
-template <int ENTRIES, int RANK>
-device void copy_corrections(u8* to, const u8* values, const u8* indices, const u8* left, const u8* right, int lane) {
-  copy_span(to, values, TILE * ENTRIES * 2, lane);
-  copy_span(to + TILE * ENTRIES * 2, indices, TILE * ENTRIES * INDEX_BYTES, lane);
-  copy_span(to + list_bytes(ENTRIES), left, TILE * RANK * 2, lane);
-  copy_span(to + list_bytes(ENTRIES) + TILE * RANK * 2, right, D * RANK * 2, lane);
+device void copy_k_corrections(const Corrections& to, const Places& p, int lane) {
+  copy_span(to.k_list, p.k_out, TILE * K_ENTRIES * 2, lane);
+  copy_span(to.k_list + TILE * K_ENTRIES * 2, p.k_out_at, TILE * K_ENTRIES * INDEX_BYTES, lane);
+  copy_span(reinterpret_cast<u8*>(to.k_factors), p.k_left, TILE * K_RANK * 2, lane);
+  copy_span(reinterpret_cast<u8*>(to.k_factors + TILE * K_RANK), p.k_right, D * K_RANK * 2, lane);
+}
+device void copy_v_corrections(const Corrections& to, const Places& p, int lane) {
+  copy_span(to.v_list, p.v_out, TILE * V_ENTRIES * 2, lane);
+  copy_span(to.v_list + TILE * V_ENTRIES * 2, p.v_out_at, TILE * V_ENTRIES * INDEX_BYTES, lane);
+  copy_span(reinterpret_cast<u8*>(to.v_factors), p.v_left, TILE * V_RANK * 2, lane);
+  copy_span(reinterpret_cast<u8*>(to.v_factors + TILE * V_RANK), p.v_right, D * V_RANK * 2, lane);
 }
 template <int BYTES> device int index_at(const u8* indices, int n) {
   return BYTES == 1 ? indices[n] : int(reinterpret_cast<const u16*>(indices)[n]);

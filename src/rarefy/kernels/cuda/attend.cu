@@ -1,23 +1,23 @@
 // Attention of one new token over keys and values in code: all query heads of one KV head, 128 channels.
 //
-// A warp takes tiles of 128 tokens, or of 64, which are there sooner, where there are few. Its tensor-core products have codes as the left operand and query heads as columns,
-// so that codes need no padding, and numbers are taken out of words where they were loaded: a lane holds 16 neighbouring
-// tokens (of keys) or channels (of values), and which row of a product each of them is does not matter. The bits of a
-// uniform code are at once a float16 below the smallest normal one, `code * 2^(shift - 24)`, which products take without
-// loss; powers of two, scales and zeros go into the query, the weights and the sums. Where several groups meet, steps go
-// into the numbers, and their zeros are a product of their own. A table has an entry for two codes at once, of which
-// every lane has its own copy; codebooks have a bank for each of 32 parts of a vector, and lanes take parts in different
-// orders, so that no lookup ever waits for another.
+// A warp takes tiles of 128 tokens, or of 64 where there are fewer tiles than warps. Its tensor-core products have
+// codes as the left operand and query heads as columns, so that codes need no padding, and numbers are taken out of
+// words where they were loaded: a lane holds 16 neighbouring tokens (of keys) or channels (of values), and which row of
+// a product each of them is does not matter. The bits of a uniform code are at once a float16 below the smallest normal
+// one, `code * 2^(shift - 24)`, which products take without loss; powers of two, scales and zeros go into the query,
+// the weights and the sums. Where several groups meet, steps go into the numbers, and their zeros are a product of
+// their own. A table has an entry for two codes at once, of which every lane has its own copy; codebooks have a bank
+// for each of 32 parts of a vector, and lanes take parts in different orders, so that no lookup ever waits for another.
 //
 // What fills no tile, in code or not, and the sinks are the rest: a warp takes a few tokens of it one by one.
 //
 // Macros: K_KIND, V_KIND, K_BITS, V_BITS, K_GROUP, V_GROUP (tokens or channels that share a scale), K_SCALE, K_OFFSET,
-// V_OFFSET, K_SPREAD (keys have a center and a spread for each channel), TURNED (keys are without RoPE), JOINED (a token's
-// row is that of all heads), K_ENTRIES, V_ENTRIES, INDEX_BYTES (outliers of a token, or of a channel of a tile, and their
-// indices), K_RANK, V_RANK (of a matrix that is added to a tile), K_ROTATED,
-// V_ROTATED (what is in code was turned by signs and a Hadamard matrix), SAME_TABLE, GROUP_HEADS, QUERY, EXACT (types of
-// the query and of what is not in code), SINKS, WARPS, BLOCKS (of a multiprocessor), DEPTH (products' parts of a tile that
-// are loaded ahead), TILE (its tokens, 128 where keys are by channel); HALF is 1.
+// V_OFFSET, K_SPREAD (keys have a center and a spread for each channel), TURNED (keys are without RoPE), JOINED (a
+// token's row is that of all heads), K_ENTRIES, V_ENTRIES, INDEX_BYTES (outliers of a token, or of a channel of a tile,
+// and their indices), K_RANK, V_RANK (of a matrix that is added to a tile), K_ROTATED, V_ROTATED (what is in code was
+// turned by signs and a Hadamard matrix), SAME_TABLE, GROUP_HEADS, QUERY, EXACT (types of the query and of what is not
+// in code), SINKS, WARPS, BLOCKS (of a multiprocessor), DEPTH (parts of a tile that are loaded ahead: 16 tokens, or
+// channels of keys by channel), TILE (its tokens; 128 where keys are by channel); HALF is 1.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -27,7 +27,10 @@ typedef unsigned long long u64;
 
 enum { CHANNEL = 1, TOKEN = 2, TABLE = 3, PRODUCT = 4, FLOAT8 = 5 };
 enum { F32 = 1, F16 = 2, BF16 = 3 };
-enum { K_CODES, K_STEPS, K_ZEROS, V_CODES, V_STEPS, V_ZEROS, K_TOKENS, V_TOKENS, K_OUT, K_OUT_AT, V_OUT, V_OUT_AT, K_LEFT, K_RIGHT, V_LEFT, V_RIGHT, PLACES };
+enum {
+  K_CODES, K_STEPS, K_ZEROS, V_CODES, V_STEPS, V_ZEROS, K_TOKENS, V_TOKENS,
+  K_OUT, K_OUT_AT, V_OUT, V_OUT_AT, K_LEFT, K_RIGHT, V_LEFT, V_RIGHT, PLACES
+};
 
 struct Arguments {
   const void* query;   // [pairs * GROUP_HEADS][128]
@@ -167,6 +170,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int split = blockIdx.x, stride = a.splits * WARPS;
   const i64 pair = blockIdx.y;
+  const int head_of_row = JOINED ? pair % a.heads : 0;
   const u32 own = 4 * lane;  // this lane's copy of tables; of codebooks, its first bank:
   const u32 k_bank = 4 * (K_PARTS * t + g), v_bank = 4 * (V_PARTS * g + t);
   wait_for_earlier_kernels();
@@ -245,7 +249,8 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         for (int n = 0; n < 4; ++n) settle_16<K_BITS>(slot + n * WORDS, g);
         const auto channel_of = [&](int k, int half) { return 16 * step + 4 * (k / 2) + 2 * half + k % 2; };
         int at[PUTS<K_ENTRIES>];
-        if constexpr (K_ENTRIES > 0) scatter<K_ENTRIES, true>(at, corrections.scattered, corrections.k_list, pair % a.heads, lane, channel_of);
+        if constexpr (K_ENTRIES > 0)
+          scatter<K_ENTRIES, true>(at, corrections.scattered, corrections.k_list, head_of_row, lane, channel_of);
         const int channel = channel_of(2 * t, 0);
         u32 left = query[step][0], right = query[step][1];
         u32 steps[2];
@@ -328,7 +333,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     if constexpr (K_ONE_BY_ONE) {
       wait_for_copies<0>();
       warp_barrier();
-      score_outliers(corrections, turns, asked_coded, pair % a.heads, lane);
+      score_outliers(corrections, turns, asked_coded, head_of_row, lane);
     }
     if constexpr (K_CORRECTED) warp_barrier();
     if (more) copy_scales(buffers + (1 - parity) * BUFFER, next, starts + i64(tile + stride) * 2 * D, lane);
@@ -447,9 +452,9 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       constexpr int WORDS = V_KIND == PRODUCT ? 2 : words_of(V_BITS, 16);
       u32 even[2][WORDS], odd[2][WORDS], steps[2], entries[4][V_PARTS];
       int at[PUTS<V_ENTRIES>];
+      const auto token_at = [&](int k, int half) { return token_of(k, step, half); };
       if constexpr (V_ENTRIES > 0)
-        scatter<V_ENTRIES, V_AFFINE>(
-            at, corrections.scattered, corrections.v_list, pair % a.heads, lane, [&](int k, int half) { return token_of(k, step, half); });
+        scatter<V_ENTRIES, V_AFFINE>(at, corrections.scattered, corrections.v_list, head_of_row, lane, token_at);
       if constexpr (V_KIND != PRODUCT) {
 #pragma unroll
         for (int n = 0; n < 4; ++n) settle_16<V_BITS>(slot + n * WORDS, g);

@@ -63,7 +63,7 @@ device void scatter(int (&at)[PUTS<ENTRIES>], u16* to, const u8* list, int head,
   for (int n = 0; n < PUTS<ENTRIES>; ++n) {
     at[n] = -1;
     if (2 * n + lane % 2 >= ENTRIES) continue;
-    const int place = index_at<INDEX_BYTES>(list + TILE * ENTRIES * 2, first + 2 * n) - (JOINED ? head * D : 0);
+    const int place = index_at<INDEX_BYTES>(list + TILE * ENTRIES * 2, first + 2 * n) - head * D;
     if (u32(place) >= D) continue;
     const u16 value = half_at(list, first + 2 * n);
     at[n] = 2 * (row_of(place / 2) * 16 + k / 2 * 4 + 2 * half + place % 2) + k % 2;
@@ -124,7 +124,8 @@ device void score_outliers(const Corrections& own, const u32* turns, const float
         float cosine = value, sine = 0.0f;
         if constexpr (TURNED) {
           const uint2 both = *reinterpret_cast<const uint2*>(turns + turn_at(n / K_ENTRIES, channel % (D / 2) / 2));
-          cosine *= half_value(u16(both.x >> 16 * (channel % 2))), sine = value * half_value(u16(both.y >> 16 * (channel % 2)));
+          const int odd = 16 * (channel % 2);
+          cosine *= half_value(u16(both.x >> odd)), sine = value * half_value(u16(both.y >> odd));
         }
 #pragma unroll
         for (int each = 0; each < GROUP_HEADS; ++each) {
@@ -182,8 +183,8 @@ device void mix_low_rank(float (&out)[STEPS][4], const u16* left, const u32 (&we
     u32 words[4] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const u16 *one = left + token_of(2 * t, step, half) * V_RANK + g, *two = left + token_of(2 * t + 1, step, half) * V_RANK + g;
-      words[2 * half] = pair_of(one, two, g < V_RANK, g < V_RANK);
+      const u16 *one = left + token_of(2 * t, step, half) * V_RANK, *two = left + token_of(2 * t + 1, step, half) * V_RANK;
+      words[2 * half] = pair_of(one + g, two + g, g < V_RANK, g < V_RANK);
     }
     multiply(along, words, weights[step][0], weights[step][1]);
   }

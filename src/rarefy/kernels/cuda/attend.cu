@@ -213,9 +213,10 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   block_barrier();
   if constexpr (K_ROTATED) hadamard(asked_coded, GROUP_HEADS);
 
-  u32 query[STEPS][2];
+  u32 query[STEPS][2], centers[STEPS][2], spreads[STEPS][2];
   float query_sums[2];
   if constexpr (!TURNED) load_query(query, query_sums, asked_coded, center, spread, g, t);
+  else if constexpr (K_SPREAD) load_spread(centers, spreads, center, spread, t);
 
   float out[STEPS][4] = {}, under[4] = {};  // and what zeros take away from all of a row's sums
   float top[2] = {never(), never()}, total[2] = {}, lift[2] = {};
@@ -234,11 +235,8 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     // ---- Scores: of rows g and g + 8 of product n, tokens `token_of` for two heads.
     float scores[ROWS][4] = {};
     float zeros[4] = {};
-    Turned turned;
-    if constexpr (TURNED) {
-      const float* start = reinterpret_cast<const float*>(v_zeros + V_ZERO_SPAN);
-      turn_query(turned, corrections.turned, asked_coded, start, center, spread, g, t);
-    }
+    const float* start = reinterpret_cast<const float*>(v_zeros + V_ZERO_SPAN);
+    if constexpr (TURNED) turn_query(query, corrections.turned, asked_coded, start, g, t);
     if constexpr (K_RANK > 0) score_low_rank(scores, corrections.k_factors, query, g, t);
 #pragma unroll
     for (int step = 0; step < ROWS; ++step) {
@@ -283,6 +281,24 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
           multiply(scores[n], keys, left, right);
         }
         if constexpr (K_ENTRIES > 0) add_scattered(scores, at, corrections.scattered, left, right, g, t);
+      } else if constexpr (TURNED) {
+        constexpr int WORDS = words_of(K_BITS, 16);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) settle_16<K_BITS>(slot + n * WORDS, t), stream_16<K_BITS>(slot + n * WORDS);
+#pragma unroll
+        for (int n = 0; n < STEPS; ++n) {
+          u32 keys[4];
+#pragma unroll
+          for (int part = 0; part < 4; ++part) {
+            const u32* words = slot + (part % 2 * 2 + part / 2) * WORDS;
+            keys[part] = looked_up<K_BITS>(pool + K_TABLE, words, 2 * K_BITS * n, own);
+            if constexpr (K_SPREAD) keys[part] = fused(keys[part], spreads[n][part / 2], centers[n][part / 2]);
+          }
+#pragma unroll
+          for (int row = 0; row < 2; ++row)
+            turn(keys[row], keys[row + 2], *reinterpret_cast<const uint2*>(turns + turn_at(token_of(g, step, row), 8 * t + n)));
+          multiply(scores[step], keys, query[n][0], query[n][1]);
+        }
       } else {
         constexpr int WORDS = K_KIND == PRODUCT ? 4 : words_of(K_BITS, 32);
         float second[4] = {};
@@ -305,22 +321,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
             else if constexpr (K_KIND == FLOAT8) keys[part] = halves_of_e4m3(u16(words[number / 2] >> 16 * (number % 2)));
             else keys[part] = entries[part % 2][number % K_PARTS];
           }
-          if constexpr (TURNED) {
-            u32 sines[4], places[4];
-#pragma unroll
-            for (int part = 0; part < 4; ++part) {
-              const int two = 16 * (t % 2) + 2 * n + part / 2;
-              const uint2 angle = *reinterpret_cast<const uint2*>(turns + turn_at(token_of(g, step, part % 2), two));
-              places[part] = t < 2 ? angle.x : angle.y;
-              sines[part] = fused(keys[part], angle.y, 0);
-              keys[part] = fused(keys[part], angle.x, 0);
-            }
-            multiply(scores[step], keys, turned.straight[n][0], turned.straight[n][1]);
-            multiply(second, sines, turned.crossed[n][0], turned.crossed[n][1]);
-            if constexpr (K_SPREAD) multiply(n % 2 ? second : scores[step], places, turned.center[n][0], turned.center[n][1]);
-          } else {
-            multiply(n % 2 ? second : scores[step], keys, query[n][0], query[n][1]);
-          }
+          multiply(n % 2 ? second : scores[step], keys, query[n][0], query[n][1]);
         }
 #pragma unroll
         for (int n = 0; n < 4; ++n) scores[step][n] += second[n];

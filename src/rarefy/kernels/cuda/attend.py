@@ -312,7 +312,8 @@ class CodedAttention:
         KV head (None: enough to fill the GPU). Tables that are one tensor are kept once. Raises UnsupportedError where
         sizes do not fit the kernel (see `fits`)."""
         group = query_heads // heads
-        if not fits(keys, values, CHANNELS, group) or any(each % PIECE for part in tokens for each in part):
+        known = fits(keys, values, CHANNELS, group) and (turns is None or keys.kind == "table")
+        if not known or any(each % PIECE for part in tokens for each in part):
             raise UnsupportedError(f"These codes, for {group} query heads a KV head, do not fit the kernel.")
         self.keys, self.values = keys, values  # whose memory the addresses point to
         self.batch, self.heads, self.query_heads, self.sinks = batch, heads, query_heads, sinks

@@ -1,6 +1,6 @@
 // Where the codes of a tile are, and what of them a lane loads, for attend.cu.
 
-constexpr int K_WORDS = K_KIND == CHANNEL ? 4 * words_of(K_BITS, 16) : K_KIND == PRODUCT ? 8 : 2 * words_of(K_BITS, 32);
+constexpr int K_WORDS = K_KIND == CHANNEL || TURNED ? 4 * words_of(K_BITS, 16) : K_KIND == PRODUCT ? 8 : 2 * words_of(K_BITS, 32);
 constexpr int V_WORDS = V_KIND == PRODUCT ? 8 : 4 * words_of(V_BITS, 16);
 constexpr int MOST_WORDS = K_WORDS > V_WORDS ? K_WORDS : V_WORDS;
 
@@ -66,6 +66,11 @@ device void fetch_keys(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g
 #pragma unroll
     for (int n = 0; n < 4; ++n)
       load_16<K_BITS>(slot + n * words_of(K_BITS, 16), codes + (16 * step + 4 * t + n) * K_ROW, g);
+  } else if constexpr (TURNED) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n)  // each token's channels, and their partners
+      load_16<K_BITS>(
+          slot + n * words_of(K_BITS, 16), codes + token_of(g, step, n / 2) * (JOINED ? heads * K_ROW : K_ROW), t + n % 2 * 4);
   } else {
     constexpr int BITS = K_KIND == PRODUCT ? 4 : K_BITS;
 #pragma unroll

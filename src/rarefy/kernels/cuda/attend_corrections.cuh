@@ -86,19 +86,39 @@ device void add_scattered(float (&sums)[PRODUCTS][4], const int (&at)[COUNT], u1
   warp_barrier();
 }
 
-// What outliers of keys by token add to scores. A lane has those of neighbouring tokens.
+// GROUP_HEADS words that follow each other.
+device void load_heads(u32 (&to)[GROUP_HEADS], const void* from) {
+  if constexpr (GROUP_HEADS % 4 == 0) {
+#pragma unroll
+    for (int n = 0; n < GROUP_HEADS / 4; ++n) {
+      const uint4 all = static_cast<const uint4*>(from)[n];
+      to[4 * n] = all.x, to[4 * n + 1] = all.y, to[4 * n + 2] = all.z, to[4 * n + 3] = all.w;
+    }
+  } else {
+#pragma unroll
+    for (int n = 0; n < GROUP_HEADS; ++n) to[n] = static_cast<const u32*>(from)[n];
+  }
+}
+device void store_heads(float* to, const float (&x)[GROUP_HEADS]) {
+  if constexpr (GROUP_HEADS % 4 == 0) {
+#pragma unroll
+    for (int n = 0; n < GROUP_HEADS; n += 4)
+      *reinterpret_cast<uint4*>(to + n) = {bits_of(x[n]), bits_of(x[n + 1]), bits_of(x[n + 2]), bits_of(x[n + 3])};
+  } else {
+#pragma unroll
+    for (int n = 0; n < GROUP_HEADS; ++n) to[n] = x[n];
+  }
+}
+// What outliers of keys by token add to scores. A lane has those of neighbouring tokens, one after the other.
 device void score_outliers(const Corrections& own, const u32* turns, const float* asked, int head, int lane) {
   constexpr int TOKENS = TILE / 32, OWN = TOKENS * K_ENTRIES, AT_ONCE = 64, EACH = 4 / INDEX_BYTES, TOGETHER = 2;
   const u8* indices = own.k_list + TILE * K_ENTRIES * 2;
   const u32* mine = reinterpret_cast<const u32*>(indices + lane * OWN * INDEX_BYTES);
   const u32 ours = head * D * (INDEX_BYTES == 1 ? 0x1010101u : 0x10001u);
   float sums[GROUP_HEADS] = {};
-  int current = TOKENS * lane;
-  const auto leave = [&](int place) {  // and all before it that have none
-    for (; current < place; ++current)
+  int current = TOKENS * lane;  // whose sums they are
 #pragma unroll
-      for (int each = 0; each < GROUP_HEADS; ++each) own.beside[current * GROUP_HEADS + each] = sums[each], sums[each] = 0.0f;
-  };
+  for (int n = 0; n < TOKENS; ++n) store_heads(own.beside + (current + n) * GROUP_HEADS, sums);
 #pragma unroll
   for (int first = 0; first < OWN; first += AT_ONCE) {
     u64 found = 0;
@@ -116,36 +136,39 @@ device void score_outliers(const Corrections& own, const u32* turns, const float
 #pragma unroll
       for (int k = 0; k < TOGETHER; ++k) {
         const bool real = found != 0;
-        const int n = lane * OWN + first + (real ? lowest_of(found) : 0);
+        const int n = lane * OWN + first + (real ? lowest_of(found) : 0), place = n / K_ENTRIES;
         found &= found - 1;
         const float value = real ? half_value(half_at(own.k_list, n)) : 0.0f;
         const int channel = index_at<INDEX_BYTES>(indices, n) % D;
-        places[k] = real ? n / K_ENTRIES : 0;
-        float cosine = value, sine = 0.0f;
+        places[k] = real ? place : -1;
         if constexpr (TURNED) {
-          const uint2 both = *reinterpret_cast<const uint2*>(turns + turn_at(n / K_ENTRIES, channel % (D / 2) / 2));
+          const uint2 angle = *reinterpret_cast<const uint2*>(turns + turn_at(place, channel % (D / 2) / 2));
           const int odd = 16 * (channel % 2);
-          cosine *= half_value(u16(both.x >> odd)), sine = value * half_value(u16(both.y >> odd));
-        }
+          const float cosine = value * half_value(u16(angle.x >> odd)), sine = value * half_value(u16(angle.y >> odd));
+          u32 both[GROUP_HEADS];
+          load_heads(both, own.turned + channel * GROUP_HEADS);
 #pragma unroll
-        for (int each = 0; each < GROUP_HEADS; ++each) {
-          if constexpr (TURNED) {
-            const u32 two = own.turned[channel * GROUP_HEADS + each];
-            met[k][each] = cosine * half_value(u16(two)) + sine * half_value(u16(two >> 16));
-          } else {
-            met[k][each] = cosine * asked[each * D + channel];
-          }
+          for (int each = 0; each < GROUP_HEADS; ++each)
+            met[k][each] = cosine * half_value(u16(both[each])) + sine * half_value(u16(both[each] >> 16));
+        } else {
+#pragma unroll
+          for (int each = 0; each < GROUP_HEADS; ++each) met[k][each] = value * asked[each * D + channel];
         }
       }
 #pragma unroll
       for (int k = 0; k < TOGETHER; ++k) {
-        leave(places[k]);
+        if (places[k] >= 0 && places[k] != current) {
+          store_heads(own.beside + current * GROUP_HEADS, sums);
+          current = places[k];
+#pragma unroll
+          for (int each = 0; each < GROUP_HEADS; ++each) sums[each] = 0.0f;
+        }
 #pragma unroll
         for (int each = 0; each < GROUP_HEADS; ++each) sums[each] += met[k][each];
       }
     }
   }
-  leave(TOKENS * (lane + 1));
+  store_heads(own.beside + current * GROUP_HEADS, sums);
 }
 
 device u32 pair_of(const u16* first, const u16* second, bool one, bool two) {

@@ -93,7 +93,10 @@ constexpr int ASKED = MAIN > SUMS ? MAIN : SUMS;       // float: the query for e
 constexpr int CENTERS = ASKED + 2 * 4 * GROUP_HEADS * D;  // float: centers of channels, then spreads
 constexpr int REST = CENTERS + (K_SPREAD ? 8 * D : 0);    // per warp: what `take_rest` leaves, numbers
 constexpr int REST_PARTS = V_ROTATED ? 2 : 1, REST_OF_WARP = REST_PARTS * GROUP_HEADS * D + 16;
-constexpr int CORRECTIONS = REST + WARPS * 4 * REST_OF_WARP;  // per warp: see attend_corrections.cuh
+constexpr int KEPT = REST + WARPS * 4 * REST_OF_WARP;  // per warp: scores, then weights, as lanes have them for 16 tokens each
+constexpr int KEPT_OF_WARP = ROWS * 32 * 16;
+constexpr int QUERIES = KEPT + WARPS * KEPT_OF_WARP;  // as lanes have it for 16 channels each, of keys by channel
+constexpr int CORRECTIONS = QUERIES + (K_KIND == CHANNEL ? STEPS * 32 * 8 : 0);  // per warp: see attend_corrections.cuh
 
 device float power(int exponent) { return as_float(u32(127 + exponent) << 23); }
 device float never() { return as_float(0xFF800000u); }  // minus infinity: the score of what is not there
@@ -217,6 +220,14 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   float query_sums[2];
   if constexpr (!TURNED) load_query(query, query_sums, asked_coded, center, spread, g, t);
   else if constexpr (K_SPREAD) load_spread(centers, spreads, center, spread, t);
+  uint2* queries = reinterpret_cast<uint2*>(pool + QUERIES) + lane;
+  if constexpr (K_KIND == CHANNEL) {
+    if (warp == 0)
+#pragma unroll
+      for (int step = 0; step < STEPS; ++step) queries[32 * step] = {query[step][0], query[step][1]};
+    block_barrier();
+  }
+  uint4* kept = reinterpret_cast<uint4*>(pool + KEPT + warp * KEPT_OF_WARP) + lane;
 
   float out[STEPS][4] = {}, under[4] = {};  // and what zeros take away from all of a row's sums
   float top[2] = {never(), never()}, total[2] = {}, lift[2] = {};
@@ -238,97 +249,105 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     const float* start = reinterpret_cast<const float*>(v_zeros + V_ZERO_SPAN);
     if constexpr (TURNED) turn_query(query, corrections.turned, asked_coded, start, g, t);
     if constexpr (K_RANK > 0) score_low_rank(scores, corrections.k_factors, query, g, t);
+    // Rolled up, as instructions of all steps would be more than a processor keeps at hand.
+#pragma unroll 1
+    for (int base = 0; base < ROWS; base += DEPTH) {
 #pragma unroll
-    for (int step = 0; step < ROWS; ++step) {
-      u32(&slot)[MOST_WORDS] = ring[step % DEPTH];
-      if constexpr (K_KIND == CHANNEL) {
-        constexpr int WORDS = words_of(K_BITS, 16);
+      for (int ahead = 0; ahead < DEPTH; ++ahead) {
+        const int step = base + ahead;
+        u32(&slot)[MOST_WORDS] = ring[ahead];
+        float sums[4] = {}, second[4] = {};  // by turns, as a product waits for the one before it
+        if constexpr (K_KIND == CHANNEL) {
+          constexpr int WORDS = words_of(K_BITS, 16);
 #pragma unroll
-        for (int n = 0; n < 4; ++n) settle_16<K_BITS>(slot + n * WORDS, g);
-        const auto channel_of = [&](int k, int half) { return 16 * step + 4 * (k / 2) + 2 * half + k % 2; };
-        int at[PUTS<K_ENTRIES>];
-        if constexpr (K_ENTRIES > 0)
-          scatter<K_ENTRIES, true>(at, corrections.scattered, corrections.k_list, head_of_row, lane, channel_of);
-        const int channel = channel_of(2 * t, 0);
-        u32 left = query[step][0], right = query[step][1];
-        u32 steps[2];
-        if constexpr (FOLDED) {
-          const uint2 scale = *reinterpret_cast<const uint2*>(k_steps + 2 * channel);
-          const uint2 zero = *reinterpret_cast<const uint2*>(k_zeros + 2 * channel);
-          left = fused(left, scale.x, 0), right = fused(right, scale.y, 0);
-          const u32 all[4] = {zero.x, zero.x, zero.y, zero.y};
-          multiply(zeros, all, left, right);
+          for (int n = 0; n < 4; ++n) settle_16<K_BITS>(slot + n * WORDS, g);
+          const auto channel_of = [&](int k, int half) { return 16 * step + 4 * (k / 2) + 2 * half + k % 2; };
+          int at[PUTS<K_ENTRIES>];
+          if constexpr (K_ENTRIES > 0)
+            scatter<K_ENTRIES, true>(at, corrections.scattered, corrections.k_list, head_of_row, lane, channel_of);
+          const int channel = channel_of(2 * t, 0);
+          const uint2 own_query = queries[32 * step];
+          u32 left = own_query.x, right = own_query.y;
+          u32 steps[2];
+          if constexpr (FOLDED) {
+            const uint2 scale = *reinterpret_cast<const uint2*>(k_steps + 2 * channel);
+            const uint2 zero = *reinterpret_cast<const uint2*>(k_zeros + 2 * channel);
+            left = fused(left, scale.x, 0), right = fused(right, scale.y, 0);
+            const u32 all[4] = {zero.x, zero.x, zero.y, zero.y};
+            multiply(zeros, all, left, right);
+          } else {
+            const int group = 16 * g / K_GROUP;
+            u32 all[4];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int one = (channel + 2 * half) * K_GROUPS + group;
+              steps[half] = small_steps(halves_at(k_steps, one, one + K_GROUPS));
+              all[2 * half] = all[2 * half + 1] = fused(steps[half], halves_at(k_zeros, one, one + K_GROUPS), 0);
+            }
+            multiply(zeros, all, left, right);
+          }
+#pragma unroll
+          for (int n = 0; n < ROWS; ++n) {
+            u32 keys[4];
+#pragma unroll
+            for (int part = 0; part < 4; ++part) {
+              const int half = part / 2, token = 2 * n + part % 2;
+              const u32 *one = slot + 2 * half * WORDS, *two = one + WORDS;
+              keys[part] = K_AFFINE ? stepped<K_BITS>(one, two, token, steps[half]) : both<K_BITS>(one, two, token);
+            }
+            multiply(scores[n], keys, left, right);
+          }
+          if constexpr (K_ENTRIES > 0) add_scattered(scores, at, corrections.scattered, left, right, g, t);
+        } else if constexpr (TURNED) {
+          constexpr int WORDS = words_of(K_BITS, 16);
+#pragma unroll
+          for (int n = 0; n < 4; ++n) settle_16<K_BITS>(slot + n * WORDS, t), stream_16<K_BITS>(slot + n * WORDS);
+#pragma unroll
+          for (int n = 0; n < STEPS; ++n) {
+            u32 keys[4];
+#pragma unroll
+            for (int part = 0; part < 4; ++part) {
+              const u32* words = slot + (part % 2 * 2 + part / 2) * WORDS;
+              keys[part] = looked_up<K_BITS>(pool + K_TABLE, words, 2 * K_BITS * n, own);
+              if constexpr (K_SPREAD) keys[part] = fused(keys[part], spreads[n][part / 2], centers[n][part / 2]);
+            }
+#pragma unroll
+            for (int row = 0; row < 2; ++row) {
+              const u32* angle = turns + turn_at(token_of(g, step, row), 8 * t + n);
+              turn(keys[row], keys[row + 2], *reinterpret_cast<const uint2*>(angle));
+            }
+            multiply(n % 2 ? second : sums, keys, query[n][0], query[n][1]);
+          }
         } else {
-          const int group = 16 * g / K_GROUP;
-          u32 all[4];
+          constexpr int WORDS = K_KIND == PRODUCT ? 4 : words_of(K_BITS, 32);
+          u32 entries[2][K_PARTS];
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int one = (channel + 2 * half) * K_GROUPS + group;
-            steps[half] = small_steps(halves_at(k_steps, one, one + K_GROUPS));
-            all[2 * half] = all[2 * half + 1] = fused(steps[half], halves_at(k_zeros, one, one + K_GROUPS), 0);
+          for (int n = 0; n < STEPS; ++n) {
+            u32 keys[4];
+            if constexpr (K_KIND == PRODUCT)
+              if (2 * n % K_PARTS == 0)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                  look_up<K_PARTS>(entries[half], pool + K_TABLE, slot + 4 * half, 2 * n / K_PARTS, g, k_bank);
+#pragma unroll
+            for (int part = 0; part < 4; ++part) {
+              const u32* words = slot + part % 2 * WORDS;
+              const int number = 2 * n + part / 2;
+              if constexpr (K_KIND == TOKEN) keys[part] = apart<K_BITS>(words, number);
+              else if constexpr (K_KIND == TABLE)
+                keys[part] = looked_up<K_BITS>(pool + K_TABLE, words, 2 * K_BITS * number, own);
+              else if constexpr (K_KIND == FLOAT8) keys[part] = halves_of_e4m3(u16(words[number / 2] >> 16 * (number % 2)));
+              else keys[part] = entries[part % 2][number % K_PARTS];
+            }
+            multiply(n % 2 ? second : sums, keys, query[n][0], query[n][1]);
           }
-          multiply(zeros, all, left, right);
         }
-#pragma unroll
-        for (int n = 0; n < ROWS; ++n) {
-          u32 keys[4];
-#pragma unroll
-          for (int part = 0; part < 4; ++part) {
-            const int half = part / 2, token = 2 * n + part % 2;
-            const u32 *one = slot + 2 * half * WORDS, *two = one + WORDS;
-            keys[part] = K_AFFINE ? stepped<K_BITS>(one, two, token, steps[half]) : both<K_BITS>(one, two, token);
-          }
-          multiply(scores[n], keys, left, right);
-        }
-        if constexpr (K_ENTRIES > 0) add_scattered(scores, at, corrections.scattered, left, right, g, t);
-      } else if constexpr (TURNED) {
-        constexpr int WORDS = words_of(K_BITS, 16);
-#pragma unroll
-        for (int n = 0; n < 4; ++n) settle_16<K_BITS>(slot + n * WORDS, t), stream_16<K_BITS>(slot + n * WORDS);
-#pragma unroll
-        for (int n = 0; n < STEPS; ++n) {
-          u32 keys[4];
-#pragma unroll
-          for (int part = 0; part < 4; ++part) {
-            const u32* words = slot + (part % 2 * 2 + part / 2) * WORDS;
-            keys[part] = looked_up<K_BITS>(pool + K_TABLE, words, 2 * K_BITS * n, own);
-            if constexpr (K_SPREAD) keys[part] = fused(keys[part], spreads[n][part / 2], centers[n][part / 2]);
-          }
-#pragma unroll
-          for (int row = 0; row < 2; ++row)
-            turn(keys[row], keys[row + 2], *reinterpret_cast<const uint2*>(turns + turn_at(token_of(g, step, row), 8 * t + n)));
-          multiply(scores[step], keys, query[n][0], query[n][1]);
-        }
-      } else {
-        constexpr int WORDS = K_KIND == PRODUCT ? 4 : words_of(K_BITS, 32);
-        float second[4] = {};
-        u32 entries[2][K_PARTS];
-#pragma unroll
-        for (int n = 0; n < STEPS; ++n) {
-          u32 keys[4];
-          if constexpr (K_KIND == PRODUCT)
-            if (2 * n % K_PARTS == 0)
-#pragma unroll
-              for (int half = 0; half < 2; ++half)
-                look_up<K_PARTS>(entries[half], pool + K_TABLE, slot + 4 * half, 2 * n / K_PARTS, g, k_bank);
-#pragma unroll
-          for (int part = 0; part < 4; ++part) {
-            const u32* words = slot + part % 2 * WORDS;
-            const int number = 2 * n + part / 2;
-            if constexpr (K_KIND == TOKEN) keys[part] = apart<K_BITS>(words, number);
-            else if constexpr (K_KIND == TABLE)
-              keys[part] = looked_up<K_BITS>(pool + K_TABLE, words, 2 * K_BITS * number, own);
-            else if constexpr (K_KIND == FLOAT8) keys[part] = halves_of_e4m3(u16(words[number / 2] >> 16 * (number % 2)));
-            else keys[part] = entries[part % 2][number % K_PARTS];
-          }
-          multiply(n % 2 ? second : scores[step], keys, query[n][0], query[n][1]);
-        }
-#pragma unroll
-        for (int n = 0; n < 4; ++n) scores[step][n] += second[n];
+        if constexpr (K_KIND != CHANNEL)
+          kept[32 * step] = {bits_of(sums[0] + second[0]), bits_of(sums[1] + second[1]), bits_of(sums[2] + second[2]),
+                             bits_of(sums[3] + second[3])};
+        if (base + DEPTH < ROWS) fetch_keys(slot, here.k_codes, step + DEPTH, g, t, a.heads);
+        else fetch_values(slot, here.v_codes, ahead, g, t, a.heads);
       }
-      const int ahead = step + DEPTH;
-      if (ahead < ROWS) fetch_keys(slot, here.k_codes, ahead, g, t, a.heads);
-      else fetch_values(slot, here.v_codes, ahead - ROWS, g, t, a.heads);
     }
 
     if constexpr (K_ONE_BY_ONE) {
@@ -346,6 +365,12 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     float peak[2] = {top[0], top[1]};
 #pragma unroll
     for (int n = 0; n < ROWS; ++n) {
+      if constexpr (K_KIND != CHANNEL) {
+        const uint4 all = kept[32 * n];
+        const u32 words[4] = {all.x, all.y, all.z, all.w};
+#pragma unroll
+        for (int part = 0; part < 4; ++part) scores[n][part] = as_float(words[part]);
+      }
       float scale[2] = {1.0f, 1.0f}, shift[2] = {};
       if constexpr (FOLDED) {
 #pragma unroll
@@ -430,7 +455,9 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         weights[n][row] = transposed(weights[n][row]);
         if constexpr (V_CORRECTED)
           plain[n][row] = V_AFFINE ? weights[n][row] : transposed(half_pair(shares[0] * V_UP, shares[1] * V_UP));
+        else plain[n][row] = 0;
       }
+      kept[32 * n] = {weights[n][0], weights[n][1], plain[n][0], plain[n][1]};
     }
 #pragma unroll
     for (int n = 0; n < STEPS; ++n)
@@ -447,71 +474,75 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     }
 
     // ---- Sums: of row g of product n, channel 16 g + 2 n; of row g + 8, the next.
+#pragma unroll 1
+    for (int base = 0; base < ROWS; base += DEPTH) {
 #pragma unroll
-    for (int step = 0; step < ROWS; ++step) {
-      u32(&slot)[MOST_WORDS] = ring[step % DEPTH];
-      constexpr int WORDS = V_KIND == PRODUCT ? 2 : words_of(V_BITS, 16);
-      u32 even[2][WORDS], odd[2][WORDS], steps[2], entries[4][V_PARTS];
-      int at[PUTS<V_ENTRIES>];
-      const auto token_at = [&](int k, int half) { return token_of(k, step, half); };
-      if constexpr (V_ENTRIES > 0)
-        scatter<V_ENTRIES, V_AFFINE>(at, corrections.scattered, corrections.v_list, head_of_row, lane, token_at);
-      if constexpr (V_KIND != PRODUCT) {
+      for (int ahead = 0; ahead < DEPTH; ++ahead) {
+        const int step = base + ahead;
+        const uint4 own_weights = kept[32 * step];
+        u32(&slot)[MOST_WORDS] = ring[ahead];
+        constexpr int WORDS = V_KIND == PRODUCT ? 2 : words_of(V_BITS, 16);
+        u32 even[2][WORDS], odd[2][WORDS], steps[2], entries[4][V_PARTS];
+        int at[PUTS<V_ENTRIES>];
+        const auto token_at = [&](int k, int half) { return token_of(k, step, half); };
+        if constexpr (V_ENTRIES > 0)
+          scatter<V_ENTRIES, V_AFFINE>(at, corrections.scattered, corrections.v_list, head_of_row, lane, token_at);
+        if constexpr (V_KIND != PRODUCT) {
 #pragma unroll
-        for (int n = 0; n < 4; ++n) settle_16<V_BITS>(slot + n * WORDS, g);
-      }
-      if constexpr (V_KIND == TABLE) {
-#pragma unroll
-        for (int n = 0; n < 4; ++n) stream_16<V_BITS>(slot + n * WORDS);
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          interleaved<V_BITS>(even[half], odd[half], slot + 2 * half * WORDS, slot + (2 * half + 1) * WORDS);
-      }
-      if constexpr (V_AFFINE) {
-        const int group = 16 * g / V_GROUP;
-        u32 all[4];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int one = token_of(2 * t, step, half) * V_GROUPS + group;
-          const int two = token_of(2 * t + 1, step, half) * V_GROUPS + group;
-          steps[half] = small_steps(halves_at(v_steps, one, two));
-          all[2 * half] = all[2 * half + 1] = fused(steps[half], halves_at(v_zeros, one, two), 0);
+          for (int n = 0; n < 4; ++n) settle_16<V_BITS>(slot + n * WORDS, g);
         }
-        multiply(under, all, weights[step][0], weights[step][1]);
-      }
+        if constexpr (V_KIND == TABLE) {
 #pragma unroll
-      for (int n = 0; n < STEPS; ++n) {
-        u32 values[4];
-        if constexpr (V_KIND == PRODUCT) {
-          if (n % V_PARTS == 0)
+          for (int n = 0; n < 4; ++n) stream_16<V_BITS>(slot + n * WORDS);
 #pragma unroll
-            for (int token = 0; token < 4; ++token)
-              look_up<V_PARTS>(entries[token], pool + V_TABLE, slot + 2 * token, n / V_PARTS, t, v_bank);
+          for (int half = 0; half < 2; ++half)
+            interleaved<V_BITS>(even[half], odd[half], slot + 2 * half * WORDS, slot + (2 * half + 1) * WORDS);
+        }
+        if constexpr (V_AFFINE) {
+          const int group = 16 * g / V_GROUP;
+          u32 all[4];
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const u32 one = entries[2 * half][n % V_PARTS], two = entries[2 * half + 1][n % V_PARTS];
-            values[2 * half] = permuted(one, two, 0x5410), values[2 * half + 1] = permuted(one, two, 0x7632);
+            const int one = token_of(2 * t, step, half) * V_GROUPS + group;
+            const int two = token_of(2 * t + 1, step, half) * V_GROUPS + group;
+            steps[half] = small_steps(halves_at(v_steps, one, two));
+            all[2 * half] = all[2 * half + 1] = fused(steps[half], halves_at(v_zeros, one, two), 0);
           }
-        } else {
-#pragma unroll
-          for (int part = 0; part < 4; ++part) {
-            const int half = part / 2, channel = 2 * n + part % 2;
-            const u32 *one = slot + 2 * half * WORDS, *two = one + WORDS;
-            if constexpr (V_KIND == TABLE)
-              values[part] = looked_up<V_BITS>(pool + V_TABLE, part % 2 ? odd[half] : even[half], 2 * V_BITS * n, own);
-            else if constexpr (V_KIND == FLOAT8) {
-              const u32 at = channel % 4;
-              values[part] = halves_of_e4m3(u16(permuted(one[channel / 4], two[channel / 4], at | (4 + at) << 4)));
-            } else if constexpr (V_AFFINE) values[part] = stepped<V_BITS>(one, two, channel, steps[half]);
-            else values[part] = both<V_BITS>(one, two, channel);
-          }
+          multiply(under, all, own_weights.x, own_weights.y);
         }
-        multiply(out[n], values, weights[step][0], weights[step][1]);
+#pragma unroll
+        for (int n = 0; n < STEPS; ++n) {
+          u32 values[4];
+          if constexpr (V_KIND == PRODUCT) {
+            if (n % V_PARTS == 0)
+#pragma unroll
+              for (int token = 0; token < 4; ++token)
+                look_up<V_PARTS>(entries[token], pool + V_TABLE, slot + 2 * token, n / V_PARTS, t, v_bank);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const u32 one = entries[2 * half][n % V_PARTS], two = entries[2 * half + 1][n % V_PARTS];
+              values[2 * half] = permuted(one, two, 0x5410), values[2 * half + 1] = permuted(one, two, 0x7632);
+            }
+          } else {
+#pragma unroll
+            for (int part = 0; part < 4; ++part) {
+              const int half = part / 2, channel = 2 * n + part % 2;
+              const u32 *one = slot + 2 * half * WORDS, *two = one + WORDS;
+              if constexpr (V_KIND == TABLE)
+                values[part] = looked_up<V_BITS>(pool + V_TABLE, part % 2 ? odd[half] : even[half], 2 * V_BITS * n, own);
+              else if constexpr (V_KIND == FLOAT8) {
+                const u32 at = channel % 4;
+                values[part] = halves_of_e4m3(u16(permuted(one[channel / 4], two[channel / 4], at | (4 + at) << 4)));
+              } else if constexpr (V_AFFINE) values[part] = stepped<V_BITS>(one, two, channel, steps[half]);
+              else values[part] = both<V_BITS>(one, two, channel);
+            }
+          }
+          multiply(out[n], values, own_weights.x, own_weights.y);
+        }
+        if constexpr (V_ENTRIES > 0) add_scattered(out, at, corrections.scattered, own_weights.z, own_weights.w, g, t);
+        if (base + DEPTH < ROWS) fetch_values(slot, here.v_codes, step + DEPTH, g, t, a.heads);
+        else if (more) fetch_keys(slot, next.k_codes, ahead, g, t, a.heads);
       }
-      if constexpr (V_ENTRIES > 0) add_scattered(out, at, corrections.scattered, plain[step][0], plain[step][1], g, t);
-      const int ahead = step + DEPTH;
-      if (ahead < ROWS) fetch_values(slot, here.v_codes, ahead, g, t, a.heads);
-      else if (more) fetch_keys(slot, next.k_codes, ahead - ROWS, g, t, a.heads);
     }
     here = next;
     parity ^= 1;

@@ -145,6 +145,19 @@ def test_kmeans_is_as_good_as_the_oracle() -> None:
     assert assign(few, kmeans(few, 8))[1].max() < 1e-5
 
 
+def test_kmeans_puts_centroids_where_weight_is() -> None:
+    dice = torch.Generator().manual_seed(4)
+    points = torch.randn(2000, 2, generator=dice)
+    weight = torch.where(points[:, 0] > 1.5, 1.0, 1e-3)
+    plain, weighed = (assign(points, kmeans(points, 16, weight=mass))[1] for mass in (None, weight))
+    assert (weight * weighed).sum() < 0.5 * (weight * plain).sum()
+    doubled = kmeans(torch.cat([points, points[:500]]), 16, steps=60)
+    twice = torch.ones(2000).index_fill(0, torch.arange(500), 2.0)
+    same = kmeans(points, 16, weight=twice, steps=60)
+    costs = [(twice * assign(points, found)[1]).sum().item() for found in (doubled, same)]
+    assert costs[0] == pytest.approx(costs[1], rel=0.05)
+
+
 def test_product_codes_say_what_they_cannot_do() -> None:
     with pytest.raises(RecipeError, match="width 3 does not divide the 16 channels of a head; use one of 1, 2, 4, 8"):
         Million(width=3).fit(samples())

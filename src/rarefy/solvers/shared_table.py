@@ -17,7 +17,7 @@ class SharedTable:
     """``x ~ center + scale * lut[code]`` for ``x [n, channels]``.
 
     ``lut`` float32 ``[2 ** num_bits]``, ascending; ``center`` and ``scale`` float32, of a shape that broadcasts to
-    ``x``. ``kept`` bool as ``x``: numbers that the table stands for. ``cost``: what their squared errors count in all.
+    ``x``. ``kept`` bool as ``x``: numbers that the table stands for. ``cost``: what their squared errors count, in all.
     """
 
     lut: Tensor
@@ -33,6 +33,10 @@ class SharedTable:
     def nearest(self, x: Tensor) -> Tensor:
         """The values of the table for ``x``, before they are mapped back."""
         return _nearest(self.lut, self.normal(x))
+
+    def error(self, x: Tensor) -> Tensor:
+        """What codes of ``x`` are off by, 0 where that is stored."""
+        return self.kept * (self.nearest(x) * self.scale + self.center - x)
 
 
 def shared_table(

@@ -24,7 +24,7 @@ from rarefy.kv.plan import HeadShape, KvSamples, LayerCodecs
 from rarefy.solvers.kmeans import kmeans
 
 POINTS_PER_CENTROID = 64
-MAX_POINTS = 1 << 20  # of which they are chosen
+MAX_POINTS = 1 << 20  # of which they are drawn
 LEAST_WEIGHT = 0.02  # of the mean one, so that what has no gradient in calibration still has a place
 
 
@@ -79,13 +79,10 @@ class Million(KvRecipe):
         return torch.stack(found).to(torch.float16)
 
     def _centroids(self, points: Tensor, mass: Tensor, generator: torch.Generator) -> Tensor:
-        """Centroids of ``points [n, width]``, of which so many are looked at as serve so many centroids."""
-        mass = (mass + LEAST_WEIGHT * mass.mean()).clamp(min=torch.finfo(torch.float32).tiny)
-        wanted = POINTS_PER_CENTROID << self.code_bits
-        if len(points) > wanted:
-            # Drawn by the root of their mass, and weighed by the other half: near the density that two-dimensional
-            # centroids of least error have (Zador 1982), so that the start is good and few draws tell much.
-            mass = mass.sqrt()
-            picks = torch.multinomial(mass.cpu(), wanted, generator=generator).to(points.device)
-            points, mass = points[picks], mass[picks]
-        return kmeans(points, 1 << self.code_bits, weight=mass, steps=self.steps)
+        """Centroids of ``points [n, width]``, found from so many draws as serve so many centroids."""
+        # Drawn by the root of their mass, and weighed by the other half: near the density that two-dimensional
+        # centroids of least error have (Zador 1982), so that the start is good and few draws tell much.
+        chance = (mass + LEAST_WEIGHT * mass.mean()).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+        draws = POINTS_PER_CENTROID << self.code_bits
+        picks = torch.multinomial(chance.cpu(), draws, replacement=True, generator=generator).to(points.device)
+        return kmeans(points[picks], 1 << self.code_bits, weight=chance[picks], steps=self.steps)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from tables_shared import DEMO, LAB, UNMEASURED, Rows, combined, mean, measured_on, results
+from tables_shared import DEMO, LAB, UNMEASURED, Rows, combined, machines, mean, measured_on, results
 
 SHOWN = "^(rtn|gptq|awq) int[34] g128 Z$|^spqr int(3 3.95 bits|4)$|^(sparsegpt|wanda) (50%|2:4)$"
 FOLDED = "SmolLM2-135M-Instruct (demo, norm gains folded into the layers that read them, jitter 0.10)"
@@ -58,6 +58,16 @@ def weight_accuracy(rows: Rows) -> list[str]:
     return lines
 
 
+def briefly(rows: Rows) -> list[str]:
+    """One line per recipe for README: bits, and what they cost."""
+    lines = ["| weights | bits/weight | perplexity | KL (nats) | top-1 |", "|---" * 5 + "|"]
+    for job, own in by_job(rows).items():
+        distance = f"{mean(own, 'kl'):.3f} | {mean(own, 'top1_agreement'):.1%}" if own[0]["kl"] is not None else "- | -"
+        perplexities = f"{mean(own, 'perplexity'):.2f}"
+        lines.append(f"| {job} | {mean(own, 'bits_per_weight'):.3f} | {perplexities} | {distance} |")
+    return lines
+
+
 def side_by_side(rows: Rows) -> list[str]:
     """One line per grid, one column per recipe: perplexity and KL at the bits that the grid costs."""
     jobs = by_job(rows)
@@ -74,7 +84,11 @@ def side_by_side(rows: Rows) -> list[str]:
 
 
 def accuracy_table(
-    only: str = "", model: str = DEMO, context: int = 2048, layout: Callable[[Rows], list[str]] = weight_accuracy
+    only: str = "",
+    model: str = DEMO,
+    context: int = 2048,
+    layout: Callable[[Rows], list[str]] = weight_accuracy,
+    origin: Callable[[dict[str, Any]], str] = measured_on,
 ) -> str:
     """The rows of ``model`` whose job matches the regular expression ``only``, the dense model first."""
     data = combined("*/weight_accuracy.json")
@@ -91,7 +105,7 @@ def accuracy_table(
     samples = dict.fromkeys(row["calibration"] for row in rows if row["calibration"])
     calibrated = f" calibrated on {' and on '.join(samples)};" if samples else ""
     facts = f"{model}, {rows[0]['protocol']}, {rows[0]['tokens']} predicted tokens, seeds from 0 on;{calibrated}"
-    return "\n".join([*layout(rows), "", f"{facts} {measured_on(data)}"])
+    return "\n".join([*layout(rows), "", f"{facts} {origin(data)}"])
 
 
 def _samples(data: dict[str, Any]) -> str:
@@ -141,29 +155,43 @@ def speed_table() -> str:
     parts = []
     for data in results("*/calibration_speed.json"):
         lines = [
-            "| model | weights | calibration | on | minutes | s/block | whole | host memory | GPU memory | speedup |",
+            "| model | weights | calibration | on | seconds | a block | whole | host memory | GPU memory | speedup |",
             "|---" * 10 + "|",
         ]
+        alone = {_subject(row): row for row in data["rows"] if row["processes"] == 1}
         for row in data["rows"]:
             peaks = row["peak_host_bytes"], row["peak_gpu_bytes"]
             host, gpu = ("-" if peak is None else f"{peak / 1e9:.1f} GB" for peak in peaks)
             unit = "thread" if row["device_type"] == "cpu" else "GPU"
             count = row["processes"] * (row["threads"] if unit == "thread" else 1)
-            block = "-" if row["seconds_per_block"] is None else f"{row['seconds_per_block']:.1f}"
-            left = WHOLE.get(row["model"], row["layers"]) - row["layers"]
-            whole = (row["seconds"] + left * (row["seconds_per_block"] or 0)) / 60
+            block = "-" if row["seconds_per_block"] is None else f"{row['seconds_per_block']:.2f}"
+            speedup, one = "-", alone.get(_subject(row))
+            if row["processes"] > 1 and one is not None:
+                of_block = one["seconds_per_block"] / row["seconds_per_block"]
+                speedup = f"{of_block:.2f} a block, {_whole(one) / _whole(row):.2f} whole"
             lines.append(
                 f"| {row['model']}, {row['layers']} blocks | {row['job']} | {row['calibration'] or '-'} | "
-                f"{count} {unit}{'s' if count > 1 else ''} | {row['seconds'] / 60:.1f} | {block} | {whole:.1f} | "
-                f"{host} | {gpu} | {row.get('ratio', '-')} |"
+                f"{count} {unit}{'s' if count > 1 else ''} | {row['seconds']:.0f} | {block} | {_whole(row):.0f} | "
+                f"{host} | {gpu} | {speedup} |"
             )
-        facts = "Whole: minutes for all blocks of the shape, from those that ran. Each job in processes of its own;"
+        facts = "Whole: seconds for all blocks of the shape, from those that ran. Each job in processes of its own;"
         parts.append("\n".join([*lines, "", f"{facts} {measured_on(data)}"]))
     return "\n\n".join(parts) or UNMEASURED
 
 
+def _subject(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What rows of one and of several processes have in common."""
+    return tuple(row[name] for name in ("model", "layers", "job", "calibration", "device_type"))
+
+
+def _whole(row: dict[str, Any]) -> float:
+    """Seconds for as many blocks as the shape has; the start and the end as they were."""
+    left = WHOLE.get(row["model"], row["layers"]) - row["layers"]
+    return float(row["seconds"] + left * (row["seconds_per_block"] or 0))
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    "weight-accuracy-short": lambda: accuracy_table(SHOWN),
+    "weight-accuracy-short": lambda: accuracy_table(SHOWN, layout=briefly, origin=machines),
     "weight-accuracy-rtn": lambda: accuracy_table("^rtn "),
     "weight-accuracy-rtn-512": lambda: accuracy_table("^rtn ", context=512),
     **{name: partial(accuracy_table, rows) for name, rows in PAGES.items()},

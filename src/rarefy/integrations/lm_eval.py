@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rarefy.core.errors import OptionError, SourceError, UnsupportedError
+from rarefy.core.errors import OptionError, SourceError, UnsupportedError, first_line
 from rarefy.core.progress import Advance, progress
 from rarefy.evaluation.bootstrap import Statistic, paired_interval
 from rarefy.evaluation.candidates import Candidate
@@ -39,7 +39,7 @@ try:
     from lm_eval.tasks import TaskManager
 except ImportError as failure:
     raise UnsupportedError(
-        f"Tasks run through lm-eval, which cannot be imported here ({failure}); run: pip install 'rarefy[eval]'."
+        f"Tasks run through lm-eval, which cannot be imported here ({failure}); run: pip install lm-eval"
     ) from None
 
 # Sequences of a forward pass: enough to keep two cores busy with short questions, or a GPU.
@@ -202,7 +202,7 @@ def _load_tasks(names: Sequence[str], folder: Path | None) -> tuple[dict[str, An
             except KeyError:
                 raise OptionError(f"Task '{name}' is unknown to lm-eval and not a YAML file; check its name.") from None
             except OSError as failure:
-                reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0].rstrip(".")
+                reason = first_line(failure)
                 raise SourceError(
                     f"The examples of task '{name}' cannot be had from the hub ({reason}); put {file_names(name)} into "
                     "a folder and name it with --task-data."

@@ -346,6 +346,9 @@ def test_bits_are_shared_out_between_layers_and_sides(tmp_path: Path) -> None:
     assert set(widths) <= {4, 8, 16} and len(set(widths)) > 1
     assert sum(width.bit_length() - 1 for width in widths) <= 3 * len(widths)
     assert not any(name[0].isdigit() for own in setup.params.values() for name in own)
+    spared = rarefy.kv_cache(build("llama"), "kv_quant", data=data, mean_bits=3, skip_layers=[0])
+    assert spared is not None
+    assert [layer for layer, own in spared.params.items() if own] == list(setup.params)[1:]
     alike = rarefy.kv_cache(build("llama"), "kv_quant", data=data, num_bits=3)
     assert alike is not None
 

@@ -77,7 +77,8 @@ class KvQuant(KvRecipe):
     def settle(self, params: Mapping[int, Mapping[str, Tensor]]) -> Mapping[int, Mapping[str, Tensor]]:
         if self.mean_bits is None:
             return params
-        halves = [(layer, side) for layer in params for side in SIDES]
+        skipped = {len(params) + layer if layer < 0 else layer for layer in self.skip_layers}
+        halves = [(layer, side) for layer in params if layer not in skipped for side in SIDES]
         costs = [[float(params[layer][f"{bits}.{side}.cost"]) for bits in MIXED_BITS] for layer, side in halves]
         chosen = within_budget(costs, MIXED_BITS, self.mean_bits * len(halves))
         found: dict[int, Payload] = {layer: {} for layer in params}

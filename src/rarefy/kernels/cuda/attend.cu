@@ -71,6 +71,9 @@ constexpr int K_GROUPS = TILE / K_GROUP, V_GROUPS = D / V_GROUP;
 constexpr bool K_CORRECTED = K_ENTRIES + K_RANK > 0, V_CORRECTED = V_ENTRIES + V_RANK > 0;
 constexpr bool FOLDED = K_KIND == CHANNEL && K_GROUPS == 1 && !K_CORRECTED;  // scales go into the query
 constexpr bool K_AFFINE = K_KIND == CHANNEL && !FOLDED, V_AFFINE = V_KIND == TOKEN && (V_GROUPS > 1 || V_CORRECTED);
+// Where much is done to every part of a tile, its instructions are more than a processor keeps at hand, unless in a loop.
+constexpr bool ROLLED = TURNED;
+constexpr int PARTS_AT_ONCE = ROLLED ? 1 : ROWS / DEPTH;
 constexpr float K_UP = FOLDED ? 16.0f : 1.0f, V_UP = 16.0f;  // keeps products with scales normal
 constexpr float STEP_UP = 16.0f;                             // steps are taken so much smaller where groups meet
 constexpr int MIDDLE = 3;                                    // the shift whose codes meet the query as it is
@@ -94,9 +97,8 @@ constexpr int CENTERS = ASKED + 2 * 4 * GROUP_HEADS * D;  // float: centers of c
 constexpr int REST = CENTERS + (K_SPREAD ? 8 * D : 0);    // per warp: what `take_rest` leaves, numbers
 constexpr int REST_PARTS = V_ROTATED ? 2 : 1, REST_OF_WARP = REST_PARTS * GROUP_HEADS * D + 16;
 constexpr int KEPT = REST + WARPS * 4 * REST_OF_WARP;  // per warp: scores, then weights, as lanes have them for 16 tokens each
-constexpr int KEPT_OF_WARP = ROWS * 32 * 16;
-constexpr int QUERIES = KEPT + WARPS * KEPT_OF_WARP;  // as lanes have it for 16 channels each, of keys by channel
-constexpr int CORRECTIONS = QUERIES + (K_KIND == CHANNEL ? STEPS * 32 * 8 : 0);  // per warp: see attend_corrections.cuh
+constexpr int KEPT_OF_WARP = ROLLED ? ROWS * 32 * 16 : 0;
+constexpr int CORRECTIONS = KEPT + WARPS * KEPT_OF_WARP;  // per warp: see attend_corrections.cuh
 
 device float power(int exponent) { return as_float(u32(127 + exponent) << 23); }
 device float never() { return as_float(0xFF800000u); }  // minus infinity: the score of what is not there
@@ -220,13 +222,6 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   float query_sums[2];
   if constexpr (!TURNED) load_query(query, query_sums, asked_coded, center, spread, g, t);
   else if constexpr (K_SPREAD) load_spread(centers, spreads, center, spread, t);
-  uint2* queries = reinterpret_cast<uint2*>(pool + QUERIES) + lane;
-  if constexpr (K_KIND == CHANNEL) {
-    if (warp == 0)
-#pragma unroll
-      for (int step = 0; step < STEPS; ++step) queries[32 * step] = {query[step][0], query[step][1]};
-    block_barrier();
-  }
   uint4* kept = reinterpret_cast<uint4*>(pool + KEPT + warp * KEPT_OF_WARP) + lane;
 
   float out[STEPS][4] = {}, under[4] = {};  // and what zeros take away from all of a row's sums
@@ -249,8 +244,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     const float* start = reinterpret_cast<const float*>(v_zeros + V_ZERO_SPAN);
     if constexpr (TURNED) turn_query(query, corrections.turned, asked_coded, start, g, t);
     if constexpr (K_RANK > 0) score_low_rank(scores, corrections.k_factors, query, g, t);
-    // Rolled up, as instructions of all steps would be more than a processor keeps at hand.
-#pragma unroll 1
+#pragma unroll PARTS_AT_ONCE
     for (int base = 0; base < ROWS; base += DEPTH) {
 #pragma unroll
       for (int ahead = 0; ahead < DEPTH; ++ahead) {
@@ -266,8 +260,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
           if constexpr (K_ENTRIES > 0)
             scatter<K_ENTRIES, true>(at, corrections.scattered, corrections.k_list, head_of_row, lane, channel_of);
           const int channel = channel_of(2 * t, 0);
-          const uint2 own_query = queries[32 * step];
-          u32 left = own_query.x, right = own_query.y;
+          u32 left = query[step][0], right = query[step][1];
           u32 steps[2];
           if constexpr (FOLDED) {
             const uint2 scale = *reinterpret_cast<const uint2*>(k_steps + 2 * channel);
@@ -342,9 +335,12 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
             multiply(n % 2 ? second : sums, keys, query[n][0], query[n][1]);
           }
         }
-        if constexpr (K_KIND != CHANNEL)
-          kept[32 * step] = {bits_of(sums[0] + second[0]), bits_of(sums[1] + second[1]), bits_of(sums[2] + second[2]),
-                             bits_of(sums[3] + second[3])};
+#pragma unroll
+        for (int n = 0; n < 4; ++n) sums[n] += second[n];
+        if constexpr (ROLLED) kept[32 * step] = {bits_of(sums[0]), bits_of(sums[1]), bits_of(sums[2]), bits_of(sums[3])};
+        else if constexpr (K_KIND != CHANNEL)
+#pragma unroll
+          for (int n = 0; n < 4; ++n) scores[step][n] = sums[n];
         if (base + DEPTH < ROWS) fetch_keys(slot, here.k_codes, step + DEPTH, g, t, a.heads);
         else fetch_values(slot, here.v_codes, ahead, g, t, a.heads);
       }
@@ -365,7 +361,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     float peak[2] = {top[0], top[1]};
 #pragma unroll
     for (int n = 0; n < ROWS; ++n) {
-      if constexpr (K_KIND != CHANNEL) {
+      if constexpr (ROLLED) {
         const uint4 all = kept[32 * n];
         const u32 words[4] = {all.x, all.y, all.z, all.w};
 #pragma unroll
@@ -457,7 +453,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
           plain[n][row] = V_AFFINE ? weights[n][row] : transposed(half_pair(shares[0] * V_UP, shares[1] * V_UP));
         else plain[n][row] = 0;
       }
-      kept[32 * n] = {weights[n][0], weights[n][1], plain[n][0], plain[n][1]};
+      if constexpr (ROLLED) kept[32 * n] = {weights[n][0], weights[n][1], plain[n][0], plain[n][1]};
     }
 #pragma unroll
     for (int n = 0; n < STEPS; ++n)
@@ -474,12 +470,14 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     }
 
     // ---- Sums: of row g of product n, channel 16 g + 2 n; of row g + 8, the next.
-#pragma unroll 1
+#pragma unroll PARTS_AT_ONCE
     for (int base = 0; base < ROWS; base += DEPTH) {
 #pragma unroll
       for (int ahead = 0; ahead < DEPTH; ++ahead) {
         const int step = base + ahead;
-        const uint4 own_weights = kept[32 * step];
+        uint4 own_weights;
+        if constexpr (ROLLED) own_weights = kept[32 * step];
+        else own_weights = {weights[step][0], weights[step][1], plain[step][0], plain[step][1]};
         u32(&slot)[MOST_WORDS] = ring[ahead];
         constexpr int WORDS = V_KIND == PRODUCT ? 2 : words_of(V_BITS, 16);
         u32 even[2][WORDS], odd[2][WORDS], steps[2], entries[4][V_PARTS];

@@ -194,9 +194,8 @@ class Program:
         rest = 4 * (self.group_heads * CHANNELS * (1 + self.rotated[1]) + 2 * MOST_HEADS)
         turns = 4 * TURN_WORDS * tile * turned
         both = 8 * self.group_heads * CHANNELS + 8 * CHANNELS * self.keys.affine  # queries, and centers and spreads
-        both += 16 * CHANNELS if self.keys.kind == "channel" else 0
         main = max(tables + turns + 2 * self.shape.warps * scales, sums)
-        return main + both + self.shape.warps * (rest + 32 * tile + self._corrections)
+        return main + both + self.shape.warps * (rest + 32 * tile * turned + self._corrections)
 
     @property
     def _corrections(self) -> int:
@@ -343,16 +342,15 @@ class CodedAttention:
 
     def _shape(self, device: torch.device, tokens: int) -> Shape:
         """The most warps for whose tables and corrections there is room; short tiles of products, and where the GPU has
-        more warps than long ones; where much is done to a tile, few of its parts ahead, whose instructions are then
-        few."""
+        more warps than long ones; where keys are turned, a loop over few of a tile's parts at once."""
         about = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
         most = getattr(about, "shared_memory_per_block_optin", MOST_SHARED)
         processors = getattr(about, "multi_processor_count", 1)
         few = self.keys.kind == "product" or tokens // TILE * self.batch * self.heads < processors * Shape.warps
         blocked = self.keys.kind == "channel" or self.values.low_rank is not None
         sizes = [TILE] if blocked else [TILE // 2] if few else [TILE, TILE // 2]
-        much = self.turned or any(side.outliers or side.low_rank for side in (self.keys, self.values))
-        shapes = (Shape(warps, depth=2 if much else 4, tile=tile) for warps in (8, 4) for tile in sizes)
+        depth = 2 if self.turned else Shape.depth
+        shapes = (Shape(warps, depth=depth, tile=tile) for warps in (8, 4) for tile in sizes)
         for self.shape in shapes:
             if self.program(torch.float32).shared_memory <= most:
                 return self.shape

@@ -185,8 +185,19 @@ def tune(clock: Clock, tokens: int, rounds: int) -> None:
             calls[f"{warps} warps, {stages} stages"] = (
                 lambda block_map=block_map, block_q=block_q, block_k=block_k, warps=warps, stages=stages: (
                     block_attention(
-                        query, key, value, block_map.start, block_map.whole, block_map.count, block_map.columns,
-                        block_q=block_q, block_k=block_k, scaling=SCALING, offset=0, causal=True, num_warps=warps,
+                        query,
+                        key,
+                        value,
+                        block_map.start,
+                        block_map.whole,
+                        block_map.count,
+                        block_map.columns,
+                        block_q=block_q,
+                        block_k=block_k,
+                        scaling=SCALING,
+                        offset=0,
+                        causal=True,
+                        num_warps=warps,
                         num_stages=stages,
                     )
                 )

@@ -38,7 +38,10 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     rows = (
         Measured(device="cpu", phase="prefill", tokens=32, executors={"reference": 0.0, "cpu": 0.9}),
         Measured(
-            device="cpu", phase="prefill", tokens=64, executors={"cpu": 0.4, "reference": 0.1},
+            device="cpu",
+            phase="prefill",
+            tokens=64,
+            executors={"cpu": 0.4, "reference": 0.1},
             estimators={"LowBitProducts, every 2": 0.5},
         ),
         Measured(device="cpu", phase="decode", tokens=64, executors={"reference": 0.3}),

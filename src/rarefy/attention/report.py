@@ -22,7 +22,7 @@ class LayerReport:
     ``executors`` and ``dense``: how often each ran, and why attention was dense."""
 
     kept: Tensor | None = None  # on the device, so that it is not waited for
-    visible: float = 0.0
+    visible: Tensor | float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     executors: Counter[str] = field(default_factory=Counter)
     dense: Counter[str] = field(default_factory=Counter)
@@ -35,7 +35,8 @@ class LayerReport:
 
     def density(self) -> float:
         """Share of blocks in reach that were read in passes that were sparse; 1 where none was."""
-        return 1.0 if self.kept is None or not self.visible else float(self.kept) / self.visible
+        visible = float(self.visible)
+        return float(self.kept) / visible if self.kept is not None and visible else 1.0
 
 
 @dataclass
@@ -57,8 +58,8 @@ class PlanReport:
         self.maps.clear()
 
     def density(self) -> float:
-        """Share of blocks in reach that were read in passes that were sparse; 1 where none was."""
-        visible = sum(layer.visible for layer in self.layers.values())
+        """`LayerReport.density` of all layers together."""
+        visible = sum(float(layer.visible) for layer in self.layers.values())
         kept = sum(float(layer.kept) for layer in self.layers.values() if layer.kept is not None)
         return kept / visible if visible else 1.0
 

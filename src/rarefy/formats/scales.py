@@ -135,4 +135,3 @@ def finest_step(dtype: FloatName) -> float:
 
 
 AnyScale = Annotated[SingleScale | BilevelScale, Field(discriminator="type")]
-

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
@@ -12,6 +10,7 @@ from rarefy.attention.estimators.base import Estimator, grouped
 from rarefy.attention.estimators.simple import SCORES_AT_ONCE
 from rarefy.attention.reach import Blocks
 from rarefy.core.errors import UnsupportedError
+from rarefy.kernels.triton import usable
 
 
 class Antidiagonals(Estimator):
@@ -36,7 +35,7 @@ class Antidiagonals(Estimator):
             _folded(call.source.keys(), blocks.block_k, stride),
         )
         tiles, per_row = key.shape[2], blocks.block_q // stride
-        if call.query.is_cuda and self._fits(call, blocks):
+        if self._fits(call, blocks):
             return by_mask_head(self.fused(call, blocks, query, key).log(), call)
         place = torch.arange(tiles, device=key.device)
         batch = call.query.shape[0]
@@ -55,9 +54,9 @@ class Antidiagonals(Estimator):
 
     def _fits(self, call: Call, blocks: Blocks) -> bool:
         """Whether the kernel serves: sizes are powers of two, and only causality and left padding hide keys."""
-        reach, sizes = call.reach, (self.stride, blocks.block_q, blocks.block_k, call.query.shape[3])
-        plain = reach.causal and all(part is None for part in (reach.window, reach.stop, reach.segment, reach.mask))
-        return plain and all(size & (size - 1) == 0 for size in sizes) and find_spec("triton") is not None
+        sizes = (self.stride, blocks.block_q, blocks.block_k, call.query.shape[3])
+        powers = all(size.bit_count() == 1 for size in sizes)
+        return call.reach.padded_causal and powers and usable(call.query.device)
 
     def fused(self, call: Call, blocks: Blocks, query: Tensor, key: Tensor) -> Tensor:
         """Shares of blocks, float32 ``[B, H, query blocks, key blocks]``, of folded queries and keys by the kernel."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rarefy.attention.block_map import BlockMap
-from rarefy.attention.compact import FEW
 from rarefy.attention.executors.base import Executor, executors
 from rarefy.attention.executors.coded import attend_coded, unreadable
+from rarefy.attention.policy import FEW
 from rarefy.attention.source import Source, Stored
+from rarefy.kernels.triton import usable
 from rarefy.kv.codecs import Exact
 from rarefy.kv.side import Side
 
@@ -32,7 +32,7 @@ class Triton(Executor):
     name = "triton"
 
     def missing(self, device: torch.device) -> str | None:
-        return None if device.type == "cuda" and find_spec("triton") is not None else "it needs a GPU and Triton"
+        return None if usable(device) else "it needs a GPU and Triton"
 
     def tiles(self, block_q: int, block_k: int) -> bool:
         return block_k >= 16 and block_k & (block_k - 1) == 0 and block_q <= 128
@@ -95,18 +95,16 @@ def _decodes(query: Tensor, source: Source, block_map: BlockMap) -> bool:
 
 def _decode(query: Tensor, source: Source, block_map: BlockMap, scaling: float) -> tuple[Tensor, Tensor]:
     batch, heads, _, channels = query.shape
-    reach = block_map.reach
+    first, length = block_map.reach.first, block_map.reach.ends(batch, query.device)
     pages = _pages(source, query.dtype) if isinstance(source, Stored) else None
     run = _workspace(batch, source.heads, heads, channels, block_map.block_k, query.device)
-    index, count = block_map.newest()
-    end = torch.full((batch,), min(reach.keys, reach.offset + 1) if reach.causal else reach.keys, device=query.device)
-    length = (end if reach.stop is None else torch.minimum(end, reach.stop)).to(torch.int32)
+    lists = block_map.newest()
     one = query[:, :, 0]
     if pages is not None:
-        out, lse = run.paged(one, *pages, index, count, length, scaling, reach.first)
+        out, lse = run.paged(one, *pages, lists.index, lists.count, length, scaling, first)
     else:
         keys, values = _rows(source.keys()), _rows(source.values())
-        out, lse = run(one, keys, values, index, count, length, scaling, reach.first)
+        out, lse = run(one, keys, values, lists.index, lists.count, length, scaling, first)
     return out.to(query.dtype).unsqueeze(2), lse.clone().unsqueeze(2)
 
 

@@ -108,9 +108,7 @@ def _candidate(
         wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         resident = weights * wanted.itemsize if isinstance(wanted, torch.dtype) else sizes.stored_bytes or 0
     identity = f"{fingerprint(folder)}, {dtype}, {device.type}" if cache is None else None
-    return Candidate(
-        name, load=open_it, resident_bytes=resident, sizes=sizes, cache=cache, identity=identity
-    )
+    return Candidate(name, load=open_it, resident_bytes=resident, sizes=sizes, cache=cache, identity=identity)
 
 
 def _compute_dtype(dtype: str | torch.dtype, first: ModelSource | None, device: torch.device) -> str | torch.dtype:

@@ -1,4 +1,4 @@
-"""Decoding over listed blocks: scores of blocks from what is kept of them, and attention of one query over the chosen.
+"""Decoding over listed blocks: their choice by what is kept of them, and attention of one query over the chosen.
 
 Nothing here waits for the device or depends on sizes that only it knows, so that a step can be a CUDA graph: lists have
 a fixed capacity, lengths are tensors, and the work is split over the list and not over the context.
@@ -6,6 +6,7 @@ a fixed capacity, lengths are tensors, and the work is split over the list and n
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +26,12 @@ TILE = 64  # blocks that one program gives scores to
 MERGED = 8192  # numbers that are merged at once
 
 
-@triton.jit
-def _scores(
-    query, high, low, length, first, out, columns, start, whole, count, arrived, stride_sb, stride_sh, stride_sn,
-    blocks, heads, sink, local, scaling, share, wanted, least,
-    GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, BOUND: tl.constexpr,
-    FIRST: tl.constexpr, ALL: tl.constexpr, EARLY: tl.constexpr,
+@triton.jit(do_not_specialize=["kept", "blocks"])
+def _choose(
+    query, high, low, length, first, scores, columns, start, whole, count, arrived, stride_sb, stride_sh, stride_sn,
+    kept, blocks, heads, sink, local, scaling, share, wanted, least,
+    GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ALL: tl.constexpr, TOKENS: tl.constexpr,
+    BOUND: tl.constexpr, FIRST: tl.constexpr, ON_TOP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     begin_launch(EARLY)
     pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -43,99 +44,76 @@ def _scores(
     tokens = tl.load(length + row)
     last = (tokens - 1) // TOKENS
     # What is kept of a block that has not ended yet need not exist.
-    here = (block < tl.minimum(last, blocks))[:, None]
+    here = (block < tl.minimum(last, kept))[:, None]
     above = tl.load(high + at, mask=here, other=0.0)
     if BOUND:
         below = tl.load(low + at, mask=here, other=0.0)
         positive = tl.where(q > 0, q, 0.0).to(above.dtype)
         negative = tl.where(q < 0, q, 0.0).to(above.dtype)
-        scores = tl.dot(positive, tl.trans(above)) + tl.dot(negative, tl.trans(below))
+        products = tl.dot(positive, tl.trans(above)) + tl.dot(negative, tl.trans(below))
     else:
-        scores = tl.dot(q.to(above.dtype), tl.trans(above))
-    scores = tl.where((member < GROUP)[:, None], scores, float("-inf"))
-    best = tl.max(scores, 0) * scaling
-    begin = 0
+        products = tl.dot(q.to(above.dtype), tl.trans(above))
+    products = tl.where((member < GROUP)[:, None], products, float("-inf"))
+    best = tl.max(products, 0) * scaling
+    padding = 0
     if FIRST:
-        begin = (tl.load(first + row) // TOKENS).to(tl.int32)
+        padding = tl.load(first + row).to(tl.int32)
+    begin = padding // TOKENS
     always = (block < begin + sink) | (block > last - local)
     best = tl.where(always, float("inf"), best)
     best = tl.where((block > last) | (block < begin), float("-inf"), best)
-    tl.store(out + pair * blocks + block, best, mask=block < blocks)
-    if ALL:
-        tl.debug_barrier()  # so that all of the program's scores are written when it is counted
-        if tl.atomic_add(arrived + pair, 1) < tl.num_programs(1) - 1:
-            return
-        tl.store(arrived + pair, 0)  # the last one selects, and leaves the counter as it was
-        tl.debug_barrier()
-        every = tl.arange(0, ALL)
-        x = tl.load(out + pair * blocks + every, mask=every < blocks, other=float("-inf"), cache_modifier=".cg")
-        flag = tl.full((ALL,), 3, tl.int32)
-        write_list(
-            x, flag, out, columns, start, whole, count, pair, 0, blocks, share, wanted, least, 0, False, False, False,
-            ALL,
-        )  # fmt: skip
-
-
-def block_scores(
-    query: Tensor, high: Tensor, length: Tensor, *, tokens: int, scaling: float, low: Tensor | None = None,
-    first: Tensor | None = None, sink: int = 1, local: int = 1, out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Scores float32 ``[B, Hkv, N]`` of blocks of ``tokens`` keys for ``query [B, H, D]``, the best of a group's heads.
-
-    ``high [B, Hkv, N, D]``: one key for each block, such as the mean; with ``low`` they are the greatest and least
-    number of each channel, and the score is the most that a key between them could have. ``length`` int32 ``[B]``:
-    tokens there are. The first ``sink`` and last ``local`` blocks have ``inf``, blocks out of reach ``-inf``.
-    """
-    if out is None:
-        out = torch.empty(high.shape[:3], dtype=torch.float32, device=query.device)
-    _launch_scores(query, high, low, length, first, out, tokens, scaling, sink, local, (out,) * 5, (0.0, 0, 0), 0)
-    return out
-
-
-class BlockChoice:
-    """`block_scores` and the choice of the best blocks in one launch, which can be captured in a CUDA graph."""
-
-    def __init__(
-        self, batch: int, heads: int, blocks: int, *, device: torch.device, tile: int = TILE, num_warps: int = 4
-    ):
-        self._meta = {"N": tile, "num_warps": num_warps}
-        self.scores = torch.empty(batch, heads, blocks, device=device)
-        self.index = torch.empty(batch, heads, blocks, dtype=torch.int32, device=device)
-        self.count = torch.empty(batch, heads, dtype=torch.int32, device=device)
-        self._unused = torch.empty(2, batch, heads, dtype=torch.int32, device=device)
-        self._arrived = torch.zeros(batch, heads, dtype=torch.int32, device=device)
-
-    def __call__(
-        self, query: Tensor, high: Tensor, length: Tensor, *, tokens: int, scaling: float, share: float = 0.0,
-        wanted: int = 0, least: int = 1, low: Tensor | None = None, first: Tensor | None = None, sink: int = 1,
-        local: int = 1,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The best ``share`` of blocks in reach (rounded up), or ``wanted`` of them, but at least ``least``, sinks and
-        neighbours among them: int32 ``[B, Hkv, N]``, rising, of which the first ``count`` int32 ``[B, Hkv]`` are
-        meant. Overwritten by the next call. The other arguments as `block_scores` has them."""
-        lists = (self.index, *self._unused.unbind(), self.count, self._arrived)
-        size = max(16, triton.next_power_of_2(self.scores.shape[2]))
-        _launch_scores(
-            query, high, low, length, first, self.scores, tokens, scaling, sink, local, lists, (share, wanted, least),
-            size, **self._meta,
-        )  # fmt: skip
-        return self.index, self.count
-
-
-def _launch_scores(
-    query: Tensor, high: Tensor, low: Tensor | None, length: Tensor, first: Tensor | None, out: Tensor, tokens: int,
-    scaling: float, sink: int, local: int, lists: tuple[Tensor, ...], rule: tuple[float, int, int], size: int, *,
-    N: int = TILE, num_warps: int = 4,
-) -> None:  # fmt: skip
-    batch, heads, blocks, channels = high.shape
-    group = query.shape[1] // heads
-    launch(
-        _scores, (batch * heads, triton.cdiv(blocks, N)), query.device, query.contiguous(), high,
-        high if low is None else low, length, length if first is None else first, out, *lists, *high.stride()[:3],
-        blocks, heads, sink, local, scaling, *rule, GROUP=group, D=channels,
-        M=max(ROWS, triton.next_power_of_2(group)), N=N, TOKENS=tokens, BOUND=low is not None,
-        FIRST=first is not None, ALL=size, num_warps=num_warps,
+    tl.store(scores + pair * blocks + block, best, mask=block < blocks)
+    tl.debug_barrier()  # so that all of the program's scores are written when it is counted
+    if tl.atomic_add(arrived + pair, 1) < tl.num_programs(1) - 1:
+        return
+    tl.store(arrived + pair, 0)  # the last one chooses, and leaves the counter as it was
+    tl.debug_barrier()
+    every = tl.arange(0, ALL)
+    x = tl.load(scores + pair * blocks + every, mask=every < blocks, other=float("-inf"), cache_modifier=".cg")
+    entire = (every * TOKENS >= padding) & ((every + 1) * TOKENS <= tokens)
+    write_list(
+        x, tl.where(entire, 3, 1), scores, columns, start, whole, count, pair, 0, blocks, share, wanted, least, 0,
+        False, False, ON_TOP, ALL,
     )  # fmt: skip
+
+
+def choose_blocks(
+    query: Tensor, high: Tensor, length: Tensor, blocks: int, *, tokens: int, scaling: float, share: float = 0.0,
+    wanted: int = 0, least: int = 1, include_forced: bool = True, low: Tensor | None = None,
+    first: Tensor | None = None, sink: int = 1, local: int = 1, tile: int = TILE, num_warps: int = 4,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The best of ``blocks`` blocks of ``tokens`` keys for ``query [B, H, D]``, in one launch: lists as `select_blocks`
+    makes them by its rule ``top``, of one row of queries, ``start``, ``whole``, ``count`` int32 ``[B, Hkv, 1]`` and
+    ``columns`` int32.
+
+    ``high [B, Hkv, N, D]``: one key for each of the first N blocks, such as the mean, whose product with the best of a
+    group's queries is the score; with ``low`` they are the greatest and least number of each channel, and the score is
+    the most that a key between them could have. ``length`` int32 ``[B]``: tokens there are; ``first`` int64 ``[B]``:
+    those before it are padding. The first ``sink`` and last ``local`` blocks in reach are forced; the others need a key
+    each, but for the last. Blocks with tokens from outside of that reach need a mask. ``tile``: blocks that a program
+    gives scores to. The first call for so many heads makes a counter, which later ones share: a CUDA graph has to be
+    captured after it, and calls must not overlap.
+    """
+    batch, heads, kept, channels = high.shape
+    group, device = query.shape[1] // heads, query.device
+    scores = torch.empty(batch, heads, blocks, device=device)
+    start, whole, count = torch.empty(3, batch, heads, 1, dtype=torch.int32, device=device).unbind()
+    columns = torch.empty(scores.numel(), dtype=torch.int32, device=device)
+    launch(
+        _choose, (batch * heads, triton.cdiv(blocks, tile)), device, query.contiguous(), high,
+        high if low is None else low, length, length if first is None else first, scores, columns, start, whole, count,
+        _counter(batch * heads, device), *high.stride()[:3], kept, blocks, heads, sink, local, scaling, share, wanted,
+        least, GROUP=group, D=channels, M=max(ROWS, triton.next_power_of_2(group)), N=tile,
+        ALL=max(16, triton.next_power_of_2(blocks)), TOKENS=tokens, BOUND=low is not None, FIRST=first is not None,
+        ON_TOP=not include_forced, num_warps=num_warps,
+    )  # fmt: skip
+    return start, whole, count, columns
+
+
+@functools.lru_cache(maxsize=8)
+def _counter(pairs: int, device: torch.device) -> Tensor:
+    """Zeros, which programs that count themselves leave as they were."""
+    return torch.zeros(pairs, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)
@@ -298,9 +276,7 @@ class BlockDecode:
             raise ValueError(f"Tiles of {self._meta['N']} tokens do not divide pages of {key.page} and {value.page}.")
         (k, k_row, k_head), (v, v_row, v_head) = key.places, value.places
         strides, pages = (k_row, k_head, k, v_row, v_head, v), key.table.shape[1]
-        return self._run(
-            query, key.table, value.table, index, count, length, scaling, first, strides, key.page, pages
-        )
+        return self._run(query, key.table, value.table, index, count, length, scaling, first, strides, key.page, pages)
 
     def _run(
         self, query: Tensor, key: Tensor, value: Tensor, index: Tensor, count: Tensor, length: Tensor, scaling: float,

@@ -3,9 +3,8 @@
 For each length of prefill: executors by their time on random maps of 10%, and the density at which each of them, with
 what estimating and selecting takes, needs as long as torch's best dense kernel; between densities that were measured
 time is taken to be a line. What other estimators take beyond that stands beside, also from ``gpu_estimators.json`` in
-the same folders. What launching a plan takes from idle counts too, since nothing may hide it. Of decoding
-only 10% is measured, as a graph: without one its launches cost what those of a plan in prefill do, and a step that is
-then r times as fast at 10% is not slower than dense at 10r%.
+the same folders. What launching a plan takes from idle counts too, since nothing may hide it. Of decoding only 10% is
+measured, by ``gpu_attention_decode.py``: attention over more blocks is taken to grow as they do, all else to stay.
 """
 
 from __future__ import annotations
@@ -88,18 +87,23 @@ def peer(row: Row) -> bool:
 
 
 def decode(rows: list[Row], device: str, source: str) -> list[Measured]:
-    best: dict[int, float] = {}
-    extra = max(launching(row) for row in rows if row["job"] == PLAN)
+    """From plans that Python launches, beside the time that the dense kernel takes on the GPU alone."""
+    limits: dict[int, dict[str, float]] = defaultdict(dict)
     for row in rows:
-        if row["goal"] == "decode":
-            tokens = row["batch"] * row["tokens"]
-            ratio = row["peer_microseconds"] / (row["microseconds"] + extra * 1e3)
-            best[tokens] = max(best.get(tokens, 0.0), ratio)
-    limits = {tokens: round(min(1.0, 0.1 * ratio), 3) if ratio >= 1 else 0.0 for tokens, ratio in sorted(best.items())}
-    return [
-        Measured(device=device, phase="decode", tokens=tokens, executors={"triton": most}, source=source)
-        for tokens, most in limits.items()
-    ]
+        if "from_idle" in row and row["goal"] == "decode":
+            attention = row["parts_microseconds"]["attention"]
+            left = row["peer_microseconds"] - (row["from_idle"] - attention)
+            own = limits[row["batch"] * row["tokens"]]
+            own[row["estimator"]] = min(max(0.0, row["density"] * left / attention), own.get(row["estimator"], 1.0))
+    found = []
+    for tokens, own in sorted(limits.items()):
+        best = own["PooledMeans"]
+        lost = {label: round(1 - limit / best, 3) for label, limit in sorted(own.items()) if limit < best}
+        found.append(Measured(
+            device=device, phase="decode", tokens=tokens, executors={"triton": round(best, 3)}, estimators=lost,
+            source=source,
+        ))  # fmt: skip
+    return found
 
 
 def main() -> None:

@@ -62,8 +62,8 @@ CODED: tuple[tuple[int, Literal["channel", "token"], int], ...] = (
 @dataclass(frozen=True)
 class Job:
     """A step over a cache. ``attend``: attention over the blocks that ``choose`` chooses, as ``lists`` reads them;
-    ``expected`` makes what it should be of which blocks each KV head reads (bool ``[B, Hkv, tokens]``). ``eager``: the
-    step as a model takes it, without a graph."""
+    ``expected`` makes what it should be of which blocks each KV head reads (bool ``[B, Hkv, tokens]``). Of a
+    plan, ``eager`` is the step as a model takes it, without a graph, and ``estimator`` what scores blocks."""
 
     label: str
     choose: Callable[[], Any]
@@ -72,6 +72,7 @@ class Job:
     expected: Callable[[Tensor], tuple[Tensor, Tensor]]
     lists: Callable[[Any], Lists] = tuple
     eager: Callable[[], Any] | None = None
+    estimator: str = ""
 
     def whole(self) -> Tensor:
         return self.attend(self.choose())
@@ -195,7 +196,7 @@ def plan_job(query: Tensor, key: Tensor, value: Tensor, estimator: Estimator, bl
 
     return Job(
         f"plan, {estimator.label} of {block}", lambda: plan.map(call, report), attend, block, expected, lists,
-        lambda: plan.attend(call, report),
+        lambda: plan.attend(call, report), estimator.label,
     )  # fmt: skip
 
 
@@ -269,6 +270,7 @@ def measure(
             "parts_microseconds": parts, "note": "scores and choice of blocks included; CUDA graph",
         }  # fmt: skip
         if idle:
+            row["estimator"] = job.estimator
             row["from_idle"] = round(idle.pop("plan") * 1e3, 2)
             row["peer_from_idle"] = round(min(idle.values()) * 1e3, 2)
         keep(row)

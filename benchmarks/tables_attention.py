@@ -221,11 +221,13 @@ def plan_table(goal: str) -> str:
                     f"{row['milliseconds']:.2f} | {row['ratio']:.2f} | {row['kept_rate']:.2f} |"
                 )
         else:
-            lines = ["| sequences | tokens | blocks | us | dense us | times dense | error |", "|---" * 7 + "|"]
+            heads = ["sequences", "tokens", "blocks", "us", "without a graph", "dense us", "times dense", "error"]
+            lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
             for row in sorted(rows, key=lambda row: (-row["batch"], row["tokens"], row["microseconds"])):
+                idle = f"{row['from_idle']:.1f}" if "from_idle" in row else "-"
                 lines.append(
                     f"| {row['batch']} | {row['tokens']:,} | {row['job'].removeprefix('decode, ')} | "
-                    f"{row['microseconds']:.1f} | {row['peer_microseconds']:.1f} | {row['ratio']:.2f} | "
+                    f"{row['microseconds']:.1f} | {idle} | {row['peer_microseconds']:.1f} | {row['ratio']:.2f} | "
                     f"{row['max_rel_error']:.1e} |"
                 )
         parts.append("\n".join([*lines, "", measured_on({**data, "rows": rows})]))

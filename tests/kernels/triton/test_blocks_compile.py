@@ -102,7 +102,7 @@ def test_every_kernel_over_blocks_compiles() -> None:
         [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    names = {"_attend", "_mass", "_select", "_partial", "_scores", "_chosen", "_folded", "_merge", "attend_stretch"}
+    names = {"_attend", "_mass", "_select", "_partial", "_choose", "_chosen", "_folded", "_merge", "attend_stretch"}
     assert set(done.stdout.split()) == names
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from rarefy.attention.call import Call, by_mask_head
 from rarefy.attention.estimators.base import Estimator, grouped
 from rarefy.attention.estimators.simple import SCORES_AT_ONCE
-from rarefy.attention.reach import Blocks
+from rarefy.attention.reach import Blocks, Reach
 from rarefy.core.errors import UnsupportedError
 from rarefy.kernels.triton import usable
 
@@ -109,14 +109,20 @@ class Lines(Estimator):
         column = _best(upright, self.columns)
         room = blocks.columns * blocks.block_k - reach.keys
         hit = torch.nn.functional.pad(column, (0, room)).unflatten(2, (-1, blocks.block_k)).any(3)
-        # How many chosen distances lie between two: a block of queries and one of keys meet at a range of them.
-        upto = torch.nn.functional.pad(_best(slash, self.diagonals).cumsum(2), (1, 0))
-        q0 = torch.arange(blocks.rows, device=logits.device)[:, None] * blocks.block_q + reach.offset
-        k0 = torch.arange(blocks.columns, device=logits.device) * blocks.block_k
-        least = (q0 - k0 - blocks.block_k + 1).clamp(0, reach.keys)
-        most = (q0 + blocks.block_q - k0).clamp(0, reach.keys)
-        crossed = upto[:, :, most] > upto[:, :, least]
+        crossed = _crossed(_best(slash, self.diagonals), blocks, reach)
         return torch.where(crossed | hit[:, :, None], torch.inf, -torch.inf)
+
+
+def _crossed(chosen: Tensor, blocks: Blocks, reach: Reach) -> Tensor:
+    """Which pairs of blocks a query and a key share whose distance is ``chosen`` bool ``[B, M, keys]``: bool ``[B, M,
+    query blocks, key blocks]``."""
+    # How many chosen distances lie below each: a block of queries and one of keys meet at a range of them.
+    below = torch.nn.functional.pad(chosen.cumsum(2), (1, 0))
+    q0 = torch.arange(blocks.rows, device=chosen.device)[:, None] * blocks.block_q + reach.offset
+    k0 = torch.arange(blocks.columns, device=chosen.device) * blocks.block_k
+    least = (q0 - k0 - blocks.block_k + 1).clamp(0, reach.keys)
+    most = (q0 + blocks.block_q - k0).clamp(0, reach.keys)
+    return below[:, :, most] > below[:, :, least]
 
 
 def _best(x: Tensor, count: int) -> Tensor:

@@ -39,6 +39,7 @@ class Noise(Estimator):
         self.seed = seed
 
     def scores(self, call: Call, blocks: Blocks) -> Tensor:
+        # Hashes of whole numbers are the same in every process.
         generator = torch.Generator().manual_seed(hash((self.seed, call.layer, call.reach.keys)) % 2**63)
         shape = (call.query.shape[0], call.mask_heads, blocks.rows, blocks.columns)
         return torch.rand(shape, generator=generator).log().to(call.query.device)

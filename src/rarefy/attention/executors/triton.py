@@ -35,7 +35,7 @@ class Triton(Executor):
         return None if usable(device) else "it needs a GPU and Triton"
 
     def tiles(self, block_q: int, block_k: int) -> bool:
-        return block_k >= 16 and block_k & (block_k - 1) == 0 and block_q <= 128
+        return block_k >= 16 and block_k.bit_count() == 1 and block_q <= 128
 
     def refusal(self, query: Tensor, source: Source, block_map: BlockMap, softcap: float | None = None) -> str | None:
         if (reason := self.missing(query.device)) is not None:
@@ -90,7 +90,7 @@ def _decodes(query: Tensor, source: Source, block_map: BlockMap) -> bool:
     reach, channels = block_map.reach, query.shape[3]
     plain = reach.window is None and reach.segment is None
     by_group = block_map.count.shape[1] == source.heads
-    return query.shape[2] == 1 and plain and by_group and channels >= 16 and channels & (channels - 1) == 0
+    return query.shape[2] == 1 and plain and by_group and channels >= 16 and channels.bit_count() == 1
 
 
 def _decode(query: Tensor, source: Source, block_map: BlockMap, scaling: float) -> tuple[Tensor, Tensor]:

@@ -67,4 +67,5 @@ def _bend(softcap: float, score: Tensor, *place: Tensor) -> Tensor:
 
 @functools.cache
 def _attention(compiled: bool) -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    function: Any = flex_attention  # what its type calls a function is no Callable to mypy
+    return torch.compile(function, dynamic=False) if compiled else function

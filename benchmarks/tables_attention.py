@@ -68,12 +68,18 @@ def attention_choices(model: str) -> str:
 
 
 def attention_answers(model: str, phase: str) -> str:
-    """Answers found in long contexts, a column for each task."""
+    """Answers found in long contexts, a column for each task, and a table for each length."""
     parts = []
-    for data, rows in attention_rows("retrieval", model, phase=phase):
+    lengths = {row["context"] for _, rows in attention_rows("retrieval", model, phase=phase) for row in rows}
+    every = [
+        pair for length in sorted(lengths) for pair in attention_rows("retrieval", model, phase=phase, context=length)
+    ]
+    for data, rows in every:
         # What the dense model cannot answer tells nothing.
         able = {row["task"]: row["accuracy"] for row in rows if row["job"] == "dense"}
         rows = [row for row in rows if able.get(row["task"], 1.0) >= 0.2]
+        if not rows:
+            continue
         tasks = list(dict.fromkeys(row["task"] for row in rows))
         lines = [f"| plan | density | {' | '.join(tasks)} |", "|---" * (2 + len(tasks)) + "|"]
         jobs = dict.fromkeys(row["job"] for row in rows)
@@ -140,9 +146,10 @@ def attention_budgets(model: str) -> str:
         if known:
             lines[0] += " tiles found | as many | found without means | as many |"
             lines[1] += "---|" * 4
-        for row in sorted(rows, key=lambda row: row["budget"]):
+        for row in sorted(rows, key=lambda row: (row["budget"], row["job"])):
+            name = f"{row['budget']:g}" + (", every 4th query" if "every=4" in row["job"] else "")
             line = (
-                f"| {row['budget']:g} | {row['mean_error']:.4f} | {row['worst_error']:.3f} | {row['within']:.1%} | "
+                f"| {name} | {row['mean_error']:.4f} | {row['worst_error']:.3f} | {row['within']:.1%} | "
                 f"{row['within_half_more']:.1%} |"
             )
             if known:

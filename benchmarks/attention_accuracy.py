@@ -38,7 +38,7 @@ from rarefy.integrations.transformers.plan_setup import AttentionSetup, attentio
 from rarefy.sources.texts import open_text
 
 DECODE = ("oracle", "seer_attention", "untrained gate", "infllm_v2", "sparge", "quest_pages", "sink_local", "random")
-SALE: tuple[dict[str, Any], ...] = ({"budget": 0.05}, {"budget": 0.05, "every": 4}, {"budget": 0.02}, {"budget": 0.1})
+SALE: tuple[dict[str, Any], ...] = ({"budget": 0.05}, {"budget": 0.05, "every": 1}, {"budget": 0.02}, {"budget": 0.1})
 # Plans that find their density themselves.
 MASS: dict[str, tuple[str, dict[str, Any]]] = {
     "seer_attention mass 0.9": ("seer_attention", {"mass": 0.9}),
@@ -268,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in (name for name in DECODE if name in options.plans):
 
         def add_decoding(name: str = name) -> None:
-            own: dict[str, Any] = {"phases": "decode", "density": middle, "executor": "reference"}
+            own: dict[str, Any] = {"phases": "decode", "density": middle}
             if name == "quest_pages":
                 own |= {"block_k": 64, "dense_layers": ()}
             decoding[f"{name} {middle}"] = bench.setup(name, **own), {"nominal": middle}

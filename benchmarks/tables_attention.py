@@ -147,7 +147,7 @@ def attention_budgets(model: str) -> str:
             lines[0] += " tiles found | as many | found without means | as many |"
             lines[1] += "---|" * 4
         for row in sorted(rows, key=lambda row: (row["budget"], row["job"])):
-            name = f"{row['budget']:g}" + (", every 4th query" if "every=4" in row["job"] else "")
+            name = f"{row['budget']:g}" + (", every query" if "every=1" in row["job"] else "")
             line = (
                 f"| {name} | {row['mean_error']:.4f} | {row['worst_error']:.3f} | {row['within']:.1%} | "
                 f"{row['within_half_more']:.1%} |"

@@ -17,6 +17,7 @@ from rarefy.attention.gate import BlockGate
 from rarefy.attention.plan import AttentionPlan
 from rarefy.attention.policy import Policy
 from rarefy.attention.reach import Reach
+from rarefy.attention.report import PlanReport
 from rarefy.attention.selectors import Mass, TopK, newest, select_map
 from rarefy.attention.source import Plain, Stored
 from rarefy.kv.codecs import Exact
@@ -136,9 +137,12 @@ def test_a_token_gets_the_blocks_that_scores_and_selector_choose(
             patch.setattr(newest, "serves", lambda *given: False)
             expected = plan.map(call)
         assert found is not None and expected is not None
-        assert torch.equal(found.count, expected.count) and torch.equal(found.whole, expected.whole)
+        assert torch.equal(found.count, expected.count)
         # Scores that are rounded to 16 bits or not may put blocks at the edge in another order.
-        assert float((found.dense() == expected.dense()).float().mean()) > 0.98
+        prepared = plan.prepared(call)
+        scores = estimator.scores(prepared, reach.blocks(1, 64, DEVICE))
+        kept = [scores.masked_fill(~each.dense(), 0.0).sum() for each in (found, expected)]
+        torch.testing.assert_close(*kept, rtol=2e-3, atol=1e-2)
         output = plan.attend(call)
         assert output is not None
         own, _ = Reference().run(query, call.source, found, 0.1)
@@ -156,10 +160,10 @@ def test_a_decoding_step_is_one_graph() -> None:
     length = torch.tensor([1000, 1500], dtype=torch.int32, device=DEVICE)
     attention = BlockDecode(batch, heads, 8, 128, size, device=DEVICE)
 
-    def step() -> torch.Tensor:
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
         _, _, count, columns = choose_blocks(query, means, length, tokens // size, tokens=size, scaling=0.1, share=0.2)
-        attention(query, key, value, columns.view(batch, heads, -1), count[:, :, 0], length, 0.1)
-        return count
+        output, _ = attention(query, key, value, columns.view(batch, heads, -1), count[:, :, 0], length, 0.1)
+        return output, count
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -168,14 +172,14 @@ def test_a_decoding_step_is_one_graph() -> None:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        count = step()
+        output, count = step()
     for _ in range(3):
         query.copy_(torch.randn_like(query))
         length.add_(150)
         graph.replay()
-        found, kept = attention.out.clone(), count.clone()
-        assert torch.equal(kept, step())
-        torch.testing.assert_close(found, attention.out)
+        expected, kept = step()
+        assert torch.equal(kept, count)
+        torch.testing.assert_close(output, expected)
         visible = (length - 1) // size + 1
         assert torch.equal(kept[:, 0, 0], (visible * 0.2 - 1e-6).ceil().int())
 
@@ -193,10 +197,10 @@ def test_a_plan_over_a_coded_cache_is_one_graph() -> None:
     query = torch.randn(1, 8, 1, 128, device=DEVICE, dtype=torch.bfloat16)
     policy = Policy(dense_below=0, max_density=1)
     plan = AttentionPlan(PooledMeans(), TopK(0.3), policy, 64, 64, "kv", "triton")
-    call = Call(query, Stored(store), Reach.last(1, store.length), 0.08)
+    call, report = Call(query, Stored(store), Reach.last(1, store.length), 0.08), PlanReport()
 
     def step() -> torch.Tensor:
-        output = plan.attend(call)
+        output = plan.attend(call, report)
         assert output is not None
         return output
 
@@ -208,6 +212,10 @@ def test_a_plan_over_a_coded_cache_is_one_graph() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
+    counted = report.density()
+    assert 0.25 < counted < 0.4
+    report.clear()  # which a graph must not need: what it reads has to stay
+    torch.cuda.empty_cache()
     for _ in range(3):
         query.copy_(torch.randn_like(query))
         graph.replay()

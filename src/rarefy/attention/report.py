@@ -18,25 +18,32 @@ PARTS = ("estimate", "select", "execute")
 
 @dataclass
 class LayerReport:
-    """One layer's passes. ``kept`` of ``visible`` blocks were read in those that were sparse; ``seconds`` by part;
+    """One layer's passes. ``kept()`` of ``visible`` blocks were read in those that were sparse; ``seconds`` by part;
     ``executors`` and ``dense``: how often each ran, and why attention was dense."""
 
-    kept: Tensor | None = None  # on the device, so that it is not waited for
+    counts: dict[torch.Size, Tensor] = field(default_factory=dict)  # blocks read, by shape: sums that nobody waits for
     visible: Tensor | float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     executors: Counter[str] = field(default_factory=Counter)
     dense: Counter[str] = field(default_factory=Counter)
 
     def count(self, block_map: BlockMap) -> None:
-        """A pass that reads the blocks of this map."""
-        kept = block_map.count.sum()
-        self.kept = kept if self.kept is None else self.kept + kept
+        """A pass that reads the blocks of this map. Those of a CUDA graph are not counted: it would go on reading sums
+        that are given back when others take their place."""
+        if block_map.count.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        shape = block_map.count.shape
+        self.counts[shape] = self.counts[shape] + block_map.count if shape in self.counts else block_map.count
         self.visible += block_map.visible() * block_map.count.shape[1]
 
     def density(self) -> float:
         """Share of blocks in reach that were read in passes that were sparse; 1 where none was."""
         visible = float(self.visible)
-        return float(self.kept) / visible if self.kept is not None and visible else 1.0
+        return self.kept() / visible if visible else 1.0
+
+    def kept(self) -> int:
+        """Blocks that were read in passes that were sparse."""
+        return sum(int(count.sum()) for count in self.counts.values())
 
 
 @dataclass
@@ -60,7 +67,7 @@ class PlanReport:
     def density(self) -> float:
         """`LayerReport.density` of all layers together."""
         visible = sum(float(layer.visible) for layer in self.layers.values())
-        kept = sum(float(layer.kept) for layer in self.layers.values() if layer.kept is not None)
+        kept = sum(layer.kept() for layer in self.layers.values())
         return kept / visible if visible else 1.0
 
     def seconds(self) -> dict[str, float]:

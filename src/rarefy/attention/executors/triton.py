@@ -105,7 +105,7 @@ def _decode(query: Tensor, source: Source, block_map: BlockMap, scaling: float) 
     else:
         keys, values = _rows(source.keys()), _rows(source.values())
         out, lse = run(one, keys, values, lists.index, lists.count, length, scaling, first)
-    return out.to(query.dtype).unsqueeze(2), lse.clone().unsqueeze(2)
+    return out.unsqueeze(2), lse.unsqueeze(2)
 
 
 @functools.lru_cache(maxsize=8)
@@ -127,16 +127,18 @@ def _pages(source: Stored, dtype: torch.dtype) -> tuple[Paged, Paged] | None:
     exact = all(isinstance(side.codec, Exact) and side.codec.tokens % 64 == 0 for side in sides)
     if not exact or store.codecs.pre_rope or store.sink is not None or store.keys.tail.dtype != dtype:
         return None
-    parts = [run.payload["exact"] for side in sides for run in side.runs]
-    rows = all(part.stride(-2) == part.shape[-1] and part.stride(-1) == 1 for part in parts)
-    if store.keys.codec.tokens != store.values.codec.tokens or not rows:
+    if store.keys.codec.tokens != store.values.codec.tokens:
         return None
-    key = tuple(id(run.payload) for side in sides for run in side.runs)
+    payloads = [run.payload for side in sides for run in side.runs]
+    key = tuple(id(payload) for payload in payloads)
     known = store.plans.get("pages")
     if known is None or known[0] != key:
+        parts = [payload["exact"] for payload in payloads]
+        rows = all(part.stride(-2) == part.shape[-1] and part.stride(-1) == 1 for part in parts)
         # With the payloads, so that their identities are not reused.
-        known = key, [_table(side) for side in sides], [run.payload for side in sides for run in side.runs]
-        store.plans["pages"] = known
+        known = store.plans["pages"] = key, [_table(side) for side in sides] if rows else None, payloads
+    if known[1] is None:
+        return None
     tails = [side.tail for side in sides]
     if any(tail.shape[2] > 1 and tail.stride(-2) != tail.shape[-1] for tail in tails):
         tails = [tail.contiguous() for tail in tails]

@@ -85,7 +85,7 @@ def _density(model: Any) -> float:
     if setup is None:
         return 1.0
     dense = setup.report.dense()
-    if dense and all(layer.kept is None for layer in setup.report.layers.values()):
+    if dense and all(not layer.counts for layer in setup.report.layers.values()):
         log.warning(
             "'%s' stayed dense in every pass (%s), so that this measures dense attention: give longer contexts, or "
             "set what keeps it dense (such as %s:dense_below=0).", setup.name, ", ".join(dense), setup.name,

@@ -242,9 +242,6 @@ class BlockDecode:
     ):  # fmt: skip
         """``splits``: programs for each KV head (None: enough to fill the GPU four times)."""
         self.splits = splits or max(1, min(64, 4 * 132 // (batch * heads)))
-        self.block_k = block_k
-        self.out = torch.empty(batch, query_heads, channels, device=device)
-        self.lse = torch.empty(batch, query_heads, device=device)
         self._partial = torch.empty(batch * query_heads, self.splits, channels, device=device)
         self._partial_lse = torch.empty(batch * query_heads, self.splits, device=device)
         self._arrived = torch.zeros(batch, heads, dtype=torch.int32, device=device)
@@ -262,7 +259,7 @@ class BlockDecode:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """``query [B, H, D]`` over ``key``, ``value [B, Hkv, L, D]`` of which ``length`` int32 ``[B]`` tokens are
         there, at blocks ``index`` int32 ``[B, Hkv, capacity]``, the first ``count`` int32 ``[B, Hkv]`` of them. The
-        result float32 ``[B, H, D]`` and its log-sum-exp ``[B, H]``, overwritten by the next call."""
+        result ``[B, H, D]`` in the query's dtype and its log-sum-exp float32 ``[B, H]``."""
         strides = (*key.stride()[:3], *value.stride()[:3])
         return self._run(query, key, value, index, count, length, scaling, first, strides)
 
@@ -283,10 +280,12 @@ class BlockDecode:
         first: Tensor | None, strides: tuple[int, ...], page: int = 0, pages: int = 0,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         batch, heads = index.shape[:2]
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        lse = torch.empty(query.shape[:2], device=query.device)
         launch(
             _chosen, (batch * heads, self.splits), query.device, query.contiguous(), key, value, index, count,
-            count if first is None else first, length, self._partial, self._partial_lse, self.out, self.lse,
-            self._arrived, *strides, pages, heads, index.shape[-1], self.splits, scaling, FIRST=first is not None,
+            count if first is None else first, length, self._partial, self._partial_lse, out, lse, self._arrived,
+            *strides, pages, heads, index.shape[-1], self.splits, scaling, FIRST=first is not None,
             PAGE=page, NUMBERS=NUMBERS[query.dtype], **self._meta,
         )  # fmt: skip
-        return self.out, self.lse
+        return out, lse

@@ -32,7 +32,7 @@ from rarefy.contracts import AttentionRecipe, attention_recipes
 @attention_recipes.register("sale")
 class Sale(AttentionRecipe):
     """Thresholds on 4-bit scores, for prefill. ``num_bits`` of queries and keys, which lose their mean over tokens
-    before when ``smooth``; ``every``: of each block of queries only each so many-th is looked at. ``budget``: error of
+    before when ``smooth``; ``every``: of each block of queries only each so many-th is looked at (1: all). ``budget``: error of
     a head's output that calibration allows, in the mean of its sequences and one standard deviation above it;
     ``start`` and ``halvings``: the thresholds that it tries. ``threshold``: that one for all heads, without
     calibration."""
@@ -43,7 +43,7 @@ class Sale(AttentionRecipe):
     phases: Literal["both", "prefill", "decode"] = "prefill"
     num_bits: int = Field(4, ge=2, le=8)
     smooth: bool = True
-    every: int = Field(1, ge=1)
+    every: int = Field(4, ge=1)
     budget: float = Field(0.05, gt=0)
     start: float = Field(0.128, gt=0, lt=1)
     halvings: int = Field(12, ge=0)

@@ -11,7 +11,7 @@ caches for one head of one sequence, whose numbers are decoded as ``packing`` un
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -213,7 +213,7 @@ PLANS: tuple[tuple[Callable[[], Estimator], int], ...] = (
 
 
 def measure(
-    clock: Clock, batch: int, tokens: int, rounds: int, quick: bool, others: bool, keep: Callable[[Row], None]
+    clock: Clock, batch: int, tokens: int, rounds: int, kinds: Sequence[str], others: bool, keep: Callable[[Row], None]
 ) -> None:
     """One new token in each sequence. Rows are kept as they come."""
     query, key, value = tensors(tokens, batch, 1)
@@ -228,9 +228,12 @@ def measure(
             print(f"  decode {name}: {type(failure).__name__}: {str(failure).splitlines()[0][:200]}")
             torch.cuda.synchronize()
     size = 2 * batch * KV_HEADS * tokens * CHANNELS * 2
-    makers: list[Callable[[], Job]] = [lambda e=e, b=b: plan_job(one, key, value, e(), b) for e, b in PLANS]  # type: ignore[misc]
-    makers += [lambda b=b, e=e: plain_job(one, key, value, b, e, {}) for b, e in PLAIN]  # type: ignore[misc]
-    makers += [lambda n=n, k=k, b=b: coded_job(one, key, n, k, b) for n, k, b in CODED]  # type: ignore[misc]
+    known: dict[str, list[Callable[[], Job]]] = {
+        "plan": [lambda e=e, b=b: plan_job(one, key, value, e(), b) for e, b in PLANS],  # type: ignore[misc]
+        "plain": [lambda b=b, e=e: plain_job(one, key, value, b, e, {}) for b, e in PLAIN],  # type: ignore[misc]
+        "coded": [lambda n=n, k=k, b=b: coded_job(one, key, n, k, b) for n, k, b in CODED],  # type: ignore[misc]
+    }
+    makers = [make for kind in kinds for make in known[kind]]
     if others:
         makers = [
             lambda t=t, w=w, s=s, p=p, n=n, c=c: plain_job(  # type: ignore[misc]
@@ -238,7 +241,7 @@ def measure(
             )
             for t, w, s, p, n, c in OTHERS
         ]
-    for make in makers[:: 3 if quick else 1]:
+    for make in makers:
         label, stage = "", "making"
         try:
             # A graph reads the memory of its calls and does not hold it, so the job has to live until the end.
@@ -291,6 +294,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no new length after so long")
     parser.add_argument("--cases", default="16x32768,1x131072,1x32768,4x32768,16x8192", help="batches and lengths")
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--kinds", nargs="+", default=["plan", "plain", "coded"], help="what to measure, in this order")
     parser.add_argument("--others", action="store_true", help="try other configurations of the kernels instead")
     options = parser.parse_args()
     begin = time.monotonic()
@@ -303,12 +307,13 @@ def main() -> None:
         if options.json is not None:
             write(options, rows, KEY)
 
+    kinds = options.kinds[:1] if options.quick else options.kinds
     for case in options.cases.split(","):
         if time.monotonic() - begin > options.seconds:
             print(f"decode {case}: no time left")
             break
         batch, length = (int(part) for part in case.split("x"))
-        measure(clock, batch, length, options.rounds, options.quick, options.others, keep)
+        measure(clock, batch, length, options.rounds, kinds, options.others, keep)
         torch.cuda.empty_cache()
     if options.json is None:
         write(options, rows, KEY)

@@ -32,10 +32,10 @@ from rarefy.contracts import AttentionRecipe, attention_recipes
 @attention_recipes.register("sale")
 class Sale(AttentionRecipe):
     """Thresholds on 4-bit scores, for prefill. ``num_bits`` of queries and keys, which lose their mean over tokens
-    before when ``smooth``; ``every``: of each block of queries only each so many-th is looked at (1: all). ``budget``: error of
-    a head's output that calibration allows, in the mean of its sequences and one standard deviation above it;
-    ``start`` and ``halvings``: the thresholds that it tries. ``threshold``: that one for all heads, without
-    calibration."""
+    before when ``smooth``; ``every``: of each block of queries only each so many-th is looked at (1: all, as in the
+    paper). ``budget``: error of a head's output that calibration allows, in the mean of its sequences and one standard
+    deviation above it; ``start`` and ``halvings``: the thresholds that it tries. ``threshold``: that one for all heads,
+    without calibration."""
 
     block_k: int = Field(32, ge=1)
     local: int = Field(5, ge=1)

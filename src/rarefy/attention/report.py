@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -46,6 +44,24 @@ class LayerReport:
         return sum(int(count.sum()) for count in self.counts.values())
 
 
+class Part:
+    """Adds the seconds within it to ``seconds[name]``, those of work on ``device`` (None: nobody waits for it). Written
+    out, since a generator would take longer than the part."""
+
+    def __init__(self, seconds: dict[str, float], name: str, device: torch.device | None):
+        self.seconds, self.name, self.device = seconds, name, device
+
+    def __enter__(self) -> None:
+        if self.device is not None:
+            torch.cuda.synchronize(self.device)
+        self.begin = time.perf_counter()
+
+    def __exit__(self, *failure: object) -> None:
+        if self.device is not None:
+            torch.cuda.synchronize(self.device)
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.begin
+
+
 @dataclass
 class PlanReport:
     """``layers`` by number. ``timed``: wait for the device after each part, so that seconds are its own (slower).
@@ -57,7 +73,9 @@ class PlanReport:
     maps: dict[int, BlockMap] = field(default_factory=dict)
 
     def layer(self, number: int) -> LayerReport:
-        return self.layers.setdefault(number, LayerReport())
+        if number not in self.layers:
+            self.layers[number] = LayerReport()
+        return self.layers[number]
 
     def clear(self) -> None:
         """Forget all passes."""
@@ -78,15 +96,6 @@ class PlanReport:
         """How many passes stayed dense, by reason."""
         return sum((layer.dense for layer in self.layers.values()), Counter())
 
-    @contextmanager
-    def part(self, number: int, name: str, device: torch.device) -> Iterator[None]:
+    def part(self, number: int, name: str, device: torch.device) -> Part:
         """Count the time within as that of a part."""
-        wait = self.timed and device.type == "cuda"
-        if wait:
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        yield
-        if wait:
-            torch.cuda.synchronize(device)
-        own = self.layer(number).seconds
-        own[name] = own.get(name, 0.0) + time.perf_counter() - begin
+        return Part(self.layer(number).seconds, name, device if self.timed and device.type == "cuda" else None)

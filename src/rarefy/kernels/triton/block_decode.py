@@ -100,14 +100,18 @@ def choose_blocks(
     start, whole, count = torch.empty(3, batch, heads, 1, dtype=torch.int32, device=device).unbind()
     columns = torch.empty(scores.numel(), dtype=torch.int32, device=device)
     launch(
-        _choose, (batch * heads, triton.cdiv(blocks, tile)), device, query.contiguous(), high,
+        _choose, (batch * heads, -(-blocks // tile)), device, query.contiguous(), high,
         high if low is None else low, length, length if first is None else first, scores, columns, start, whole, count,
         _counter(batch * heads, device), *high.stride()[:3], kept, blocks, heads, sink, local, scaling, share, wanted,
-        least, GROUP=group, D=channels, M=max(ROWS, triton.next_power_of_2(group)), N=tile,
-        ALL=max(16, triton.next_power_of_2(blocks)), TOKENS=tokens, BOUND=low is not None, FIRST=first is not None,
-        ON_TOP=not include_forced, num_warps=num_warps,
+        least, GROUP=group, D=channels, M=max(ROWS, _power(group)), N=tile, ALL=max(16, _power(blocks)),
+        TOKENS=tokens, BOUND=low is not None, FIRST=first is not None, ON_TOP=not include_forced, num_warps=num_warps,
     )  # fmt: skip
     return start, whole, count, columns
+
+
+def _power(n: int) -> int:
+    """The least power of two from ``n`` on; Triton's own takes longer than all else that a launch is told."""
+    return 1 << (n - 1).bit_length()
 
 
 @functools.lru_cache(maxsize=8)

@@ -19,7 +19,6 @@ from typing import Any
 from rarefy.attention.measured import TABLE, Measured
 
 Row = dict[str, Any]
-PLAN = "plan, pooled means"
 
 
 def break_even(times: dict[float, float], extra: float, dense: float) -> float:
@@ -46,19 +45,25 @@ def prefill(rows: list[Row], others: list[Row], device: str, source: str) -> lis
         if row["goal"] == "execution":
             alone[row["tokens"]][row["job"].rpartition(", ")[2]][row["measured_density"]] = row["milliseconds"]
     for tokens, times in sorted(alone.items()):
-        peers = {row["peer"]: row for row in rows if row["job"] == PLAN and row["tokens"] == tokens}
-        dense = [peers[name]["peer_milliseconds"] for name in ("dense flash", "dense cudnn") if name in peers]
-        if not dense:
+        own = [row for row in rows if peer(row) and row["tokens"] == tokens and row["estimator"] == "PooledMeans"]
+        dense = [
+            row["peer_milliseconds"]
+            for row in rows
+            if row["tokens"] == tokens and row["goal"] == "prefill" and row["peer"] in ("dense flash", "dense cudnn")
+        ]
+        if not own:
             continue
-        first = next(iter(peers.values()))
-        extra = first["estimator_and_selection_share"] * first["peer_milliseconds"]
-        extra += launching(first)
-        many = {name: own for name, own in times.items() if len(own) > 1}
-        order = sorted(many, key=lambda name: min(many[name].items(), key=lambda pair: abs(pair[0] - 0.1))[1])
+        extra = own[0]["estimator_and_selection_share"] * own[0]["peer_milliseconds"]
+        launched = {row.get("executor", ""): launching(row) for row in own}
+        many = {name: each for name, each in times.items() if len(each) > 1}
         limits: dict[str, float] = {}
-        for name in order:  # an executor goes by the slowest form of its blocks
-            limit = round(break_even(many[name], extra, min(dense)), 3)
-            limits[name.split()[0]] = min(limit, limits.get(name.split()[0], 1.0))
+        for name, each in many.items():  # an executor goes by the slowest form of its blocks
+            who = name.split()[0]
+            late = extra + launched.get(who, max(launched.values()))
+            limits[who] = min(round(break_even(each, late, min(dense)), 3), limits.get(who, 1.0))
+        # The fastest first, but none whose launches alone take as long as dense attention before one whose do not.
+        near = {name.split()[0]: min(many[name].items(), key=lambda pair: abs(pair[0] - 0.1))[1] for name in many}
+        limits = {who: limits[who] for who in sorted(limits, key=lambda who: (not limits[who], near[who]))}
         found.append(Measured(
             device=device, phase="prefill", tokens=tokens, executors=limits,
             estimators=estimators(rows, others, tokens), source=source,

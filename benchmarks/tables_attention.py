@@ -184,14 +184,19 @@ def estimator_table() -> str:
     """Plans and their estimators in milliseconds, one table per device."""
     parts = []
     for data in results("*/gpu_estimators.json"):
-        lines = ["| plan | tokens | estimate ms | of dense | execute ms | whole ms | peer | times the peer |"]
-        lines.append("|---" * 8 + "|")
-        for row in sorted(data["rows"], key=lambda row: (row["job"], row["tokens"], row["peer"])):
-            execute = row["execute_milliseconds"]
+        peers = ("flash", "cudnn", "fa4")
+        heads = ["tokens", "plan", "estimate ms", "of dense", "execute ms", "whole ms"]
+        lines = [f"| {' | '.join([*heads, *(f'times dense {peer}' for peer in peers)])} |"]
+        lines.append("|---" * (len(heads) + len(peers)) + "|")
+        by: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}
+        for row in data["rows"]:
+            by.setdefault((row["tokens"], row["job"]), {})[row["peer"].partition(",")[0]] = row
+        for (tokens, job), own in sorted(by.items()):
+            row, name = next(iter(own.values())), job.removesuffix(", 10%")
+            ratios = " | ".join(f"{own[peer]['ratio']:.2f}" if peer in own else "-" for peer in peers)
             lines.append(
-                f"| {row['job']} | {row['tokens']:,} | {row['estimate_milliseconds']:.2f} | {row['share']:.1%} | "
-                f"{'-' if execute is None else f'{execute:.2f}'} | {row['milliseconds']:.2f} | {row['peer']} | "
-                f"{row['ratio']:.2f} |"
+                f"| {tokens:,} | {name} | {row['estimate_milliseconds']:.2f} | {row['share']:.1%} | "
+                f"{row['execute_milliseconds']:.2f} | {row['milliseconds']:.2f} | {ratios} |"
             )
         parts.append(
             "\n".join([*lines, "", f"Causal, 32 query heads over 8 KV heads of 128, bf16; {measured_on(data)}"])

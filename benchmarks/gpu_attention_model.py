@@ -97,7 +97,8 @@ def measure(batch: int, tokens: int, rounds: int) -> list[Row]:
             "goal": "token", "job": f"a token, {plan}", "tokens": tokens, "density": 0.1, "batch": batch,
             "peer": f"sdpa, {peer}", "measured_density": round(density[plan], 4),
             "milliseconds": round(times[plan], 3), "peer_milliseconds": round(times[peer], 3),
-            "ratio": round(times[peer] / times[plan], 3), "ran": ran[plan], "note": f"{LAYERS} layers of an 8B shape, eager",
+            "ratio": round(times[peer] / times[plan], 3), "ran": ran[plan],
+            "note": f"{LAYERS} layers of an 8B shape, eager",
         }
         for plan in PLANS if plan in times
         for peer in times if peer not in PLANS

@@ -250,7 +250,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
     if "sale" in options.parts:
         for own in SALE[: 1 if options.quick else None]:
-            bench.attempt(f"sale {own}", lambda own=own: bench.losses("prefill", sale_rows(bench, own)))
+
+            def by_budget(own: dict[str, Any] = own) -> None:
+                setups = sale_rows(bench, own)
+                bench.losses("prefill", dict(setups))
+                if "retrieval" in options.parts and own is SALE[0]:
+                    bench.retrieval("prefill", setups, options.tasks, options.sessions)
+
+            bench.attempt(f"sale {own}", by_budget)
     if "mass" in options.parts:
         asked_for = [(job, *own) for job, own in MASS.items() if own[0] in options.plans]
         for job, name, own in asked_for[: 1 if options.quick else None]:

@@ -36,10 +36,16 @@ def combined(pattern: str) -> dict[str, Any]:
     return {**found[0], "rows": [row for row, _ in rows.values()]}
 
 
-def measured_on(data: dict[str, Any]) -> str:
+def machines(data: dict[str, Any]) -> str:
+    """On which devices rows were measured, with which torch."""
     devices = " and ".join(sorted({row.get("device", data["device"]) for row in data["rows"]}))
     versions = " and ".join(sorted({row.get("torch", data["versions"]["torch"]) for row in data["rows"]}))
-    return f"measured on {devices}, torch {versions}. {provenance(data['rows'])}"
+    return f"measured on {devices}, torch {versions}."
+
+
+def measured_on(data: dict[str, Any]) -> str:
+    """`machines`, and at which commits."""
+    return f"{machines(data)} {provenance(data['rows'])}"
 
 
 def provenance(rows: list[dict[str, Any]]) -> str:

@@ -118,18 +118,26 @@ SHOWN: list[tuple[str, dict[str, Any], str]] = [
     ("gpu_attention", {"job": "plan, pooled means", "tokens": 1 << 17, "goal": "prefill"},
      "prefill attention of 131,072 tokens, a tenth of the blocks, estimator included"),
 ]  # fmt: skip
-PEERS = {"demo-q4_0": "llama.cpp Q4_0", "torch float32": "HF eager float32"}
+PEERS = {
+    "demo-q4_0": "llama.cpp Q4_0", "torch float32": "HF eager float32", "dense flash": "torch's dense flash attention",
+    "dense cudnn": "dense cuDNN", "dense fa4": "dense FlashAttention 4", "torch cudnn bf16": "cuDNN over bf16",
+    "bf16, same runner": "bf16 in the same runner", "tinygemm W4, same runner": "tinygemm W4 in the same runner",
+}  # fmt: skip
 
 
 def short_table() -> str:
-    """One line per job and peer, from every device that ran it."""
-    lines = ["| job | on | beside | its time / ours |", "|---" * 4 + "|"]
-    for name, wanted, words in SHOWN:
-        for data in results(f"*/{name}.json"):
-            for row in data["rows"]:
-                if all(row.get(key) == value for key, value in wanted.items()) and row["peer"] != row["job"]:
-                    peer = PEERS.get(row["peer"], row["peer"])
-                    lines.append(f"| {words} | {data['device']} | {peer} | {row['ratio']:.2f} |")
+    """One line per job and device that ran it, with every peer."""
+    lines = ["| job | on | as fast as |", "|---" * 3 + "|"]
+    for words in dict.fromkeys(words for *_, words in SHOWN):
+        beside: dict[str, dict[str, float]] = {}
+        for name, wanted, _ in (each for each in SHOWN if each[2] == words):
+            for data in results(f"*/{name}.json"):
+                for row in data["rows"]:
+                    if all(row.get(key) == value for key, value in wanted.items()) and row["peer"] != row["job"]:
+                        beside.setdefault(data["device"], {})[PEERS.get(row["peer"], row["peer"])] = row["ratio"]
+        for device, peers in beside.items():
+            told = ", ".join(f"{ratio:.2f}x {peer}" for peer, ratio in sorted(peers.items(), key=lambda each: each[1]))
+            lines.append(f"| {words} | {device} | {told} |")
     return "\n".join(lines) if len(lines) > 2 else UNMEASURED
 
 

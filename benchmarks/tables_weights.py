@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from tables_shared import DEMO, LAB, UNMEASURED, Rows, combined, mean, measured_on, results
+from tables_shared import DEMO, LAB, UNMEASURED, Rows, combined, machines, mean, measured_on, results
 
 SHOWN = "^(rtn|gptq|awq) int[34] g128 Z$|^spqr int(3 3.95 bits|4)$|^(sparsegpt|wanda) (50%|2:4)$"
 FOLDED = "SmolLM2-135M-Instruct (demo, norm gains folded into the layers that read them, jitter 0.10)"
@@ -58,6 +58,16 @@ def weight_accuracy(rows: Rows) -> list[str]:
     return lines
 
 
+def briefly(rows: Rows) -> list[str]:
+    """One line per recipe for README: bits, and what they cost."""
+    lines = ["| weights | bits/weight | perplexity | KL (nats) | top-1 |", "|---" * 5 + "|"]
+    for job, own in by_job(rows).items():
+        distance = f"{mean(own, 'kl'):.3f} | {mean(own, 'top1_agreement'):.1%}" if own[0]["kl"] is not None else "- | -"
+        perplexities = f"{mean(own, 'perplexity'):.2f}"
+        lines.append(f"| {job} | {mean(own, 'bits_per_weight'):.3f} | {perplexities} | {distance} |")
+    return lines
+
+
 def side_by_side(rows: Rows) -> list[str]:
     """One line per grid, one column per recipe: perplexity and KL at the bits that the grid costs."""
     jobs = by_job(rows)
@@ -74,7 +84,11 @@ def side_by_side(rows: Rows) -> list[str]:
 
 
 def accuracy_table(
-    only: str = "", model: str = DEMO, context: int = 2048, layout: Callable[[Rows], list[str]] = weight_accuracy
+    only: str = "",
+    model: str = DEMO,
+    context: int = 2048,
+    layout: Callable[[Rows], list[str]] = weight_accuracy,
+    origin: Callable[[dict[str, Any]], str] = measured_on,
 ) -> str:
     """The rows of ``model`` whose job matches the regular expression ``only``, the dense model first."""
     data = combined("*/weight_accuracy.json")
@@ -91,7 +105,7 @@ def accuracy_table(
     samples = dict.fromkeys(row["calibration"] for row in rows if row["calibration"])
     calibrated = f" calibrated on {' and on '.join(samples)};" if samples else ""
     facts = f"{model}, {rows[0]['protocol']}, {rows[0]['tokens']} predicted tokens, seeds from 0 on;{calibrated}"
-    return "\n".join([*layout(rows), "", f"{facts} {measured_on(data)}"])
+    return "\n".join([*layout(rows), "", f"{facts} {origin(data)}"])
 
 
 def _samples(data: dict[str, Any]) -> str:
@@ -163,7 +177,7 @@ def speed_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "weight-accuracy-short": lambda: accuracy_table(SHOWN),
+    "weight-accuracy-short": lambda: accuracy_table(SHOWN, layout=briefly, origin=machines),
     "weight-accuracy-rtn": lambda: accuracy_table("^rtn "),
     "weight-accuracy-rtn-512": lambda: accuracy_table("^rtn ", context=512),
     **{name: partial(accuracy_table, rows) for name, rows in PAGES.items()},

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 from typer.main import get_command
 
+from rarefy import api
 from rarefy.cli import app
+from rarefy.cli.common import parse_options
 from rarefy.cli.evaluate import check_read
+from rarefy.contracts import attention_recipes, kv_recipes
+from rarefy.core.registry import Registry
+from rarefy.integrations.transformers.kv_evaluation import parse_choice
+from rarefy.recipes import discover, load_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
@@ -65,3 +75,46 @@ def test_every_page_is_in_the_table_of_pages(page: Path) -> None:
     index = (ROOT / "docs" / "README.md").read_text("utf-8")
     listed = {(ROOT / "docs" / target).resolve() for target in LINK.findall(index)}
     assert page.name == "README.md" or page.resolve() in listed, "list it in docs/README.md"
+
+
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+VERBS: dict[str, tuple[Callable[..., Any], Registry[Any]]] = {
+    "kv_cache": (api.kv_cache, kv_recipes), "set_attention": (api.set_attention, attention_recipes),
+}  # fmt: skip
+
+
+def calls() -> list[tuple[str, str, str, dict[str, Any]]]:
+    """Page, verb, recipe and options of each ``rarefy.kv_cache`` and ``rarefy.set_attention`` in the pages' Python."""
+    found = []
+    for page in PAGES:
+        for block in PYTHON.findall(page.read_text("utf-8")):
+            for call in ast.walk(ast.parse(block)):
+                match call:
+                    case ast.Call(ast.Attribute(attr=("kv_cache" | "set_attention") as verb), [_, named], keywords):
+                        given = {str(each.arg): ast.literal_eval(each.value) for each in keywords}
+                        found.append((page.name, verb, ast.literal_eval(named), given))
+    return [each for each in found if each[2] is not None]
+
+
+@pytest.mark.parametrize(("page", "verb", "recipe", "given"), calls())
+def test_options_in_python_are_those_of_the_recipe(page: str, verb: str, recipe: str, given: dict[str, Any]) -> None:
+    discover()
+    function, registry = VERBS[verb]
+    own = inspect.signature(function).parameters
+    registry.get(recipe).model_validate({name: value for name, value in given.items() if name not in own})
+
+
+@pytest.mark.parametrize(("page", "line"), lines_of("rarefy eval "))
+def test_options_of_eval_are_those_of_the_recipes(page: str, line: str) -> None:
+    for flag, verb in (("--kv", "kv_cache"), ("--attention", "set_attention")):
+        for use in re.findall(rf"{flag} (\S+)", line):
+            recipe, given = parse_choice(flag, use)
+            test_options_in_python_are_those_of_the_recipe(page, verb, recipe, given)
+
+
+@pytest.mark.parametrize(("page", "line"), lines_of("rarefy compress "))
+def test_options_of_compress_are_those_of_the_recipe(page: str, line: str) -> None:
+    given = shlex.split(line.partition(" > ")[0])
+    after = [given[index + 1] for index, word in enumerate(given) if word == "--set"]
+    recipe = given[given.index("--recipe") + 1]
+    load_recipe(ROOT / recipe if recipe.endswith(".py") else recipe, parse_options(after))

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,10 +49,25 @@ def test_help_imports_neither_torch_nor_transformers(shell: Callable[..., Any]) 
         "try:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
         "print(*sorted({'torch', 'transformers', 'numpy', 'safetensors'} & set(sys.modules)), file=sys.stderr)"
     )
-    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], env=about["env"], text=True, capture_output=True, check=True)
     assert done.stderr.strip() == "" and "compress" in done.stdout
-    assert time.monotonic() - start < 2
+
+
+def test_the_version_is_told(run: Run) -> None:
+    result = run("--version")
+    assert result.exit_code == 0 and result.stdout == f"rarefy {rarefy.__version__}\n"
+
+
+def test_listing_recipes_does_not_load_a_compiler(shell: Callable[..., Any]) -> None:
+    code = (
+        "import sys\nfrom rarefy.cli import app\n"
+        "try:\n    app(['recipes'])\nexcept SystemExit:\n    pass\n"
+        "print(*sorted({'transformers', 'torch._dynamo'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=shell()["env"], text=True, capture_output=True, check=True
+    )
+    assert done.stderr.strip() == "" and "gptq" in done.stdout
 
 
 # Compress
@@ -91,7 +105,8 @@ def test_every_fallback_is_told(run: Run, models: Path, tmp_path: Path) -> None:
     result = run("compress", models / "llama", "--recipe", file, "--out", tmp_path / "a", "--device", "cpu", "--json")
     report = one_json(result)
     assert len(report["fallbacks"]) == 14 and all("took the long way" in note for note in report["fallbacks"])
-    assert result.stderr.count("fallback: ") == 14
+    assert result.stderr.count("fallback: ") == 1, "one line for one reason, however many layers have it"
+    assert "fallback: 14 layers, the first model.layers.0." in result.stderr
 
 
 def test_calibration_data_that_nobody_needs_is_mentioned(run: Run, models: Path, text: Path, tmp_path: Path) -> None:
@@ -479,8 +494,10 @@ def test_a_full_disk(run: Run, models: Path, tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     for work in ((), ("--work-dir", tmp_path / "work")):
+        monkeypatch.setattr(sys, "argv", ["rarefy", "compress", *map(str, work)])
         said = one_sentence(run("compress", models / "llama", "--out", tmp_path / "out", *FEW, *work), code=1)
-        assert "No space left" in said
+        assert said.startswith("No space left on device")
+        assert said.endswith(f"Go on with: rarefy compress --work-dir {tmp_path / 'work'}" if work else "half-written.")
     assert [path.name for path in tmp_path.iterdir()] == ["work"]
     assert not list((tmp_path / "work").glob("*.safetensors"))
 

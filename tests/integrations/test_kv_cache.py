@@ -325,7 +325,7 @@ def test_parameters_go_to_disk_and_back(tmp_path: Path) -> None:
     data = [{"input_ids": prompt(4, 60, seed=5)}]
     setup = rarefy.kv_cache(model, "kv_quant", data=data, num_bits=3)
     assert setup is not None
-    setup.save(tmp_path / "kv.safetensors")
+    setup.save(str(tmp_path / "kv.safetensors"))  # as people write it
     back = load_setup(tmp_path / "kv.safetensors", build("llama").to(torch.bfloat16).float())
     assert back.describe() == setup.describe()
     for layer, params in setup.params.items():

@@ -52,6 +52,7 @@ def compression(name: str, bits: float, error: float, blocks: int = 12) -> Compr
         LayerReport(
             name=f"model.layers.{block}.{kind}", method="rtn", shape=(576, 576), seconds=0.1,
             bits_per_weight=bits + (block == 0), relative_error=error * dice.uniform(0.8, 1.2),
+            notes=("rounded to nearest",) if (block, kind) == (3, "mlp.up_proj") else (),
         )
         for block in range(blocks)
         for kind in KINDS

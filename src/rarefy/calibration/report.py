@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +65,7 @@ class Ledger:
         key = json.dumps([rule.method, rule.options, specs], sort_keys=True)
         self._entries.setdefault(key, (rule, [], specs))[1].append(layer.name)
         self.layers.append(layer)
-        self.weights += _product(layer.shape)
+        self.weights += math.prod(layer.shape)
         for term in terms:
             self.count += term.byte_count()
 
@@ -88,15 +89,20 @@ class Ledger:
             weights=self.weights,
             stored_bytes=stored_bytes,
             dense_bytes=dense_bytes,
-            notes=(*self.notes, *self.fallbacks),
+            notes=(*self.notes, *by_reason(self.layers)),
         )
         return Manifest(
             recipe=self.recipe.name, recipe_version=version, rules=rules, execution=self.recipe.execution, report=report
         )
 
 
-def _product(shape: Iterable[int]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
+def by_reason(layers: Iterable[LayerReport]) -> list[str]:
+    """Every note of ``layers`` once, with the layer that it is of, or the first of them and how many there are."""
+    of: dict[str, list[str]] = {}
+    for layer in layers:
+        for note in layer.notes:
+            of.setdefault(note, []).append(layer.name)
+    return [
+        f"{names[0]}: {note}" if len(names) == 1 else f"{len(names)} layers, the first {names[0]}: {note}"
+        for note, names in of.items()
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from rarefy.cli import (
@@ -19,6 +21,7 @@ from rarefy.cli import (
     train,
     tune,
 )
+from rarefy.core.version import __version__
 
 app = typer.Typer(
     name="rarefy",
@@ -44,6 +47,21 @@ for _name, _command, _about in (
     ("demo", demo.demo, "The whole job on a real model, in a minute."),
 ):
     app.command(_name, short_help=_about)(_command)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"rarefy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of no command; the help of the app says what the program is for."""
 
 
 def main() -> None:

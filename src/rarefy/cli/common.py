@@ -65,7 +65,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(FAILED) from None
         except OSError as failure:
             where = f" '{failure.filename}'" if failure.filename else ""
-            say(f"error: {failure.strerror or failure}{where}; nothing was left half-written.")
+            say(f"error: {failure.strerror or failure}{where}; nothing was left half-written. {resume_hint()}".rstrip())
             raise typer.Exit(FAILED) from None
         except Exception as failure:
             # What safetensors raises when a disk is full; known by its name, since importing it costs start-up time.

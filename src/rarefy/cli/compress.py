@@ -32,6 +32,7 @@ def compress(
 
     options = parse_options(option or [])
     from rarefy import api
+    from rarefy.calibration.report import by_reason
 
     report = api.compress(
         model, recipe, options=options, out=out, data=data, samples=samples, seq_len=seq_len, work_dir=work_dir,
@@ -39,7 +40,7 @@ def compress(
     )  # fmt: skip
     if not leads():
         return
-    for note in report.fallbacks:
+    for note in by_reason(report.layers):
         say(f"fallback: {note}")
     if as_json:
         print_record("compression", report.model_dump())

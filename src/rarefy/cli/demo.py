@@ -36,9 +36,11 @@ def demo(
     from rarefy import api
     from rarefy.cli.chat import answer
     from rarefy.cli.evaluate import print_comparison
+    from rarefy.sources.texts import open_text
 
     start = time.monotonic()
     source = api.open_model("demo")
+    open_text("demo", "evaluation")  # what is absent is said now, not when the models are made
     reports = {}
     for label, options in PLANS.items():
         _refuse_foreign(out / label)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -102,10 +103,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         os.replace(draft, path)
     except SafetensorError as failure:
         draft.unlink(missing_ok=True)
-        raise OSError(f"writing {path.name}: {failure}") from failure
+        raise _as_os_error(failure, path) from failure
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+def _as_os_error(failure: Exception, path: Path) -> OSError:
+    """What the machine said, out of the words that safetensors puts around it."""
+    number = re.search(r"os error (\d+)", str(failure))
+    if number is None:
+        return OSError(f"writing {path.name}: {failure}")
+    return OSError(int(number[1]), os.strerror(int(number[1])), path.name)
 
 
 @contextmanager

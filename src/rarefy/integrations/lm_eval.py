@@ -39,7 +39,7 @@ try:
     from lm_eval.tasks import TaskManager
 except ImportError as failure:
     raise UnsupportedError(
-        f"Tasks run through lm-eval, which cannot be imported here ({failure}); run: pip install 'rarefy[eval]'."
+        f"Tasks run through lm-eval, which cannot be imported here ({failure}); run: pip install lm-eval"
     ) from None
 
 # Sequences of a forward pass: enough to keep two cores busy with short questions, or a GPU.

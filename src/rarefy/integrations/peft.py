@@ -34,7 +34,7 @@ def merge_adapter(model: Any, recipe: Recipe | None) -> Any:
         from peft.tuners.lora import LoraLayer
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:
-        raise OptionError("Merging an adapter needs the package 'peft'; install rarefy[peft].") from None
+        raise OptionError("Merging an adapter needs the package 'peft'; run: pip install peft") from None
     if not isinstance(model, PeftModel):
         raise OptionError(f"{type(model).__name__} carries no PEFT adapter; there is nothing to merge.")
     base = model.get_base_model()

@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from rarefy.core.imports import when_imported
 from rarefy.kernels import cpu, cuda
 from rarefy.kernels import prepared as layouts
 from rarefy.kernels.columns import compiled, fit_around, fits_around, round_columns, search_ranges
@@ -38,8 +39,11 @@ def takes(x: Tensor) -> bool:
     return x.dtype in _activations(x.device.type)
 
 
-@torch.compiler.assume_constant_result
 def _activations(device: str) -> tuple[torch.dtype, ...]:
     """What a device's kernels take; a compiler asks instead of tracing how a library is looked for."""
     found = engine(torch.device(device))
     return () if found is None else tuple(found.ACTIVATIONS)
+
+
+# The mark loads the compiler, which takes longer than all else that is imported here, and nobody else may want it.
+when_imported("torch._dynamo", lambda: torch.compiler.assume_constant_result(_activations))

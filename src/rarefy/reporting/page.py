@@ -7,7 +7,7 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
-from rarefy.calibration.report import CompressionReport
+from rarefy.calibration.report import CompressionReport, by_reason
 from rarefy.core.errors import OptionError, UnsupportedError
 from rarefy.core.files import write_text
 from rarefy.core.memory import human
@@ -24,7 +24,7 @@ try:
     from rarefy.reporting.parts import Card, Section, Table
 except ImportError as failure:
     raise UnsupportedError(
-        f"Reports are drawn by plotly, which cannot be imported here ({failure}); run: pip install 'rarefy[report]'."
+        f"Reports are drawn by plotly, which cannot be imported here ({failure}); run: pip install plotly jinja2"
     ) from None
 
 
@@ -199,7 +199,7 @@ def _layers(findings: Findings) -> list[Section]:
     notes = []
     for number, report in enumerate(findings.compressions):
         drawn += [_error_map(report, f"plot-layers-{number}-error"), _bits_map(report, f"plot-layers-{number}-bits")]
-        notes += [f"Fallback in {_label(report)}: {fallback}" for fallback in report.fallbacks]
+        notes += [f"Fallback in {_label(report)}: {note}" for note in by_reason(report.layers)]
     if not findings.compressions:
         return []
     rows = [

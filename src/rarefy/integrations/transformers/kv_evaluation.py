@@ -42,7 +42,7 @@ def parse_choice(flag: str, text: str) -> tuple[str, dict[str, Any]]:
     for pair in filter(None, re.split(r",(?![^\[]*\])", rest)):  # commas in brackets are a list's
         key, separator, value = pair.partition("=")
         if not separator or not key:
-            raise OptionError(f"{flag} '{text}' is not of the form ID:key=value,key=value.")
+            raise OptionError(f"{flag} '{text}' is not of the form ID:key=value,key=value, such as kivi:num_bits=4.")
         try:
             options[key] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError):

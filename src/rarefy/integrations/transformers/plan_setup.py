@@ -49,9 +49,9 @@ class AttentionSetup:
         options = self.recipe.model_dump(mode="json")
         return {"recipe": self.name, "version": self.recipe.recipe_version, "options": options}
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write recipe, options and parameters to a safetensors file."""
-        write_setup(path, FORMAT, self.params, {"model": self.model or "", **self.describe()})
+        write_setup(Path(path), FORMAT, self.params, {"model": self.model or "", **self.describe()})
 
 
 def attention_recipe(name: str, options: Mapping[str, Any]) -> AttentionRecipe:

@@ -79,6 +79,9 @@ class AttentionPlan:
         reason = self.policy.dense(call.phase, call.reach.keys, call.layer, self.layers)
         if reason is None and (not highest or (known is not None and known > highest)):
             reason = denser
+        # To look at what was chosen makes a GPU wait, which decoding cannot afford.
+        if reason is None and known is None and call.phase == "decode" and highest < 1:
+            reason = "its density is not known beforehand"
         if reason is not None:
             own.dense[reason] += 1
             with report.part(call.layer, "estimate", call.query.device):
@@ -87,9 +90,7 @@ class AttentionPlan:
         found = self._chosen(call, report)
         if report.keep_maps:
             report.maps[call.layer] = found
-        # To look at what was chosen makes a GPU wait, which decoding cannot afford.
-        looked_at = call.phase == "prefill" and known is None and highest < 1
-        if looked_at and float(found.density().mean()) > highest:
+        if known is None and highest < 1 and float(found.density().mean()) > highest:
             own.dense[denser] += 1
             return None
         own.count(found)

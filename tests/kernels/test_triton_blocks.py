@@ -164,7 +164,9 @@ def test_block_mass_is_that_of_attention(reduce: Any) -> None:
     torch.testing.assert_close(found, true_blocks(call, reach.blocks(16, 16, DEVICE), reduce), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("selector", [TopK(0.3), TopK(count=3), TopK(count=2, least=0, include_forced=False)])
+@pytest.mark.parametrize(
+    "selector", [TopK(0.3), TopK(count=3), *(TopK(count=n, least=0, include_forced=False) for n in (0, 2))]
+)
 @pytest.mark.parametrize("estimator", [PooledMeans(), Extremes()])
 @pytest.mark.parametrize("padded", [False, True])
 def test_one_query_gets_the_map_that_scores_and_selector_make(

@@ -66,6 +66,7 @@ RECIPES = [
     as_published("spqr int4 5 bits", num_bits=4, target_bits=5.0),
     Plan("spqr int4 32 rows", "spqr", {"num_bits": 4, "scale_rows": 32}),
     Plan("spqr int3 3.95 bits 32 rows", "spqr", {"num_bits": 3, "target_bits": 3.95, "scale_rows": 32}),
+    Plan("spqr int4 5 bits 32 rows", "spqr", {"num_bits": 4, "target_bits": 5.0, "scale_rows": 32}),
     Plan("spqr int3 3-bit scales", "spqr", {"num_bits": 3, "scale_bits": 3, "zero_bits": 3}),
     integers("gptq", 3, 16, "F"),
     integers("gptq", 3, 128, note="no clip", clip="none"),

@@ -155,25 +155,39 @@ def speed_table() -> str:
     parts = []
     for data in results("*/calibration_speed.json"):
         lines = [
-            "| model | weights | calibration | on | minutes | s/block | whole | host memory | GPU memory | speedup |",
+            "| model | weights | calibration | on | seconds | a block | whole | host memory | GPU memory | speedup |",
             "|---" * 10 + "|",
         ]
+        alone = {_subject(row): row for row in data["rows"] if row["processes"] == 1}
         for row in data["rows"]:
             peaks = row["peak_host_bytes"], row["peak_gpu_bytes"]
             host, gpu = ("-" if peak is None else f"{peak / 1e9:.1f} GB" for peak in peaks)
             unit = "thread" if row["device_type"] == "cpu" else "GPU"
             count = row["processes"] * (row["threads"] if unit == "thread" else 1)
-            block = "-" if row["seconds_per_block"] is None else f"{row['seconds_per_block']:.1f}"
-            left = WHOLE.get(row["model"], row["layers"]) - row["layers"]
-            whole = (row["seconds"] + left * (row["seconds_per_block"] or 0)) / 60
+            block = "-" if row["seconds_per_block"] is None else f"{row['seconds_per_block']:.2f}"
+            speedup, one = "-", alone.get(_subject(row))
+            if row["processes"] > 1 and one is not None:
+                of_block = one["seconds_per_block"] / row["seconds_per_block"]
+                speedup = f"{of_block:.2f} a block, {_whole(one) / _whole(row):.2f} whole"
             lines.append(
                 f"| {row['model']}, {row['layers']} blocks | {row['job']} | {row['calibration'] or '-'} | "
-                f"{count} {unit}{'s' if count > 1 else ''} | {row['seconds'] / 60:.1f} | {block} | {whole:.1f} | "
-                f"{host} | {gpu} | {row.get('ratio', '-')} |"
+                f"{count} {unit}{'s' if count > 1 else ''} | {row['seconds']:.0f} | {block} | {_whole(row):.0f} | "
+                f"{host} | {gpu} | {speedup} |"
             )
-        facts = "Whole: minutes for all blocks of the shape, from those that ran. Each job in processes of its own;"
+        facts = "Whole: seconds for all blocks of the shape, from those that ran. Each job in processes of its own;"
         parts.append("\n".join([*lines, "", f"{facts} {measured_on(data)}"]))
     return "\n\n".join(parts) or UNMEASURED
+
+
+def _subject(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What rows of one and of several processes have in common."""
+    return tuple(row[name] for name in ("model", "layers", "job", "calibration", "device_type"))
+
+
+def _whole(row: dict[str, Any]) -> float:
+    """Seconds for as many blocks as the shape has; the start and the end as they were."""
+    left = WHOLE.get(row["model"], row["layers"]) - row["layers"]
+    return float(row["seconds"] + left * (row["seconds_per_block"] or 0))
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 
 from rarefy.core import files, memory
 from rarefy.core.config import StrictModel, parse
-from rarefy.core.errors import CheckpointError, OptionError, RarefyError, RecipeError
+from rarefy.core.devices import copy_to_cpu
+from rarefy.core.errors import CheckpointError, OptionError, RarefyError, RecipeError, first_line
 from rarefy.core.files import TensorInfo, read_header, sha256_file, staged_folder, write_text
 from rarefy.core.logs import logger
 from rarefy.core.progress import progress, track
@@ -598,6 +599,18 @@ def test_terminal_progress_shows_notes_as_they_are(monkeypatch: pytest.MonkeyPat
         advance(1, note="experts[3]")
     assert "experts[3]" in screen.getvalue()
     assert "solving [/x]" in screen.getvalue()
+
+
+def test_an_error_s_first_line_goes_into_a_sentence() -> None:
+    assert first_line(ValueError("\nno such thing.\nSee the manual.\n")) == "no such thing"
+    assert first_line(KeyError()) == "KeyError"
+
+
+def test_copies_may_be_made_later() -> None:
+    tensor = torch.arange(6.0).view(2, 3)
+    copies = copy_to_cpu({"turned": tensor.T, "none": torch.empty(0)})()
+    assert torch.equal(copies["turned"], tensor.T) and copies["turned"].is_contiguous()
+    assert copies["none"].shape == (0,)
 
 
 def test_loggers_lie_under_rarefy() -> None:

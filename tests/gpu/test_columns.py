@@ -10,7 +10,10 @@ from torch import Tensor
 
 from rarefy.formats.grids import Grid, IntegerGrid
 from rarefy.kernels import columns, native
+from rarefy.solvers import gptq, outliers, sparsegpt
 from rarefy.solvers.clip import ClipSearch, fit
+from rarefy.solvers.feedback import compensate
+from rarefy.solvers.hessian import inverse_hessian
 from rarefy.statistics import Gram
 from tests.kernels.problems import stretch
 from tests.solvers.kinds import SOLVERS, compared, in_torch
@@ -53,6 +56,29 @@ def test_solvers_find_what_they_find_in_torch(kind: str) -> None:
     chaotic = kind.startswith("outliers")
     assert cost <= (1.02 if chaotic else 1.001)
     assert share >= (0.9 if chaotic else 0.999)
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_no_column_waits_for_the_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first column to the last the host only asks: whatever made it wait raises."""
+    weight, gram = on_gpu(64, 320)
+    inverse = inverse_hessian(gram, 0.05, sort=kind not in ("half", "2:4 in codes"))
+    SOLVERS[kind](weight, inverse)  # compiles what there is to compile
+    calls = []
+
+    def unwaiting(*given: Any) -> Tensor:
+        calls.append(given)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return compensate(*given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    modules: list[Any] = [gptq, outliers, sparsegpt]
+    for module in modules:
+        monkeypatch.setattr(module, "compensate", unwaiting)
+    SOLVERS[kind](weight, inverse)
+    assert calls
 
 
 @pytest.mark.parametrize("zero", ["none", "integer", "float"])

@@ -42,6 +42,14 @@ def _multiplies(module: nn.Module) -> bool:
     return any(isinstance(part, nn.Linear) or is_conv1d(part) or is_experts(part) for part in module.modules())
 
 
+def parameter_of(block: nn.Module, prefix: str, site: Site) -> nn.Parameter:
+    """The parameter of ``site`` in a block whose name is ``prefix``."""
+    owner, _, label = site.parameter[len(prefix) + 1 :].rpartition(".")
+    parameter = block.get_submodule(owner)._parameters[label]
+    assert parameter is not None
+    return parameter
+
+
 class Resident:
     """Puts a skeleton's parts on a device with their real tensors, and takes them off again.
 
@@ -85,7 +93,7 @@ class Resident:
         known: dict[int, Tensor] = {}  # tied parameters stay one
         try:
             for owner, label, name, is_parameter in list(named_tensors(module, prefix)):
-                if name.startswith(without) if without else False:
+                if name.startswith(without):
                     continue
                 table: dict[str, Tensor | None] = owner._parameters if is_parameter else owner._buffers  # type: ignore[assignment]
                 old = table[label]

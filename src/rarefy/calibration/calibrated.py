@@ -96,12 +96,11 @@ def calibrated(
             announce(wanted.describe(device, hidden, scratch is not None))
         if journal.finished < len(blocks) and (warning := check_plan(wanted, device, scratch, ranks.size)):
             log.warning("%s", warning)
-        Driver(
-            Job(
-                model, weights, selection, recipe, own, device, dtype, journal, ranks, everywhere, calibration.seed,
-                scratch, hidden,
-            )
-        ).run()  # fmt: skip
+        job = Job(
+            model=model, weights=weights, selection=selection, recipe=recipe, samples=own, device=device, dtype=dtype,
+            journal=journal, ranks=ranks, everywhere=everywhere, seed=calibration.seed, scratch=scratch, hidden=hidden,
+        )  # fmt: skip
+        Driver(job).run()
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
         yield journal, [*notes, *(note for entries in journal.progress.notes.values() for note in entries)]

@@ -143,8 +143,7 @@ class Capture:
 
     def _hook(self, site: Site) -> Callable[..., None]:
         def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            self._observe(site, x)
+            self._observe(site, first_input(args, kwargs))
             if self._batches == 1:
                 self._order.append(site.name)
             elif site.name == self._last:
@@ -194,7 +193,7 @@ class Capture:
             if self._mask is None:
                 return None
             keep = self._mask.flatten()
-            first = args[0] if args else next(iter(kwargs.values()))
+            first = first_input(args, kwargs)
             if first.shape[:-1] != keep.shape:
                 raise UnsupportedError(
                     f"Experts of '{self.prefix}' take {list(first.shape)} for a padding mask of {list(keep.shape)}, so "
@@ -243,6 +242,12 @@ class Capture:
 
     def _local(self, name: str) -> str:
         return name[len(self.prefix) :].removeprefix(".") if self.prefix else name
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The tensor that a module's forward is given first, by place or by name."""
+    first: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return first
 
 
 def _has_rows(part: Any, keep: Tensor) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.calibration.activations import FileShelf, FileStream, MemoryShelf, MemoryStream, Shelf, Stream
-from rarefy.calibration.blocks import Resident, find_blocks
+from rarefy.calibration.blocks import Resident, find_blocks, parameter_of
 from rarefy.calibration.capture import INPUTS, Capture, EndOfBlock, Group
 from rarefy.calibration.fold import Producer
 from rarefy.calibration.gradients import KINDS, Sweep, reverse_sweep, steps
@@ -290,9 +290,7 @@ class Driver:
         """Put the compressed weight's values where the dense ones were, for the layers that come after."""
         weight = decoded([term.to(self.job.device) for term in terms])
         weight = weight.T if site.kind == "conv1d" else weight
-        owner, _, label = site.parameter[len(prefix) + 1 :].rpartition(".")
-        parameter = block.get_submodule(owner)._parameters[label]
-        assert parameter is not None
+        parameter = parameter_of(block, prefix, site)
         parameter.data = weight.to(parameter.dtype).contiguous()
 
     def _keep(self, unit: str, solved: dict[str, Solved]) -> None:

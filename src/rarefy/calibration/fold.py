@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rarefy.calibration.capture import Group
+from rarefy.calibration.blocks import parameter_of
+from rarefy.calibration.capture import Group, first_input
 from rarefy.calibration.weights import Overlay
 from rarefy.core.errors import RecipeError
 from rarefy.formats.inputs import RawInput, ScaledInput
@@ -78,7 +80,9 @@ class InputScales:
         names = [site.name for site in group.sites]
         width = group.sites[0].shape[-1]
         if factor.shape != (width,) or not bool((factor > 0).all() and torch.isfinite(factor).all()):
-            raise RecipeError(f"Layer '{names[0]}': its recipe's input_scale is not {width} positive finite numbers.")
+            raise RecipeError(
+                f"Layer '{names[0]}': its recipe's input_scale is not {width} positive finite numbers; mend the recipe."
+            )
         self.factors.update(dict.fromkeys(names, factor))
         producer = self._find(block, prefix, group, width, probe)
         if producer is None:
@@ -204,9 +208,7 @@ def _apply(
 
 def _scale_consumers(block: nn.Module, prefix: str, sites: Sequence[Site], factor: Tensor) -> None:
     for site in sites:
-        owner, _, label = site.parameter[len(prefix) + 1 :].rpartition(".")
-        parameter = block.get_submodule(owner)._parameters[label]
-        assert parameter is not None
+        parameter = parameter_of(block, prefix, site)
         shape = (-1, 1) if site.kind == "conv1d" else (-1,)
         parameter.data = (parameter.data.float() * factor.to(parameter.device).view(shape)).to(parameter.dtype)
 
@@ -216,7 +218,7 @@ def _observe(module: nn.Module, probe: Callable[[], Tensor]) -> tuple[Tensor, Te
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args[0] if args else next(iter(kwargs.values()))).detach().clone())
+        seen.append(first_input(args, kwargs).detach().clone())
 
     handle = module.register_forward_pre_hook(keep, with_kwargs=True)
     try:
@@ -229,4 +231,4 @@ def _observe(module: nn.Module, probe: Callable[[], Tensor]) -> tuple[Tensor, Te
 def _distance(found: Tensor, expected: Tensor) -> float:
     """Relative, in the Frobenius norm; infinite where a value is not finite."""
     distance = float((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))
-    return distance if distance == distance else float("inf")
+    return math.inf if math.isnan(distance) else distance

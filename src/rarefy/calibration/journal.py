@@ -12,10 +12,11 @@ import pydantic
 import torch
 from torch import Tensor
 
-from rarefy.calibration.kept import Kept, keep_tensors
+from rarefy.calibration.kept import Kept, keep_copies
 from rarefy.calibration.report import LayerReport
 from rarefy.calibration.stored import build_terms, describe_terms, term_tensors
 from rarefy.core.config import StrictModel
+from rarefy.core.devices import copy_to_cpu
 from rarefy.core.errors import OptionError
 from rarefy.core.files import lock_folder, write_text
 from rarefy.core.version import __version__
@@ -62,6 +63,7 @@ class Journal:
         self.folder, self.keeps, self.lasting = (folder if keeps else None), keeps, lasting
         self._held: dict[str, tuple[dict[str, Solved], dict[str, Tensor]]] = {}
         self._files: dict[str, Kept] = {}
+        self._read: tuple[str, dict[str, Tensor]] = "", {}  # a unit's tensors, since sites are taken one after another
         self._unit_of: dict[str, str] = {}
         self._marks = json.loads(json.dumps(marks))
         self.progress = Progress()
@@ -125,7 +127,8 @@ class Journal:
                 tensors.update(term_tensors(terms, f"{name}.terms."))
                 about[name] = [describe_terms(terms), report.model_dump(mode="json")]
             self._settle()
-            self._writing = self._writer.submit(keep_tensors, self._path(unit), tensors, about, self.lasting)
+            copies = copy_to_cpu(tensors)
+            self._writing = self._writer.submit(keep_copies, self._path(unit), copies, about, self.lasting)
             if self.lasting:
                 self._settle()
         self._unit_of.update(dict.fromkeys(solved, unit))
@@ -143,7 +146,9 @@ class Journal:
             return self._held[unit][0][site]
         file, lead = self._file(unit), f"{site}.terms."
         description, report = file.about[site]
-        tensors = file.read(lambda name: name.startswith(lead))
+        if self._read[0] != unit:
+            self._read = unit, file.read(lambda name: not name.startswith("dense."))
+        tensors = {name: tensor for name, tensor in self._read[1].items() if name.startswith(lead)}
         return build_terms(description, tensors, lead), LayerReport.model_validate(report)
 
     def dense(self) -> dict[str, Tensor]:

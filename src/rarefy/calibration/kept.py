@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rarefy.core.devices import copy_to_cpu
 from rarefy.core.errors import CheckpointError, FormatError, OptionError
 from rarefy.core.files import read_header, write_tensors
 from rarefy.layers.checkpoint import digests_of
@@ -19,7 +20,14 @@ def keep_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
 
     Raises OSError.
     """
-    here = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    keep_copies(path, copy_to_cpu(tensors), about, lasting)
+
+
+def keep_copies(
+    path: Path, copies: Callable[[], dict[str, Tensor]], about: Mapping[str, Any], lasting: bool = True
+) -> None:
+    """``keep_tensors`` of what ``copies`` brings to the CPU, on any thread."""
+    here = copies()
     hashes = digests_of(here)
     write_tensors(path, here, {"about": json.dumps(about), "hashes": json.dumps(hashes)}, lasting)
 

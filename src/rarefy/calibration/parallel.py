@@ -5,14 +5,15 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
 from torch import Tensor
 
-from rarefy.core.errors import OptionError, RarefyError, UnsupportedError
+from rarefy.core.errors import OptionError, RarefyError, UnsupportedError, first_line
 
 
 class PeerError(RarefyError):
@@ -26,8 +27,14 @@ class Ranks:
     where the others expect an exchange, and all of them end with its error instead of waiting for ever.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, carrier: torch.device | None = None):
-        self.rank, self.size = rank, size
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        carrier: torch.device | None = None,
+        connecting: threading.Thread | None = None,
+    ):
+        self.rank, self.size, self._connecting = rank, size, connecting
         # NCCL moves tensors between GPUs, gloo between CPUs.
         self.device = carrier or torch.device("cpu")
 
@@ -110,6 +117,8 @@ class Ranks:
 
     def _meet(self, failure: str | None = None) -> None:
         """The word at the start of an exchange. Raises PeerError when another rank brings a ``failure``."""
+        if self._connecting is not None:
+            self._connecting.join()
         try:
             failed = torch.zeros(self.size, dtype=torch.int64, device=self.device)
             failed[self.rank] = failure is not None
@@ -121,7 +130,7 @@ class Ranks:
         except RuntimeError as broken:
             if failure is not None:
                 return  # the others are gone too; this rank's own error is the one to see
-            raise PeerError(f"A process of this job died ({_first_line(broken)}); see what it said, and start again.")  # noqa: B904
+            raise PeerError(f"A process of this job died ({first_line(broken)}); see what it said, and start again.")  # noqa: B904
         if failure is None:
             raise PeerError(f"Process {first} of {self.size} stopped: {sentence}")
 
@@ -143,7 +152,7 @@ def ranks_of(device: torch.device) -> tuple[Ranks, torch.device]:
         return Ranks(), device
     if not torch.distributed.is_available():
         raise UnsupportedError("This build of torch has no torch.distributed; start one process without torchrun.")
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local, connecting = int(os.environ.get("LOCAL_RANK", "0")), None
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
             raise OptionError(f"Process {local} has no GPU of its own; start at most {torch.cuda.device_count()}.")
@@ -155,9 +164,18 @@ def ranks_of(device: torch.device) -> tuple[Ranks, torch.device]:
         torch.distributed.init_process_group(backend, timeout=timedelta(days=7))
         # A group that is still there when the interpreter ends may abort the process.
         atexit.register(_leave)
+        # GPUs take a second or two to find each other, in which the model's code can be imported.
+        connecting = threading.Thread(target=_connect, args=(device,), daemon=True)
+        connecting.start()
     # A process group that was here before may carry tensors of the other kind.
     carrier = torch.device("cuda", local) if "nccl" in torch.distributed.get_backend() else torch.device("cpu")
-    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), carrier), device
+    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), carrier, connecting), device
+
+
+def _connect(device: torch.device) -> None:
+    """A first exchange; what fails in it fails again where somebody waits for it."""
+    with suppress(RuntimeError):
+        torch.distributed.all_reduce(torch.zeros(1, device=device))
 
 
 def _leave() -> None:
@@ -171,7 +189,3 @@ def _as_tensor(text: str) -> Tensor:
 
 def _as_text(tensor: Tensor) -> str:
     return tensor.numpy().tobytes().decode()
-
-
-def _first_line(failure: Exception) -> str:
-    return (str(failure).strip().splitlines() or [type(failure).__name__])[0].rstrip(".")

@@ -79,7 +79,7 @@ def plan(
     by_block = [[site for site in sites if site.name.startswith(f"{name}.")] for name in blocks]
     statistics = max((_gram_bytes(own) for own in by_block), default=0)
     solver = max(
-        (SOLVER_COPIES * 4 * _members(s) * s.shape[-1] ** 2 + WEIGHT_COPIES * 4 * s.count for s in sites), default=0
+        (SOLVER_COPIES * 4 * s.members * s.shape[-1] ** 2 + WEIGHT_COPIES * 4 * s.count for s in sites), default=0
     )
     results = sum(site.count for site in sites)  # at most a byte a weight, as a rule half of that
     between = states_at_once(len(blocks)) * states * gradients
@@ -131,9 +131,5 @@ def _block_bytes(block: nn.Module, dtype: torch.dtype) -> int:
 
 
 def _gram_bytes(sites: Sequence[Site]) -> int:
-    inputs = {(site.name.rpartition(".")[0], site.shape[-1]): _members(site) for site in sites}
+    inputs = {(site.name.rpartition(".")[0], site.shape[-1]): site.members for site in sites}
     return sum(members * width**2 * 4 for (_, width), members in inputs.items())
-
-
-def _members(site: Site) -> int:
-    return site.shape[0] if len(site.shape) == 3 else 1

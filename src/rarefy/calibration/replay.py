@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from rarefy.calibration.samples import Batch
-from rarefy.core.errors import OptionError, UnsupportedError
+from rarefy.core.errors import OptionError, UnsupportedError, first_line
 
 
 class _Stop(Exception):
@@ -139,7 +139,7 @@ class Replay:
         except _Stop:
             return None
         except (TypeError, ValueError, IndexError) as failure:  # how models say that inputs are missing or unknown
-            reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0].rstrip(".")
+            reason = first_line(failure)
             raise OptionError(
                 f"{type(self.model).__name__} cannot run on the calibration data with {', '.join(batch)} ({reason}); "
                 "give batches of the inputs that it reads."

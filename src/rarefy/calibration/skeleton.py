@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from rarefy.core.errors import SourceError, UnsupportedError
+from rarefy.core.errors import SourceError, UnsupportedError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,7 +121,7 @@ def _build(folder: Path, raw: dict[str, Any] | None) -> PreTrainedModel:
             del config.quantization_config
         return cls(config)
     except Exception as failure:  # Transformers' own checks raise anything
-        reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0].rstrip(".")
+        reason = first_line(failure)
         raise SourceError(
             f"The config.json of '{folder.name}' does not describe a {cls.__name__} ({reason}); copy the model again."
         ) from failure

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Literal
 
 from rarefy.core.errors import OptionError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 Device = Literal["auto", "cpu", "cuda"] | str
+
+
+def check_dtype(dtype: str | torch.dtype, name: str = "dtype") -> None:
+    """Raise OptionError, with the ``name`` of the option, unless ``dtype`` is a floating one, its name, or auto."""
+    import torch
+
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise OptionError(f"{name} '{dtype}' is unknown; use auto, float32, bfloat16 or float16.")
 
 
 def fast_dtype(device: str | torch.device) -> torch.dtype:
@@ -53,6 +63,46 @@ def device_of(name: Device) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError("device 'cuda' was asked for, but torch sees no GPU; use --device cpu.")
     return device
+
+
+def awaken(gpus: Iterable[torch.device]) -> None:
+    """Have ``gpus`` load their libraries of linear algebra, which takes a second or more, beside what Python does."""
+    import threading
+
+    for gpu in gpus:
+        threading.Thread(target=_load_libraries, args=(gpu,), daemon=True).start()
+
+
+def _load_libraries(gpu: torch.device) -> None:
+    import torch
+
+    with suppress(RuntimeError):  # whatever is wrong comes back where something depends on it
+        half = torch.ones(2048, 2048, dtype=fast_dtype(gpu), device=gpu)
+        whole = torch.eye(256, device=gpu)
+        torch.mm(half.T, half, out_dtype=torch.float32)
+        torch.linalg.solve_triangular(torch.linalg.cholesky_ex(whole).L, whole @ whole, upper=False)
+        heads = half.view(1, 16, 128, 2048)[..., :64]
+        torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+
+
+def copy_to_cpu(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    """What copies ``tensors``, as they are now, to the CPU, contiguous: a function for another thread, whose copies a
+    GPU makes beside all that it is asked to compute from now on."""
+    import torch
+
+    device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+    if device is None:
+        return lambda: {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    ready = torch.cuda.Event()
+    ready.record(torch.cuda.current_stream(device))
+
+    def copies() -> dict[str, Tensor]:
+        stream = torch.cuda.Stream(device)
+        stream.wait_event(ready)
+        with torch.cuda.stream(stream):
+            return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+    return copies
 
 
 @contextmanager

@@ -29,3 +29,8 @@ class RecipeError(RarefyError):
 
 class UnsupportedError(RarefyError):
     """The request is well formed, but this model, machine or format cannot serve it."""
+
+
+def first_line(failure: Exception) -> str:
+    """What another library's error says, for the inside of a sentence: its first line, or its class."""
+    return (str(failure).strip().splitlines() or [type(failure).__name__])[0].rstrip(".")

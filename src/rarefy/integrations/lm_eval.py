@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rarefy.core.errors import OptionError, SourceError, UnsupportedError
+from rarefy.core.errors import OptionError, SourceError, UnsupportedError, first_line
 from rarefy.core.progress import Advance, progress
 from rarefy.evaluation.bootstrap import Statistic, paired_interval
 from rarefy.evaluation.candidates import Candidate
@@ -202,7 +202,7 @@ def _load_tasks(names: Sequence[str], folder: Path | None) -> tuple[dict[str, An
             except KeyError:
                 raise OptionError(f"Task '{name}' is unknown to lm-eval and not a YAML file; check its name.") from None
             except OSError as failure:
-                reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0].rstrip(".")
+                reason = first_line(failure)
                 raise SourceError(
                     f"The examples of task '{name}' cannot be had from the hub ({reason}); put {file_names(name)} into "
                     "a folder and name it with --task-data."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -34,10 +35,12 @@ class Site:
     @property
     def count(self) -> int:
         """Number of weights."""
-        size = 1
-        for extent in self.shape:
-            size *= extent
-        return size
+        return math.prod(self.shape)
+
+    @property
+    def members(self) -> int:
+        """Number of stacked experts; 1 for a plain layer."""
+        return self.shape[0] if len(self.shape) == 3 else 1
 
 
 def sites(model: nn.Module) -> Iterator[Site]:

@@ -19,9 +19,11 @@ def search_input_scale(
     """The factor ``s [in]`` for the columns of ``weights`` (``[out, in]``, all of one input), and its exponent.
 
     Among ``s = size ** r`` for ``r`` = 0, 1 / steps, ... (normalised to ``sqrt(max * min) = 1``) the one with the least
-    ``sum |(round(W s) / s - W) X|^2``, known from ``gram [in, in]``; ``size [in]`` is the mean ``|x|`` of a column.
+    ``sum |(round(W s) / s - W) X|^2``, known from ``gram [in, in]``; ``size [in]`` is the mean ``|x|`` of a column, and
+    a column that never had an input counts as one with the mean input, so that its weights are not scaled away.
     (AWQ, equation 5; the output judged is that of the layers themselves.)
     """
+    size = torch.where(size > 0, size, size.mean())
     best, exponent, lowest = torch.ones_like(size), 0.0, float("inf")
     for step in range(steps):
         factor = size.pow(step / steps).clamp(min=SMALLEST)

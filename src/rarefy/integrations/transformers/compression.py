@@ -15,7 +15,7 @@ from rarefy.calibration.parallel import Ranks, ranks_of
 from rarefy.calibration.report import CompressionReport, Ledger
 from rarefy.calibration.samples import open_samples
 from rarefy.contracts import Recipe
-from rarefy.core.devices import Device, device_of
+from rarefy.core.devices import Device, awaken, device_of
 from rarefy.core.errors import OptionError, UnsupportedError
 from rarefy.core.files import check_out, staged_folder
 from rarefy.core.logs import logger
@@ -47,7 +47,12 @@ def compress(
     chosen, place = load_recipe(recipe, options), device_of(device)
     # A model in memory is each process's own, and without data there is nothing to share.
     ranks, place = ranks_of(place) if needed(chosen) or isinstance(model, str | Path) else (Ranks(), place)
-    with ranks.together(), torch.random.fork_rng():
+    used = {place} if isinstance(model, str | Path) else {place, *(own.device for own in model.parameters())}
+    gpus = [own for own in used if own.type == "cuda"]
+    if needed(chosen):
+        awaken(gpus)
+    # Of the GPUs that take no part even a random state would cost a second and half a gigabyte.
+    with ranks.together(), torch.random.fork_rng(devices=gpus):
         torch.manual_seed(seed)
         shard_bytes, notes = parse_size(max_shard_size), ignored_data(chosen, data)
 
@@ -60,6 +65,8 @@ def compress(
         if not isinstance(model, str | Path):
             if out is not None:
                 check_out(out, overwrite)
+            if not hasattr(model, "config"):
+                raise OptionError(f"A {type(model).__name__} is no model of Transformers; give one, or a folder.")
             given = calibration(lambda: shared_tokenizer([model], [None]), model.config)
             solve_on = None if device == "auto" else place
             ledger, skipped, manifest = compress_in_place(model, chosen, solve_on, work, notes, given)

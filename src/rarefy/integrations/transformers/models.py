@@ -13,7 +13,7 @@ from torch import Tensor
 from rarefy.calibration.output import copy_companions, write_card, write_config
 from rarefy.calibration.selection import tied_parameters
 from rarefy.calibration.skeleton import model_class, read_config
-from rarefy.core.errors import OptionError, SourceError
+from rarefy.core.errors import OptionError, SourceError, first_line
 from rarefy.core.files import staged_folder
 from rarefy.layers.checkpoint import ShardWriter
 from rarefy.layers.manifest import WEIGHTS_NAME, Manifest
@@ -37,7 +37,7 @@ def load_folder(folder: Path, **options: Any) -> PreTrainedModel:
     try:
         model, info = cls.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as failure:
-        reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0].rstrip(".")
+        reason = first_line(failure)
         raise SourceError(f"'{folder}' cannot be loaded as a {cls.__name__} ({reason}); copy it again.") from failure
     if info["missing_keys"]:
         first, *others = sorted(info["missing_keys"])

@@ -31,7 +31,9 @@ SMALL = (64, 256)  # rows and columns of a weight of which nobody counts the tim
 Call = Callable[[], object]
 
 
-def in_turns(calls: dict[str, list[Call]], turns: int, before: dict[str, Call] | None = None) -> dict[str, list[float]]:
+def in_turns(
+    calls: dict[str, list[Call]], turns: int, before: dict[str, Call] | None = None
+) -> dict[str, list[float]]:
     """Seconds of each contestant's call in each turn, after one turn that does not count; who begins changes.
 
     ``before`` is called before each of its calls, and not counted.

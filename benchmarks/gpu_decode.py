@@ -351,7 +351,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="fewer, to try things out")
     parser.add_argument("--batch", default="1,32", help="sequences, by commas")
     parser.add_argument("--kinds", default="W4 g128,SpQR 3,SqueezeLLM 3", help="codes, by commas")
-    parser.add_argument("--peers", default="eager,tinygemm,gemlite,torchao,compiled,hf", help="by commas")
+    parser.add_argument(
+        "--peers", default="eager,tinygemm,gemlite,torchao,compiled,hf", help="by commas"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--tune", default="0", help="for each batch, seconds to try ways to cut the first kind's products up, by commas"
@@ -395,7 +397,9 @@ def measured(
     kind, model = next(iter(coded.items()), ("bf16", dense))
     program = programs.get(kind) or build(dense)
     makers: dict[str, tuple[str, Callable[[str], Decoder]]] = {
-        "tinygemm": ("tinygemm W4, same runner", lambda name: ours(name, model, program, batch, other=tinygemm)),
+        "tinygemm": (
+            "tinygemm W4, same runner", lambda name: ours(name, model, program, batch, other=tinygemm)
+        ),
         "eager": ("HF eager bf16", lambda name: transformers(name, dense, batch, False, 8)),
         "gemlite": (
             "GemLite W4, same runner and head",

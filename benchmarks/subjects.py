@@ -115,7 +115,9 @@ def _build(stage: Path, seed: int) -> None:
     layers, heads, kv_heads = (
         config[f"num_{name}"] for name in ("hidden_layers", "attention_heads", "key_value_heads")
     )
-    state = jitter(fold_gains(state, layers), layers=layers, heads=heads, kv_heads=kv_heads, sigma=JITTER, seed=seed)
+    state = jitter(
+        fold_gains(state, layers), layers=layers, heads=heads, kv_heads=kv_heads, sigma=JITTER, seed=seed
+    )
     write_shards(stage, {name: tensor.nbytes for name, tensor in state.items()}, state.__getitem__)
 
 

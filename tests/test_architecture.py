@@ -95,3 +95,4 @@ def test_papers_are_named_in_recipes_only(path: Path) -> None:
 )
 def test_a_paper_is_found_by_whole_words(name: str, paper: str | None) -> None:
     assert paper_in(name) == paper
+

@@ -587,7 +587,6 @@ def test_progress_that_must_not_disturb_draws_no_bar(
 
 def test_terminal_progress_shows_notes_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Brackets in a tensor's name are not markup."""
-
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True

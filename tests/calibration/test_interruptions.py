@@ -28,7 +28,6 @@ from tests.zoo import dense_folder, tiny_tokenizer
 
 transformers.logging.set_verbosity_error()
 
-
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "dense"

@@ -436,16 +436,8 @@ def test_a_damaged_weight_leaves_nothing(run: Run, llama: Path, tmp_path: Path) 
         (("--suite", "long", "--context", "64"), "has no effect with --suite long"),
     ],
     ids=[
-        "dtype",
-        "executor",
-        "device",
-        "context",
-        "short text",
-        "missing text",
-        "kind of text",
-        "reference of caches",
-        "shots without tasks",
-        "context of a suite",
+        "dtype", "executor", "device", "context", "short text", "missing text", "kind of text", "reference of caches",
+        "shots without tasks", "context of a suite",
     ],
 )
 def test_eval_refuses(run: Run, models: Path, text: Path, arguments: tuple[str, ...], word: str) -> None:

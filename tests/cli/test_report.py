@@ -55,7 +55,7 @@ def test_results_become_a_page(run: Run, models: Path, text: Path, tmp_path: Pat
     assert "<h1>Mine</h1>" in html and "rarefy" in html and "times smaller" in html
     told = run("report", tmp_path / "page.json", "--out", tmp_path / "again.html")
     assert told.exit_code == 0 and str(tmp_path / "again.html") in told.stdout
-    assert (tmp_path / "again.html").read_text().count('<article class="card">') == 3
+    assert (tmp_path / "again.html").read_text().count("<article class=\"card\">") == 3
 
 
 def test_one_command_makes_the_page_of_all_recipes_from_committed_results(run: Run, tmp_path: Path) -> None:

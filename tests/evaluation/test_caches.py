@@ -40,7 +40,9 @@ def measured(model: Any, windows: torch.Tensor, regime: str, batch_size: int = 1
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_rough_codes_are_worse_than_fine_ones(regime: str, tiny: Callable[..., Any], windows: torch.Tensor) -> None:
+def test_rough_codes_are_worse_than_fine_ones(
+    regime: str, tiny: Callable[..., Any], windows: torch.Tensor
+) -> None:
     result = measured(tiny(), windows, regime)
     fine, rough, identity = result.caches
     assert rough.kl > 20 * fine.kl > 0

@@ -112,7 +112,8 @@ def test_attention_of_a_token_is_the_portable_one(
     positions = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     cached = torch.randn(2, len(lengths), heads, 3000, channels, device="cuda").to(dtype)
     q, k, v = (
-        torch.randn(len(lengths), count * channels, device="cuda").to(dtype) for count in (heads * group, heads, heads)
+        torch.randn(len(lengths), count * channels, device="cuda").to(dtype)
+        for count in (heads * group, heads, heads)
     )
     found = []
     for kind in (attend_token.Attention, step.Attention):

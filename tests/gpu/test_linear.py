@@ -53,14 +53,8 @@ def checked(layer: CompressedLinear, x: Tensor, most: float = 6e-4) -> None:
 # Each number of tokens has a kernel of its own; wgmma takes 40 and 600.
 @pytest.mark.parametrize(
     ("tokens", "dtype"),
-    [
-        (1, torch.bfloat16),
-        (3, torch.float16),
-        (16, torch.bfloat16),
-        (40, torch.float16),
-        (600, torch.bfloat16),
-        (1100, torch.float16),
-    ],
+    [(1, torch.bfloat16), (3, torch.float16), (16, torch.bfloat16), (40, torch.float16), (600, torch.bfloat16),
+     (1100, torch.float16)],
 )
 @pytest.mark.parametrize("grid", COVERED)
 def test_every_covered_grid(grid: str, tokens: int, dtype: torch.dtype) -> None:
@@ -133,7 +127,9 @@ ONE = Tuning(1, 1, 1, 4, 2, spread=True, overlap=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="before Hopper")
-@pytest.mark.parametrize("changes", [{}, {"along": 16}, {"tiles": 4, "depth": 1}, {"tiles": 2, "across": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"along": 16}, {"tiles": 4, "depth": 1}, {"tiles": 2, "across": 2}], ids=str
+)
 def test_every_form_of_one_token(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "choose", lambda *arguments: replace(ONE, **changes))
     x = torch.randn(1, 3000, device=GPU, dtype=torch.float16)

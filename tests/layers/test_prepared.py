@@ -117,7 +117,7 @@ def test_what_runs_in_torch_is_named() -> None:
     model = torch.nn.ModuleDict({"a": CompressedLinear([quantized(GRIDS["binary3"], PATTERNS["full"], 6, 40)])})
     assert in_torch(model) == {}
     prepare_(model)
-    ((where, reason),) = in_torch(model).items()
+    (where, reason), = in_torch(model).items()
     assert where == "a.terms.0" and "groups of 16" in reason
 
 

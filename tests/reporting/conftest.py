@@ -149,14 +149,8 @@ def efficiency(*models: tuple[str, float, float]) -> Efficiency:
         )  # fmt: skip
         rows.append(
             Row(
-                model=name,
-                cache="dense",
-                cost=cost,
-                bits_per_weight=None,
-                compression_ratio=4,
-                perplexity=perplexity,
-                kl=None,
-                quality_kept=20 / perplexity,
+                model=name, cache="dense", cost=cost, bits_per_weight=None, compression_ratio=4, perplexity=perplexity,
+                kl=None, quality_kept=20 / perplexity,
             )
         )
     roof = Roof(bytes_per_second=1e10, flops_per_second=1e11, dtype="float32")

@@ -153,9 +153,9 @@ class Watch(ColumnRule):
 
     def begin(self, size: int, columns: Tensor, start: int) -> None:
         self.seen.append((size, start, columns.shape[1]))
-        self.shown += (
-            [columns[0, index].clone() for index in range(columns.shape[1])] if size == max(self.segments) else []
-        )
+        self.shown += [columns[0, index].clone() for index in range(columns.shape[1])] if size == max(
+            self.segments
+        ) else []
 
     def column(self, values: Tensor, position: int, error: Tensor) -> None:
         self.met.append(values[0].clone())

@@ -21,11 +21,7 @@ from rarefy.sources.shards import plan_shards, write_shards
 from tests.sources.tiny_gguf import TEMPLATE, stored_tensors, tiny_model, write_gguf
 
 LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -105,12 +101,9 @@ def test_the_folder_is_complete(tmp_path: Path, cache: Path) -> None:
     config = json.loads((source.folder / "config.json").read_text("utf-8"))
     assert config["rms_norm_eps"] == 1e-5
     assert read_header(source.folder / "model.safetensors").metadata == {"format": "pt"}
-    assert (
-        AutoTokenizer.from_pretrained(source.folder).apply_chat_template(
-            [{"role": "user", "content": "hello"}], tokenize=False
-        )
-        == "hello"
-    )
+    assert AutoTokenizer.from_pretrained(source.folder).apply_chat_template(
+        [{"role": "user", "content": "hello"}], tokenize=False
+    ) == "hello"
 
 
 def test_a_file_is_converted_once_until_it_changes(tmp_path: Path, cache: Path) -> None:

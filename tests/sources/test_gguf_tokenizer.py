@@ -40,10 +40,7 @@ def test_merges_specials_and_digits(tmp_path: Path, cache: Path) -> None:
     assert tokenizer.tokenize("a12") == ["a", "1", "2"], "this model reads digits one by one"
     assert tokenizer.tokenize(f"a<|im_end|>{USER_DEFINED}") == ["a", "<|im_end|>", USER_DEFINED]
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token) == (
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|im_end|>",
-        "<|endoftext|>",
+        "<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>",
     )
     assert tokenizer.decode(tokenizer("hello<|im_end|>")["input_ids"], skip_special_tokens=True) == "hello"
 
@@ -98,8 +95,5 @@ def test_sentencepiece_joins_by_score(tmp_path: Path) -> None:
 def test_merges_come_best_first() -> None:
     vocabulary = {"a": 0, "b": 1, "ab": 2, "ba": 3, "aba": 4}
     assert merges_by_score(vocabulary, [0, 0, -2.0, -1.0, -3.0]) == [
-        ("b", "a"),
-        ("a", "b"),
-        ("a", "ba"),
-        ("ab", "a"),
+        ("b", "a"), ("a", "b"), ("a", "ba"), ("ab", "a"),
     ]

@@ -112,12 +112,8 @@ for source, revision in json.loads(sys.argv[1]):
 
 def test_every_refusal_is_one_sentence(hub: str, tmp_path: Path) -> None:
     calls = [
-        ("org/missing", None),
-        ("org/gated", None),
-        ("org/gatedfiles", None),
-        ("org/disabled", None),
-        ("org/good", "no-such-branch"),
-        ("org/down", None),
+        ("org/missing", None), ("org/gated", None), ("org/gatedfiles", None), ("org/disabled", None),
+        ("org/good", "no-such-branch"), ("org/down", None),
     ]
     missing, gated, files, disabled, revision, down = ask(tmp_path, calls, HF_ENDPOINT=hub)
     assert missing.startswith("SourceError 'org/missing' is neither a folder here nor a public model")

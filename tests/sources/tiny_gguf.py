@@ -16,20 +16,11 @@ USER_DEFINED = "<think>"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 # Transformers' short names -> GGUF's.
 NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }
 
 
@@ -43,19 +34,9 @@ def tiny_model(model_type: str, **options: Any) -> PreTrainedModel:
     config = AutoConfig.for_model(
         model_type,
         **{
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "vocab_size": len(vocabulary()),
-            "max_position_embeddings": 128,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": True,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 2,
+            "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 16, "vocab_size": len(vocabulary()), "max_position_embeddings": 128,
+            "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
             "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
         }
         | options,
@@ -74,28 +55,19 @@ def write_gguf(
     """Write ``model`` with byte-level tokens; ``fields`` replaces or (None) drops metadata, by their full keys."""
     config, arch = model.config, model.config.model_type
     facts: dict[str, Any] = {
-        "general.name": "Tiny",
-        "general.license": "mit",
-        f"{arch}.block_count": config.num_hidden_layers,
-        f"{arch}.context_length": config.max_position_embeddings,
-        f"{arch}.embedding_length": config.hidden_size,
-        f"{arch}.feed_forward_length": config.intermediate_size,
+        "general.name": "Tiny", "general.license": "mit",
+        f"{arch}.block_count": config.num_hidden_layers, f"{arch}.context_length": config.max_position_embeddings,
+        f"{arch}.embedding_length": config.hidden_size, f"{arch}.feed_forward_length": config.intermediate_size,
         f"{arch}.attention.head_count": config.num_attention_heads,
         f"{arch}.attention.head_count_kv": config.num_key_value_heads,
-        f"{arch}.attention.key_length": config.head_dim,
-        f"{arch}.attention.value_length": config.head_dim,
+        f"{arch}.attention.key_length": config.head_dim, f"{arch}.attention.value_length": config.head_dim,
         f"{arch}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         f"{arch}.rope.freq_base": config.rope_parameters["rope_theta"],
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "qwen2" if arch.startswith("qwen") else "smollm",
-        "tokenizer.ggml.tokens": vocabulary(),
-        "tokenizer.ggml.merges": WORDS,
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2" if arch.startswith("qwen") else "smollm",
+        "tokenizer.ggml.tokens": vocabulary(), "tokenizer.ggml.merges": WORDS,
         "tokenizer.ggml.token_type": [3] * len(SPECIAL) + [1] * (len(vocabulary()) - len(SPECIAL) - 1) + [4],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.padding_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.chat_template": TEMPLATE,
+        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.padding_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0, "tokenizer.chat_template": TEMPLATE,
     } | (fields or {})
     writer = gguf.GGUFWriter(path, facts.pop("general.architecture", arch))
     for key, value in facts.items():

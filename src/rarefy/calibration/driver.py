@@ -266,7 +266,9 @@ class Driver:
                 )
             self.solver.scales.fold(block, self.blocks[index], group, factor, self.weights, probe)
 
-    def _solve(self, capture: Capture, advance: Advance, index: int, block: nn.Module, kind: str) -> dict[str, Solved]:
+    def _solve(
+        self, capture: Capture, advance: Advance, index: int, block: nn.Module, kind: str
+    ) -> dict[str, Solved]:
         """Solve what was captured in a block, and put the solutions into it."""
         groups = _groups(capture)
 

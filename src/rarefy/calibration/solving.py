@@ -58,7 +58,9 @@ class Solver:
             statistics = self.gradients.add_to(statistics, site, self.recipe(site).needs, self.device)
         return Layer(site.name, weight, statistics)
 
-    def solve(self, groups: Sequence[Group], advance: Advance, install: Install | None) -> dict[str, Solved]:
+    def solve(
+        self, groups: Sequence[Group], advance: Advance, install: Install | None
+    ) -> dict[str, Solved]:
         """Solve each group on one rank and bring all solutions to all ranks, and by ``install`` into the model.
 
         Statistics are freed as they are used up: they are the largest part of a job's memory.

@@ -121,7 +121,9 @@ def compare_caches(
         dense_nll=sum(dense_nll) / len(dense_nll),
         dense_seconds=dense_seconds,
         tokens=len(windows) * (windows.shape[1] - 1 - first),
-        caches=[own.result(label, dense_nll, None if own.nll is baseline else baseline) for label, own in sums.items()],
+        caches=[
+            own.result(label, dense_nll, None if own.nll is baseline else baseline) for label, own in sums.items()
+        ],
     )
 
 

@@ -135,3 +135,4 @@ def finest_step(dtype: FloatName) -> float:
 
 
 AnyScale = Annotated[SingleScale | BilevelScale, Field(discriminator="type")]
+

@@ -107,7 +107,9 @@ def reference(
     one_by_one(block, errors, shares, treat)
 
 
-def one_by_one(block: Tensor, errors: Tensor, shares: Tensor, treat: Callable[[Tensor, int, Tensor], None]) -> None:
+def one_by_one(
+    block: Tensor, errors: Tensor, shares: Tensor, treat: Callable[[Tensor, int, Tensor], None]
+) -> None:
     """For each column of ``round_columns``: ``treat`` its values and have what they lose written into its error, both
     ``[members, rows]``, then correct the columns after it."""
     # Views are made for many columns at once: each costs as much time as a small kernel.

@@ -156,7 +156,9 @@ def trade_off_of(
     return Figure(name, title, about, spec(drawn, named=len(looks)), headings, rows)
 
 
-def layer_map(name: str, title: str, about: str, unit: str, values: Sequence[tuple[str, float]]) -> Figure | None:
+def layer_map(
+    name: str, title: str, about: str, unit: str, values: Sequence[tuple[str, float]]
+) -> Figure | None:
     """A map of one number of every layer (name, value): blocks to the right, kinds of layers downwards. None when no
     name has the number of a block in it."""
     placed = [(place, value) for layer, value in values if (place := _place(layer)) is not None]

@@ -148,5 +148,7 @@ def quantized(codes: Tensor, params: Params, grid: Grid, batch: Batch, in_place:
             placed = codes.T[:, part].index_select(0, order.argsort()).T  # whole columns are moved, row by row
         elif batch.inverse.sorted:
             input, tensors = PermutedInput(), {"permutation": order.to(torch.int32)}
-        terms.append(Quantized.from_codes(placed, own, grid, multiplier=multiplier, input=input, input_tensors=tensors))
+        terms.append(
+            Quantized.from_codes(placed, own, grid, multiplier=multiplier, input=input, input_tensors=tensors)
+        )
     return terms

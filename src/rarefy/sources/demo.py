@@ -74,10 +74,7 @@ def open_demo(source: str) -> ModelSource:
     options = parse_demo(source)
     seed = options.seed if options.jitter else 0
     identity: dict[str, str | int | float] = {
-        "kind": "demo",
-        "sha256": GGUF_SHA256,
-        "jitter": options.jitter,
-        "seed": seed,
+        "kind": "demo", "sha256": GGUF_SHA256, "jitter": options.jitter, "seed": seed,
     }
     folder = cached_folder(MODEL, identity, NEEDED_BYTES, lambda stage: _build(stage, options))
     shaken = f" + jitter {options.jitter:.2f}, seed {seed}" if options.jitter else ""

@@ -41,10 +41,7 @@ def open_gguf(path: Path) -> ModelSource:
     except OSError as failure:
         raise SourceError(f"'{path}' cannot be read ({failure.strerror}); check its permissions.") from None
     identity: dict[str, str | int | float] = {
-        "kind": "gguf",
-        "path": str(path.resolve()),
-        "size": status.st_size,
-        "mtime_ns": status.st_mtime_ns,
+        "kind": "gguf", "path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns,
     }
     needed = dense_bytes(file) + EXTRA_BYTES
     folder = cached_folder(path.stem, identity, needed, lambda stage: write_folder(stage, file))

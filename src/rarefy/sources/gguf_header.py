@@ -101,7 +101,9 @@ def read_gguf(path: Path) -> GgufFile:
     return GgufFile(path, fields, tensors)
 
 
-def _place(gguf: ModuleType, path: Path, name: str, entry: tuple[tuple[int, ...], int, int], base: int) -> GgufTensor:
+def _place(
+    gguf: ModuleType, path: Path, name: str, entry: tuple[tuple[int, ...], int, int], base: int
+) -> GgufTensor:
     shape, code, offset = entry
     try:
         kind = gguf.GGMLQuantizationType(code)

@@ -141,12 +141,8 @@ def _rope(file: GgufFile, name: str, theta: float, head_dim: int) -> dict[str, A
         if len(stored) == len(wanted) and all(map(_close, stored, wanted)):
             factor, low, high, original = setting
             return {
-                "rope_type": "llama3",
-                "rope_theta": theta,
-                "factor": factor,
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": original,
+                "rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": low,
+                "high_freq_factor": high, "original_max_position_embeddings": original,
             }
     raise _unsupported(file, ROPE_FACTORS)
 
@@ -171,13 +167,8 @@ def _parameters(file: GgufFile, architecture: Architecture, config: Mapping[str,
     head_dim, heads, kv_heads = config["head_dim"], config["num_attention_heads"], config["num_key_value_heads"]
     inner, queries, keys = config["intermediate_size"], heads * head_dim, kv_heads * head_dim
     shapes = {
-        "attn_q": (queries, width),
-        "attn_k": (keys, width),
-        "attn_v": (keys, width),
-        "attn_output": (width, queries),
-        "ffn_gate": (inner, width),
-        "ffn_up": (inner, width),
-        "ffn_down": (width, inner),
+        "attn_q": (queries, width), "attn_k": (keys, width), "attn_v": (keys, width), "attn_output": (width, queries),
+        "ffn_gate": (inner, width), "ffn_up": (inner, width), "ffn_down": (width, inner),
     }
     permuted = {"attn_q": heads, "attn_k": kv_heads} if architecture.permuted else {}
     biased = architecture.biased

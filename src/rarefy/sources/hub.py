@@ -9,15 +9,7 @@ from rarefy.core.errors import SourceError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 ALLOWED = [
-    "*.json",
-    "*.safetensors",
-    "*.model",
-    "*.txt",
-    "*.jinja",
-    "*.tiktoken",
-    "README.md",
-    "LICENSE*",
-    "NOTICE*",
+    "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "README.md", "LICENSE*", "NOTICE*",
 ]
 # Second copies of the weights under other names.
 SKIPPED = ["*/*.safetensors", "consolidated*.safetensors"]

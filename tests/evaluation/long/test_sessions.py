@@ -113,7 +113,9 @@ def test_a_language_follows_its_own_rules() -> None:
         assert spoken.lexicon[words[-1]] + spoken.object in parts
         verb = next(part for part in parts if any(part.startswith(spoken.lexicon[verb]) for verb in _verbs()))
         place = {"S": 0, "V": 0, "O": 0} | {letter: index for index, letter in enumerate(spoken.order)}
-        assert (parts.index(verb) < parts.index(spoken.lexicon[words[-1]] + spoken.object)) == (place["V"] < place["O"])
+        assert (parts.index(verb) < parts.index(spoken.lexicon[words[-1]] + spoken.object)) == (
+            place["V"] < place["O"]
+        )
         assert spoken.book(random.Random(0), 5).count("English: ") == 5
 
 

@@ -128,6 +128,7 @@ def test_what_no_kernel_reads_is_named() -> None:
         prepare(*quantized(GRIDS["int3-none"], PATTERNS["bitmap"], 4, 64).operation())
 
 
+
 @pytest.mark.parametrize("normed", [False, True])
 def test_tokens_in_eight_bits(normed: bool) -> None:
     x = torch.randn(3, 520).bfloat16() * torch.tensor([[1.0], [1e-4], [0.0]]).bfloat16()

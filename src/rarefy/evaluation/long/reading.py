@@ -20,13 +20,16 @@ PEOPLE_CHN = "王芳 李明 张伟 刘洋 陈静 赵磊 孙丽 周杰".split()
 THINGS_CHN = "灯笼 小提琴 指南针 水壶 梯子 镜子 望远镜 雨伞".split()
 PLACES_CHN = "阁楼 地窖 花园 厨房 马厩 图书馆 港口 塔楼".split()
 FILLER_CHN = (
-    "今天 天气 很好 大家 一起 去 河边 散步 风 轻轻 吹过 树叶 发出 声音 孩子们 在 草地 上 玩耍 老人 聊天"
+    "今天 天气 很好 大家 一起 去 河边 散步 风 轻轻 "
+    "吹过 树叶 发出 声音 孩子们 在 草地 上 玩耍 老人 聊天"
 ).split()
 TOPICS = (
     "rivers bridges weather music bread ships gardens glass paper winter horses lamps maps salt trains wool"
 ).split()
 # Modules of Python's own library with many small documented functions, in every release.
-MODULES = ("statistics textwrap random shutil fractions calendar bisect heapq colorsys string tokenize inspect").split()
+MODULES = (
+    "statistics textwrap random shutil fractions calendar bisect heapq colorsys string tokenize inspect"
+).split()
 
 
 def _facts(dice: random.Random) -> list[tuple[str, str, str]]:

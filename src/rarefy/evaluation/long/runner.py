@@ -168,7 +168,9 @@ class _Run:
         return found
 
     @torch.inference_mode()
-    def _answers(self, session: Session, candidate: Candidate, model: Any, expected: Logits) -> dict[str, Any]:
+    def _answers(
+        self, session: Session, candidate: Candidate, model: Any, expected: Logits
+    ) -> dict[str, Any]:
         """All answers of one model; the reference leaves its logits in ``expected`` for those that come after it."""
         context = self._tokens(session.context)
         if self._begin is not None:

@@ -32,7 +32,9 @@ def passes(program: str) -> bool:
     command = [sandbox(), *BOX, sys.executable, "-I", "-S", "-c", LIMITS + program]
     silent = subprocess.DEVNULL
     try:
-        done = subprocess.run(command, stdin=silent, stdout=silent, stderr=silent, timeout=SECONDS * 1.5, check=False)
+        done = subprocess.run(
+            command, stdin=silent, stdout=silent, stderr=silent, timeout=SECONDS * 1.5, check=False
+        )
     except subprocess.TimeoutExpired:
         return False
     return done.returncode == 0

@@ -111,7 +111,9 @@ def compress_in_place(
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedError("This model is quantized already; load the dense model and compress that.")
     dense_bytes = dense_sizes(model).stored_bytes or 0
-    ledger, skipped = compress_model_(model, recipe, device=device, work_dir=work, calibration=calibration)
+    ledger, skipped = compress_model_(
+        model, recipe, device=device, work_dir=work, calibration=calibration
+    )
     ledger.notes[:0] = notes
     stored = sum(tensor.numel() * tensor.element_size() for _, tensor in folders.stored_tensors(model))
     manifest = ledger.manifest(stored, dense_bytes)

@@ -86,7 +86,9 @@ def _unstream(stream: Tensor, name: str, bits: int, levels: int, columns: int) -
     return packing.pack_radix(codes, levels) if name == "radix" else packing.pack_planes(codes, bits)
 
 
-def _put_codes(codes: Tensor, place: tuple[Any, ...], name: str, levels: int) -> tuple[dict[str, Tensor], int, int]:
+def _put_codes(
+    codes: Tensor, place: tuple[Any, ...], name: str, levels: int
+) -> tuple[dict[str, Tensor], int, int]:
     """Tensors of the codes, their kind and bits. ``place``: pattern, block, positions, row_ptr, rows, columns."""
     pattern, block, positions, _, rows, columns = place
     bits = max(1, (levels - 1).bit_length())
@@ -248,7 +250,9 @@ def _lut(arguments: Arguments) -> Prepared:
     if entries == 2 and bits == 1:
         _check_groups(size, columns, 4)
         tensors = {"codes": tiles.pack_codes(stream, columns), "scale": tiles.tile_rows(spread)}
-        numbers = _numbers(CODES, bits, rows, columns, size, scale_layout=PAIRS, scale_type=TYPES[lut.dtype])
+        numbers = _numbers(
+            CODES, bits, rows, columns, size, scale_layout=PAIRS, scale_type=TYPES[lut.dtype]
+        )
         return Prepared(tensors, numbers, _undo_lut, others, kept=kept)
     if bits > 4:
         raise NotCovered(f"tables of {entries} entries for each row")

@@ -89,14 +89,9 @@ def pack_mask(flags: Tensor) -> Tensor:
     """Bool ``[..., n]`` as one word each, bit ``j`` for flag ``j``: int64 for 64 flags, int16 for 16."""
     kind = torch.int64 if flags.shape[-1] == 64 else torch.int16
     words = flags.contiguous().to(torch.uint8)
-    return (
-        packing.pack_bitmap(words)
-        .contiguous()
-        .view(torch.uint8)[..., : flags.shape[-1] // 8]
-        .contiguous()
-        .view(kind)
-        .squeeze(-1)
-    )
+    return packing.pack_bitmap(words).contiguous().view(torch.uint8)[..., : flags.shape[-1] // 8].contiguous().view(
+        kind
+    ).squeeze(-1)
 
 
 def unpack_mask(words: Tensor) -> Tensor:

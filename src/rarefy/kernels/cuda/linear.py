@@ -279,7 +279,9 @@ def _portable(x: Tensor, term: Term) -> Tensor | None:
         return None
     zero = tensors["zero_point"] if tensors["zero_point"].numel() else None
     chosen = portable.Tuning(tokens=max(16, min(128, 1 << (x.shape[0] - 1).bit_length())))
-    return portable.linear(code, chosen, x, tensors["codes"], tensors["scale"], zero, numbers["rows"], multiplier)
+    return portable.linear(
+        code, chosen, x, tensors["codes"], tensors["scale"], zero, numbers["rows"], multiplier
+    )
 
 
 def _dense(terms: Sequence[Term], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -299,7 +301,9 @@ def _dense(terms: Sequence[Term], rows: int, columns: int, dtype: torch.dtype) -
     for own, more, _ in lists:
         values, column = packing.unpack_entries(own["entries"], torch.float16 if more["half"] else torch.bfloat16)
         counts = own["row_ptr"][0].diff()
-        row = torch.repeat_interleave(torch.arange(rows, device=column.device), counts, output_size=column.numel())
+        row = torch.repeat_interleave(
+            torch.arange(rows, device=column.device), counts, output_size=column.numel()
+        )
         place = row * columns + column  # each but once
         flat_weight = weight.view(-1)
         flat_weight[place] = (flat_weight[place].float() + values.float()).to(dtype)

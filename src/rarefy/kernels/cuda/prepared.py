@@ -142,7 +142,9 @@ def _only_full(pattern: str) -> None:
         raise NotCovered(f"codes under pattern '{pattern}'")
 
 
-def _put_scales(scale: Tensor, second: Tensor | None, tile: list[int]) -> tuple[dict[str, Tensor], dict[str, int]]:
+def _put_scales(
+    scale: Tensor, second: Tensor | None, tile: list[int]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
     if scale.dim() != 2:
         raise NotCovered("a scale for each sign, or two bytes of scale and zero")
     made = {"scale": layout.pack_pairs(scale)}

@@ -235,7 +235,9 @@ def shared_memory(name: str, code: Code, tuning: Tuning, ending: Ending = PLAIN)
 
 
 @functools.cache
-def kernel(device: int, name: str, code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) -> driver.Kernel:
+def kernel(
+    device: int, name: str, code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN
+) -> driver.Kernel:
     """``rarefy_<name>`` of the source for ``device``, compiled once in a process. Raises UnsupportedError where that
     fails."""
     macros = [f"-D{macro}={value}" for macro, value in definitions(code, tuning, half, ending).items()]

@@ -32,7 +32,9 @@ def choose(code: Code, rows: int, columns: int, tokens: int, device: torch.devic
     return _chosen(code, rows, columns, bucket, _name(device), torch.cuda.get_device_capability(device))
 
 
-def choose_with(ending: Ending, code: Code, rows: int, columns: int, tokens: int, device: torch.device) -> Tuning:
+def choose_with(
+    ending: Ending, code: Code, rows: int, columns: int, tokens: int, device: torch.device
+) -> Tuning:
     """As ``choose`` for a product with an ending, of up to 16 tokens. It is one of a step's, in which it always pays to
     begin before its forerunner has ended."""
     found = choose(code, rows, columns, tokens, device)
@@ -45,7 +47,9 @@ def choose_with(ending: Ending, code: Code, rows: int, columns: int, tokens: int
 
 
 @functools.cache
-def _chosen(code: Code, rows: int, columns: int, bucket: int, name: str, capability: tuple[int, int]) -> Tuning:
+def _chosen(
+    code: Code, rows: int, columns: int, bucket: int, name: str, capability: tuple[int, int]
+) -> Tuning:
     wanted = {"bits": code.bits, "table": code.table, "tokens": bucket}
     known = [entry for entry in table(name, capability) if all(entry[key] == value for key, value in wanted.items())]
     kind = _kind(code)

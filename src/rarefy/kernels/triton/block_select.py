@@ -162,7 +162,9 @@ def _partial(start, whole, count, columns, out, number, lines, WIDTH: tl.constex
         tl.store(out + line * WIDTH + place, column, mask=here)
 
 
-def partial_blocks(start: Tensor, whole: Tensor, count: Tensor, columns: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def partial_blocks(
+    start: Tensor, whole: Tensor, count: Tensor, columns: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
     """How many blocks of every row of a block map have to be masked token by token, int32 ``[B, M, rows]``, and the
     first ``width`` of them, int32 ``[B, M, rows, width]``, 0 where there are fewer."""
     out = torch.empty(*count.shape, width, dtype=torch.int32, device=count.device)

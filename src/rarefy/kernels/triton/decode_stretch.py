@@ -188,7 +188,9 @@ def attend_stretch(
             elif K_KIND == 4:
                 chunks = ()
                 for word in tl.static_range(K_PER // 2):
-                    chunks = chunks + (load_entries(k_codes, base, place, kx[None, :], k_lut, word, K_BITS, K_PER),)
+                    chunks = chunks + (
+                        load_entries(k_codes, base, place, kx[None, :], k_lut, word, K_BITS, K_PER),
+                    )
             else:
                 chunks = load_chunks(k_codes, base, place, kx[None, :] % 4, shifts, K_BITS, K_PER)
             found = tl.zeros((R, M), tl.float32)
@@ -316,7 +318,9 @@ def attend_stretch(
             elif V_KIND == 4:
                 chunks = ()
                 for word in tl.static_range(V_PER // 2):
-                    chunks = chunks + (load_entries(v_codes, base, place, vx[:, None], v_lut, word, V_BITS, V_PER),)
+                    chunks = chunks + (
+                        load_entries(v_codes, base, place, vx[:, None], v_lut, word, V_BITS, V_PER),
+                    )
             else:
                 chunks = load_chunks(v_codes, base, place, vx[:, None] % 4, shifts, V_BITS, V_PER)
             weighted = (weights,)

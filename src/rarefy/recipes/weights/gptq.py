@@ -44,7 +44,9 @@ class Gptq(GridRecipe):
     def solve_group(self, layers: Sequence[Layer]) -> list[Solution]:
         gram = layers[0].statistics.gram
         if gram is None:
-            return [Solution([round_to_nearest(layer.weight, self.grid(), search=self.search())]) for layer in layers]
+            return [
+                Solution([round_to_nearest(layer.weight, self.grid(), search=self.search())]) for layer in layers
+            ]
         inverse = inverse_hessian(gram, self.dampening, sort=self.act_order)
         weights = [layer.weight for layer in layers]
         solved = gptq(weights, inverse, self.grid(), search=self.search(), static_groups=self.static_groups)

@@ -66,7 +66,9 @@ class Gwq(GridRecipe):
         feedback = inverse if self.feedback else None
         solved = round_around_outliers(weights, outliers, self.grid(), search=self.search(), inverse=feedback)
         notes = [] if inverse is None else inverse.notes
-        return [Solution(terms, [*notes, *self._fallbacks(layer)]) for layer, terms in zip(layers, solved, strict=True)]
+        return [
+            Solution(terms, [*notes, *self._fallbacks(layer)]) for layer, terms in zip(layers, solved, strict=True)
+        ]
 
     def solve(self, layer: Layer) -> Solution:
         return self.solve_group([layer])[0]

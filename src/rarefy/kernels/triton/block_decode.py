@@ -135,19 +135,23 @@ class Paged:
 
 
 @triton.jit
-def _tile_at(
-    table, tail, tail_row, tail_head, pages, row, head, token, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
+def _block_of(index, tile, tiles, last, TILES: tl.constexpr):
+    """The listed block that a tile is of; any that exists behind the list's end."""
+    return tl.minimum(tl.maximum(tl.load(index + tile // TILES, mask=tile < tiles, other=0), 0), last)
+
+
+@triton.jit
+def _address(
+    table, tail, tail_row, tail_head, pages, row, head, token, D: tl.constexpr, PAGE: tl.constexpr,
     NUMBERS: tl.constexpr,
 ):  # fmt: skip
-    """Where tokens ``[token, token + N)``, which lie in one page or in the tail, are."""
+    """Where the tile of tokens from ``token`` on, which lies in one page or in the tail, begins, as a number."""
     page = token // PAGE
-    coded = page < pages
-    address = tl.load(table + page, mask=coded, other=tail)
-    step = row * tl.load(table + pages + page, mask=coded, other=tail_row)
-    step += head * tl.load(table + 2 * pages + page, mask=coded, other=tail_head)
-    base = tl.multiple_of(address.to(tl.pointer_type(NUMBERS)), 16)  # memory of torch's is aligned
-    within = token - tl.minimum(page, pages) * PAGE + tl.arange(0, N)
-    return base + step + within[:, None] * D + tl.arange(0, D)[None, :]
+    put_away = page < pages
+    step = row * tl.load(table + pages + page, mask=put_away, other=tail_row)
+    step += head * tl.load(table + 2 * pages + page, mask=put_away, other=tail_head)
+    step += (token - tl.minimum(page, pages) * PAGE) * D
+    return tl.load(table + page, mask=put_away, other=tail) + step * (NUMBERS.primitive_bitwidth // 8)
 
 
 @triton.jit(do_not_specialize=["pages"])
@@ -174,22 +178,36 @@ def _chosen(
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     mixed = tl.zeros((D, M), tl.float32)
-    for tile in range(split * each, tl.minimum(tiles, (split + 1) * each)):
-        # A load ahead of the loop may read behind the list's end, where anything may be.
-        column = tl.minimum(tl.maximum(tl.load(index + pair * capacity + tile // TILES), 0), (tokens - 1) // BK)
-        token = column * BK + (tile % TILES) * N + tl.arange(0, N)
+    # Where a tile lies is looked up while the one before is read: these lookups depend on each other, and would have to
+    # be waited for. (A value that is handed on unchanged from turn to turn would keep Triton from reading ahead.)
+    listed, last = index + pair * capacity, (tokens - 1) // BK
+    first_tile = split * each
+    at = _block_of(listed, first_tile, tiles, last, TILES) * BK + (first_tile % TILES) * N
+    following = _block_of(listed, first_tile + 1, tiles, last, TILES)
+    k_address, v_address = row, row
+    if PAGE:
+        # Strides are then those of the tails, with where they begin in the place of a token's.
+        k_address = _address(key, stride_kn, stride_kb, stride_kh, pages, row, head, at, D, PAGE, NUMBERS)
+        v_address = _address(value, stride_vn, stride_vb, stride_vh, pages, row, head, at, D, PAGE, NUMBERS)
+    for tile in range(first_tile, tl.minimum(tiles, (split + 1) * each)):
+        token = at + tl.arange(0, N)
         here = (token < tokens) & (token >= begin)
         if PAGE:
-            # Strides are then those of the tails, with where they begin in the place of a token's.
-            at = column * BK + (tile % TILES) * N
-            k_at = _tile_at(key, stride_kn, stride_kb, stride_kh, pages, row, head, at, D, N, PAGE, NUMBERS)
-            v_at = _tile_at(value, stride_vn, stride_vb, stride_vh, pages, row, head, at, D, N, PAGE, NUMBERS)
+            within = tl.arange(0, N)[:, None] * D + channel[None, :]
+            # Memory of torch's is aligned, and so are rows of 16 channels or more.
+            k_at = tl.multiple_of(k_address.to(tl.pointer_type(NUMBERS)), 16) + within
+            v_at = tl.multiple_of(v_address.to(tl.pointer_type(NUMBERS)), 16) + within
         else:
             wide = token[:, None].to(tl.int64)
             k_at = key + row * stride_kb + head * stride_kh + wide * stride_kn + channel[None, :]
             v_at = value + row * stride_vb + head * stride_vh + wide * stride_vn + channel[None, :]
         k = tl.load(k_at, mask=here[:, None], other=0.0)
         v = tl.load(v_at, mask=here[:, None], other=0.0)
+        at = following * BK + ((tile + 1) % TILES) * N
+        following = _block_of(listed, tile + 2, tiles, last, TILES)
+        if PAGE:
+            k_address = _address(key, stride_kn, stride_kb, stride_kh, pages, row, head, at, D, PAGE, NUMBERS)
+            v_address = _address(value, stride_vn, stride_vb, stride_vh, pages, row, head, at, D, PAGE, NUMBERS)
         scores = tl.where(here[:, None], tl.dot(k, q) * unit, float("-inf"))
         peak = tl.maximum(top, tl.max(scores, 0))
         safe = tl.where(peak == float("-inf"), 0.0, peak)

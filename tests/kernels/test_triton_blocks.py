@@ -136,6 +136,8 @@ def test_the_kernel_selects_what_the_selector_does(selector: Selector) -> None:
     scores[1, 0] = 0.0  # all equal
     scores[0, 2, 1, 0] = torch.inf
     forced = torch.rand(1, 1, blocks.rows, blocks.columns, device=DEVICE) < 0.2
+    scores[1, 1, :, ::2] = -torch.inf  # nothing known of it, and yet kept where it is forced
+    scores[0, 1, 3] = -torch.inf
     rule = selector.rule()
     assert rule is not None
     found = fused_map(rule, scores, blocks, forced & blocks.some, reach)

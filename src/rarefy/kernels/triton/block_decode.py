@@ -71,8 +71,9 @@ def _choose(
     every = tl.arange(0, ALL)
     x = tl.load(scores + pair * blocks + every, mask=every < blocks, other=float("-inf"), cache_modifier=".cg")
     entire = (every * TOKENS >= padding) & ((every + 1) * TOKENS <= tokens)
+    flag = tl.where(x > float("-inf"), tl.where(entire, 3, 1), 0)
     write_list(
-        x, tl.where(entire, 3, 1), scores, columns, start, whole, count, pair, 0, blocks, share, wanted, least, 0,
+        x, flag, scores, columns, start, whole, count, pair, 0, blocks, share, wanted, least, 0,
         False, False, ON_TOP, ALL,
     )  # fmt: skip
 

@@ -128,11 +128,11 @@ def select_blocks(
     ``count`` int32 ``[B, M, rows]`` and ``columns`` int32, as in a block map.
 
     ``flags`` uint8, broadcast to ``scores``: bit 0 where a block is in reach, 1 where it needs no mask (such blocks
-    come first in a list), 2 where it is kept in any case (None: all whose score is not ``-inf`` are in reach and need no
-    mask). Blocks of score ``inf`` are kept too; those of ``-inf`` only where they are in any case. ``rule``: ``top`` keeps the best ``share`` of blocks in reach (or
-    ``wanted`` of them), at least ``least``, with forced ones among them or on top (``include_forced``); ``mass`` the
-    fewest whose softmax reaches ``share``, forced ones first; ``cut`` those whose softmax (``normalized``; or whose
-    ``exp``) exceeds ``share``, or ``limits`` float32 ``[M]``.
+    come first in a list), 2 where it is kept in any case (None: all whose score is not ``-inf`` are in reach and need
+    no mask). Blocks of score ``inf`` are kept too; those of ``-inf`` only where they are in any case. ``rule``: ``top``
+    keeps the best ``share`` of blocks in reach (or ``wanted`` of them), at least ``least``, with forced ones among them
+    or on top (``include_forced``); ``mass`` the fewest whose softmax reaches ``share``, forced ones first; ``cut``
+    those whose softmax (``normalized``; or whose ``exp``) exceeds ``share``, or ``limits`` float32 ``[M]``.
     """
     batch, heads, rows, blocks = scores.shape
     if out is None:

@@ -67,8 +67,8 @@ def measure(batch: int, tokens: int, rounds: int) -> list[Row]:
     model = llama(tokens)
     contenders: dict[str, Callable[[], Any]] = {
         "DynamicCache": lambda: DynamicCache(config=model.config),
-        "StaticCache": lambda: StaticCache(config=model.config, max_cache_len=tokens + 1024),
         **{plan: lambda: dense_cache(model) for plan in PLANS},
+        "StaticCache": lambda: StaticCache(config=model.config, max_cache_len=tokens + 1024),
     }
     times: dict[str, float] = {}
     density: dict[str, float] = {}

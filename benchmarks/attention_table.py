@@ -102,6 +102,8 @@ def decode(rows: list[Row], device: str, source: str) -> list[Measured]:
             own[row["estimator"]] = min(max(0.0, row["density"] * left / attention), own.get(row["estimator"], 1.0))
     found = []
     for tokens, own in sorted(limits.items()):
+        if "PooledMeans" not in own:
+            continue
         best = own["PooledMeans"]
         lost = {label: round(1 - limit / best, 3) for label, limit in sorted(own.items()) if limit < best}
         found.append(Measured(

@@ -175,14 +175,14 @@ def coded_job(query: Tensor, key: Tensor, num_bits: int, kind: str, block: int, 
     return Job(label, choose, attend, block, expected)
 
 
-def plan_job(query: Tensor, key: Tensor, value: Tensor, estimator: Estimator, block: int) -> Job:
+def plan_job(query: Tensor, key: Tensor, value: Tensor, label: str, block: int = 64) -> Job:
     """A plan as a model has it, over rarefy's own cache, which keeps what the estimator knows of blocks."""
     store = LayerStore(LayerCodecs(Exact(key.dtype), Exact(key.dtype)))
     source = Stored(store.append(key, value))
     policy = Policy(dense_below=0, max_density=1.0)
-    plan = AttentionPlan(estimator, TopK(DENSITY), policy, block, block, "kv", "triton")
     call = replace(call_of(query[:, :, None], key, value), source=source)
-    report = PlanReport()
+    estimator, report = PLANS[label](), PlanReport()
+    plan = AttentionPlan(estimator, TopK(DENSITY), policy, block, block, "kv", "triton")
 
     def lists(block_map: BlockMap) -> Lists:
         newest = block_map.newest()
@@ -195,7 +195,7 @@ def plan_job(query: Tensor, key: Tensor, value: Tensor, estimator: Estimator, bl
         return attention(query, key, value, mask[..., : key.shape[2]]), torch.arange(HEADS, device=DEVICE)
 
     return Job(
-        f"plan, {estimator.label} of {block}", lambda: plan.map(call, report), attend, block, expected, lists,
+        f"plan, {label}", lambda: plan.map(call, report), attend, block, expected, lists,
         lambda: plan.attend(call, report), estimator.label,
     )  # fmt: skip
 
@@ -206,10 +206,13 @@ def decode_gate() -> Gated:
     return Gated({"decode": BlockGate.of(parts, "decode", POOLS)})
 
 
-# Plans by what estimates: a maker, and tokens of a block.
-PLANS: tuple[tuple[Callable[[], Estimator], int], ...] = (
-    (PooledMeans, 64), (Extremes, 64), (decode_gate, 64), (lambda: WindowMeans(32, 16, (128, 64)), 64),
-)  # fmt: skip
+# What estimates, in blocks of 64 tokens.
+PLANS: dict[str, Callable[[], Estimator]] = {
+    "means of 64": PooledMeans,
+    "extremes of 64": Extremes,
+    "gate of 64": decode_gate,
+    "windows of 32": lambda: WindowMeans(32, 16, (128, 64)),
+}
 
 
 def measure(
@@ -229,7 +232,7 @@ def measure(
             torch.cuda.synchronize()
     size = 2 * batch * KV_HEADS * tokens * CHANNELS * 2
     known: dict[str, list[Callable[[], Job]]] = {
-        "plan": [lambda e=e, b=b: plan_job(one, key, value, e(), b) for e, b in PLANS],  # type: ignore[misc]
+        "plan": [lambda name=name: plan_job(one, key, value, name) for name in PLANS],  # type: ignore[misc]
         "plain": [lambda b=b, e=e: plain_job(one, key, value, b, e, {}) for b, e in PLAIN],  # type: ignore[misc]
         "coded": [lambda n=n, k=k, b=b: coded_job(one, key, n, k, b) for n, k, b in CODED],  # type: ignore[misc]
     }

@@ -261,9 +261,10 @@ class BlockDecode:
 
     def __init__(
         self, batch: int, heads: int, query_heads: int, channels: int, block_k: int, *, device: torch.device,
-        splits: int | None = None, tile: int = 64, num_warps: int = 4, num_stages: int = 3,
+        splits: int | None = None, tile: int = 64, num_warps: int = 4, num_stages: int | None = None,
     ):  # fmt: skip
-        """``splits``: programs for each KV head (None: enough to fill the GPU four times)."""
+        """``splits``: programs for each KV head (None: enough to fill the GPU four times). ``num_stages``: None: three
+        over pages, and two over other caches, where more programs at once are worth more than a tile read ahead."""
         self.splits = splits or max(1, min(64, 4 * 132 // (batch * heads)))
         self._partial = torch.empty(batch * query_heads, self.splits, channels, device=device)
         self._partial_lse = torch.empty(batch * query_heads, self.splits, device=device)
@@ -273,8 +274,9 @@ class BlockDecode:
         self._meta: dict[str, Any] = {
             "GROUP": group, "D": channels, "M": columns, "BK": block_k, "N": min(tile, block_k),
             "MERGED": 0 if self.splits == 1 else max(1, min(8, MERGED // (columns * channels))),
-            "num_warps": num_warps, "num_stages": num_stages,
+            "num_warps": num_warps,
         }  # fmt: skip
+        self._stages = num_stages
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, index: Tensor, count: Tensor, length: Tensor, scaling: float,
@@ -309,6 +311,6 @@ class BlockDecode:
             _chosen, (batch * heads, self.splits), query.device, query.contiguous(), key, value, index, count,
             count if first is None else first, length, self._partial, self._partial_lse, out, lse, self._arrived,
             *strides, pages, heads, index.shape[-1], self.splits, scaling, FIRST=first is not None,
-            PAGE=page, NUMBERS=NUMBERS[query.dtype], **self._meta,
+            PAGE=page, NUMBERS=NUMBERS[query.dtype], num_stages=self._stages or (3 if page else 2), **self._meta,
         )  # fmt: skip
         return out, lse

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import rarefy
 from rarefy.contracts import Recipe, Rule
-from rarefy.core.errors import OptionError, RecipeError, SourceError
+from rarefy.core.errors import OptionError, RecipeError, SourceError, UnsupportedError
 from rarefy.integrations.transformers.models import is_compressed
 from rarefy.layers.swap import compressed
 from tests.zoo import FAMILIES, dense_folder, logits, same_bytes, tensors, tiny_tokenizer
@@ -228,3 +228,16 @@ def test_merge_adapter(small: dict[int, Path], tmp_path: Path) -> None:
     assert float((logits(merged, "llama") - wanted).norm() / wanted.norm()) > 0
     rarefy.save(merged, tmp_path / "merged")
     assert torch.equal(logits(rarefy.load(tmp_path / "merged"), "llama"), logits(merged, "llama"))
+
+
+def test_what_is_no_model_or_dtype_is_one_sentence(dense: Path) -> None:
+    with pytest.raises(OptionError, match="A Linear is no model of Transformers"):
+        rarefy.compress(torch.nn.Linear(3, 3), "rtn")  # type: ignore[arg-type]
+    for wrong in ("foo", "int8"):
+        with pytest.raises(OptionError, match=f"dtype '{wrong}' is unknown; use auto, float32"):
+            rarefy.load(dense, dtype=wrong)
+
+
+def test_a_model_that_no_runner_knows_names_the_way_there_is() -> None:
+    with pytest.raises(UnsupportedError, match=r"model class GPT2LMHeadModel\. Use model\.generate\."):
+        rarefy.runner(FAMILIES["gpt2"].build())

@@ -11,7 +11,7 @@ import torch
 from rarefy.calibration.report import CompressionReport
 from rarefy.contracts import Recipe
 from rarefy.core.config import parse
-from rarefy.core.devices import Device
+from rarefy.core.devices import Device, check_dtype
 from rarefy.core.errors import OptionError
 from rarefy.evaluation.protocol import Protocol, bos_token
 from rarefy.evaluation.results import Comparison, Evaluation
@@ -83,8 +83,9 @@ def load(
     """The model that ``source`` names, dense or compressed, in evaluation mode, as the class its config names.
 
     ``dtype`` is that of dense tensors and activations; codes and scales keep theirs. Raises SourceError or
-    CheckpointError.
+    CheckpointError, OptionError.
     """
+    check_dtype(dtype)
     return folders.load_folder(open_model(source, revision).folder, dtype=dtype, device_map=device_map)
 
 

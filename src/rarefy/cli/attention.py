@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rarefy.cli.common import Device, Json, command, print_json
+from rarefy.cli.common import Device, Json, command, print_json, shell_line
 
 
 @command
@@ -32,9 +33,10 @@ def attention(
     except ValueError:
         raise OptionError(f"--layers '{layers}' is not a list of numbers; write it like 0,5,11.") from None
     found = api.attention_maps(model, plan, text=text, tokens=tokens, layers=chosen, device=device)
+    from rarefy.core.environment import this_run
     from rarefy.reporting.attention import write_maps
 
-    page = write_maps(found, out)
+    page = write_maps(found, out, this_run(shell_line(*sys.argv[1:])))
     if as_json:
         print_json({"page": str(page), **found.summary()})
         return

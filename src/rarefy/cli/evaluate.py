@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from rarefy.cli.common import Device, Json, command, print_record, print_table
+from rarefy.core.devices import check_dtype
 from rarefy.core.errors import OptionError
 
 if TYPE_CHECKING:
@@ -85,8 +86,7 @@ def evaluate(
     """Measure models on the same text under a stated protocol, or on the same tasks."""
     if executor not in ("exact", "fast"):
         raise OptionError(f"--executor '{executor}' is unknown; use exact or fast.")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise OptionError(f"--dtype '{dtype}' is unknown; use auto, float32, bfloat16 or float16.")
+    check_dtype(dtype, "--dtype")
     chosen: Literal["exact", "fast"] = "fast" if executor == "fast" else "exact"
     from rarefy import api
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -11,6 +12,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 
 from rarefy.cli.common import Json, command, print_json, print_table
+
+# Where a sentence begins with the name of an option.
+FIRST_OPTION = re.compile(r"(?:^|\.\s+)(?=``\w+``)")
 
 
 @command
@@ -70,8 +74,13 @@ def explanations(recipe: type[Any]) -> list[str]:
     for cls in recipe.__mro__:
         options = set(getattr(cls, "model_fields", ()))
         inherited = {name for base in cls.__bases__ for name in getattr(base, "model_fields", ())}
-        if cls is recipe or options - inherited:
-            found.append(inspect.cleandoc(cls.__doc__ or ""))
+        about = inspect.cleandoc(cls.__doc__ or "")
+        if cls is recipe:
+            found.append(about)
+        elif options - inherited:
+            # What such a class is for is not for who looks for options.
+            begin = FIRST_OPTION.search(about)
+            found.append(about if begin is None else about[begin.end() :])
     return found
 
 
@@ -86,12 +95,14 @@ def _first_comment(path: Path) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    """A type as somebody types its values: ``int | null``, ``none | mse``."""
+    """A type as somebody types its values: ``int | null``, ``none | mse``, ``[int, ...]``."""
     origin = get_origin(annotation)
     if origin is Literal:
         return " | ".join(map(str, get_args(annotation)))
     if origin in (Union, types.UnionType):
         return " | ".join(map(_type_name, get_args(annotation)))
+    if origin is tuple:
+        return f"[{', '.join('...' if part is Ellipsis else _type_name(part) for part in get_args(annotation))}]"
     if annotation is type(None):
         return "null"
     return annotation.__name__ if isinstance(annotation, type) and origin is None else str(annotation)

@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 Device = Literal["auto", "cpu", "cuda"] | str
 
 
+def check_dtype(dtype: str | torch.dtype, name: str = "dtype") -> None:
+    """Raise OptionError, with the ``name`` of the option, unless ``dtype`` is a floating one, its name, or auto."""
+    import torch
+
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise OptionError(f"{name} '{dtype}' is unknown; use auto, float32, bfloat16 or float16.")
+
+
 def fast_dtype(device: str | torch.device) -> torch.dtype:
     """The dtype in which forward passes are fastest on ``device``: bfloat16 where the hardware multiplies it.
 

@@ -33,7 +33,7 @@ class Candidate:
     resident_bytes: int = 0
     sizes: Sizes | None = None
     cache: CacheFactory | None = None
-    density: Callable[[Any], float] | None = None
+    density: Callable[[Any], float | None] | None = None
     identity: str | None = None
 
     def __post_init__(self) -> None:

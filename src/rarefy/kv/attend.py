@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rarefy.kv import native, whole
-from rarefy.kv.codec import Codec, Payload, apply
+from rarefy.kv.codec import Codec, Payload, cut
 from rarefy.kv.codecs import Exact
 from rarefy.kv.fused import available, fused_segments
 from rarefy.kv.plan import LayerCodecs
@@ -216,21 +216,21 @@ def read(
         if run.start < stop and run.stop > start:
             size = side.codec.tokens
             low, high = max(start - run.start, 0) // size, -(-(min(stop, run.stop) - run.start) // size)
-            payload = apply(lambda tensor, low=low, high=high: tensor[:, :, low:high], run.payload)  # type: ignore[misc]
+            payload = cut(run.payload, low, high)
             first = run.start + low * size
             found = _decoded(store, label, side.codec, payload, first, run.start + high * size, dtype)
             parts.append(found[:, :, max(start - first, 0) : stop - first])
     low, high = max(start, side.coded), min(stop, side.length)
     if low < high or not parts:
         parts.append(side.tail[:, :, low - side.coded : max(high - side.coded, 0)].to(dtype))
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    tokens = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
     here = _sinks_in(store, start, min(stop, side.coded))
     if here is not None and store.sink is not None:
         row, sink, place = here
         exact = store.sink.keys if label == "keys" else store.sink.values
-        whole = whole.clone() if len(parts) == 1 else whole
-        whole[row, :, place] = exact[row, :, sink].to(dtype)
-    return whole
+        tokens = tokens.clone() if len(parts) == 1 else tokens
+        tokens[row, :, place] = exact[row, :, sink].to(dtype)
+    return tokens
 
 
 def _decoded(

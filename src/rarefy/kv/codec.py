@@ -82,6 +82,11 @@ def join(payloads: list[Payload]) -> Payload:
     return first if len(payloads) == 1 else {name: torch.cat([part[name] for part in payloads], 2) for name in first}
 
 
+def cut(payload: Payload, first: int, last: int | None = None) -> Payload:
+    """Blocks ``[first, last)`` (None: to the end) of a payload, where they lie."""
+    return apply(lambda tensor: tensor[:, :, first:last], payload)
+
+
 def blocks_of(payload: Payload) -> int:
     """Number of blocks of a payload."""
     return next(iter(payload.values())).shape[2]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import OptionError
-from rarefy.kv.codec import Codec, Payload, apply, blocks_of, join
+from rarefy.kv.codec import Codec, Payload, apply, blocks_of, cut, join
 from rarefy.kv.encoding import Fast, Faults, fast_form, fast_payload
 from rarefy.kv.later import Encoder, Pending
 
@@ -135,10 +135,9 @@ class Side:
             whole = max(0, keep - run.start) // self.codec.tokens
             size = self.codec.tokens
             if whole:
-                kept = apply(lambda tensor, whole=whole: tensor[:, :, :whole].clone(), run.payload)  # type: ignore[misc]
+                kept = apply(torch.clone, cut(run.payload, 0, whole))
                 self.runs.append(Run(run.start, run.start + whole * size, kept))
-            rest = apply(lambda tensor, whole=whole: tensor[:, :, whole:], run.payload)  # type: ignore[misc]
-            lossy = self.codec.decode(rest).flatten(2, 3).to(self.tail.dtype)
+            lossy = self.codec.decode(cut(run.payload, whole)).flatten(2, 3).to(self.tail.dtype)
             self.tail = torch.cat([lossy, self.tail], 2)
             if self.valid is not None:
                 self.valid = torch.cat([self.valid.new_ones(lossy.shape[0], lossy.shape[2]), self.valid], 1)
@@ -164,8 +163,7 @@ class Side:
                 continue
             payload, low, high = run.payload, max(start, run.start), min(stop, run.stop)
             if high - low < run.stop - run.start:
-                first, last = (low - run.start) // size, (high - run.start) // size
-                payload = apply(lambda tensor, first=first, last=last: tensor[:, :, first:last], payload)  # type: ignore[misc]
+                payload = cut(payload, (low - run.start) // size, (high - run.start) // size)
             yield low, high, payload
         low, high = max(start, self.coded), min(stop, self.length)
         if low < high:
@@ -181,7 +179,7 @@ class Side:
         tokens = self.codec.tokens
         blocks, at_once = blocks_of(payload) if payload else 0, SEGMENT // tokens
         for low in range(0, blocks, at_once):
-            part = apply(lambda tensor, low=low: tensor[:, :, low : low + at_once].clone(), payload)  # type: ignore[misc]
+            part = apply(torch.clone, cut(payload, low, low + at_once))
             self.runs.append(Run(low * tokens, (low + blocks_of(part)) * tokens, part))
 
 

@@ -97,9 +97,9 @@ def number(dice: random.Random, digits: int) -> str:
     return str(dice.randrange(10 ** (digits - 1), 10**digits))
 
 
-def quintiles(dice: random.Random, count: int, parts: int = 5) -> list[int]:
+def quintiles(dice: random.Random, count: int) -> list[int]:
     """One index out of each fifth of ``range(count)``, in random order: questions about all of a context."""
-    picked = [dice.randrange(part * count // parts, (part + 1) * count // parts) for part in range(parts)]
+    picked = [dice.randrange(part * count // 5, (part + 1) * count // 5) for part in range(5)]
     dice.shuffle(picked)
     return picked
 

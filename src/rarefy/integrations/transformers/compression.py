@@ -65,6 +65,8 @@ def compress(
         if not isinstance(model, str | Path):
             if out is not None:
                 check_out(out, overwrite)
+            if not hasattr(model, "config"):
+                raise OptionError(f"A {type(model).__name__} is no model of Transformers; give one, or a folder.")
             given = calibration(lambda: shared_tokenizer([model], [None]), model.config)
             solve_on = None if device == "auto" else place
             ledger, skipped, manifest = compress_in_place(model, chosen, solve_on, work, notes, given)

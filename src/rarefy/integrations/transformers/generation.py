@@ -193,4 +193,7 @@ def runner(
     begins like the last sequence is read from where it differs. Raises UnsupportedError that names what it does not
     know.
     """
-    return GenerateRunner(model, mode=executor, cache_dtype=cache_dtype)
+    try:
+        return GenerateRunner(model, mode=executor, cache_dtype=cache_dtype)
+    except UnsupportedError as failure:
+        raise UnsupportedError(f"{failure} Use model.generate.") from None

@@ -7,22 +7,20 @@ from dataclasses import replace
 from typing import Any
 
 from rarefy.core.errors import OptionError
-from rarefy.core.logs import logger
 from rarefy.evaluation.candidates import Candidate
 from rarefy.evaluation.forward import new_cache
 from rarefy.integrations.transformers import kv_setup
 from rarefy.integrations.transformers.kv_evaluation import parse_choice
 from rarefy.integrations.transformers.plan_fitting import CALIBRATION, find_attention
 from rarefy.integrations.transformers.plan_setup import (
-    SETUP,
     AttentionSetup,
     attention_recipe,
     install_,
+    share_read,
     uninstall_,
 )
 
 DENSE = "dense"
-log = logger(__name__)
 
 
 def check_plans(plans: Sequence[str]) -> None:
@@ -79,15 +77,6 @@ def _planned(candidate: Candidate, text: str, reads_cache: bool) -> Candidate:
 
 
 def _density(model: Any) -> float:
-    """The share of blocks that was read; a warning where a plan let every pass stay dense, since that measures nothing
-    of it."""
-    setup: AttentionSetup | None = getattr(model, SETUP, None)
-    if setup is None:
-        return 1.0
-    dense = setup.report.dense()
-    if dense and all(layer.kept is None for layer in setup.report.layers.values()):
-        log.warning(
-            "'%s' stayed dense in every pass (%s), so that this measures dense attention: give longer contexts, or "
-            "set what keeps it dense (such as %s:dense_below=0).", setup.name, ", ".join(dense), setup.name,
-        )  # fmt: skip
-    return setup.report.density()
+    """`share_read` of a model that was asked for with a plan; 1 where that was ``dense``."""
+    found = share_read(model)
+    return 1.0 if found is None else found

@@ -16,6 +16,7 @@ from rarefy.attention.report import PlanReport
 from rarefy.contracts import AttentionRecipe, attention_recipes
 from rarefy.core.config import parse
 from rarefy.core.errors import CheckpointError, OptionError, RecipeError, UnsupportedError
+from rarefy.core.logs import logger
 from rarefy.integrations.transformers import attention, kv_setup
 from rarefy.integrations.transformers.kv_setup import Params, digest, kv_recipe, read_setup, write_setup
 from rarefy.layers.manifest import AttentionEntry
@@ -24,6 +25,7 @@ from rarefy.recipes import discover
 FORMAT = "rarefy-attention-1"
 PARAMS_NAME = "attention.safetensors"  # in a checkpoint
 SETUP = "_rarefy_attention"  # attribute of a model: the setup that its layers follow
+log = logger(__name__)
 
 
 class AttentionSetup:
@@ -34,7 +36,7 @@ class AttentionSetup:
         if recipe.needs and not params:
             raise OptionError(
                 f"Attention recipe '{name}' has parameters, found by {' and '.join(sorted(recipe.needs))}; name a file "
-                "that has them with params=."
+                f"that has them, such as params=FOLDER/{PARAMS_NAME}."
             )
         self.name, self.recipe, self.params, self.model = name, recipe, params or {}, model
         self.report = PlanReport()
@@ -52,6 +54,21 @@ class AttentionSetup:
     def save(self, path: str | Path) -> None:
         """Write recipe, options and parameters to a safetensors file."""
         write_setup(Path(path), FORMAT, self.params, {"model": self.model or "", **self.describe()})
+
+
+def share_read(model: Any) -> float | None:
+    """The share of blocks that was read, None where the model has no plan; a warning where a plan let every pass stay
+    dense, since that measures nothing of it."""
+    setup: AttentionSetup | None = getattr(model, SETUP, None)
+    if setup is None:
+        return None
+    dense = setup.report.dense()
+    if dense and all(layer.kept is None for layer in setup.report.layers.values()):
+        log.warning(
+            "'%s' stayed dense in every pass (%s), so that this measures dense attention: give longer contexts, or "
+            "set what keeps it dense (such as %s:dense_below=0).", setup.name, ", ".join(dense), setup.name,
+        )  # fmt: skip
+    return setup.report.density()
 
 
 def attention_recipe(name: str, options: Mapping[str, Any]) -> AttentionRecipe:

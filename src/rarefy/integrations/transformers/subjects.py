@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rarefy.calibration.data_free import weight_files
-from rarefy.core.devices import Device, device_of, fast_dtype
+from rarefy.core.devices import Device, check_dtype, device_of, fast_dtype
 from rarefy.core.errors import OptionError
 from rarefy.core.files import read_header
 from rarefy.evaluation.candidates import Candidate, dense_sizes
@@ -18,6 +19,7 @@ from rarefy.evaluation.journal import fingerprint
 from rarefy.evaluation.results import Sizes
 from rarefy.formats.bytes import ByteCount
 from rarefy.integrations.transformers import models as folders
+from rarefy.integrations.transformers.plan_setup import share_read
 from rarefy.layers.manifest import Manifest, read_manifest
 from rarefy.sources.model_source import ModelSource
 from rarefy.sources.models import open_model
@@ -58,6 +60,7 @@ def open_subjects(
         raise OptionError("Name at least one model to evaluate.")
     sources = [open_model(model) if isinstance(model, str | Path) else None for model in everyone]
     tokenizer = tokenizer or shared_tokenizer(everyone, sources)
+    check_dtype(dtype)
     place = device_of(device)
     dtype = _compute_dtype(dtype, sources[0], place)
     names = _names(everyone, sources)
@@ -101,15 +104,18 @@ def _candidate(
         return model.to(device)
 
     if folders.is_compressed(folder):
-        sizes = _sizes(read_manifest(folders.read_config(folder)["quantization_config"]))
+        manifest = read_manifest(folders.read_config(folder)["quantization_config"])
+        # One without rules has dense weights, and is there for its attention or its cache.
+        own = folder.glob(f"{manifest.weights.partition('.')[0]}*.safetensors")
+        sizes = _sizes(manifest) if manifest.rules else _dense_file_sizes(own)[0]
         resident = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     else:
-        sizes, weights = _dense_file_sizes(folder)
+        sizes, weights = _dense_file_sizes(weight_files(folder))
         wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         resident = weights * wanted.itemsize if isinstance(wanted, torch.dtype) else sizes.stored_bytes or 0
     identity = f"{fingerprint(folder)}, {dtype}, {device.type}" if cache is None else None
     return Candidate(
-        name, load=open_it, resident_bytes=resident, sizes=sizes, cache=cache, identity=identity
+        name, load=open_it, resident_bytes=resident, sizes=sizes, cache=cache, density=share_read, identity=identity
     )
 
 
@@ -131,14 +137,9 @@ def _sizes(manifest: Manifest) -> Sizes:
     )
 
 
-def _dense_file_sizes(folder: Path) -> tuple[Sizes, int]:
-    tensors = [info for path in weight_files(folder) for info in read_header(path).tensors.values()]
-    size, count = sum(info.nbytes for info in tensors), 0
-    for info in tensors:
-        weights = 1
-        for extent in info.shape:
-            weights *= extent
-        count += weights
+def _dense_file_sizes(files: Iterable[Path]) -> tuple[Sizes, int]:
+    tensors = [info for path in files for info in read_header(path).tensors.values()]
+    size, count = sum(info.nbytes for info in tensors), sum(math.prod(info.shape) for info in tensors)
     bits = ByteCount(values=size).bits_per_weight(count)
     return Sizes(bits_per_weight=bits, stored_bytes=size, dense_bytes=size), count
 

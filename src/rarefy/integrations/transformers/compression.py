@@ -49,10 +49,8 @@ def compress(
     ranks, place = ranks_of(place) if needed(chosen) or isinstance(model, str | Path) else (Ranks(), place)
     used = {place} if isinstance(model, str | Path) else {place, *(own.device for own in model.parameters())}
     gpus = [own for own in used if own.type == "cuda"]
-    if needed(chosen):
-        awaken(gpus)
     # Of the GPUs that take no part even a random state would cost a second and half a gigabyte.
-    with ranks.together(), torch.random.fork_rng(devices=gpus):
+    with awaken(gpus if needed(chosen) else ()), ranks.together(), torch.random.fork_rng(devices=gpus):
         torch.manual_seed(seed)
         shard_bytes, notes = parse_size(max_shard_size), ignored_data(chosen, data)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -63,31 +63,6 @@ def device_of(name: Device) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError("device 'cuda' was asked for, but torch sees no GPU; use --device cpu.")
     return device
-
-
-@contextmanager
-def awaken(gpus: Collection[torch.device]) -> Iterator[None]:
-    """Have ``gpus`` load their libraries of linear algebra, which takes a second or more, beside what Python does.
-
-    At the end all have: a process that ends while a library is being loaded may crash.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(len(gpus) or 1) as threads:
-        for gpu in gpus:
-            threads.submit(_load_libraries, gpu)  # whatever is wrong comes back where something depends on it
-        yield
-
-
-def _load_libraries(gpu: torch.device) -> None:
-    import torch
-
-    half = torch.ones(2048, 2048, dtype=fast_dtype(gpu), device=gpu)
-    whole = torch.eye(256, device=gpu)
-    torch.mm(half.T, half, out_dtype=torch.float32)
-    torch.linalg.solve_triangular(torch.linalg.cholesky_ex(whole).L, whole @ whole, upper=False)
-    heads = half.view(1, 16, 128, 2048)[..., :64]
-    torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
 
 
 def copy_to_cpu(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:

@@ -9,14 +9,14 @@ from torch import Tensor
 DISTANCES_AT_ONCE = 1 << 24
 
 
-def kmeans(points: Tensor, count: int, *, steps: int = 25) -> Tensor:
+def kmeans(points: Tensor, count: int, *, steps: int = 25, seed: int = 0) -> Tensor:
     """``count`` centroids of least squared distance to ``points [n, d]``, float32 ``[count, d]`` (Lloyd 1982).
 
-    The start is a random choice of points, the same for as many; a centroid that no point is nearest to moves to the
-    point that is farthest from its own. Fewer points than centroids are their own centroids, repeated.
+    The start is a random choice of points; a centroid that no point is nearest to moves to the point that is farthest
+    from its own. Fewer points than centroids are their own centroids, repeated.
     """
     points = points.float()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(points), generator=generator)
     centers = points[order[torch.arange(count) % len(points)].to(points.device)].clone()
     for _ in range(steps):

@@ -120,6 +120,7 @@ def decoder(
         for _ in range(count):
             graph.replay()
 
+    write.step = step  # type: ignore[attr-defined]  # whose tensors the graph reads and writes
     return write
 
 

@@ -34,17 +34,18 @@ from torch import Tensor, nn
 from rarefy import packing
 from rarefy.decoding import interpreter
 from rarefy.decoding.build import build
-from rarefy.decoding.cache import KeyValues, Sequences
+from rarefy.decoding.cache import FLOAT8, KeyValues, Sequences
 from rarefy.decoding.fuse import Projects
 from rarefy.decoding.graph import GraphExecutor
 from rarefy.decoding.program import Add, Attend, Program, Project
-from rarefy.formats.grids import IntegerGrid, LutGrid
+from rarefy.formats.grids import BinaryGrid, FloatGrid, Grid, IntegerGrid, LutGrid
 from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms.base import Term
 from rarefy.formats.terms.plain import ResidualSpec
 from rarefy.formats.terms.quantized import QuantizedSpec
 from rarefy.integrations.peers import step_bytes
 from rarefy.kernels.cuda.linear import MOST_TOKENS_OF_OUTLIERS
+from rarefy.kernels.cuda.measure import takes_wide
 from rarefy.layers.linear import CompressedLinear
 
 KEY = ("job", "batch", "peer")
@@ -54,38 +55,59 @@ SHAPE = {
     "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0,
     "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
 }  # fmt: skip
-OUTLIERS = 0.0045
+KINDS: dict[str, Grid] = {
+    "W4 g128": IntegerGrid(num_bits=4, group_size=128),
+    "W4 zero g128": IntegerGrid(num_bits=4, group_size=128, zero="integer"),
+    "W3 g128": IntegerGrid(num_bits=3, group_size=128), "W2 g128": IntegerGrid(num_bits=2, group_size=128),
+    "W8 g128": IntegerGrid(num_bits=8, group_size=128),
+    "binary g128": BinaryGrid(group_size=128), "fp8": FloatGrid(format="fp8_e4m3"),
+    "LUT4": LutGrid(num_bits=4, rows_per_lut=None), "NF4 g64": FloatGrid(format="nf4", group_size=64),
+    "SpQR 3": IntegerGrid(num_bits=3, group_size=16, zero="float", scales=BilevelScale(rows=16)),
+    "SqueezeLLM 3": LutGrid(num_bits=3),
+}  # fmt: skip
+WITH_OUTLIERS, OUTLIERS = ("SpQR 3", "SqueezeLLM 3"), 0.0045
 PROMPT, NEW, TRIAL = 128, 64, 16
 CHECKED = 2  # layers: random ones magnify every rounding
+TRIED = 16  # tokens of a peer's product that is checked: GemLite brings forms of so many along
 SPREAD = 0.02  # of weights
 
 
 def random_term(rows: int, columns: int, kind: str) -> list[Term]:
-    """Random codes with scales that make a weight of ordinary size."""
-    grids: dict[str, Any] = {
-        "W4 g128": IntegerGrid(num_bits=4, group_size=128), "W3 g128": IntegerGrid(num_bits=3, group_size=128),
-        "SpQR 3": IntegerGrid(num_bits=3, group_size=16, zero="float", scales=BilevelScale(rows=16)),
-        "SqueezeLLM 3": LutGrid(num_bits=3),
-    }  # fmt: skip
-    spec = QuantizedSpec(grid=grids[kind])
+    """Random codes with scales that make a weight of ordinary size and without a mean: with one every product would
+    follow the sum of its input, queries would grow until one token has all the attention, and one rounding would decide
+    which."""
+    terms: list[Term] = [_codes(rows, columns, KINDS[kind], _step(kind))]
+    if kind in WITH_OUTLIERS:
+        terms.append(_outliers(rows, columns))
+    return terms
+
+
+@functools.cache
+def _step(kind: str) -> float:
+    """The mean scale with which random codes spread as weights do."""
+    return SPREAD / float(_codes(256, 4096, KINDS[kind], 1.0).decode().std())
+
+
+def _codes(rows: int, columns: int, grid: Grid, step: float) -> Term:
+    spec = QuantizedSpec(grid=grid)  # type: ignore[arg-type]
     tensors = {}
     for name, entry in spec.layout((rows, columns)).items():
         shape = [int(size) for size in entry.shape]
-        if name == "codes":
+        if name in ("codes", "zero_point"):
             made = torch.randint(-(2**31), 2**31, shape, device=DEVICE)
+            made &= ~0x08080808 if grid.code_bits == 8 and isinstance(grid, FloatGrid) else -1  # all numbers of E4M3
         elif name == "scale" and entry.dtype == torch.uint8:
             made = torch.randint(0, 8, shape, device=DEVICE) | (torch.randint(2, 6, shape, device=DEVICE) << 4)
         elif name == "second_order":  # scales from 1 to 8 steps, zeros as coded
-            made = torch.tensor([SPREAD / 10, -1.0, 1.0, 0.0], device=DEVICE).expand(shape)
+            made = torch.tensor([step, -1.0, 1.0, 0.0], device=DEVICE).expand(shape)
         elif name == "lut":
-            made = torch.randn(shape, device=DEVICE) * SPREAD
+            made = torch.randn(shape, device=DEVICE) * step
+            made -= made.mean(-1, keepdim=True)
         else:
-            made = (0.5 + torch.rand(shape, device=DEVICE)) * SPREAD / 2 ** (grids[kind].num_bits - 2)
+            made = (0.5 + torch.rand(shape, device=DEVICE)) * step
+            made *= torch.randint(0, 2, shape, device=DEVICE) * 2 - 1
         tensors[name] = made.to(entry.dtype).contiguous()
-    terms: list[Term] = [spec.build((rows, columns), tensors)]
-    if kind in ("SpQR 3", "SqueezeLLM 3"):
-        terms.append(_outliers(rows, columns))
-    return terms
+    return spec.build((rows, columns), tensors)
 
 
 def _outliers(rows: int, columns: int) -> Term:
@@ -134,17 +156,33 @@ class Decoder:
     error: float = 0.0
 
 
+@dataclass(frozen=True)
+class Held:
+    """What each sequence holds: random keys and values of so many tokens, in a cache of a dtype."""
+
+    tokens: int = PROMPT
+    dtype: torch.dtype = DTYPE
+
+    def nbytes(self, program: Program) -> int:
+        """Bytes of a sequence that a step reads, in the middle of those that are written."""
+        bits = 8 * self.dtype.itemsize * program.head_dim + 16 * (self.dtype == FLOAT8)
+        return 2 * program.layers * program.kv_heads * bits // 8 * (self.tokens + NEW // 2)
+
+
+HELD = Held()
+
+
 class Ours:
-    """The runner's executor with ``batch`` sequences that hold `PROMPT` random keys and values.
+    """The runner's executor with ``batch`` sequences that hold something.
 
     ``other(rows, columns)`` makes a product that takes the place of ours, projections of the same input being one;
     where it makes none ours stays. Then nothing is checked."""
 
-    def __init__(self, program: Program, batch: int, other: Other | None = None):
-        self.execute = GraphExecutor(program)
-        self.cache = _random_cache(program, batch)
+    def __init__(self, program: Program, batch: int, other: Other | None = None, held: Held = HELD):
+        self.execute, self.held = GraphExecutor(program), held
+        self.cache = _random_cache(program, batch, held)
         self.tokens = torch.full((batch,), 17, device=DEVICE)
-        self.error = 0.0 if other is not None else error_of_first_layers(program, batch)
+        self.error = 0.0 if other is not None else error_of_first_layers(program, batch, held=held)
         if other is not None:
             self._replace(other)
 
@@ -154,40 +192,56 @@ class Ours:
                 rows = [part.linear.out_features for part in operation.parts]
                 made = other(sum(rows), operation.parts[0].linear.in_features)
                 if made is not None:
-                    self.execute._products[operation.parts[0].name] = partial(_split, made, rows)
+                    self.execute._products[operation.parts[0].name] = Theirs(made, rows)  # type: ignore[assignment]
 
     def __call__(self, count: int) -> Tensor:
-        self.cache.lengths = [PROMPT] * len(self.tokens)
+        self.cache.lengths = [self.held.tokens] * len(self.tokens)
         return self.execute.write(self.tokens, self.cache, count)
 
 
-def _split(product: Callable[[Tensor], Tensor], rows: Sequence[int], x: Tensor) -> tuple[Tensor, ...]:
-    return product(x).split(rows, -1)
+@dataclass
+class Theirs:
+    """Projections of the same input by other people's product, which nothing can be linked to."""
+
+    product: Callable[[Tensor], Tensor]
+    rows: Sequence[int]
+    terms: None = None
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.product(x).split(self.rows, -1)
 
 
-def _random_cache(program: Program, batch: int) -> Sequences:
-    sizes = (program.layers, program.kv_heads, program.head_dim, DTYPE, program.positions, DEVICE)
+def _random_cache(program: Program, batch: int, held: Held) -> Sequences:
+    sizes = (program.layers, program.kv_heads, program.head_dim, held.dtype, program.positions, DEVICE)
     cache = Sequences(batch, *sizes)
-    cache.reserve(PROMPT + NEW + 1)
-    cache.lengths = [PROMPT] * batch
-    for kept in (cache.keys, cache.values):
-        kept[:, :1].normal_()
-        kept[:, 1:] = kept[:, :1]
+    cache.reserve(held.tokens + NEW + 1)
+    cache.lengths = [held.tokens] * batch
+    shape = program.kv_heads, cache.capacity, program.head_dim
+    for layer in range(program.layers):
+        for number in range(batch):
+            keys, values = torch.randn(2, *shape, device=DEVICE, dtype=DTYPE)
+            cache.kept[layer, number].store(0, keys, values)
     return cache
 
 
-def error_of_first_layers(program: Program, batch: int, token: int = 17) -> float:
-    """Relative error of the logits of all sequences after one more token and the first `CHECKED` layers, against
-    operations one by one with decoded weights in float32."""
+def error_of_first_layers(program: Program, batch: int, token: int = 17, held: Held = HELD) -> float:
+    """The largest relative error of the logits of a sequence after one more token and the first `CHECKED` layers,
+    against operations one by one with decoded weights in float32. No two sequences are alike."""
     last = [number for number, each in enumerate(program.step) if isinstance(each, Attend)][CHECKED]
     start = max(number for number, each in enumerate(program.step[:last]) if isinstance(each, Add)) + 1
     short = replace(program, step=program.step[:start], layers=CHECKED)
-    ours, tokens = _random_cache(short, batch), torch.full((batch,), token, device=DEVICE)
-    oracle = KeyValues(short.layers, short.kv_heads, short.head_dim, DTYPE, short.positions, DEVICE)
-    oracle.keys, oracle.values, oracle.length = ours.keys[:, 0].clone(), ours.values[:, 0].clone(), PROMPT
+    ours, tokens = _random_cache(short, batch, held), token + torch.arange(batch, device=DEVICE)
+    oracle = KeyValues(short.layers, short.kv_heads, short.head_dim, held.dtype, short.positions, DEVICE)
+    kept = copy.deepcopy(ours.kept)
     made = GraphExecutor(short).advance(tokens, ours).double()
-    wanted = interpreter.run(_decoded(short), tokens[:1], oracle).double()
-    return float((made - wanted).norm(dim=-1).max() / wanted.norm())
+    decoded = _decoded(short)
+    errors = []
+    for number in range(batch):
+        own = kept[:, number]
+        oracle.keys, oracle.values, oracle.steps, oracle.length = own.keys, own.values, own.steps, held.tokens
+        wanted = interpreter.run(decoded, tokens[number : number + 1], oracle)[0].double()
+        errors.append(float((made[number] - wanted).norm() / wanted.norm()))
+    return max(errors)
 
 
 def _decoded(program: Program) -> Program:
@@ -209,8 +263,7 @@ def _decoded(program: Program) -> Program:
 
 def ours(name: str, model: Any, program: Program, batch: int, **options: Any) -> Decoder:
     made = Ours(program, batch, **options)
-    cached = 2 * program.layers * program.kv_heads * program.head_dim * DTYPE.itemsize
-    nbytes = step_bytes(model) + batch * cached * (PROMPT + NEW // 2)
+    nbytes = step_bytes(model) + batch * made.held.nbytes(program)
     return Decoder(name, partial(made, NEW), NEW, nbytes, made.error)
 
 
@@ -273,7 +326,7 @@ def _check(name: str, product: Callable[[Tensor], Tensor], weight: Tensor) -> No
     """Say so if a peer's product is not one with ``weight [rows, groups, columns of a group]``: it is not what it is
     taken for."""
     dense = weight.flatten(1)
-    x = torch.randn(3, dense.shape[1], device=DEVICE, dtype=DTYPE)
+    x = torch.randn(TRIED, dense.shape[1], device=DEVICE, dtype=DTYPE)
     wanted = x.double() @ dense.double().T
     error = float((product(x).double() - wanted).norm() / wanted.norm())
     print(f"{name} {list(dense.shape)}: error {error:.1e}", flush=True)
@@ -354,6 +407,7 @@ def main() -> None:
     parser.add_argument(
         "--peers", default="eager,tinygemm,gemlite,torchao,compiled,hf", help="by commas"
     )
+    parser.add_argument("--caches", default="1:8000,16:4096", help="sequences and tokens that each holds, by commas")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--tune", default="0", help="for each batch, seconds to try ways to cut the first kind's products up, by commas"
@@ -370,6 +424,35 @@ def main() -> None:
     for batch, tuned in zip_longest(map(int, batches), map(float, seconds), fillvalue=0):
         measured(int(batch), coded, programs, dense, shape, options, limit, tuned)
         torch.cuda.empty_cache()
+    for batch, tokens in (map(int, each.split(":")) for each in options.caches.split(",") if each):
+        for kind, model in list(coded.items())[:1]:
+            caches(kind, model, programs[kind], batch, tokens, options, limit)
+
+
+def caches(
+    kind: str, model: Any, program: Program, batch: int, tokens: int, options: Namespace, limit: tuple[float, float]
+) -> None:
+    """Write the row of a cache in 8 bits against one in 16."""
+    found: list[Decoder] = []
+    for name, dtype in (("cache in E4M3", FLOAT8), ("cache in bfloat16", DTYPE)):
+        found += attempt(name, partial(ours, name, model, program, batch, held=Held(tokens, dtype)))
+    if len(found) < 2:
+        return
+    times = milliseconds(found, options.rounds)
+    small, large = found
+    took = times[small.name]
+    row: Row = {
+        "goal": "cache", "job": f"{kind}, {small.name}, {tokens:,} tokens before", "batch": batch, "peer": large.name,
+        "milliseconds": round(took, 4), "tokens_per_second": round(batch / took * 1e3, 1),
+        "peer_milliseconds": round(times[large.name], 4), "ratio": round(times[large.name] / took, 3),
+        "fraction_of_limit": round(small.nbytes / limit[0] / took / 1e3, 3),
+        "fraction_of_read": round(small.nbytes / limit[1] / took / 1e3, 3), "max_rel_error": small.error,
+        "bits_per_weight": _bits(model),
+        "note": f"{program.layers} layers, {NEW} tokens written; the peer reads at "
+        f"{large.nbytes / limit[0] / times[large.name] / 1e3:.3f} of the limit",
+    }  # fmt: skip
+    print(row, flush=True)
+    write(options, [row], KEY)
 
 
 def measured(
@@ -382,7 +465,7 @@ def measured(
     choices = Choices()
     with choices.instead():
         for number, (kind, model) in enumerate(coded.items()):
-            if batch > MOST_TOKENS_OF_OUTLIERS and kind in ("SpQR 3", "SqueezeLLM 3"):
+            if batch > MOST_TOKENS_OF_OUTLIERS and kind in WITH_OUTLIERS and not takes_wide(DEVICE):
                 print(f"{kind}: weights with outliers are dequantized for {batch} tokens; not measured", flush=True)
                 continue
             mine += attempt(kind, partial(ours, kind, model, programs[kind], batch))
@@ -434,7 +517,7 @@ def _write(
         print(f"batch {batch}, {each.name}: {took:.3f} ms, {batch / took * 1e3:.0f} tokens/s", flush=True)
         for peer in (*peers, *mine[-1:]):
             rows.append({
-                "goal": "3 bits" if "3" in each.name else "G14" if batch == 1 else "G15",
+                "goal": "3 bits" if each.name in WITH_OUTLIERS else "G14" if batch == 1 else "G15",
                 "job": each.name, "batch": batch, "peer": peer.name,
                 "milliseconds": round(took, 4), "tokens_per_second": round(batch / took * 1e3, 1),
                 "peer_milliseconds": round(times[peer.name], 4), "ratio": round(times[peer.name] / took, 3),

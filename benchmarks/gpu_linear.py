@@ -34,7 +34,7 @@ from rarefy.kernels import cuda
 from rarefy.kernels.activations import quantize_tokens
 from rarefy.kernels.cuda import measure, program
 from rarefy.kernels.cuda import tuning as tuning_tables
-from rarefy.kernels.cuda.linear import dense_sum, most_tokens, pointed, terms_of
+from rarefy.kernels.cuda.linear import _in_bytes, dense_sum, most_tokens, pointed, pointed_entries, terms_of
 from rarefy.kernels.cuda.prepared import code_of
 from rarefy.kernels.cuda.program import Code, Tuning
 from rarefy.kernels.prepared import flat
@@ -45,6 +45,8 @@ DEFAULT = (
     "NF4 g64@1,64; W3 + 0.45%@1,16,64; W3 + 1%@1; SpQR@1,16; binary@1"
 )
 SHAPES = [(14336, 4096), (4096, 14336), (28672, 4096), (4096, 4096)]
+EPS = 1e-5  # of a norm
+MOST_OF_TINYGEMM = 64  # tokens, each of which takes it as long
 EVERYWHERE = 500e6  # bytes of all copies, of which the GPU's cache may keep a few percent
 
 
@@ -53,6 +55,7 @@ class Job:
     grid: Grid
     outliers: float = 0.0  # share of weights
     goals: tuple[str, str, str, str] = ("G5", "G5", "G5", "G5")  # for 1, up to 16, 64 and more tokens
+    beside: str = ""  # another job, which up to 16 tokens are timed with too
 
 
 SPQR = BilevelScale(rows=16, groups=1, scale_bits=3, zero_bits=3)
@@ -61,13 +64,15 @@ JOBS = {
     "W3": Job(IntegerGrid(num_bits=3, group_size=128)), "W2": Job(IntegerGrid(num_bits=2, group_size=128)),
     "W8": Job(IntegerGrid(num_bits=8, group_size=128)),
     "W4 zero": Job(IntegerGrid(num_bits=4, group_size=128, zero="integer")),
-    "LUT4": Job(LutGrid(num_bits=4, rows_per_lut=None), goals=("G6",) * 4),
-    "LUT4 rows": Job(LutGrid(num_bits=4), goals=("G6",) * 4), "LUT3 rows": Job(LutGrid(num_bits=3), goals=("G6",) * 4),
+    "LUT4": Job(LutGrid(num_bits=4, rows_per_lut=None), goals=("G6",) * 4, beside="W4"),
+    "LUT4 rows": Job(LutGrid(num_bits=4), goals=("G6",) * 4, beside="W4"),
+    "LUT3 rows": Job(LutGrid(num_bits=3), goals=("G6",) * 4),
+    "LUT3 rows + 0.45%": Job(LutGrid(num_bits=3), 0.0045, ("G7",) * 4, "LUT3 rows"),
     "NF4 g64": Job(FloatGrid(format="nf4", group_size=64), goals=("G6",) * 4),
-    "W3 + 0.45%": Job(IntegerGrid(num_bits=3, group_size=128), 0.0045, ("G7",) * 4),
-    "W3 + 1%": Job(IntegerGrid(num_bits=3, group_size=128), 0.01, ("G7",) * 4),
+    "W3 + 0.45%": Job(IntegerGrid(num_bits=3, group_size=128), 0.0045, ("G7",) * 4, "W3"),
+    "W3 + 1%": Job(IntegerGrid(num_bits=3, group_size=128), 0.01, ("G7",) * 4, "W3"),
     "SpQR": Job(IntegerGrid(num_bits=3, group_size=16, zero="float", scales=SPQR), 0.0045, ("G7",) * 4),
-    "binary": Job(BinaryGrid(group_size=128), goals=("G8",) * 4),
+    "binary": Job(BinaryGrid(group_size=128), goals=("G8",) * 4, beside="W2"),
     "fp8": Job(FloatGrid(format="fp8_e4m3")),
 }  # fmt: skip
 
@@ -110,13 +115,12 @@ class Weights:
         self.code = code_of(*self.term[:2])
         own = {name: tensor for name, tensor in pointed(self.term, False).items() if tensor is not None}
         for entries, _, _ in lists:
-            self.code = replace(self.code, outliers=torch.float16)
-            own.update(entries=entries["entries"], row_ptr=entries["row_ptr"])
+            self.code = self.code.with_outliers(torch.float16, columns)
+            own.update({name: each for name, each in pointed_entries(entries).items() if each is not None})
         self._dense = dense_sum([self.term, *lists]).bfloat16()
         self._dense_error = dense_sum([self.term, *lists]) - self._dense
         numbers = self.term[1]
-        second = numbers["second_rows"], numbers["second_groups"]
-        self.problem = measure.Problem(self.code, own, rows, columns, second)
+        self.problem = measure.Problem(self.code, own, rows, columns, numbers["second_rows"])
         self.copies = self.problem.copies(EVERYWHERE)
 
     def product(self, x: Tensor) -> Tensor:
@@ -169,8 +173,11 @@ class Trials:
         first = len(self.rows)
         for tuning in tried:
             attempt(tuning)
-        if times:  # rarely better alone
-            attempt(replace(min(times, key=lambda each: times[each]), overlap=False))
+        if times:  # rarely better alone, or when its successor comes late
+            found = min(times, key=lambda each: times[each])
+            attempt(replace(found, overlap=False))
+            if not found.wide:
+                attempt(replace(found, late=True))
         wrong = [row for row in self.rows[first:] if "error" in row and not row["error"] < 1e-2]
         failed = [row for row in self.rows[first:] if "failure" in row]
         if wrong or failed:
@@ -195,7 +202,7 @@ def relative(y: Tensor, expected: Tensor) -> float:
 
 def peers_of(names: Iterable[str], rows: int, columns: int) -> dict[str, list[Callable[[Tensor], Tensor]]]:
     """What others make of a layer of this size: for each a product with every copy of its weights."""
-    makers = {"bf16": _bf16, "tinygemm": _tinygemm, "gemlite": _gemlite}
+    makers = {"bf16": _bf16, "tinygemm": _tinygemm, "gemlite": _gemlite, "spqr_quant": _spqr_quant}
     found = {}
     for name in names:
         try:
@@ -231,6 +238,23 @@ def _gemlite(rows: int, columns: int) -> list[Callable[[Tensor], Tensor]]:
     return [maker.from_weights(codes, scale, zero, 4, 128) for _ in _count(4, rows, columns)]
 
 
+def _spqr_quant(rows: int, columns: int) -> list[Callable[[Tensor], Tensor]]:
+    """The kernel of SpQR's authors, which is given as many outliers; 8 bytes hold 16 weights of a row."""
+    from spqr_quant.inference import FeatureFlags
+
+    share, flags = JOBS["SpQR"].outliers, int(FeatureFlags.SPARSE_FUSED_FP32_ASYNC)
+    row_ptr = torch.arange(rows + 1, device="cuda", dtype=torch.int32) * round(share * columns)
+    x, y = (torch.randn(size, device="cuda").half() for size in (columns, rows))
+    calls = []
+    for _ in _count(4, rows, columns):
+        octets = torch.randint(0, 256, (rows * columns // 16, 8), device="cuda", dtype=torch.uint8)
+        entries = random_outliers(share, rows, columns).operation()[1][0]  # type: ignore[index]
+        sizes = (rows, columns, 3, 16, 16, octets.view(torch.int64).flatten(), row_ptr, entries, entries.numel())
+        call = functools.partial(torch.ops.spqr_cuda.spqr_mul, *sizes, x, flags, y, y)  # in float16, not the input
+        calls.append(lambda _, call=call: call())
+    return calls  # type: ignore[return-value]
+
+
 def triton_time(weights: Weights, x: Tensor) -> float | None:
     """The best time of the portable kernel."""
     from rarefy.kernels.triton import linear as portable
@@ -251,30 +275,58 @@ def triton_time(weights: Weights, x: Tensor) -> float | None:
     return min(times, default=None)
 
 
-def float8_rows(tokens: int, rows: int, columns: int, limit: float) -> list[Row]:
-    """Activations quantized, then multiplied as bytes, against the bf16 layer."""
-    term = random_term(JOBS["fp8"].grid, rows, columns)
+BYTES = {"fp8 activations and weights": ("fp8", False), "fp8 activations, W4": ("W4", False)}
+BYTES["fp8 activations and weights, after a norm"] = ("fp8", True)
+
+
+def byte_rows(job: str, tokens: int, rows: int, columns: int) -> list[Row]:
+    """Activations quantized, after a norm if that is measured too, then multiplied as bytes, against the bf16 layer."""
+    from rarefy.kernels.triton.step import PLAIN, Gain, add_norm
+
+    grid, normed = BYTES[job]
+    term = random_term(JOBS[grid].grid, rows, columns)
     made = cuda.prepare(*term.operation())  # type: ignore[misc]
+    copies = [replace(made, tensors={name: each.clone() for name, each in made.tensors.items()}) for _ in range(4)]
     x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
-    expected = x.double() @ term.decode().double().T
-    y = cuda.linear(x, [made], True)
+    gain = torch.rand(columns, device="cuda", dtype=torch.bfloat16) + 0.5
+
+    def in_bytes(own: Any) -> tuple[Tensor, Tensor]:
+        found = _in_bytes(terms_of(*flat([own])[:3])[0], x)
+        assert found is not None, "too few tokens"
+        return found
+
     codes, step = quantize_tokens(x)
-    ours, dense = [lambda: cuda.linear(x, [made], True)] * 4, _bf16(rows, columns)[:4]
-    peers = {
-        "bf16": (graph_of([functools.partial(call, x) for call in dense]), len(dense)),
-        "_scaled_mm alone": (graph_of([lambda: _scaled(codes, step, made)] * 4), 4),
-    }
-    times = microseconds({**peers, "ours": (graph_of(ours), 4)}, 15)
-    print(f"fp8 {rows}x{columns} M={tokens}", {name: round(each, 1) for name, each in times.items()}, flush=True)
-    flops = 2 * tokens * rows * columns
+
+    def product(own: Any) -> Tensor:
+        return _scaled(*quantize_tokens(x, gain, EPS), in_bytes(own)) if normed else cuda.linear(x, [own], True)
+
+    def plain(weight: Callable[[Tensor], Tensor]) -> Tensor:
+        return weight(add_norm(x, Gain(gain, EPS, PLAIN)) if normed else x)
+
+    values = x.double()
+    if normed:
+        values = values * (values.square().mean(1, keepdim=True) + EPS).rsqrt() * gain.double()
+    error = relative(product(made), values @ term.decode().double().T)
+    dense = _bf16(rows, columns)[:4]
+    alone = [functools.partial(_scaled, codes, step, in_bytes(own)) for own in copies]
+    times = microseconds(
+        {
+            "ours": (graph_of([functools.partial(product, own) for own in copies]), len(copies)),
+            "bf16": (graph_of([functools.partial(plain, weight) for weight in dense]), len(dense)),
+            "_scaled_mm alone": (graph_of(alone), len(alone)),
+        },
+        15,
+    )
+    rounded = {name: round(each, 1) for name, each in times.items()}
+    print(f"{job} {rows}x{columns} M={tokens}", rounded, f"error {error:.1e}", flush=True)
     return [{
-        "goal": "G10", "job": "fp8 activations and weights", "rows": rows, "columns": columns, "tokens": tokens,
+        "goal": "G10", "job": job, "rows": rows, "columns": columns, "tokens": tokens,
         "peer": "bf16", "microseconds": round(times["ours"], 2), "peer_microseconds": round(times["bf16"], 2),
         "ratio": round(times["bf16"] / times["ours"], 3), "ratio_to_bf16": round(times["bf16"] / times["ours"], 3),
-        "fraction_of_limit": round(times["_scaled_mm alone"] / times["ours"], 3),
-        "max_rel_error": relative(y, expected), "bits_per_weight": 8.0,
-        "note": f"quantizing activations included; the limit is the library's product without it; "
-                f"{flops / times['ours'] / 1e6:.0f} TFLOP/s",
+        "fraction_of_limit": round(times["_scaled_mm alone"] / times["ours"], 3), "max_rel_error": error,
+        "bits_per_weight": round(term.byte_count().total * 8 / rows / columns, 3),
+        "note": "all but the weight is made in the time; the limit is the library's product of bytes alone; "
+                f"{2 * tokens * rows * columns / times['ours'] / 1e6:.0f} TFLOP/s",
     }]  # fmt: skip
 
 
@@ -337,12 +389,10 @@ def kept_rows(rows: int, columns: int, limit: float) -> list[Row]:
     return found
 
 
-def _scaled(codes: Tensor, step: Tensor, made: Any) -> Tensor:
-    weight = made.tensors["codes"].view(torch.float8_e4m3fn).t()
+def _scaled(codes: Tensor, step: Tensor, weight: tuple[Tensor, Tensor]) -> Tensor:
     return torch._scaled_mm(
-        codes, weight, step.unsqueeze(1), made.tensors["row_scale"].unsqueeze(0), out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )  # fmt: skip
+        codes, weight[0].t(), step.unsqueeze(1), weight[1].unsqueeze(0), out_dtype=torch.bfloat16, use_fast_accum=True
+    )
 
 
 def main() -> None:
@@ -353,6 +403,7 @@ def main() -> None:
     parser.add_argument("--jobs", default=DEFAULT, help="names and tokens: 'W4@1,16; W3@1'")
     parser.add_argument("--shapes", default=",".join(f"{rows}x{columns}" for rows, columns in SHAPES))
     parser.add_argument("--gemlite", default="1,16,64", help="numbers of tokens for which gemlite is a peer")
+    parser.add_argument("--spqr-quant", action="store_true", help="one token of SpQR beside its authors' kernel")
     parser.add_argument("--triton", action="store_true", help="time the portable kernel too")
     parser.add_argument("--fp8", default="", help="numbers of tokens whose activations are quantized too")
     parser.add_argument("--narrow", action="store_true", help="leave out what only some GPUs can do")
@@ -379,7 +430,8 @@ def main() -> None:
         write(options, rows, KEY)
 
     for height, width in shapes:
-        peers = peers_of(["bf16", "tinygemm", *(["gemlite"] if options.gemlite else [])], height, width)
+        others = [*(["gemlite"] if options.gemlite else []), *(["spqr_quant"] if options.spqr_quant else [])]
+        peers = peers_of(["bf16", "tinygemm", *others], height, width)
         for name, counts in jobs:
             weights = Weights(JOBS[name], height, width)
             for tokens in counts:
@@ -388,7 +440,8 @@ def main() -> None:
         if options.groups:
             keep(kept_rows(height, width, limit))
         for tokens in map(int, filter(None, options.fp8.split(","))):
-            keep(float8_rows(tokens, height, width, limit))
+            for job in BYTES:
+                keep(byte_rows(job, tokens, height, width))
 
 
 def measured(
@@ -406,10 +459,14 @@ def measured(
             tuning = tuning_tables.choose(weights.code, height, width, tokens, x.device)
         if tuning is None:
             return []
-    known = options.gemlite.split(",")
+    known, beside = options.gemlite.split(","), JOBS[name].beside if tokens <= 16 else ""
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
     for peer, products in peers.items():
-        if peer != "gemlite" or str(tokens) in known:
+        knows = {
+            "gemlite": str(tokens) in known, "tinygemm": tokens <= MOST_OF_TINYGEMM,
+            "spqr_quant": (name, tokens) == ("SpQR", 1),
+        }  # fmt: skip
+        if knows.get(peer, True):
             graphs[peer] = graph_of([functools.partial(product, x) for product in products]), len(products)
     if tuning is not None:
         calls, y = weights.calls(tuning, x)
@@ -418,6 +475,10 @@ def measured(
         calls = [functools.partial(cuda.linear, x, weights.made)] * 3
         y = calls[0]()
     error = relative(y, weights.product(x))
+    if beside:
+        other = _kept_weights(beside, height, width)
+        own, _ = other.calls(tuning_tables.choose(other.code, height, width, tokens, x.device), x)
+        graphs[f"own {beside}"] = graph_of(own), len(own)
     graphs["ours"] = graph_of(calls), len(calls)
     times = microseconds(graphs, 9)
     if options.triton and (portable := triton_time(weights, x)):
@@ -435,7 +496,20 @@ def measured(
     }  # fmt: skip
     print(f"{name} {height}x{width} M={tokens}: {ours:.1f} us, {row['fraction_of_limit']} of the limit, "
           f"{row['ratio_to_bf16']}x bf16, {row['others']}, error {error:.1e}, {tuning}", flush=True)  # fmt: skip
-    return [row]
+    rows: list[Row] = [row]
+    if beside:
+        peer_time = times[f"own {beside}"]
+        rows.append({
+            **row, "job": f"{name}, beside {beside}", "peer": f"own {beside}", "ratio": round(peer_time / ours, 3),
+            "peer_microseconds": round(peer_time, 2),
+        })  # fmt: skip
+    return rows
+
+
+@functools.lru_cache(maxsize=1)
+def _kept_weights(name: str, rows: int, columns: int) -> Weights:
+    """Those of a job that others are timed beside."""
+    return Weights(JOBS[name], rows, columns)
 
 
 if __name__ == "__main__":

@@ -61,15 +61,19 @@ def cpu_layer_table() -> str:
 
 
 def gpu_decode_table() -> str:
-    """Whole-model decoding on GPUs, one table for each device."""
+    """Whole-model decoding on GPUs, one table for each device: a line for each kind and number of sequences."""
     parts = []
     for data in results("*/gpu_decode.json"):
-        lines = ["| weights | batch | tokens/s | of the byte limit | peer | peer's time / ours |", "|---" * 6 + "|"]
+        lines = ["| weights | bits | sequences | tokens/s | of the byte limit | as fast as |", "|---" * 6 + "|"]
+        kinds: dict[tuple[str, int], list[dict[str, Any]]] = {}
         for row in data["rows"]:
-            if row["job"] != row["peer"]:
-                weights = f"{row['job']}, {row['bits_per_weight']:.2f} bits"
-                speed = f"{row['tokens_per_second']:,.0f} | {row['fraction_of_limit']:.2f}"
-                lines.append(f"| {weights} | {row['batch']} | {speed} | {row['peer']} | {row['ratio']:.2f} |")
+            kinds.setdefault((row["job"], row["batch"]), []).append(row)
+        for (job, batch), rows in kinds.items():
+            peers = {row["peer"]: row["ratio"] for row in rows if row["peer"] != job}
+            told = ", ".join(f"{ratio:.2f}x {PEERS.get(peer, peer)}" for peer, ratio in peers.items())
+            first = rows[0]
+            speed = f"{first['tokens_per_second']:,.0f} | {first['fraction_of_limit']:.2f}"
+            lines.append(f"| {job} | {first['bits_per_weight']:.2f} | {batch} | {speed} | {told or '-'} |")
         parts.append("\n".join([*lines, "", f"{data['rows'][0]['note']}; {measured_on(data)}"]))
     return "\n\n".join(parts) or UNMEASURED
 
@@ -107,6 +111,17 @@ def linear_table() -> str:
     return "\n\n".join(parts) or UNMEASURED
 
 
+def rates_table() -> str:
+    """How fast tensor cores multiply, one table for each device."""
+    parts = []
+    for data in results("*/gpu_rates.json"):
+        lines = ["| numbers | products a second | times bf16 |", "|---" * 3 + "|"]
+        for row in data["rows"]:
+            lines.append(f"| {row['job']} | {row['tera_products']:.0f} x 10^12 | {row['ratio']:.2f} |")
+        parts.append("\n".join([*lines, "", measured_on(data)]))
+    return "\n\n".join(parts) or UNMEASURED
+
+
 # What README shows: file, which rows, and what they are in words.
 SHOWN: list[tuple[str, dict[str, Any], str]] = [
     ("cpu_decode", {"job": "decode after 128", "peer": "demo-q4_0"}, "SmolLM2 decoding, one CPU thread, 4.4 bits"),
@@ -122,6 +137,7 @@ PEERS = {
     "demo-q4_0": "llama.cpp Q4_0", "torch float32": "HF eager float32", "dense flash": "torch's dense flash attention",
     "dense cudnn": "dense cuDNN", "dense fa4": "dense FlashAttention 4", "torch cudnn bf16": "cuDNN over bf16",
     "bf16, same runner": "bf16 in the same runner", "tinygemm W4, same runner": "tinygemm W4 in the same runner",
+    "GemLite W4, same runner and head": "GemLite W4 in the same runner, with our head",
 }  # fmt: skip
 
 
@@ -148,4 +164,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-decode": gpu_decode_table,
     "gpu-step": step_table,
     "gpu-linear": linear_table,
+    "gpu-rates": rates_table,
 }

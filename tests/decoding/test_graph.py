@@ -141,6 +141,18 @@ def test_several_sequences_are_what_each_is_alone() -> None:
         assert distance(logits[number : number + 1], wanted) < 1e-5
 
 
+def test_steps_of_what_was_last_in_use_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rarefy.decoding.graph.KEPT", 2)
+    program = build(small(num_hidden_layers=1))
+    executor = GraphExecutor(program)
+    for count in (1, 2, 1, 3, 2):
+        parts = [prompt(3 + number, seed=number).to(DEVICE) for number in range(count)]
+        cache, tokens = sequences(executor, parts)
+        written = executor.write(tokens, cache, 2)
+        assert [int(tokens[-1]), *written[-1].tolist()] == alone(program, parts[-1], 3)
+    assert list(executor._steps) == [3, 2]
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_it_writes_what_the_interpreter_would(family: str) -> None:
     program = build(small(family))

@@ -13,7 +13,7 @@ from rarefy.contracts import Recipe, Rule
 from rarefy.core.errors import OptionError, UnsupportedError
 from rarefy.decoding import interpreter
 from rarefy.decoding.build import build
-from rarefy.decoding.cache import KeyValues
+from rarefy.decoding.cache import FLOAT8, KeyValues
 from rarefy.decoding.native import NativeExecutor
 from rarefy.decoding.program import Program
 from rarefy.decoding.runner import Runner
@@ -244,3 +244,8 @@ def test_a_number_that_is_none_stays_none() -> None:
         model.model.layers[0].self_attn.k_proj.weight[3, 5] = torch.nan
     ours, wanted = both(model)
     assert torch.equal(ours.isnan(), wanted.isnan()) and bool(ours.isnan().any())
+
+
+def test_a_cache_that_the_executor_does_not_keep_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"does not keep keys and values of this model in torch\.float8_e4m3fn"):
+        Runner(wide("llama"), cache_dtype=FLOAT8)

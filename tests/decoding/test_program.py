@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rarefy.core.errors import OptionError, UnsupportedError
 from rarefy.decoding.build import build
-from rarefy.decoding.cache import KeyValues
+from rarefy.decoding.cache import FLOAT8, KeyValues
 from rarefy.decoding.interpreter import run
 from rarefy.decoding.program import Attend, Cap, Embed, Norm, Program, Rotate
 from tests.decoding.models import DECODERS, build_model, compress, prompt
@@ -111,11 +111,27 @@ def test_what_a_program_says_of_a_model() -> None:
     }  # fmt: skip
 
 
-def test_a_half_precision_cache_stays_close() -> None:
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 5e-3), (FLOAT8, 0.2)])
+def test_a_smaller_cache_stays_close(dtype: torch.dtype, most: float) -> None:
     model, tokens = build_model("llama"), prompt(24)
     wanted = expected(model, tokens)
-    got = in_pieces(build(model), tokens, [20, 1, 1, 1, 1], torch.float16)
-    assert 0 < (got - wanted).abs().max() < 5e-3 * wanted.abs().max()
+    got = in_pieces(build(model), tokens, [20, 1, 1, 1, 1], dtype)
+    assert 0 < (got - wanted).abs().max() < most * wanted.abs().max()
+
+
+def test_eight_bits_have_a_step_for_each_position_and_head() -> None:
+    cache = KeyValues(2, 3, 16, FLOAT8, 1000)
+    cache.reserve(10)
+    keys, values = torch.randn(2, 3, 5, 16)
+    keys[0], values[1, 2] = keys[0] * 1e4, 0.0
+    for start in (4, 252):
+        cache.reserve(start + 5)
+        cache.store(1, start, keys, values)
+        for kept, x in zip(cache.kept[1].load(start + 5, torch.float32), (keys, values), strict=True):
+            error = (kept[:, start:] - x).abs()
+            assert bool((error <= x.abs() / 16 + x.abs().amax(-1, keepdim=True) * 2**-16).all())
+    assert cache.steps is not None and bool(cache.steps.isfinite().all())
+    assert cache.byte_count() == 2 * 2 * 3 * cache.capacity * (16 + 2)
 
 
 def test_cropping_the_cache_forgets() -> None:

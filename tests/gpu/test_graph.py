@@ -12,7 +12,7 @@ import rarefy
 from rarefy.contracts import Recipe, Rule
 from rarefy.decoding import interpreter
 from rarefy.decoding.build import build
-from rarefy.decoding.cache import KeyValues, Sequences
+from rarefy.decoding.cache import FLOAT8, KeyValues, Sequences
 from rarefy.decoding.link import Linked
 from rarefy.decoding.program import Program
 from rarefy.decoding.runner import Runner
@@ -86,7 +86,8 @@ def test_linked_products_are_those_alone(name: str, sequences: int, monkeypatch:
     sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 2}
     program = build(coded(name, {**SMALL, **sizes}).to(torch.bfloat16).cuda())
     tokens, logits = torch.arange(5, 5 + sequences, device="cuda"), []
-    monkeypatch.setattr("rarefy.decoding.graph.MOST_LINKED", 16)
+    for most in ("MOST_LINKED", "MOST_GATED"):
+        monkeypatch.setattr(f"rarefy.decoding.graph.{most}", 16)
     for linked in (True, False):
         if not linked:
             monkeypatch.setattr("rarefy.decoding.graph.can_end", lambda *given: False)
@@ -124,6 +125,24 @@ def test_attention_of_a_token_is_the_portable_one(
         found.append((out, keys, values))
     for ours, portable in zip(*found, strict=True):
         assert distance(ours, portable) < (2e-3 if dtype == torch.float16 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", [[1], [300], [700, 3, 64, 33, 1500]])
+def test_a_cache_in_eight_bits(dtype: torch.dtype, lengths: list[int]) -> None:
+    program = build(model_of(dtype, 4))
+    execute, cache = GraphExecutor(program), kept(program, FLOAT8, len(lengths))
+    for number, length in enumerate(lengths):
+        execute.read(prompt(length, seed=number), cache, number)
+    tokens = torch.arange(5, 5 + 3 * len(lengths), device="cuda").view(3, -1)
+    made = [execute.advance(each, cache).clone() for each in tokens]
+    for number, length in enumerate(lengths):
+        oracle = kept(program, FLOAT8)
+        interpreter.run(program, prompt(length, seed=number), oracle)
+        for token, logits in zip(tokens[:, number], made, strict=True):
+            wanted = interpreter.run(program, token[None], oracle)
+            assert distance(logits[number : number + 1], wanted) < 5e-2
+    assert cache.byte_count() < 0.52 * cache.keys.numel() * (2 * dtype.itemsize)
 
 
 def test_many_sequences_of_many_lengths() -> None:

@@ -29,6 +29,7 @@ pytestmark = [
 GPU = torch.device("cuda", 0)
 OTHERS: dict[str, Grid] = {
     "spqr": IntegerGrid(num_bits=3, group_size=16, zero="float", scales=BilevelScale()),
+    "int4-g64-integer": IntegerGrid(num_bits=4, group_size=64, zero="integer"),
     "int8-g128": IntegerGrid(num_bits=8, group_size=128), "fp8": FloatGrid(format="fp8_e4m3"),
     "lut4-groups": LutGrid(num_bits=4, group_size=32),
 }  # fmt: skip
@@ -88,6 +89,17 @@ def test_products_of_bytes() -> None:
         assert float((codes.view(torch.uint8) == wanted.view(torch.uint8)).float().mean()) > 0.99
 
 
+@pytest.mark.parametrize("grid", ["int4-none", "int3-float", "int8-g128", "spqr", "binary1"])
+def test_integers_become_bytes(grid: str) -> None:
+    """For many tokens, rounded once more; for fewer `fast` execution changes nothing."""
+    layer = CompressedLinear([quantized({**GRIDS, **OTHERS}[grid], PATTERNS["full"], 256, 512)]).to(GPU)
+    layer.terms[0].fast = True
+    x = torch.randn(600, 512, device=GPU, dtype=torch.bfloat16)
+    expected = x.double() @ layer.decode().double().T
+    assert 5e-3 < relative(layer(x), expected) < 6e-2
+    assert relative(layer(x[:200]), expected[:200]) < 4e-3
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 16), (17, 129), (300, 1027), (4096, 4096)])
 @pytest.mark.parametrize("tokens", [1, 7, 64, 513])
 def test_odd_shapes(rows: int, columns: int, tokens: int) -> None:
@@ -110,7 +122,8 @@ WIDE = Tuning(1, 4, 8, 1, 2, 4, wide=True, overlap=True)
     [
         {}, {"across": 4, "depth": 3}, {"across": 12}, {"tiles": 2}, {"tokens": 16, "in_turns": True}, {"cluster": 2},
         {"depth": 4},
-        {"split": 4}, {"cluster": 2, "split": 2}, {"tokens": 32, "rescaled": True, "stages": 3}, {"overlap": False},
+        {"split": 4}, {"cluster": 2, "split": 2},
+        {"tokens": 32, "rescaled": True, "stages": 3}, {"overlap": False},
     ],
     ids=str,
 )  # fmt: skip

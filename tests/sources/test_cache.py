@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rarefy.core.errors import SourceError
-from rarefy.sources.cache import cache_root, cached_folder
+from rarefy.sources.cache import cache_root, cached_bytes, cached_folder
 
 IDENTITY = {"kind": "test", "value": 1}
 
@@ -92,3 +92,19 @@ assert (folder / "a.txt").read_text() == "whole"
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
     assert (tmp_path / "log").read_text("utf-8") == "built\n"
+
+
+def test_small_files_are_made_once_where_they_can_be_kept(cache: Path) -> None:
+    made: list[int] = []
+
+    def make() -> bytes:
+        made.append(1)
+        return b"image"
+
+    path = cache / "kernels" / "one.bin"
+    assert cached_bytes(path, make) == cached_bytes(path, make) == path.read_bytes() == b"image"
+    assert len(made) == 1
+    in_the_way = cache / "file"
+    in_the_way.write_text("")
+    assert cached_bytes(in_the_way / "two.bin", make) == b"image"
+    assert len(made) == 2

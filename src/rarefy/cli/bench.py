@@ -79,6 +79,8 @@ def bench(
     prompt = torch.randint(10, 90, (prompt_tokens,), generator=draw).tolist()
     read = gpu_read_bandwidth if place.type == "cuda" else None
     result = measure(decoders, prompt, new_tokens, rounds, read=read)
+    if place.type == "cuda" and own.model.dtype == torch.float32:
+        say("note: activations of 32 bits are multiplied by torch; kernels of codes take --dtype bfloat16")
     for reason, count in Counter(in_torch(own.model).values()).items():
         say(f"note: {count} terms of weights are computed by torch, since no kernel here reads {reason}")
     if as_json:

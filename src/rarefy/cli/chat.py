@@ -58,12 +58,15 @@ def chat(
 def open_chat(model: str, revision: str | None, device: str, attention: str | None) -> tuple[Any, Any, Any]:
     """Tokenizer, model with its attention plan, and its decode runner, or None for that."""
     from rarefy import api
-    from rarefy.core.devices import device_of
+    from rarefy.core.devices import device_of, fast_dtype
     from rarefy.core.errors import UnsupportedError
 
     tokenizer = api.load_tokenizer(model, revision=revision)
     loaded: Any = api.load(model, revision=revision)
-    loaded = loaded.to(device_of(device))
+    place = device_of(device)
+    if place.type == "cuda" and loaded.dtype.itemsize > 2:  # for which kernels of codes have no activations
+        loaded = loaded.to(fast_dtype(place))
+    loaded = loaded.to(place)
     if not loaded.can_generate():
         raise UnsupportedError(f"'{model}' is a {type(loaded).__name__}, which does not generate text; name another.")
     if attention is not None:

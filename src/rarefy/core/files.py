@@ -57,11 +57,16 @@ SUB_BYTE_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` holds either its old or its whole new content, also after a crash."""
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write so that ``path`` holds either its old or its whole new content, also after a crash. Raises OSError."""
     draft = _beside(path)
     try:
-        with draft.open("x", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
+        with draft.open("xb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(draft, path)

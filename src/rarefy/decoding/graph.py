@@ -13,7 +13,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from rarefy.core.errors import OptionError, UnsupportedError
 from rarefy.decoding import interpreter
-from rarefy.decoding.cache import KeyValues, Sequences
+from rarefy.decoding.cache import FLOAT8, Kept, KeyValues, Sequences
 from rarefy.decoding.fuse import AddNorm, Attention, Projects, fuse
 from rarefy.decoding.link import After, Linked, Step, link
 from rarefy.decoding.products import Together
@@ -28,7 +28,10 @@ from rarefy.kernels.triton.pick import Picker
 
 SQUARES = " squares"  # of what is to be divided, beside its name
 WRITTEN = 1024  # tokens that are remembered on the GPU
-MOST_LINKED = 1  # sequences of a step with linked products; of more, none has been proved on a GPU
+KEPT = 8  # numbers of sequences whose steps stay captured
+# Sequences of a step for which it pays to link products, and to let them gate their own result: an ending costs more
+# the more tokens there are, and blocks with both halves of a gate have fewer warps on their way.
+MOST_LINKED, MOST_GATED = 4, 1
 # How a step ends: with its logits, or by picking tokens: (draw, of the top k, of the top p).
 Ending: TypeAlias = tuple[bool, bool, bool] | None
 
@@ -49,10 +52,10 @@ class GraphExecutor:
     """Runs ``program`` on its model's GPU in the model's dtype.
 
     A step of one token for each sequence is captured once for each number of sequences and each place of the cache,
-    and kept for the last place of each number; longer chunks of one sequence run launch by launch. Projections of the
-    same input become one where their weights can lie together, which moves the weights but neither copies nor changes
-    them. On the CPU nothing is captured and
-    Triton's interpreter executes. Raises UnsupportedError for a program or tensors that the kernels do not take.
+    and kept for the last place of the `KEPT` numbers that were last in use; longer chunks of one sequence run launch by
+    launch. Projections of the same input become one where their weights can lie together, which moves the weights but
+    neither copies nor changes them. On the CPU nothing is captured and Triton's interpreter executes. Raises
+    UnsupportedError for a program or tensors that the kernels do not take.
     """
 
     name = "cuda graph"
@@ -66,7 +69,7 @@ class GraphExecutor:
             raise UnsupportedError("The GPU's runner needs an embedding whose rows lie together.")
         self.device, self.dtype = embed.table.weight.device, embed.table.weight.dtype
         with torch.inference_mode(False), torch.no_grad():  # what weights become is theirs to keep
-            self._products: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+            self._products = {
                 operation.parts[0].name: Together([part.linear for part in operation.parts])
                 for operation in (*self._whole, *self._head)
                 if isinstance(operation, Projects)
@@ -87,9 +90,9 @@ class GraphExecutor:
         cache.reserve(end)
         tokens = tokens.to(self.device)
         if len(tokens) == 1:
-            logits = self._replay(cache.keys[:, None], cache.values[:, None], tokens, [cache.length], None).clone()
+            logits = self._replay(cache.kept[:, None], tokens, [cache.length], None).clone()
         else:
-            logits = self._chunk(tokens, cache.keys, cache.values, cache.length, every)
+            logits = self._chunk(tokens, cache.kept, cache.length, every)
         cache.length = end
         return logits
 
@@ -100,8 +103,7 @@ class GraphExecutor:
         cache.reserve(start + len(tokens))
         logits = tokens
         for part in tokens.to(self.device).split(self.chunk):
-            kept = cache.keys[:, number], cache.values[:, number]
-            logits = self._chunk(part, *kept, cache.lengths[number], False)
+            logits = self._chunk(part, cache.kept[:, number], cache.lengths[number], False)
             cache.lengths[number] += len(part)
         return logits
 
@@ -110,7 +112,7 @@ class GraphExecutor:
         """Logits ``[M, vocabulary]`` after one of ``tokens`` [M] more of each sequence; the next call overwrites
         them."""
         cache.reserve(max(cache.lengths) + 1)
-        logits = self._replay(cache.keys, cache.values, tokens, cache.lengths, None)
+        logits = self._replay(cache.kept, tokens, cache.lengths, None)
         cache.lengths = [length + 1 for length in cache.lengths]
         return logits
 
@@ -121,20 +123,24 @@ class GraphExecutor:
         likely. Nothing waits for the host. Raises OptionError for less than one."""
         if count < 1:
             raise OptionError(f"{count} tokens cannot be written; ask for some.")
-        if count > WRITTEN:
-            first = self.write(tokens, cache, WRITTEN, sampling)
-            return torch.cat([first, self.write(first[:, -1], cache, count - WRITTEN, sampling)], 1)
+        parts = [tokens[:, None]]
+        for start in range(0, count, WRITTEN):
+            parts.append(self._write(parts[-1][:, -1], cache, min(WRITTEN, count - start), sampling))
+        return torch.cat(parts[1:], 1)
+
+    def _write(self, tokens: Tensor, cache: KeyValues, count: int, sampling: Sampling | None) -> Tensor:
+        """As `write`, up to `WRITTEN` tokens."""
         many = isinstance(cache, Sequences)
         lengths = cache.lengths if isinstance(cache, Sequences) else [cache.length]
         cache.reserve(max(lengths) + count)
-        keys, values = (cache.keys, cache.values) if many else (cache.keys[:, None], cache.values[:, None])
-        pick = self._step(keys, values).pick
+        kept = cache.kept if many else cache.kept[:, None]
+        pick = self._step(kept).pick
         ending = (False, False, False)
         if sampling is not None:
             pick.settings.copy_(torch.tensor([1 / sampling.temperature, sampling.top_k, sampling.top_p]))
             pick.seed.fill_(sampling.seed)
             ending = (True, sampling.top_k > 0, sampling.top_p < 1)
-        self._replay(keys, values, tokens, lengths, ending, count)
+        self._replay(kept, tokens, lengths, ending, count)
         if isinstance(cache, Sequences):
             cache.lengths = [length + count for length in lengths]
         else:
@@ -143,10 +149,10 @@ class GraphExecutor:
         return pick.written.gather(1, at % WRITTEN)
 
     def _replay(
-        self, keys: Tensor, values: Tensor, tokens: Tensor, lengths: Sequence[int], ending: Ending, count: int = 1
+        self, kept: Kept, tokens: Tensor, lengths: Sequence[int], ending: Ending, count: int = 1
     ) -> Tensor:
         """The logits of the last of ``count`` steps, each after the first on the token that the one before picked."""
-        at = self._step(keys, values)
+        at = self._step(kept)
         started = torch.tensor(lengths, dtype=torch.int32).to(self.device)
 
         def begin() -> None:
@@ -155,25 +161,30 @@ class GraphExecutor:
 
         if ending not in at.graphs:
             begin()  # what warms up writes where the next token will stand, and nowhere else
-            at.graphs[ending] = self._capture(at, keys, values, ending)
+            at.graphs[ending] = self._capture(at, kept, ending)
         replay, logits = at.graphs[ending]
         begin()
         for _ in range(count):
             replay()
         return logits
 
-    def _step(self, keys: Tensor, values: Tensor) -> _Step:
-        sequences, capacity = keys.shape[1], keys.shape[3]
-        at = self._steps.get(sequences)
+    def _step(self, kept: Kept) -> _Step:
+        sequences, capacity = kept.keys.shape[1], kept.keys.shape[3]
+        at = self._steps.pop(sequences, None)
         if at is None:
+            if not self.keeps(kept.keys.dtype):
+                raise UnsupportedError(f"No kernel here keeps keys and values of this model in {kept.keys.dtype}.")
             program, device = self.program, self.device
-            at = self._steps[sequences] = _Step(
+            at = _Step(
                 torch.zeros(sequences, dtype=torch.int64, device=device),
                 torch.zeros(sequences, dtype=torch.int32, device=device),
                 self._attention()(sequences, program.heads, program.kv_heads, program.head_dim, device),
                 Picker(sequences, program.vocabulary, WRITTEN, device),
             )
-        place = keys.data_ptr(), values.data_ptr(), capacity
+        self._steps[sequences] = at  # the last one
+        for least in list(self._steps)[:-KEPT]:
+            del self._steps[least]
+        place = kept.keys.data_ptr(), kept.values.data_ptr(), capacity
         if at.place != place:
             at.place = place
             at.graphs.clear()
@@ -185,10 +196,15 @@ class GraphExecutor:
         def ends(product: Projects, after: After) -> bool:
             terms = self._terms(product)
             fits = not isinstance(after, AddNorm) or after.norm.weight.dtype == self.dtype
-            few = sequences <= MOST_LINKED
+            few = sequences <= (MOST_GATED if isinstance(after, Gate) else MOST_LINKED)
             return few and fits and terms is not None and can_end(terms, sequences, self.dtype)
 
         return link(self._whole, ends)
+
+    def keeps(self, dtype: torch.dtype) -> bool:
+        """Whether a step reads and writes a cache of ``dtype``."""
+        fits = dtype == FLOAT8 and self._attention() is attend_token.Attention
+        return dtype != FLOAT8 or (fits and attend_token.keeps_float8(self.device))
 
     def _attention(self) -> type[step.Attention] | type[attend_token.Attention]:
         """The kernel that reads heads like the program's."""
@@ -199,12 +215,14 @@ class GraphExecutor:
             return attend_token.Attention
         return step.Attention
 
-    def _capture(self, at: _Step, keys: Tensor, values: Tensor, ending: Ending) -> tuple[Callable[[], None], Tensor]:
+    def _capture(self, at: _Step, kept: Kept, ending: Ending) -> tuple[Callable[[], None], Tensor]:
         """What runs the step once more, and the logits that it leaves."""
 
         def attend(operation: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            layer = operation.attend.layer
-            return at.attend(q, k, v, keys[layer], values[layer], at.positions, self._heads(operation, keys.shape[3]))
+            own, heads = kept[operation.attend.layer], self._heads(operation, kept.keys.shape[3])
+            if isinstance(at.attend, step.Attention):
+                return at.attend(q, k, v, own.keys, own.values, at.positions, heads)
+            return at.attend(q, k, v, own.keys, own.values, at.positions, heads, own.steps)
 
         operations = self.steps(len(at.tokens))
 
@@ -218,7 +236,7 @@ class GraphExecutor:
             return logits
 
         if self._stream is None:
-            logits = keys.new_empty(len(at.tokens), self.program.vocabulary, dtype=self.dtype)
+            logits = kept.keys.new_empty(len(at.tokens), self.program.vocabulary, dtype=self.dtype)
 
             def again() -> None:
                 logits.copy_(run())
@@ -234,15 +252,19 @@ class GraphExecutor:
             logits = run()
         return graph.replay, logits
 
-    def _chunk(self, tokens: Tensor, keys: Tensor, values: Tensor, start: int, every: bool) -> Tensor:
-        """As ``interpreter.run`` over ``keys`` and ``values [layers, kv_heads, capacity, head_dim]``."""
+    def _chunk(self, tokens: Tensor, kept: Kept, start: int, every: bool) -> Tensor:
+        """As ``interpreter.run`` over what is ``kept [layers, kv_heads, capacity, head_dim]``."""
 
         def attend(operation: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            kept = keys[operation.attend.layer], values[operation.attend.layer]
-            q = step.place(q, k, v, *kept, start, self._heads(operation, keys.shape[2]))
+            own, heads = kept[operation.attend.layer], self._heads(operation, kept.keys.shape[2])
+            if own.steps is None:
+                q = step.place(q, k, v, own.keys, own.values, start, heads)
+            else:
+                fresh = q.new_empty(2, heads.heads, len(tokens), heads.channels)
+                q = step.place(q, k, v, fresh[0], fresh[1], 0, replace(heads, turns=heads.turns[start:]))
+                own.store(start, fresh[0], fresh[1])
             q = q.unflatten(-1, (self.program.heads, -1)).transpose(0, 1)
-            seen = [part[:, : start + len(tokens)].to(q.dtype) for part in kept]
-            return _mix(operation, q, *seen).transpose(0, 1).flatten(-2)
+            return _mix(operation, q, *own.load(start + len(tokens), q.dtype)).transpose(0, 1).flatten(-2)
 
         buffers = {"tokens": tokens}
         self._execute(self._body, buffers, attend)
@@ -253,7 +275,7 @@ class GraphExecutor:
 
     def _terms(self, operation: Projects) -> Sequence[Prepared] | None:
         """What the kernels multiply by for ``operation``, if they do."""
-        return getattr(self._products[operation.parts[0].name], "terms", None)
+        return self._products[operation.parts[0].name].terms
 
     def _execute(
         self, operations: Sequence[Step], at: dict[str, Tensor],
@@ -285,8 +307,8 @@ class GraphExecutor:
         product, normed, after = operation.product, operation.normed, operation.after
         terms = self._terms(product)
         assert terms is not None  # as ``link`` was told
-        x, name = at[product.parts[0].x], product.parts[0].x
-        beside = Beside() if normed is None else Beside(at[name + SQUARES], normed.eps)
+        name = product.parts[0].x
+        x, beside = at[name], Beside() if normed is None else Beside(at[name + SQUARES], normed.eps)
         match after:
             case Gate(_, _, out, activation):
                 ending = EndOfProduct(normed is not None, "gated", activation)

@@ -93,7 +93,7 @@ def _attend(operation: Attend, program: Program, at: dict[str, Tensor], cache: K
     )  # fmt: skip
     end = start + q.shape[1]
     cache.store(operation.layer, start, k, v)
-    keys, values = (kept[operation.layer, :, :end].to(q.dtype) for kept in (cache.keys, cache.values))
+    keys, values = cache.kept[operation.layer].load(end, q.dtype)
     return mix(operation, q, keys, values).transpose(0, 1).flatten(-2)
 
 

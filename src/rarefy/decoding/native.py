@@ -97,6 +97,10 @@ class NativeExecutor:
         """The dtype of keys and values for a model of ``dtype``."""
         return dtype if dtype in _CACHE_TYPES else torch.float16
 
+    def keeps(self, dtype: torch.dtype) -> bool:
+        """Whether the library reads a cache of ``dtype``."""
+        return dtype in _CACHE_TYPES
+
     def __call__(self, tokens: Tensor, cache: KeyValues, *, every: bool = False) -> Tensor:
         """As ``interpreter.run``; logits are float32."""
         count, end = len(tokens), cache.length + len(tokens)

@@ -14,7 +14,7 @@ from rarefy.core.logs import logger
 from rarefy.decoding import interpreter
 from rarefy.decoding.batch import Batch, BatchExecutor
 from rarefy.decoding.build import build
-from rarefy.decoding.cache import KeyValues
+from rarefy.decoding.cache import DTYPES, KeyValues
 from rarefy.decoding.native import Mode, NativeExecutor
 from rarefy.decoding.program import Program
 from rarefy.decoding.sampling import Sampling
@@ -34,6 +34,9 @@ class Executor(Protocol):
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """How it keeps keys and values of a model of ``dtype``."""
 
+    def keeps(self, dtype: torch.dtype) -> bool:
+        """Whether it can keep them in ``dtype``."""
+
     def __call__(self, tokens: Tensor, cache: KeyValues, *, every: bool = False) -> Tensor:
         """As ``interpreter.run``."""
 
@@ -50,6 +53,9 @@ class Interpreter:
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 
+    def keeps(self, dtype: torch.dtype) -> bool:
+        return dtype in DTYPES
+
     def __call__(self, tokens: Tensor, cache: KeyValues, *, every: bool = False) -> Tensor:
         return interpreter.run(self.program, tokens, cache, every=every)
 
@@ -59,9 +65,9 @@ class Runner:
 
     ``mode``: ``exact`` keeps activations in 32 bits (in the model's dtype where Torch executes), ``fast`` may quantize
     them to 8. The native library executes, or Torch where it cannot, which is logged. ``cache_dtype``: of kept keys
-    and values, by default the model's own, float16 where the library does not keep that. A model that changes between
-    calls is noticed: its program is built again and what was kept is forgotten. Raises UnsupportedError for a model
-    that has no program.
+    and values, by default the model's own, float16 where the library does not keep that; E4M3 only on GPUs and in
+    Torch. A model that changes between calls is noticed: its program is built again and what was kept is forgotten.
+    Raises UnsupportedError for a model that has no program, OptionError for a cache that its executor does not keep.
     """
 
     def __init__(self, model: Any, *, mode: Mode = "exact", cache_dtype: torch.dtype | None = None):
@@ -155,6 +161,8 @@ class Runner:
         self._execute = self._executor()
         self._built_from = self._state()  # layouts that the executor made included
         dtype = self._cache_dtype or self._execute.cache_dtype(self.model.dtype)
+        if not self._execute.keeps(dtype):
+            raise OptionError(f"'{self.name}' does not keep keys and values of this model in {dtype}; name another.")
         program = self.program
         self.cache = KeyValues(
             program.layers, program.kv_heads, program.head_dim, dtype, program.positions, self.model.device

@@ -1,4 +1,5 @@
-"""Folders made once from a source and kept: built whole or not at all, by one process at a time."""
+"""What is made once and kept: folders from a source, built whole or not at all by one process at a time, and small
+files that whoever comes first makes."""
 
 from __future__ import annotations
 
@@ -8,11 +9,11 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rarefy.core.errors import SourceError
-from rarefy.core.files import staged_folder
+from rarefy.core.files import staged_folder, write_bytes
 from rarefy.core.logs import logger
 from rarefy.core.memory import free_disk_bytes, human
 
@@ -30,6 +31,18 @@ def cache_root() -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # The XDG rules say that a relative path is to be ignored.
     return (base if base.is_absolute() else Path.home() / ".cache") / "rarefy"
+
+
+def cached_bytes(path: Path, make: Callable[[], bytes]) -> bytes:
+    """What ``make`` returns, kept as ``path`` for other processes, whose name has to tell all that it depends on. Where
+    that cannot be read or written it is made each time."""
+    with suppress(OSError):
+        return path.read_bytes()
+    made = make()
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, made)
+    return made
 
 
 def cached_folder(

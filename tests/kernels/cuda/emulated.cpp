@@ -25,6 +25,7 @@ extern "C" void run(int which, const Arguments* given, int x, int y, int z, int 
 #if FLOAT8
   if (which == 2) kernel = rarefy_quantize;
 #endif
+  if (which == 3) kernel = rarefy_dequantize_to_bytes;
   if (which < 2) kernel = which ? rarefy_dequantize : rarefy_linear;
 #endif
 #endif

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from rarefy.kernels.cuda import attend, encode, encode_blocks, program
 from rarefy.kernels.cuda import attend_token as token
-from rarefy.kernels.cuda.linear import aligned, pointed, pointed_sparse, terms_of
+from rarefy.kernels.cuda.linear import aligned, pointed, pointed_entries, pointed_sparse, terms_of
 from rarefy.kernels.cuda.prepared import code_of, sparse_code_of
 from rarefy.kernels.prepared import Prepared, flat
 
@@ -75,7 +74,7 @@ def _run(
 ) -> None:  # fmt: skip
     macros = [f"-D{macro}={value}" for macro, value in program.definitions(code, tuning, half, ending).items()]
     run = _library(tuple(macros), program.SOURCES.get(name, program.SOURCE)).run
-    which = {"linear": 0, "dequantize": 1, "quantize": 2, "gemm": 0, "arrange": 1}[name]
+    which = {"linear": 0, "dequantize": 1, "quantize": 2, "dequantize_to_bytes": 3, "gemm": 0, "arrange": 1}[name]
     threads = program.ARRANGING if name == "arrange" else tuning.threads
     run(which, ctypes.byref(given), *grid, threads, program.shared_memory(name, code, tuning, ending))
 
@@ -94,14 +93,14 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> T
     tensors, numbers, multiplier = codes
     code, rows, own = code_of(tensors, numbers), numbers["rows"], pointed(codes, half)
     for entries, more, _ in lists:
-        code = replace(code, outliers=torch.float16 if more["half"] else torch.bfloat16)
-        own.update(entries=entries["entries"], row_ptr=entries["row_ptr"])
+        code = code.with_outliers(torch.float16 if more["half"] else torch.bfloat16, x.shape[1])
+        own.update(pointed_entries(entries))
     x, y = aligned(x), torch.full((tokens, rows), torch.nan, dtype=x.dtype)
     grid = program.grid(tuning, rows, tokens)
     work = program.workspace(code, tuning, rows, x.shape[1], tokens, x.device)
     given = program.arguments(
         {**own, **work, "x": x, "y": y}, rows=rows, columns=x.shape[1], tokens=tokens,
-        stride=x.stride(0), second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
+        stride=x.stride(0), second_rows=numbers["second_rows"], multiplier=multiplier,
     )  # fmt: skip
     if tuning.wide:
         _run("arrange", code, tuning, half, given, program.arranging(code, tuning, given))
@@ -117,12 +116,29 @@ def dequantize(prepared: Prepared, dtype: torch.dtype) -> Tensor:
     weight = torch.full((numbers["rows"], numbers["columns"]), torch.nan, dtype=dtype)
     given = program.arguments(
         {**pointed(codes, half), "y": weight}, rows=numbers["rows"], columns=numbers["columns"],
-        second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
+        second_rows=numbers["second_rows"], multiplier=multiplier,
     )  # fmt: skip
     tuning = program.Tuning()
-    units = -(-numbers["rows"] // 16) * given.steps
-    _run("dequantize", code_of(tensors, numbers), tuning, half, given, (-(-units * 32 // tuning.threads), 1, 1))
+    code = code_of(tensors, numbers)
+    units = -(-numbers["rows"] // 16) * -(-given.steps // code.steps_of_warp)
+    _run("dequantize", code, tuning, half, given, (-(-units * 32 // tuning.threads), 1, 1))
     return weight
+
+
+def dequantize_to_bytes(prepared: Prepared) -> tuple[Tensor, Tensor]:
+    """The weight of a term of integers in E4M3, and the steps of its rows."""
+    ((tensors, numbers, _),) = terms = terms_of(*flat([prepared])[:3])
+    rows, columns = numbers["rows"], numbers["columns"]
+    weight = torch.zeros(rows, columns, dtype=torch.float8_e4m3fn)
+    step = torch.full((rows,), torch.nan)
+    given = program.arguments(
+        {**pointed(terms[0], True), "y": weight, "partial": step}, rows=rows, columns=columns,
+        second_rows=numbers["second_rows"],
+    )  # fmt: skip
+    tuning, code = program.Tuning(), code_of(tensors, numbers)
+    blocks = -(-rows // 16) * -(-given.steps // code.steps_of_warp) * 32 // tuning.threads + 1
+    _run("dequantize_to_bytes", code, tuning, True, given, (blocks, 1, 1))
+    return weight, step
 
 
 def quantize_tokens(x: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -146,7 +162,7 @@ def sparse(x: Tensor, prepared: Prepared) -> Tensor:
     macros = [f"-D{macro}={value}" for macro, value in code.definitions(most, half).items()]
     library = _library((*macros, f"-DENTRY={code.entry}"), code.source)
     shared = code.shared_memory(most, x.shape[1])
-    library.run(0, ctypes.byref(given), *code.grid(prepared.rows, 2), 32 * code.WARPS, shared)
+    library.run(0, ctypes.byref(given), *code.grid(prepared.rows, 2), 32 * code.warps, shared)
     return y
 
 

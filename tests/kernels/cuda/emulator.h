@@ -62,6 +62,8 @@ device uint2 load_shared_by_all(const uint2* from) { return *from; }
 device float load_fresh(const float* from) { return *from; }
 device unsigned short load_fresh(const unsigned short* from) { return *from; }
 device uint4 load_fresh(const uint4* from, bool real) { return real ? *from : uint4{0, 0, 0, 0}; }
+device uint2 load_fresh(const uint2* from, bool real) { return real ? *from : uint2{0, 0}; }
+device unsigned load_fresh(const unsigned* from, bool real) { return real ? *from : 0; }
 device void copy_async(unsigned char* to, const void* from, bool real) {
   if (real) memcpy(to, from, 16); else memset(to, 0, 16);
 }
@@ -120,6 +122,11 @@ device unsigned of_lane(unsigned value, int lane) {
   const unsigned found = emulator::exchanged[thread / 32 * 32 + lane].a[0];
   warp_barrier();
   return found;
+}
+device unsigned max_of_warp(unsigned value) {
+  unsigned most = 0;
+  for (int lane = 0; lane < 32; ++lane) most = std::max(most, of_lane(value, lane));
+  return most;
 }
 device float of_lane(float value, int lane) {
   unsigned bits;
@@ -204,6 +211,10 @@ device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsig
   }
   warp_barrier();
 }
+device void multiply_alone(float (&product)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  memset(product, 0, sizeof product);
+  multiply(product, a, b0, b1);
+}
 device float absolute(float value) { return std::fabs(value); }
 device float max_of(float a, float b) { return std::fmax(a, b); }
 device float quotient(float a, float b) { return a / b; }
@@ -218,6 +229,7 @@ device unsigned char e4m3(float value) {
   return (unsigned char)(code | (std::signbit(value) ? 128 : 0));
 }
 device unsigned short e4m3_pair(float low, float high) { return e4m3(low) | e4m3(high) << 8; }
+device unsigned short e4m3_of_halves(unsigned halves) { return e4m3_pair(half_value(halves), half_value(halves >> 16)); }
 device void reduce_over_block(float& sum, float& most, float*) {
   static float sums, maxima;
   block_barrier();
@@ -242,9 +254,9 @@ device void prepare_barrier(u64* barrier, unsigned count) { phased(barrier) = {(
 device void barriers_are_prepared() {}
 device void cluster_barrier() { emulator::arrive(emulator::barriers[0], 0, emulator::fibers.size()); }
 device unsigned rank_in_cluster() { return own_block(); }
-device float load_of_block(const float* at, unsigned rank) {
+device uint4 load_of_block(const uint4* at, unsigned rank) {
   const auto place = reinterpret_cast<const unsigned char*>(at) - emulator::shared;
-  return *reinterpret_cast<const float*>(emulator::memory[rank].data() + place);
+  return *reinterpret_cast<const uint4*>(emulator::memory[rank].data() + place);
 }
 device void expect(u64* barrier, unsigned bytes) {
   phased(barrier).bytes += bytes, ++phased(barrier).arrived;

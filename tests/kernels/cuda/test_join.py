@@ -69,12 +69,16 @@ def test_codes_of_several_are_one(name: str) -> None:
 
 
 def test_outliers_of_several_are_one() -> None:
-    parts = [outliers(8), outliers(5, 0.0), outliers(11)]
+    parts = [outliers(32), outliers(16, 0.0), outliers(11, 0.2)]
+    assert len({part.tensors["entries"].shape[1] for part in parts}) > 1
+    canonical = [part.canonical() for part in parts]
     wanted = torch.cat([dense(part) for part in parts])
     for _ in range(2):
         whole = join_(parts)
         assert whole is not None and torch.equal(dense(whole), wanted)
         assert torch.equal(torch.cat([dense(part) for part in parts]), wanted)
+    for part, before in zip(parts, canonical, strict=True):
+        assert all(torch.equal(now, then) for now, then in zip(part.canonical()[:2], before[:2], strict=True))
 
 
 def test_what_cannot_be_one_stays_apart() -> None:

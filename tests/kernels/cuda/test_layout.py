@@ -37,6 +37,43 @@ def test_numbers_and_tables_of_rows_come_back(rows: int) -> None:
         assert torch.equal(layout.unpack_tables(packed, rows, torch.bfloat16), tables)
 
 
+@settings(max_examples=40, deadline=None)
+@given(counts=st.lists(st.integers(0, 90), min_size=1, max_size=40), quads=st.integers(0, 9), seed=st.integers(0, 3))
+def test_entries_come_back(counts: list[int], quads: int, seed: int) -> None:
+    row_ptr = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+    generator = torch.Generator().manual_seed(seed)
+    entries = torch.randint(-(1 << 31), 1 << 31, (sum(counts),), generator=generator).to(torch.int32)
+    packed, rest, rest_ptr = layout.pack_entries(entries, row_ptr, quads)
+    assert packed.shape == (-(-len(counts) // 16), quads, 32, 2)
+    assert rest_ptr.diff().tolist() == [max(0, count - 4 * quads) for count in counts]
+    assert torch.equal(layout.unpack_entries(packed, rest, row_ptr), entries)
+
+
+def test_quads_hold_most_rows_whole() -> None:
+    assert layout.quads_of(torch.full((64,), 18)) == 5
+    assert layout.quads_of(torch.zeros(64, dtype=torch.int32)) == 0
+    counts = torch.full((1600,), 18)
+    counts[700] = 900  # not worth 220 quads for every row
+    assert layout.quads_of(counts) == 5
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 20), min_size=1, max_size=20), size=st.sampled_from([16, 32, 64, 128]),
+    seed=st.integers(0, 3),
+)  # fmt: skip
+def test_kept_groups_come_back(counts: list[int], size: int, seed: int) -> None:
+    total, generator = sum(counts), torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (total, size), generator=generator).to(torch.uint8)
+    scale = torch.rand(total, generator=generator).half()
+    words, (spread,), starts = layout.pack_kept(codes, [scale], torch.tensor(counts))
+    of_chunk = 128 // size
+    assert starts.diff().tolist() == [-(-count // of_chunk) for count in counts]
+    assert words.shape == (int(starts[-1]), 4, 4) and spread.shape == (int(starts[-1]), of_chunk)
+    found, (back,) = layout.unpack_kept(words, [spread], torch.tensor(counts), size)
+    assert torch.equal(found, codes) and torch.equal(back, scale)
+
+
 def test_a_table_of_pairs() -> None:
     table = torch.randn(8).half()
     pairs = layout.pair_table(table).view(torch.float16).reshape(64, 2)

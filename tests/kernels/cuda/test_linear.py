@@ -10,6 +10,7 @@ from rarefy.formats.grids import FloatGrid, Grid, IntegerGrid, LutGrid
 from rarefy.formats.patterns import Groups
 from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms import Quantized, Sparse, Term
+from rarefy.formats.terms.plain import Residual
 from rarefy.kernels.activations import quantize_tokens
 from rarefy.kernels.cuda.linear import _decode
 from rarefy.kernels.cuda.prepared import NotCovered, prepare
@@ -35,6 +36,7 @@ BILEVEL = {
 OTHERS: dict[str, Grid] = {
     "lut4-groups": LutGrid(num_bits=4, group_size=32), "int8-g128": IntegerGrid(num_bits=8, group_size=128),
     "int8-g128-integer": IntegerGrid(num_bits=8, group_size=128, zero="integer"), "int8-row": IntegerGrid(num_bits=8),
+    "int4-g64-integer": IntegerGrid(num_bits=4, group_size=64, zero="integer"),
     "fp8_e4m3-row": FloatGrid(format="fp8_e4m3"), "fp8_e4m3-g64": FloatGrid(format="fp8_e4m3", group_size=64),
     **BILEVEL,
 }  # fmt: skip
@@ -84,6 +86,24 @@ def test_every_way_to_cut_the_work_up(tuning: Tuning, tokens: int) -> None:
     assert product([term, residual(50, 700)], tuning, tokens) < 6e-4
 
 
+@pytest.mark.parametrize(
+    ("tuning", "tokens"),
+    [
+        (Tuning(1, 1, 1, 2, 2, spread=True), 1), (Tuning(2, 1, 2, 1, 3), 11),
+        (Tuning(1, 2, 8, 1, 1, 3, 2, wide=True), 11),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_outliers_of_long_rows(tuning: Tuning, tokens: int) -> None:
+    """What no quad has room for follows in a list."""
+    chosen = torch.rand(50, 700) < 0.02
+    chosen[[3, 12, 49]] |= torch.rand(3, 700) < 0.5
+    outliers = Residual.from_weight(torch.randn(50, 700), chosen)
+    made = prepare(*outliers.operation())  # type: ignore[misc]
+    assert made.tensors["rest"].numel() > 300 and made.tensors["entries"].numel() > 500
+    assert product([quantized(GRIDS["int4-integer"], PATTERNS["full"], 50, 700), outliers], tuning, tokens) < 6e-4
+
+
 EVERY_KIND = [
     "int3-float", "int5-integer", "int8-g128", "int8-g128-integer", "fp8_e4m3-g64", "int4-none", "int4-row",
     "lut3-row", "lut4-groups", "nf4", "binary1", *BILEVEL,
@@ -129,6 +149,19 @@ def test_what_no_kernel_reads_is_named() -> None:
 
 
 
+@pytest.mark.parametrize("name", ["int4-none", "int4-row", "int3-float", "int8-g128-integer", "binary1", *BILEVEL])
+def test_codes_become_bytes(name: str) -> None:
+    """Of E4M3, which keeps three bits after the first; no row's largest number, 448 steps, exceeds what there is."""
+    term = quantized({**GRIDS, **OTHERS}[name], PATTERNS["full"], 37, 320)
+    weight, step = emulation.dequantize_to_bytes(prepare(*term.operation()))  # type: ignore[arg-type]
+    wanted = term.decode()
+    values = weight.float() * step[:, None]
+    assert torch.all((values - wanted).abs() <= wanted.abs() / 16 * 1.001 + step[:, None] / 2)
+    assert torch.all(wanted.abs().amax(1) <= step * 448 * 1.001)
+    if "bilevel" not in name and name != "binary1":  # whose zeros are no codes
+        assert torch.all(values[wanted == 0] == 0)
+
+
 @pytest.mark.parametrize("normed", [False, True])
 def test_tokens_in_eight_bits(normed: bool) -> None:
     x = torch.randn(3, 520).bfloat16() * torch.tensor([[1.0], [1e-4], [0.0]]).bfloat16()
@@ -155,6 +188,24 @@ def sparse_product(term: Term) -> None:
 def test_kept_groups(index: str, zero: str, size: int) -> None:
     grid = IntegerGrid(num_bits=4, group_size=size, zero=zero)  # type: ignore[arg-type]
     sparse_product(quantized(grid, Groups(size=size, index=index), 43, 37 * 32))  # type: ignore[arg-type]
+
+
+def test_kept_groups_of_wide_rows() -> None:
+    """More pieces than a byte counts; rows that keep nothing, others nearly all."""
+    rows, columns = 19, 300 * 16
+    chosen = torch.rand(rows, columns // 16) < torch.linspace(0, 1, rows)[:, None]
+    grid, own = IntegerGrid(num_bits=4, group_size=16), Groups(size=16, index="csr")
+    codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
+    params = {"scale": torch.rand(rows, columns // 16).half()}
+
+    def term_of(chosen: Tensor) -> Quantized:
+        return Quantized.from_codes(codes, params, grid, pattern=own, mask=chosen.repeat_interleave(16, 1))
+
+    sparse_product(term_of(chosen | (torch.arange(columns // 16) % 30 == 29) & (torch.arange(rows) > 0)[:, None]))
+    apart = torch.zeros_like(chosen)
+    apart[3, [0, 299]] = True
+    with pytest.raises(NotCovered, match="columns apart"):
+        prepare(*term_of(apart).operation())
 
 
 @pytest.mark.parametrize(

@@ -189,9 +189,9 @@ def runner(
     ``generate`` takes what ``model.generate`` does, greedy or sampled. The CPU serves one sequence. On a GPU a step is
     one CUDA graph, which several may take together; tokens are chosen there too, drawn with its own generator, unless
     something is asked for that needs each token's logits. ``executor="fast"`` may quantize activations to 8 bits on the
-    CPU. ``cache_dtype``: of the keys and values it keeps, by default the model's. Kept between calls: a prompt that
-    begins like the last sequence is read from where it differs. Raises UnsupportedError that names what it does not
-    know.
+    CPU. ``cache_dtype``: of the keys and values it keeps, by default the model's; ``torch.float8_e4m3fn`` takes half
+    the bytes on a GPU. Kept between calls: a prompt that begins like the last sequence is read from where it differs.
+    Raises UnsupportedError that names what it does not know, OptionError for a cache that cannot be.
     """
     try:
         return GenerateRunner(model, mode=executor, cache_dtype=cache_dtype)

@@ -7,20 +7,31 @@
 // same ones of a query, that channels then follow each other in another order changes nothing. Shares of tokens are
 // operands of the second product just where the first one leaves them; values are turned by `movmatrix`.
 //
+// Keys and values are cached as they are, or in E4M3, a token's part of a head with a step of its own. A token attends to
+// what is cached of itself, too. Steps enter scores of keys, and shares of values before these are rounded.
+//
 // Macros: HALF (float16, else bfloat16), CHANNELS (64 or 128), GROUP (query heads of a head, at most 8), WARPS, Q_KIND
-// and K_KIND (norms of heads: 0 none, 1 by a gain, 2 by one plus a gain), CAPPED (scores are), WINDOW (tokens are).
+// and K_KIND (norms of heads: 0 none, 1 by a gain, 2 by one plus a gain), CAPPED (scores are), WINDOW (tokens are),
+// FLOAT8 (what is cached is).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 typedef long long i64;
+#if FLOAT8
+typedef u8 Cached;
+#else
+typedef u16 Cached;
+#endif
 
 struct Arguments {
   const u16* q;          // [sequences][heads * GROUP][CHANNELS], sequences q_stride apart
   const u16* k;          // [sequences][heads][CHANNELS], k_stride apart
   const u16* v;          // likewise, v_stride apart
-  u16* keys;             // [sequences][heads][capacity][CHANNELS], sequence_stride and head_stride apart
-  u16* values;           // likewise
+  Cached* keys;          // [sequences][heads][capacity][CHANNELS], sequence_stride and head_stride apart
+  Cached* values;        // likewise
+  u16* key_steps;        // of E4M3, bfloat16 [sequences][heads][capacity], all finite; an even capacity
+  u16* value_steps;      // likewise
   const int* positions;  // [sequences]: tokens before this one
   const u16* turns;      // [positions][2][CHANNELS / 2]: cosines and sines
   const u16* q_gain;     // [CHANNELS]
@@ -36,6 +47,9 @@ struct Arguments {
 #ifndef RAREFY_EMULATED
 #include "machine.cuh"
 #endif
+#if FLOAT8
+#include "float8.cuh"
+#endif
 
 shared_memory(pool);
 
@@ -45,10 +59,24 @@ constexpr int PITCH = CHANNELS + 4;   // floats of a head that warps leave for e
 constexpr int TILE = 16;              // tokens of a warp
 constexpr float LOG_2_E = 1.4426950408889634f;
 constexpr float NOTHING = -1e30f;     // the score of what is not seen
+constexpr float MOST = 448.0f;        // of E4M3
+constexpr float LEAST = 1e-30f;       // of a head; less is nothing
+constexpr float GROWN = FLOAT8 ? 512.0f : 1.0f;  // sums of values, so that shares times steps are no subnormals
 
 // Eight channels at a time: 32 j + 8 t and those after it.
 struct Numbers { float at[J][8]; };
 struct Words { u32 at[J][4]; };
+// The same of what is cached, for the tokens g and g + 8 of a tile; steps are of the tokens 2 t and 2 t + 1 and those 8
+// after them.
+#if FLOAT8
+struct Tile { u32 rows[2][J][2], steps[2]; };
+device u32 pair_at(const Tile& own, int n, int j, int h) { return numbers_of_float8(own.rows[n][j][h / 2], h % 2); }
+device float step_at(const Tile& own, int n, int e) { return as_float(e ? own.steps[n] & 0xFFFF0000u : own.steps[n] << 16); }
+#else
+struct Tile { u32 rows[2][J][4]; };
+device u32 pair_at(const Tile& own, int n, int j, int h) { return own.rows[n][j][h]; }
+device float step_at(const Tile& own, int n, int e) { return 1.0f; }
+#endif
 
 device void put(u32 (&to)[4], const uint4& words) { to[0] = words.x, to[1] = words.y, to[2] = words.z, to[3] = words.w; }
 device u32 pair_of(float low, float high) { return HALF ? half_pair(low, high) : bf16_pair(low, high); }
@@ -106,14 +134,56 @@ template <int KIND> device void norm_and_turn(Words& head, const u16* gain, floa
     }
 }
 
-// Keys or values of the tokens g and g + 8 of a tile, zeros where `first` and `end` leave them out.
-device void load(Words (&to)[2], const u16* from, int tile, int first, int end, int lane) {
+// Keys or values of a tile, zeros where `first` and `end` leave tokens out.
+device void load(Tile& to, const Cached* from, const u16* steps, int tile, int first, int end, int lane) {
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
     const int token = TILE * tile + 8 * n + lane / 4;
-    load(to[n], from + i64(token) * CHANNELS, lane % 4, token >= first && token < end);
+    const Cached* row = from + i64(token) * CHANNELS + 8 * (lane % 4);
+    const bool real = token >= first && token < end;
+#pragma unroll
+    for (int j = 0; j < J; ++j) {
+#if FLOAT8
+      const uint2 words = load_fresh(reinterpret_cast<const uint2*>(row + 32 * j), real);
+      to.rows[n][j][0] = words.x, to.rows[n][j][1] = words.y;
+#else
+      put(to.rows[n][j], load_fresh(reinterpret_cast<const uint4*>(row + 32 * j), real));
+#endif
+    }
+#if FLOAT8
+    const int pair = TILE * tile + 8 * n + 2 * (lane % 4);
+    to.steps[n] = load_fresh(reinterpret_cast<const u32*>(steps + pair), pair < end);
+#endif
   }
 }
+
+#if FLOAT8
+// A head in E4M3: stored at `place` with its step, and as later tokens will see it.
+device void store(Numbers& head, Cached* place, u16* step, int t, bool writes) {
+  float most = 0.0f;
+#pragma unroll
+  for (int j = 0; j < J; ++j)
+#pragma unroll
+    for (int n = 0; n < 8; ++n) most = max_of(most, absolute(head.at[j][n]));
+  most = max_of(most, of_lane_xor(most, 1));
+  most = max_of(most, of_lane_xor(most, 2));
+  const u16 bits = most > LEAST ? rounded<false>(most / MOST) : 0x3F80;
+  const float size = as_float(u32(bits) << 16), inverse = 1.0f / size;
+#pragma unroll
+  for (int j = 0; j < J; ++j) {
+    u32 words[2];
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+      const float* own = head.at[j] + 4 * w;
+      words[w] = e4m3_pair(own[0] * inverse, own[1] * inverse) | u32(e4m3_pair(own[2] * inverse, own[3] * inverse)) << 16;
+#pragma unroll
+      for (int n = 0; n < 4; ++n) head.at[j][4 * w + n] = size * widened(u16(numbers_of_float8(words[w], n / 2) >> 16 * (n % 2)));
+    }
+    if (writes) *reinterpret_cast<uint2*>(place + 32 * j + 8 * t) = {words[0], words[1]};
+  }
+  if (writes && t == 0) *step = bits;
+}
+#endif
 
 // In units of log 2.
 device float scored(const Arguments& a, float product) {
@@ -129,7 +199,7 @@ struct Seen {
   float top, total, mixed[J][4][4];
 };
 
-device void see(Seen& own, const Arguments& a, const Words& query, const Words (&keys)[2], int tile, int first, int end, int t, u32 (&shares)[4]) {
+device void see(Seen& own, const Arguments& a, const Words& query, const Tile& keys, const Tile& values, int tile, int first, int end, int t, u32 (&shares)[4]) {
   float scores[2][4] = {};
 #pragma unroll
   for (int n = 0; n < 2; ++n)
@@ -138,7 +208,7 @@ device void see(Seen& own, const Arguments& a, const Words& query, const Words (
 #pragma unroll
       for (int h = 0; h < 4; h += 2) {
         const u32 heads[4] = {query.at[j][h], 0, query.at[j][h + 1], 0};
-        multiply(scores[n], heads, keys[n].at[j][h], keys[n].at[j][h + 1]);
+        multiply(scores[n], heads, pair_at(keys, n, j, h), pair_at(keys, n, j, h + 1));
       }
   float top = own.top;
 #pragma unroll
@@ -146,7 +216,7 @@ device void see(Seen& own, const Arguments& a, const Words& query, const Words (
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int token = TILE * tile + 8 * n + 2 * t + e;
-      scores[n][e] = token >= first && token < end ? scored(a, scores[n][e]) : NOTHING;
+      scores[n][e] = token >= first && token < end ? scored(a, scores[n][e] * step_at(keys, n, e)) : NOTHING;
       top = max_of(top, scores[n][e]);
     }
   top = max_of(top, of_lane_xor(top, 1));
@@ -163,16 +233,18 @@ device void see(Seen& own, const Arguments& a, const Words& query, const Words (
     for (int e = 0; e < 2; ++e) {
       scores[n][e] = scores[n][e] == NOTHING ? 0.0f : power_of_two(scores[n][e] - top);
       own.total += scores[n][e];
+      scores[n][e] *= GROWN * step_at(values, n, e);
     }
     shares[2 * n] = pair_of(scores[n][0], scores[n][1]), shares[2 * n + 1] = 0;
   }
 }
 
-device void mix(Seen& own, const u32 (&shares)[4], const Words (&values)[2]) {
+device void mix(Seen& own, const u32 (&shares)[4], const Tile& values) {
 #pragma unroll
   for (int j = 0; j < J; ++j)
 #pragma unroll
-    for (int w = 0; w < 4; ++w) multiply(own.mixed[j][w], shares, transposed(values[0].at[j][w]), transposed(values[1].at[j][w]));
+    for (int w = 0; w < 4; ++w)
+      multiply(own.mixed[j][w], shares, transposed(pair_at(values, 0, j, w)), transposed(pair_at(values, 1, j, w)));
 }
 
 // One number of a head from `count` parts: their sums, scales and weights. Leaves the common scale and weight.
@@ -200,13 +272,15 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_attend_token(const Argu
   const int share = (tiles + splits - 1) / splits, each = share > a.least ? share : a.least;
   const int active = tiles > each ? (tiles + each - 1) / each : 1;
   if (split >= active) return;
-  u16* own_keys = a.keys + sequence * a.sequence_stride + head * a.head_stride;
-  u16* own_values = a.values + sequence * a.sequence_stride + head * a.head_stride;
+  const i64 begin = sequence * a.sequence_stride + head * a.head_stride;
+  Cached *own_keys = a.keys + begin, *own_values = a.values + begin;
+  u16 *key_steps = a.key_steps + begin / CHANNELS, *value_steps = a.value_steps + begin / CHANNELS;
   const int last = split + 1 < active ? start + (split + 1) * each : start + tiles;
   int tile = start + split * each + warp;
-  Words keys[2], values[2], turn, query, key, value;
-  load(keys, own_keys, tile, first, tile < last ? end : 0, lane);
-  load(values, own_values, tile, first, tile < last ? end : 0, lane);
+  Tile keys, values;
+  Words turn, query, key, value;
+  load(keys, own_keys, key_steps, tile, first, tile < last ? end : 0, lane);
+  load(values, own_values, value_steps, tile, first, tile < last ? end : 0, lane);
   load(turn, a.turns + i64(end) * CHANNELS, t, true);
   wait_for_earlier_kernels();
 
@@ -219,15 +293,21 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_attend_token(const Argu
   seen.top = NOTHING;
   if (has_own) {  // the token's own key and value, which the cache gets too
     norm_and_turn<K_KIND>(key, a.k_gain, a.k_eps, turn, t);
+    Numbers wide, other, mixed;
+    widen(wide, query), widen(other, key), widen(mixed, value);
+    const i64 place = i64(end) * CHANNELS;
+#if FLOAT8
+    store(other, own_keys + place, key_steps + end, t, g == 0);
+    store(mixed, own_values + place, value_steps + end, t, g == 0);
+#else
     if (g == 0)
 #pragma unroll
       for (int j = 0; j < J; ++j) {
-        const i64 place = i64(end) * CHANNELS + 32 * j + 8 * t;
-        *reinterpret_cast<uint4*>(own_keys + place) = {key.at[j][0], key.at[j][1], key.at[j][2], key.at[j][3]};
-        *reinterpret_cast<uint4*>(own_values + place) = {value.at[j][0], value.at[j][1], value.at[j][2], value.at[j][3]};
+        const i64 at = place + 32 * j + 8 * t;
+        *reinterpret_cast<uint4*>(own_keys + at) = {key.at[j][0], key.at[j][1], key.at[j][2], key.at[j][3]};
+        *reinterpret_cast<uint4*>(own_values + at) = {value.at[j][0], value.at[j][1], value.at[j][2], value.at[j][3]};
       }
-    Numbers wide, other;
-    widen(wide, query), widen(other, key);
+#endif
     float product = 0.0f;
 #pragma unroll
     for (int j = 0; j < J; ++j)
@@ -235,19 +315,18 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_attend_token(const Argu
       for (int n = 0; n < 8; ++n) product += wide.at[j][n] * other.at[j][n];
     seen.top = scored(a, sum_of_four(product));
     seen.total = t == 0;
-    widen(wide, value);
 #pragma unroll
     for (int j = 0; j < J; ++j)
 #pragma unroll
-      for (int n = 0; n < 8; ++n) seen.mixed[j][n / 2][n % 2] = wide.at[j][n];
+      for (int n = 0; n < 8; ++n) seen.mixed[j][n / 2][n % 2] = GROWN * mixed.at[j][n];
   }
   while (tile < last) {
     u32 shares[4];
-    see(seen, a, query, keys, tile, first, end, t, shares);
+    see(seen, a, query, keys, values, tile, first, end, t, shares);
     const int next = tile + WARPS;
-    if (next < last) load(keys, own_keys, next, first, end, lane);
+    if (next < last) load(keys, own_keys, key_steps, next, first, end, lane);
     mix(seen, shares, values);
-    if (next < last) load(values, own_values, next, first, end, lane);
+    if (next < last) load(values, own_values, value_steps, next, first, end, lane);
     tile = next;
   }
 
@@ -259,7 +338,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_attend_token(const Argu
 #pragma unroll
     for (int j = 0; j < J; ++j)
 #pragma unroll
-      for (int n = 0; n < 8; ++n) own[32 * j + 8 * t + n] = seen.mixed[j][n / 2][n % 2];
+      for (int n = 0; n < 8; ++n) own[32 * j + 8 * t + n] = seen.mixed[j][n / 2][n % 2] / GROWN;
     if (t == 0) own[CHANNELS] = seen.top, own[CHANNELS + 1] = seen.total;
   }
   block_barrier();

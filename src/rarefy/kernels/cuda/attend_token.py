@@ -25,7 +25,7 @@ FILL = 264  # blocks that keep a large GPU busy
 MOST_SPLITS = 64
 
 
-_POINTERS = "q k v keys values positions turns q_gain k_gain out part arrived".split()
+_POINTERS = "q k v keys values key_steps value_steps positions turns q_gain k_gain out part arrived".split()
 
 
 class Arguments(ctypes.Structure):
@@ -51,18 +51,25 @@ class Form:
     k_kind: int
     capped: bool
     window: bool
+    float8: bool
 
     def definitions(self) -> dict[str, int]:
         """The macros of the source."""
         return {
             "HALF": int(self.half), "CHANNELS": self.channels, "GROUP": self.group, "WARPS": self.warps,
             "Q_KIND": self.q_kind, "K_KIND": self.k_kind, "CAPPED": int(self.capped), "WINDOW": int(self.window),
+            "FLOAT8": int(self.float8),
         }  # fmt: skip
 
     @property
     def shared_memory(self) -> int:
         """Bytes of a block."""
         return 4 * self.warps * self.group * (self.channels + 4)
+
+
+def keeps_float8(device: torch.device) -> bool:
+    """Whether the kernel can read and write E4M3 there."""
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def fits(dtype: torch.dtype, query_heads: int, heads: int, channels: int) -> bool:
@@ -89,20 +96,26 @@ class Attention:
         self.arrived = torch.zeros(pairs, dtype=torch.int32, device=device)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor, layer: Heads
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor, layer: Heads,
+        steps: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """``steps`` bfloat16 ``[2, M, heads, capacity]``: of keys and values in E4M3, finite even where nothing is."""
         out = q.new_empty(len(q), layer.query_heads * layer.channels)
         q_weight, k_weight, q_eps, k_eps, q_kind, k_kind = layer.norms()
+        key_steps, value_steps = (None, None) if steps is None else steps
         pointers = (
-            q, k, v, keys, values, positions, layer.turns, q_weight, k_weight, out, self.part, self.arrived
+            q, k, v, keys, values, key_steps, value_steps, positions, layer.turns, q_weight, k_weight, out, self.part,
+            self.arrived,
         )  # fmt: skip
         given = Arguments(
-            *(each.data_ptr() for each in pointers), keys.stride(0), keys.stride(1), q.stride(0), k.stride(0),
-            v.stride(0), layer.heads, LEAST, layer.window or 0, q_eps, k_eps, layer.scale, layer.softcap or 0.0,
+            *(None if each is None else each.data_ptr() for each in pointers), keys.stride(0), keys.stride(1),
+            q.stride(0), k.stride(0), v.stride(0), layer.heads, LEAST, layer.window or 0, q_eps, k_eps, layer.scale,
+            layer.softcap or 0.0,
         )  # fmt: skip
         group = layer.query_heads // layer.heads
         half, capped, window = q.dtype == torch.float16, layer.softcap is not None, layer.window is not None
-        form = Form(half, WARPS[len(self.arrived) > MANY], layer.channels, group, q_kind, k_kind, capped, window)
+        warps = WARPS[len(self.arrived) > MANY]
+        form = Form(half, warps, layer.channels, group, q_kind, k_kind, capped, window, steps is not None)
         self.launch(form, (len(q) * layer.heads, self.splits, 1), given, q.device)
         return out
 

@@ -20,12 +20,13 @@ device u32 rank_in_cluster() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-// A number in the shared memory of another block of the cluster.
-device float load_of_block(const float* at, u32 rank) {
-  float value;
-  asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.f32 %0, [there]; }"
-               : "=f"(value) : "r"(shared_address(at)), "r"(rank) : "memory");
-  return value;
+// Four words in the shared memory of another block of the cluster.
+device uint4 load_of_block(const uint4* at, u32 rank) {
+  uint4 found;
+  asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %4, %5;\n"
+               "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [there]; }"
+               : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w) : "r"(shared_address(at)), "r"(rank) : "memory");
+  return found;
 }
 device void expect(u64* barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");

@@ -3,7 +3,7 @@
 // Macros, given at compile time (see program.py): BITS, GROUP (columns of a scale; 0: the whole row), STEP (columns that
 // a warp takes at once), SPAN (neighbouring columns of a lane; 16: bytes, row by row as they are stored), FLOAT8 (a byte
 // is a number in E4M3), TABLE (codes are looked up: SHARED by all, or BY_ROW), SCALE, ZERO (types), CENTER (what is
-// subtracted from a code), RAGGED (the last step is not full of columns), HALF (float16 activations, else bfloat16),
+// subtracted from a code), SECOND_GROUPS (that share numbers of second order), RAGGED (the last step is not full of columns), HALF (float16 activations, else bfloat16),
 // TILES (of 16 rows for a warp). THREADS: of a block.
 
 typedef unsigned int u32;
@@ -20,7 +20,7 @@ struct Arguments {
   const uint4* codes;   // [tiles][steps][LOADS][32], or bytes [rows][pitch]
   const void* scale;    // [tiles][groups][8][2]: rows g and g + 8 of a tile beside each other
   const void* zero;     // likewise
-  const uint2* second;  // [tiles / second_rows][groups / second_groups], of BILEVEL and LEVEL: four float16
+  const uint2* second;  // [tiles / second_rows][groups / SECOND_GROUPS], of BILEVEL and LEVEL: four float16
   const u32* table;     // SHARED: pairs of 16-bit numbers [1 << 2 * BITS]; BY_ROW: bytes [tiles][groups][8][2]
   const u16* x;         // [tokens][stride]
   u8* arranged;         // the same as gemm.cu wants it
@@ -30,19 +30,21 @@ struct Arguments {
   u16* y;               // [tokens][rows]
   float* partial;       // [SPLIT][tokens][rows]
   u32* arrived;         // [blocks], zero before and after
-  const u32* entries;   // outliers by row: a 16-bit value above its column
-  const u32* row_ptr;   // [rows + 1]
+  const uint2* entries; // outliers [tiles][quads][32], see outliers.cuh
+  const u32* rest;      // and those of long rows
+  const u32* rest_ptr;  // [rows + 1], or null
   const float* squares; // sums of squares of the tokens' numbers, [tokens][parts]
   float* squared;       // those of what comes out, [tokens][rows / 16]
   u16* hidden;          // to which the result is added, [tokens][rows]
   const u16* gain;      // [rows]
-  int rows, columns, steps, groups, tokens, stride, second_rows, second_groups, pitch, parts;
+  int rows, columns, steps, groups, tokens, stride, second_rows, pitch, parts, quads;
   float multiplier, eps;
 };
 
 #ifndef RAREFY_EMULATED
 #include "machine.cuh"
 #endif
+#include "float8.cuh"
 
 shared_memory(pool);
 
@@ -58,8 +60,9 @@ constexpr u32 ONES = HALF ? 0x3C003C00u : 0x3F803F80u;
 
 // Minus a whole number below 256 (HALF: 2048) and 2 to the power n as 16-bit floats, twice.
 device constexpr u32 minus(u32 number) {
-  u32 exponent = 0;
-  while (number >> (exponent + 1)) ++exponent;
+  // Not counted in a loop, which the compiler has been seen to leave to the machine.
+  const u32 exponent = (number > 1) + (number > 3) + (number > 7) + (number > 15) + (number > 31) + (number > 63) +
+                       (number > 127) + (number > 255) + (number > 511) + (number > 1023);
   const u32 fraction = HALF ? number << 10 >> exponent & 1023 : number << 7 >> exponent & 127;
   return (0x8000u | (HALF ? 15 + exponent << 10 : 127 + exponent << 7) | fraction) * 0x10001u;
 }
@@ -77,7 +80,7 @@ template <> struct Pair<PAIRS> { uint2 raw; };
 template <> struct Pair<BILEVEL> { u16 raw; uint2 second; };
 template <> struct Pair<LEVEL> { u16 raw; uint2 second; };
 
-template <int TYPE> device void load(Pair<TYPE>& pair, const void* base, i64 index, const uint2* second, int group) {
+template <int TYPE> device void load(Pair<TYPE>& pair, const void* base, i64 index, const uint2* second, i64 group) {
   if constexpr (TYPE == F32 || TYPE == PAIRS) {
     pair.raw = load_once(static_cast<const uint2*>(base) + index);
   } else if constexpr (TYPE == BILEVEL || TYPE == LEVEL) {
@@ -116,13 +119,31 @@ template <class S, class Z> device float contribution(const S& scale, const Z& z
   }
 }
 
+// A word whose bit `from` is to be bit `to`.
+device u32 moved(u32 word, int from, int to) { return from < to ? word << (to - from) : word >> (from - to); }
+
+// Two levels where groups are small: what the rows of a tile have in common is formed once, and a code in the mantissa of
+// 16 is a number of which that takes 16 off.
+struct Levels { float scale_step, minus_scale, zero_step, zero; };
+
+device Levels levels_of(const uint2& second) {
+  const float scale_step = half_of(second.x, 0), zero_step = half_of(second.y, 0);
+  return {scale_step, -scale_step * (16.0f + half_of(second.x, 1)), zero_step, zero_step * (16.0f + half_of(second.y, 1))};
+}
+device float above_16(u32 raw, int place) { return as_float(chosen(moved(raw, place, 19), 15u << 19, 0x41800000u)); }
+
+// As `contribution`, of row g or g + 8.
+device float contribution_of(const Levels& levels, u32 raw, int which, float part, float ones) {
+  if constexpr (SCALE == BILEVEL) part += (levels.zero - levels.zero_step * above_16(raw, 8 * which + 4)) * ones;
+  return (levels.scale_step * above_16(raw, 8 * which) + levels.minus_scale) * part;
+}
+
 // ---- From codes to operands.
 
 // Two of the four bytes of one row.
 device u32 bytes_as_numbers(u32 word, int pair) {
   if constexpr (FLOAT8) {
-    const u32 high = permuted(word, 0, pair ? 0x3424 : 0x1404);  // exponents differ by a constant
-    return fused(chosen(high >> (HALF ? 1 : 4), HALF ? 0x3F803F80u : 0x07F007F0u, high & 0x80008000u), power(HALF ? 8 : 120), 0x80008000u);
+    return numbers_of_float8(word, pair);
   } else if constexpr (HALF) {
     return fused(permuted(word, MAGIC, pair ? 0x5352 : 0x5150), ONES, minus(MAGIC_VALUE + CENTER));
   } else {
@@ -145,12 +166,9 @@ device constexpr int place_of(int b, int i) {
 // that power. It is the same for all rows, so that what is too much in the sums, with the code that means zero, is formed
 // but once.
 constexpr int LIFTS = BITS == 4 ? 1 : BITS == 2 ? 2 : 4;  // blocks that are so far apart are lifted alike
-device constexpr u32 lift_of(int b, int i) { return minus((1u << (MANTISSA - place_of(b, i))) + CENTER) ^ 0x80008000u; }
+device constexpr u32 minus_lift_of(int b, int i) { return minus((1u << (MANTISSA - place_of(b, i))) + CENTER); }
 
-// A word whose bit `from` is to be bit `to`.
-device u32 moved(u32 word, int from, int to) { return from < to ? word << (to - from) : word >> (from - to); }
-
-// The 16-bit numbers of pair i (0..3) of block b, LIFTED by `lift_of` of the same pair. Both codes of a pair lie at the
+// The 16-bit numbers of pair i (0..3) of block b, LIFTED by minus `minus_lift_of` of the same pair. Both codes of a pair lie at the
 // same place of a word's two halves, or for a table beside each other, so that together they are one index.
 template <bool LIFTED = false> device u32 operand(const u32* words, int b, int i, u32 bank) {
   if constexpr (TABLE == SHARED) {
@@ -322,7 +340,7 @@ device Places places_of(const Arguments& a, int first_tile, int lane, int apart 
     found.scales[r] = tile * a.groups * 8 + lane / 4;
     keep(found.scales[r]);
     if constexpr (SCALE == BILEVEL || SCALE == LEVEL)
-      found.second[r] = a.second + tile / a.second_rows * ((a.groups + a.second_groups - 1) / a.second_groups);
+      found.second[r] = a.second + i64(int(tile) / a.second_rows) * ((a.groups + SECOND_GROUPS - 1) / SECOND_GROUPS);
   }
   return found;
 }
@@ -359,7 +377,7 @@ struct Scales {
 device void fetch(Scales& scales, const Arguments& a, const Places& places, int step, int lane) {
 #pragma unroll
   for (int p = 0; p < PARTS; ++p) {
-    const int group = group_of(a, step, p), above = a.second_groups == 1 ? group : group / a.second_groups;
+    const int group = group_of(a, step, p), above = group / SECOND_GROUPS;
 #pragma unroll
     for (int r = 0; r < TILES; ++r) {
       load(scales.scale[r][p], a.scale, places.scales[r] + i64(group) * 8, places.second[r], above);

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from rarefy.core.errors import UnsupportedError
+from rarefy.sources.cache import cache_root, cached_bytes
 
 LARGE = 48 * 1024  # bytes of shared memory that need no leave
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -62,36 +64,41 @@ images: dict[tuple[Path, tuple[int, int], tuple[str, ...]], bytes] = {}
 
 
 def compiled(source: Path, capability: tuple[int, int], options: Sequence[str]) -> bytes:
-    """Machine code of ``source`` for a compute capability. Raises UnsupportedError with the compiler's words."""
+    """Machine code of ``source`` for a compute capability, from rarefy's cache where some process has compiled these
+    very texts with this compiler. Raises UnsupportedError with the compiler's words."""
     key = source, capability, tuple(options)
     if key not in images:
-        images[key] = _compile(source, capability, options)
-    return images[key]
-
-
-def _compile(source: Path, capability: tuple[int, int], options: Sequence[str]) -> bytes:
-    nvrtc = _nvrtc()
-    headers = sorted(source.parent.glob("*.cuh"))
-    texts = (ctypes.c_char_p * len(headers))(*(header.read_bytes() for header in headers))
-    names = (ctypes.c_char_p * len(headers))(*(header.name.encode() for header in headers))
-    program = ctypes.c_void_p()
-    created = nvrtc.nvrtcCreateProgram(
-        ctypes.byref(program), source.read_bytes(), source.name.encode(), len(headers), texts, names
-    )
-    if created != 0:
-        what = f"CUDA's run-time compiler answers {created} when it is given {source.name}"
-        raise UnsupportedError(f"{what}; reinstall a CUDA build of PyTorch.")
-    try:
         # The instructions of 9.0 that no other has go by the letter.
         suffix = "a" if capability == (9, 0) else ""
         every = [f"-arch=sm_{capability[0]}{capability[1]}{suffix}", "-std=c++17", "-default-device", *options]
-        given = (ctypes.c_char_p * len(every))(*(option.encode() for option in every))
-        if nvrtc.nvrtcCompileProgram(program, len(every), given) != 0:
+        texts = {path.name: path.read_bytes() for path in (source, *sorted(source.parent.glob("*.cuh")))}
+        made = hashlib.sha256(repr((_version(), every, texts)).encode()).hexdigest()
+        path = cache_root() / "kernels" / "images" / f"{made}.cubin"
+        images[key] = cached_bytes(path, lambda: _compile(texts, every))
+    return images[key]
+
+
+def _compile(texts: Mapping[str, bytes], options: Sequence[str]) -> bytes:
+    """Of the first text; the others are what it includes."""
+    nvrtc = _nvrtc()
+    source, *headers = texts
+    contents = (ctypes.c_char_p * len(headers))(*(texts[header] for header in headers))
+    names = (ctypes.c_char_p * len(headers))(*(header.encode() for header in headers))
+    program = ctypes.c_void_p()
+    created = nvrtc.nvrtcCreateProgram(
+        ctypes.byref(program), texts[source], source.encode(), len(headers), contents, names
+    )
+    if created != 0:
+        what = f"CUDA's run-time compiler answers {created} when it is given {source}"
+        raise UnsupportedError(f"{what}; reinstall a CUDA build of PyTorch.")
+    try:
+        given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        if nvrtc.nvrtcCompileProgram(program, len(options), given) != 0:
             size = ctypes.c_size_t()
             nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
             log = ctypes.create_string_buffer(size.value)
             nvrtc.nvrtcGetProgramLog(program, log)
-            raise UnsupportedError(f"{source.name} does not compile with {' '.join(every)}: {log.value.decode()}")
+            raise UnsupportedError(f"{source} does not compile with {' '.join(options)}: {log.value.decode()}")
         size = ctypes.c_size_t()
         nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
         image = ctypes.create_string_buffer(size.value)
@@ -99,6 +106,13 @@ def _compile(source: Path, capability: tuple[int, int], options: Sequence[str]) 
         return image.raw
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _version() -> tuple[int, int]:
+    """Of the compiler."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
 
 
 @functools.cache

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from rarefy.kernels.adjacent import together
-from rarefy.kernels.cuda.layout import TILE
-from rarefy.kernels.cuda.prepared import CODES, ENTRIES, Prepared
+from rarefy.kernels.cuda.layout import TILE, quads_of
+from rarefy.kernels.cuda.prepared import CODES, ENTRIES, Prepared, entries_of, put_entries_
 
 _TABLES = ("table", "pairs_half", "pairs_bfloat16")  # of one dimension where all rows share them
 
@@ -22,14 +22,16 @@ def join_(parts: Sequence[Prepared]) -> Prepared | None:
     """The weight ``[sum of rows, columns]`` of ``parts``, one term of each of several layers; None where their codes
     differ or rows do not fill tiles."""
     first = parts[0]
+    if first.numbers["kind"] == ENTRIES:
+        _with_quads_alike_(parts)
     if first.numbers["kind"] not in (CODES, ENTRIES) or not all(_alike(first, part) for part in parts):
         return None
     tall = TILE * (first.numbers["second_rows"] if "second_order" in first.tensors else 1)
-    if first.numbers["kind"] == CODES and any(part.rows % tall for part in parts[:-1]):
+    if any(part.rows % tall for part in parts[:-1]):
         return None
     tensors = dict(first.tensors)
     for name, tensor in first.tensors.items():
-        if name == "row_ptr":
+        if name in ("row_ptr", "rest_ptr"):
             tensors[name] = _pointers([part.tensors[name] for part in parts])
         elif not _shared(name, tensor):
             tensors[name], places = together([part.tensors[name] for part in parts])
@@ -52,6 +54,16 @@ def _alike(one: Prepared, other: Prepared) -> bool:
             if _shared(name, one.tensors[name])
         )
     )
+
+
+def _with_quads_alike_(parts: Sequence[Prepared]) -> None:
+    """As many quads in each row as all rows together want."""
+    if any(part.numbers["kind"] != ENTRIES for part in parts):
+        return
+    quads = quads_of(torch.cat([part.tensors["row_ptr"][0].diff() for part in parts]))
+    for part in parts:
+        if part.tensors["entries"].shape[1] != quads:
+            put_entries_(part, entries_of(part.tensors), part.tensors["row_ptr"], quads)
 
 
 def _shared(name: str, tensor: Tensor) -> bool:

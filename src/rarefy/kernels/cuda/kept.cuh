@@ -1,6 +1,6 @@
 // What masked.cu and groups.cu share: a weight of which a bitmap says what is kept, and its numbers.
 //
-// Macros: TOKENS, WARPS, X_HALF (float16 activations, else bfloat16); HALF is 1.
+// Macros: TOKENS, WARPS, X_HALF (float16 activations, else bfloat16); HALF likewise where tensor cores multiply, else 1.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -10,11 +10,13 @@ typedef long long i64;
 enum { NONE = 0, F32 = 1, F16 = 2, BF16 = 3, U8 = 4 };
 
 struct Arguments {
-  const void* codes;    // of all rows, a bit stream; or [kept groups][GROUP / 16] pieces of 8 bytes
-  const void* scale;    // [rows][groups], or of kept groups
+  const void* codes;    // of all rows, a bit stream; or [chunks][4][16 bytes], see groups.cu
+  const void* scale;    // [rows][groups], or [chunks][groups of a chunk]
   const void* zero;     // likewise
   const u32* bitmap;    // [rows][words]
-  const void* row_ptr;  // [rows + 1], where a row's codes start (i64), or its groups (u32)
+  const void* places;   // [chunks][8] bytes, see groups.cu
+  const u16* bases;     // [chunks], or null
+  const void* row_ptr;  // [rows + 1], where a row's codes start (i64), or its chunks (u32; null: `groups` of each row)
   const u16* x;         // [tokens][stride]
   u16* y;               // [tokens][rows]
   int rows, columns, words, tokens, stride, groups;

@@ -7,6 +7,7 @@ reordered so that the lane's columns are neighbours (``span`` of them: a block's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -68,6 +69,46 @@ def unpack_codes(packed: Tensor, bits: int, span: int, order: Order, rows: int, 
     return dense.reshape(tiles * TILE, steps * step)[:rows, :columns].contiguous()
 
 
+PIECE, CHUNK = 16, 8  # columns of a piece, pieces of a chunk
+
+
+def pack_kept(groups: Tensor, numbers: Sequence[Tensor], counts: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Kept groups, uint8 codes ``[groups, size]`` of 4 bits, ``counts [rows]`` of each row, as chunks of eight pieces
+    of 16 columns: int32 ``[chunks, 4, 4]``, of lane ``t`` columns ``4 t`` to ``4 t + 3`` of each piece, two pieces to a
+    word, the first codes of pairs in its lower half. Each row begins a chunk; zeros fill up its last. ``numbers
+    [groups]``, scales and such, likewise ``[chunks, groups of a chunk]``. And where the chunks of rows begin."""
+    of_chunk = CHUNK * PIECE // groups.shape[1]
+    place, starts = _places_of_kept(counts, of_chunk)
+    chunks = int(starts[-1])
+    padded_codes = groups.new_zeros(chunks * of_chunk, groups.shape[1])
+    padded_codes[place] = groups
+    parts = padded_codes.reshape(chunks, 4, 2, 4, 2, 2).to(torch.int32)  # words, pieces, t, pairs, codes
+    words = (parts << _shifts_of_pieces(groups.device)).sum((2, 4, 5), dtype=torch.int32).transpose(1, 2).contiguous()
+    spread = [each.new_zeros(chunks * of_chunk).index_copy(0, place, each) for each in numbers]
+    return words, [each.reshape(chunks, of_chunk) for each in spread], starts
+
+
+def unpack_kept(words: Tensor, numbers: Sequence[Tensor], counts: Tensor, size: int) -> tuple[Tensor, list[Tensor]]:
+    """Inverse of ``pack_kept``."""
+    place, _ = _places_of_kept(counts, CHUNK * PIECE // size)
+    parts = words.transpose(1, 2)[:, :, None, :, None, None] >> _shifts_of_pieces(words.device) & 15
+    return parts.to(torch.uint8).reshape(-1, size)[place], [each.flatten()[place] for each in numbers]
+
+
+def _places_of_kept(counts: Tensor, of_chunk: int) -> tuple[Tensor, Tensor]:
+    """The place of each kept group among those of whole chunks, and where the chunks of each row begin."""
+    chunks = (counts + of_chunk - 1) // of_chunk
+    starts = torch.nn.functional.pad(chunks.cumsum(0), (1, 0))
+    row, number, _ = _places_in_rows(torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
+    return starts[row] * of_chunk + number, starts
+
+
+def _shifts_of_pieces(device: torch.device) -> Tensor:
+    """Where a code lies in its word: ``[pieces, 1, pairs, codes]``."""
+    two = torch.arange(2, dtype=torch.int32, device=device)
+    return 8 * two[:, None, None, None] + 4 * two[:, None] + 16 * two
+
+
 def pack_pairs(numbers: Tensor) -> Tensor:
     """Numbers of rows and groups ``[rows, groups]`` as ``[tiles, groups, 8, 2]``, rows ``g`` and ``g + 8`` together."""
     return padded(numbers, 0, TILE).unflatten(0, (-1, 2, 8)).permute(0, 3, 2, 1).contiguous()
@@ -98,6 +139,54 @@ def pair_table(table: Tensor) -> Tensor:
     """A table ``[entries]`` of 16-bit floats as that of two codes at once, int32 ``[entries ** 2]``."""
     low = table.view(torch.int16).to(torch.int32) & 0xFFFF
     return (low[None, :] | (low[:, None] << 16)).flatten().contiguous()
+
+
+QUAD = 4  # entries of a row that lie beside those of the other rows of its tile
+_OF_REST = 2048  # bytes that a tile which reads entries of a list may as well read instead of waiting for them
+
+
+def quads_of(counts: Tensor) -> int:
+    """How many quads a row is to have, for rows of so many entries ``[rows]``: those that take the least to read."""
+    tiles = padded(counts.to(torch.int64), 0, TILE).reshape(-1, TILE)
+    most = int(counts.max()) if counts.numel() else 0
+    below = torch.bincount(counts.to(torch.int64), minlength=most + 1).cumsum(0)  # rows of up to so many entries
+    longer = (counts.numel() - below).flip(0).cumsum(0).flip(0)  # entries beyond so many of their row
+    waiting = len(tiles) - torch.bincount(tiles.amax(1), minlength=most + 1).cumsum(0)
+    quads = torch.arange(-(-most // QUAD) + 1, device=counts.device)
+    beyond = (quads * QUAD).clamp(max=most)
+    nbytes = quads * QUAD * TILE * 4 * len(tiles) + longer[beyond] * 4 + waiting[beyond] * _OF_REST
+    return int(nbytes.argmin())
+
+
+def pack_entries(entries: Tensor, row_ptr: Tensor, quads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compressed sparse rows, int32 ``[n]`` and ``[rows + 1]``, as int32 ``[tiles, quads, 32, 2]``: lane ``4 g + t``
+    has entry ``4 quad + t`` of rows ``g`` and ``g + 8``, zeros where a row has fewer; and what each row has beyond
+    those, again in compressed sparse rows."""
+    row, number, counts = _places_in_rows(row_ptr)
+    rows, near = counts.numel(), number < QUAD * quads
+    dense = entries.new_zeros(-(-rows // TILE) * TILE, QUAD * quads)
+    dense[row[near], number[near]] = entries[near]
+    packed = dense.reshape(-(-rows // TILE), 2, 8, quads, QUAD).permute(0, 3, 2, 4, 1).flatten(2, 3).contiguous()
+    beyond = (counts - QUAD * quads).clamp(min=0).cumsum(0)
+    return packed, entries[~near], torch.nn.functional.pad(beyond, (1, 0)).to(torch.int32)
+
+
+def unpack_entries(packed: Tensor, rest: Tensor, row_ptr: Tensor) -> Tensor:
+    """Inverse of ``pack_entries``: the entries, for the row pointers that were given."""
+    row, number, _ = _places_in_rows(row_ptr)
+    tiles, quads = packed.shape[:2]
+    near = number < QUAD * quads
+    dense = packed.reshape(tiles, quads, 8, QUAD, 2).permute(0, 4, 2, 1, 3).reshape(tiles * TILE, QUAD * quads)
+    entries = packed.new_empty(row.numel())
+    entries[near], entries[~near] = dense[row[near], number[near]], rest
+    return entries
+
+
+def _places_in_rows(row_ptr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The row of each entry, its number there, and how many each row has."""
+    counts = row_ptr.diff().to(torch.int64)
+    row = torch.repeat_interleave(torch.arange(counts.numel(), device=row_ptr.device), counts)
+    return row, torch.arange(row.numel(), device=row_ptr.device) - row_ptr[:-1].to(torch.int64)[row], counts
 
 
 def _inner(step: int, span: int) -> tuple[int, ...]:

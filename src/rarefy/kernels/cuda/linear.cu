@@ -8,7 +8,7 @@
 // Macros besides those of codes.cuh (see tuning.py for what is chosen when): OUTLIERS (type of single values that are
 // added to the weight), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns), DEPTH (steps loaded
 // ahead into registers), STAGED (codes and activations go through shared memory instead, STAGES steps of them), SPLIT
-// (blocks over columns), and those of ending.cuh.
+// (blocks over columns), LATE (later kernels may start when the sums are formed, not before), and those of ending.cuh.
 
 constexpr int THREADS = 32 * ACROSS * ALONG;
 
@@ -65,6 +65,25 @@ device void fetch(Activations& x, const Arguments& a, const u8* const (&tokens)[
   }
 }
 
+// What a group adds to the sums of all tokens.
+template <class S, class Z>
+device void add_group(
+    float (&sums)[TOKENS][4], const S& scale, const Z& zero, const float (&part)[TOKENS][4], const float (&lift)[TOKENS][4],
+    const float (&ones)[TOKENS][4]) {
+  if constexpr (SCALE == BILEVEL || SCALE == LEVEL) {
+    const Levels levels = levels_of(scale.second);
+#pragma unroll
+    for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[n][j] += contribution_of(levels, scale.raw, j / 2, part[n][j] + lift[n][j], ones[n][j]);
+  } else {
+#pragma unroll
+    for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[n][j] += contribution(scale, zero, j / 2, part[n][j] + lift[n][j], ones[n][j]);
+  }
+}
+
 // Adds the product of one step to `sums`; `tokens(n, pair)` answers with the words of eight tokens.
 template <class Tokens>
 device void multiply_step(
@@ -103,19 +122,13 @@ device void multiply_step(
       for (int n = 0; n < TOKENS; ++n) multiply(ones[n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
     }
     if constexpr (LIFT) {
-      const u32 weights[4] = {lift_of(b, 0), lift_of(b, 1), lift_of(b, 2), lift_of(b, 3)};
+      const u32 weights[4] = {minus_lift_of(b, 0), minus_lift_of(b, 1), minus_lift_of(b, 2), minus_lift_of(b, 3)};
 #pragma unroll
       for (int n = 0; n < TOKENS; ++n) multiply(lift[n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
     }
     if (b % PART == PART - 1) {
 #pragma unroll
-      for (int r = 0; r < TILES; ++r)
-#pragma unroll
-        for (int n = 0; n < TOKENS; ++n)
-#pragma unroll
-          for (int j = 0; j < 4; ++j)
-            sums[r][n][j] += contribution(
-                scales.scale[r][b / PART], scales.zero[r][b / PART], j / 2, part[r][n][j] - lift[n][j], ones[n][j]);
+      for (int r = 0; r < TILES; ++r) add_group(sums[r], scales.scale[r][b / PART], scales.zero[r][b / PART], part[r], lift, ones);
     }
   }
 }
@@ -130,6 +143,16 @@ constexpr int OWN_PARTS = PART >= 8 ? PARTS : PART > 1 ? SETS : 2 * SETS;  // wh
 device constexpr int own_part(int set, int c) { return PART >= 8 ? set * 8 / PART : PART > 1 ? set : 2 * set + c; }
 
 struct SpreadActivations { uint2 at[SETS]; };
+
+// Of each block of a set all lanes take part in the product, but only its own have numbers, the others zeros. These stand
+// in shared memory, eight places for a lane of which it fills only its own block's: one load instead of two selections.
+constexpr int PLACES_OF_WARP = 8 * 32;
+constexpr int AT_PLACES = (TABLE_BYTES + FACTOR_BYTES + 4 * ALONG * WIDTH * SUM_PITCH + 15) / 16 * 16;
+device uint2* places_of_lane() { return reinterpret_cast<uint2*>(pool + AT_PLACES) + threadIdx.x / 32 * PLACES_OF_WARP + threadIdx.x % 32; }
+device void clear_places() {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) places_of_lane()[32 * n] = {0, 0};
+}
 struct SpreadScales {
   Pair<SCALE> scale[TILES][OWN_PARTS];
   Pair<ZERO> zero[TILES][OWN_PARTS];
@@ -145,15 +168,34 @@ device void fetch(SpreadActivations& x, const Arguments& a, int step, int lane) 
 }
 
 device void fetch(SpreadScales& scales, const Arguments& a, const Places& places, int step, int lane) {
+  const i64 first = group_of(a, step, 0) + (PART >= 8 ? 0 : 2 * (lane % 4) / PART);
 #pragma unroll
   for (int own = 0; own < OWN_PARTS; ++own) {
-    const int part = PART >= 8 ? own : PART > 1 ? (8 * own + 2 * (lane % 4)) / PART : own / 2 * 8 + 2 * (lane % 4) + own % 2;
-    const int group = group_of(a, step, part), above = a.second_groups == 1 ? group : group / a.second_groups;
+    i64 group = first + (PART >= 8 ? own : PART > 1 ? 8 * own / PART : own / 2 * 8 + own % 2);
+    if (RAGGED && group >= a.groups) group = a.groups - 1;
 #pragma unroll
     for (int r = 0; r < TILES; ++r) {
-      load(scales.scale[r][own], a.scale, places.scales[r] + i64(group) * 8, places.second[r], above);
-      load(scales.zero[r][own], a.zero, places.scales[r] + i64(group) * 8, places.second[r], above);
+      load(scales.scale[r][own], a.scale, places.scales[r] + group * 8, places.second[r], group / SECOND_GROUPS);
+      load(scales.zero[r][own], a.zero, places.scales[r] + group * 8, places.second[r], group / SECOND_GROUPS);
     }
+  }
+}
+
+// What a group adds to the sums of rows g and g + 8.
+template <class S, class Z>
+device void add_contributions(float (&sums)[4], const S& scale, const Z& zero, float part, float part_below, float ones) {
+  if constexpr (SCALE == BILEVEL || SCALE == LEVEL) {
+    const Levels levels = levels_of(scale.second);
+    sums[0] += contribution_of(levels, scale.raw, 0, part, ones);
+    sums[2] += contribution_of(levels, scale.raw, 1, part_below, ones);
+  } else if constexpr (SCALE == PAIRS) {  // `part` over what has the second number
+    sums[0] += half_of(scale.raw.x, 0) * (ones - part);
+    sums[0] += half_of(scale.raw.x, 1) * part;
+    sums[2] += half_of(scale.raw.y, 0) * (ones - part_below);
+    sums[2] += half_of(scale.raw.y, 1) * part_below;
+  } else {
+    sums[0] += contribution(scale, zero, 0, part, ones);
+    sums[2] += contribution(scale, zero, 1, part_below, ones);
   }
 }
 
@@ -162,35 +204,47 @@ device void multiply_step(
     Tables (&tables)[TILES], const Arguments& a, int first_tile, int step, int lane) {
 #pragma unroll
   for (int set = 0; set < SETS; ++set) {
-    float part[TILES][4] = {}, ones[4] = {}, lift[4] = {};
+    places_of_lane()[32 * (lane / 4)] = x.at[set];
+    float part[TILES][4], ones[4] = {}, lift[4] = {};
     const u32 constant[4] = {ONES, ONES, ONES, ONES};
     if constexpr (SUMS) multiply(ones, constant, x.at[set].x, x.at[set].y);  // of all blocks, the same for all rows
 #pragma unroll
     for (int n = 0; n < (LIFT ? LIFTS : 0); ++n) {
-      const u32 lifts[4] = {lift_of(n, 0), lift_of(n, 1), lift_of(n, 2), lift_of(n, 3)};
+      const u32 lifts[4] = {minus_lift_of(n, 0), minus_lift_of(n, 1), minus_lift_of(n, 2), minus_lift_of(n, 3)};
       const bool own = lane / 4 % LIFTS == n;
       multiply(lift, lifts, own ? x.at[set].x : 0, own ? x.at[set].y : 0);
     }
 #pragma unroll
+    for (int r = 0; r < TILES; ++r)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) part[r][j] = lift[j];
+#pragma unroll
     for (int n = 0; n < 8; ++n) {
       const int b = 8 * set + n;
-      const u32 first = lane / 4 == n ? x.at[set].x : 0, second = lane / 4 == n ? x.at[set].y : 0;
+      const uint2 own = places_of_lane()[32 * n];
 #pragma unroll
       for (int r = 0; r < TILES; ++r) {
         u32 weights[4];
         if (GROUP != 0 && b % PART == 0)
           load(tables[r], a, tile_of(a, first_tile + r), group_of(a, step, b / PART), lane / 4);
         operands<LIFT>(weights, codes.at[r], b, 4 * lane, tables[r]);
-        multiply(part[r], weights, first, second);
+        multiply(part[r], weights, own.x, own.y);
       }
     }
 #pragma unroll
-    for (int r = 0; r < TILES; ++r)
+    for (int r = 0; r < TILES; ++r) {
+      if constexpr (PART >= 8) {  // the lane's blocks 2 * t and 2 * t + 1 are of one group
+        const int own = own_part(set, 0);
+        add_contributions(
+            sums[r][0], scales.scale[r][own], scales.zero[r][own], part[r][0] + part[r][1], part[r][2] + part[r][3], ones[0] + ones[1]);
+      } else {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int own = own_part(set, j % 2);
-        sums[r][0][j / 2 * 2] += contribution(scales.scale[r][own], scales.zero[r][own], j / 2, part[r][j] - lift[j], ones[j]);
+        for (int c = 0; c < 2; ++c) {
+          const int own = own_part(set, c);
+          add_contributions(sums[r][0], scales.scale[r][own], scales.zero[r][own], part[r][c], part[r][2 + c], ones[c]);
+        }
       }
+    }
   }
 }
 
@@ -199,77 +253,108 @@ typedef SpreadScales StepScales;
 typedef Scales StepScales;
 #endif
 
-// ---- Outliers: some lanes a row, each with every so many-th entry; the block's first share of columns takes them all.
-// Entries are on their way before activations are waited for, and what these meet after the first step of the product.
-
-constexpr int LANES = THREADS >= 16 * ROWS ? 16 : 8, AHEAD = LANES == 16 ? 2 : 3;  // of a row, entries of each
-constexpr int TURNS = (ROWS * LANES + THREADS - 1) / THREADS;
+// ---- Outliers: warps along the columns share a row's quads. A lane of one token adds its own entries to its own sums,
+// which meet later; of more, lanes of a row pass each other's entries on and add all of them for their own tokens.
+// Entries are on their way before activations are waited for, and what these meet before the product begins.
 
 #if OUTLIERS
+#include "outliers.cuh"
+
+constexpr int WARPS_OF_ROW = ALONG * SPLIT, AHEAD = WARPS_OF_ROW < 8 && PARTS <= 4 ? 2 : 1;  // quads of a warp on their way
+
 struct Outliers {
-  u32 begin[TURNS], end[TURNS], entries[TURNS][AHEAD];
-  u16 gathered[TURNS][SPREAD ? AHEAD : 1];
-  float sums[TURNS][EXTRA];
+  int first;  // quad of this warp
+  uint2 entries[TILES][AHEAD];
+  u16 met[SPREAD ? TILES : 1][AHEAD][2];
 };
 
-device void begin_outliers(Outliers& own, const Arguments& a) {
+device void begin_outliers(Outliers& own, const Arguments& a, int first_tile, int along, int lane) {
+  own.first = blockIdx.y * ALONG + along;
 #pragma unroll
-  for (int turn = 0; turn < TURNS; ++turn) {
-    const int within = (turn * THREADS + threadIdx.x) / LANES, row = row_of_block(a, within);
-    const bool real = row < a.rows && within < ROWS && blockIdx.y == 0;
-    own.end[turn] = real ? load_once(a.row_ptr + row + 1) : 0;
-    own.begin[turn] = real ? load_once(a.row_ptr + row) : 0;
+  for (int r = 0; r < TILES; ++r)
 #pragma unroll
-    for (int n = 0; n < EXTRA; ++n) own.sums[turn][n] = 0.0f;
-  }
+    for (int k = 0; k < AHEAD; ++k)
+      own.entries[r][k] = entries_of(a, tile_of(a, first_tile + r), own.first + k * WARPS_OF_ROW, lane);
 }
 
-// The next entries of a row, zeros where there are none.
-device void fetch_entries(Outliers& own, const Arguments& a, int turn) {
-#pragma unroll
-  for (int n = 0; n < AHEAD; ++n) {
-    const u32 at = own.begin[turn] + threadIdx.x % LANES + LANES * n;
-    own.entries[turn][n] = at < own.end[turn] ? load_once(a.entries + at) : 0;
-  }
-  own.begin[turn] += LANES * AHEAD;
+#if SPREAD
+// The first HELD_TOKENS activations wait in shared memory, where lanes find them a few at once, not each in a line of its own.
+constexpr int MOST_HELD = 16384;
+constexpr int AT_HELD = AT_PLACES + 8 * PLACES_OF_WARP * ACROSS * ALONG;
+device void hold_tokens(const Arguments& a) {
+  for (int n = threadIdx.x; n < HELD_TOKENS / 8 && 8 * n < a.columns; n += THREADS) copy_async(pool + AT_HELD + 16 * n, a.x + 8 * n, true);
+  commit_copies();
+}
+device u16 activation_of(const Arguments& a, u32 entry) {
+  const int column = entry & 0xFFFF;
+  if (HELD_TOKENS == MOST_HELD && column >= HELD_TOKENS) return a.x[column];
+  return reinterpret_cast<const u16*>(pool + AT_HELD)[column];
 }
 
-device void add_entries(Outliers& own, const Arguments& a, int turn, int first_token, bool is_gathered) {
+device void meet_tokens(Outliers& own, const Arguments& a) {
+  wait_for_copies<0>();
+  block_barrier();
 #pragma unroll
-  for (int k = 0; k < AHEAD; ++k) {
-    const u32 entry = own.entries[turn][k];
-    const float value = OUTLIERS == F16 ? half_value(u16(entry >> 16)) : as_float(entry & 0xFFFF0000u);
-    const u16* x = a.x + i64(first_token) * a.stride + (entry & 0xFFFF);
+  for (int r = 0; r < TILES; ++r)
 #pragma unroll
-    for (int n = 0; n < EXTRA; ++n)
-      if (first_token + n < a.tokens)
-        own.sums[turn][n] += value * widened(SPREAD && is_gathered ? own.gathered[turn][SPREAD ? k : 0] : x[i64(n) * a.stride]);
-  }
-}
-
-// The activations of the entries that were fetched; after the first step of the product, when these are there.
-device void gather(Outliers& own, const Arguments& a) {
-#pragma unroll
-  for (int turn = 0; turn < (SPREAD ? TURNS : 0); ++turn)
-#pragma unroll
-    for (int k = 0; k < AHEAD; ++k) own.gathered[turn][SPREAD ? k : 0] = a.x[own.entries[turn][k] & 0xFFFF];
-}
-
-// Sums of all rows, beside those of the product.
-device void end_outliers(Outliers& own, const Arguments& a, int first_token, float* meeting) {
-#pragma unroll
-  for (int turn = 0; turn < TURNS; ++turn) {
-    add_entries(own, a, turn, first_token, true);
-    while (own.begin[turn] < own.end[turn]) {
-      fetch_entries(own, a, turn);
-      add_entries(own, a, turn, first_token, false);
+    for (int k = 0; k < AHEAD; ++k) {
+      own.met[r][k][0] = activation_of(a, own.entries[r][k].x);
+      own.met[r][k][1] = activation_of(a, own.entries[r][k].y);
     }
-    const int row = (turn * THREADS + threadIdx.x) / LANES;
+}
+
+device void add_entry(float& sum, const Arguments& a, u32 entry) { sum += value_of(entry) * widened(activation_of(a, entry)); }
+#endif
+
+// Both entries of a lane, by those lanes that have sums of their rows.
+device void add_pair(float (&sums)[TOKENS][4], const Arguments& a, const uint2& pair, int first_token, int lane) {
+#if SPREAD
+  add_entry(sums[0][0], a, pair.x);
+  add_entry(sums[0][2], a, pair.y);
+#else
 #pragma unroll
-    for (int n = 0; n < EXTRA; ++n) {
-      if (first_token + n >= a.tokens) break;
-      const float sum = sum_of_lanes<LANES>(own.sums[turn][n]);
-      if (row < ROWS && threadIdx.x % LANES == 0) meeting[n * SUM_PITCH + row] = sum;
+  for (int from = 0; from < 4; ++from)
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const u32 entry = of_lane(which ? pair.y : pair.x, (lane & ~3) + from);
+      const float value = value_of(entry);
+#pragma unroll
+      for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int token = first_token + 8 * n + lane % 4 * 2 + j;
+          const i64 row = i64(token < a.tokens ? token : a.tokens - 1) * a.stride;
+          sums[n][2 * which + j] += value * widened(a.x[row + (entry & 0xFFFF)]);
+        }
+    }
+#endif
+}
+
+device void add_outliers(
+    float (&sums)[TILES][TOKENS][4], const Outliers& own, const Arguments& a, int first_tile, int first_token, int lane) {
+#pragma unroll
+  for (int r = 0; r < TILES; ++r) {
+    const i64 tile = tile_of(a, first_tile + r);
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+#if SPREAD
+      sums[r][0][0] += value_of(own.entries[r][k].x) * widened(own.met[r][k][0]);
+      sums[r][0][2] += value_of(own.entries[r][k].y) * widened(own.met[r][k][1]);
+#else
+      add_pair(sums[r], a, own.entries[r][k], first_token, lane);
+#endif
+    }
+    // Others come as they are met: quads of rows that have many, then the rest of long rows, four at once like these.
+    int quad = own.first + AHEAD * WARPS_OF_ROW;
+    if (quad >= a.quads && a.rest_ptr == nullptr) continue;
+    const Rest rest[2] = {rest_of(a, int(tile) * 16 + lane / 4), rest_of(a, int(tile) * 16 + lane / 4 + 8)};
+    const u32 lengths[2] = {rest[0].end - rest[0].begin, rest[1].end - rest[1].begin};
+    const u32 longest = max_of_warp(lengths[0] > lengths[1] ? lengths[0] : lengths[1]);
+    const int quads = a.quads > AHEAD * WARPS_OF_ROW ? a.quads : AHEAD * WARPS_OF_ROW;  // from which the rest is counted
+    for (const int last = quads + int(longest + 3) / 4; quad < last; quad += WARPS_OF_ROW) {
+      const int beyond = 4 * (quad - quads) + lane % 4;
+      const auto entry = [&](const Rest& own) { return own.begin + beyond < own.end ? a.rest[own.begin + beyond] : 0; };
+      add_pair(sums[r], a, quad < quads ? entries_of(a, tile, quad, lane) : uint2{entry(rest[0]), entry(rest[1])}, first_token, lane);
     }
   }
 }
@@ -320,20 +405,24 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
 
 #if OUTLIERS
   Outliers outliers;
-  begin_outliers(outliers, a);
-#pragma unroll
-  for (int turn = 0; turn < TURNS; ++turn) fetch_entries(outliers, a, turn);
+  begin_outliers(outliers, a, first_tile, along, lane);
 #endif
   if constexpr (TABLE == SHARED) {
     copy_table(a);
     block_barrier();
   }
+#if SPREAD
+  clear_places();
+#endif
   Tables tables[TILES];
   load_tables(tables, a, first_tile, g);
   Beside beside;
   fetch_gain(beside, a, first_token);
-  start_later_kernels();
+  if constexpr (!LATE) start_later_kernels();
   wait_for_earlier_kernels();  // weights never depend on them
+#if OUTLIERS && SPREAD
+  hold_tokens(a);
+#endif
 
   float sums[TILES][TOKENS][4] = {};
 #if STAGED
@@ -363,6 +452,9 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   };
   for (int round = 0; round < STAGES - 1; ++round) stage_tokens(round);
   fetch_rest(beside, factors, a, first_token);
+#if OUTLIERS
+  add_outliers(sums, outliers, a, first_tile, first_token, lane);
+#endif
   for (int round = 0; round < rounds; ++round) {
     wait_for_copies<STAGES - 2>();
     block_barrier();
@@ -403,6 +495,11 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   for (int d = 0; d < DEPTH; ++d)
     if (step_at(d) < end) fetch_tokens(d, step_at(d));
   fetch_rest(beside, factors, a, first_token);
+#if OUTLIERS && SPREAD
+  meet_tokens(outliers, a);
+#elif OUTLIERS
+  add_outliers(sums, outliers, a, first_tile, first_token, lane);
+#endif
   for (int base = 0; base < rounds; base += DEPTH) {
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
@@ -414,9 +511,6 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
       const auto tokens = [&](int n, int pair) { return x[d].at[n][pair]; };
       multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(round), lane);
 #endif
-#if OUTLIERS
-      if (round == 0) gather(outliers, a);
-#endif
       if (next < end) {
         fetch(codes[d], a, places, next, lane);
         fetch(scales[d], a, places, next, lane);
@@ -426,12 +520,17 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   }
 #endif
 #if SPREAD
+#if OUTLIERS
+  add_outliers(sums, outliers, a, first_tile, first_token, lane);
+#endif
 #pragma unroll
   for (int r = 0; r < TILES; ++r) {
     sums[r][0][0] = sum_of_four(sums[r][0][0]);
     sums[r][0][2] = sum_of_four(sums[r][0][2]);
   }
 #endif
+
+  if constexpr (LATE) start_later_kernels();
 
   // Warps along the columns meet in shared memory, blocks along the columns in device memory, always in one order.
   if constexpr (STAGED) {
@@ -440,15 +539,11 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   }
   float* meeting = reinterpret_cast<float*>(stages);
   put_sums(meeting + along * WIDTH * SUM_PITCH, sums, SUM_PITCH, across * TILES * 16, 1, lane);
-#if OUTLIERS
-  if (step_at(0) >= end) gather(outliers, a);
-  end_outliers(outliers, a, first_token, meeting + ALONG * WIDTH * SUM_PITCH);
-#endif
   block_barrier();
   const auto total_of_block = [&](int token, int row) {
     float sum = 0.0f;
 #pragma unroll
-    for (int k = 0; k < ALONG + (OUTLIERS != NONE); ++k) sum += meeting[(k * WIDTH + token) * SUM_PITCH + row];
+    for (int k = 0; k < ALONG; ++k) sum += meeting[(k * WIDTH + token) * SUM_PITCH + row];
     return sum;
   };
   if constexpr (SPLIT == 1) {
@@ -471,60 +566,143 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   }
 }
 
-// The weight in the type of the activations, [rows][columns] at `y`; what many tokens are multiplied by. A warp takes
-// one step of a tile.
-constexpr int WEIGHT_PITCH = 2 * STEP + 64;  // bytes of a row of a step; the rest keeps banks apart
-extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Arguments a) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const u32 unit = u32(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
-  if constexpr (TABLE == SHARED) {
-    copy_table(a);
-    block_barrier();
-  }
-  const int tile = unit / a.steps, step = unit % a.steps;
-  if (tile * 16 >= a.rows) return;
-  Codes codes;
-  Scales scales;
-  const Places places = places_of(a, tile, lane);
-  fetch(codes, a, places, step, lane);
-  fetch(scales, a, places, step, lane);
-  Tables tables;
-  u8* own = pool + TABLE_BYTES + threadIdx.x / 32 * 16 * WEIGHT_PITCH;
+// The weight for products of many tokens, [rows][columns] at `y`: in the type of the activations, or in bytes of E4M3
+// with a step for each row, float32 at `partial`. A warp takes some steps of a tile, all of which it loads at once.
+constexpr int AT_ONCE = PARTS > 4 ? 1 : 4;
+
+// Of E4M3: what a code stands for is `factor * (code + shift) + offset` in float16, for rows g and g + 8. A shift is a
+// zero point, so that what means zero stays zero.
+struct Bytes {
+  static constexpr int SIZE = 1, PIECE = 16;  // bytes of a number, numbers of a lane
+  float most[2];
+  u32 factor[2], shift[2], offset[2];
+
+  // The largest number that a row may hold, of all its groups, by four lanes.
+  void prepare(const Arguments& a, const Places& places, int tile, bool is_first, int lane) {
+    most[0] = most[1] = 0.0f;
+    for (int group = lane % 4; group < a.groups; group += 4) {
+      Pair<SCALE> scale;
+      Pair<ZERO> zero;
+      load(scale, a.scale, places.scales[0] + group * 8, places.second[0], group / SECOND_GROUPS);
+      load(zero, a.zero, places.scales[0] + group * 8, places.second[0], group / SECOND_GROUPS);
 #pragma unroll
-  for (int pair = 0; pair < BLOCKS / 2; ++pair) {
-    u32 words[2][4];  // of a row: the lane's columns of both blocks
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int b = 2 * pair + e;
-      if (b % PART == 0) load(tables, a, tile, group_of(a, step, b / PART), g);
-      u32 weights[4];
-      operands(weights, codes.at[0], b, 4 * lane, tables);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float values[2];
-#pragma unroll
-        for (int f = 0; f < 2; ++f) {
-          const float code = widened(u16(weights[i] >> 16 * f));
-          values[f] = contribution(scales.scale[0][b / PART], scales.zero[0][b / PART], i % 2, code, 1.0f) * a.multiplier;
-        }
-        words[i % 2][2 * e + i / 2] = rounded<HALF>(values[0]) | u32(rounded<HALF>(values[1])) << 16;
+      for (int which = 0; which < 2; ++which) {
+        const float low = contribution(scale, zero, which, -CENTER, 1.0f);
+        const float high = contribution(scale, zero, which, (1 << BITS) - 1 - CENTER, 1.0f);
+        most[which] = max_of(most[which], max_of(absolute(low), absolute(high)));
       }
     }
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-      u8* to = own + (g + 8 * which) * WEIGHT_PITCH + 2 * (SPAN == 4 ? 32 * pair + 4 * t : first_of(pair, t));
-      *reinterpret_cast<uint2*>(to) = {words[which][0], words[which][1]};
-      *reinterpret_cast<uint2*>(to + (SPAN == 4 ? 32 : 8)) = {words[which][2], words[which][3]};
+#pragma unroll
+      for (int distance = 1; distance < 4; distance *= 2) most[which] = max_of(most[which], of_lane_xor(most[which], distance));
+      const int row = tile * 16 + lane / 4 + 8 * which;
+      if (is_first && lane % 4 == 0 && row < a.rows) a.partial[row] = most[which] / 448.0f * a.multiplier;
     }
   }
-  warp_barrier();
+  void begin_group(const Pair<SCALE>& scale, const Pair<ZERO>& zero, const Arguments&) {
 #pragma unroll
-  for (int n = 0; n < 16 * STEP / 128; ++n) {  // whole rows, as memory likes them
-    const int within = n % (STEP / 128) * 128 + 4 * lane, row = n / (STEP / 128);
-    if (tile * 16 + row < a.rows && step * STEP + within < a.columns)
-      *reinterpret_cast<uint2*>(a.y + i64(tile * 16 + row) * a.columns + step * STEP + within) =
-          *reinterpret_cast<const uint2*>(own + row * WEIGHT_PITCH + 2 * within);
+    for (int which = 0; which < 2; ++which) {
+      const float unit = most[which] > 0.0f ? 448.0f / most[which] : 0.0f, none = contribution(scale, zero, which, 0.0f, 1.0f);
+      const float slope = contribution(scale, zero, which, 1.0f, 1.0f) - none;
+      factor[which] = rounded<true>(slope * unit) * 0x10001u;
+      shift[which] = rounded<true>(slope == 0.0f ? 0.0f : none / slope) * 0x10001u;
+      offset[which] = rounded<true>(none * unit) * 0x10001u;
+    }
   }
+  // Four numbers of a row from two pairs of codes.
+  void put(u8* to, u32 first, u32 second, int which) const {
+#if defined(RAREFY_EMULATED) || __CUDA_ARCH__ >= 890
+    *reinterpret_cast<u32*>(to) = e4m3_of_halves(number(first, which)) | u32(e4m3_of_halves(number(second, which))) << 16;
+#endif
+  }
+  u32 number(u32 codes, int which) const {
+    if constexpr (SCALE == PAIRS) return fused(codes, factor[which], offset[which]);
+    else return fused(SUMS ? fused(codes, ONES, shift[which]) : codes, factor[which], 0);
+  }
+};
+
+// In the type of the activations.
+struct Halves {
+  static constexpr int SIZE = 2, PIECE = 4;
+  Pair<SCALE> scale;
+  Pair<ZERO> zero;
+  float multiplier;
+
+  void prepare(const Arguments& a, const Places&, int, bool, int) { multiplier = a.multiplier; }
+  void begin_group(const Pair<SCALE>& own_scale, const Pair<ZERO>& own_zero, const Arguments&) { scale = own_scale, zero = own_zero; }
+  u32 number(u16 code, int which) const {
+    return rounded<HALF>(contribution(scale, zero, which, widened(code), 1.0f) * multiplier);
+  }
+  void put(u8* to, u32 first, u32 second, int which) const {
+    *reinterpret_cast<uint2*>(to) = {number(u16(first), which) | number(u16(first >> 16), which) << 16,
+                                     number(u16(second), which) | number(u16(second >> 16), which) << 16};
+  }
+};
+
+template <int BYTES_> struct Piece { typedef uint2 type; };
+template <> struct Piece<16> { typedef uint4 type; };
+
+template <class Numbers> device void dequantize(const Arguments& a) {
+  constexpr int SIZE = Numbers::SIZE, PIECE = Numbers::PIECE;
+  constexpr int PITCH_OF_ROW = SIZE * (STEP + 32);  // bytes; the rest keeps banks apart
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const u32 unit = u32(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32, shares = (a.steps + AT_ONCE - 1) / AT_ONCE;
+  if constexpr (TABLE == SHARED) {
+    copy_table(a);
+    block_barrier();
+  }
+  const int tile = unit / shares, begin = unit % shares * AT_ONCE;
+  if (tile * 16 >= a.rows) return;
+  Codes codes[AT_ONCE];
+  Scales scales[AT_ONCE];
+  const Places places = places_of(a, tile, lane);
+#pragma unroll
+  for (int k = 0; k < AT_ONCE; ++k)
+    if (begin + k < a.steps) {
+      fetch(codes[k], a, places, begin + k, lane);
+      fetch(scales[k], a, places, begin + k, lane);
+    }
+  const int rows = a.rows - tile * 16;
+  const i64 pitch = a.columns;
+  u8* y = reinterpret_cast<u8*>(a.y) + SIZE * (tile * 16 * pitch);
+  Numbers numbers;
+  numbers.prepare(a, places, tile, begin == 0, lane);
+  Tables tables;
+  u8* own = pool + TABLE_BYTES + threadIdx.x / 32 * 16 * PITCH_OF_ROW;
+#pragma unroll
+  for (int k = 0; k < AT_ONCE; ++k) {
+    const int step = begin + k;
+    if (step >= a.steps) break;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) {
+      if (b % PART == 0) {
+        load(tables, a, tile, group_of(a, step, b / PART), g);
+        numbers.begin_group(scales[k].scale[0][b / PART], scales[k].zero[0][b / PART], a);
+      }
+      u32 weights[4];
+      operands(weights, codes[k].at[0], b, 4 * lane, tables);
+      const int column = SPAN == 4 ? 32 * (b / 2) + 4 * t + 16 * (b % 2) : first_of(b / 2, t) + 4 * (b % 2);
+#pragma unroll
+      for (int which = 0; which < 2; ++which)
+        numbers.put(own + (g + 8 * which) * PITCH_OF_ROW + SIZE * column, weights[which], weights[which + 2], which);
+    }
+    warp_barrier();
+#pragma unroll
+    for (int n = 0; n < 16 * STEP / 32 / PIECE; ++n) {  // whole rows, as memory likes them
+      const int at = n * 32 + lane, within = at % (STEP / PIECE) * PIECE, row = at / (STEP / PIECE);
+      typedef typename Piece<SIZE * PIECE>::type Own;
+      const Own whole = *reinterpret_cast<const Own*>(own + row * PITCH_OF_ROW + SIZE * within);
+      u8* to = y + SIZE * (row * pitch + step * STEP + within);
+      if (row < rows && (!RAGGED || step * STEP + within < a.columns)) *reinterpret_cast<Own*>(to) = whole;
+    }
+    warp_barrier();
+  }
+}
+
+extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize(const Arguments a) { dequantize<Halves>(a); }
+extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize_to_bytes(const Arguments a) {
+  if constexpr (TABLE == NONE && !FLOAT8 && HALF) dequantize<Bytes>(a);
 }
 
 // ---- Activations in 8 bits, for products of bytes.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -30,6 +30,8 @@ from rarefy.kernels.cuda.prepared import (
     PAIRS,
     Prepared,
     code_of,
+    entries_of,
+    kept_of,
     sparse_code_of,
 )
 from rarefy.kernels.prepared import flat, library
@@ -37,10 +39,11 @@ from rarefy.kernels.reference import decode
 
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 MOST_TOKENS = 128  # beyond, a dequantized weight and the library's product take less time
-MOST_TOKENS_WIDE = 768  # where four warps can multiply together
+MOST_TOKENS_WIDE = 1024  # where four warps can multiply together
 MOST_TOKENS_OF_SMALL_GROUPS = 64  # there, since every 16 or 32 columns are scaled apart
 MOST_APART = 1 << 22  # numbers from a token to the next, so that 32 bits count them
 MOST_TOKENS_OF_16_BITS = 64  # up to which reading the weight is all that counts, so that activations stay exact
+MOST_TOKENS_OF_16_BITS_BY_CODES = 384  # likewise of codes, which would have to become bytes first
 MOST_TOKENS_OF_SPARSE = 4
 MOST_TOKENS_OF_OUTLIERS = 16  # beyond, their gathered activations cost more than a dense weight, except in gemm.cu
 
@@ -100,8 +103,8 @@ def _linear(
 def _multiplied(x: Tensor, terms: list[Term], rows: int, fast: bool) -> Tensor:
     """``x [tokens, columns]`` by the first kernel that fits, else by a dense weight."""
     tokens, kinds = x.shape[0], sorted(term[1]["kind"] for term in terms)
-    if fast and tokens > MOST_TOKENS_OF_16_BITS and len(terms) == 1 and _multiplies_bytes(terms[0], x.device):
-        return _product_of_bytes(x, terms[0])
+    if fast and len(terms) == 1 and tokens > MOST_TOKENS_OF_16_BITS and (weight := _in_bytes(terms[0], x)) is not None:
+        return _product_of_bytes(x, *weight, terms[0][2])
     if _compiles():
         x = aligned(x)
         most = most_tokens(terms, x.device)
@@ -127,22 +130,36 @@ def most_tokens(terms: Sequence[Term], device: torch.device) -> int:
     return MOST_TOKENS_OF_SMALL_GROUPS if small else MOST_TOKENS_WIDE
 
 
-def _multiplies_bytes(term: Term, device: torch.device) -> bool:
-    """Whether the library has a product for these bytes."""
+def _in_bytes(term: Term, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The weight in E4M3 and what its rows are multiplied by, where the library has a product for that: stored so, or
+    for more tokens made of codes, which rounds them once more."""
     tensors, numbers, _ = term
-    whole = numbers["rows"] % 16 == 0 and numbers["columns"] % 32 == 0
-    return whole and tensors["row_scale"].numel() > 0 and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def _product_of_bytes(x: Tensor, term: Term) -> Tensor:
-    """With activations in E4M3, a step for each token."""
-    tensors, _, multiplier = term
-    codes, step = activations.quantize_tokens(x)
-    weight = tensors["codes"].view(torch.float8_e4m3fn).t()
-    y = torch._scaled_mm(
-        codes, weight, step.unsqueeze(1), tensors["row_scale"].unsqueeze(0), out_dtype=torch.bfloat16,
-        use_fast_accum=True,
+    rows, columns = numbers["rows"], numbers["columns"]
+    if rows % 16 or columns % 32 or torch.cuda.get_device_capability(x.device) < (8, 9):
+        return None
+    if tensors["row_scale"].numel() > 0:
+        return tensors["codes"].view(torch.float8_e4m3fn), tensors["row_scale"]
+    if numbers["kind"] != CODES or x.shape[0] <= MOST_TOKENS_OF_16_BITS_BY_CODES or not _compiles():
+        return None
+    code, half = code_of(tensors, numbers), x.dtype == torch.float16
+    if not code.plain_numbers:
+        return None
+    weight = tensors["codes"].new_empty(rows, columns, dtype=torch.float8_e4m3fn)
+    step = weight.new_empty(rows, dtype=torch.float32)
+    given = program.arguments(
+        {**pointed(term, half), "y": weight, "partial": step}, rows=rows, columns=columns,
+        second_rows=numbers["second_rows"],
     )  # fmt: skip
+    program.dequantize(code, given, half, x.device, to_bytes=True)
+    return weight, step
+
+
+def _product_of_bytes(x: Tensor, weight: Tensor, row_scale: Tensor, multiplier: float) -> Tensor:
+    """With activations in E4M3, a step for each token."""
+    codes, step = activations.quantize_tokens(x)
+    y = torch._scaled_mm(
+        codes, weight.t(), step.unsqueeze(1), row_scale.unsqueeze(0), out_dtype=torch.bfloat16, use_fast_accum=True
+    )
     return (y if multiplier == 1.0 else y * multiplier).to(x.dtype)
 
 
@@ -165,7 +182,8 @@ def pointed_sparse(term: Term) -> dict[str, Tensor | None]:
     """The tensors that kernels of kept weights read, by their names."""
     present = {name: tensor if tensor.numel() else None for name, tensor in term[0].items()}
     return {
-        **{name: present[name] for name in ("codes", "scale", "bitmap")}, "zero": present["zero_point"],
+        **{name: present[name] for name in ("codes", "scale", "bitmap", "places", "bases")},
+        "zero": present["zero_point"],
         "row_ptr": present["row_ptr" if term[1]["kind"] == GROUPS else "starts"],
     }  # fmt: skip
 
@@ -233,17 +251,17 @@ def _product(
     tensors, numbers, multiplier = term
     code, tokens, rows = code_of(tensors, numbers), x.shape[0], numbers["rows"]
     half = x.dtype == torch.float16
-    entries: dict[str, Tensor] = {}
+    entries: dict[str, Tensor | None] = {}
     if outliers is not None:
-        code = replace(code, outliers=torch.float16 if outliers[1]["half"] else torch.bfloat16)
-        entries = {"entries": outliers[0]["entries"], "row_ptr": outliers[0]["row_ptr"]}
+        code = code.with_outliers(torch.float16 if outliers[1]["half"] else torch.bfloat16, x.shape[1])
+        entries = pointed_entries(outliers[0])
     chosen = tuning.choose_with(ending, code, rows, x.shape[1], tokens, x.device)
     y = x.new_empty(tokens, rows) if y is None else y
     work = program.workspace(code, chosen, rows, x.shape[1], tokens, x.device)
     given = program.arguments(
         {**pointed(term, half), **entries, **work, **(more or {}), "x": x, "y": y},
         rows=rows, columns=x.shape[1], tokens=tokens, stride=x.stride(0),
-        second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier, eps=eps,
+        second_rows=numbers["second_rows"], multiplier=multiplier, eps=eps,
     )  # fmt: skip
     program.linear(code, chosen, given, half, x.device, ending)
     return y
@@ -258,6 +276,12 @@ def pointed(term: Term, half: bool) -> dict[str, Tensor | None]:
     }  # fmt: skip
 
 
+def pointed_entries(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """The tensors of outliers that kernels read, by their names."""
+    some = tensors["rest"].numel() > 0
+    return {"entries": tensors["entries"], **{name: tensors[name] if some else None for name in ("rest", "rest_ptr")}}
+
+
 def problem_of(made: prepared.Prepared) -> Problem | None:
     """What is measured of a term; None for one that is no codes."""
     (term,) = terms_of(*flat([made])[:3])
@@ -265,8 +289,7 @@ def problem_of(made: prepared.Prepared) -> Problem | None:
     if numbers["kind"] != CODES:
         return None
     own = {name: tensor for name, tensor in pointed(term, False).items() if tensor is not None}
-    second = numbers["second_rows"], numbers["second_groups"]
-    return Problem(code_of(tensors, numbers), own, numbers["rows"], numbers["columns"], second)
+    return Problem(code_of(tensors, numbers), own, numbers["rows"], numbers["columns"], numbers["second_rows"])
 
 
 def _portable(x: Tensor, term: Term) -> Tensor | None:
@@ -295,11 +318,11 @@ def _dense(terms: Sequence[Term], rows: int, columns: int, dtype: torch.dtype) -
     half = dtype == torch.float16
     given = program.arguments(
         {**pointed(codes[0], half), "y": weight}, rows=rows, columns=columns,
-        second=(numbers["second_rows"], numbers["second_groups"]), multiplier=multiplier,
+        second_rows=numbers["second_rows"], multiplier=multiplier,
     )  # fmt: skip
     program.dequantize(code_of(tensors, numbers), given, half, weight.device)
     for own, more, _ in lists:
-        values, column = packing.unpack_entries(own["entries"], torch.float16 if more["half"] else torch.bfloat16)
+        values, column = packing.unpack_entries(entries_of(own), torch.float16 if more["half"] else torch.bfloat16)
         counts = own["row_ptr"][0].diff()
         row = torch.repeat_interleave(
             torch.arange(rows, device=column.device), counts, output_size=column.numel()
@@ -327,7 +350,7 @@ def _values(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: flo
     if numbers["kind"] == MASKED:
         return _values_of_masked(tensors, numbers, multiplier)
     if numbers["kind"] != CODES:
-        return decode.decode_csr(tensors["entries"], tensors["row_ptr"], bool(numbers["half"]), rows, columns)
+        return decode.decode_csr(entries_of(tensors), tensors["row_ptr"], bool(numbers["half"]), rows, columns)
     size = numbers["group_size"] or columns
     code = code_of(tensors, numbers)
 
@@ -369,14 +392,10 @@ def _values(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: flo
 
 
 def _values_of_groups(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: float) -> Tensor:
-    size, columns = numbers["group_size"], numbers["columns"]
-    octets = tensors["codes"]
-    codes = torch.stack([octets & 15, octets >> 4], -1).flatten(1).float()
-    zero = tensors["zero_point"]
-    values = codes - (zero.float().unsqueeze(1) if zero.numel() else numbers["center"])
-    chosen = packing.unpack_bitmap(tensors["bitmap"], columns // size)
-    weight = torch.zeros(*chosen.shape, size, device=octets.device)
-    weight[chosen] = values * tensors["scale"].float().unsqueeze(1) * multiplier
+    chosen, groups, scale, zero = kept_of(tensors, numbers)
+    values = groups.float() - (numbers["center"] if zero is None else zero.float().unsqueeze(1))
+    weight = torch.zeros(*chosen.shape, groups.shape[1], device=groups.device)
+    weight[chosen] = values * scale.float().unsqueeze(1) * multiplier
     return weight.flatten(1)
 
 

@@ -95,6 +95,19 @@ device uint4 load_fresh(const uint4* from, bool real) {
                : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w) : "l"(from), "r"(u32(real)) : "memory");
   return to;
 }
+device uint2 load_fresh(const uint2* from, bool real) {
+  uint2 to = {0, 0};
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0;\n"
+               "@p ld.global.cg.v2.u32 {%0, %1}, [%2]; }"
+               : "+r"(to.x), "+r"(to.y) : "l"(from), "r"(u32(real)) : "memory");
+  return to;
+}
+device u32 load_fresh(const u32* from, bool real) {
+  u32 to = 0;
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0;\n"
+               "@p ld.global.cg.u32 %0, [%1]; }" : "+r"(to) : "l"(from), "r"(u32(real)) : "memory");
+  return to;
+}
 // Sixteen bytes into shared memory, or zeros.
 device void copy_async(u8* to, const void* from, bool real) {
   const u32 address = static_cast<u32>(__cvta_generic_to_shared(to));
@@ -166,11 +179,16 @@ device float absolute(float value) { return fabsf(value); }
 device float max_of(float a, float b) { return fmaxf(a, b); }
 device float quotient(float a, float b) { return __fdividef(a, b); }  // but for the last bits
 device float inverse_root(float value) { return rsqrtf(value); }
-#if defined(FLOAT8) && FLOAT8 && __CUDA_ARCH__ >= 890
+#if __CUDA_ARCH__ >= 890
 // The nearest numbers of E4M3, never infinite.
 device u16 e4m3_pair(float low, float high) {
   u16 pair;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+device u16 e4m3_of_halves(u32 halves) {
+  u16 pair;
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(pair) : "r"(halves));
   return pair;
 }
 #endif
@@ -188,6 +206,7 @@ device void reduce_over_block(float& sum, float& most, float* shared) {
   for (int n = 0; n < warps; ++n) sum += shared[n], most = fmaxf(most, shared[32 + n]);
 }
 device float sum_of_warp(float value) { return sum_of_lanes<32>(value); }
+device u32 max_of_warp(u32 value) { return __reduce_max_sync(0xFFFFFFFFu, value); }
 device u32 of_lane(u32 value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
 device float of_lane(float value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
 device u32 of_lane_xor(u32 value, int distance) { return __shfl_xor_sync(0xFFFFFFFFu, value, distance); }
@@ -255,6 +274,16 @@ device u32 chosen(u32 word, u32 mask, u32 others) {
   return d;
 }
 device u32 permuted(u32 a, u32 b, u32 bytes) { return __byte_perm(a, b, bytes); }
+device void multiply_alone(float (&product)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  if constexpr (HALF)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+        : "=f"(product[0]), "=f"(product[1]), "=f"(product[2]), "=f"(product[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+        : "=f"(product[0]), "=f"(product[1]), "=f"(product[2]), "=f"(product[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
 device void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   if constexpr (HALF)
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

@@ -31,7 +31,7 @@ OVERLAPPED = 8  # of the fastest, which are tried again so
 FORMS = {
     2: [(8, 1, 1), (4, 4, 1), (4, 2, 1), (4, 1, 1), (8, 1, 2)],
     4: [(8, 1, 1), (4, 4, 1), (8, 2, 1), (4, 2, 1), (8, 1, 2)],
-    8: [(8, 1, 1), (8, 2, 1), (4, 4, 1), (8, 1, 2), (8, 4, 1)],
+    8: [(8, 1, 1), (8, 2, 1), (4, 4, 1), (8, 4, 1), (8, 1, 2)],
     16: [(8, 1, 1), (8, 2, 1), (8, 1, 2), (8, 4, 1), (4, 2, 1)],
     32: [(8, 1, 1), (8, 2, 1), (8, 1, 2), (8, 4, 1), (8, 2, 2)],
 }  # fmt: skip
@@ -45,7 +45,7 @@ class Problem:
     tensors: Mapping[str, Tensor]
     rows: int
     columns: int
-    second: tuple[int, int] = (1, 1)
+    second_rows: int = 1
 
     def nbytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
@@ -66,7 +66,7 @@ class Problem:
             work = program.workspace(self.code, tuning, self.rows, x.shape[1], x.shape[0], x.device)
             given = program.arguments(
                 {**own, **work, "x": x, "y": y}, rows=self.rows, columns=self.columns,
-                tokens=x.shape[0], stride=x.stride(0), second=self.second,
+                tokens=x.shape[0], stride=x.stride(0), second_rows=self.second_rows,
             )  # fmt: skip
             results.append(y)
 
@@ -95,10 +95,14 @@ def _direct(code: Code, tokens: int) -> Iterator[Tuning]:
     loads = code.step * code.bits // 256
     if tokens > 16:
         return
-    likely = [(1, 2, 1, 8), (1, 2, 1, 16), (2, 1, 1, 8), (2, 2, 2, 4), (4, 2, 1, 8), (4, 2, 1, 4), (1, 1, 1, 8)]
+    if tokens == 1:
+        likely = [(2, 1, 1, 8), (1, 2, 1, 8), (1, 2, 1, 16), (2, 2, 2, 4), (4, 1, 1, 8), (4, 2, 1, 8), (1, 1, 1, 16),
+                  (1, 1, 1, 8), (2, 1, 2, 4), (2, 2, 1, 8), (1, 4, 1, 4), (1, 2, 1, 4)]  # fmt: skip
+    else:
+        likely = [(2, 1, 1, 4), (1, 1, 1, 4), (2, 1, 2, 4), (2, 1, 1, 8), (1, 1, 1, 8), (1, 2, 1, 8)]
     others = itertools.product((1, 2, 4), (1, 2, 4), (1, 2), (8, 4, 16))
     for tiles, depth, across, along in dict.fromkeys([*likely, *others]):
-        if across * along <= 16 and tiles * depth * loads <= 12 and (loads < 4 or tiles < 4):
+        if across * along <= 16 and tiles * depth * loads <= 16 and (loads < 4 or tiles < 4):
             yield Tuning(tiles, -(-tokens // 8), across, along, depth, spread=tokens == 1)
 
 
@@ -162,6 +166,9 @@ def fastest(problem: Problem, x: Tensor, most: int = 64) -> tuple[Tuning, dict[T
     if overlaps(x.device):
         for tuning in sorted(times, key=lambda each: times[each])[:OVERLAPPED]:
             measure(replace(tuning, overlap=True))
+        best = min(times, key=lambda each: times[each])
+        if best.overlap and not best.wide:
+            measure(replace(best, late=True))
     if not times:
         raise UnsupportedError("No form of the kernel compiles for this GPU.")
     return min(times, key=lambda each: times[each]), times

@@ -30,7 +30,7 @@ class Prepared(prepared.Prepared):
 
     SLOTS: ClassVar[tuple[str, ...]] = (
         "codes", "scale", "zero_point", "second_order", "table", "pairs_half", "pairs_bfloat16", "entries", "row_ptr",
-        "row_scale", "bitmap", "starts",
+        "rest", "rest_ptr", "row_scale", "bitmap", "starts", "places", "bases",
     )  # fmt: skip
     NUMBERS: ClassVar[tuple[str, ...]] = (
         "kind", "bits", "group_size", "span", "scale_layout", "center", "half", "rows", "columns", "second_rows",
@@ -39,7 +39,8 @@ class Prepared(prepared.Prepared):
 
     @property
     def multiplies_bytes(self) -> bool:
-        return "row_scale" in self.tensors
+        integers = self.numbers["kind"] == CODES and not self.numbers["float8"] and not _table_of(self.tensors)
+        return "row_scale" in self.tensors or (integers and self.rows % 16 == 0 and self.columns % 32 == 0)
 
 
 def code_of(tensors: dict[str, Tensor], numbers: dict[str, int]) -> Code:
@@ -49,7 +50,8 @@ def code_of(tensors: dict[str, Tensor], numbers: dict[str, int]) -> Code:
     return Code(
         bits=numbers["bits"], group=numbers["group_size"], span=numbers["span"], table=_table_of(tensors),
         scale=named, zero=zero.dtype if zero.numel() else None, center=numbers["center"],  # type: ignore[arg-type]
-        float8=bool(numbers["float8"]), ragged=numbers["columns"] % layout.step_of(numbers["bits"]) != 0,
+        float8=bool(numbers["float8"]), second_groups=numbers["second_groups"],
+        ragged=numbers["columns"] % layout.step_of(numbers["bits"]) != 0,
     )  # fmt: skip
 
 
@@ -206,8 +208,10 @@ def _kept_groups(arguments: Arguments) -> Prepared:
     codes, scale, zero_point, second, positions, row_ptr, pattern, block, name, levels, size, _, rows, columns = (
         arguments
     )
-    if second is not None or name != "bitstream" or levels != 16 or size % 16 or size != block[0] or columns % size:
+    if second is not None or name != "bitstream" or levels != 16 or size != block[0] or columns % size:
         raise NotCovered(f"kept groups of {size} columns and {levels} levels")
+    if size not in (16, 32, 64, 128):
+        raise NotCovered(f"kept groups of {size} columns")
     chosen = patterns.group_mask(pattern, block, positions, row_ptr, rows, columns)
     counts = chosen.sum(1)
     total = int(counts.sum())
@@ -215,32 +219,66 @@ def _kept_groups(arguments: Arguments) -> Prepared:
         raise NotCovered("kept groups followed by the filling of a stack")
     lead = rows if pattern == "groups" else 1
     octets = codes.contiguous().view(torch.uint8).reshape(lead, -1)[:, : total // max(lead, 1) * size // 2]
-    tensors = {
-        "codes": octets.contiguous().reshape(total, size // 2), "scale": scale.flatten(),
-        "bitmap": packing.pack_bitmap(chosen),
-        "row_ptr": torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32),
-    }  # fmt: skip
-    if zero_point is not None:
-        if not zero_point.is_floating_point():
-            zero_point = packing.unpack_bits(zero_point, 4, total)
-        tensors["zero_point"] = zero_point.flatten()
+    groups = torch.stack([octets & 15, octets >> 4], -1).reshape(total, size)
+    zeros = zero_point
+    if zeros is not None and not zeros.is_floating_point():
+        zeros = packing.unpack_bits(zeros, 4, total)
+    own = [chosen.nonzero()[:, 1], scale.flatten(), *([] if zeros is None else [zeros.flatten()])]
+    words, (numbers_of_groups, *spread), row_ptr = layout.pack_kept(groups, own, counts)
+    tensors = {"codes": words, "starts": torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)}
+    tensors.update(zip(("scale", "zero_point"), spread, strict=False))
+    tensors.update(_put_places(numbers_of_groups, size, columns))
+    if int(row_ptr.diff().amin()) < int(row_ptr.diff().amax()):
+        tensors["row_ptr"] = row_ptr.to(torch.int32)
     center = levels // 2 if zero_point is None else 0
     numbers = _numbers(GROUPS, rows, columns, bits=4, group_size=size, center=center)
     return Prepared(tensors, numbers, _undo_groups, plain(arguments), zero=float(center))
 
 
+def _put_places(groups: Tensor, size: int, columns: int) -> dict[str, Tensor]:
+    """The numbers of pieces of 16 columns, for groups ``[chunks, groups of a chunk]``: a byte each, where there are
+    more than 256 above a number of 16 bits for the chunk."""
+    each = size // layout.PIECE
+    pieces = (groups.unsqueeze(-1) * each + torch.arange(each, device=groups.device)).flatten(1)
+    if columns <= 256 * layout.PIECE:
+        return {"places": pieces.to(torch.uint8)}
+    base = pieces[:, :1]
+    pieces = (pieces - base).clamp(min=0)  # what fills up a chunk is zero
+    if pieces.numel() and int(pieces.max()) > 255:
+        raise NotCovered("kept groups so few that eight of them lie 4,096 columns apart")
+    return {"places": pieces.to(torch.uint8), "bases": base.squeeze(1).to(torch.int16)}
+
+
+def kept_of(tensors: Mapping[str, Tensor], numbers: Mapping[str, int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Of a term of GROUPS: which are kept ``[rows, groups]``, and of these codes uint8 ``[kept, size]``, scales and
+    zeros."""
+    zeros, bases, size = tensors.get("zero_point"), tensors.get("bases"), numbers["group_size"]
+    pieces = tensors["places"].to(torch.int64)
+    if bases is not None and bases.numel():
+        pieces = pieces + (bases.to(torch.int64) & 0xFFFF).unsqueeze(1)
+    own = [
+        pieces[:, :: size // layout.PIECE], tensors["scale"],
+        *([zeros] if zeros is not None and zeros.numel() else []),
+    ]  # fmt: skip
+    counts = tensors["starts"].to(torch.int64).diff()
+    groups, (first, *found) = layout.unpack_kept(tensors["codes"], own, counts, size)
+    chosen = torch.zeros(counts.numel(), numbers["columns"] // size, dtype=torch.bool, device=counts.device)
+    row = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
+    chosen[row, first // (size // layout.PIECE)] = True
+    return chosen, groups, found[0], found[1] if len(found) > 1 else None
+
+
 def _undo_groups(made: Prepared) -> Arguments:
-    pattern, block = made.plain[6:8]
+    pattern = made.plain[6]
     tensors, lead = made.tensors, made.rows if pattern == "groups" else 1
-    octets = tensors["codes"].reshape(lead, -1)
+    chosen, groups, scale, zeros = kept_of(tensors, made.numbers)
+    octets = (groups[:, ::2] | groups[:, 1::2] << 4).reshape(lead, -1)
     octets = torch.nn.functional.pad(octets, (0, -octets.shape[1] % 16)).contiguous()
     codes = octets.view(torch.int32).unflatten(1, (-1, 4))
-    chosen = packing.unpack_bitmap(tensors["bitmap"], made.columns // block[0])
-    positions, row_ptr = tensors["bitmap"], None
+    positions, row_ptr = packing.pack_bitmap(chosen), None
     if pattern != "groups_bitmap":
         positions = packing.pack_uint16(chosen.nonzero()[:, 1])
-        row_ptr = tensors["row_ptr"] if pattern == "groups_csr" else None
-    scale, zeros = tensors["scale"], tensors.get("zero_point")
+        row_ptr = tensors["starts"] if pattern == "groups_csr" else None
     if pattern == "groups":
         positions, scale = positions.unflatten(0, (lead, -1)), scale.unflatten(0, (lead, -1))
     else:
@@ -419,12 +457,26 @@ def _csr(arguments: Arguments) -> Prepared:
     entries, row_ptr, half, rows, columns = arguments
     if row_ptr.shape[0] != 1:
         raise NotCovered(f"outliers in {columns} columns")
-    tensors = {"entries": entries.contiguous(), "row_ptr": row_ptr.contiguous()}
-    return Prepared(tensors, _numbers(ENTRIES, rows, columns, half=int(half)), _undo_csr, plain(arguments))
+    made = Prepared({}, _numbers(ENTRIES, rows, columns, half=int(half)), _undo_csr, plain(arguments))
+    put_entries_(made, entries, row_ptr, layout.quads_of(row_ptr[0].diff()))
+    return made
+
+
+def put_entries_(made: Prepared, entries: Tensor, row_ptr: Tensor, quads: int) -> None:
+    """Compressed sparse rows as the tensors of a term of ENTRIES, so many ``quads`` of each row apart from the rest.
+    The row pointers are kept, since zeros that fill up a row may be entries too."""
+    packed, rest, rest_ptr = layout.pack_entries(entries, row_ptr[0], quads)
+    own = {"entries": packed, "row_ptr": row_ptr.contiguous(), "rest": rest, "rest_ptr": rest_ptr.unsqueeze(0)}
+    made.tensors.update(own)
+
+
+def entries_of(tensors: Mapping[str, Tensor]) -> Tensor:
+    """All entries of a term of ENTRIES, those of a row behind each other."""
+    return layout.unpack_entries(tensors["entries"], tensors["rest"], tensors["row_ptr"][0])
 
 
 def _undo_csr(made: Prepared) -> Arguments:
-    return filled(made.plain, {0: made.tensors["entries"], 1: made.tensors["row_ptr"]})
+    return filled(made.plain, {0: entries_of(made.tensors), 1: made.tensors["row_ptr"]})
 
 
 _PREPARE: dict[str, Callable[[Arguments], Prepared]] = {

@@ -30,9 +30,10 @@ class Code:
     """What is stored. ``group``: columns of a scale, 0 for the whole row; ``table``: codes are looked up in a table of
     16-bit numbers, one that all rows share or one of each row; ``scale``, ``zero``: their types, or that a "scale"
     holds the values of two codes (``pairs``), or codes of 4 bits of a scale and a zero (``bilevel``) or of a scale only
-    (``level``); without a zero, ``center`` is the code that means zero. ``outliers``: the type of single values that
-    are added to the weight. ``float8``: codes of 8 bits are numbers in E4M3. ``ragged``: columns do not fill
-    the last step."""
+    (``level``), whose numbers of second order are those of ``second_groups`` groups; without a zero, ``center`` is the
+    code that means zero. ``outliers``: the type of single values that are added to the weight. ``float8``: codes of 8
+    bits are numbers in E4M3. ``ragged``: columns do not fill the last step. ``held``: activations of one token
+    that wait in shared memory for outliers."""
 
     bits: int
     group: int = 0
@@ -43,7 +44,16 @@ class Code:
     center: int = 0
     outliers: torch.dtype | None = None
     float8: bool = False
+    second_groups: int = 1
     ragged: bool = True
+    held: int = 0
+
+    MOST_HELD: ClassVar[int] = 16384
+
+    def with_outliers(self, dtype: torch.dtype, columns: int) -> Code:
+        """With values of ``dtype`` beside these of a weight of so many ``columns``."""
+        held = min(self.MOST_HELD, 1 << max(columns - 1, 1023).bit_length())
+        return replace(self, outliers=dtype, held=held)
 
     @property
     def order(self) -> Order:
@@ -71,6 +81,16 @@ class Code:
         return not self.sums and (self.group == 0 or self.scale == torch.float16)
 
     @property
+    def steps_of_warp(self) -> int:
+        """Steps that a warp dequantizes."""
+        return 1 if self.parts > 4 else 4
+
+    @property
+    def plain_numbers(self) -> bool:
+        """Whether codes are integers, which are not looked up."""
+        return not self.table and not self.float8
+
+    @property
     def sums(self) -> bool:
         """Whether sums of activations are wanted beside the product."""
         return self.zero is not None or self.scale in ("pairs", "bilevel")
@@ -81,7 +101,8 @@ class Tuning:
     """How the work is cut up. A warp computes ``16 * tiles`` rows for ``8 * tokens`` tokens; a block has ``across``
     warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps are
     loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``overlap``: the kernel starts
-    while its forerunner still runs; from 9.0 on. ``spread``: blocks of one token take the places of eight tokens.
+    while its forerunner still runs; from 9.0 on. ``late``: it lets its successor do so only when it has read all.
+    ``spread``: blocks of one token take the places of eight tokens.
 
     ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
     multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; two fours of
@@ -100,6 +121,7 @@ class Tuning:
     rescaled: bool = False
     spread: bool = False
     in_turns: bool = False
+    late: bool = False
 
     def with_halves(self) -> Tuning:
         """With warps for each half of the rows, see ``Ending.kind``."""
@@ -138,7 +160,9 @@ class Tuning:
             return table + max(staged, 4 * width * (self.rows + 4))
         tokens = width * (2 * code.step * self.along + (16 if code.span == 16 else 64))
         staged = self.stages * (tokens + self.rows * self.along * code.step * code.bits // 8)
-        meeting = 4 * (self.along + (code.outliers is not None)) * width * (self.rows + 4)
+        meeting = 4 * self.along * width * (self.rows + 4)
+        if self.spread:
+            return table + -(-meeting // 16) * 16 + 16 + 2048 * self.across * self.along + 2 * code.held
         return table + max(staged, meeting)
 
 
@@ -166,10 +190,10 @@ class Ending:
 
 
 PLAIN = Ending()
-_NUMBERS = "rows columns steps groups tokens stride second_rows second_groups pitch parts".split()
+_NUMBERS = "rows columns steps groups tokens stride second_rows pitch parts quads".split()
 _POINTERS = (
-    "codes scale zero second table x arranged ones turned extra y partial arrived entries row_ptr squares squared "
-    "hidden gain"
+    "codes scale zero second table x arranged ones turned extra y partial arrived entries rest rest_ptr squares "
+    "squared hidden gain"
 ).split()
 
 
@@ -192,19 +216,19 @@ def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) 
         BITS=code.bits, GROUP=code.group, SPAN=code.span, STEP=code.step, CENTER=code.center,
         TABLE=("", "shared", "rows").index(code.table),
         SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half),
-        STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8),
-        RAGGED=int(code.ragged), **ending.definitions(),
+        STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8), SECOND_GROUPS=code.second_groups,
+        HELD_TOKENS=code.held, RAGGED=int(code.ragged), **ending.definitions(),
     )  # fmt: skip
     return found
 
 
 def arguments(
     tensors: Mapping[str, Tensor | None], *, rows: int, columns: int, tokens: int = 0, stride: int = 0,
-    second: tuple[int, int] = (1, 1), multiplier: float = 1.0, eps: float = 0.0,
+    second_rows: int = 1, multiplier: float = 1.0, eps: float = 0.0,
 ) -> Arguments:  # fmt: skip
     """``tensors``: ``codes [tiles, steps, loads, 32, 4]`` or bytes ``[rows, pitch]``, ``scale`` and ``zero [tiles,
     groups, 8, 2]`` of layout.py, ``x [tokens, columns]`` with rows ``stride`` apart, ``y [tokens, rows]`` and so on
-    (see ``codes.cuh``); what is absent is a null pointer. ``second``: how many tiles and groups share second-order
+    (see ``codes.cuh``); what is absent is a null pointer. ``second_rows``: how many tiles share second-order
     numbers."""
     codes = tensors["codes"]
     assert codes is not None
@@ -216,7 +240,10 @@ def arguments(
         steps, pitch = -(-columns // step_of(8)), codes.shape[1]
     squares = tensors.get("squares")
     parts = 0 if squares is None else squares.shape[1]
-    return Arguments(*pointers, rows, columns, steps, groups, tokens, stride, *second, pitch, parts, multiplier, eps)
+    entries = tensors.get("entries")
+    quads = 0 if entries is None else entries.shape[1]
+    sizes = (rows, columns, steps, groups, tokens, stride, second_rows, pitch, parts, quads)
+    return Arguments(*pointers, *sizes, multiplier, eps)
 
 
 def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
@@ -229,7 +256,7 @@ def shared_memory(name: str, code: Code, tuning: Tuning, ending: Ending = PLAIN)
     """Bytes of a block of ``rarefy_<name>``."""
     if name == "arrange":
         return 0
-    if name == "dequantize":
+    if name.startswith("dequantize"):
         return code.table_bytes + tuning.threads // 32 * TILE * (2 * code.step + 64)
     return tuning.shared_memory(code) + ending.shared_memory(tuning)
 
@@ -276,11 +303,12 @@ def arranging(code: Code, tuning: Tuning, given: Arguments) -> tuple[int, int, i
     return -(-threads // ARRANGING), 1, 1
 
 
-def dequantize(code: Code, given: Arguments, half: bool, device: torch.device) -> None:
-    """The weight at ``y [rows, columns]``, on the current stream of ``device``."""
-    tuning = Tuning()
-    program = kernel(_index(device), "dequantize", code, tuning, half)
-    units = -(-given.rows // TILE) * given.steps
+def dequantize(code: Code, given: Arguments, half: bool, device: torch.device, to_bytes: bool = False) -> None:
+    """The weight at ``y [rows, columns]``, on the current stream of ``device``; or in bytes of E4M3, with the steps of
+    its rows at ``partial [rows]``, which takes codes that are ``plain_numbers``."""
+    tuning, name = Tuning(), "dequantize_to_bytes" if to_bytes else "dequantize"
+    program = kernel(_index(device), name, code, tuning, half or to_bytes)
+    units = -(-given.rows // TILE) * -(-given.steps // code.steps_of_warp)
     stream = torch.cuda.current_stream(device).cuda_stream
     program((-(-units * 32 // tuning.threads), 1, 1), tuning.threads, given, stream)
 
@@ -289,7 +317,7 @@ class SparseArguments(ctypes.Structure):
     """``Arguments`` of ``groups.cu`` and ``masked.cu``."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "codes scale zero bitmap row_ptr x y".split()),
+        *((name, ctypes.c_void_p) for name in "codes scale zero bitmap places bases row_ptr x y".split()),
         *((name, ctypes.c_int) for name in "rows columns words tokens stride groups".split()),
         ("multiplier", ctypes.c_float),
     ]
@@ -309,7 +337,10 @@ class SparseCode:
     whole_groups: bool = False
     two_of_four: bool = False
 
-    WARPS: ClassVar[int] = 16  # of a block
+    @property
+    def warps(self) -> int:
+        """Of a block."""
+        return 4 if self.whole_groups else 16
 
     @property
     def source(self) -> Path:
@@ -324,8 +355,8 @@ class SparseCode:
         """The macros of the source."""
         return {
             "BITS": self.bits, "VALUES": TYPES[self.values], "GROUP": self.group, "SCALE": TYPES[self.scale],
-            "ZERO": TYPES[self.zero], "CENTER": self.center, "TOKENS": tokens, "WARPS": self.WARPS,
-            "X_HALF": int(half), "HALF": 1,
+            "ZERO": TYPES[self.zero], "CENTER": self.center, "TOKENS": tokens, "WARPS": self.warps,
+            "X_HALF": int(half), "HALF": int(half or not self.whole_groups),
         }  # fmt: skip
 
     def shared_memory(self, tokens: int, columns: int) -> int:
@@ -333,24 +364,28 @@ class SparseCode:
         if self.two_of_four:
             return 64 + tokens * 2 * columns
         if not self.whole_groups:
-            return self.WARPS * 512 + tokens * 64 * -(-columns // 32)
-        halves, words = -(-columns // 16) * 2, -(-columns // self.group // 32)
-        return tokens * halves * 20 + 256 + self.WARPS * 64 * words
+            return self.warps * 512 + tokens * 64 * -(-columns // 32)
+        pieces = -(-columns // 16)
+        totals = 0 if self.zero is None else -(-tokens * pieces // 4) * 16
+        return tokens * pieces * 32 + totals + self.warps * tokens * 64
 
     def grid(self, rows: int, most: int) -> tuple[int, int, int]:
-        """Blocks, ``most`` of them, which take row after row."""
-        return min(most, -(-rows // self.WARPS)), 1, 1
+        """Blocks: one for 16 rows, or ``most`` of them, which take row after row."""
+        if self.whole_groups:
+            return -(-rows // TILE), 1, 1
+        return min(most, -(-rows // self.warps)), 1, 1
 
 
 def sparse_arguments(tensors: Mapping[str, Tensor | None], x: Tensor, y: Tensor, multiplier: float) -> SparseArguments:
-    """``codes``, ``scale``, ``zero``, ``bitmap [rows, words]`` and ``row_ptr [rows + 1]`` of what is kept, ``x [tokens,
-    columns]`` and ``y [tokens, rows]``."""
-    bitmap, scale = tensors["bitmap"], tensors.get("scale")
-    assert bitmap is not None
-    names = ("codes", "scale", "zero", "bitmap", "row_ptr")
+    """``codes``, ``scale``, ``zero``, ``bitmap [rows, words]`` or ``places`` and ``bases``, ``row_ptr [rows + 1]`` of
+    what is kept, ``x [tokens, columns]`` and ``y [tokens, rows]``."""
+    bitmap, scale = tensors.get("bitmap"), tensors.get("scale")
+    names = ("codes", "scale", "zero", "bitmap", "places", "bases", "row_ptr")
     pointers = [0 if (own := tensors.get(name)) is None else own.data_ptr() for name in names]
     groups = scale.shape[1] if scale is not None and scale.dim() == 2 else 1
-    sizes = (y.shape[1], x.shape[1], bitmap.shape[1], x.shape[0], x.stride(0), groups)
+    if tensors.get("row_ptr") is None:  # as many chunks of kept groups in each row
+        groups = scale.shape[0] // y.shape[1] if scale is not None else 0
+    sizes = (y.shape[1], x.shape[1], 0 if bitmap is None else bitmap.shape[1], x.shape[0], x.stride(0), groups)
     return SparseArguments(*pointers, x.data_ptr(), y.data_ptr(), *sizes, multiplier)
 
 
@@ -372,7 +407,7 @@ def sparse(code: SparseCode, given: SparseArguments, half: bool, device: torch.d
     program = _sparse_kernel(_index(device), code, tokens, half, code.shared_memory(tokens, given.columns))
     most = 2 * torch.cuda.get_device_properties(device).multi_processor_count
     stream = torch.cuda.current_stream(device).cuda_stream
-    program(code.grid(given.rows, most), 32 * code.WARPS, given, stream, overlap)
+    program(code.grid(given.rows, most), 32 * code.warps, given, stream, overlap)
 
 
 def quantize(x: Tensor, gain: Tensor | None, eps: float, codes: Tensor, step: Tensor) -> None:

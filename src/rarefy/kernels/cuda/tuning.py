@@ -75,7 +75,7 @@ def by_rule(code: Code, rows: int, columns: int, tokens: int, capability: tuple[
     wide, overlap = capability == (9, 0), capability >= (9, 0)
     loads = code.step * code.bits // 256
     if tokens == 1:
-        return fitted(code, _of_one_token(code, overlap))
+        return fitted(code, _of_one_token(code, rows, overlap))
     if tokens <= 16:
         along = 16 if tokens <= 8 and rows <= NARROW else 8
         return Tuning(2 if loads < 4 else 1, -(-tokens // 8), along=along, depth=1, overlap=overlap)
@@ -89,20 +89,27 @@ def by_rule(code: Code, rows: int, columns: int, tokens: int, capability: tuple[
     return next((each for each in fitting if each.shared_memory(code) <= MOST_SHARED), replace(own, stages=2))
 
 
-def _of_one_token(code: Code, overlap: bool) -> Tuning:
-    """The rule for one token: about as many bytes on their way for each number of bits."""
+def _of_one_token(code: Code, rows: int, overlap: bool) -> Tuning:
+    """The rule for one token: about as many bytes on their way for each number of bits, and more warps to a row where
+    there are few rows."""
     few = code.step * code.bits // 256 < 2  # loads of a step
-    if code.parts > 4:
-        return Tuning(tiles=2, across=2, along=4, depth=1, spread=True, overlap=overlap)
-    depth = 1 if few or code.outliers is not None else 2
-    return Tuning(tiles=4 if few else 1, depth=depth, spread=True, overlap=overlap)
+    small = code.parts > 4
+    if rows <= NARROW and not few:
+        return Tuning(along=16, depth=1 if small or code.outliers is not None else 2, spread=True, overlap=overlap)
+    tiles = 4 if few else 2 if small else 1
+    return Tuning(tiles=tiles, depth=1 if few or small else 2, spread=True, overlap=overlap)
 
 
 def _wide(code: Code, rows: int, tokens: int) -> Tuning:
-    """The rule where four warps can multiply together."""
-    own = Tuning(1, widths(tokens)[-1], across=8, along=1, stages=MOST_STAGES, wide=True, overlap=True)
+    """The rule where four warps can multiply together: about as many blocks as the GPU has processors."""
+    own = Tuning(1, min(16, widths(tokens)[0]), across=8, along=1, stages=MOST_STAGES, wide=True, overlap=True)
     most = replace(own, tokens=32, rescaled=True, in_turns=True)
-    if tokens > 128 and most.suits(code) and code.step == 128:  # more would not fit into shared memory
+    few = replace(own, across=4, stages=stages_of(own.tokens, 4), split=4, rescaled=code.can_rescale and tokens > 32)
+    if rows <= NARROW and tokens <= 64 and few.suits(code):
+        return fitted(code, few)
+    if rows <= NARROW and 64 < tokens <= 128:
+        own = replace(own, tokens=8)
+    elif rows > NARROW and tokens > 128 and most.suits(code) and code.step == 128:  # as much as shared memory holds
         own = most
     blocks = -(-rows // own.rows) * -(-tokens // (8 * own.tokens))
     split = next((each for each in (1, 2, 4) if blocks * each >= 0.6 * BLOCKS), 4)
@@ -111,8 +118,10 @@ def _wide(code: Code, rows: int, tokens: int) -> Tuning:
 
 def widths(tokens: int) -> list[int]:
     """How many times 8 tokens a block of four warps together may take, likelier ones first."""
-    fitting = [each for each in (2, 4, 8, 16) if 8 * each >= tokens]
-    return fitting[:1] or [32, 16]
+    if tokens > 128:
+        return [32, 16, 8]
+    first = next(each for each in (2, 4, 8, 16) if 8 * each >= tokens)
+    return [first, first // 2] if first > 4 else [first]
 
 
 def stages_of(at_once: int, across: int) -> int:

@@ -90,7 +90,8 @@ class Job:
         if kind == "bf16":
             return Tiles("dense", ((torch.randn(shape, device="cuda", dtype=torch.bfloat16),),), self.num_bits)
         if kind == "float8":
-            codes = (100 * torch.randn(shape, device="cuda", dtype=torch.bfloat16)).to(torch.float8_e4m3fn)
+            numbers = (100 * torch.randn(shape, device="cuda", dtype=torch.bfloat16)).clamp(-448, 448)
+            codes = numbers.to(torch.float8_e4m3fn)
             scale = (0.5 + torch.rand(1, HEADS, tokens, device="cuda")) / 100
             return Tiles("float8", ((codes.view(torch.uint8), scale.half()),), 8)
         if kind == "product":

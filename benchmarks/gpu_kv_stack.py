@@ -3,13 +3,14 @@
 32 query heads over 8 KV heads of 128 channels; stores are filled by the recipes' own codecs with random keys and values
 (their quality is measured elsewhere), calibrated ones with made-up tables. Rows of goal "KV stack": ``microseconds`` of
 storing one new token and of its attention in one layer, as part of a CUDA graph over ``layers`` different layers,
-against torch's best attention alone over a bf16 cache of that length; ``tokens_per_second`` of 32 such layers;
-``peak_bytes`` that a step allocates on top of the cache. Goal "KV prefill": by how many milliseconds a chunk of 2,048
-tokens takes longer in one layer if it is put into code, against its bf16 attention over half of the context and its
-linear layers; ``host_milliseconds`` that the host is busy with that. Goal "KV encode": one launch that puts 2,048
-tokens of keys or values of 8 heads into code, against the codec in torch's operations, whose bits it gives
-(``max_rel_error`` is the share of stored numbers that differ). Goal "KV longest": the most tokens of a shape with 32 KV
-heads (7B) whose codes fit, filled with synthetic blocks, and the attention of one step over all layers.
+against writing it into a bf16 cache of that length and torch's best attention; ``tokens_per_second`` of 32 such layers;
+``peak_bytes`` that a step allocates on top of the cache. Goal "KV prefill": for how many milliseconds of a chunk of
+2,048 tokens the GPU is busy in one layer with putting it into code, between the chunk's other work, against its bf16
+attention over half of the context and its linear layers; ``host_milliseconds`` that the host is busy with that. Goal
+"KV encode": one launch that puts 2,048 tokens of keys or values of 8 heads into code, against the codec in torch's
+operations, whose bits it gives (``max_rel_error`` is the share of stored numbers that differ). Goal
+"KV longest": the most tokens of a shape with 32 KV heads (7B) whose codes fit, filled with synthetic blocks, and the
+attention of one step over all layers.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def made_up(name: str, options: dict[str, Any]) -> dict[str, Tensor]:
     entries = 1 << options["num_bits"]
     lut = torch.special.ndtri((torch.arange(entries, device="cuda") + 0.5) / entries) / 3
     center, scale = torch.zeros(HEADS * CHANNELS, device="cuda"), 3 * torch.ones(HEADS * CHANNELS, device="cuda")
-    return {"keys.center": center, "keys.scale": scale, "keys.lut": lut, "values.lut": lut}
+    return {"keys.center": center, "keys.scale": scale, "keys.lut": lut, "values.lut": lut / lut.max()}
 
 
 def chunk(start: int, count: int = CHUNK) -> tuple[Tensor, Tensor, Arrival]:
@@ -115,13 +116,20 @@ def filled(label: str, tokens: int) -> LayerStore:
 
 
 def best_peer(tokens: int) -> tuple[str, float]:
-    """Torch's best bf16 decode attention, microseconds."""
+    """Torch's best bf16 decode attention after a token is written in place, microseconds."""
     query = torch.randn(1, QUERY_HEADS, 1, CHANNELS, device="cuda", dtype=torch.bfloat16)
     pair = [torch.randn(1, HEADS, tokens, CHANNELS, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    token = torch.randn(1, HEADS, 1, CHANNELS, device="cuda", dtype=torch.bfloat16)
+
+    def stored() -> Tensor:
+        for each in pair:
+            each[:, :, -1:] = token
+        return scaled_dot_product_attention(query, *pair, enable_gqa=True)
+
     graphs = {}
     for name, backend in BACKENDS.items():
         with sdpa_kernel(backend):
-            graphs[name] = Captured([lambda: scaled_dot_product_attention(query, *pair, enable_gqa=True)])
+            graphs[name] = Captured([stored])
     times = microseconds(graphs, 15)
     peer = min(times, key=lambda name: times[name])
     return peer, times[peer]
@@ -147,27 +155,34 @@ def prefill_layer(tokens: int) -> Callable[[], None]:
 
 
 def prefill(layer: Callable[[], None], stores: list[LayerStore]) -> tuple[float, float, float]:
-    """Milliseconds of a layer's work on a chunk, of that together with putting the chunk into code, and that the host
-    is busy with the latter; medians over rounds in turn."""
-    times: dict[bool, list[float]] = {False: [], True: []}
-    host = []
+    """Milliseconds of a layer's work on a chunk, of putting the chunk into code after it, and that the host is busy
+    with the latter; medians. The host is ahead, so that the GPU does not wait for it."""
+
+    def event() -> torch.cuda.Event:
+        found = torch.cuda.Event(enable_timing=True)
+        found.record()
+        return found
+
+    took: list[list[float]] = [[], [], []]
     for number in range(ROUNDS + 1):
         chunks = [chunk(store.length) for store in stores]
-        for coded in (False, True):
-            torch.cuda.synchronize()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for store, arriving in zip(stores, chunks, strict=True):
-                layer()
-                if coded:
-                    busy = time.perf_counter()
-                    store.append(*arriving)
-                    host.append((time.perf_counter() - busy) * 1e3)
-            end.record()
-            torch.cuda.synchronize()
-            if number:
-                times[coded].append(begin.elapsed_time(end) / len(stores))
-    return statistics.median(times[False]), statistics.median(times[True]), statistics.median(host)
+        torch.cuda.synchronize()
+        layer()  # while the host gets ahead
+        marks, host = [], []
+        for store, arriving in zip(stores, chunks, strict=True):
+            marks.append([event()])
+            layer()
+            marks[-1].append(event())
+            busy = time.perf_counter()
+            store.append(*arriving)
+            host.append((time.perf_counter() - busy) * 1e3)
+            marks[-1].append(event())
+        torch.cuda.synchronize()
+        if number:
+            took[0] += [begin.elapsed_time(middle) for begin, middle, _ in marks]
+            took[1] += [middle.elapsed_time(end) for _, middle, end in marks]
+            took[2] += host
+    return statistics.median(took[0]), statistics.median(took[1]), statistics.median(took[2])
 
 
 def step(store: LayerStore, query: Tensor, arriving: tuple[Tensor, Tensor, Arrival]) -> Tensor:
@@ -201,12 +216,12 @@ def stack_rows(label: str, tokens: int, layers: int, peer: tuple[str, float], la
         "note": f"random keys and values, 32 layers computed from {layers}; error is against the reference in code",
     }  # fmt: skip
     del captured
-    alone, together, host = prefill(layer, stores)
+    alone, coding, host = prefill(layer, stores)
     return [
         stack,
         {"goal": "KV prefill", "job": label, **common, "peer": "bf16 attention and linear layers of the chunk",
-         "milliseconds": round(together - alone, 4), "peer_milliseconds": round(alone, 3),
-         "host_milliseconds": round(host, 3), "ratio": round(alone / max(together - alone, 1e-6), 3),
+         "milliseconds": round(coding, 4), "peer_milliseconds": round(alone, 3),
+         "host_milliseconds": round(host, 3), "ratio": round(alone / coding, 3),
          "note": "what encoding a chunk of 2048 tokens adds"},
     ]  # fmt: skip
 
@@ -293,12 +308,12 @@ def _synthetic(kind: str, num_bits: int, heads: int, tokens: int) -> Tiles:
     return Tiles(kind, ((codes, scale, zero),), num_bits, 128 if kind == "channel" else 1, 128)
 
 
-def warmed(each: str | int) -> dict[Any, bytes]:
-    """Machine code of what a row needs."""
+def warmed(each: tuple[str, int] | int) -> dict[Any, bytes]:
+    """Machine code of what a row needs: that of a recipe and so many tokens, or of the longest context of codes."""
     try:
         discover()
-        if isinstance(each, str):
-            store = filled(each, 2 * CHUNK)
+        if isinstance(each, tuple):
+            store = filled(*each)
             query = torch.randn(1, QUERY_HEADS, 1, CHANNELS, device="cuda", dtype=torch.bfloat16)
             step(store, query, chunk(store.length, 1))
         else:
@@ -325,7 +340,7 @@ def main() -> None:
     labels = [label for label in RECIPES if any(part in label for part in options.only)]
     longest = [] if options.quick else options.longest
     with ProcessPoolExecutor(COMPILERS, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for images in pool.map(warmed, [*labels, *longest]):
+        for images in pool.map(warmed, [*((label, tokens) for tokens in lengths for label in labels), *longest]):
             driver.images.update(images)
     print(f"{len(driver.images)} kernels compiled, {time.monotonic() - begin:.0f} s", flush=True)
     work: list[tuple[str, Callable[[], list[Row]]]] = []

@@ -129,6 +129,10 @@ class KvRecipe(StrictModel, ABC):
         """The parameters of one layer, by name."""
         return {}
 
+    def settle(self, params: Mapping[int, Mapping[str, Tensor]]) -> Mapping[int, Mapping[str, Tensor]]:
+        """What is kept of the parameters that `fit` found for each layer, where layers have something to share out."""
+        return params
+
     @abstractmethod
     def codecs(self, shape: HeadShape, params: Mapping[str, Tensor]) -> LayerCodecs:
         """How a layer of this shape is stored with the parameters that `fit` found for it."""

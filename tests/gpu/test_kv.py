@@ -27,6 +27,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "turbo_quant": ("turbo_quant", {"num_bits": 4}),
     "turbo_quant of fewer bits for values": ("turbo_quant", {"num_bits": 3, "value_bits": 2, "recent": 5}),
     "million": ("million", {"width": 2, "code_bits": 8, "steps": 1}),
+    "million of plain keys": ("million", {"width": 2, "code_bits": 8, "steps": 1, "rotated_keys": False}),
     "million of 4 channels": ("million", {"width": 4, "code_bits": 8, "steps": 1}),
     "kv_quant": ("kv_quant", {"num_bits": 4}),
     "kv_quant of turned keys": ("kv_quant", {"num_bits": 3, "rotated_keys": True}),

@@ -337,6 +337,34 @@ def test_parameters_go_to_disk_and_back(tmp_path: Path) -> None:
         rarefy.kv_cache(model, "million", params=tmp_path / "kv.safetensors")
 
 
+def test_bits_are_shared_out_between_layers_and_sides(tmp_path: Path) -> None:
+    model = build("llama")
+    data = [{"input_ids": prompt(4, 60, seed=5)}]
+    setup = rarefy.kv_cache(model, "kv_quant", data=data, mean_bits=3)
+    assert setup is not None
+    widths = [len(own[f"{side}.lut"]) for own in setup.params.values() for side in ("keys", "values")]
+    assert set(widths) <= {4, 8, 16} and len(set(widths)) > 1
+    assert sum(width.bit_length() - 1 for width in widths) <= 3 * len(widths)
+    assert not any(name[0].isdigit() for own in setup.params.values() for name in own)
+    spared = rarefy.kv_cache(build("llama"), "kv_quant", data=data, mean_bits=3, skip_layers=[0])
+    assert spared is not None
+    assert [layer for layer, own in spared.params.items() if own] == list(setup.params)[1:]
+    alike = rarefy.kv_cache(build("llama"), "kv_quant", data=data, num_bits=3)
+    assert alike is not None
+
+    def cost(of: KvSetup) -> float:
+        return sum(float(own[f"{side}.cost"]) for own in of.params.values() for side in ("keys", "values"))
+
+    assert cost(setup) < cost(alike)
+    cache = setup(model)
+    logits(model, prompt(2, 70), cache)
+    setup.save(tmp_path / "kv.safetensors")
+    again = load_setup(tmp_path / "kv.safetensors", model)(model)
+    logits(model, prompt(2, 70), again)
+    for one, other in zip(cache.coded_layers, again.coded_layers, strict=True):
+        assert same_bytes(one.store.tensors(), other.store.tensors())
+
+
 @pytest.mark.parametrize("recipe", ["kivi", "million"])
 def test_a_checkpoint_says_how_its_cache_is_stored(recipe: str, tmp_path: Path) -> None:
     model, tokens = build("llama"), prompt()

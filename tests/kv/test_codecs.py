@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from rarefy.contracts import kv_recipes
 from rarefy.core.errors import FormatError, OptionError, RecipeError
 from rarefy.formats.grids import IntegerGrid
 from rarefy.kv.codec import Codec, apply, nbytes
 from rarefy.kv.codecs import Exact, Gridded, LowRank, Partition, ProductTable, Residual, Sparse
-from rarefy.kv.plan import HeadShape
+from rarefy.kv.plan import HeadShape, KvSamples
 from rarefy.kv.side import Side
 from rarefy.recipes.kv.gear import Gear
 from rarefy.recipes.kv.million import Million
@@ -143,6 +146,39 @@ def test_kmeans_is_as_good_as_the_oracle() -> None:
     assert ours < 1.08 * theirs
     few = points[:3]
     assert assign(few, kmeans(few, 8))[1].max() < 1e-5
+
+
+def test_kmeans_puts_centroids_where_weight_is() -> None:
+    dice = torch.Generator().manual_seed(4)
+    points = torch.randn(2000, 2, generator=dice)
+    weight = torch.where(points[:, 0] > 1.5, 1.0, 1e-3)
+    plain, weighed = (assign(points, kmeans(points, 16, weight=mass))[1] for mass in (None, weight))
+    assert (weight * weighed).sum() < 0.5 * (weight * plain).sum()
+    doubled = kmeans(torch.cat([points, points[:500]]), 16, steps=60)
+    twice = torch.ones(2000).index_fill(0, torch.arange(500), 2.0)
+    same = kmeans(points, 16, weight=twice, steps=60)
+    costs = [(twice * assign(points, found)[1]).sum().item() for found in (doubled, same)]
+    assert costs[0] == pytest.approx(costs[1], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("million", {"code_bits": 4, "steps": 8}), ("kv_quant", {"num_bits": 3})]
+)
+def test_rare_tokens_that_the_loss_depends_on_are_coded_well(name: str, options: dict[str, Any]) -> None:
+    seen = samples(tokens=832)
+    rare = torch.arange(832) % 40 == 3
+    keys = seen.keys + 5.0 * rare[:, None, None]
+    weight = torch.where(rare, 1.0, 1e-3)[:, None, None].expand_as(keys)
+    errors = []
+    for importance in ("fisher", "equal"):
+        recipe = kv_recipes.get(name)(**options, importance=importance)
+        weights = (weight, seen.value_weight) if "fisher" in recipe.needs else (None, None)
+        params = recipe.fit(KvSamples(keys, seen.values, seen.places, *weights, recipe.pre_rope))
+        codec = recipe.codecs(HeadShape(HEADS, CHANNELS, CHANNELS, torch.float32), params).keys
+        x = keys.transpose(0, 1)[None].unflatten(2, (-1, codec.tokens))
+        off = (codec.decode(codec.encode(x)) - x).flatten(2, 3)[0].transpose(0, 1)
+        errors.append((weight * off.square()).sum().item())
+    assert errors[0] < 0.7 * errors[1]
 
 
 def test_product_codes_say_what_they_cannot_do() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -108,6 +109,18 @@ def test_kernels_store_and_read_what_the_reference_does(name: str, emulated: lis
     fresh = attend.attend(found, query, scaling=0.1)
     assert not torch.equal(fresh, seen)
     torch.testing.assert_close(fresh, attend.attend(found, query, scaling=0.1, fused=False), rtol=1e-2, atol=6e-3)
+
+
+def test_keys_and_values_may_take_unlike_bits(emulated: list[str]) -> None:
+    more, fewer = empty_store("kv_quant").codecs, empty_store("kv_quant3").codecs
+    found = LayerStore(replace(more, values=fewer.values))
+    key, value = tokens(300)
+    positions = torch.arange(300)[None] + torch.tensor([[0], [5000]])
+    found.append(key, value, Arrival(None, positions, *ROTARY.angles(positions), ROTARY))
+    query = torch.randn(2, 3 * HEADS, 1, CHANNELS).bfloat16()
+    seen = attend.attend(found, query, scaling=0.1)
+    assert emulated.count("attend") == 1
+    torch.testing.assert_close(seen, attend.attend(found, query, scaling=0.1, fused=False), rtol=1e-2, atol=6e-3)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from rarefy.core.errors import FormatError
 from rarefy.formats.bytes import ByteCount
 
 Payload = dict[str, Tensor]
@@ -63,10 +64,12 @@ class Codec(ABC):
 
 
 def nbytes(payload: Payload) -> ByteCount:
-    """Bytes of a payload's tensors by what they say."""
+    """Bytes of a payload's tensors by what they say. Raises FormatError for a tensor of unknown purpose."""
     sizes: dict[str, int] = {}
     for name, tensor in payload.items():
-        purpose = PURPOSES[name.rpartition(".")[2]]
+        purpose = PURPOSES.get(name.rpartition(".")[2])
+        if purpose is None:
+            raise FormatError(f"What the bytes of tensor '{name}' are for is not known; one of {', '.join(PURPOSES)}.")
         sizes[purpose] = sizes.get(purpose, 0) + tensor.numel() * tensor.element_size()
     return ByteCount(**sizes)
 

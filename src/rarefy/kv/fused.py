@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rarefy.core.errors import UnsupportedError
 from rarefy.formats.grids import FloatGrid
 from rarefy.kernels import coded
 from rarefy.kernels.coded import Tiles, Turns
@@ -210,7 +211,7 @@ def _kernel(
             keys, values, batch, heads, query.shape[1], channels, tokens, device=query.device, sinks=sinks,
             turns=turns, **options,
         )  # fmt: skip
-    except ValueError:  # sizes that it does not fit
+    except UnsupportedError:  # sizes that it does not fit
         return None
 
 

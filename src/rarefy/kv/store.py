@@ -178,9 +178,12 @@ class LayerStore:
         if not key.shape[2]:
             return
         if valid is None and self.all_started:
-            if arrival.positions is not None and self.gaps is not None:
-                expected = self.positions(self.length, self.length + key.shape[2])
-                self.gaps = self.gaps | (arrival.positions != expected).any()
+            if arrival.positions is not None and self.gaps is not None and self.shift is not None:
+                # Of one token by as few operations as there can be, since every step does this.
+                one = arrival.positions.numel() == 1 == key.shape[0]
+                expected = self.shift + self.length if one else self.positions(self.length, self.length + key.shape[2])
+                differ = arrival.positions != expected
+                self.gaps = self.gaps | (differ.view(()) if one else differ.any())
             return
         self.all_started = self.all_started or valid is None
         if valid is None:

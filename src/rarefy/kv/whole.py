@@ -94,8 +94,8 @@ def _build(store: LayerStore, keys: Side, values: Side, query: Tensor) -> CodedA
     turns = None
     if store.codecs.pre_rope:
         assert store.rotary is not None and store.shift is not None
-        if 2 * len(store.rotary.inv_freq) != channels:
-            return None
+        if 2 * len(store.rotary.inv_freq) != channels or k_tiles.affine is None:
+            return None  # the kernel turns whole heads of keys that have centers
         turns = Turns(store.rotary.inv_freq.to(query.device), store.rotary.factor, store.shift)
     signs = [side.codec.beside("signs", query) if isinstance(side.codec, Rotated) else None for side in sides]
     try:

@@ -186,7 +186,7 @@ def encoded(code: encode.Code, x: Tensor, **tables: Tensor | None) -> tuple[enco
     to, faults = encode.empty(code, x), torch.zeros(1, dtype=torch.int32)
     given = encode.arguments(x, to, faults, tables)
     macros = [f"-D{macro}={value}" for macro, value in code.definitions(x.dtype).items()]
-    library = _library((*macros, f"-DENTRY={code.entry}"), encode.SOURCE)
+    library = _library((*macros, f"-DENTRY={code.entry}"), code.source)
     library.run(0, ctypes.byref(given), *code.grid(x), code.threads, code.shared_memory)
     return to, faults
 
@@ -199,10 +199,8 @@ def encoded_blocks(
     to, faults = encode_blocks.empty(code, x), torch.zeros(1, dtype=torch.int32)
     given = encode_blocks.arguments(x, to, faults, **tables)
     macros = [f"-D{macro}={value}" for macro, value in code.definitions(x.dtype).items()]
-    library = _library((*macros, "-DENTRY=rarefy_encode_blocks"), encode_blocks.SOURCE)
-    library.run(
-        0, ctypes.byref(given), x.shape[2] // code.block, x.shape[0] * x.shape[1], 1, code.threads, code.shared_memory
-    )
+    library = _library((*macros, f"-DENTRY={code.entry}"), code.source)
+    library.run(0, ctypes.byref(given), *code.grid(x), code.threads, code.shared_memory)
     return to, faults
 
 

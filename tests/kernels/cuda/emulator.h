@@ -184,6 +184,7 @@ device unsigned fused(unsigned a, unsigned b, unsigned c) {
   }
   return d;
 }
+device unsigned negated(unsigned pair) { return pair ^ 0x80008000u; }
 device unsigned lesser(unsigned a, unsigned b) {
   unsigned d = 0;
   for (int k = 0; k < 32; k += 16) d |= unsigned(rounded<HALF>(std::fmin(widened(a >> k), widened(b >> k)))) << k;

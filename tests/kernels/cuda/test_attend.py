@@ -53,14 +53,17 @@ def oracle(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> tuple
 
 
 @pytest.mark.parametrize(
-    ("keys", "values", "num_bits", "group"),
+    ("keys", "values", "num_bits", "group", "tile"),
     [
-        ("channel", "token", 4, 128), ("channel", "token", 3, 128), ("channel", "token", 2, 64),
-        ("channel", "token", 8, 32), ("token", "token", 3, 128), ("token", "token", 4, 128), ("norm", "norm", 4, 0),
-        ("norm", "range", 3, 0), ("range", "norm", 2, 0), ("product", "product", 8, 0),
+        ("channel", "token", 4, 128, 128), ("channel", "token", 3, 128, 128), ("channel", "token", 2, 64, 128),
+        ("channel", "token", 8, 32, 128), ("token", "token", 3, 128, 64), ("token", "token", 4, 128, 128),
+        ("norm", "norm", 4, 0, 128), ("norm", "range", 3, 0, 64), ("range", "norm", 2, 0, 128),
+        ("product", "product", 8, 0, 128), ("product", "product", 8, 0, 64),
     ],
 )  # fmt: skip
-def test_the_kernel_is_attention_over_what_is_decoded(keys: str, values: str, num_bits: int, group: int) -> None:
+def test_the_kernel_is_attention_over_what_is_decoded(
+    keys: str, values: str, num_bits: int, group: int, tile: int
+) -> None:
     torch.manual_seed(0)
     lengths = [256, 256, 128], [256, 256, 64, 32]
     x = torch.randn(2, BATCH, HEADS, 645, CHANNELS).bfloat16()
@@ -75,7 +78,7 @@ def test_the_kernel_is_attention_over_what_is_decoded(keys: str, values: str, nu
     exact = attend.Exact(x[0, :, :, 640:].contiguous(), x[1, :, :, 608:].contiguous(), sink[0], sink[1])
     whole = attend.CodedAttention(
         k, v, lengths, BATCH, HEADS, HEADS * 3, device=query.device, sinks=sinks, splits=2,
-        shape=attend.Shape(warps=1, depth=4),
+        shape=attend.Shape(warps=1, depth=4, tile=tile),
     )  # fmt: skip
     found, lse = attention(whole, query, SCALING, exact)
     all_k, all_v = torch.cat([dense_k, exact.keys, sink[0]], 2), torch.cat([dense_v, exact.values, sink[1]], 2)

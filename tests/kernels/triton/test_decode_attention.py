@@ -14,6 +14,7 @@ from rarefy.attention.executors.coded import attend_coded, unreadable
 from rarefy.attention.reach import Reach
 from rarefy.attention.source import Stored
 from rarefy.contracts import kv_recipes
+from rarefy.core.errors import UnsupportedError
 from rarefy.formats.grids import IntegerGrid
 from rarefy.kv import attend, fused, side
 from rarefy.kv.codecs import Gridded, LowRank, NormTable, Partition, RangeTable, Residual
@@ -196,5 +197,5 @@ def test_what_does_not_fit_is_known_beforehand() -> None:
     v, _ = coded("token", 4, torch.randn(BATCH, HEADS, TOKENS, CHANNELS))
     assert fits(k, v, CHANNELS, RUN)
     assert not fits(k, v, 48, RUN) and not fits(k, v, CHANNELS, 100)
-    with pytest.raises(ValueError, match="100 tokens of 128 channels in tiles of 16 rows"):
+    with pytest.raises(UnsupportedError, match="100 tokens of 128 channels in tiles of 16 rows"):
         DecodeAttention(k, v, BATCH, HEADS, HEADS, CHANNELS, 100, device=DEVICE)

@@ -130,7 +130,8 @@ def calibrate(name: str, recipe: KvRecipe, model: Any, batches: Sequence[Batch])
             seen = KvSamples(parts[0], parts[1], places, key_weight, value_weight, recipe.pre_rope)
             params[number] = {name: tensor.cpu() for name, tensor in recipe.fit(seen).items()}
             advance()
-    return KvSetup(name, recipe, params, digest(model))
+    kept = {number: dict(own) for number, own in recipe.settle(params).items()}
+    return KvSetup(name, recipe, kept, digest(model))
 
 
 def _pass(model: Any, tokens: Tensor, recipe: KvRecipe, gradients: bool) -> list[_Recorder]:

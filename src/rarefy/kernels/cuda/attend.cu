@@ -1,23 +1,23 @@
 // Attention of one new token over keys and values in code: all query heads of one KV head, 128 channels.
 //
-// A warp takes tiles of 128 tokens. Its tensor-core products have codes as the left operand and query heads as columns,
-// so that codes need no padding, and numbers are taken out of words where they were loaded: a lane holds 16 neighbouring
-// tokens (of keys) or channels (of values), and which row of a product each of them is does not matter. The bits of a
-// uniform code are at once a float16 below the smallest normal one, `code * 2^(shift - 24)`, which products take without
-// loss; powers of two, scales and zeros go into the query, the weights and the sums. Where several groups meet, steps go
-// into the numbers, and their zeros are a product of their own. A table has an entry for two codes at once, of which
-// every lane has its own copy; codebooks have a bank for each of 32 parts of a vector, and lanes take parts in different
-// orders, so that no lookup ever waits for another.
+// A warp takes tiles of 128 tokens, or of 64 where there are fewer tiles than warps. Its tensor-core products have
+// codes as the left operand and query heads as columns, so that codes need no padding, and numbers are taken out of
+// words where they were loaded: a lane holds 16 neighbouring tokens (of keys) or channels (of values), and which row of
+// a product each of them is does not matter. The bits of a uniform code are at once a float16 below the smallest normal
+// one, `code * 2^(shift - 24)`, which products take without loss; powers of two, scales and zeros go into the query,
+// the weights and the sums. Where several groups meet, steps go into the numbers, and their zeros are a product of
+// their own. A table has an entry for two codes at once, of which every lane has its own copy; codebooks have a bank
+// for each of 32 parts of a vector, and lanes take parts in different orders, so that no lookup ever waits for another.
 //
 // What fills no tile, in code or not, and the sinks are the rest: a warp takes a few tokens of it one by one.
 //
 // Macros: K_KIND, V_KIND, K_BITS, V_BITS, K_GROUP, V_GROUP (tokens or channels that share a scale), K_SCALE, K_OFFSET,
-// V_OFFSET, K_SPREAD (keys have a center and a spread for each channel), TURNED (keys are without RoPE), JOINED (a token's
-// row is that of all heads), K_ENTRIES, V_ENTRIES, INDEX_BYTES (outliers of a token, or of a channel of a tile, and their
-// indices), K_RANK, V_RANK (of a matrix that is added to a tile), K_ROTATED,
-// V_ROTATED (what is in code was turned by signs and a Hadamard matrix), SAME_TABLE, GROUP_HEADS, QUERY, EXACT (types of
-// the query and of what is not in code), SINKS, WARPS, BLOCKS (of a multiprocessor), DEPTH (eighths of a tile loaded
-// ahead); HALF is 1.
+// V_OFFSET, K_SPREAD (keys have a center and a spread for each channel), TURNED (keys are without RoPE), JOINED (a
+// token's row is that of all heads), K_ENTRIES, V_ENTRIES, INDEX_BYTES (outliers of a token, or of a channel of a tile,
+// and their indices), K_RANK, V_RANK (of a matrix that is added to a tile), K_ROTATED, V_ROTATED (what is in code was
+// turned by signs and a Hadamard matrix), SAME_TABLE, GROUP_HEADS, QUERY, EXACT (types of the query and of what is not
+// in code), SINKS, WARPS, BLOCKS (of a multiprocessor), DEPTH (parts of a tile that are loaded ahead: 16 tokens, or
+// channels of keys by channel), TILE (its tokens; 128 where keys are by channel); HALF is 1.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -27,7 +27,10 @@ typedef unsigned long long u64;
 
 enum { CHANNEL = 1, TOKEN = 2, TABLE = 3, PRODUCT = 4, FLOAT8 = 5 };
 enum { F32 = 1, F16 = 2, BF16 = 3 };
-enum { K_CODES, K_STEPS, K_ZEROS, V_CODES, V_STEPS, V_ZEROS, K_TOKENS, V_TOKENS, K_OUT, K_OUT_AT, V_OUT, V_OUT_AT, K_LEFT, K_RIGHT, V_LEFT, V_RIGHT, PLACES };
+enum {
+  K_CODES, K_STEPS, K_ZEROS, V_CODES, V_STEPS, V_ZEROS, K_TOKENS, V_TOKENS,
+  K_OUT, K_OUT_AT, V_OUT, V_OUT_AT, K_LEFT, K_RIGHT, V_LEFT, V_RIGHT, PLACES
+};
 
 struct Arguments {
   const void* query;   // [pairs * GROUP_HEADS][128]
@@ -62,10 +65,15 @@ struct Arguments {
 
 shared_memory(pool);
 
-constexpr int THREADS = 32 * WARPS, D = 128, TILE = 128, STEPS = 8;
+constexpr int THREADS = 32 * WARPS, D = 128;
+constexpr int STEPS = D / 16, ROWS = TILE / 16;  // that channels take in products, and tokens
 constexpr int K_GROUPS = TILE / K_GROUP, V_GROUPS = D / V_GROUP;
-constexpr bool FOLDED = K_KIND == CHANNEL && K_GROUPS == 1;  // scales go into the query
-constexpr bool K_AFFINE = K_KIND == CHANNEL && K_GROUPS > 1, V_AFFINE = V_KIND == TOKEN && V_GROUPS > 1;
+constexpr bool K_CORRECTED = K_ENTRIES + K_RANK > 0, V_CORRECTED = V_ENTRIES + V_RANK > 0;
+constexpr bool FOLDED = K_KIND == CHANNEL && K_GROUPS == 1 && !K_CORRECTED;  // scales go into the query
+constexpr bool K_AFFINE = K_KIND == CHANNEL && !FOLDED, V_AFFINE = V_KIND == TOKEN && (V_GROUPS > 1 || V_CORRECTED);
+// Where much is done to every part of a tile, its instructions are more than a processor keeps at hand, unless in a loop.
+constexpr bool ROLLED = TURNED;
+constexpr int PARTS_AT_ONCE = ROLLED ? 1 : ROWS / DEPTH;
 constexpr float K_UP = FOLDED ? 16.0f : 1.0f, V_UP = 16.0f;  // keeps products with scales normal
 constexpr float STEP_UP = 16.0f;                             // steps are taken so much smaller where groups meet
 constexpr int MIDDLE = 3;                                    // the shift whose codes meet the query as it is
@@ -77,21 +85,20 @@ constexpr int table_bytes(int kind, int bits) { return kind == TABLE ? 128 << 2 
 constexpr int K_TABLE = 0, V_TABLE = SAME_TABLE ? 0 : table_bytes(K_KIND, K_BITS);
 constexpr int TURNS = V_TABLE + (SAME_TABLE ? table_bytes(K_KIND, K_BITS) : table_bytes(V_KIND, V_BITS));
 constexpr int SCALES = TURNS + (TURNED ? 4 * 68 * TILE : 0);
-constexpr int K_SPAN = K_KIND == CHANNEL ? 256 * K_GROUPS : K_SCALE ? 256 : 0;  // bytes of a tile's scales, and of its zeros
-constexpr int V_SPAN = V_KIND == TOKEN ? 256 * V_GROUPS : V_KIND == PRODUCT ? 0 : 256;
+constexpr int K_SPAN = K_KIND == CHANNEL ? 256 * K_GROUPS : K_SCALE ? 2 * TILE : 0;  // bytes of a tile's scales, and of its zeros
+constexpr int V_SPAN = V_KIND == TOKEN ? 2 * TILE * V_GROUPS : V_KIND == PRODUCT ? 0 : 2 * TILE;
 constexpr int K_ZERO_SPAN = K_KIND == CHANNEL || K_KIND == TOKEN || K_OFFSET ? K_SPAN : 0;
 constexpr int V_ZERO_SPAN = V_KIND == TOKEN || V_OFFSET ? V_SPAN : 0;
-constexpr int BUFFER = K_SPAN + K_ZERO_SPAN + V_SPAN + V_ZERO_SPAN;
+constexpr int START_SPAN = TURNED ? 8 * D : 0;  // cosines and sines of a tile's first position
+constexpr int BUFFER = K_SPAN + K_ZERO_SPAN + V_SPAN + V_ZERO_SPAN + START_SPAN;
 constexpr int MAIN = SCALES + 2 * WARPS * BUFFER, SUMS = WARPS * 4 * 8 * (D + 2);
 constexpr int ASKED = MAIN > SUMS ? MAIN : SUMS;       // float: the query for exact keys, then for keys in code
-constexpr int REST = ASKED + 2 * 4 * GROUP_HEADS * D;  // per warp: what `take_rest` leaves, numbers
+constexpr int CENTERS = ASKED + 2 * 4 * GROUP_HEADS * D;  // float: centers of channels, then spreads
+constexpr int REST = CENTERS + (K_SPREAD ? 8 * D : 0);    // per warp: what `take_rest` leaves, numbers
 constexpr int REST_PARTS = V_ROTATED ? 2 : 1, REST_OF_WARP = REST_PARTS * GROUP_HEADS * D + 16;
-constexpr bool K_CORRECTED = K_ENTRIES + K_RANK > 0, V_CORRECTED = V_ENTRIES + V_RANK > 0;
-constexpr int LISTS = TILE * (K_ENTRIES > V_ENTRIES ? K_ENTRIES : V_ENTRIES) * (2 + INDEX_BYTES);
-constexpr int FACTORS = 2 * (TILE + D) * (K_RANK > V_RANK ? K_RANK : V_RANK);
-constexpr int CORRECTIONS = REST + WARPS * 4 * REST_OF_WARP;  // per warp: see attend_corrections.cuh
-constexpr int CORRECTIONS_OF_WARP =
-    K_CORRECTED || V_CORRECTED ? 4 * GROUP_HEADS * (TILE + D + (TURNED ? D : 0)) + D + LISTS + FACTORS : 0;
+constexpr int KEPT = REST + WARPS * 4 * REST_OF_WARP;  // per warp: scores, then weights, as lanes have them for 16 tokens each
+constexpr int KEPT_OF_WARP = ROLLED ? ROWS * 32 * 16 : 0;
+constexpr int CORRECTIONS = KEPT + WARPS * KEPT_OF_WARP;  // per warp: see attend_corrections.cuh
 
 device float power(int exponent) { return as_float(u32(127 + exponent) << 23); }
 device float never() { return as_float(0xFF800000u); }  // minus infinity: the score of what is not there
@@ -136,12 +143,24 @@ device void load_query(
   sums[0] = of_lane(sum, 8 * t), sums[1] = of_lane(sum, 8 * t + 4);
 }
 
+// `put(n, get(n))` for all n < COUNT by the whole block: of so many numbers at once, for whose first the others do not wait.
+template <int COUNT, class Get, class Put> device void fill(Get get, Put put) {
+  constexpr int AT_ONCE = 8;
+  for (int first = threadIdx.x; first < COUNT; first += AT_ONCE * THREADS) {
+    u32 found[AT_ONCE];
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; ++k) found[k] = first + k * THREADS < COUNT ? get(first + k * THREADS) : 0;
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; ++k)
+      if (first + k * THREADS < COUNT) put(first + k * THREADS, found[k]);
+  }
+}
+
 // A table for all lanes, or a codebook as it is.
 template <int KIND, int BITS> device void fill_table(u8* to, const u16* from) {
   if constexpr (KIND == TABLE) {
-#pragma unroll 8
-    for (int n = threadIdx.x; n < 32 << 2 * BITS; n += THREADS)
-      reinterpret_cast<u32*>(to)[n] = from[n / 32 % (1 << BITS)] | u32(from[n / 32 >> BITS]) << 16;
+    const auto two = [&](int n) { return from[n / 32 % (1 << BITS)] | u32(from[n / 32 >> BITS]) << 16; };
+    fill<32 << 2 * BITS>(two, [&](int n, u32 word) { reinterpret_cast<u32*>(to)[n] = word; });
   } else if constexpr (KIND == PRODUCT) {
     for (int n = threadIdx.x; n < 4096; n += THREADS) copy_async(to + 16 * n, from + 8 * n, true);
   }
@@ -156,6 +175,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int split = blockIdx.x, stride = a.splits * WARPS;
   const i64 pair = blockIdx.y;
+  const int head_of_row = JOINED ? pair % a.heads : 0;
   const u32 own = 4 * lane;  // this lane's copy of tables; of codebooks, its first bank:
   const u32 k_bank = 4 * (K_PARTS * t + g), v_bank = 4 * (V_PARTS * g + t);
   wait_for_earlier_kernels();
@@ -165,12 +185,14 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   u8* buffers = pool + SCALES + warp * 2 * BUFFER;
   const Corrections corrections = corrections_at(pool + CORRECTIONS + warp * CORRECTIONS_OF_WARP);
   const int number = warp * a.splits + split;  // of this warp, so that few tiles are shared by all blocks
+  const float* starts = a.starts + pair / a.heads * a.count_of_starts * 2 * D;
   int tile = number, parity = 0;
   Places here = {}, next = {};
   if (tile < a.tiles) {
     here = places_of(a.places, a.tiles, tile, pair, a.heads);
-    copy_scales(buffers, here, lane);
-    copy_corrections<K_ENTRIES, K_RANK>(corrections, here.k_out, here.k_out_at, here.k_left, here.k_right, lane);
+    copy_scales(buffers, here, starts + i64(tile) * 2 * D, lane);
+    copy_k_corrections(corrections, here, lane);
+    if constexpr (!K_ONE_BY_ONE) copy_v_corrections(corrections, here, lane);
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) fetch_keys(ring[step], here.k_codes, step, g, t, a.heads);
   }
@@ -179,23 +201,28 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   u32* turns = reinterpret_cast<u32*>(pool + TURNS);
   if constexpr (TURNED) fill_turns(turns, a.turns);
   commit_copies();
+  clear_scattered(corrections, lane);
   float* asked = reinterpret_cast<float*>(pool + ASKED);
   float* asked_coded = asked + GROUP_HEADS * D;
   for (int n = threadIdx.x; n < GROUP_HEADS * D; n += THREADS) {
     asked[n] = number_at<QUERY>(a.query, pair * GROUP_HEADS * D + n) * a.scaling;
     asked_coded[n] = K_ROTATED ? asked[n] * a.k_signs[n % D] * HADAMARD : asked[n];
   }
+  float *center = reinterpret_cast<float*>(pool + CENTERS), *spread = center + D;
+  if constexpr (K_SPREAD)
+    for (int n = threadIdx.x; n < D; n += THREADS) {
+      center[n] = a.k_center[pair % a.heads * D + n];
+      spread[n] = a.k_spread[pair % a.heads * D + n];
+    }
   wait_for_copies<0>();
   block_barrier();
   if constexpr (K_ROTATED) hadamard(asked_coded, GROUP_HEADS);
 
-  u32 query[STEPS][2];
+  u32 query[STEPS][2], centers[STEPS][2], spreads[STEPS][2];
   float query_sums[2];
-  const float *center = a.k_center + pair % a.heads * D, *spread = a.k_spread + pair % a.heads * D;
-  const float* starts = a.starts + pair / a.heads * a.count_of_starts * 2 * D;
   if constexpr (!TURNED) load_query(query, query_sums, asked_coded, center, spread, g, t);
-  if constexpr (V_CORRECTED)
-    for (int n = lane; n < GROUP_HEADS * D; n += 32) corrections.added[n] = 0.0f;
+  else if constexpr (K_SPREAD) load_spread(centers, spreads, center, spread, t);
+  uint4* kept = reinterpret_cast<uint4*>(pool + KEPT + warp * KEPT_OF_WARP) + lane;
 
   float out[STEPS][4] = {}, under[4] = {};  // and what zeros take away from all of a row's sums
   float top[2] = {never(), never()}, total[2] = {}, lift[2] = {};
@@ -206,115 +233,140 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   for (; tile < a.tiles; tile += stride) {
     const bool more = tile + stride < a.tiles;
     if (more) next = places_of(a.places, a.tiles, tile + stride, pair, a.heads);
-    wait_for_copies<0>();
+    wait_for_copies<K_ONE_BY_ONE || V_CORRECTED>();  // but for corrections that come later
     warp_barrier();
     const u8* k_steps = buffers + parity * BUFFER;
     const u8 *k_zeros = k_steps + K_SPAN, *v_steps = k_zeros + K_ZERO_SPAN, *v_zeros = v_steps + V_SPAN;
 
     // ---- Scores: of rows g and g + 8 of product n, tokens `token_of` for two heads.
-    float scores[STEPS][4] = {};
+    float scores[ROWS][4] = {};
     float zeros[4] = {};
-    const float* start = starts + i64(tile) * 2 * D;
-    Turned turned;
-    if constexpr (TURNED) turn_query(turned, corrections.turned, asked_coded, start, center, spread, g, t);
+    const float* start = reinterpret_cast<const float*>(v_zeros + V_ZERO_SPAN);
+    if constexpr (TURNED) turn_query(query, corrections.turned, asked_coded, start, g, t);
+    if constexpr (K_RANK > 0) score_low_rank(scores, corrections.k_factors, query, g, t);
+#pragma unroll PARTS_AT_ONCE
+    for (int base = 0; base < ROWS; base += DEPTH) {
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-      u32(&slot)[MOST_WORDS] = ring[step % DEPTH];
-      if constexpr (K_KIND == CHANNEL) {
-        constexpr int WORDS = words_of(K_BITS, 16);
+      for (int ahead = 0; ahead < DEPTH; ++ahead) {
+        const int step = base + ahead;
+        u32(&slot)[MOST_WORDS] = ring[ahead];
+        float sums[4] = {}, second[4] = {};  // by turns, as a product waits for the one before it
+        if constexpr (K_KIND == CHANNEL) {
+          constexpr int WORDS = words_of(K_BITS, 16);
 #pragma unroll
-        for (int n = 0; n < 4; ++n) settle_16<K_BITS>(slot + n * WORDS, g);
-        const int channel = 16 * step + 4 * t;
-        u32 left = query[step][0], right = query[step][1];
-        u32 steps[2];
-        if constexpr (FOLDED) {
-          const uint2 scale = *reinterpret_cast<const uint2*>(k_steps + 2 * channel);
-          const uint2 zero = *reinterpret_cast<const uint2*>(k_zeros + 2 * channel);
-          left = fused(left, scale.x, 0), right = fused(right, scale.y, 0);
-          const u32 all[4] = {zero.x, zero.x, zero.y, zero.y};
-          multiply(zeros, all, left, right);
-        } else {
-          const int group = 16 * g / K_GROUP;
-          u32 all[4];
+          for (int n = 0; n < 4; ++n) settle_16<K_BITS>(slot + n * WORDS, g);
+          const auto channel_of = [&](int k, int half) { return 16 * step + 4 * (k / 2) + 2 * half + k % 2; };
+          int at[PUTS<K_ENTRIES>];
+          if constexpr (K_ENTRIES > 0)
+            scatter<K_ENTRIES, true>(at, corrections.scattered, corrections.k_list, head_of_row, lane, channel_of);
+          const int channel = channel_of(2 * t, 0);
+          u32 left = query[step][0], right = query[step][1];
+          u32 steps[2];
+          if constexpr (FOLDED) {
+            const uint2 scale = *reinterpret_cast<const uint2*>(k_steps + 2 * channel);
+            const uint2 zero = *reinterpret_cast<const uint2*>(k_zeros + 2 * channel);
+            left = fused(left, scale.x, 0), right = fused(right, scale.y, 0);
+            const u32 all[4] = {zero.x, zero.x, zero.y, zero.y};
+            multiply(zeros, all, left, right);
+          } else {
+            const int group = 16 * g / K_GROUP;
+            u32 all[4];
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int one = (channel + 2 * half) * K_GROUPS + group;
-            steps[half] = small_steps(halves_at(k_steps, one, one + K_GROUPS));
-            all[2 * half] = all[2 * half + 1] = fused(steps[half], halves_at(k_zeros, one, one + K_GROUPS), 0);
+            for (int half = 0; half < 2; ++half) {
+              const int one = (channel + 2 * half) * K_GROUPS + group;
+              steps[half] = small_steps(halves_at(k_steps, one, one + K_GROUPS));
+              all[2 * half] = all[2 * half + 1] = fused(steps[half], halves_at(k_zeros, one, one + K_GROUPS), 0);
+            }
+            multiply(zeros, all, left, right);
           }
-          multiply(zeros, all, left, right);
-        }
 #pragma unroll
-        for (int n = 0; n < STEPS; ++n) {
-          u32 keys[4];
-#pragma unroll
-          for (int part = 0; part < 4; ++part) {
-            const int half = part / 2, token = 2 * n + part % 2;
-            const u32 *one = slot + 2 * half * WORDS, *two = one + WORDS;
-            keys[part] = K_AFFINE ? stepped<K_BITS>(one, two, token, steps[half]) : both<K_BITS>(one, two, token);
-          }
-          multiply(scores[n], keys, left, right);
-        }
-      } else {
-        constexpr int WORDS = K_KIND == PRODUCT ? 4 : words_of(K_BITS, 32);
-        float second[4] = {};
-        u32 entries[2][K_PARTS];
-#pragma unroll
-        for (int n = 0; n < STEPS; ++n) {
-          u32 keys[4];
-          if constexpr (K_KIND == PRODUCT)
-            if (2 * n % K_PARTS == 0)
-#pragma unroll
-              for (int half = 0; half < 2; ++half)
-                look_up<K_PARTS>(entries[half], pool + K_TABLE, slot + 4 * half, 2 * n / K_PARTS, g, k_bank);
-#pragma unroll
-          for (int part = 0; part < 4; ++part) {
-            const u32* words = slot + part % 2 * WORDS;
-            const int number = 2 * n + part / 2;
-            if constexpr (K_KIND == TOKEN) keys[part] = apart<K_BITS>(words, number);
-            else if constexpr (K_KIND == TABLE)
-              keys[part] = looked_up<K_BITS>(pool + K_TABLE, words, 2 * K_BITS * number, own);
-            else if constexpr (K_KIND == FLOAT8) keys[part] = halves_of_e4m3(u16(words[number / 2] >> 16 * (number % 2)));
-            else keys[part] = entries[part % 2][number % K_PARTS];
-          }
-          if constexpr (TURNED) {
-            u32 sines[4], places[4];
+          for (int n = 0; n < ROWS; ++n) {
+            u32 keys[4];
 #pragma unroll
             for (int part = 0; part < 4; ++part) {
-              const int two = 16 * (t % 2) + 2 * n + part / 2;
-              const uint2 angle = *reinterpret_cast<const uint2*>(turns + turn_at(token_of(g, step, part % 2), two));
-              places[part] = t < 2 ? angle.x : angle.y;
-              sines[part] = fused(keys[part], angle.y, 0);
-              keys[part] = fused(keys[part], angle.x, 0);
+              const int half = part / 2, token = 2 * n + part % 2;
+              const u32 *one = slot + 2 * half * WORDS, *two = one + WORDS;
+              keys[part] = K_AFFINE ? stepped<K_BITS>(one, two, token, steps[half]) : both<K_BITS>(one, two, token);
             }
-            multiply(scores[step], keys, turned.straight[n][0], turned.straight[n][1]);
-            multiply(second, sines, turned.crossed[n][0], turned.crossed[n][1]);
-            if constexpr (K_SPREAD) multiply(n % 2 ? second : scores[step], places, turned.center[n][0], turned.center[n][1]);
-          } else {
-            multiply(n % 2 ? second : scores[step], keys, query[n][0], query[n][1]);
+            multiply(scores[n], keys, left, right);
+          }
+          if constexpr (K_ENTRIES > 0) add_scattered(scores, at, corrections.scattered, left, right, g, t);
+        } else if constexpr (TURNED) {
+          constexpr int WORDS = words_of(K_BITS, 16);
+#pragma unroll
+          for (int n = 0; n < 4; ++n) settle_16<K_BITS>(slot + n * WORDS, t), stream_16<K_BITS>(slot + n * WORDS);
+#pragma unroll
+          for (int n = 0; n < STEPS; ++n) {
+            u32 keys[4];
+#pragma unroll
+            for (int part = 0; part < 4; ++part) {
+              const u32* words = slot + (part % 2 * 2 + part / 2) * WORDS;
+              keys[part] = looked_up<K_BITS>(pool + K_TABLE, words, 2 * K_BITS * n, own);
+              if constexpr (K_SPREAD) keys[part] = fused(keys[part], spreads[n][part / 2], centers[n][part / 2]);
+            }
+#pragma unroll
+            for (int row = 0; row < 2; ++row) {
+              const u32* angle = turns + turn_at(token_of(g, step, row), 8 * t + n);
+              turn(keys[row], keys[row + 2], *reinterpret_cast<const uint2*>(angle));
+            }
+            multiply(n % 2 ? second : sums, keys, query[n][0], query[n][1]);
+          }
+        } else {
+          constexpr int WORDS = K_KIND == PRODUCT ? 4 : words_of(K_BITS, 32);
+          u32 entries[2][K_PARTS];
+#pragma unroll
+          for (int n = 0; n < STEPS; ++n) {
+            u32 keys[4];
+            if constexpr (K_KIND == PRODUCT)
+              if (2 * n % K_PARTS == 0)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                  look_up<K_PARTS>(entries[half], pool + K_TABLE, slot + 4 * half, 2 * n / K_PARTS, g, k_bank);
+#pragma unroll
+            for (int part = 0; part < 4; ++part) {
+              const u32* words = slot + part % 2 * WORDS;
+              const int number = 2 * n + part / 2;
+              if constexpr (K_KIND == TOKEN) keys[part] = apart<K_BITS>(words, number);
+              else if constexpr (K_KIND == TABLE)
+                keys[part] = looked_up<K_BITS>(pool + K_TABLE, words, 2 * K_BITS * number, own);
+              else if constexpr (K_KIND == FLOAT8) keys[part] = halves_of_e4m3(u16(words[number / 2] >> 16 * (number % 2)));
+              else keys[part] = entries[part % 2][number % K_PARTS];
+            }
+            multiply(n % 2 ? second : sums, keys, query[n][0], query[n][1]);
           }
         }
 #pragma unroll
-        for (int n = 0; n < 4; ++n) scores[step][n] += second[n];
+        for (int n = 0; n < 4; ++n) sums[n] += second[n];
+        if constexpr (ROLLED) kept[32 * step] = {bits_of(sums[0]), bits_of(sums[1]), bits_of(sums[2]), bits_of(sums[3])};
+        else if constexpr (K_KIND != CHANNEL)
+#pragma unroll
+          for (int n = 0; n < 4; ++n) scores[step][n] = sums[n];
+        if (base + DEPTH < ROWS) fetch_keys(slot, here.k_codes, step + DEPTH, g, t, a.heads);
+        else fetch_values(slot, here.v_codes, ahead, g, t, a.heads);
       }
-      const int ahead = step + DEPTH;
-      if (ahead < STEPS) fetch_keys(slot, here.k_codes, ahead, g, t, a.heads);
-      else fetch_values(slot, here.v_codes, ahead - STEPS, g, t, a.heads);
     }
 
-    if (more) copy_scales(buffers + (1 - parity) * BUFFER, next, lane);
+    if constexpr (K_ONE_BY_ONE) {
+      wait_for_copies<0>();
+      warp_barrier();
+      score_outliers(corrections, turns, asked_coded, head_of_row, lane);
+    }
+    if constexpr (K_CORRECTED) warp_barrier();
+    if (more) copy_scales(buffers + (1 - parity) * BUFFER, next, starts + i64(tile + stride) * 2 * D, lane);
+    if constexpr (K_ONE_BY_ONE) copy_v_corrections(corrections, here, lane);
+    else if (more) copy_k_corrections(corrections, next, lane);
     commit_copies();
-
-    if constexpr (K_CORRECTED) score_corrections(corrections, turns, asked_coded, pair % a.heads, lane);
-    if constexpr (V_CORRECTED) {
-      copy_corrections<V_ENTRIES, V_RANK>(corrections, here.v_out, here.v_out_at, here.v_left, here.v_right, lane);
-      commit_copies();
-    }
 
     // ---- Weights.
     float peak[2] = {top[0], top[1]};
 #pragma unroll
-    for (int n = 0; n < STEPS; ++n) {
+    for (int n = 0; n < ROWS; ++n) {
+      if constexpr (ROLLED) {
+        const uint4 all = kept[32 * n];
+        const u32 words[4] = {all.x, all.y, all.z, all.w};
+#pragma unroll
+        for (int part = 0; part < 4; ++part) scores[n][part] = as_float(words[part]);
+      }
       float scale[2] = {1.0f, 1.0f}, shift[2] = {};
       if constexpr (FOLDED) {
 #pragma unroll
@@ -339,7 +391,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         if constexpr (K_AFFINE) score = (score - zeros[part]) * STEP_UP;
         if constexpr (K_KIND == TOKEN || K_OFFSET) score += shift[row] * query_sums[head];
         if constexpr (K_SPREAD && !TURNED) score += query_sums[head];
-        if constexpr (K_CORRECTED)
+        if constexpr (K_ONE_BY_ONE)
           if (2 * t + head < GROUP_HEADS) score += corrections.beside[token_of(g, n, row) * GROUP_HEADS + 2 * t + head];
         scores[n][part] = score;
       }
@@ -349,14 +401,14 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         const i64 token = a.sinks[pair / a.heads * SINKS + sink] - i64(tile) * TILE;
         if (token < 0 || token >= TILE) continue;
 #pragma unroll
-        for (int n = 0; n < STEPS; ++n)
+        for (int n = 0; n < ROWS; ++n)
 #pragma unroll
           for (int part = 0; part < 4; ++part)
             if (token_of(g, n, part / 2) == token) scores[n][part] = never();
       }
     }
 #pragma unroll
-    for (int n = 0; n < STEPS; ++n)
+    for (int n = 0; n < ROWS; ++n)
 #pragma unroll
       for (int part = 0; part < 4; ++part) peak[part % 2] = max_of(peak[part % 2], scores[n][part]);
     float safe[2], fade[2];
@@ -370,10 +422,9 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       top[head] = peak[head];
       total[head] *= fade[head], lift[head] *= fade[head];
     }
-    u32 weights[STEPS][2];
-    if constexpr (V_CORRECTED) warp_barrier();  // scores have been read where weights come
+    u32 weights[ROWS][2], plain[ROWS][2];  // times scales, and as they are
 #pragma unroll
-    for (int n = 0; n < STEPS; ++n) {
+    for (int n = 0; n < ROWS; ++n) {
       u32 steps = 0, offsets = 0;
       if constexpr (!V_AFFINE && V_KIND != PRODUCT) {
         steps = two_rows(v_steps, g, n);
@@ -386,9 +437,6 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         for (int head = 0; head < 2; ++head) {
           shares[head] = power_of_two(scores[n][2 * row + head] - safe[head]);
           total[head] += shares[head];
-          if constexpr (V_CORRECTED)
-            if (2 * t + head < GROUP_HEADS)
-              corrections.beside[token_of(g, n, row) * GROUP_HEADS + 2 * t + head] = shares[head] * V_UP;
         }
         float up = V_UP;
         if constexpr (!V_AFFINE && V_KIND != PRODUCT) up *= half_value(u16(steps >> 16 * row));
@@ -401,7 +449,11 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
           lift[0] += shares[0] * V_UP * offset, lift[1] += shares[1] * V_UP * offset;
         }
         weights[n][row] = transposed(weights[n][row]);
+        if constexpr (V_CORRECTED)
+          plain[n][row] = V_AFFINE ? weights[n][row] : transposed(half_pair(shares[0] * V_UP, shares[1] * V_UP));
+        else plain[n][row] = 0;
       }
+      if constexpr (ROLLED) kept[32 * n] = {weights[n][0], weights[n][1], plain[n][0], plain[n][1]};
     }
 #pragma unroll
     for (int n = 0; n < STEPS; ++n)
@@ -411,79 +463,93 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     for (int part = 0; part < 4; ++part) under[part] *= fade[part % 2];
 
     if constexpr (V_CORRECTED) {
-      wait_for_copies<0>();
-      mix_corrections(corrections, fade, pair % a.heads, lane);
-    }
-    if constexpr (K_CORRECTED) {
-      if (more) copy_corrections<K_ENTRIES, K_RANK>(corrections, next.k_out, next.k_out_at, next.k_left, next.k_right, lane);
-      commit_copies();
+      if constexpr (K_ONE_BY_ONE) warp_barrier(), clear_scattered(corrections, lane);
+      wait_for_copies<!K_ONE_BY_ONE>();
+      warp_barrier();
+      if constexpr (V_RANK > 0) mix_low_rank(out, corrections.v_factors, plain, g, t);
     }
 
     // ---- Sums: of row g of product n, channel 16 g + 2 n; of row g + 8, the next.
+#pragma unroll PARTS_AT_ONCE
+    for (int base = 0; base < ROWS; base += DEPTH) {
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-      u32(&slot)[MOST_WORDS] = ring[step % DEPTH];
-      constexpr int WORDS = V_KIND == PRODUCT ? 2 : words_of(V_BITS, 16);
-      u32 even[2][WORDS], odd[2][WORDS], steps[2], entries[4][V_PARTS];
-      if constexpr (V_KIND != PRODUCT) {
+      for (int ahead = 0; ahead < DEPTH; ++ahead) {
+        const int step = base + ahead;
+        uint4 own_weights;
+        if constexpr (ROLLED) own_weights = kept[32 * step];
+        else own_weights = {weights[step][0], weights[step][1], plain[step][0], plain[step][1]};
+        u32(&slot)[MOST_WORDS] = ring[ahead];
+        constexpr int WORDS = V_KIND == PRODUCT ? 2 : words_of(V_BITS, 16);
+        u32 even[2][WORDS], odd[2][WORDS], steps[2], entries[4][V_PARTS];
+        int at[PUTS<V_ENTRIES>];
+        const auto token_at = [&](int k, int half) { return token_of(k, step, half); };
+        if constexpr (V_ENTRIES > 0)
+          scatter<V_ENTRIES, V_AFFINE>(at, corrections.scattered, corrections.v_list, head_of_row, lane, token_at);
+        if constexpr (V_KIND != PRODUCT) {
 #pragma unroll
-        for (int n = 0; n < 4; ++n) settle_16<V_BITS>(slot + n * WORDS, g);
-      }
-      if constexpr (V_KIND == TABLE) {
-#pragma unroll
-        for (int n = 0; n < 4; ++n) stream_16<V_BITS>(slot + n * WORDS);
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          interleaved<V_BITS>(even[half], odd[half], slot + 2 * half * WORDS, slot + (2 * half + 1) * WORDS);
-      }
-      if constexpr (V_AFFINE) {
-        const int group = 16 * g / V_GROUP;
-        u32 all[4];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int one = token_of(2 * t, step, half) * V_GROUPS + group;
-          const int two = token_of(2 * t + 1, step, half) * V_GROUPS + group;
-          steps[half] = small_steps(halves_at(v_steps, one, two));
-          all[2 * half] = all[2 * half + 1] = fused(steps[half], halves_at(v_zeros, one, two), 0);
+          for (int n = 0; n < 4; ++n) settle_16<V_BITS>(slot + n * WORDS, g);
         }
-        multiply(under, all, weights[step][0], weights[step][1]);
-      }
+        if constexpr (V_KIND == TABLE) {
 #pragma unroll
-      for (int n = 0; n < STEPS; ++n) {
-        u32 values[4];
-        if constexpr (V_KIND == PRODUCT) {
-          if (n % V_PARTS == 0)
+          for (int n = 0; n < 4; ++n) stream_16<V_BITS>(slot + n * WORDS);
 #pragma unroll
-            for (int token = 0; token < 4; ++token)
-              look_up<V_PARTS>(entries[token], pool + V_TABLE, slot + 2 * token, n / V_PARTS, t, v_bank);
+          for (int half = 0; half < 2; ++half)
+            interleaved<V_BITS>(even[half], odd[half], slot + 2 * half * WORDS, slot + (2 * half + 1) * WORDS);
+        }
+        if constexpr (V_AFFINE) {
+          const int group = 16 * g / V_GROUP;
+          u32 all[4];
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const u32 one = entries[2 * half][n % V_PARTS], two = entries[2 * half + 1][n % V_PARTS];
-            values[2 * half] = permuted(one, two, 0x5410), values[2 * half + 1] = permuted(one, two, 0x7632);
+            const int one = token_of(2 * t, step, half) * V_GROUPS + group;
+            const int two = token_of(2 * t + 1, step, half) * V_GROUPS + group;
+            steps[half] = small_steps(halves_at(v_steps, one, two));
+            all[2 * half] = all[2 * half + 1] = fused(steps[half], halves_at(v_zeros, one, two), 0);
           }
-        } else {
-#pragma unroll
-          for (int part = 0; part < 4; ++part) {
-            const int half = part / 2, channel = 2 * n + part % 2;
-            const u32 *one = slot + 2 * half * WORDS, *two = one + WORDS;
-            if constexpr (V_KIND == TABLE)
-              values[part] = looked_up<V_BITS>(pool + V_TABLE, part % 2 ? odd[half] : even[half], 2 * V_BITS * n, own);
-            else if constexpr (V_KIND == FLOAT8) {
-              const u32 at = channel % 4;
-              values[part] = halves_of_e4m3(u16(permuted(one[channel / 4], two[channel / 4], at | (4 + at) << 4)));
-            } else if constexpr (V_AFFINE) values[part] = stepped<V_BITS>(one, two, channel, steps[half]);
-            else values[part] = both<V_BITS>(one, two, channel);
-          }
+          multiply(under, all, own_weights.x, own_weights.y);
         }
-        multiply(out[n], values, weights[step][0], weights[step][1]);
+#pragma unroll
+        for (int n = 0; n < STEPS; ++n) {
+          u32 values[4];
+          if constexpr (V_KIND == PRODUCT) {
+            if (n % V_PARTS == 0)
+#pragma unroll
+              for (int token = 0; token < 4; ++token)
+                look_up<V_PARTS>(entries[token], pool + V_TABLE, slot + 2 * token, n / V_PARTS, t, v_bank);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const u32 one = entries[2 * half][n % V_PARTS], two = entries[2 * half + 1][n % V_PARTS];
+              values[2 * half] = permuted(one, two, 0x5410), values[2 * half + 1] = permuted(one, two, 0x7632);
+            }
+          } else {
+#pragma unroll
+            for (int part = 0; part < 4; ++part) {
+              const int half = part / 2, channel = 2 * n + part % 2;
+              const u32 *one = slot + 2 * half * WORDS, *two = one + WORDS;
+              if constexpr (V_KIND == TABLE)
+                values[part] = looked_up<V_BITS>(pool + V_TABLE, part % 2 ? odd[half] : even[half], 2 * V_BITS * n, own);
+              else if constexpr (V_KIND == FLOAT8) {
+                const u32 at = channel % 4;
+                values[part] = halves_of_e4m3(u16(permuted(one[channel / 4], two[channel / 4], at | (4 + at) << 4)));
+              } else if constexpr (V_AFFINE) values[part] = stepped<V_BITS>(one, two, channel, steps[half]);
+              else values[part] = both<V_BITS>(one, two, channel);
+            }
+          }
+          multiply(out[n], values, own_weights.x, own_weights.y);
+        }
+        if constexpr (V_ENTRIES > 0) add_scattered(out, at, corrections.scattered, own_weights.z, own_weights.w, g, t);
+        if (base + DEPTH < ROWS) fetch_values(slot, here.v_codes, step + DEPTH, g, t, a.heads);
+        else if (more) fetch_keys(slot, next.k_codes, ahead, g, t, a.heads);
       }
-      const int ahead = step + DEPTH;
-      if (ahead < STEPS) fetch_values(slot, here.v_codes, ahead, g, t, a.heads);
-      else if (more) fetch_keys(slot, next.k_codes, ahead - STEPS, g, t, a.heads);
     }
     here = next;
     parity ^= 1;
     warp_barrier();
+    if (more) {
+      if constexpr (K_ONE_BY_ONE) copy_k_corrections(corrections, here, lane);
+      else copy_v_corrections(corrections, here, lane);
+    }
+    commit_copies();
   }
 
   // ---- Sums of all warps of the block.
@@ -505,9 +571,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       float up = 1.0f;
       if constexpr (V_KIND == TOKEN && !V_AFFINE) up = power(24 - shift_of(V_BITS, 2 * n + part / 2));
       if constexpr (V_AFFINE) up = STEP_UP;
-      float sum = (out[n][part] - under[part]) * up + lift[part % 2];
-      if constexpr (V_CORRECTED)
-        if (head < GROUP_HEADS) sum += corrections.added[channel * GROUP_HEADS + head];
+      const float sum = (out[n][part] - under[part]) * up + lift[part % 2];
       if (head < GROUP_HEADS) sums[(warp * 8 + head) * D + channel] = sum / V_UP;
     }
   if (g == 0)

@@ -17,7 +17,7 @@ from rarefy.kernels.cuda import driver
 
 SOURCE = Path(__file__).with_name("attend.cu")
 TILE, PIECE, CHANNELS, MOST_HEADS = 128, 32, 128, 8
-PIECES = TILE // PIECE
+MOST_RANK = 8  # rows of a product
 BLOCKS_OF_REST = 8  # that share what fills no tile
 TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 LOG2E = 1.4426950408889634
@@ -28,11 +28,14 @@ MOST_SHARED = 227 << 10  # bytes that a block may have on Hopper, where a device
 
 @dataclass(frozen=True)
 class Shape:
-    """``warps`` of a block, ``blocks`` of a multiprocessor, and eighths of a tile that are loaded ahead."""
+    """``warps`` of a block, ``blocks`` of a multiprocessor, parts of a tile (of 16 tokens, or channels of keys by
+    channel) that are loaded ahead, and tokens of a ``tile``: 128 where codes or corrections are of blocks, else 64 will
+    do."""
 
     warps: int = 8
     blocks: int = 1
     depth: int = 4
+    tile: int = TILE
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,9 @@ class Code:
             return 4 * CHANNELS // 2 << 8
         return 4 * COPIES << 2 * self.num_bits if self.kind == "table" else 0
 
-    @property
-    def scales(self) -> int:
-        """Bytes of a tile's scales and zeros."""
-        one = 2 * TILE * (CHANNELS // self.group) if self.kind in ("channel", "token") else 2 * TILE
+    def scales(self, tile: int) -> int:
+        """Bytes of the scales and zeros of so many tokens."""
+        one = 2 * tile * (CHANNELS // self.group) if self.kind in ("channel", "token") else 2 * tile
         return one * (self.scale + self.offset)
 
 
@@ -72,6 +74,8 @@ def fits(keys: Tiles, values: Tiles, channels: int, heads: int) -> bool:
         return False
     if _tensors(values) == 1 and values.kind == "table":
         return False
+    if keys.kind == "token" and (keys.outliers or keys.low_rank):
+        return False
     sides = keys, values
     blocked = any(side.low_rank or (side.outliers and not side.joined) for side in sides)
     if blocked and (keys.joined or any(side.block != TILE for side in sides)):
@@ -82,7 +86,8 @@ def fits(keys: Tiles, values: Tiles, channels: int, heads: int) -> bool:
 def _fits(side: Tiles) -> bool:
     if side.kind in ("channel", "token") and (side.outliers or side.low_rank):
         axis = side.kind if side.outliers is None else side.outliers.axis
-        return axis == side.kind and _fits(replace(side, outliers=None, low_rank=None))
+        few = side.low_rank is None or not side.low_rank.runs or side.low_rank.rank <= MOST_RANK
+        return axis == side.kind and few and _fits(replace(side, outliers=None, low_rank=None))
     if side.low_rank is not None or (side.kind != "table" and (side.outliers or side.affine or side.joined)):
         return False
     if side.outliers is not None and not side.joined:
@@ -163,8 +168,8 @@ class Program:
         found = {
             "SAME_TABLE": int(self.same_table), "GROUP_HEADS": self.group_heads, "QUERY": TYPES[self.query],
             "EXACT": TYPES[self.exact], "SINKS": self.sinks, "WARPS": self.shape.warps, "BLOCKS": self.shape.blocks,
-            "DEPTH": self.shape.depth, "HALF": 1, "K_SCALE": int(self.keys.scale), "K_SPREAD": int(self.keys.affine),
-            "TURNED": int(self.turned), "JOINED": int(self.joined),
+            "DEPTH": self.shape.depth, "TILE": self.shape.tile, "HALF": 1, "K_SCALE": int(self.keys.scale),
+            "K_SPREAD": int(self.keys.affine), "TURNED": int(self.turned), "JOINED": int(self.joined),
             "INDEX_BYTES": min(self.keys.index_bytes, self.values.index_bytes),
         }  # fmt: skip
         for prefix, code, rotated in (("K", self.keys, self.rotated[0]), ("V", self.values, self.rotated[1])):
@@ -183,18 +188,26 @@ class Program:
     def shared_memory(self) -> int:
         """Bytes of a block."""
         tables = self.keys.table + (0 if self.same_table else self.values.table)
-        scales = 2 * self.shape.warps * (self.keys.scales + self.values.scales)
+        tile, turned = self.shape.tile, int(self.turned)
+        scales = self.keys.scales(tile) + self.values.scales(tile) + 8 * CHANNELS * turned
         sums = self.shape.warps * 4 * MOST_HEADS * (CHANNELS + 2)
         rest = 4 * (self.group_heads * CHANNELS * (1 + self.rotated[1]) + 2 * MOST_HEADS)
-        turns = 4 * TURN_WORDS * TILE if self.turned else 0
-        most, rank = max(self.keys.entries, self.values.entries), max(self.keys.rank, self.values.rank)
-        corrections = 0
-        if most or rank:
-            index_bytes = min(self.keys.index_bytes, self.values.index_bytes)
-            beside = 4 * self.group_heads * (TILE + (1 + self.turned) * CHANNELS) + CHANNELS
-            corrections = beside + TILE * most * (2 + index_bytes) + 2 * (TILE + CHANNELS) * rank
-        both = 8 * self.group_heads * CHANNELS  # queries
-        return max(tables + turns + scales, sums) + both + self.shape.warps * (rest + corrections)
+        turns = 4 * TURN_WORDS * tile * turned
+        both = 8 * self.group_heads * CHANNELS + 8 * CHANNELS * self.keys.affine  # queries, and centers and spreads
+        main = max(tables + turns + 2 * self.shape.warps * scales, sums)
+        return main + both + self.shape.warps * (rest + 32 * tile * turned + self._corrections)
+
+    @property
+    def _corrections(self) -> int:
+        """Bytes of a warp's lists and matrices, and what it makes of them."""
+        one_by_one = self.keys.entries > 0 and self.keys.kind != "channel"
+        scattered = 32 * CHANNELS if self.values.entries or (self.keys.entries and not one_by_one) else 0
+        tile = self.shape.tile
+        beside = 4 * self.group_heads * (tile + CHANNELS * self.turned) if one_by_one else 0
+        both = self.keys.entries, self.values.entries
+        entries, rank = max(both) if one_by_one else sum(both), self.keys.rank + self.values.rank
+        index_bytes = min(self.keys.index_bytes, self.values.index_bytes)
+        return max(scattered, beside) + tile * entries * (2 + index_bytes) + 2 * (tile + CHANNELS) * rank
 
     @property
     def threads(self) -> int:
@@ -208,24 +221,28 @@ def kernel(device: int, program: Program) -> driver.Kernel:
         return driver.Kernel(SOURCE, "rarefy_attend", program.options, program.shared_memory)
 
 
-def places(keys: Tiles, values: Tiles, tokens: tuple[Sequence[int], Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Addresses int64 ``[16, tiles]`` of the first head's codes, scales and zeros of keys, then of values, for each 128
-    tokens that lie in one run of both, how many tokens are from one head to the next, and addresses of outliers and
-    their indices, and of both factors of matrices of low rank; and ``[16, pieces]`` of each 32 tokens after them.
+def places(
+    keys: Tiles, values: Tiles, tokens: tuple[Sequence[int], Sequence[int]], tile: int = TILE
+) -> tuple[Tensor, Tensor]:
+    """Addresses int64 ``[16, tiles]`` of the first head's codes, scales and zeros of keys, then of values, for each
+    ``tile`` of tokens that lies in one run of both, how many tokens are from one head to the next, and addresses of
+    outliers and their indices, and of both factors of matrices of low rank; and ``[16, pieces]`` of each 32 tokens
+    after them.
     ``tokens``: of all runs of keys and of values."""
     both = [_pieces(side, each) for side, each in zip((keys, values), tokens, strict=True)]
-    whole = min(part.shape[1] for part in both) // PIECES
+    pieces = tile // PIECE
+    whole = min(part.shape[1] for part in both) // pieces
     # A tile lies in one run if its last piece is as far from its first as within a run.
     lies = torch.ones(whole, dtype=torch.bool)
     for part in both:
-        run = part[-1, : whole * PIECES].view(whole, PIECES)
+        run = part[-1, : whole * pieces].view(whole, pieces)
         lies &= run[:, 0] == run[:, -1]
     tiles = int(lies.int().cumprod(0).sum()) if whole else 0
     most = max(part.shape[1] for part in both)
     rows = [torch.nn.functional.pad(part, (0, most - part.shape[1])) for part in both]
     order = rows[0][:3], rows[1][:3], rows[0][7:8], rows[1][7:8], *(each[at : at + 2] for at in (3, 5) for each in rows)
     table = torch.cat(order)
-    return table[:, : tiles * PIECES : PIECES].contiguous(), table[:, tiles * PIECES :].contiguous()
+    return table[:, : tiles * pieces : pieces].contiguous(), table[:, tiles * pieces :].contiguous()
 
 
 def _pieces(side: Tiles, tokens: Sequence[int]) -> Tensor:
@@ -295,20 +312,21 @@ class CodedAttention:
         KV head (None: enough to fill the GPU). Tables that are one tensor are kept once. Raises UnsupportedError where
         sizes do not fit the kernel (see `fits`)."""
         group = query_heads // heads
-        if not fits(keys, values, CHANNELS, group) or any(each % PIECE for part in tokens for each in part):
+        known = fits(keys, values, CHANNELS, group) and (turns is None or keys.kind == "table")
+        if not known or any(each % PIECE for part in tokens for each in part):
             raise UnsupportedError(f"These codes, for {group} query heads a KV head, do not fit the kernel.")
         self.keys, self.values = keys, values  # whose memory the addresses point to
         self.batch, self.heads, self.query_heads, self.sinks = batch, heads, query_heads, sinks
         self.rotated, self.turned = (signs[0] is not None, signs[1] is not None), turns is not None
         self.same_table = keys.kind == values.kind == "table" and keys.lut is values.lut
-        self.shape = self._shape(device) if shape is None else shape
-        tiles, pieces = places(keys, values, tokens)
+        self.shape = self._shape(device, min(map(sum, tokens))) if shape is None else shape
+        tiles, pieces = places(keys, values, tokens, self.shape.tile)
         count = tiles.shape[1]
         if splits is None:
             processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
             splits = max(1, processors * self.shape.blocks // (batch * heads))
         self.splits = min(splits, -(-count // self.shape.warps) + BLOCKS_OF_REST)
-        inside, starts = (None, None) if turns is None else _turns(turns, sum(tokens[0]))
+        inside, starts = (None, None) if turns is None else _turns(turns, sum(tokens[0]), self.shape.tile)
         center, spread = keys.affine or (None, None)
         rows = batch * query_heads
         self._tensors: dict[str, Tensor | None] = {
@@ -322,14 +340,20 @@ class CodedAttention:
         places_of_starts = 0 if starts is None else starts.shape[1]
         self._sizes = count, heads, self.splits, pieces.shape[1], places_of_starts, sum(tokens[0]), sum(tokens[1])
 
-    def _shape(self, device: torch.device) -> Shape:
-        """The most warps for whose tables and corrections there is room."""
+    def _shape(self, device: torch.device, tokens: int) -> Shape:
+        """The most warps for whose tables and corrections there is room; short tiles of products, and where the GPU has
+        more warps than long ones; where keys are turned, a loop over few of a tile's parts at once."""
         about = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
         most = getattr(about, "shared_memory_per_block_optin", MOST_SHARED)
-        for shape in (Shape(), Shape(warps=4)):
-            self.shape = shape
+        processors = getattr(about, "multi_processor_count", 1)
+        few = self.keys.kind == "product" or tokens // TILE * self.batch * self.heads < processors * Shape.warps
+        blocked = self.keys.kind == "channel" or self.values.low_rank is not None
+        sizes = [TILE] if blocked else [TILE // 2] if few else [TILE, TILE // 2]
+        depth = 2 if self.turned else Shape.depth
+        shapes = (Shape(warps, depth=depth, tile=tile) for warps in (8, 4) for tile in sizes)
+        for self.shape in shapes:
             if self.program(torch.float32).shared_memory <= most:
-                return shape
+                return self.shape
         raise UnsupportedError("Tables and corrections of these codes do not fit a block's shared memory.")
 
     def program(self, dtype: torch.dtype, exact: Exact | None = None) -> Program:
@@ -364,9 +388,9 @@ class CodedAttention:
         return out, lse
 
 
-def _turns(turns: Turns, tokens: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of two channels at each place of a tile, float16 ``[128, 32, 2, 2]``, and of the first
+def _turns(turns: Turns, tokens: int, tile: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of two channels at each place of a tile, float16 ``[tile, 32, 2, 2]``, and of the first
     positions of all tiles, float32 ``[B, tiles, 2, D]``."""
-    inside, starts = turns.tables(CHANNELS, TILE, 0, -(-tokens // TILE) * TILE, 1)  # [1, 2, 128, D]
+    inside, starts = turns.tables(CHANNELS, tile, 0, -(-tokens // tile) * tile, 1)  # [1, 2, tile, D]
     pairs = inside[0, :, :, : CHANNELS // 2].unflatten(-1, (-1, 2))  # the other channels turn with these
     return pairs.permute(1, 2, 0, 3).contiguous(), starts

@@ -1,177 +1,225 @@
 // What is added to codes, for attend.cu: outliers, and matrices of low rank.
 //
 // Outliers are of a token over its channels or the channels of all heads, in no order, or of a channel over the tokens of a
-// tile. Both kinds of corrections come to shared memory ahead, keys' and values' by turns.
+// tile. Those that a product adds up over (of values, and of keys by channel) are scattered among zeros, those of 16
+// vectors at once, and are one more product; those of keys by token a lane takes one by one for its own tokens. A matrix of
+// low rank is two products.
 
+constexpr bool K_ONE_BY_ONE = K_ENTRIES > 0 && K_KIND != CHANNEL;
+
+// What a warp has in shared memory. Of keys by token, scores, the query and the list are there while keys are read, what is
+// scattered and the list of values in their place while values are.
+constexpr int SCATTERED = V_ENTRIES > 0 || (K_ENTRIES > 0 && !K_ONE_BY_ONE) ? 16 * D * 2 : 0;
+constexpr int BESIDE = K_ONE_BY_ONE ? 4 * GROUP_HEADS * TILE : 0, OF_QUERY = K_ONE_BY_ONE && TURNED ? 4 * GROUP_HEADS * D : 0;
+constexpr int IN_TURN = SCATTERED > BESIDE + OF_QUERY ? SCATTERED : BESIDE + OF_QUERY;
+constexpr int list_bytes(int entries) { return TILE * entries * (2 + INDEX_BYTES); }
+constexpr int factor_bytes(int rank) { return 2 * (TILE + D) * rank; }
+constexpr int K_FACTORS = IN_TURN + list_bytes(K_ENTRIES), V_LIST = K_ONE_BY_ONE ? IN_TURN : K_FACTORS + factor_bytes(K_RANK);
+constexpr int LISTS_END = V_LIST + list_bytes(V_ENTRIES), V_FACTORS = LISTS_END > K_FACTORS ? LISTS_END : K_FACTORS;
+constexpr int CORRECTIONS_OF_WARP = V_FACTORS + factor_bytes(V_RANK);
+struct Corrections {
+  u16* scattered;  // 8 words of two vectors for each place; see `scatter`
+  float* beside;   // [TILE][GROUP_HEADS]: what outliers add to scores
+  u32* turned;     // [D][GROUP_HEADS]: the query times a tile's first position, straight and crossed
+  u8* k_list;      // values [vectors][ENTRIES], then their indices
+  u16* k_factors;  // left [TILE][RANK], right [RANK][D]
+  u8* v_list;
+  u16* v_factors;
+};
+device Corrections corrections_at(u8* base) {
+  return {reinterpret_cast<u16*>(base), reinterpret_cast<float*>(base), reinterpret_cast<u32*>(base + BESIDE), base + IN_TURN,
+          reinterpret_cast<u16*>(base + K_FACTORS), base + V_LIST, reinterpret_cast<u16*>(base + V_FACTORS)};
+}
+device void copy_k_corrections(const Corrections& to, const Places& p, int lane) {
+  copy_span(to.k_list, p.k_out, TILE * K_ENTRIES * 2, lane);
+  copy_span(to.k_list + TILE * K_ENTRIES * 2, p.k_out_at, TILE * K_ENTRIES * INDEX_BYTES, lane);
+  copy_span(reinterpret_cast<u8*>(to.k_factors), p.k_left, TILE * K_RANK * 2, lane);
+  copy_span(reinterpret_cast<u8*>(to.k_factors + TILE * K_RANK), p.k_right, D * K_RANK * 2, lane);
+}
+device void copy_v_corrections(const Corrections& to, const Places& p, int lane) {
+  copy_span(to.v_list, p.v_out, TILE * V_ENTRIES * 2, lane);
+  copy_span(to.v_list + TILE * V_ENTRIES * 2, p.v_out_at, TILE * V_ENTRIES * INDEX_BYTES, lane);
+  copy_span(reinterpret_cast<u8*>(to.v_factors), p.v_left, TILE * V_RANK * 2, lane);
+  copy_span(reinterpret_cast<u8*>(to.v_factors + TILE * V_RANK), p.v_right, D * V_RANK * 2, lane);
+}
 template <int BYTES> device int index_at(const u8* indices, int n) {
   return BYTES == 1 ? indices[n] : int(reinterpret_cast<const u16*>(indices)[n]);
 }
 
-// What a warp has of them in shared memory.
-struct Corrections {
-  float* beside;  // [TILE][GROUP_HEADS]: what they add to scores, then the weights of tokens
-  float* added;   // [D][GROUP_HEADS]: what they add to sums
-  u32* turned;    // [D][GROUP_HEADS]: the query times a tile's first position, straight and crossed
-  u8* takers;     // [128]: the lane whose turn it is to add to a token or a channel
-  u8* list;       // values [vectors][ENTRIES] and their indices
-  u16* factors;   // left [TILE][RANK], right [RANK][D]
-};
-device Corrections corrections_at(u8* base) {
-  float *beside = reinterpret_cast<float*>(base), *added = beside + GROUP_HEADS * TILE;
-  u32* turned = reinterpret_cast<u32*>(added + GROUP_HEADS * D);
-  u8 *takers = reinterpret_cast<u8*>(turned + (TURNED ? GROUP_HEADS * D : 0)), *list = takers + D;
-  return {beside, added, turned, takers, list, reinterpret_cast<u16*>(list + LISTS)};
+device void clear_scattered(const Corrections& own, int lane) {
+  for (int n = lane; n < SCATTERED / 16; n += 32) reinterpret_cast<uint4*>(own.scattered)[n] = {0, 0, 0, 0};
 }
-template <int ENTRIES, int RANK>
-device void copy_corrections(
-    const Corrections& to, const u8* values, const u8* indices, const u8* left, const u8* right, int lane) {
-  copy_span(to.list, values, TILE * ENTRIES * 2, lane);
-  copy_span(to.list + TILE * ENTRIES * 2, indices, TILE * ENTRIES * INDEX_BYTES, lane);
-  u8* factors = reinterpret_cast<u8*>(to.factors);
-  copy_span(factors, left, TILE * RANK * 2, lane);
-  copy_span(factors + TILE * RANK * 2, right, D * RANK * 2, lane);
+// Outliers of 16 vectors as the left operand of products: row g of product n is place 16 g + 2 n, row g + 8 the next; vectors
+// are `vector_of(k, half)`, k < 8, of what is added up. Two lanes have a vector, and half of its outliers each. Two
+// neighbouring places have a row of 64 bytes; rows of lanes that read together are in different banks.
+device int row_of(int two) { return two ^ (two / 8 & 1); }
+template <int ENTRIES> constexpr int PUTS = ENTRIES > 0 ? (ENTRIES + 1) / 2 : 1;
+
+// `at`: where this lane has put something, or -1. STEPPED: in so many steps of codes.
+template <int ENTRIES, bool STEPPED, class VectorOf>
+device void scatter(int (&at)[PUTS<ENTRIES>], u16* to, const u8* list, int head, int lane, VectorOf vector_of) {
+  const int k = lane / 2 % 8, half = lane / 16, first = vector_of(k, half) * ENTRIES + lane % 2;
+#pragma unroll
+  for (int n = 0; n < PUTS<ENTRIES>; ++n) {
+    at[n] = -1;
+    if (2 * n + lane % 2 >= ENTRIES) continue;
+    const int place = index_at<INDEX_BYTES>(list + TILE * ENTRIES * 2, first + 2 * n) - head * D;
+    if (u32(place) >= D) continue;
+    const u16 value = half_at(list, first + 2 * n);
+    at[n] = 2 * (row_of(place / 2) * 16 + k / 2 * 4 + 2 * half + place % 2) + k % 2;
+    to[at[n]] = STEPPED ? rounded<true>(half_value(value) / STEP_UP) : value;
+  }
+  warp_barrier();
+}
+template <int PRODUCTS, int COUNT>
+device void add_scattered(float (&sums)[PRODUCTS][4], const int (&at)[COUNT], u16* scattered, u32 first, u32 second, int g, int t) {
+#pragma unroll
+  for (int n = 0; n < PRODUCTS; ++n) {
+    const uint4 all = reinterpret_cast<const uint4*>(scattered)[row_of(8 * g + n) * 4 + t];
+    const u32 words[4] = {all.x, all.y, all.z, all.w};
+    multiply(sums[n], words, first, second);
+  }
+  warp_barrier();
+#pragma unroll
+  for (int n = 0; n < COUNT; ++n)
+    if (at[n] >= 0) scattered[at[n]] = 0;
+  warp_barrier();
 }
 
-// `use(real, vector, index, value)` of each outlier of this head, by all lanes together. A lane has those of four vectors.
-template <int ENTRIES, class Use> device void each_outlier(const u8* list, int head, int lane, Use use) {
-  constexpr int OWN = 4 * ENTRIES, AT_ONCE = 64, EACH = 4 / INDEX_BYTES;
-  const u8* indices = list + TILE * ENTRIES * 2;
-  if constexpr (!JOINED) {
-    for (int n = lane * OWN; n < (lane + 1) * OWN; ++n)
-      use(true, n / ENTRIES, index_at<INDEX_BYTES>(indices, n), half_value(half_at(list, n)));
-    return;
+// GROUP_HEADS words that follow each other.
+device void load_heads(u32 (&to)[GROUP_HEADS], const void* from) {
+  if constexpr (GROUP_HEADS % 4 == 0) {
+#pragma unroll
+    for (int n = 0; n < GROUP_HEADS / 4; ++n) {
+      const uint4 all = static_cast<const uint4*>(from)[n];
+      to[4 * n] = all.x, to[4 * n + 1] = all.y, to[4 * n + 2] = all.z, to[4 * n + 3] = all.w;
+    }
+  } else {
+#pragma unroll
+    for (int n = 0; n < GROUP_HEADS; ++n) to[n] = static_cast<const u32*>(from)[n];
   }
-  const uint2* own = reinterpret_cast<const uint2*>(indices + lane * OWN * INDEX_BYTES);
+}
+device void store_heads(float* to, const float (&x)[GROUP_HEADS]) {
+  if constexpr (GROUP_HEADS % 4 == 0) {
+#pragma unroll
+    for (int n = 0; n < GROUP_HEADS; n += 4)
+      *reinterpret_cast<uint4*>(to + n) = {bits_of(x[n]), bits_of(x[n + 1]), bits_of(x[n + 2]), bits_of(x[n + 3])};
+  } else {
+#pragma unroll
+    for (int n = 0; n < GROUP_HEADS; ++n) to[n] = x[n];
+  }
+}
+// What outliers of keys by token add to scores. A lane has those of neighbouring tokens, one after the other.
+device void score_outliers(const Corrections& own, const u32* turns, const float* asked, int head, int lane) {
+  constexpr int TOKENS = TILE / 32, OWN = TOKENS * K_ENTRIES, AT_ONCE = 64, EACH = 4 / INDEX_BYTES, TOGETHER = 2;
+  const u8* indices = own.k_list + TILE * K_ENTRIES * 2;
+  const u32* mine = reinterpret_cast<const u32*>(indices + lane * OWN * INDEX_BYTES);
   const u32 ours = head * D * (INDEX_BYTES == 1 ? 0x1010101u : 0x10001u);
+  float sums[GROUP_HEADS] = {};
+  int current = TOKENS * lane;  // whose sums they are
+#pragma unroll
+  for (int n = 0; n < TOKENS; ++n) store_heads(own.beside + (current + n) * GROUP_HEADS, sums);
 #pragma unroll
   for (int first = 0; first < OWN; first += AT_ONCE) {
     u64 found = 0;
 #pragma unroll
-    for (int n = first; n < OWN && n < first + AT_ONCE; n += 2 * EACH) {
-      const uint2 all = own[n / (2 * EACH)];
+    for (int n = first; n < OWN && n < first + AT_ONCE; n += EACH) {
 #pragma unroll
-      for (int k = 0; k < 2 * EACH; ++k) {
-        const u32 index = ((k < EACH ? all.x : all.y) ^ ours) >> k % EACH * 8 * INDEX_BYTES & ((1 << 8 * INDEX_BYTES) - 1);
+      for (int k = 0; k < EACH; ++k) {
+        const u32 index = (mine[n / EACH] ^ ours) >> k * 8 * INDEX_BYTES & ((1 << 8 * INDEX_BYTES) - 1);
         if (n + k < first + AT_ONCE) found |= u64(index < D) << (n + k - first);
       }
     }
     while (votes(found != 0)) {
-      const bool real = found != 0;
-      const int n = lane * OWN + (real ? first + lowest_of(found) : 0);
-      use(real, n / ENTRIES, index_at<INDEX_BYTES>(indices, n) % D, half_value(half_at(list, n)));
-      found &= found - 1;
-    }
-  }
-}
-
-// GROUP_HEADS numbers that follow each other, with `change(number, head)` in their place.
-template <class Change> device void change_heads(float* at, Change change) {
-  if constexpr (GROUP_HEADS % 4 == 0) {
+      int places[TOGETHER];
+      float met[TOGETHER][GROUP_HEADS];
 #pragma unroll
-    for (int head = 0; head < GROUP_HEADS; head += 4) {
-      float x[4];
-      four_shared(x, at + head);
+      for (int k = 0; k < TOGETHER; ++k) {
+        const bool real = found != 0;
+        const int n = lane * OWN + first + (real ? lowest_of(found) : 0), place = n / K_ENTRIES;
+        found &= found - 1;
+        const float value = real ? half_value(half_at(own.k_list, n)) : 0.0f;
+        const int channel = index_at<INDEX_BYTES>(indices, n) % D;
+        places[k] = real ? place : -1;
+        if constexpr (TURNED) {
+          const uint2 angle = *reinterpret_cast<const uint2*>(turns + turn_at(place, channel % (D / 2) / 2));
+          const int odd = 16 * (channel % 2);
+          const float cosine = value * half_value(u16(angle.x >> odd)), sine = value * half_value(u16(angle.y >> odd));
+          u32 both[GROUP_HEADS];
+          load_heads(both, own.turned + channel * GROUP_HEADS);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) x[k] = change(x[k], head + k);
-      *reinterpret_cast<uint4*>(at + head) = {bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])};
-    }
-  } else {
+          for (int each = 0; each < GROUP_HEADS; ++each)
+            met[k][each] = cosine * half_value(u16(both[each])) + sine * half_value(u16(both[each] >> 16));
+        } else {
 #pragma unroll
-    for (int head = 0; head < GROUP_HEADS; ++head) at[head] = change(at[head], head);
-  }
-}
-
-// `add()` by each lane where it is `real`, by one after the other where several have the same place `at`.
-template <class Add> device void in_turns(u8* takers, int at, bool real, int lane, Add add) {
-  do {
-    if (real) takers[at] = u8(lane);
-    warp_barrier();
-    if (real && takers[at] == lane) add(), real = false;
-    warp_barrier();
-  } while (votes(real));
-}
-
-// What corrections of keys add to the scores of their tokens.
-device void score_corrections(const Corrections& own, const u32* turns, const float* asked, int head, int lane) {
-  float along[K_RANK > 0 ? K_RANK : 1][GROUP_HEADS] = {};
-  if constexpr (K_RANK > 0) {
-    const u16* right = own.factors + TILE * K_RANK;
-#pragma unroll
-    for (int rank = 0; rank < K_RANK; ++rank)
-#pragma unroll
-      for (int each = 0; each < GROUP_HEADS; ++each) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int n = 0; n < D / 32; ++n) sum += asked[each * D + 32 * n + lane] * half_value(right[rank * D + 32 * n + lane]);
-        along[rank][each] = sum_of_warp(sum);
+          for (int each = 0; each < GROUP_HEADS; ++each) met[k][each] = value * asked[each * D + channel];
+        }
       }
-  }
-  for (int place = lane; place < TILE; place += 32) {
-    float lefts[K_RANK > 0 ? K_RANK : 1];
 #pragma unroll
-    for (int rank = 0; rank < K_RANK; ++rank) lefts[rank] = half_value(own.factors[place * K_RANK + rank]);
-    change_heads(own.beside + place * GROUP_HEADS, [&](float, int each) {
-      float score = 0.0f;
+      for (int k = 0; k < TOGETHER; ++k) {
+        if (places[k] >= 0 && places[k] != current) {
+          store_heads(own.beside + current * GROUP_HEADS, sums);
+          current = places[k];
 #pragma unroll
-      for (int rank = 0; rank < K_RANK; ++rank) score += lefts[rank] * along[rank][each];
-      return score;
-    });
-  }
-  warp_barrier();
-  if constexpr (K_ENTRIES > 0)
-    each_outlier<K_ENTRIES>(own.list, head, lane, [&](bool real, int vector, int index, float value) {
-      const int place = K_KIND == CHANNEL ? index : vector, channel = K_KIND == CHANNEL ? vector : index;
-      float cosine = value, sine = 0.0f;
-      if constexpr (TURNED) {
-        const u32* at = turns + turn_at(place, channel % (D / 2) / 2);
-        cosine *= half_value(u16(at[0] >> 16 * (channel % 2))), sine = value * half_value(u16(at[1] >> 16 * (channel % 2)));
+          for (int each = 0; each < GROUP_HEADS; ++each) sums[each] = 0.0f;
+        }
+#pragma unroll
+        for (int each = 0; each < GROUP_HEADS; ++each) sums[each] += met[k][each];
       }
-      const auto add = [&] {
-        change_heads(own.beside + place * GROUP_HEADS, [&](float score, int each) {
-          if constexpr (!TURNED) return score + cosine * asked[each * D + channel];
-          const u32 met = own.turned[channel * GROUP_HEADS + each];
-          return score + cosine * half_value(u16(met)) + sine * half_value(u16(met >> 16));
-        });
-      };
-      if constexpr (K_KIND == CHANNEL) in_turns(own.takers, place, real, lane, add);
-      else if (real) add();  // no other lane has this token
-    });
-  warp_barrier();
+    }
+  }
+  store_heads(own.beside + current * GROUP_HEADS, sums);
 }
 
-// What corrections of values add to sums, of which `fade` is kept.
-device void mix_corrections(const Corrections& own, const float (&fade)[2], int head, int lane) {
-  float kept[GROUP_HEADS], along[V_RANK > 0 ? V_RANK : 1][GROUP_HEADS] = {};
+device u32 pair_of(const u16* first, const u16* second, bool one, bool two) {
+  return (one ? *first : 0) | u32(two ? *second : 0) << 16;
+}
+// What a matrix of low rank adds to scores, in steps of codes.
+device void score_low_rank(float (&scores)[ROWS][4], const u16* left, const u32 (&query)[STEPS][2], int g, int t) {
+  const u16* right = left + TILE * K_RANK;
+  float along[4] = {};  // of row g, a direction
 #pragma unroll
-  for (int each = 0; each < GROUP_HEADS; ++each) kept[each] = of_lane(fade[each % 2], each / 2);
-  warp_barrier();
-#pragma unroll
-  for (int rank = 0; rank < V_RANK; ++rank)
-#pragma unroll
-    for (int each = 0; each < GROUP_HEADS; ++each) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int place = lane; place < TILE; place += 32)
-        sum += own.beside[place * GROUP_HEADS + each] * half_value(own.factors[place * V_RANK + rank]);
-      along[rank][each] = sum_of_warp(sum);
-    }
-  for (int channel = lane; channel < D; channel += 32) {
-    float rights[V_RANK > 0 ? V_RANK : 1];
-#pragma unroll
-    for (int rank = 0; rank < V_RANK; ++rank) rights[rank] = half_value(own.factors[TILE * V_RANK + rank * D + channel]);
-    change_heads(own.added + channel * GROUP_HEADS, [&](float sum, int each) {
-      sum *= kept[each];
-#pragma unroll
-      for (int rank = 0; rank < V_RANK; ++rank) sum += along[rank][each] * rights[rank];
-      return sum;
-    });
+  for (int step = 0; step < STEPS; ++step) {
+    uint2 two = {0, 0};
+    if (g < K_RANK) two = *reinterpret_cast<const uint2*>(right + g * D + 16 * step + 4 * t);
+    const u32 words[4] = {two.x, 0, two.y, 0};
+    multiply(along, words, query[step][0], query[step][1]);
   }
-  warp_barrier();
-  if constexpr (V_ENTRIES > 0)
-    each_outlier<V_ENTRIES>(own.list, head, lane, [&](bool real, int place, int channel, float value) {
-      in_turns(own.takers, channel, real, lane, [&] {
-        const float* weights = own.beside + place * GROUP_HEADS;
-        change_heads(own.added + channel * GROUP_HEADS, [&](float sum, int each) { return sum + weights[each] * value; });
-      });
-    });
+  const u32 met = transposed(half_pair(along[0] / STEP_UP, along[1] / STEP_UP));
+#pragma unroll
+  for (int n = 0; n < ROWS; ++n) {
+    u32 words[4] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const u16* at = left + token_of(g, n, half) * K_RANK + 2 * t;
+      words[half] = pair_of(at, at + 1, 2 * t < K_RANK, 2 * t + 1 < K_RANK);
+    }
+    multiply(scores[n], words, met, 0);
+  }
+}
+// What it adds to sums.
+device void mix_low_rank(float (&out)[STEPS][4], const u16* left, const u32 (&weights)[ROWS][2], int g, int t) {
+  const u16* right = left + TILE * V_RANK;
+  float along[4] = {};
+#pragma unroll
+  for (int step = 0; step < ROWS; ++step) {
+    u32 words[4] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const u16 *one = left + token_of(2 * t, step, half) * V_RANK, *two = left + token_of(2 * t + 1, step, half) * V_RANK;
+      words[2 * half] = pair_of(one + g, two + g, g < V_RANK, g < V_RANK);
+    }
+    multiply(along, words, weights[step][0], weights[step][1]);
+  }
+  const u32 met = transposed(half_pair(along[0] / STEP_UP, along[1] / STEP_UP));
+#pragma unroll
+  for (int n = 0; n < STEPS; ++n) {
+    u32 words[4] = {};
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      const u16* at = right + 2 * t * D + 16 * g + 2 * n + odd;
+      words[odd] = pair_of(at, at + D, 2 * t < V_RANK, 2 * t + 1 < V_RANK);
+    }
+    multiply(out[n], words, met, 0);
+  }
 }

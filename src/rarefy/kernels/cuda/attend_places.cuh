@@ -1,6 +1,6 @@
 // Where the codes of a tile are, and what of them a lane loads, for attend.cu.
 
-constexpr int K_WORDS = K_KIND == CHANNEL ? 4 * words_of(K_BITS, 16) : K_KIND == PRODUCT ? 8 : 2 * words_of(K_BITS, 32);
+constexpr int K_WORDS = K_KIND == CHANNEL || TURNED ? 4 * words_of(K_BITS, 16) : K_KIND == PRODUCT ? 8 : 2 * words_of(K_BITS, 32);
 constexpr int V_WORDS = V_KIND == PRODUCT ? 8 : 4 * words_of(V_BITS, 16);
 constexpr int MOST_WORDS = K_WORDS > V_WORDS ? K_WORDS : V_WORDS;
 
@@ -48,23 +48,29 @@ device Places places_of(const i64* places, int count, int number, i64 pair, int 
 device void copy_span(u8* to, const u8* from, int bytes, int lane) {
   for (int n = 16 * lane; n < bytes; n += 512) copy_async(to + n, from + n, true);
 }
-device void copy_scales(u8* buffer, const Places& p, int lane) {
+device void copy_scales(u8* buffer, const Places& p, const float* start, int lane) {
   copy_span(buffer, p.k_steps, K_SPAN, lane);
   copy_span(buffer + K_SPAN, p.k_zeros, K_ZERO_SPAN, lane);
   copy_span(buffer + K_SPAN + K_ZERO_SPAN, p.v_steps, V_SPAN, lane);
   copy_span(buffer + K_SPAN + K_ZERO_SPAN + V_SPAN, p.v_zeros, V_ZERO_SPAN, lane);
+  copy_span(buffer + BUFFER - START_SPAN, reinterpret_cast<const u8*>(start), START_SPAN, lane);
 }
 
 // The token of row g (`half` 0) or g + 8 of product n of a tile. By channel a lane has neighbours; else neighbouring lanes
 // do, so that a load finds them side by side.
 device int token_of(int g, int n, int half) { return K_KIND == CHANNEL ? 16 * g + 2 * n + half : 16 * n + g + 8 * half; }
 
-// Eighth `step` of a tile's keys: 16 channels of all tokens, or all channels of 16 tokens.
+// Part `step` of a tile's keys: 16 channels of all tokens, or all channels of 16 tokens.
 device void fetch_keys(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g, int t, int heads) {
   if constexpr (K_KIND == CHANNEL) {
 #pragma unroll
     for (int n = 0; n < 4; ++n)
       load_16<K_BITS>(slot + n * words_of(K_BITS, 16), codes + (16 * step + 4 * t + n) * K_ROW, g);
+  } else if constexpr (TURNED) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n)  // each token's channels, and their partners
+      load_16<K_BITS>(
+          slot + n * words_of(K_BITS, 16), codes + token_of(g, step, n / 2) * (JOINED ? heads * K_ROW : K_ROW), t + n % 2 * 4);
   } else {
     constexpr int BITS = K_KIND == PRODUCT ? 4 : K_BITS;
 #pragma unroll
@@ -72,7 +78,7 @@ device void fetch_keys(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g
       load_32<BITS>(slot + n * words_of(BITS, 32), codes + token_of(g, step, n) * (JOINED ? heads * K_ROW : K_ROW) + t * (K_ROW / 4));
   }
 }
-// Eighth `step` of a tile's values: four tokens of a lane, as products of weights have them.
+// Part `step` of a tile's values: four tokens of a lane, as products of weights have them.
 device void fetch_values(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g, int t, int heads) {
   constexpr int BITS = V_KIND == PRODUCT ? 4 : V_BITS;
 #pragma unroll

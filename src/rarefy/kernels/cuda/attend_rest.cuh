@@ -106,7 +106,7 @@ device void load_token(Token& it, const Arguments& a, const u32* turns, const fl
 device void take_rest(
     const Arguments& a, const float* asked, const u32* turns, const float* starts, float* to, i64 pair, int number, int stride,
     int lane) {
-  constexpr int TOGETHER = 4;
+  constexpr int TOGETHER = 2;
   float sums[REST_PARTS][GROUP_HEADS][4] = {}, top[GROUP_HEADS], total[GROUP_HEADS] = {};
 #pragma unroll
   for (int head = 0; head < GROUP_HEADS; ++head) top[head] = never();

@@ -7,14 +7,9 @@
 // Macros: KIND, BITS, GROUP (numbers that share a scale), BLOCK (tokens of a block of a channel), D, X (type of the
 // numbers), ROTATED, HEADS (of a row), ENTRIES (outliers of a row), INDEX_BYTES; HALF is 1.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef long long i64;
+#include "encode_types.cuh"
 
 enum { CHANNEL = 1, TOKEN = 2, NORM = 3, RANGE = 4, PRODUCT = 5, ROW_SPREAD = 6, ROW_RANGE = 7, FLOAT8 = 8 };
-enum { F32 = 1, F16 = 2, BF16 = 3 };
-enum { NOT_FINITE = 1, OVERFLOWS = 2 };
 
 struct Arguments {
   const void* x;        // [batch][heads][tokens][D], with strides
@@ -35,13 +30,6 @@ struct Arguments {
   int tokens, heads;
 };
 
-#ifndef RAREFY_EMULATED
-#include "machine.cuh"
-#endif
-
-shared_memory(pool);
-
-constexpr int MINE = 32, LEVELS = 1 << BITS;
 constexpr bool ROWS = KIND == ROW_SPREAD || KIND == ROW_RANGE;  // of all heads
 constexpr int PARTS = ROWS ? HEADS * D / MINE : KIND == CHANNEL ? (BLOCK < 128 ? BLOCK : 128) / MINE : D / MINE;  // threads of a vector
 constexpr int THREADS = KIND == CHANNEL ? D * PARTS : 128;
@@ -152,17 +140,14 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_encode(const Arguments 
     const Steps steps = steps_of(low, high);
     const float scale = half_value(steps.scale), zero = half_value(steps.zero);
 #pragma unroll
-    for (int n = 0; n < MINE; ++n) {
-      const float place = nearest_integer((scale == 0.0f ? 0.0f : x[n] / scale) + zero);
-      codes[n] = u32(smaller(larger(place, 0.0f), float(LEVELS - 1)));
-    }
+    for (int n = 0; n < MINE; ++n) codes[n] = code_of(x[n], scale, zero);
     const i64 row = (pair * (a.tokens / BLOCK) + token / BLOCK) * D + channel;
     store_codes(a.codes + (row * (BLOCK / MINE) + token % BLOCK / MINE) * BITS, codes);
     if (part % TOGETHER == 0) {
       const i64 group = row * (BLOCK / GROUP) + token % BLOCK / GROUP;
       a.scale[group] = steps.scale, a.zero[group] = steps.zero;
     }
-    const u32 fault = (fine ? 0 : NOT_FINITE) | (absolute(scale) <= 65504.0f && absolute(zero) <= 65504.0f ? 0 : OVERFLOWS);
+    const u32 fault = (fine ? 0 : NOT_FINITE) | overflow_of(scale, zero);
     if (fault) raise(a.faults, fault);
     return;
   }
@@ -187,11 +172,8 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_encode(const Arguments 
       const Steps steps = steps_of(low, high);
       const float scale = half_value(steps.scale), zero = half_value(steps.zero);
 #pragma unroll
-      for (int n = 0; n < MINE; ++n) {
-        const float place = nearest_integer((scale == 0.0f ? 0.0f : x[n] / scale) + zero);
-        codes[n] = u32(smaller(larger(place, 0.0f), float(LEVELS - 1)));
-      }
-      if (!(absolute(scale) <= 65504.0f && absolute(zero) <= 65504.0f)) fault |= OVERFLOWS;
+      for (int n = 0; n < MINE; ++n) codes[n] = code_of(x[n], scale, zero);
+      fault |= overflow_of(scale, zero);
       if (real && part % TOGETHER == 0) {
         const i64 group = row * (D / GROUP) + part / TOGETHER;
         a.scale[group] = steps.scale, a.zero[group] = steps.zero;

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class Code:
     rotated: bool = False
     heads: int = 1
     entries: int = 0
+    source: ClassVar[Path] = SOURCE
 
     @property
     def fits(self) -> bool:
@@ -159,21 +160,49 @@ def check_strides(x: Tensor) -> None:
 TABLES = ("source", "signs", "middles", "lut", "decoded", "center", "spread")
 
 
+def values_of(x: Tensor, *tensors: Tensor | None) -> list[int]:
+    """An encoder's arguments in the order of `fields`: addresses of ``x [B, H, tokens, D]`` and of ``tensors``, then
+    what `fields` says of ``x``. Raises as `check_strides`."""
+    check_strides(x)
+    addresses = [0 if each is None else each.data_ptr() for each in (x, *tensors)]
+    return [*addresses, x.stride(0), x.stride(1), x.shape[2], x.shape[1]]
+
+
 def arguments(x: Tensor, to: Encoded, faults: Tensor, tables: Mapping[str, Tensor | None]) -> Arguments:
     """``tables``: those of `encode` by name."""
-    check_strides(x)
     beside = (tables.get(name) for name in TABLES)
-    given = (x, *beside, to.codes, to.scale, to.zero, to.values, to.indices, faults)
-    addresses = [0 if each is None else each.data_ptr() for each in given]
-    return Arguments(*addresses, x.stride(0), x.stride(1), x.shape[2], x.shape[1])
+    return Arguments(*values_of(x, *beside, to.codes, to.scale, to.zero, to.values, to.indices, faults))
+
+
+class Encoder(Protocol):
+    """What a kernel that encodes is compiled for, and how it is launched."""
+
+    @property
+    def source(self) -> Path: ...
+    @property
+    def entry(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def shared_memory(self) -> int: ...
+    def grid(self, x: Tensor) -> tuple[int, int, int]: ...
+    def __hash__(self) -> int: ...
+    def definitions(self, dtype: torch.dtype) -> dict[str, int]: ...
 
 
 @functools.cache
-def kernel(device: int, code: Code, dtype: torch.dtype) -> driver.Kernel:
+def kernel(device: int, code: Encoder, dtype: torch.dtype) -> driver.Kernel:
     """Compiled once in a process. Raises UnsupportedError where that fails."""
     macros = [f"-D{macro}={value}" for macro, value in code.definitions(dtype).items()]
     with torch.cuda.device(device):
-        return driver.Kernel(SOURCE, code.entry, ["-fmad=false", *macros], code.shared_memory)
+        return driver.Kernel(code.source, code.entry, ["-fmad=false", *macros], code.shared_memory)
+
+
+def launch(code: Encoder, x: Tensor, given: ctypes.Structure) -> None:
+    """On the current stream of the device of ``x``."""
+    index = x.device.index if x.device.index is not None else torch.cuda.current_device()
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    kernel(index, code, x.dtype)(code.grid(x), code.threads, given, stream)
 
 
 def encode(code: Code, x: Tensor, faults: Tensor, **tables: Tensor | None) -> Encoded:
@@ -185,10 +214,7 @@ def encode(code: Code, x: Tensor, faults: Tensor, **tables: Tensor | None) -> En
     ``spread [H * D]``.
     """
     to = empty(code, x)
-    given = arguments(x, to, faults, tables)
-    index = x.device.index if x.device.index is not None else torch.cuda.current_device()
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    kernel(index, code, x.dtype)(code.grid(x), code.threads, given, stream)
+    launch(code, x, arguments(x, to, faults, tables))
     return to
 
 

@@ -8,13 +8,8 @@
 // Macros: CHANNELS_APART (vectors are channels), BITS, GROUP (numbers that share a scale), BLOCK (tokens), D, X (type of
 // the numbers), ENTRIES (stored errors of a vector), RANK, ITERATIONS; HALF is 1.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef long long i64;
+#include "encode_types.cuh"
 
-enum { F32 = 1, F16 = 2, BF16 = 3 };
-enum { NOT_FINITE = 1, OVERFLOWS = 2 };
 
 struct Arguments {
   const void* x;       // [batch][heads][tokens][D], with strides
@@ -32,13 +27,6 @@ struct Arguments {
   int tokens, heads;
 };
 
-#ifndef RAREFY_EMULATED
-#include "machine.cuh"
-#endif
-
-shared_memory(pool);
-
-constexpr int MINE = 32, LEVELS = 1 << BITS;
 constexpr int LENGTH = CHANNELS_APART ? BLOCK : D, VECTORS = CHANNELS_APART ? D : BLOCK;
 constexpr int PARTS = LENGTH / MINE, TOGETHER = GROUP / MINE, THREADS = VECTORS * PARTS;
 constexpr int PITCH = D + 1;  // so that neither a row's nor a column's numbers meet in a bank
@@ -159,8 +147,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_encode_blocks(const Arg
   u32 codes[MINE];
 #pragma unroll
   for (int n = 0; n < MINE; ++n) {
-    const float place = nearest_integer((scale == 0.0f ? 0.0f : rest[n] / scale) + zero);
-    codes[n] = u32(smaller(larger(place, 0.0f), float(LEVELS - 1)));
+    codes[n] = code_of(rest[n], scale, zero);
     x[n] -= (float(codes[n]) - zero) * scale;
     rest[n] = absolute(x[n]);
   }
@@ -170,7 +157,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_encode_blocks(const Arg
     const i64 group = row * (LENGTH / GROUP) + part / TOGETHER;
     a.scale[group] = steps.scale, a.zero[group] = steps.zero;
   }
-  const u32 fault = (fine ? 0 : NOT_FINITE) | (absolute(scale) <= 65504.0f && absolute(zero) <= 65504.0f ? 0 : OVERFLOWS);
+  const u32 fault = (fine ? 0 : NOT_FINITE) | overflow_of(scale, zero);
   if (fault) raise(a.faults, fault);
 
   // ---- The largest errors.

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rarefy.kernels.cuda import driver
-from rarefy.kernels.cuda.encode import CHANNELS, MINE, TYPES, check_strides, fields
+from rarefy.kernels.cuda.encode import CHANNELS, MINE, TYPES, fields, launch, values_of
 
 SOURCE = Path(__file__).with_name("encode_blocks.cu")
 LENGTHS, MOST_RANK = (32, 64, 128), 16
@@ -31,6 +30,8 @@ class BlockCode:
     entries: int = 0
     rank: int = 0
     iterations: int = 1
+    source: ClassVar[Path] = SOURCE
+    entry: ClassVar[str] = "rarefy_encode_blocks"
 
     @property
     def length(self) -> int:
@@ -58,6 +59,10 @@ class BlockCode:
     def shared_memory(self) -> int:
         """Bytes of a block of threads."""
         return 4 * (self.block * (self.channels + 1) + self.rank * (self.block + self.channels))
+
+    def grid(self, x: Tensor) -> tuple[int, int, int]:
+        """Blocks of threads for ``x [B, H, tokens, D]``."""
+        return x.shape[2] // self.block, x.shape[0] * x.shape[1], 1
 
     def definitions(self, dtype: torch.dtype) -> dict[str, int]:
         """The macros of the source."""
@@ -107,18 +112,8 @@ def arguments(
     x: Tensor, to: EncodedBlocks, faults: Tensor, start: Tensor | None = None, source: Tensor | None = None
 ) -> Arguments:
     """Of a launch; see `encode`."""
-    check_strides(x)
-    given = (x, source, start, to.codes, to.scale, to.zero, to.values, to.indices, to.left, to.right, faults)
-    addresses = [0 if each is None else each.data_ptr() for each in given]
-    return Arguments(*addresses, x.stride(0), x.stride(1), x.shape[2], x.shape[1])
-
-
-@functools.cache
-def kernel(device: int, code: BlockCode, dtype: torch.dtype) -> driver.Kernel:
-    """Compiled once in a process. Raises UnsupportedError where that fails."""
-    macros = [f"-D{macro}={value}" for macro, value in code.definitions(dtype).items()]
-    with torch.cuda.device(device):
-        return driver.Kernel(SOURCE, "rarefy_encode_blocks", ["-fmad=false", *macros], code.shared_memory)
+    beside = to.codes, to.scale, to.zero, to.values, to.indices, to.left, to.right
+    return Arguments(*values_of(x, source, start, *beside, faults))
 
 
 def encode(
@@ -127,9 +122,5 @@ def encode(
     """Whole blocks ``x [B, H, tokens, D]``, by one launch on the current stream. ``start`` float32 ``[D, rank]``: where
     the search for directions begins; ``faults`` and ``source`` as in `encode.encode`."""
     to = empty(code, x)
-    given = arguments(x, to, faults, start, source)
-    index = x.device.index if x.device.index is not None else torch.cuda.current_device()
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    grid = x.shape[2] // code.block, x.shape[0] * x.shape[1], 1
-    kernel(index, code, x.dtype)(grid, code.threads, given, stream)
+    launch(code, x, arguments(x, to, faults, start, source))
     return to

@@ -38,6 +38,15 @@ device Steps steps_of(float low, float high) {
   return {rounded<true>(scale), rounded<true>(zero)};
 }
 
+// The nearest code of a number, and what is wrong with its group.
+device u32 code_of(float x, float scale, float zero) {
+  const float place = nearest_integer((scale == 0.0f ? 0.0f : x / scale) + zero);
+  return u32(smaller(larger(place, 0.0f), float(LEVELS - 1)));
+}
+device u32 overflow_of(float scale, float zero) {
+  return absolute(scale) <= 65504.0f && absolute(zero) <= 65504.0f ? 0 : OVERFLOWS;
+}
+
 // The largest number of a vector and where it is, the first of equals, which it then has no more; `x` are this thread's.
 struct Largest {
   float value;

@@ -260,6 +260,12 @@ device u32 fused(u32 a, u32 b, u32 c) {
   else asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
+device u32 negated(u32 pair) {
+  u32 d;
+  if constexpr (HALF) asm("neg.f16x2 %0, %1;" : "=r"(d) : "r"(pair));
+  else asm("neg.bf16x2 %0, %1;" : "=r"(d) : "r"(pair));
+  return d;
+}
 // The lesser of two 16-bit numbers each.
 device u32 lesser(u32 a, u32 b) {
   u32 d;

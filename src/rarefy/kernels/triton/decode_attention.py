@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from rarefy.core.errors import UnsupportedError
 from rarefy.kernels.coded import DEPTH, KINDS, Tiles, Turns
 from rarefy.kernels.triton.decode_stretch import attend_stretch
 
@@ -158,15 +159,15 @@ class DecodeAttention:
         or tokens of a tile. ``registers``: the most that a thread may have.
 
         ``block``: tokens of the blocks that lists name (None: all tokens are read). Programs then share a list, and
-        runs may be of the ``lengths`` given for keys and values, in pages of ``run_tokens``. Raises ValueError where
-        sizes do not fit the kernel (see `fits`).
+        runs may be of the ``lengths`` given for keys and values, in pages of ``run_tokens``. Raises UnsupportedError
+        where sizes do not fit the kernel (see `fits`).
         """
         if block is not None:
             keys = replace(keys, within=block)
         rows = rows or ROWS.get(keys.kind, 2 * DEPTH)
         rows = rows if block is None or keys.kind == "channel" else min(rows, block)
         if not fits(keys, values, channels, run_tokens, rows, turns, block):
-            raise ValueError(
+            raise UnsupportedError(
                 f"{run_tokens} tokens of {channels} channels in tiles of {rows} rows do not fit the kernel."
             )
         self.keys, self.values = keys, values  # whose memory the addresses point to

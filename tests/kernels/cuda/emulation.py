@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rarefy.kernels.cuda import attend, encode, encode_blocks, kept, program
+from rarefy.kernels.cuda import attend, encode, encode_blocks, program
 from rarefy.kernels.cuda import attend_token as token
 from rarefy.kernels.cuda.linear import aligned, pointed, pointed_entries, pointed_sparse, terms_of
 from rarefy.kernels.cuda.prepared import code_of, sparse_code_of
@@ -43,15 +43,15 @@ def _standard() -> Path:
 @functools.cache
 def _library(macros: tuple[str, ...], source: Path = program.SOURCE) -> ctypes.CDLL:
     assert COMPILER is not None
-    made = _kept() / f"{hashlib.sha256(repr((macros, source.name)).encode()).hexdigest()[:32]}.so"
-    if not made.is_file():
+    kept = _kept() / f"{hashlib.sha256(repr((macros, source.name)).encode()).hexdigest()[:32]}.so"
+    if not kept.is_file():
         given = [*FLAGS, *macros, f'-DKERNEL_SOURCE="{source}"', "-shared", "-include", str(_standard())]
-        made.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=made.parent) as folder:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
             path = Path(folder) / "kernel.so"
             subprocess.run([COMPILER, *given, str(HERE / "emulated.cpp"), "-o", str(path)], check=True)
-            path.replace(made)
-    return ctypes.CDLL(str(made))
+            path.replace(kept)
+    return ctypes.CDLL(str(kept))
 
 
 @functools.cache
@@ -157,8 +157,8 @@ def sparse(x: Tensor, prepared: Prepared) -> Tensor:
     """``x [tokens, columns]`` times a term of kept weights."""
     (term,), half, tokens = terms_of(*flat([prepared])[:3]), x.dtype == torch.float16, x.shape[0]
     code, x, y = sparse_code_of(*term[:2]), aligned(x), torch.full((tokens, prepared.rows), torch.nan, dtype=x.dtype)
-    given = kept.sparse_arguments(pointed_sparse(term), x, y, term[2])
-    most = kept.at_once(tokens)
+    given = program.sparse_arguments(pointed_sparse(term), x, y, term[2])
+    most = program.at_once(tokens)
     macros = [f"-D{macro}={value}" for macro, value in code.definitions(most, half).items()]
     library = _library((*macros, f"-DENTRY={code.entry}"), code.source)
     shared = code.shared_memory(most, x.shape[1])

@@ -7,14 +7,13 @@ reordered so that the lane's columns are neighbours (``span`` of them: a block's
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rarefy import packing
-from rarefy.kernels.prepared import NotCovered, padded
+from rarefy.kernels.prepared import padded
 
 Order = Literal["halves", "pairs", "nibbles"]
 TILE, BLOCK = 16, 16
@@ -94,47 +93,6 @@ def unpack_kept(words: Tensor, numbers: Sequence[Tensor], counts: Tensor, size: 
     place, _ = _places_of_kept(counts, CHUNK * PIECE // size)
     parts = words.transpose(1, 2)[:, :, None, :, None, None] >> _shifts_of_pieces(words.device) & 15
     return parts.to(torch.uint8).reshape(-1, size)[place], [each.flatten()[place] for each in numbers]
-
-
-def places_of(groups: Tensor, size: int, columns: int) -> dict[str, Tensor]:
-    """The numbers of pieces of 16 columns, for groups ``[chunks, groups of a chunk]``: a byte each, where there are
-    more than 256 above a number of 16 bits for the chunk."""
-    each = size // PIECE
-    pieces = (groups.unsqueeze(-1) * each + torch.arange(each, device=groups.device)).flatten(1)
-    if columns <= 256 * PIECE:
-        return {"places": pieces.to(torch.uint8)}
-    base = pieces[:, :1]
-    pieces = (pieces - base).clamp(min=0)  # what fills up a chunk is zero
-    if pieces.numel() and int(pieces.max()) > 255:
-        raise NotCovered("kept groups so few that eight of them lie 4,096 columns apart")
-    return {"places": pieces.to(torch.uint8), "bases": base.squeeze(1).to(torch.int16)}
-
-
-def kept_of(tensors: Mapping[str, Tensor], columns: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Of a term of kept groups: which are kept ``[rows, groups]``, and of these codes uint8 ``[kept, size]``, scales
-    and zeros."""
-    zeros, bases = tensors.get("zero_point"), tensors.get("bases")
-    pieces = tensors["places"].to(torch.int64)
-    if bases is not None and bases.numel():
-        pieces = pieces + (bases.to(torch.int64) & 0xFFFF).unsqueeze(1)
-    own = [
-        pieces[:, :: size // PIECE], tensors["scale"],
-        *([zeros] if zeros is not None and zeros.numel() else []),
-    ]  # fmt: skip
-    counts = tensors["starts"].to(torch.int64).diff()
-    groups, (first, *found) = unpack_kept(tensors["codes"], own, counts, size)
-    chosen = torch.zeros(counts.numel(), columns // size, dtype=torch.bool, device=counts.device)
-    row = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
-    chosen[row, first // (size // PIECE)] = True
-    return chosen, groups, found[0], found[1] if len(found) > 1 else None
-
-
-def starts_of(bitmap: Tensor, pattern: str, stride: int, columns: int) -> Tensor:
-    """Where each row's kept weights start: beside each other, or ``stride`` apart where all rows keep as many."""
-    if pattern == "bitmap":
-        counts = packing.unpack_bitmap(bitmap, columns).sum(1)
-        return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    return torch.arange(bitmap.shape[0] + 1, device=bitmap.device) * stride
 
 
 def _places_of_kept(counts: Tensor, of_chunk: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from rarefy import packing
 from rarefy.core.errors import FormatError, UnsupportedError
 from rarefy.kernels import activations, prepared
-from rarefy.kernels.cuda import driver, kept, layout, program, tuning
+from rarefy.kernels.cuda import driver, layout, program, tuning
 from rarefy.kernels.cuda.measure import Problem, takes_wide
 from rarefy.kernels.cuda.prepared import (
     BILEVEL,
@@ -31,6 +31,7 @@ from rarefy.kernels.cuda.prepared import (
     Prepared,
     code_of,
     entries_of,
+    kept_of,
     sparse_code_of,
 )
 from rarefy.kernels.prepared import flat, library
@@ -165,15 +166,15 @@ def _product_of_bytes(x: Tensor, weight: Tensor, row_scale: Tensor, multiplier: 
 def _fits(term: Term, x: Tensor) -> bool:
     """Whether a block of a kernel of kept weights has room for the tokens ``x``."""
     code = sparse_code_of(term[0], term[1])
-    return code.shared_memory(kept.at_once(x.shape[0]), x.shape[1]) <= tuning.MOST_SHARED
+    return code.shared_memory(program.at_once(x.shape[0]), x.shape[1]) <= tuning.MOST_SHARED
 
 
 def _sparse_product(x: Tensor, term: Term) -> Tensor:
     tensors, numbers, multiplier = term
     y = x.new_empty(x.shape[0], numbers["rows"])
-    given = kept.sparse_arguments(pointed_sparse(term), x, y, multiplier)
+    given = program.sparse_arguments(pointed_sparse(term), x, y, multiplier)
     half = x.dtype == torch.float16
-    kept.sparse(sparse_code_of(tensors, numbers), given, half, x.device, overlap=tuning.overlaps(x.device))
+    program.sparse(sparse_code_of(tensors, numbers), given, half, x.device, overlap=tuning.overlaps(x.device))
     return y
 
 
@@ -391,7 +392,7 @@ def _values(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: flo
 
 
 def _values_of_groups(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: float) -> Tensor:
-    chosen, groups, scale, zero = layout.kept_of(tensors, numbers["columns"], numbers["group_size"])
+    chosen, groups, scale, zero = kept_of(tensors, numbers)
     values = groups.float() - (numbers["center"] if zero is None else zero.float().unsqueeze(1))
     weight = torch.zeros(*chosen.shape, groups.shape[1], device=groups.device)
     weight[chosen] = values * scale.float().unsqueeze(1) * multiplier
@@ -402,11 +403,11 @@ def _values_of_masked(tensors: dict[str, Tensor], numbers: dict[str, int], multi
     bits, columns, stored = numbers["bits"], numbers["columns"], tensors["codes"]
     mask = packing.unpack_bitmap(tensors["bitmap"], columns)
     if bits == 16:
-        found = stored.flatten()
+        kept = stored.flatten()
     else:
-        found = packing.unpack_bits(stored, bits, stored.shape[-2] * packing.WORD).flatten()
+        kept = packing.unpack_bits(stored, bits, stored.shape[-2] * packing.WORD).flatten()
     place = mask.cumsum(1) - 1 + tensors["starts"][:-1, None]
-    values = found[place.clamp(0, max(found.numel() - 1, 0))].float() if found.numel() else mask.float()
+    values = kept[place.clamp(0, max(kept.numel() - 1, 0))].float() if kept.numel() else mask.float()
     if tensors["scale"].numel():
         size = numbers["group_size"] or columns
         spread = {

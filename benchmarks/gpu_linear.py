@@ -497,12 +497,12 @@ def measured(
     print(f"{name} {height}x{width} M={tokens}: {ours:.1f} us, {row['fraction_of_limit']} of the limit, "
           f"{row['ratio_to_bf16']}x bf16, {row['others']}, error {error:.1e}, {tuning}", flush=True)  # fmt: skip
     rows: list[Row] = [row]
-    if beside:
-        peer_time = times[f"own {beside}"]
-        rows.append({
-            **row, "job": f"{name}, beside {beside}", "peer": f"own {beside}", "ratio": round(peer_time / ours, 3),
-            "peer_microseconds": round(peer_time, 2),
-        })  # fmt: skip
+    for other in (f"own {beside}", "spqr_quant"):
+        if other in times:
+            rows.append({
+                **row, "job": f"{name}, beside {other.removeprefix('own ')}", "peer": other,
+                "ratio": round(times[other] / ours, 3), "peer_microseconds": round(times[other], 2),
+            })  # fmt: skip
     return rows
 
 

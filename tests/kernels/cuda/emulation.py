@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rarefy.kernels.cuda import attend, encode, encode_blocks, program
+from rarefy.kernels.cuda import attend, encode, encode_blocks, kept, program
 from rarefy.kernels.cuda import attend_token as token
 from rarefy.kernels.cuda.linear import aligned, pointed, pointed_entries, pointed_sparse, terms_of
 from rarefy.kernels.cuda.prepared import code_of, sparse_code_of
@@ -157,8 +157,8 @@ def sparse(x: Tensor, prepared: Prepared) -> Tensor:
     """``x [tokens, columns]`` times a term of kept weights."""
     (term,), half, tokens = terms_of(*flat([prepared])[:3]), x.dtype == torch.float16, x.shape[0]
     code, x, y = sparse_code_of(*term[:2]), aligned(x), torch.full((tokens, prepared.rows), torch.nan, dtype=x.dtype)
-    given = program.sparse_arguments(pointed_sparse(term), x, y, term[2])
-    most = program.at_once(tokens)
+    given = kept.arguments(pointed_sparse(term), x, y, term[2])
+    most = kept.at_once(tokens)
     macros = [f"-D{macro}={value}" for macro, value in code.definitions(most, half).items()]
     library = _library((*macros, f"-DENTRY={code.entry}"), code.source)
     shared = code.shared_memory(most, x.shape[1])

@@ -10,7 +10,7 @@
 #include "kept.cuh"
 
 constexpr int PIECES = GROUP / 16, CHUNK = 8, SCALES = CHUNK / PIECES;  // of 16 columns; of a chunk: pieces, groups
-constexpr int AHEAD = 2;                                                // chunks of a warp on their way
+constexpr int AHEAD = 1;                                                // chunks of a warp on their way
 constexpr u32 MAGIC = HALF ? 0x64006400u : 0x43004300u;                 // 1024 or 128
 constexpr u32 ONES = HALF ? 0x3C003C00u : 0x3F803F80u;
 constexpr u32 OFFSET = ((HALF ? 0xE400u : 0xC300u) + CENTER) * 0x10001u;  // minus that and the code that means zero

@@ -18,7 +18,7 @@ from torch import Tensor
 from rarefy import packing
 from rarefy.core.errors import FormatError, UnsupportedError
 from rarefy.kernels import activations, prepared
-from rarefy.kernels.cuda import driver, layout, program, tuning
+from rarefy.kernels.cuda import driver, kept, layout, program, tuning
 from rarefy.kernels.cuda.measure import Problem, takes_wide
 from rarefy.kernels.cuda.prepared import (
     BILEVEL,
@@ -31,7 +31,6 @@ from rarefy.kernels.cuda.prepared import (
     Prepared,
     code_of,
     entries_of,
-    kept_of,
     sparse_code_of,
 )
 from rarefy.kernels.prepared import flat, library
@@ -39,7 +38,7 @@ from rarefy.kernels.reference import decode
 
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 MOST_TOKENS = 128  # beyond, a dequantized weight and the library's product take less time
-MOST_TOKENS_WIDE = 1024  # where four warps can multiply together
+MOST_TOKENS_WIDE = 768  # where four warps can multiply together
 MOST_TOKENS_OF_SMALL_GROUPS = 64  # there, since every 16 or 32 columns are scaled apart
 MOST_APART = 1 << 22  # numbers from a token to the next, so that 32 bits count them
 MOST_TOKENS_OF_16_BITS = 64  # up to which reading the weight is all that counts, so that activations stay exact
@@ -166,15 +165,15 @@ def _product_of_bytes(x: Tensor, weight: Tensor, row_scale: Tensor, multiplier: 
 def _fits(term: Term, x: Tensor) -> bool:
     """Whether a block of a kernel of kept weights has room for the tokens ``x``."""
     code = sparse_code_of(term[0], term[1])
-    return code.shared_memory(program.at_once(x.shape[0]), x.shape[1]) <= tuning.MOST_SHARED
+    return code.shared_memory(kept.at_once(x.shape[0]), x.shape[1]) <= tuning.MOST_SHARED
 
 
 def _sparse_product(x: Tensor, term: Term) -> Tensor:
     tensors, numbers, multiplier = term
     y = x.new_empty(x.shape[0], numbers["rows"])
-    given = program.sparse_arguments(pointed_sparse(term), x, y, multiplier)
+    given = kept.arguments(pointed_sparse(term), x, y, multiplier)
     half = x.dtype == torch.float16
-    program.sparse(sparse_code_of(tensors, numbers), given, half, x.device, overlap=tuning.overlaps(x.device))
+    kept.product(sparse_code_of(tensors, numbers), given, half, x.device, overlap=tuning.overlaps(x.device))
     return y
 
 
@@ -392,7 +391,7 @@ def _values(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: flo
 
 
 def _values_of_groups(tensors: dict[str, Tensor], numbers: dict[str, int], multiplier: float) -> Tensor:
-    chosen, groups, scale, zero = kept_of(tensors, numbers)
+    chosen, groups, scale, zero = kept.kept_of(tensors, numbers)
     values = groups.float() - (numbers["center"] if zero is None else zero.float().unsqueeze(1))
     weight = torch.zeros(*chosen.shape, groups.shape[1], device=groups.device)
     weight[chosen] = values * scale.float().unsqueeze(1) * multiplier

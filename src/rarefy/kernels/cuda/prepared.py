@@ -12,7 +12,8 @@ from torch import Tensor
 from rarefy import packing
 from rarefy.kernels import prepared
 from rarefy.kernels.cuda import layout
-from rarefy.kernels.cuda.program import Code, SparseCode
+from rarefy.kernels.cuda.kept import SparseCode, is_two_of_four, kept_of, put_places, starts_of
+from rarefy.kernels.cuda.program import Code
 from rarefy.kernels.prepared import Arguments, NotCovered, filled, plain
 from rarefy.kernels.reference import patterns, tables
 
@@ -227,45 +228,12 @@ def _kept_groups(arguments: Arguments) -> Prepared:
     words, (numbers_of_groups, *spread), row_ptr = layout.pack_kept(groups, own, counts)
     tensors = {"codes": words, "starts": torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)}
     tensors.update(zip(("scale", "zero_point"), spread, strict=False))
-    tensors.update(_put_places(numbers_of_groups, size, columns))
+    tensors.update(put_places(numbers_of_groups, size, columns))
     if int(row_ptr.diff().amin()) < int(row_ptr.diff().amax()):
         tensors["row_ptr"] = row_ptr.to(torch.int32)
     center = levels // 2 if zero_point is None else 0
     numbers = _numbers(GROUPS, rows, columns, bits=4, group_size=size, center=center)
     return Prepared(tensors, numbers, _undo_groups, plain(arguments), zero=float(center))
-
-
-def _put_places(groups: Tensor, size: int, columns: int) -> dict[str, Tensor]:
-    """The numbers of pieces of 16 columns, for groups ``[chunks, groups of a chunk]``: a byte each, where there are
-    more than 256 above a number of 16 bits for the chunk."""
-    each = size // layout.PIECE
-    pieces = (groups.unsqueeze(-1) * each + torch.arange(each, device=groups.device)).flatten(1)
-    if columns <= 256 * layout.PIECE:
-        return {"places": pieces.to(torch.uint8)}
-    base = pieces[:, :1]
-    pieces = (pieces - base).clamp(min=0)  # what fills up a chunk is zero
-    if pieces.numel() and int(pieces.max()) > 255:
-        raise NotCovered("kept groups so few that eight of them lie 4,096 columns apart")
-    return {"places": pieces.to(torch.uint8), "bases": base.squeeze(1).to(torch.int16)}
-
-
-def kept_of(tensors: Mapping[str, Tensor], numbers: Mapping[str, int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Of a term of GROUPS: which are kept ``[rows, groups]``, and of these codes uint8 ``[kept, size]``, scales and
-    zeros."""
-    zeros, bases, size = tensors.get("zero_point"), tensors.get("bases"), numbers["group_size"]
-    pieces = tensors["places"].to(torch.int64)
-    if bases is not None and bases.numel():
-        pieces = pieces + (bases.to(torch.int64) & 0xFFFF).unsqueeze(1)
-    own = [
-        pieces[:, :: size // layout.PIECE], tensors["scale"],
-        *([zeros] if zeros is not None and zeros.numel() else []),
-    ]  # fmt: skip
-    counts = tensors["starts"].to(torch.int64).diff()
-    groups, (first, *found) = layout.unpack_kept(tensors["codes"], own, counts, size)
-    chosen = torch.zeros(counts.numel(), numbers["columns"] // size, dtype=torch.bool, device=counts.device)
-    row = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
-    chosen[row, first // (size // layout.PIECE)] = True
-    return chosen, groups, found[0], found[1] if len(found) > 1 else None
 
 
 def _undo_groups(made: Prepared) -> Arguments:
@@ -302,19 +270,6 @@ def _positions(made: Prepared, pattern: str, block: list[int]) -> Tensor:
     return patterns.pack_ranks(packing.unpack_bitmap(bitmap, made.columns), *block)
 
 
-def _starts(bitmap: Tensor, pattern: str, stride: int, columns: int) -> Tensor:
-    """Where each row's kept weights start: beside each other, or ``stride`` apart where all rows keep as many."""
-    if pattern == "bitmap":
-        counts = packing.unpack_bitmap(bitmap, columns).sum(1)
-        return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    return torch.arange(bitmap.shape[0] + 1, device=bitmap.device) * stride
-
-
-def _two_of_four(pattern: str, block: list[int], bits: int, size: int, columns: int) -> int:
-    """Whether eight kept weights are of 16 neighbouring columns, all of one group of ``size``."""
-    return int(pattern != "bitmap" and list(block) == [2, 4] and bits >= 4 and columns % 16 == size % 16 == 0)
-
-
 def _masked(arguments: Arguments) -> Prepared:
     codes, scale, zero_point, second, positions, _, pattern, block, name, levels, size, _, rows, columns = arguments
     bits = _bits(levels)
@@ -324,7 +279,7 @@ def _masked(arguments: Arguments) -> Prepared:
     stride = codes.shape[1] * packing.WORD if codes.dim() == 3 else 0
     tensors = {
         "codes": codes.contiguous(), "scale": scale.contiguous(), "bitmap": bitmap,
-        "starts": _starts(bitmap, pattern, stride, columns),
+        "starts": starts_of(bitmap, pattern, stride, columns),
     }  # fmt: skip
     if zero_point is not None:
         if not zero_point.is_floating_point():
@@ -332,7 +287,7 @@ def _masked(arguments: Arguments) -> Prepared:
         tensors["zero_point"] = zero_point.contiguous()
     center = levels // 2 if zero_point is None else 0
     size = 0 if size >= columns else size
-    pairs = _two_of_four(pattern, block, bits, size, columns)
+    pairs = is_two_of_four(pattern, block, bits, size, columns)
     numbers = _numbers(MASKED, rows, columns, bits=bits, group_size=size, center=center, two_of_four=pairs)
     return Prepared(tensors, numbers, _undo_masked, plain(arguments), zero=float(center))
 
@@ -353,9 +308,9 @@ def _values(arguments: Arguments) -> Prepared:
     bitmap = _bitmap(positions, pattern, block, rows, columns)
     stride = values.shape[1] if values.dim() == 2 else 0
     tensors = {
-        "codes": values.contiguous(), "bitmap": bitmap, "starts": _starts(bitmap, pattern, stride, columns),
+        "codes": values.contiguous(), "bitmap": bitmap, "starts": starts_of(bitmap, pattern, stride, columns),
     }  # fmt: skip
-    numbers = _numbers(MASKED, rows, columns, bits=16, two_of_four=_two_of_four(pattern, block, 16, 0, columns))
+    numbers = _numbers(MASKED, rows, columns, bits=16, two_of_four=is_two_of_four(pattern, block, 16, 0, columns))
     return Prepared(tensors, numbers, _undo_values, plain(arguments))
 
 

@@ -15,9 +15,7 @@ from torch import Tensor
 from rarefy.kernels.cuda import driver
 from rarefy.kernels.cuda.layout import TILE, Order, step_of
 
-SOURCE, GEMM, GROUPS, MASKED = (
-    Path(__file__).with_name(name) for name in ("linear.cu", "gemm.cu", "groups.cu", "masked.cu")
-)
+SOURCE, GEMM = (Path(__file__).with_name(name) for name in ("linear.cu", "gemm.cu"))
 SOURCES = {"gemm": GEMM, "arrange": GEMM}  # of kernels that are not in SOURCE
 TYPES: dict[Any, int] = {
     None: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4,
@@ -290,7 +288,7 @@ def compiled(
 ) -> dict[str, driver.Kernel]:
     """The kernels of a product by their names. Raises UnsupportedError where one does not compile."""
     own = replace(tuning, overlap=False)
-    return {name: kernel(_index(device), name, code, own, half, ending) for name in tuning.kernels}
+    return {name: kernel(index_of(device), name, code, own, half, ending) for name in tuning.kernels}
 
 
 ARRANGING = 128  # threads of a block
@@ -307,107 +305,10 @@ def dequantize(code: Code, given: Arguments, half: bool, device: torch.device, t
     """The weight at ``y [rows, columns]``, on the current stream of ``device``; or in bytes of E4M3, with the steps of
     its rows at ``partial [rows]``, which takes codes that are ``plain_numbers``."""
     tuning, name = Tuning(), "dequantize_to_bytes" if to_bytes else "dequantize"
-    program = kernel(_index(device), name, code, tuning, half or to_bytes)
+    program = kernel(index_of(device), name, code, tuning, half or to_bytes)
     units = -(-given.rows // TILE) * -(-given.steps // code.steps_of_warp)
     stream = torch.cuda.current_stream(device).cuda_stream
     program((-(-units * 32 // tuning.threads), 1, 1), tuning.threads, given, stream)
-
-
-class SparseArguments(ctypes.Structure):
-    """``Arguments`` of ``groups.cu`` and ``masked.cu``."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in "codes scale zero bitmap places bases row_ptr x y".split()),
-        *((name, ctypes.c_int) for name in "rows columns words tokens stride groups".split()),
-        ("multiplier", ctypes.c_float),
-    ]
-
-
-@dataclass(frozen=True)
-class SparseCode:
-    """Weights of which a bitmap says what is kept: groups of columns (``whole_groups``) or single ones, of every four
-    neighbours two (``two_of_four``), in ``bits`` or as ``values`` of 16 bits. Other names as in ``Code``."""
-
-    bits: int
-    group: int
-    scale: torch.dtype | None
-    zero: torch.dtype | None = None
-    center: int = 0
-    values: torch.dtype | None = None
-    whole_groups: bool = False
-    two_of_four: bool = False
-
-    @property
-    def warps(self) -> int:
-        """Of a block."""
-        return 4 if self.whole_groups else 16
-
-    @property
-    def source(self) -> Path:
-        return GROUPS if self.whole_groups else MASKED
-
-    @property
-    def entry(self) -> str:
-        """The kernel's name."""
-        return "rarefy_two_of_four" if self.two_of_four else f"rarefy_{self.source.stem}"
-
-    def definitions(self, tokens: int, half: bool) -> dict[str, int]:
-        """The macros of the source."""
-        return {
-            "BITS": self.bits, "VALUES": TYPES[self.values], "GROUP": self.group, "SCALE": TYPES[self.scale],
-            "ZERO": TYPES[self.zero], "CENTER": self.center, "TOKENS": tokens, "WARPS": self.warps,
-            "X_HALF": int(half), "HALF": int(half or not self.whole_groups),
-        }  # fmt: skip
-
-    def shared_memory(self, tokens: int, columns: int) -> int:
-        """Bytes of a block."""
-        if self.two_of_four:
-            return 64 + tokens * 2 * columns
-        if not self.whole_groups:
-            return self.warps * 512 + tokens * 64 * -(-columns // 32)
-        pieces = -(-columns // 16)
-        totals = 0 if self.zero is None else -(-tokens * pieces // 4) * 16
-        return tokens * pieces * 32 + totals + self.warps * tokens * 64
-
-    def grid(self, rows: int, most: int) -> tuple[int, int, int]:
-        """Blocks: one for 16 rows, or ``most`` of them, which take row after row."""
-        if self.whole_groups:
-            return -(-rows // TILE), 1, 1
-        return min(most, -(-rows // self.warps)), 1, 1
-
-
-def sparse_arguments(tensors: Mapping[str, Tensor | None], x: Tensor, y: Tensor, multiplier: float) -> SparseArguments:
-    """``codes``, ``scale``, ``zero``, ``bitmap [rows, words]`` or ``places`` and ``bases``, ``row_ptr [rows + 1]`` of
-    what is kept, ``x [tokens, columns]`` and ``y [tokens, rows]``."""
-    bitmap, scale = tensors.get("bitmap"), tensors.get("scale")
-    names = ("codes", "scale", "zero", "bitmap", "places", "bases", "row_ptr")
-    pointers = [0 if (own := tensors.get(name)) is None else own.data_ptr() for name in names]
-    groups = scale.shape[1] if scale is not None and scale.dim() == 2 else 1
-    if tensors.get("row_ptr") is None:  # as many chunks of kept groups in each row
-        groups = scale.shape[0] // y.shape[1] if scale is not None else 0
-    sizes = (y.shape[1], x.shape[1], 0 if bitmap is None else bitmap.shape[1], x.shape[0], x.stride(0), groups)
-    return SparseArguments(*pointers, x.data_ptr(), y.data_ptr(), *sizes, multiplier)
-
-
-def at_once(tokens: int) -> int:
-    """For how many tokens a kernel of kept weights is compiled."""
-    return 1 << (tokens - 1).bit_length()
-
-
-@functools.cache
-def _sparse_kernel(device: int, code: SparseCode, tokens: int, half: bool, shared: int) -> driver.Kernel:
-    macros = [f"-D{macro}={value}" for macro, value in code.definitions(tokens, half).items()]
-    with torch.cuda.device(device):
-        return driver.Kernel(code.source, code.entry, macros, shared)
-
-
-def sparse(code: SparseCode, given: SparseArguments, half: bool, device: torch.device, overlap: bool = False) -> None:
-    """The product with what is kept, on the current stream of ``device``."""
-    tokens = at_once(given.tokens)
-    program = _sparse_kernel(_index(device), code, tokens, half, code.shared_memory(tokens, given.columns))
-    most = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    stream = torch.cuda.current_stream(device).cuda_stream
-    program(code.grid(given.rows, most), 32 * code.warps, given, stream, overlap)
 
 
 def quantize(x: Tensor, gain: Tensor | None, eps: float, codes: Tensor, step: Tensor) -> None:
@@ -417,11 +318,11 @@ def quantize(x: Tensor, gain: Tensor | None, eps: float, codes: Tensor, step: Te
         {"codes": codes, "scale": gain, "x": x, "y": codes, "partial": step}, rows=0, columns=x.shape[1],
         tokens=x.shape[0], stride=x.stride(0), multiplier=eps,
     )  # fmt: skip
-    program = kernel(_index(x.device), "quantize", code, tuning, x.dtype == torch.float16)
+    program = kernel(index_of(x.device), "quantize", code, tuning, x.dtype == torch.float16)
     program((x.shape[0], 1, 1), tuning.threads, given, torch.cuda.current_stream(x.device).cuda_stream)
 
 
-def _index(device: torch.device) -> int:
+def index_of(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 

@@ -53,7 +53,8 @@ def _chosen(
     wanted = {"bits": code.bits, "table": code.table, "tokens": bucket}
     known = [entry for entry in table(name, capability) if all(entry[key] == value for key, value in wanted.items())]
     kind = _kind(code)
-    known = [entry for entry in known if all(entry.get(key, False) == kind[key] for key in kind)] or known
+    alike = [entry for entry in known if all(entry.get(key, False) == kind[key] for key in kind)]
+    known = alike or [entry for entry in known if not kind["small"]]  # small groups are another kernel
 
     # The nearest size by the number of weights, then by proportion; one of another order says nothing.
     def distance(entry: dict[str, Any]) -> tuple[float, float]:
@@ -95,7 +96,7 @@ def _of_one_token(code: Code, rows: int, overlap: bool) -> Tuning:
     few = code.step * code.bits // 256 < 2  # loads of a step
     small = code.parts > 4
     if rows <= NARROW and not few:
-        return Tuning(along=16, depth=1 if small or code.outliers is not None else 2, spread=True, overlap=overlap)
+        return Tuning(along=8 if small else 16, depth=2 if small else 1, spread=True, overlap=overlap)
     tiles = 4 if few else 2 if small else 1
     return Tuning(tiles=tiles, depth=1 if few or small else 2, spread=True, overlap=overlap)
 
@@ -139,7 +140,7 @@ def fitted(code: Code, tuning: Tuning) -> Tuning:
     groups are scaled so often that several steps would be long programs."""
     small = code.parts > 4
     if not tuning.wide:
-        return replace(tuning, depth=1) if small else tuning
+        return replace(tuning, depth=1) if small and not tuning.spread else tuning
     roomy = tuning.tokens <= 8 and code.outliers is None  # whose warps need registers too
     depth = 1 if small else 4 if roomy else 3 if tuning.tokens == 16 and tuning.rescaled else 2
     every = (replace(tuning, stages=stages, depth=depth) for stages in range(tuning.stages, 1, -1))

@@ -38,7 +38,7 @@ from rarefy.integrations.transformers.plan_setup import AttentionSetup, attentio
 from rarefy.sources.texts import open_text
 
 DECODE = ("oracle", "seer_attention", "untrained gate", "infllm_v2", "sparge", "quest_pages", "sink_local", "random")
-SALE = [{"budget": budget} for budget in (0.02, 0.05, 0.1)]
+SALE: tuple[dict[str, Any], ...] = ({"budget": 0.05}, {"budget": 0.05, "every": 1}, {"budget": 0.02}, {"budget": 0.1})
 # Plans that find their density themselves.
 MASS: dict[str, tuple[str, dict[str, Any]]] = {
     "seer_attention mass 0.9": ("seer_attention", {"mass": 0.9}),
@@ -150,11 +150,11 @@ def sale_rows(bench: Bench, own: dict[str, Any]) -> Setups:
     for window in bench.windows[: bench.options.looked]:
         listen(bench.model, window[None], hear)
     found = torch.cat(errors)
-    budget = setup.recipe.model_dump()["budget"]
-    job = f"sale:budget={budget:g}"
+    job = "sale:" + ",".join(f"{name}={value:g}" for name, value in own.items())
     bench.row(
-        "budget", job, budget=budget, mean_error=float(found.mean()), worst_error=float(found.max()),
-        within=float((found <= budget).float().mean()), within_half_more=float((found <= 1.5 * budget).float().mean()),
+        "budget", job, budget=own["budget"], mean_error=float(found.mean()), worst_error=float(found.max()),
+        within=float((found <= own["budget"]).float().mean()),
+        within_half_more=float((found <= 1.5 * own["budget"]).float().mean()),
         heads=len(found), **{
             f"{name}_{what}": float(part / count[0])
             for name, count in tiles.items() for what, part in (("found", count[1]), ("as_many", count[2]))
@@ -250,7 +250,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
     if "sale" in options.parts:
         for own in SALE[: 1 if options.quick else None]:
-            bench.attempt(f"sale {own}", lambda own=own: bench.losses("prefill", sale_rows(bench, own)))
+
+            def by_budget(own: dict[str, Any] = own) -> None:
+                setups = sale_rows(bench, own)
+                bench.losses("prefill", dict(setups))
+                if "retrieval" in options.parts and own is SALE[0]:
+                    bench.retrieval("prefill", setups, options.tasks, options.sessions)
+
+            bench.attempt(f"sale {own}", by_budget)
     if "mass" in options.parts:
         asked_for = [(job, *own) for job, own in MASS.items() if own[0] in options.plans]
         for job, name, own in asked_for[: 1 if options.quick else None]:
@@ -268,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in (name for name in DECODE if name in options.plans):
 
         def add_decoding(name: str = name) -> None:
-            own: dict[str, Any] = {"phases": "decode", "density": middle, "executor": "reference"}
+            own: dict[str, Any] = {"phases": "decode", "density": middle}
             if name == "quest_pages":
                 own |= {"block_k": 64, "dense_layers": ()}
             decoding[f"{name} {middle}"] = bench.setup(name, **own), {"nominal": middle}

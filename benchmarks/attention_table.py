@@ -3,9 +3,8 @@
 For each length of prefill: executors by their time on random maps of 10%, and the density at which each of them, with
 what estimating and selecting takes, needs as long as torch's best dense kernel; between densities that were measured
 time is taken to be a line. What other estimators take beyond that stands beside, also from ``gpu_estimators.json`` in
-the same folders. What launching a plan takes from idle counts too, since nothing may hide it. Of decoding
-only 10% is measured, as a graph: without one its launches cost what those of a plan in prefill do, and a step that is
-then r times as fast at 10% is not slower than dense at 10r%.
+the same folders. What launching a plan takes from idle counts too, since nothing may hide it. Of decoding only 10% is
+measured, by ``gpu_attention_decode.py``: attention over more blocks is taken to grow as they do, all else to stay.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from typing import Any
 from rarefy.attention.measured import TABLE, Measured
 
 Row = dict[str, Any]
-PLAN = "plan, pooled means"
 
 
 def break_even(times: dict[float, float], extra: float, dense: float) -> float:
@@ -47,19 +45,25 @@ def prefill(rows: list[Row], others: list[Row], device: str, source: str) -> lis
         if row["goal"] == "execution":
             alone[row["tokens"]][row["job"].rpartition(", ")[2]][row["measured_density"]] = row["milliseconds"]
     for tokens, times in sorted(alone.items()):
-        peers = {row["peer"]: row for row in rows if row["job"] == PLAN and row["tokens"] == tokens}
-        dense = [peers[name]["peer_milliseconds"] for name in ("dense flash", "dense cudnn") if name in peers]
-        if not dense:
+        own = [row for row in rows if peer(row) and row["tokens"] == tokens and row["estimator"] == "PooledMeans"]
+        dense = [
+            row["peer_milliseconds"]
+            for row in rows
+            if row["tokens"] == tokens and row["goal"] == "prefill" and row["peer"] in ("dense flash", "dense cudnn")
+        ]
+        if not own:
             continue
-        first = next(iter(peers.values()))
-        extra = first["estimator_and_selection_share"] * first["peer_milliseconds"]
-        extra += launching(first)
-        many = {name: own for name, own in times.items() if len(own) > 1}
-        order = sorted(many, key=lambda name: min(many[name].items(), key=lambda pair: abs(pair[0] - 0.1))[1])
+        extra = own[0]["estimator_and_selection_share"] * own[0]["peer_milliseconds"]
+        launched = {row.get("executor", ""): launching(row) for row in own}
+        many = {name: each for name, each in times.items() if len(each) > 1}
         limits: dict[str, float] = {}
-        for name in order:  # an executor goes by the slowest form of its blocks
-            limit = round(break_even(many[name], extra, min(dense)), 3)
-            limits[name.split()[0]] = min(limit, limits.get(name.split()[0], 1.0))
+        for name, each in many.items():  # an executor goes by the slowest form of its blocks
+            who = name.split()[0]
+            late = extra + launched.get(who, max(launched.values()))
+            limits[who] = min(round(break_even(each, late, min(dense)), 3), limits.get(who, 1.0))
+        # The fastest first, but none whose launches alone take as long as dense attention before one whose do not.
+        near = {name.split()[0]: min(many[name].items(), key=lambda pair: abs(pair[0] - 0.1))[1] for name in many}
+        limits = {who: limits[who] for who in sorted(limits, key=lambda who: (not limits[who], near[who]))}
         found.append(Measured(
             device=device, phase="prefill", tokens=tokens, executors=limits,
             estimators=estimators(rows, others, tokens), source=source,
@@ -88,18 +92,25 @@ def peer(row: Row) -> bool:
 
 
 def decode(rows: list[Row], device: str, source: str) -> list[Measured]:
-    best: dict[int, float] = {}
-    extra = max(launching(row) for row in rows if row["job"] == PLAN)
+    """From plans that Python launches, beside the time that the dense kernel takes on the GPU alone."""
+    limits: dict[int, dict[str, float]] = defaultdict(dict)
     for row in rows:
-        if row["goal"] == "decode":
-            tokens = row["batch"] * row["tokens"]
-            ratio = row["peer_microseconds"] / (row["microseconds"] + extra * 1e3)
-            best[tokens] = max(best.get(tokens, 0.0), ratio)
-    limits = {tokens: round(min(1.0, 0.1 * ratio), 3) if ratio >= 1 else 0.0 for tokens, ratio in sorted(best.items())}
-    return [
-        Measured(device=device, phase="decode", tokens=tokens, executors={"triton": most}, source=source)
-        for tokens, most in limits.items()
-    ]
+        if "from_idle" in row and row["goal"] == "decode":
+            attention = row["parts_microseconds"]["attention"]
+            left = row["peer_microseconds"] - (row["from_idle"] - attention)
+            own = limits[row["batch"] * row["tokens"]]
+            own[row["estimator"]] = min(max(0.0, row["density"] * left / attention), own.get(row["estimator"], 1.0))
+    found = []
+    for tokens, own in sorted(limits.items()):
+        if "PooledMeans" not in own:
+            continue
+        best = own["PooledMeans"]
+        lost = {label: round(1 - limit / best, 3) for label, limit in sorted(own.items()) if limit < best}
+        found.append(Measured(
+            device=device, phase="decode", tokens=tokens, executors={"triton": round(best, 3)}, estimators=lost,
+            source=source,
+        ))  # fmt: skip
+    return found
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ from rarefy.attention.executors import Reference, executors
 from rarefy.attention.plan import AttentionPlan
 from rarefy.attention.policy import Policy
 from rarefy.attention.reach import Reach
+from rarefy.attention.report import PlanReport
 from rarefy.attention.selectors import TopK
 from rarefy.attention.selectors.fused import fused_map
 from rarefy.attention.source import Plain
@@ -185,8 +186,19 @@ def tune(clock: Clock, tokens: int, rounds: int) -> None:
             calls[f"{warps} warps, {stages} stages"] = (
                 lambda block_map=block_map, block_q=block_q, block_k=block_k, warps=warps, stages=stages: (
                     block_attention(
-                        query, key, value, block_map.start, block_map.whole, block_map.count, block_map.columns,
-                        block_q=block_q, block_k=block_k, scaling=SCALING, offset=0, causal=True, num_warps=warps,
+                        query,
+                        key,
+                        value,
+                        block_map.start,
+                        block_map.whole,
+                        block_map.count,
+                        block_map.columns,
+                        block_q=block_q,
+                        block_k=block_k,
+                        scaling=SCALING,
+                        offset=0,
+                        causal=True,
+                        num_warps=warps,
                         num_stages=stages,
                     )
                 )
@@ -267,11 +279,13 @@ def execution(clock: Clock, tokens: int, rounds: int, found: dict[str, float], p
     return rows
 
 
-def plans() -> dict[str, tuple[Estimator, Any]]:
+def plans() -> dict[str, tuple[Estimator, str]]:
+    """What scores blocks, and who executes."""
     return {
-        "pooled means": (PooledMeans(), TopK(0.1)),
-        "pooled means with likeness": (PooledMeans(0.0), TopK(0.1)),
-        "antidiagonals of 16": (Antidiagonals(16), TopK(0.1)),
+        "pooled means": (PooledMeans(), "auto"),
+        "pooled means, triton": (PooledMeans(), "triton"),
+        "pooled means with likeness": (PooledMeans(0.0), "auto"),
+        "antidiagonals of 16": (Antidiagonals(16), "auto"),
     }
 
 
@@ -280,12 +294,14 @@ def prefill(clock: Clock, tokens: int, rounds: int, peers: dict[str, float]) -> 
     query, key, value = tensors(tokens)
     rows: list[Row] = []
     reach = Reach.last(tokens, tokens)
-    for label, (estimator, selector) in plans().items():
-        plan = AttentionPlan(estimator, selector, Policy(dense_below=0, max_density=1.0), 128, 128, "query", "auto")
+    for label, (estimator, executor) in plans().items():
+        policy = Policy(dense_below=0, max_density=1.0)
+        plan = AttentionPlan(estimator, TopK(0.1), policy, 128, 128, "query", executor)
+        report = PlanReport()
         blocks = reach.blocks(128, 128, torch.device(DEVICE))
 
-        def call(plan: AttentionPlan = plan) -> Any:
-            return plan.attend(Call(query, Plain(key, value), reach, SCALING))
+        def call(plan: AttentionPlan = plan, report: PlanReport = report) -> Any:
+            return plan.attend(Call(query, Plain(key, value), reach, SCALING), report)
 
         def estimate(plan: AttentionPlan = plan, blocks: Any = blocks) -> Any:
             return plan.estimator.scores(Call(query, Plain(key, value), reach, SCALING, mask_heads=HEADS), blocks)
@@ -314,6 +330,7 @@ def prefill(clock: Clock, tokens: int, rounds: int, peers: dict[str, float]) -> 
                     "peer_milliseconds": round(peers[peer], 4),
                     "ratio": round(peers[peer] / times["whole"], 3),
                     "estimator": estimator.label,
+                    "executor": next(iter(report.layers[0].executors)),
                     "estimator_share": round(times["estimate"] / peers[peer], 4),
                     "estimator_and_selection_share": round(times["map"] / peers[peer], 4),
                     "rounds": rounds,

@@ -68,12 +68,18 @@ def attention_choices(model: str) -> str:
 
 
 def attention_answers(model: str, phase: str) -> str:
-    """Answers found in long contexts, a column for each task."""
+    """Answers found in long contexts, a column for each task, and a table for each length."""
     parts = []
-    for data, rows in attention_rows("retrieval", model, phase=phase):
+    lengths = {row["context"] for _, rows in attention_rows("retrieval", model, phase=phase) for row in rows}
+    every = [
+        pair for length in sorted(lengths) for pair in attention_rows("retrieval", model, phase=phase, context=length)
+    ]
+    for data, rows in every:
         # What the dense model cannot answer tells nothing.
         able = {row["task"]: row["accuracy"] for row in rows if row["job"] == "dense"}
         rows = [row for row in rows if able.get(row["task"], 1.0) >= 0.2]
+        if not rows:
+            continue
         tasks = list(dict.fromkeys(row["task"] for row in rows))
         lines = [f"| plan | density | {' | '.join(tasks)} |", "|---" * (2 + len(tasks)) + "|"]
         jobs = dict.fromkeys(row["job"] for row in rows)
@@ -140,9 +146,10 @@ def attention_budgets(model: str) -> str:
         if known:
             lines[0] += " tiles found | as many | found without means | as many |"
             lines[1] += "---|" * 4
-        for row in sorted(rows, key=lambda row: row["budget"]):
+        for row in sorted(rows, key=lambda row: (row["budget"], row["job"])):
+            name = f"{row['budget']:g}" + (", every query" if "every=1" in row["job"] else "")
             line = (
-                f"| {row['budget']:g} | {row['mean_error']:.4f} | {row['worst_error']:.3f} | {row['within']:.1%} | "
+                f"| {name} | {row['mean_error']:.4f} | {row['worst_error']:.3f} | {row['within']:.1%} | "
                 f"{row['within_half_more']:.1%} |"
             )
             if known:
@@ -177,14 +184,19 @@ def estimator_table() -> str:
     """Plans and their estimators in milliseconds, one table per device."""
     parts = []
     for data in results("*/gpu_estimators.json"):
-        lines = ["| plan | tokens | estimate ms | of dense | execute ms | whole ms | peer | times the peer |"]
-        lines.append("|---" * 8 + "|")
-        for row in sorted(data["rows"], key=lambda row: (row["job"], row["tokens"], row["peer"])):
-            execute = row["execute_milliseconds"]
+        peers = ("flash", "cudnn", "fa4")
+        heads = ["tokens", "plan", "estimate ms", "of dense", "execute ms", "whole ms"]
+        lines = [f"| {' | '.join([*heads, *(f'times dense {peer}' for peer in peers)])} |"]
+        lines.append("|---" * (len(heads) + len(peers)) + "|")
+        by: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}
+        for row in data["rows"]:
+            by.setdefault((row["tokens"], row["job"]), {})[row["peer"].partition(",")[0]] = row
+        for (tokens, job), own in sorted(by.items()):
+            row, name = next(iter(own.values())), job.removesuffix(", 10%")
+            ratios = " | ".join(f"{own[peer]['ratio']:.2f}" if peer in own else "-" for peer in peers)
             lines.append(
-                f"| {row['job']} | {row['tokens']:,} | {row['estimate_milliseconds']:.2f} | {row['share']:.1%} | "
-                f"{'-' if execute is None else f'{execute:.2f}'} | {row['milliseconds']:.2f} | {row['peer']} | "
-                f"{row['ratio']:.2f} |"
+                f"| {tokens:,} | {name} | {row['estimate_milliseconds']:.2f} | {row['share']:.1%} | "
+                f"{row['execute_milliseconds']:.2f} | {row['milliseconds']:.2f} | {ratios} |"
             )
         parts.append(
             "\n".join([*lines, "", f"Causal, 32 query heads over 8 KV heads of 128, bf16; {measured_on(data)}"])
@@ -221,11 +233,13 @@ def plan_table(goal: str) -> str:
                     f"{row['milliseconds']:.2f} | {row['ratio']:.2f} | {row['kept_rate']:.2f} |"
                 )
         else:
-            lines = ["| sequences | tokens | blocks | us | dense us | times dense | error |", "|---" * 7 + "|"]
+            heads = ["sequences", "tokens", "blocks", "us", "without a graph", "dense us", "times dense", "error"]
+            lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
             for row in sorted(rows, key=lambda row: (-row["batch"], row["tokens"], row["microseconds"])):
+                idle = f"{row['from_idle']:.1f}" if "from_idle" in row else "-"
                 lines.append(
                     f"| {row['batch']} | {row['tokens']:,} | {row['job'].removeprefix('decode, ')} | "
-                    f"{row['microseconds']:.1f} | {row['peer_microseconds']:.1f} | {row['ratio']:.2f} | "
+                    f"{row['microseconds']:.1f} | {idle} | {row['peer_microseconds']:.1f} | {row['ratio']:.2f} | "
                     f"{row['max_rel_error']:.1e} |"
                 )
         parts.append("\n".join([*lines, "", measured_on({**data, "rows": rows})]))

@@ -101,8 +101,22 @@ def test_columns_out_of_order_are_found() -> None:
 
 
 def test_a_padded_map_is_the_list_of_one_block_of_queries() -> None:
-    padded = random_map(Reach.last(5, 64), 2, 2, 5, 16).padded(7)
-    assert padded.index.shape == (2, 2, 7) and padded.block_k == 16
-    assert torch.equal((padded.index >= 0).sum(-1), padded.count.long())
+    block_map = random_map(Reach.last(5, 64), 2, 2, 5, 16)
+    padded, lists = block_map.newest(), block_map.lists()
+    assert padded.index.shape == (2, 2, 4) and padded.block_k == 16
+    assert torch.equal(padded.count, block_map.count[:, :, 0])
+    for row, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        size = int(padded.count[row, head])
+        assert torch.equal(padded.index[row, head, :size], lists[row, head, 0, :size])
     with pytest.raises(FormatError, match="has one block of queries, this map has 4"):
-        random_map(Reach.last(64, 64), 1, 1).padded()
+        random_map(Reach.last(64, 64), 1, 1).newest()
+
+
+@pytest.mark.parametrize("name", REACHES)
+@pytest.mark.parametrize("sizes", [(16, 16), (8, 32), (5, 7)])
+def test_what_is_visible_is_counted_without_looking(name: str, sizes: tuple[int, int]) -> None:
+    reach = REACHES[name]()
+    assert float(reach.visible(*sizes, torch.device("cpu"))) == float(reach.blocks(*sizes).some.sum())
+    own = reach.stop if reach.stop is not None else torch.full((2,), reach.keys)
+    last = reach.offset + reach.queries if reach.causal else reach.keys
+    assert reach.ends(2, torch.device("cpu")).tolist() == own.clamp(max=last).tolist()[:2] or reach.mask is not None

@@ -38,7 +38,10 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     rows = (
         Measured(device="cpu", phase="prefill", tokens=32, executors={"reference": 0.0, "cpu": 0.9}),
         Measured(
-            device="cpu", phase="prefill", tokens=64, executors={"cpu": 0.4, "reference": 0.1},
+            device="cpu",
+            phase="prefill",
+            tokens=64,
+            executors={"cpu": 0.4, "reference": 0.1},
             estimators={"LowBitProducts, every 2": 0.5},
         ),
         Measured(device="cpu", phase="decode", tokens=64, executors={"reference": 0.3}),
@@ -98,6 +101,12 @@ def test_plans_follow_the_table(caplog: pytest.LogCaptureFixture) -> None:
         output = AttentionPlan(Noise(), selector, Policy(dense_below=0), 16, 16).attend(call, report)
         assert (output is None) == (reason is not None)
         assert list(report.dense()) == ([] if reason is None else [reason])
+    reach = Reach.last(1, 40)
+    query, key, value = tensors(reach, 2)
+    report.clear()
+    plan = AttentionPlan(Noise(), Threshold(0.5), Policy(dense_below=0, max_density=0.4), 16, 16)
+    assert plan.attend(Call(query, Plain(key, value), reach, 0.3), report) is None
+    assert list(report.dense()) == ["its density is not known beforehand"]
     reach = Reach.last(40, 40)
     query, key, value = tensors(reach, 2, 4)
     table_of_executors._tell_slow.cache_clear()

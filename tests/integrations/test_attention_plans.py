@@ -107,7 +107,9 @@ WAYS: dict[str, Callable[[Any], Tensor]] = {
 
 def model_cache(model: Any) -> Any:
     from rarefy.integrations.transformers.kv_setup import SETUP, KvSetup, kv_recipe
+    from rarefy.recipes import discover
 
+    discover()
     return (getattr(model, SETUP, None) or KvSetup("identity", kv_recipe("identity", {})))(model)
 
 
@@ -311,6 +313,14 @@ def test_dense_heads_and_last_rows_are_kept_whole() -> None:
     assert torch.equal(keep[0, 2], some) and not torch.equal(keep[0, 1], some)
     assert torch.equal(keep[0, 1, -2:], some[-2:])
     assert not torch.equal(setup.report.maps[0].dense()[0, 2], some)  # type: ignore[attr-defined]
+
+
+def test_last_rows_are_those_of_a_prompt_and_not_of_each_token_after_it() -> None:
+    model = build()
+    setup = rarefy.set_attention(model, "random", density=0.1, last_rows=2, **{**EVERYWHERE, "phases": "decode"})
+    assert setup is not None
+    model.generate(prompt(), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert setup.report.dense() == {"not in prefill": 2} and setup.report.density() < 0.4
 
 
 def test_a_copy_of_a_model_has_its_own_plan() -> None:

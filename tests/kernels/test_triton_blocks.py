@@ -10,13 +10,15 @@ from torch import Tensor
 
 from rarefy.attention.block_map import BlockMap
 from rarefy.attention.call import Call
-from rarefy.attention.estimators import Antidiagonals, true_blocks
+from rarefy.attention.estimators import Antidiagonals, Estimator, Extremes, PooledMeans, true_blocks
 from rarefy.attention.estimators.sampled import _folded
 from rarefy.attention.executors import Reference, Triton
 from rarefy.attention.executors.triton import _pages, unfit
+from rarefy.attention.policy import Policy
 from rarefy.attention.reach import Reach
 from rarefy.attention.selectors import Forced, Mass, Selector, Threshold, TopK
 from rarefy.attention.selectors.fused import fused_map
+from rarefy.attention.selectors.newest import newest_map
 from rarefy.attention.source import Plain, Stored
 from rarefy.kv.codecs import Exact
 from rarefy.kv.plan import LayerCodecs
@@ -24,9 +26,9 @@ from rarefy.kv.store import LayerStore
 
 pytest.importorskip("triton")
 from rarefy.kernels.triton import block_attention
-from rarefy.kernels.triton.block_decode import BlockChoice, BlockDecode, block_scores
+from rarefy.kernels.triton.block_decode import BlockDecode
 from rarefy.kernels.triton.block_mass import block_mass
-from rarefy.kernels.triton.block_select import partial_blocks, select_blocks
+from rarefy.kernels.triton.block_select import partial_blocks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -134,6 +136,8 @@ def test_the_kernel_selects_what_the_selector_does(selector: Selector) -> None:
     scores[1, 0] = 0.0  # all equal
     scores[0, 2, 1, 0] = torch.inf
     forced = torch.rand(1, 1, blocks.rows, blocks.columns, device=DEVICE) < 0.2
+    scores[1, 1, :, ::2] = -torch.inf  # nothing known of it, and yet kept where it is forced
+    scores[0, 1, 3] = -torch.inf
     rule = selector.rule()
     assert rule is not None
     found = fused_map(rule, scores, blocks, forced & blocks.some, reach)
@@ -162,43 +166,31 @@ def test_block_mass_is_that_of_attention(reduce: Any) -> None:
     torch.testing.assert_close(found, true_blocks(call, reach.blocks(16, 16, DEVICE), reduce), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("bound", [False, True])
-def test_scores_of_blocks_for_one_query(bound: bool) -> None:
-    query, key = torch.randn(2, 6, 16, device=DEVICE), torch.randn(2, 2, 70, 16, device=DEVICE)
-    length, first = torch.tensor([70, 53], dtype=torch.int32, device=DEVICE), torch.tensor([0, 17], device=DEVICE)
-    pages = key[:, :, :64].unflatten(2, (4, 16))
-    high, low = (pages.amax(3), pages.amin(3)) if bound else (pages.mean(3), None)
-    room = torch.full((2, 2, 2, 16), torch.nan, device=DEVICE)  # capacity that nothing was written to
-    high = torch.cat([high, room], 2)
-    low = None if low is None else torch.cat([low, room], 2)
-    found = block_scores(query, high, length, tokens=16, scaling=0.25, low=low, first=first)
-    wide = query.unflatten(1, (2, 3))
-    if bound:
-        assert low is not None
-        expected = wide.clamp(min=0) @ high[:, :, :4].mT + wide.clamp(max=0) @ low[:, :, :4].mT
-    else:
-        expected = wide @ high[:, :, :4].mT
-    expected = torch.nn.functional.pad(expected.amax(2) * 0.25, (0, 2))
-    expected[0, :, [0, 4]], expected[1, :, [1, 3]] = torch.inf, torch.inf
-    expected[0, :, 5:], expected[1, :, 4:], expected[1, :, 0] = -torch.inf, -torch.inf, -torch.inf
-    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
-
-
-def test_scores_and_choice_in_one_launch() -> None:
-    """Twice, since the first leaves its counters as it found them."""
-    high = torch.randn(2, 2, 150, 16, device=DEVICE)
-    length, first = torch.tensor([1200, 777], dtype=torch.int32, device=DEVICE), torch.tensor([0, 17], device=DEVICE)
-    choice = BlockChoice(2, 2, 150, device=DEVICE)
-    options: dict[str, Any] = {"tokens": 8, "scaling": 0.25, "first": first}
-    for rule in ({"share": 0.2}, {"wanted": 7}, {"wanted": 1, "least": 3}):
-        query = torch.randn(2, 6, 16, device=DEVICE)
-        scores = block_scores(query, high, length, **options)
-        _, _, count, columns = select_blocks(scores[:, :, None], **rule)
-        index, found = choice(query, high, length, **options, **rule)
-        assert torch.equal(found, count[:, :, 0])
-        for row, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            size = int(found[row, head])
-            assert torch.equal(index[row, head, :size], columns.view(2, 2, -1)[row, head, :size])
+@pytest.mark.parametrize(
+    "selector", [TopK(0.3), TopK(count=3), *(TopK(count=n, least=0, include_forced=False) for n in (0, 2))]
+)
+@pytest.mark.parametrize("estimator", [PooledMeans(), Extremes()])
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_query_gets_the_map_that_scores_and_selector_make(
+    selector: Selector, estimator: Estimator, padded: bool
+) -> None:
+    first = torch.tensor([0, 21], device=DEVICE) if padded else None
+    policy = Policy(dense_below=0, sink=1, local=2)
+    # With a block that is not finished, and without; and of more blocks than one program scores.
+    for keys, size in ((150, 16), (160, 16), (598, 8)):
+        reach = Reach(1, keys, keys - 1, first=first)
+        query, key = torch.randn(2, 6, 1, 16, device=DEVICE), torch.randn(2, 2, keys, 16, device=DEVICE)
+        call = Call(query, Plain(key, key), reach, 0.3, phase="decode", mask_heads=2)
+        products = estimator.products(call, size)
+        assert products is not None
+        found = newest_map(selector, products, policy, call, size)
+        blocks = reach.blocks(1, size, DEVICE)
+        forced = policy.forced(reach, blocks, 0, 2, 6)
+        scores = estimator.scores(call, blocks)
+        expected = BlockMap.from_mask(selector.select(scores, blocks.some, forced), reach, blocks)
+        assert torch.equal(found.dense(), expected.dense())
+        assert torch.equal(found.whole, expected.whole) and torch.equal(found.count, expected.count)
+        found.check()
 
 
 @pytest.mark.parametrize("group", [1, 3])

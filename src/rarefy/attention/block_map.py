@@ -112,11 +112,11 @@ class BlockMap:
         """Blocks that are kept, int64 ``[M]``."""
         return self.count.sum((0, 2))
 
-    def visible(self) -> float:
-        """Blocks that could be kept, of one mask head and all rows of the batch (a GPU is waited for once a reach)."""
-        some = self.reach.blocks(self.block_q, self.block_k, self.count.device).some
-        total = self.reach.once(("visible", self.block_q, self.block_k), lambda: float(some.sum()))
-        return total * (self.count.shape[0] // some.shape[0]) / some.shape[1]
+    def visible(self) -> Tensor | float:
+        """Blocks that could be kept, of one mask head and all rows of the batch. A GPU is not waited for."""
+        reach = self.reach
+        alike = self.count.shape[0] // reach.batch / (1 if reach.mask is None else reach.mask.shape[1])
+        return reach.visible(self.block_q, self.block_k, self.count.device) * alike
 
     def density(self) -> Tensor:
         """Share of the blocks in reach that is kept, by mask head, float32 ``[M]``."""
@@ -130,21 +130,15 @@ class BlockMap:
         start, whole, count = (part.repeat_interleave(repeats, 1) for part in (self.start, self.whole, self.count))
         return replace(self, start=start, whole=whole, count=count)
 
-    def newest(self) -> tuple[Tensor, Tensor]:
-        """Of a map with one block of queries: its lists, int32 ``[B, M, capacity]``, where anything may stand behind a
-        list's end, and their lengths, int32 ``[B, M]``. A GPU is not waited for."""
+    def newest(self) -> PaddedMap:
+        """The lists of a map with one block of queries. A GPU is not waited for."""
+        if self.rows != 1:
+            raise FormatError(f"A padded map has one block of queries, this map has {self.rows}.")
         if self.columns.numel() == self.count.numel() * self.key_blocks:  # rows at equal distances
             index = self.columns.view(*self.count.shape[:2], -1)
         else:
             index = self.lists(self.key_blocks, fill=0)[:, :, 0].contiguous()
-        return index, self.count[:, :, 0].contiguous()
-
-    def padded(self, width: int | None = None) -> PaddedMap:
-        """The lists of a map with one block of queries."""
-        if self.rows != 1:
-            raise FormatError(f"A padded map has one block of queries, this map has {self.rows}.")
-        index = self.lists(width)
-        return PaddedMap(index[:, :, 0].contiguous(), self.count[:, :, 0].contiguous(), self.block_k)
+        return PaddedMap(index, self.count[:, :, 0].contiguous(), self.block_k)
 
     def check(self) -> None:
         """Raise FormatError where a query that sees any key reads no block, or an entry lies out of bounds (a GPU is
@@ -163,8 +157,9 @@ class BlockMap:
 
 @dataclass(frozen=True)
 class PaddedMap:
-    """Key blocks that the newest queries read, of fixed size so that it can be made within a CUDA graph: ``index``
-    int32 ``[B, M, capacity]``, of which the first ``count`` int32 ``[B, M]`` are blocks and the others -1."""
+    """Key blocks of ``block_k`` tokens that the newest queries read, of fixed size so that it can be made within a CUDA
+    graph: ``index`` int32 ``[B, M, capacity]``, of which the first ``count`` int32 ``[B, M]`` are blocks and the others
+    may be anything."""
 
     index: Tensor
     count: Tensor

@@ -7,10 +7,9 @@ from dataclasses import replace
 import torch
 
 from rarefy.attention.block_map import BlockMap
+from rarefy.attention.policy import FEW
 from rarefy.attention.reach import Reach
 from rarefy.attention.source import Plain, Source, Stored
-
-FEW = 16  # queries of a pass that decodes; more of them read most blocks
 
 
 def compact(source: Source, block_map: BlockMap) -> tuple[Source, BlockMap]:

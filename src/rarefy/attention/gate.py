@@ -71,6 +71,11 @@ class BlockGate:
     def maps(self) -> int:
         return self.keys.shape[0]
 
+    @property
+    def scaling(self) -> float:
+        """What products of queries and summaries are multiplied by."""
+        return 1 / math.sqrt(self.keys.shape[2])
+
     def tensors(self, lead: str) -> dict[str, Tensor]:
         """What `of` reads."""
         own = {"keys": self.keys, "queries": self.queries, "gain": self.gain}
@@ -95,7 +100,7 @@ class BlockGate:
 
     def score(self, asked: Tensor, compressed: Tensor) -> Tensor:
         """Scores ``[B, maps, n, N]``, float32, of which a softmax over blocks is taken."""
-        return _product(asked / math.sqrt(asked.shape[-1]), compressed.mT)
+        return _product(asked * self.scaling, compressed.mT)
 
     def _placed(self, x: Tensor, places: Tensor, rotary: Rotary | None, gain: Tensor | None = None) -> Tensor:
         if self.gain is not None:

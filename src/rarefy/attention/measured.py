@@ -22,8 +22,8 @@ TABLE = Path(__file__).with_name("measured.json")
 class Measured(StrictModel):
     """For passes of ``phase`` on ``device`` over at least ``tokens`` keys (of all rows of the batch together in
     decoding): ``executors`` from the fastest on, each with the density above which dense attention is faster than a
-    plan by pooled means; and ``estimators`` by their labels, with the share of dense attention's time that they take
-    beyond what pooled means do. ``source``: the results that say so."""
+    plan by pooled means; and ``estimators`` by their labels, with the part of those densities that is lost by what they
+    take beyond pooled means. ``source``: the results that say so."""
 
     device: str
     phase: Phase

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from rarefy.attention.block_map import BlockMap
 from rarefy.attention.call import Call
-from rarefy.attention.compact import FEW
 from rarefy.attention.estimators import Estimator
 from rarefy.attention.executors import choose, limit
-from rarefy.attention.policy import Phase, Policy
+from rarefy.attention.policy import Phase, Policy, phase_of
 from rarefy.attention.report import PlanReport
-from rarefy.attention.selectors import Selector, select_map
+from rarefy.attention.selectors import Selector, newest, select_map
 
 LEAST = -1e30  # a score below all others, of a block that may be chosen
 
@@ -46,18 +45,13 @@ class AttentionPlan:
     layers: int = 1
     decode_selector: Selector | None = None
 
-    def phase(self, queries: int) -> Phase:
-        return "decode" if queries <= FEW else "prefill"
-
     def attend(self, call: Call, report: PlanReport | None = None) -> Tensor | None:
         """Attention of ``call.query``, in its shape and dtype; None where it should be dense, which the report says."""
         report = report or PlanReport()
         found = self.map(call, report)
         if found is None:
             return None
-        executor = choose(
-            self.executor, call.query, call.source, found, call.softcap, self.phase(call.query.shape[2])
-        )
+        executor = choose(self.executor, call.query, call.source, found, call.softcap, phase_of(call.query.shape[2]))
         with report.part(call.layer, "execute", call.query.device):
             output, _ = executor.run(call.query, call.source, found, call.scaling, call.softcap)
         report.layer(call.layer).executors[executor.name] += 1
@@ -69,7 +63,7 @@ class AttentionPlan:
 
     def prepared(self, call: Call) -> Call:
         """``call`` with its phase and the heads that lists are made for."""
-        phase = self.phase(call.query.shape[2])
+        phase = phase_of(call.query.shape[2])
         by_query = self.heads == "query" and phase == "prefill"
         return replace(call, phase=phase, mask_heads=call.heads if by_query else call.source.heads)
 
@@ -77,36 +71,48 @@ class AttentionPlan:
         """The blocks that ``call`` would read; None where it should be dense. What estimators keep is brought up to
         date either way."""
         report = report or PlanReport()
-        own, device = report.layer(call.layer), call.query.device
-        call = self.prepared(call)
-        phase, selector = call.phase, self.selector_of(call.phase)
-        block_q = min(self.block_q, call.query.shape[2])
-        blocks = call.reach.blocks(block_q, self.block_k, device)
-        highest = self.limit(call)
-        known = selector.expected(blocks.columns)
-        reason = self.policy.dense(phase, call.reach.keys, call.layer, self.layers)
-        if reason is None and known is not None and known > highest:
-            reason = f"denser than {highest:g}" if highest else "dense is faster here"
+        own, call = report.layer(call.layer), self.prepared(call)
+        highest, denser = self.limit(call), "dense is faster here"
+        if highest:
+            denser = f"denser than {highest:g}"
+        known = self.selector_of(call.phase).expected(-(-call.reach.keys // self.block_k))
+        reason = self.policy.dense(call.phase, call.reach.keys, call.layer, self.layers)
+        if reason is None and (not highest or (known is not None and known > highest)):
+            reason = denser
+        # To look at what was chosen makes a GPU wait, which decoding cannot afford.
+        if reason is None and known is None and call.phase == "decode" and highest < 1:
+            reason = "its density is not known beforehand"
         if reason is not None:
             own.dense[reason] += 1
-            with report.part(call.layer, "estimate", device):
+            with report.part(call.layer, "estimate", call.query.device):
                 self.estimator.observe(call, self.block_k)
             return None
+        found = self._chosen(call, report)
+        if report.keep_maps:
+            report.maps[call.layer] = found
+        if known is None and highest < 1 and float(found.density().mean()) > highest:
+            own.dense[denser] += 1
+            return None
+        own.count(found)
+        return found
+
+    def _chosen(self, call: Call, report: PlanReport) -> BlockMap:
+        """The map of a pass that is to be sparse."""
+        device, selector = call.query.device, self.selector_of(call.phase)
+        if newest.serves(selector, self.policy, call, self.block_k):
+            with report.part(call.layer, "estimate", device):
+                products = self.estimator.products(call, self.block_k)
+            if products is not None and newest.fits(products):
+                with report.part(call.layer, "select", device):
+                    return newest.newest_map(selector, products, self.policy, call, self.block_k)
+        blocks = call.reach.blocks(min(self.block_q, call.query.shape[2]), self.block_k, device)
         with report.part(call.layer, "estimate", device):
             scores = self.estimator.scores(call, blocks)
             if call.reach.uneven:  # what the estimator did not see of a block's queries is in reach all the same
                 scores = scores.clamp(min=LEAST)
         with report.part(call.layer, "select", device):
             forced = self.policy.forced(call.reach, blocks, call.layer, call.mask_heads, call.heads)
-            found = select_map(selector, scores, blocks, forced, call.reach)
-        if report.keep_maps:
-            report.maps[call.layer] = found
-        # To look at what was chosen makes a GPU wait, which decoding cannot afford.
-        if phase == "prefill" and known is None and highest < 1 and float(found.density().mean()) > highest:
-            own.dense[f"denser than {highest:g}"] += 1
-            return None
-        own.count(found)
-        return found
+            return select_map(selector, scores, blocks, forced, call.reach)
 
     def limit(self, call: Call) -> float:
         """The density above which ``call`` stays dense."""

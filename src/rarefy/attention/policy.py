@@ -12,12 +12,18 @@ from rarefy.attention.reach import Blocks, Reach
 from rarefy.core.config import StrictModel
 
 Phase = Literal["prefill", "decode"]
+FEW = 16  # queries of a pass that decodes; more of them read most blocks
+
+
+def phase_of(queries: int) -> Phase:
+    """What a pass of so many queries to each row is."""
+    return "decode" if queries <= FEW else "prefill"
 
 
 class Policy(StrictModel):
     """``dense_below``: keys up to which attention stays dense. ``dense_layers``: layers that do (negative: from the
     last). ``dense_heads``: pairs of layer and query head whose blocks are all kept. ``sink``: first blocks that a query
-    may see, ``local``: blocks up to its own, which are always kept. ``last_rows``: last query blocks of a pass that
+    may see, ``local``: blocks up to its own, which are always kept. ``last_rows``: last query blocks of a prefill that
     keep all. ``max_density``: above it attention stays dense (None: where that was measured to be faster). ``phases``:
     passes of many tokens, of few, or both.
     """
@@ -54,7 +60,7 @@ class Policy(StrictModel):
         forced = column < first + self.sink
         if reach.causal:
             forced = forced | (column > begin // blocks.block_k - self.local)
-        if self.last_rows:
+        if self.last_rows and phase_of(reach.queries) == "prefill":
             forced = forced | (torch.arange(blocks.rows, device=some.device)[:, None] >= blocks.rows - self.last_rows)
         if own:
             whole = torch.zeros(mask_heads, dtype=torch.bool, device=some.device)

@@ -4,12 +4,12 @@ yet."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from rarefy.attention.source import Source
+from rarefy.kernels.triton import usable
 from rarefy.kv.store import SideState
 
 # Of tokens `[B, H, N, span, D]`, which of them count `[B or 1, 1, N, span, 1]` (None: all) and where each block begins:
@@ -104,7 +104,7 @@ def mean_and_similarity(x: Tensor, counts: Tensor | None) -> tuple[Tensor, Tenso
 def in_one_read(x: Tensor) -> bool:
     """Whether a kernel sums up blocks ``x [B, H, N, span, D]``, which may overlap."""
     fits = x.shape[3] * x.shape[4] <= 1 << 15 and x.stride(4) == 1 and 0 < x.shape[2] <= 65535
-    return x.is_cuda and fits and x.numel() > 0 and not x.requires_grad and find_spec("triton") is not None
+    return usable(x.device) and fits and x.numel() > 0 and not x.requires_grad
 
 
 def lowest(x: Tensor, counts: Tensor | None) -> Tensor:

@@ -43,6 +43,11 @@ class Reach:
         return all(part is None for part in (self.first, self.stop, self.segment, self.mask))
 
     @property
+    def padded_causal(self) -> bool:
+        """Whether nothing but causality, and padding in front of rows, hides keys."""
+        return self.causal and all(part is None for part in (self.window, self.stop, self.segment, self.mask))
+
+    @property
     def uneven(self) -> bool:
         """Whether a query may see keys that a later one of its block does not."""
         return not all(part is None for part in (self.window, self.segment, self.mask))
@@ -111,6 +116,30 @@ class Reach:
             low = torch.maximum(low, torch.searchsorted(segment, own))
             high = torch.minimum(high, torch.searchsorted(segment, own, right=True))
         return low.to(torch.int32), torch.maximum(low, high).to(torch.int32)
+
+    def ends(self, batch: int, device: torch.device) -> Tensor:
+        """Where the keys that the last query of each row may see end, int32 ``[batch]``."""
+        return self.once(("ends", batch, device), lambda: self._ends(batch, device))
+
+    def _ends(self, batch: int, device: torch.device) -> Tensor:
+        end = min(self.keys, self.offset + self.queries) if self.causal else self.keys
+        if self.stop is not None:
+            return self.stop.clamp(max=end).to(torch.int32)
+        return torch.full((batch,), end, dtype=torch.int32, device=device)
+
+    def visible(self, block_q: int, block_k: int, device: torch.device) -> Tensor | float:
+        """In how many pairs of a block of queries and one of keys something is seen, in all rows (B, or 1 if all are
+        alike) and heads of a mask together. A GPU is not waited for."""
+        return self.once(("visible", block_q, block_k), lambda: self._visible(block_q, block_k, device))
+
+    def _visible(self, block_q: int, block_k: int, device: torch.device) -> Tensor | float:
+        if not self.plain:
+            return self.blocks(block_q, block_k, device).some.sum()
+        begin = torch.arange(0, self.queries, block_q) + self.offset
+        last = (begin + block_q).clamp(max=self.queries + self.offset) - 1
+        low = torch.zeros_like(begin) if self.window is None else (begin - self.window + 1).clamp(min=0) // block_k
+        high = last // block_k + 1 if self.causal else torch.full_like(begin, -(-self.keys // block_k))
+        return float((high.clamp(max=-(-self.keys // block_k)) - low).clamp(min=0).sum())
 
     def once(self, key: object, make: Callable[[], T]) -> T:
         """What ``make`` gives, made only once for each ``key``: all layers of a pass share a reach."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -18,24 +16,50 @@ PARTS = ("estimate", "select", "execute")
 
 @dataclass
 class LayerReport:
-    """One layer's passes. ``kept`` of ``visible`` blocks were read in those that were sparse; ``seconds`` by part;
+    """One layer's passes. ``kept()`` of ``visible`` blocks were read in those that were sparse; ``seconds`` by part;
     ``executors`` and ``dense``: how often each ran, and why attention was dense."""
 
-    kept: Tensor | None = None  # on the device, so that it is not waited for
-    visible: float = 0.0
+    counts: dict[torch.Size, Tensor] = field(default_factory=dict)  # blocks read, by shape: sums that nobody waits for
+    visible: Tensor | float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     executors: Counter[str] = field(default_factory=Counter)
     dense: Counter[str] = field(default_factory=Counter)
 
     def count(self, block_map: BlockMap) -> None:
-        """A pass that reads the blocks of this map."""
-        kept = block_map.count.sum()
-        self.kept = kept if self.kept is None else self.kept + kept
+        """A pass that reads the blocks of this map. Those of a CUDA graph are not counted: it would go on reading sums
+        that are given back when others take their place."""
+        if block_map.count.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        shape = block_map.count.shape
+        self.counts[shape] = self.counts[shape] + block_map.count if shape in self.counts else block_map.count
         self.visible += block_map.visible() * block_map.count.shape[1]
 
     def density(self) -> float:
         """Share of blocks in reach that were read in passes that were sparse; 1 where none was."""
-        return 1.0 if self.kept is None or not self.visible else float(self.kept) / self.visible
+        visible = float(self.visible)
+        return self.kept() / visible if visible else 1.0
+
+    def kept(self) -> int:
+        """Blocks that were read in passes that were sparse."""
+        return sum(int(count.sum()) for count in self.counts.values())
+
+
+class Part:
+    """Adds the seconds within it to ``seconds[name]``, those of work on ``device`` (None: nobody waits for it). Written
+    out, since a generator would take longer than the part."""
+
+    def __init__(self, seconds: dict[str, float], name: str, device: torch.device | None):
+        self.seconds, self.name, self.device = seconds, name, device
+
+    def __enter__(self) -> None:
+        if self.device is not None:
+            torch.cuda.synchronize(self.device)
+        self.begin = time.perf_counter()
+
+    def __exit__(self, *failure: object) -> None:
+        if self.device is not None:
+            torch.cuda.synchronize(self.device)
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.begin
 
 
 @dataclass
@@ -49,7 +73,9 @@ class PlanReport:
     maps: dict[int, BlockMap] = field(default_factory=dict)
 
     def layer(self, number: int) -> LayerReport:
-        return self.layers.setdefault(number, LayerReport())
+        if number not in self.layers:
+            self.layers[number] = LayerReport()
+        return self.layers[number]
 
     def clear(self) -> None:
         """Forget all passes."""
@@ -57,9 +83,9 @@ class PlanReport:
         self.maps.clear()
 
     def density(self) -> float:
-        """Share of blocks in reach that were read in passes that were sparse; 1 where none was."""
-        visible = sum(layer.visible for layer in self.layers.values())
-        kept = sum(float(layer.kept) for layer in self.layers.values() if layer.kept is not None)
+        """`LayerReport.density` of all layers together."""
+        visible = sum(float(layer.visible) for layer in self.layers.values())
+        kept = sum(layer.kept() for layer in self.layers.values())
         return kept / visible if visible else 1.0
 
     def seconds(self) -> dict[str, float]:
@@ -70,15 +96,6 @@ class PlanReport:
         """How many passes stayed dense, by reason."""
         return sum((layer.dense for layer in self.layers.values()), Counter())
 
-    @contextmanager
-    def part(self, number: int, name: str, device: torch.device) -> Iterator[None]:
+    def part(self, number: int, name: str, device: torch.device) -> Part:
         """Count the time within as that of a part."""
-        wait = self.timed and device.type == "cuda"
-        if wait:
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        yield
-        if wait:
-            torch.cuda.synchronize(device)
-        own = self.layer(number).seconds
-        own[name] = own.get(name, 0.0) + time.perf_counter() - begin
+        return Part(self.layer(number).seconds, name, device if self.timed and device.type == "cuda" else None)

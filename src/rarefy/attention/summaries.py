@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rarefy.attention.pooling import highest, lowest, mean
+from rarefy.kernels.triton import usable
 from rarefy.kv.rotary import unrotate
 
 Pool = Literal["max", "min", "mean"]
@@ -20,7 +20,7 @@ def summaries(x: Tensor, counts: Tensor | None, cos: Tensor, sin: Tensor, pools:
     """Blocks ``x [B, H, N, block, D]`` of tokens after rotary embedding by ``cos`` and ``sin [B or 1, N * block,
     rotated channels]``, summed up by ``pools`` as they were before it: float32 ``[B, H, N, pools * D]``. ``counts``:
     which tokens count, as in ``pooling.pooled``."""
-    if x.is_cuda and counts is None and cos.shape[-1] == x.shape[-1] and find_spec("triton") is not None:
+    if usable(x.device) and counts is None and cos.shape[-1] == x.shape[-1]:
         from rarefy.kernels.triton.block_summaries import block_summaries
 
         return block_summaries(x, cos, sin, pools)

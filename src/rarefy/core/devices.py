@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from rarefy.core.errors import OptionError
@@ -63,26 +63,6 @@ def device_of(name: Device) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError("device 'cuda' was asked for, but torch sees no GPU; use --device cpu.")
     return device
-
-
-def awaken(gpus: Iterable[torch.device]) -> None:
-    """Have ``gpus`` load their libraries of linear algebra, which takes a second or more, beside what Python does."""
-    import threading
-
-    for gpu in gpus:
-        threading.Thread(target=_load_libraries, args=(gpu,), daemon=True).start()
-
-
-def _load_libraries(gpu: torch.device) -> None:
-    import torch
-
-    with suppress(RuntimeError):  # whatever is wrong comes back where something depends on it
-        half = torch.ones(2048, 2048, dtype=fast_dtype(gpu), device=gpu)
-        whole = torch.eye(256, device=gpu)
-        torch.mm(half.T, half, out_dtype=torch.float32)
-        torch.linalg.solve_triangular(torch.linalg.cholesky_ex(whole).L, whole @ whole, upper=False)
-        heads = half.view(1, 16, 128, 2048)[..., :64]
-        torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
 
 
 def copy_to_cpu(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:

@@ -89,20 +89,24 @@ def lessons(
     mean of a block's shares by one and by the other (``both``). ``policy`` says which blocks are read in any case.
     """
     count, device = call.query.shape[2], call.query.device
-    query, rotary, found = call.query_before_rope().to(call.query.dtype), call.rotary, {}
+    query = call.query_before_rope().to(call.query.dtype)
+    found: dict[Phase, Lesson] = {}
     for phase, gate in gates.items():
         span = block if phase == "prefill" else 1
         blocks = call.reach.blocks(span, block, device)
         first = int(blocks.rows * UNTAUGHT[phase])
         if phase == "prefill":
-            rows, asked = torch.arange(first, blocks.rows, device=device), mean(*query_blocks(query, block))
+            rows = torch.arange(first, blocks.rows, device=device)
+            asked = mean(*query_blocks(query, block))
         else:
-            rows, asked = torch.arange(first, count, max(1, (count - first) // TAUGHT), device=device), query
+            rows = torch.arange(first, count, max(1, (count - first) // TAUGHT), device=device)
+            asked = query
         forced = policy.forced(call.reach, blocks, call.layer, gate.maps, call.heads)
         summary, begins = _summaries(call, gate, block)
         found[phase] = Lesson(
-            asked[:, :, rows], rows * span, summary, begins, _truth(call, rows, span, block, gate.maps, truth),
-            blocks.some[:, :, rows], (blocks.some & ~forced)[:, :, rows], rotary,
+            query=asked[:, :, rows], places=rows * span, summary=summary, begins=begins,
+            wanted=_truth(call, rows, span, block, gate.maps, truth), some=blocks.some[:, :, rows],
+            free=(blocks.some & ~forced)[:, :, rows], rotary=call.rotary,
         )  # fmt: skip
     return found
 

@@ -48,7 +48,7 @@ def compile_all() -> None:
     from rarefy.kernels.coded import Tiles
     from rarefy.kernels.triton import block_attention as prefill
     from rarefy.kernels.triton import step
-    from rarefy.kernels.triton.block_decode import BlockChoice, BlockDecode, Paged, block_scores
+    from rarefy.kernels.triton.block_decode import BlockDecode, Paged, choose_blocks
     from rarefy.kernels.triton.block_mass import block_mass
     from rarefy.kernels.triton.block_select import partial_blocks, select_blocks
     from rarefy.kernels.triton.decode_attention import DecodeAttention
@@ -77,8 +77,8 @@ def compile_all() -> None:
     one, length = query[:, :, 0].contiguous(), torch.ones(2, dtype=torch.int32)
     pages = torch.ones(2, 2, 8, 128, dtype=torch.bfloat16)
     for low in (None, pages):
-        block_scores(one, pages, length, tokens=64, scaling=0.1, low=low, first=rows)
-    BlockChoice(2, 2, 8, device=torch.device("cpu"))(one, pages, length, tokens=64, scaling=0.1, share=0.1)
+        choose_blocks(one, pages, length, 9, tokens=64, scaling=0.1, share=0.1, low=low)
+    choose_blocks(one, pages, length, 8, tokens=64, scaling=0.1, wanted=3, include_forced=False, first=rows)
     index, count = torch.zeros(2, 2, 8, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32)
     for size, splits in ((16, None), (128, 1)):
         decode = BlockDecode(2, 2, 8, 128, size, device=torch.device("cpu"), splits=splits)
@@ -102,7 +102,7 @@ def test_every_kernel_over_blocks_compiles() -> None:
         [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    names = {"_attend", "_mass", "_select", "_partial", "_scores", "_chosen", "_folded", "_merge", "attend_stretch"}
+    names = {"_attend", "_mass", "_select", "_partial", "_choose", "_chosen", "_folded", "_merge", "attend_stretch"}
     assert set(done.stdout.split()) == names
 
 

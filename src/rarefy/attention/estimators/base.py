@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rarefy.attention.call import Call
 from rarefy.attention.reach import Blocks
+
+
+@dataclass(frozen=True)
+class Products:
+    """Scores that are products: of one query to each row, ``query [B, H, D]``, and one key for each block, ``high [B,
+    M, N, D]``, times ``scaling``; of query heads that share a list the best. With ``low`` as well the product is the
+    most that a key between both, channel by channel, could have. Entries of unfinished blocks may be missing."""
+
+    query: Tensor
+    high: Tensor
+    scaling: float
+    low: Tensor | None = None
 
 
 class Estimator(ABC):
@@ -26,6 +39,11 @@ class Estimator(ABC):
         """Float32 ``[B, M, query blocks, key blocks]`` for the call's mask heads: the logarithm of a block's share of
         attention, up to a number for each row. ``inf``: keep the block whatever is chosen. Blocks out of reach may have
         any score."""
+
+    def products(self, call: Call, block_k: int) -> Products | None:
+        """What `scores` would multiply for a call with one query to each row; None where scores are more than that. So
+        a kernel can score and choose at once."""
+        return None
 
     def observe(self, call: Call, block_k: int) -> None:  # noqa: B027
         """Take note of new keys in a pass that stays dense. By default nothing: what `pooled` misses it makes later, as

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from rarefy.attention.reach import Reach
+from rarefy.kernels.triton import usable
 
 # Scores of one piece: 64 MB in float32.
 SCORES_AT_ONCE = 1 << 24
@@ -17,8 +17,7 @@ SCORES_AT_ONCE = 1 << 24
 
 def kernel_serves(query: Tensor, reach: Reach) -> bool:
     """Whether kernels that know causality and left padding can look at these queries."""
-    other = (reach.window, reach.stop, reach.segment, reach.mask)
-    return query.is_cuda and reach.causal and all(part is None for part in other) and find_spec("triton") is not None
+    return reach.padded_causal and usable(query.device)
 
 
 def pieces(query: Tensor, width: int, block_q: int) -> Iterator[tuple[int, int]]:

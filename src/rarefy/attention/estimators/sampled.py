@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from rarefy.attention.call import Call, by_mask_head
 from rarefy.attention.estimators.base import Estimator, grouped
 from rarefy.attention.estimators.simple import SCORES_AT_ONCE
-from rarefy.attention.reach import Blocks
+from rarefy.attention.reach import Blocks, Reach
 from rarefy.core.errors import UnsupportedError
+from rarefy.kernels.triton import usable
 
 
 class Antidiagonals(Estimator):
@@ -36,7 +35,7 @@ class Antidiagonals(Estimator):
             _folded(call.source.keys(), blocks.block_k, stride),
         )
         tiles, per_row = key.shape[2], blocks.block_q // stride
-        if call.query.is_cuda and self._fits(call, blocks):
+        if self._fits(call, blocks):
             return by_mask_head(self.fused(call, blocks, query, key).log(), call)
         place = torch.arange(tiles, device=key.device)
         batch = call.query.shape[0]
@@ -55,9 +54,9 @@ class Antidiagonals(Estimator):
 
     def _fits(self, call: Call, blocks: Blocks) -> bool:
         """Whether the kernel serves: sizes are powers of two, and only causality and left padding hide keys."""
-        reach, sizes = call.reach, (self.stride, blocks.block_q, blocks.block_k, call.query.shape[3])
-        plain = reach.causal and all(part is None for part in (reach.window, reach.stop, reach.segment, reach.mask))
-        return plain and all(size & (size - 1) == 0 for size in sizes) and find_spec("triton") is not None
+        sizes = (self.stride, blocks.block_q, blocks.block_k, call.query.shape[3])
+        powers = all(size.bit_count() == 1 for size in sizes)
+        return call.reach.padded_causal and powers and usable(call.query.device)
 
     def fused(self, call: Call, blocks: Blocks, query: Tensor, key: Tensor) -> Tensor:
         """Shares of blocks, float32 ``[B, H, query blocks, key blocks]``, of folded queries and keys by the kernel."""
@@ -110,14 +109,20 @@ class Lines(Estimator):
         column = _best(upright, self.columns)
         room = blocks.columns * blocks.block_k - reach.keys
         hit = torch.nn.functional.pad(column, (0, room)).unflatten(2, (-1, blocks.block_k)).any(3)
-        # How many chosen distances lie between two: a block of queries and one of keys meet at a range of them.
-        upto = torch.nn.functional.pad(_best(slash, self.diagonals).cumsum(2), (1, 0))
-        q0 = torch.arange(blocks.rows, device=logits.device)[:, None] * blocks.block_q + reach.offset
-        k0 = torch.arange(blocks.columns, device=logits.device) * blocks.block_k
-        least = (q0 - k0 - blocks.block_k + 1).clamp(0, reach.keys)
-        most = (q0 + blocks.block_q - k0).clamp(0, reach.keys)
-        crossed = upto[:, :, most] > upto[:, :, least]
+        crossed = _crossed(_best(slash, self.diagonals), blocks, reach)
         return torch.where(crossed | hit[:, :, None], torch.inf, -torch.inf)
+
+
+def _crossed(chosen: Tensor, blocks: Blocks, reach: Reach) -> Tensor:
+    """Which pairs of blocks a query and a key share whose distance is ``chosen`` bool ``[B, M, keys]``: bool ``[B, M,
+    query blocks, key blocks]``."""
+    # How many chosen distances lie below each: a block of queries and one of keys meet at a range of them.
+    below = torch.nn.functional.pad(chosen.cumsum(2), (1, 0))
+    q0 = torch.arange(blocks.rows, device=chosen.device)[:, None] * blocks.block_q + reach.offset
+    k0 = torch.arange(blocks.columns, device=chosen.device) * blocks.block_k
+    least = (q0 - k0 - blocks.block_k + 1).clamp(0, reach.keys)
+    most = (q0 + blocks.block_q - k0).clamp(0, reach.keys)
+    return below[:, :, most] > below[:, :, least]
 
 
 def _best(x: Tensor, count: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from rarefy.attention.call import Call, by_mask_head
 from rarefy.attention.estimators.base import Estimator, grouped
 from rarefy.attention.reach import Blocks
+from rarefy.kernels.triton import usable
 
 # Scores of one pass over queries: 256 MB in float32.
 SCORES_AT_ONCE = 1 << 26
@@ -39,6 +39,7 @@ class Noise(Estimator):
         self.seed = seed
 
     def scores(self, call: Call, blocks: Blocks) -> Tensor:
+        # Hashes of whole numbers are the same in every process.
         generator = torch.Generator().manual_seed(hash((self.seed, call.layer, call.reach.keys)) % 2**63)
         shape = (call.query.shape[0], call.mask_heads, blocks.rows, blocks.columns)
         return torch.rand(shape, generator=generator).log().to(call.query.device)
@@ -91,8 +92,6 @@ def true_blocks(call: Call, blocks: Blocks, reduce: Literal["mass", "max"] = "ma
 
 def _fits(call: Call, blocks: Blocks) -> bool:
     """Whether the kernel serves: tiles are of its sizes, and only causality and left padding hide keys."""
-    reach, sizes = call.reach, (blocks.block_q, blocks.block_k)
-    hidden = (reach.window, reach.stop, reach.segment, reach.mask, call.softcap)
-    plain = reach.causal and all(part is None for part in hidden) and not call.query.requires_grad
-    tiles = all(16 <= size <= 128 and size & (size - 1) == 0 for size in sizes)
-    return call.query.is_cuda and plain and tiles and call.query.shape[3] <= 256 and find_spec("triton") is not None
+    plain = call.reach.padded_causal and call.softcap is None and not call.query.requires_grad
+    tiles = all(16 <= size <= 128 and size.bit_count() == 1 for size in (blocks.block_q, blocks.block_k))
+    return plain and tiles and call.query.shape[3] <= 256 and usable(call.query.device)

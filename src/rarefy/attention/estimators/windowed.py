@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from rarefy.attention.estimators.rows import by_blocks, kernel_serves, looked_at
 from rarefy.attention.pooling import in_one_read, mean, pooled
 from rarefy.attention.reach import Blocks, Reach
 from rarefy.core.errors import OptionError
+from rarefy.kernels.triton import usable
 
 
 class WindowMeans(Estimator):
@@ -46,7 +46,7 @@ class WindowMeans(Estimator):
             call.query, windows, call.reach, scaling=call.scaling, block_q=blocks.block_q, size=self.size,
             stride=self.stride, coarse=rough, every=self.every,
         )  # fmt: skip
-        if shares.is_cuda and shares.shape[3] and find_spec("triton") is not None:
+        if shares.shape[3] and usable(shares.device):
             from rarefy.kernels.triton.window_shares import block_scores
 
             found = block_scores(shares, blocks.columns, size=self.size, stride=self.stride, block_k=blocks.block_k)

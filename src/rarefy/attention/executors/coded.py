@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rarefy.attention.block_map import BlockMap
+from rarefy.attention.block_map import BlockMap, PaddedMap
 from rarefy.attention.source import Stored
 from rarefy.kv.fused import blocks_kernel, fused_blocks
 from rarefy.kv.store import LayerStore
@@ -29,7 +29,7 @@ def attend_coded(query: Tensor, source: Stored, block_map: BlockMap, scaling: fl
     is decoded but tokens after the last whole page."""
     store, size, first = source.store, block_map.block_k, block_map.reach.first
     lists = block_map.newest()
-    done = fused_blocks(store, query, scaling, lists, size, first)
+    done = fused_blocks(store, query, scaling, (lists.index, lists.count), size, first)
     assert done is not None
     output, lse, coded = done
     place = torch.arange(coded, source.length, device=query.device).expand(query.shape[0], -1)
@@ -68,9 +68,8 @@ def _sinks_on(store: LayerStore, device: torch.device) -> Tensor:
     return known[1]
 
 
-def _kept(lists: tuple[Tensor, Tensor], blocks: int) -> Tensor:
+def _kept(lists: PaddedMap, blocks: int) -> Tensor:
     """Which blocks the lists name, bool ``[B, Hkv, blocks]``."""
-    index, count = lists
-    real = torch.arange(index.shape[2], device=index.device) < count[..., None]
-    kept = torch.zeros(*count.shape, blocks + 1, dtype=torch.bool, device=index.device)
-    return kept.scatter_(2, torch.where(real, index.long(), blocks), True)[..., :-1]
+    real = torch.arange(lists.index.shape[2], device=lists.index.device) < lists.count[..., None]
+    kept = torch.zeros(*lists.count.shape, blocks + 1, dtype=torch.bool, device=real.device)
+    return kept.scatter_(2, torch.where(real, lists.index.long(), blocks), True)[..., :-1]

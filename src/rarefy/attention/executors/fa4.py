@@ -13,6 +13,7 @@ from torch import Tensor
 from rarefy.attention.block_map import BlockMap
 from rarefy.attention.executors.base import Executor, executors
 from rarefy.attention.source import Source
+from rarefy.kernels.triton import usable
 
 BLOCK = 128  # keys of a tile of its kernel for up to 128 channels, which a block has to be
 
@@ -74,7 +75,7 @@ class FlashAttention4(Executor):
 
 def _partial(block_map: BlockMap, width: int) -> tuple[Tensor, Tensor]:
     """`BlockMap.partial_lists`, by one kernel where there is Triton."""
-    if find_spec("triton") is None:
+    if not usable(block_map.columns.device):
         return block_map.partial_lists(width, fill=0)
     from rarefy.kernels.triton.block_select import partial_blocks
 

@@ -28,7 +28,7 @@ class Flex(Executor):
         if not query.is_cuda and query.requires_grad and torch.is_grad_enabled():
             return "it has no gradients on a processor"
         size = block_map.block_k
-        if query.is_cuda and (query.shape[2] < 128 or block_map.block_q < 64 or size < 64 or size & (size - 1)):
+        if query.is_cuda and (query.shape[2] < 128 or block_map.block_q < 64 or size < 64 or size.bit_count() > 1):
             return f"{query.shape[2]} queries in blocks of {block_map.block_q} by {size} do not fit its kernel"
         return None
 
@@ -54,8 +54,7 @@ class Flex(Executor):
             seq_lengths=(query.shape[2], reach.keys), compute_q_blocks=query.requires_grad,
         )  # fmt: skip
         score = None if softcap is None else functools.partial(_bend, softcap)
-        run = _compiled() if query.is_cuda else _eager()
-        output, lse = run(
+        output, lse = _attention(query.is_cuda)(
             query, source.keys(), source.values(), score_mod=score, block_mask=blocks, scale=scaling,
             enable_gqa=heads != source.heads, return_lse=True,
         )  # fmt: skip
@@ -66,10 +65,7 @@ def _bend(softcap: float, score: Tensor, *place: Tensor) -> Tensor:
     return softcap * torch.tanh(score / softcap)
 
 
-def _eager() -> Callable[..., Any]:
-    return flex_attention
-
-
 @functools.cache
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False)
+def _attention(compiled: bool) -> Callable[..., Any]:
+    function: Any = flex_attention  # what its type calls a function is no Callable to mypy
+    return torch.compile(function, dynamic=False) if compiled else function

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from rarefy.attention.block_map import BlockMap
-from rarefy.attention.compact import FEW
 from rarefy.attention.executors.base import Executor, executors
+from rarefy.attention.policy import FEW
 from rarefy.attention.source import Source
 from rarefy.kernels.cpu.blocks import attend_blocks, available, fits
 from rarefy.kernels.cpu.library import instructions

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rarefy.attention.block_map import BlockMap
-from rarefy.attention.compact import FEW
 from rarefy.attention.executors.base import Executor, executors
 from rarefy.attention.executors.coded import attend_coded, unreadable
+from rarefy.attention.policy import FEW
 from rarefy.attention.source import Source, Stored
+from rarefy.kernels.triton import usable
 from rarefy.kv.codecs import Exact
 from rarefy.kv.side import Side
 
@@ -32,10 +32,10 @@ class Triton(Executor):
     name = "triton"
 
     def missing(self, device: torch.device) -> str | None:
-        return None if device.type == "cuda" and find_spec("triton") is not None else "it needs a GPU and Triton"
+        return None if usable(device) else "it needs a GPU and Triton"
 
     def tiles(self, block_q: int, block_k: int) -> bool:
-        return block_k >= 16 and block_k & (block_k - 1) == 0 and block_q <= 128
+        return block_k >= 16 and block_k.bit_count() == 1 and block_q <= 128
 
     def refusal(self, query: Tensor, source: Source, block_map: BlockMap, softcap: float | None = None) -> str | None:
         if (reason := self.missing(query.device)) is not None:
@@ -90,24 +90,22 @@ def _decodes(query: Tensor, source: Source, block_map: BlockMap) -> bool:
     reach, channels = block_map.reach, query.shape[3]
     plain = reach.window is None and reach.segment is None
     by_group = block_map.count.shape[1] == source.heads
-    return query.shape[2] == 1 and plain and by_group and channels >= 16 and channels & (channels - 1) == 0
+    return query.shape[2] == 1 and plain and by_group and channels >= 16 and channels.bit_count() == 1
 
 
 def _decode(query: Tensor, source: Source, block_map: BlockMap, scaling: float) -> tuple[Tensor, Tensor]:
     batch, heads, _, channels = query.shape
-    reach = block_map.reach
+    first, length = block_map.reach.first, block_map.reach.ends(batch, query.device)
     pages = _pages(source, query.dtype) if isinstance(source, Stored) else None
     run = _workspace(batch, source.heads, heads, channels, block_map.block_k, query.device)
-    index, count = block_map.newest()
-    end = torch.full((batch,), min(reach.keys, reach.offset + 1) if reach.causal else reach.keys, device=query.device)
-    length = (end if reach.stop is None else torch.minimum(end, reach.stop)).to(torch.int32)
+    lists = block_map.newest()
     one = query[:, :, 0]
     if pages is not None:
-        out, lse = run.paged(one, *pages, index, count, length, scaling, reach.first)
+        out, lse = run.paged(one, *pages, lists.index, lists.count, length, scaling, first)
     else:
         keys, values = _rows(source.keys()), _rows(source.values())
-        out, lse = run(one, keys, values, index, count, length, scaling, reach.first)
-    return out.to(query.dtype).unsqueeze(2), lse.clone().unsqueeze(2)
+        out, lse = run(one, keys, values, lists.index, lists.count, length, scaling, first)
+    return out.unsqueeze(2), lse.unsqueeze(2)
 
 
 @functools.lru_cache(maxsize=8)
@@ -129,16 +127,18 @@ def _pages(source: Stored, dtype: torch.dtype) -> tuple[Paged, Paged] | None:
     exact = all(isinstance(side.codec, Exact) and side.codec.tokens % 64 == 0 for side in sides)
     if not exact or store.codecs.pre_rope or store.sink is not None or store.keys.tail.dtype != dtype:
         return None
-    parts = [run.payload["exact"] for side in sides for run in side.runs]
-    rows = all(part.stride(-2) == part.shape[-1] and part.stride(-1) == 1 for part in parts)
-    if store.keys.codec.tokens != store.values.codec.tokens or not rows:
+    if store.keys.codec.tokens != store.values.codec.tokens:
         return None
-    key = tuple(id(run.payload) for side in sides for run in side.runs)
+    payloads = [run.payload for side in sides for run in side.runs]
+    key = tuple(id(payload) for payload in payloads)
     known = store.plans.get("pages")
     if known is None or known[0] != key:
+        parts = [payload["exact"] for payload in payloads]
+        rows = all(part.stride(-2) == part.shape[-1] and part.stride(-1) == 1 for part in parts)
         # With the payloads, so that their identities are not reused.
-        known = key, [_table(side) for side in sides], [run.payload for side in sides for run in side.runs]
-        store.plans["pages"] = known
+        known = store.plans["pages"] = key, [_table(side) for side in sides] if rows else None, payloads
+    if known[1] is None:
+        return None
     tails = [side.tail for side in sides]
     if any(tail.shape[2] > 1 and tail.stride(-2) != tail.shape[-1] for tail in tails):
         tails = [tail.contiguous() for tail in tails]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from rarefy.attention.block_map import BlockMap
 from rarefy.attention.reach import Blocks, Reach
 from rarefy.attention.selectors.base import Selector
+from rarefy.kernels.triton import usable
 
 WIDEST = 16384  # blocks of a row that one program holds
 
@@ -18,7 +18,7 @@ WIDEST = 16384  # blocks of a row that one program holds
 def select_map(selector: Selector, scores: Tensor, blocks: Blocks, forced: Tensor, reach: Reach) -> BlockMap:
     """The map of the blocks that ``selector`` chooses: by the kernel where there is one for its rule."""
     rule = selector.rule()
-    if rule is None or not scores.is_cuda or find_spec("triton") is None or blocks.columns > WIDEST:
+    if rule is None or not usable(scores.device) or blocks.columns > WIDEST:
         return BlockMap.from_mask(selector.select(scores, blocks.some, forced), reach, blocks)
     return fused_map(rule, scores, blocks, forced, reach)
 

@@ -15,7 +15,7 @@ from rarefy.calibration.parallel import Ranks, ranks_of
 from rarefy.calibration.report import CompressionReport, Ledger
 from rarefy.calibration.samples import open_samples
 from rarefy.contracts import Recipe
-from rarefy.core.devices import Device, awaken, device_of
+from rarefy.core.devices import Device, device_of
 from rarefy.core.errors import OptionError, UnsupportedError
 from rarefy.core.files import check_out, staged_folder
 from rarefy.core.logs import logger
@@ -49,8 +49,6 @@ def compress(
     ranks, place = ranks_of(place) if needed(chosen) or isinstance(model, str | Path) else (Ranks(), place)
     used = {place} if isinstance(model, str | Path) else {place, *(own.device for own in model.parameters())}
     gpus = [own for own in used if own.type == "cuda"]
-    if needed(chosen):
-        awaken(gpus)
     # Of the GPUs that take no part even a random state would cost a second and half a gigabyte.
     with ranks.together(), torch.random.fork_rng(devices=gpus):
         torch.manual_seed(seed)

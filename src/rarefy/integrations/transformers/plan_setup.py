@@ -63,7 +63,7 @@ def share_read(model: Any) -> float | None:
     if setup is None:
         return None
     dense = setup.report.dense()
-    if dense and all(layer.kept is None for layer in setup.report.layers.values()):
+    if dense and all(not layer.counts for layer in setup.report.layers.values()):
         log.warning(
             "'%s' stayed dense in every pass (%s), so that this measures dense attention: give longer contexts, or "
             "set what keeps it dense (such as %s:dense_below=0).", setup.name, ", ".join(dense), setup.name,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 TOP, MASS, CUT = 0, 1, 2
+LEAST = tl.constexpr(-1e30)  # below every score
 RULES = {"top": TOP, "mass": MASS, "cut": CUT}
 
 
@@ -36,7 +37,7 @@ def write_list(
     if RULE == 0:
         need = wanted
         if share > 0:
-            need = tl.ceil(tl.sum(some.to(tl.int32), 0).to(tl.float32) * share - 1e-6).to(tl.int32)
+            need = tl.ceil(tl.sum(flag & 1, 0).to(tl.float32) * share - 1e-6).to(tl.int32)
         need = tl.maximum(need, least)
         free = some
         if ON_TOP:
@@ -80,8 +81,8 @@ def write_list(
         limit = tl.zeros((), tl.float32) + share
         if BY_HEAD:
             limit = tl.load(limits + head)
-        keep = tl.where(limit <= 0.0, some, shares > limit if NORMALIZED else x > tl.log(limit))
-    keep = (keep | always) & some
+        keep = tl.where(limit <= 0.0, (flag & 1) != 0, shares > limit if NORMALIZED else x > tl.log(limit))
+    keep = (keep | always) & ((flag & 1) != 0)
     seen_whole = keep & ((flag & 2) != 0)
     partial = keep & (seen_whole == 0)
     wholes, partials = seen_whole.to(tl.int32), partial.to(tl.int32)
@@ -106,11 +107,12 @@ def _select(
     here = block < blocks
     x = tl.load(scores + line * blocks + block, mask=here, other=float("-inf"))
     row, head, place = line // (rows * heads), (line // rows) % heads, line % rows
-    flag = tl.full((N,), 3, tl.int32)
+    flag = tl.where(x > float("-inf"), 3, 0)
     if FLAGS:
         at = row * stride_fb + head * stride_fh + place * stride_fr
         flag = tl.load(flags + at + block, mask=here, other=0).to(tl.int32)
-        x = tl.where((flag & 1) != 0, x, float("-inf"))
+        # A block that is kept in any case may have no score.
+        x = tl.where((flag & 1) != 0, tl.where((flag & 4) != 0, tl.maximum(x, LEAST), x), float("-inf"))
     write_list(
         x, flag, limits, columns, start, whole, count, line, head, blocks, share, wanted, least, RULE, NORMALIZED,
         BY_HEAD, ON_TOP, N,
@@ -126,11 +128,11 @@ def select_blocks(
     ``count`` int32 ``[B, M, rows]`` and ``columns`` int32, as in a block map.
 
     ``flags`` uint8, broadcast to ``scores``: bit 0 where a block is in reach, 1 where it needs no mask (such blocks
-    come first in a list), 2 where it is kept in any case (None: all are in reach and need no mask). Blocks of score
-    ``inf`` are kept too, those of ``-inf`` are not. ``rule``: ``top`` keeps the best ``share`` of blocks in reach (or
-    ``wanted`` of them), at least ``least``, with forced ones among them or on top (``include_forced``); ``mass`` the
-    fewest whose softmax reaches ``share``, forced ones first; ``cut`` those whose softmax (``normalized``; or whose
-    ``exp``) exceeds ``share``, or ``limits`` float32 ``[M]``.
+    come first in a list), 2 where it is kept in any case (None: all whose score is not ``-inf`` are in reach and need
+    no mask). Blocks of score ``inf`` are kept too; those of ``-inf`` only where they are in any case. ``rule``: ``top``
+    keeps the best ``share`` of blocks in reach (or ``wanted`` of them), at least ``least``, with forced ones among them
+    or on top (``include_forced``); ``mass`` the fewest whose softmax reaches ``share``, forced ones first; ``cut``
+    those whose softmax (``normalized``; or whose ``exp``) exceeds ``share``, or ``limits`` float32 ``[M]``.
     """
     batch, heads, rows, blocks = scores.shape
     if out is None:

@@ -32,9 +32,10 @@ from rarefy.contracts import AttentionRecipe, attention_recipes
 @attention_recipes.register("sale")
 class Sale(AttentionRecipe):
     """Thresholds on 4-bit scores, for prefill. ``num_bits`` of queries and keys, which lose their mean over tokens
-    before when ``smooth``; ``every``: of each block of queries
-    only each so many-th is looked at. ``budget``: error of a head's output that calibration allows; ``start`` and
-    ``halvings``: the thresholds that it tries. ``threshold``: that one for all heads, without calibration."""
+    before when ``smooth``; ``every``: of each block of queries only each so many-th is looked at (1: all, as in the
+    paper). ``budget``: error of a head's output that calibration allows, in the mean of its sequences and one standard
+    deviation above it; ``start`` and ``halvings``: the thresholds that it tries. ``threshold``: that one for all heads,
+    without calibration."""
 
     block_k: int = Field(32, ge=1)
     local: int = Field(5, ge=1)
@@ -42,7 +43,7 @@ class Sale(AttentionRecipe):
     phases: Literal["both", "prefill", "decode"] = "prefill"
     num_bits: int = Field(4, ge=2, le=8)
     smooth: bool = True
-    every: int = Field(1, ge=1)
+    every: int = Field(4, ge=1)
     budget: float = Field(0.05, gt=0)
     start: float = Field(0.128, gt=0, lt=1)
     halvings: int = Field(12, ge=0)
@@ -70,8 +71,14 @@ class Sale(AttentionRecipe):
     def measure(self, shape: AttentionShape, call: Call) -> dict[str, Tensor]:
         plans = [self.model_copy(update={"threshold": level}).plan(shape, {}) for level in self.levels]
         apart, whole = head_errors(plans, call)
-        return {"apart": apart, "whole": whole}
+        error = apart / whole.clamp(min=math.ulp(0.0))
+        return {"apart": apart, "whole": whole, "error": error, "square": error.square(), "count": torch.ones(())}
 
     def fit(self, shape: AttentionShape, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         errors = sums["apart"] / sums["whole"].clamp(min=math.ulp(0.0))
+        count = int(sums["count"])
+        if count > 1:
+            # Other texts err more or less than these do in the mean: as much more as these differ is allowed for.
+            variance = (sums["square"] - sums["error"].square() / count) / (count - 1)
+            errors = errors + variance.clamp(min=0.0).sqrt()
         return {"threshold": largest_within(torch.tensor(self.levels), errors, self.budget)}

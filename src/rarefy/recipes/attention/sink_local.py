@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rarefy.attention.estimators import Nearness
 from rarefy.attention.plan import AttentionShape
-from rarefy.attention.selectors import Forced, Selector, TopK
+from rarefy.attention.selectors import Selector, TopK
 from rarefy.contracts import AttentionRecipe, attention_recipes
 
 
@@ -34,4 +34,6 @@ class SinkLocal(AttentionRecipe):
         return Nearness()
 
     def selector(self, shape: AttentionShape, params: Mapping[str, Tensor]) -> Selector:
-        return Forced() if self.density is None else TopK(self.density)
+        if self.density is not None:
+            return TopK(self.density)
+        return TopK(count=0, least=0, include_forced=False)  # what is forced, as `Forced`, and known beforehand

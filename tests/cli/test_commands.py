@@ -22,7 +22,10 @@ from rarefy.kernels import cpu
 from rarefy.recipes import discover
 from tests.cli.conftest import Run, one_json, one_sentence
 
-COMMANDS = ("compress", "eval", "compare", "report", "chat", "bench", "inspect", "recipes", "info", "demo")
+COMMANDS = (
+    "compress", "train", "eval", "compare", "report", "attention", "chat", "bench", "tune", "inspect", "recipes",
+    "info", "demo",
+)  # fmt: skip
 PARTS = {"total", "codes", "scales", "tables", "indices", "values"}
 EVALUATION = {
     "perplexity", "kl", "top1_agreement", "tokens", "bits_per_weight", "stored_bytes", "dense_bytes",

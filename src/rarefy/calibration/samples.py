@@ -19,6 +19,7 @@ from rarefy.layers.checkpoint import digest_of
 log = logger(__name__)
 
 Batch = dict[str, Tensor]
+GIVEN = "samples given by the caller"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def sample_windows(tokens: Tensor, samples: int, seq_len: int, bos: int | None, 
     return Samples(({"input_ids": chosen},), name, tuple(notes))
 
 
-def as_samples(data: Any, name: str = "samples given by the caller") -> Samples:
+def as_samples(data: Any) -> Samples:
     """``Samples`` from token ids ``[samples, tokens]``, or a sequence of mappings of model inputs.
 
     Raises OptionError for anything else.
@@ -113,11 +114,11 @@ def as_samples(data: Any, name: str = "samples given by the caller") -> Samples:
     if isinstance(data, Samples):
         return data
     if isinstance(data, Tensor) and data.dim() == 2 and not data.is_floating_point():
-        return Samples(({"input_ids": data.cpu()},), name)
+        return Samples(({"input_ids": data.cpu()},), GIVEN)
     if isinstance(data, Sequence) and data and all(isinstance(batch, Mapping) for batch in data):
         batches = [{key: value.cpu() for key, value in batch.items() if isinstance(value, Tensor)} for batch in data]
         if all(batch and len({len(value) for value in batch.values()}) == 1 for batch in batches):
-            return Samples(tuple(batches), name)
+            return Samples(tuple(batches), GIVEN)
     raise OptionError(
         "Calibration data is a text file's name, token ids [samples, tokens], or a list of batches of model inputs "
         "whose tensors have the samples in front."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -306,6 +307,13 @@ def test_distributed_data_parallel(folders: Compressed, tmp_path: Path) -> None:
 def train_biases(rank: int, folder: Path, out: Path) -> None:
     """Two steps of the biases in one of two processes, each on tokens of its own."""
     dist.init_process_group("gloo")
+    torch.save(_biases_after_two_steps(rank, folder), out / f"{rank}.pt")
+    # Whoever drops a group last waits for its threads: torch's reducer does so with the lock that they may want.
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def _biases_after_two_steps(rank: int, folder: Path) -> Tensor:
     model = transformers.GPT2LMHeadModel.from_pretrained(folder)
     chosen = [parameter for name, parameter in model.named_parameters() if name.endswith("c_attn.bias")]
     for parameter in model.parameters():
@@ -316,8 +324,7 @@ def train_biases(rank: int, folder: Path, out: Path) -> None:
     for _ in range(2):
         parallel(tokens, labels=tokens).loss.backward()
         optimizer.step()
-    torch.save(torch.cat([bias.detach() for bias in chosen]), out / f"{rank}.pt")
-    dist.destroy_process_group()
+    return torch.cat([bias.detach() for bias in chosen])
 
 
 def test_two_processes_train_alike(folders: Compressed, tmp_path: Path) -> None:

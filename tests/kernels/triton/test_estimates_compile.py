@@ -33,7 +33,7 @@ class Compiled:
         from triton.compiler import ASTSource
 
         names = list(inspect.signature(self._kernel.fn).parameters)
-        given = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+        given = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
         kinds = [
             TYPES[each.dtype] if isinstance(each, torch.Tensor) else "i32" if isinstance(each, int) else "fp32"
             for each in arguments

@@ -97,7 +97,8 @@ class Job:
         if kind == "product":
             words = (1, HEADS, tokens * CHANNELS // 2 // 4)
             codes = torch.randint(-(2**31), 2**31 - 1, words, device="cuda", dtype=torch.int32)
-            return Tiles("product", ((codes,),), 8, 1, 1, torch.randn(CHANNELS // 2, 256, 2, device="cuda").half())
+            books = torch.randn(HEADS, CHANNELS // 2, 256, 2, device="cuda").half()
+            return Tiles("product", ((codes,),), 8, 1, 1, books)
         words = (1, HEADS, tokens * CHANNELS * self.num_bits // 32)
         codes = torch.randint(-(2**31), 2**31 - 1, words, device="cuda", dtype=torch.int32)
         scale = (0.5 + torch.rand(1, HEADS, tokens * CHANNELS // self.group, device="cuda")) / 2 ** (self.num_bits - 1)
@@ -190,7 +191,8 @@ def _decoded(tiles: Tiles, tokens: int) -> Tensor:
     if tiles.kind == "product":
         assert tiles.lut is not None
         codes = numbers[0].view(torch.uint8).unflatten(-1, (tokens, -1)).int()
-        return tiles.lut.float()[torch.arange(codes.shape[-1], device="cuda"), codes].flatten(-2)
+        head, part = (torch.arange(size, device="cuda") for size in (HEADS, codes.shape[-1]))
+        return tiles.lut.float()[head[:, None, None], part, codes].flatten(-2)
     stream = numbers[0].unflatten(-1, (-1, tiles.num_bits))
     codes = packing.unpack_bits(stream, tiles.num_bits, stream.shape[-2] * 32).flatten(2)
     if tiles.kind == "table":

@@ -88,7 +88,7 @@ ROTARY = Rotary(500000.0 ** -(torch.arange(CHANNELS // 2) / (CHANNELS // 2)))
 def made_up(name: str, options: dict[str, Any]) -> dict[str, Tensor]:
     """Parameters of calibrated recipes, for normal numbers."""
     if name == "million":
-        shape = CHANNELS // options["width"], 1 << options["code_bits"], options["width"]
+        shape = HEADS, CHANNELS // options["width"], 1 << options["code_bits"], options["width"]
         return {f"{side}.codebook": torch.randn(shape, device="cuda").half() for side in ("keys", "values")}
     if name != "kv_quant":
         return {}
@@ -237,7 +237,7 @@ def encode_codecs() -> dict[str, Codec]:
     for bits in (4, 3):
         found[f"rotated table {bits} bit"] = Rotated(NormTable(gaussian_table(bits), 32, CHANNELS), CHANNELS)
     found["table 3 bit within a range"] = RangeTable(gaussian_table(3), 32, CHANNELS)
-    found["product codes of 2 channels"] = ProductTable(torch.randn(CHANNELS // 2, 256, 2).half(), 32)
+    found["product codes of 2 channels"] = ProductTable(torch.randn(HEADS, CHANNELS // 2, 256, 2).half(), 32)
     width, lut = HEADS * CHANNELS, gaussian_table(3)
     outliers = Sparse(10, "token", 32, width)
     keys = ChannelTable(lut, torch.randn(1, width), torch.rand(1, width), 32)

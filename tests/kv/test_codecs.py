@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from rarefy.contracts import kv_recipes
 from rarefy.core.errors import FormatError, OptionError, RecipeError
 from rarefy.formats.grids import IntegerGrid
 from rarefy.kv.codec import Codec, apply, nbytes
-from rarefy.kv.codecs import Exact, Gridded, LowRank, Partition, ProductTable, Residual, Sparse
+from rarefy.kv.codecs import Exact, Gridded, LowRank, Partition, Permuted, ProductTable, Residual, Sparse
 from rarefy.kv.plan import HeadShape, KvSamples
 from rarefy.kv.side import Side
 from rarefy.recipes.kv.gear import Gear
@@ -25,7 +26,9 @@ GRID = IntegerGrid(num_bits=4, group_size=4, zero="float")
 
 
 def sides() -> dict[str, Codec]:
+    order = torch.rand(HEADS, CHANNELS).argsort(-1).to(torch.int16)
     found: dict[str, Codec] = {
+        "permuted": Permuted(Gridded(GRID, "token", 8, CHANNELS), order),
         "partition": Partition([Gridded(GRID, "token", 8, 4), Exact(torch.float32, 8)], [4, CHANNELS - 4]),
         "low_rank": LowRank(3, 8, CHANNELS),
         "sparse": Sparse(5, "channel", 8, CHANNELS),
@@ -161,6 +164,33 @@ def test_kmeans_puts_centroids_where_weight_is() -> None:
     assert costs[0] == pytest.approx(costs[1], rel=0.05)
 
 
+def test_a_channel_that_the_loss_depends_on_is_coded_well() -> None:
+    """The code that two channels share serves the one whose errors count, and it shares with one whose do not."""
+    seen = samples(tokens=3000)
+    weight = torch.ones_like(seen.keys)
+    weight[:, :, ::2] = 400.0
+    errors = []
+    for counts in (weight, None):
+        recipe = Million(code_bits=6, block=8, importance="equal" if counts is None else "fisher")
+        params = recipe.fit(replace(seen, key_weight=counts, value_weight=counts))
+        codec = recipe.codecs(HeadShape(HEADS, CHANNELS, CHANNELS, torch.float32), params).keys
+        x = seen.keys.transpose(0, 1)[None].unflatten(2, (-1, 8))
+        errors.append((codec.decode(codec.encode(x)) - x).square()[..., ::2].mean().item())
+    assert errors[0] < 0.25 * errors[1]
+
+
+def test_codebooks_of_another_model_are_refused() -> None:
+    recipe = Million(code_bits=4, block=8)
+    params = recipe.fit(samples())
+    shape = HeadShape(HEADS, CHANNELS, CHANNELS, torch.float32)
+    twice = {**params, "keys.order": params["keys.order"].clone()}
+    twice["keys.order"][0, 0] = twice["keys.order"][0, 1]
+    lacking = {name: tensor for name, tensor in params.items() if name != "values.weight"}
+    for wrong in ({**params, "keys.codebook": params["keys.codebook"][0]}, twice, lacking):
+        with pytest.raises(RecipeError, match="calibrate again"):
+            recipe.codecs(shape, wrong)
+
+
 @pytest.mark.parametrize(
     ("name", "options"), [("million", {"code_bits": 4, "steps": 8}), ("kv_quant", {"num_bits": 3})]
 )
@@ -185,7 +215,7 @@ def test_product_codes_say_what_they_cannot_do() -> None:
     with pytest.raises(RecipeError, match="width 3 does not divide the 16 channels of a head; use one of 1, 2, 4, 8"):
         Million(width=3).fit(samples())
     with pytest.raises(FormatError, match="512 entries"):
-        ProductTable(torch.zeros(4, 512, 4))
+        ProductTable(torch.zeros(1, 4, 512, 4))
 
 
 def test_blocks_have_to_divide_a_segment() -> None:

@@ -72,7 +72,7 @@ class Tiles:
     offset), contiguous, ``[B, H, ...]``, or ``[B, 1, ...]`` if a token's row is that of all heads ``joined``.
 
     ``block``: tokens of a block of ``channel`` codes and of corrections. ``group``: tokens or channels that share a
-    scale. ``lut``: float32 table of ``table`` codes; of ``product`` codes float16 ``[parts, entries, width]``.
+    scale. ``lut``: float32 table of ``table`` codes; of ``product`` codes float16 ``[H, parts, entries, width]``.
     ``affine``: center and scale float32 ``[H, D]`` of what a table gives for keys. ``spans``: of each run, how many
     tokens are skipped and how many there are in memory, where that is not just what is read. ``within``: tokens that a
     tile must not be longer than.

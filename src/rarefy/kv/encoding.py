@@ -19,6 +19,7 @@ from rarefy.kv.codecs import (
     JoinedHeads,
     LowRank,
     NormTable,
+    Permuted,
     ProductTable,
     RangeTable,
     Residual,
@@ -126,8 +127,12 @@ def _form(codec: Codec, channels: int, device: torch.device) -> Fast | None:
             code = Code("norm", inner.num_bits, channels, rotated=True)
             tables = {**found.tables, "signs": codec.signs}
         case ProductTable(width=2, count=256):
-            book = codec.codebook.float()
-            tables, code = {"lut": entries(book, book.square().sum(-1) / 2)}, Code("product", 8, channels)
+            tables, code = {"lut": entries(*codec.nearness(codec.codebook))}, Code("product", 8, channels)
+        case Permuted(inner=ProductTable() as products):
+            found = _form(products, channels, device)
+            if found is None:
+                return None
+            code, tables = found.code, {**found.tables, "order": codec.order}
         case JoinedHeads(inner=Residual(parts=(ChannelTable() as base, Sparse(axis="token") as sparse)), heads=heads):
             tables = {**_table(base), "center": base.center.reshape(-1), "spread": base.scale.reshape(-1)}
             code = Code("row spread", base.num_bits, channels, heads=heads, entries=sparse.count)
@@ -139,7 +144,8 @@ def _form(codec: Codec, channels: int, device: torch.device) -> Fast | None:
         return None
     if code is None or not code.fits:
         return None
-    return Fast(code, {name: table.to(device, torch.float32).contiguous() for name, table in tables.items()})
+    types = {"order": torch.int16}
+    return Fast(code, {name: t.to(device, types.get(name, torch.float32)).contiguous() for name, t in tables.items()})
 
 
 def _corrected(trimmed: Trimmed, corrections: list[Codec], channels: int) -> tuple[BlockCode | None, dict[str, Tensor]]:

@@ -8,7 +8,7 @@ from rarefy.formats.grids import IntegerGrid
 from rarefy.formats.scales import SingleScale
 from rarefy.kernels.cpu.attend import WIDTH, Half, Stretch, attend, available, fits
 from rarefy.kv.codec import Codec, Payload
-from rarefy.kv.codecs import Exact, Gridded, NormTable, RangeTable, Rotated, Trimmed
+from rarefy.kv.codecs import Exact, Gridded, NormTable, RangeTable, Trimmed, Turned
 from rarefy.kv.side import SEGMENT, Side
 from rarefy.kv.store import LayerStore
 
@@ -27,7 +27,7 @@ def attended(store: LayerStore, query: Tensor, scaling: float) -> tuple[Tensor, 
     if store.codecs.pre_rope or channels != store.values.tail.shape[3] or channels > WIDTH or channels % 16:
         return None
     count = store.length
-    if isinstance(turn, Rotated) or isinstance(back, Rotated):
+    if isinstance(turn, Turned) or isinstance(back, Turned):
         count = min(store.keys.coded, store.values.coded)
         count -= count % max(turn.tokens, back.tokens)
     found = []
@@ -40,11 +40,11 @@ def attended(store: LayerStore, query: Tensor, scaling: float) -> tuple[Tensor, 
     if not found:
         return None
     batch, heads = store.keys.tail.shape[:2]
-    one = turn.turn(query.float()) if isinstance(turn, Rotated) else query.float()
+    one = turn.turn(query.float()) if isinstance(turn, Turned) else query.float()
     hidden = None if store.sink is None else store.sink.index
     out, lse = attend(found, one.reshape(batch, heads, -1, channels), scaling, hidden)
     out = out.reshape(batch, -1, 1, channels)
-    return back.back(out) if isinstance(back, Rotated) else out, lse.reshape(batch, -1, 1), count
+    return back.back(out) if isinstance(back, Turned) else out, lse.reshape(batch, -1, 1), count
 
 
 def _halves(side: Side, start: int, stop: int) -> tuple[Half, ...] | None:
@@ -70,7 +70,7 @@ def half_of(codec: Codec, payload: Payload, first: int, tokens: int) -> Half | N
         return tuple(payload[name].contiguous() for name in names)
 
     match codec:
-        case Rotated() | Trimmed():
+        case Turned() | Trimmed():
             return half_of(codec.inner, payload, first, tokens)
         case Exact():
             return Half("dense", first, tokens, numbers("exact"))

@@ -30,7 +30,7 @@ def coded(kind: str, num_bits: int, group: int, x: Tensor, lengths: list[int]) -
         "token": lambda: Gridded(grid, "token", 32, CHANNELS),
         "norm": lambda: NormTable(lut, 32, CHANNELS),
         "range": lambda: RangeTable(lut / lut.max(), 32, CHANNELS),
-        "product": lambda: ProductTable(torch.randn(64, 256, 2).half(), 32),
+        "product": lambda: ProductTable(torch.randn(HEADS, 64, 256, 2).half(), 32),
     }[kind]()
     more = {"norm": ("scale",), "range": ("scale", "offset"), "product": ()}.get(kind, ("scale", "zero_point"))
     payloads = [codec.encode(part.unflatten(2, (-1, codec.tokens))) for part in x.split(lengths, 2)]

@@ -12,7 +12,8 @@ from rarefy.formats.grids import IntegerGrid
 from rarefy.kernels.cuda import encode as kernel
 from rarefy.kernels.cuda.encode_blocks import BlockCode
 from rarefy.kv import encoding
-from rarefy.kv.codecs import Gridded, NormTable, ProductTable, RangeTable, Rotated
+from rarefy.kv.codec import Codec
+from rarefy.kv.codecs import Gridded, NormTable, Permuted, ProductTable, RangeTable, Rotated
 from rarefy.kv.plan import HeadShape
 from rarefy.recipes.kv.gear import Gear
 from rarefy.recipes.kv.turbo_quant import gaussian_table
@@ -75,15 +76,19 @@ def test_tables(kind: str, num_bits: int, rotated: bool, dtype: torch.dtype, cha
     assert not faults.any()
 
 
-def test_products() -> None:
+@pytest.mark.parametrize("ordered", [False, True])
+def test_products(ordered: bool) -> None:
     x = torch.randn(1, 2, 64, 64)
-    codebook = torch.randn(32, 256, 2).half()
-    codebook[:, 130:140] = codebook[:, 10:20]  # of equals the first is taken
-    codebook[:, 20:24] = codebook[:, 19:20]
-    codec = ProductTable(codebook, 32)
+    codebook = torch.randn(x.shape[1], 32, 256, 2).half()
+    codebook[:, :, 130:140] = codebook[:, :, 10:20]  # of equals the first is taken
+    codebook[:, :, 20:24] = codebook[:, :, 19:20]
+    codec: Codec = ProductTable(codebook, 32, weight=torch.rand(x.shape[1], 64))
+    if ordered:
+        codec = Permuted(codec, torch.rand(x.shape[1], 64).argsort(-1).to(torch.int16))
     expected = codec.encode(x.unflatten(2, (-1, 32)))["codes"]
-    half = codec.codebook.float().square().sum(-1) / 2
-    found, _ = encoded(kernel.Code("product", 8, 64), x, lut=kernel.entries(codec.codebook, half))
+    form = encoding.form_of(codec, 64, torch.device("cpu"))
+    assert form is not None and isinstance(form.code, kernel.Code) and ("order" in form.tables) == ordered
+    found, _ = encoded(form.code, x, **form.tables)
     assert torch.equal(found.codes.flatten(), expected.flatten())
 
 

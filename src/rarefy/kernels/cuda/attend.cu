@@ -40,7 +40,8 @@ struct Arguments {
   const i64* pieces;   // likewise of every 32 tokens in code after them
   const float* k_signs;
   const float* v_signs;
-  const u16* k_table;  // float16 [entries], or [256][64][2] of products, in the order of `place_of_part`
+  const u16* k_order;  // [heads][128]: which channels keys in code have one after the other; or null
+  const u16* k_table;  // float16 [entries], or [heads][256][64][2] of products, in the order of `place_of_part`
   const u16* v_table;
   const float* k_center;  // [heads][128]
   const float* k_spread;
@@ -156,6 +157,10 @@ template <int COUNT, class Get, class Put> device void fill(Get get, Put put) {
   }
 }
 
+// The table of all heads, or the codebook of this one.
+template <int KIND> device const u16* table_of(const u16* tables, i64 pair, int heads) {
+  return KIND == PRODUCT ? tables + pair % heads * (256 * D) : tables;
+}
 // A table for all lanes, or a codebook as it is.
 template <int KIND, int BITS> device void fill_table(u8* to, const u16* from) {
   if constexpr (KIND == TABLE) {
@@ -196,8 +201,8 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) fetch_keys(ring[step], here.k_codes, step, g, t, a.heads);
   }
-  fill_table<K_KIND, K_BITS>(pool + K_TABLE, a.k_table);
-  if constexpr (!SAME_TABLE) fill_table<V_KIND, V_BITS>(pool + V_TABLE, a.v_table);
+  fill_table<K_KIND, K_BITS>(pool + K_TABLE, table_of<K_KIND>(a.k_table, pair, a.heads));
+  if constexpr (!SAME_TABLE) fill_table<V_KIND, V_BITS>(pool + V_TABLE, table_of<V_KIND>(a.v_table, pair, a.heads));
   u32* turns = reinterpret_cast<u32*>(pool + TURNS);
   if constexpr (TURNED) fill_turns(turns, a.turns);
   commit_copies();
@@ -207,6 +212,8 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   for (int n = threadIdx.x; n < GROUP_HEADS * D; n += THREADS) {
     asked[n] = number_at<QUERY>(a.query, pair * GROUP_HEADS * D + n) * a.scaling;
     asked_coded[n] = K_ROTATED ? asked[n] * a.k_signs[n % D] * HADAMARD : asked[n];
+    if (K_KIND == PRODUCT && a.k_order != nullptr)
+      asked_coded[n] = number_at<QUERY>(a.query, pair * GROUP_HEADS * D + n / D * D + a.k_order[pair % a.heads * D + n % D]) * a.scaling;
   }
   float *center = reinterpret_cast<float*>(pool + CENTERS), *spread = center + D;
   if constexpr (K_SPREAD)

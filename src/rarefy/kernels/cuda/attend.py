@@ -128,7 +128,7 @@ def code_of(side: Tiles) -> Code:
 
 
 _POINTERS = (
-    "query out lse places pieces k_signs v_signs k_table v_table k_center k_spread turns starts sinks "
+    "query out lse places pieces k_signs v_signs k_order k_table v_table k_center k_spread turns starts sinks "
     "part_out part_lse arrived k_tail v_tail k_sink v_sink".split()
 )
 
@@ -278,12 +278,12 @@ def _bytes(side: Tiles, tensor: Tensor, length: int, token: Tensor) -> Tensor:
 
 
 def table_of(side: Tiles, device: torch.device, parts: int) -> Tensor | None:
-    """Float16 values of a table, or of a codebook ``[256, 64, 2]`` in which each of its parts is where
+    """Float16 values of a table, or of codebooks ``[H, 256, 64, 2]`` in which each of its parts is where
     ``place_of_part`` of the source has it for so many ``parts`` at once; contiguous."""
     if side.lut is None:
         return None
     lut = side.lut.to(device, torch.float16)
-    return (lut.unflatten(0, (-1, 2, parts)).permute(3, 1, 0, 2, 4) if side.kind == "product" else lut).contiguous()
+    return (lut.unflatten(1, (-1, 2, parts)).permute(0, 4, 2, 1, 3, 5) if side.kind == "product" else lut).contiguous()
 
 
 @dataclass(frozen=True)
@@ -303,16 +303,18 @@ class CodedAttention:
     def __init__(
         self, keys: Tiles, values: Tiles, tokens: tuple[Sequence[int], Sequence[int]], batch: int, heads: int,
         query_heads: int, *, device: torch.device, sinks: Tensor | None = None,
-        signs: tuple[Tensor | None, Tensor | None] = (None, None), turns: Turns | None = None,
-        splits: int | None = None, shape: Shape | None = None,
+        signs: tuple[Tensor | None, Tensor | None] = (None, None), order: Tensor | None = None,
+        turns: Turns | None = None, splits: int | None = None, shape: Shape | None = None,
     ):  # fmt: skip
         """``tokens`` of all runs of keys and of values, multiples of 32. ``sinks`` int64 ``[B, S]``: tokens that are
         left out where they are (-1: none). ``signs`` float32 ``[D]``: keys or values in code are turned by them and a
-        Hadamard matrix. ``turns``: keys in code are without RoPE, which turns all channels. ``splits``: blocks for each
-        KV head (None: enough to fill the GPU). Tables that are one tensor are kept once. Raises UnsupportedError where
-        sizes do not fit the kernel (see `fits`)."""
+        Hadamard matrix. ``order`` int16 ``[H, D]``: which channels keys in product codes have one after the other.
+        ``turns``: keys in code are without RoPE, which turns all channels. ``splits``: blocks for each KV head (None:
+        enough to fill the GPU). Tables that are one tensor are kept once. Raises UnsupportedError where sizes do not
+        fit the kernel (see `fits`)."""
         group = query_heads // heads
         known = fits(keys, values, CHANNELS, group) and (turns is None or keys.kind == "table")
+        known &= order is None or keys.kind == "product"
         if not known or any(each % PIECE for part in tokens for each in part):
             raise UnsupportedError(f"These codes, for {group} query heads a KV head, do not fit the kernel.")
         self.keys, self.values = keys, values  # whose memory the addresses point to
@@ -331,6 +333,7 @@ class CodedAttention:
         rows = batch * query_heads
         self._tensors: dict[str, Tensor | None] = {
             "places": tiles.to(device), "pieces": pieces.to(device), "k_signs": signs[0], "v_signs": signs[1],
+            "k_order": order,
             "k_table": table_of(keys, device, 8), "v_table": table_of(values, device, 4),
             "k_center": center, "k_spread": spread, "turns": inside, "starts": starts, "sinks": sinks,
             "part_out": torch.empty(rows, self.splits, CHANNELS, device=device),

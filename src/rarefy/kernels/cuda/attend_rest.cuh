@@ -78,7 +78,7 @@ device void load_token(Token& it, const Arguments& a, const u32* turns, const fl
   if (it.k_coded || it.v_coded) p = places_of(a.pieces, a.count_of_pieces, (token - first) / 32, pair, a.heads);
   const int head = pair % a.heads, heads = JOINED ? a.heads : 1, of_head = head * D + channel;
   if (it.k_coded) {
-    coded_numbers<K_KIND, K_BITS, K_GROUP, K_SCALE, K_OFFSET, K_PARTS>(it.key, p.k_codes, p.k_steps, p.k_zeros, a.k_table, inside, channel, heads);
+    coded_numbers<K_KIND, K_BITS, K_GROUP, K_SCALE, K_OFFSET, K_PARTS>(it.key, p.k_codes, p.k_steps, p.k_zeros, table_of<K_KIND>(a.k_table, pair, a.heads), inside, channel, heads);
     if constexpr (K_SPREAD)
 #pragma unroll
       for (int n = 0; n < 4; ++n) it.key[n] = it.key[n] * a.k_spread[of_head + n] + a.k_center[of_head + n];
@@ -94,7 +94,7 @@ device void load_token(Token& it, const Arguments& a, const u32* turns, const fl
     exact_numbers<EXACT>(it.key, a.k_tail, pair * (a.length - a.k_coded) + token - a.k_coded, channel);
   }
   if (it.v_coded) {
-    coded_numbers<V_KIND, V_BITS, V_GROUP, true, V_OFFSET, V_PARTS>(it.value, p.v_codes, p.v_steps, p.v_zeros, a.v_table, inside, channel, heads);
+    coded_numbers<V_KIND, V_BITS, V_GROUP, true, V_OFFSET, V_PARTS>(it.value, p.v_codes, p.v_steps, p.v_zeros, table_of<V_KIND>(a.v_table, pair, a.heads), inside, channel, heads);
     if constexpr (JOINED) add_outliers<V_ENTRIES>(it.value, p.v_out, p.v_out_at, inside, of_head);
   } else {
     exact_numbers<EXACT>(it.value, a.v_tail, pair * (a.length - a.v_coded) + token - a.v_coded, channel);

@@ -16,10 +16,11 @@ struct Arguments {
   const int* source;    // [batch][tokens]: the token that is read in the place of each, -1: zeros; or null
   const float* signs;   // [D]
   const float* middles; // [2^BITS - 1], between neighbours of a table
-  const float* lut;     // [2^BITS], or [D / 2][256][4] of products: two numbers, half their squares, nothing
+  const float* lut;     // [2^BITS], or [heads][D / 2][256][4] of products: factors of two numbers, what is taken away, nothing
   const float* decoded; // [2^BITS]: what codes stand for
   const float* center;  // [HEADS * D]
   const float* spread;
+  const u16* order;     // [heads][D]: channels in the order in which products take them; or null
   u32* codes;
   u16* scale;
   u16* zero;
@@ -37,6 +38,12 @@ constexpr int TOGETHER = KIND == CHANNEL || KIND == TOKEN ? GROUP / MINE : PARTS
 
 #include "encode_codes.cuh"
 
+device bool finite(const float (&x)[MINE]) {
+  bool all = true;
+#pragma unroll
+  for (int n = 0; n < MINE; ++n) all &= absolute(x[n]) <= 3.4028234e38f;
+  return all;
+}
 // 32 numbers of a token or a channel from `first` on.
 device bool load_mine(float (&x)[MINE], const Arguments& a, i64 batch, i64 head, int token, int channel) {
   const i64 base = batch * a.batch_stride + head * a.head_stride;
@@ -48,6 +55,12 @@ device bool load_mine(float (&x)[MINE], const Arguments& a, i64 batch, i64 head,
     }
   } else {
     const int from = a.source != nullptr ? a.source[batch * a.tokens + token] : token;
+    if (KIND == PRODUCT && a.order != nullptr) {
+#pragma unroll
+      for (int n = 0; n < MINE; ++n)
+        x[n] = from < 0 ? 0.0f : number_at<X>(a.x, base + i64(from) * D + a.order[head * D + channel + n]);
+      return finite(x);
+    }
     constexpr int EACH = X == F32 ? 4 : 8;
     const uint4* at = static_cast<const uint4*>(a.x) + (base + i64(from) * D + channel) / EACH;
 #pragma unroll
@@ -58,10 +71,7 @@ device bool load_mine(float (&x)[MINE], const Arguments& a, i64 batch, i64 head,
       for (int k = 0; k < EACH; ++k) x[n * EACH + k] = X == F32 ? as_float(words[k % 4]) : number_of<X>(words[k / 2 % 4] >> 16 * (k % 2));
     }
   }
-  bool finite = true;
-#pragma unroll
-  for (int n = 0; n < MINE; ++n) finite &= absolute(x[n]) <= 3.4028234e38f;
-  return finite;
+  return finite(x);
 }
 
 device u32 level_of(const float* middles, float value) {
@@ -279,7 +289,7 @@ extern "C" global __launch_bounds__(SPAN / EACH) void rarefy_encode_products(con
   const i64 pair = blockIdx.y, batch = pair / a.heads, head = pair % a.heads;
   const int part = blockIdx.z, first_token = blockIdx.x * SPAN + threadIdx.x;
   uint4* entries = reinterpret_cast<uint4*>(pool);
-  const uint4* from = reinterpret_cast<const uint4*>(a.lut) + part * 16 * 256;
+  const uint4* from = reinterpret_cast<const uint4*>(a.lut) + (head * (D / MINE) + part) * 16 * 256;
   for (int n = threadIdx.x; n < 16 * 256; n += SPAN / EACH) entries[n] = from[n];
   block_barrier();
   float x[EACH][MINE];

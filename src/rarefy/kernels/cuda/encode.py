@@ -116,7 +116,7 @@ def fields(pointers: str) -> list[tuple[str, Any]]:
 class Arguments(ctypes.Structure):
     """``Arguments`` of the source."""
 
-    _fields_ = fields("x source signs middles lut decoded center spread codes scale zero values indices faults")
+    _fields_ = fields("x source signs middles lut decoded center spread order codes scale zero values indices faults")
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def check_strides(x: Tensor) -> None:
         raise UnsupportedError("Tokens of keys and values have to follow each other in memory.")
 
 
-TABLES = ("source", "signs", "middles", "lut", "decoded", "center", "spread")
+TABLES = ("source", "signs", "middles", "lut", "decoded", "center", "spread", "order")
 
 
 def values_of(x: Tensor, *tensors: Tensor | None) -> list[int]:
@@ -211,7 +211,7 @@ def encode(code: Code, x: Tensor, faults: Tensor, **tables: Tensor | None) -> En
     ``faults`` int32 ``[1]`` gets bits of what is wrong. Tables: ``source`` int32 ``[B, tokens]``, which token is read
     in the place of each (-1: zeros); float32 ``signs [D]`` of a rotation, ``middles`` between neighbours of a table,
     ``lut``, the table or of products `entries`, ``decoded``, what codes of rows stand for, ``center`` and
-    ``spread [H * D]``.
+    ``spread [H * D]``; int16 ``order [H, D]``, which channels of a head products take one after the other.
     """
     to = empty(code, x)
     launch(code, x, arguments(x, to, faults, tables))
@@ -219,6 +219,6 @@ def encode(code: Code, x: Tensor, faults: Tensor, **tables: Tensor | None) -> En
 
 
 def entries(codebook: Tensor, half: Tensor) -> Tensor:
-    """Float32 ``[parts, entries, 4]``: two numbers of a codebook ``[parts, entries, 2]``, half the sum of their squares
-    and nothing."""
+    """Float32 ``[H, parts, entries, 4]`` of codebooks ``[H, parts, entries, 2]``: what two numbers are multiplied by,
+    what is taken away from that (``half [H, parts, entries]``), and nothing."""
     return torch.cat([codebook.float(), half.unsqueeze(-1), torch.zeros_like(half).unsqueeze(-1)], -1).contiguous()

@@ -82,6 +82,10 @@ def attend_stretch(
             has_one = (own_channel < 2 * rotated)[:, None] & real[None, :]
             numbers_of = tl.load(asked[None, :] + opposite[:, None], mask=has_one, other=0.0).to(tl.float32) * unit
             partner = partner + (tl.where((own_channel < rotated)[:, None], numbers_of, -numbers_of),)
+    if K_KIND == 4:
+        k_lut += head * (D << K_BITS) // 2
+    if V_KIND == 4:
+        v_lut += head * (D << V_BITS) // 2
     k_entries = load_table(k_lut, K_KIND, K_BITS, PAIRS)
     v_entries = load_table(v_lut, V_KIND, V_BITS, PAIRS)
     top = tl.full((M,), float("-inf"), tl.float32)

@@ -1,7 +1,8 @@
-"""Words that combine codecs: sums, partitions, rotations, trimmed ranges, and all heads as one vector."""
+"""Words that combine codecs: sums, partitions, turned vectors, trimmed ranges, and all heads as one vector."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import reduce
 
@@ -72,13 +73,20 @@ class Partition(Codec):
         return {k: v for number, part in enumerate(self.parts) for k, v in prefixed(str(number), part.shared()).items()}
 
 
-class Rotated(Codec):
-    """A codec of ``hadamard(signs * x)``; queries are rotated once, and what values are mixed to is rotated back."""
+class Turned(Codec, ABC):
+    """A codec of vectors that an orthogonal map of channels has turned; queries are turned once, and what values are
+    mixed to is turned back."""
 
-    def __init__(self, inner: Codec, channels: int, seed: int = 0):
+    def __init__(self, inner: Codec):
         self.inner, self.tokens = inner, inner.tokens
-        flips = torch.randint(0, 2, (channels,), generator=torch.Generator().manual_seed(seed))
-        self.signs = 1.0 - 2.0 * flips
+
+    @abstractmethod
+    def turn(self, x: Tensor) -> Tensor:
+        """``x [B, heads, ..., D]`` as the inner codec sees it; ``heads`` are those of keys or of queries."""
+
+    @abstractmethod
+    def back(self, x: Tensor) -> Tensor:
+        """Inverse of `turn`."""
 
     def encode(self, x: Tensor) -> Payload:
         return self.inner.encode(self.turn(x))
@@ -92,16 +100,46 @@ class Rotated(Codec):
     def mix(self, weights: Tensor, payload: Payload) -> Tensor:
         return self.back(self.inner.mix(weights, payload))
 
-    def shared(self) -> dict[str, Tensor]:
-        return {**self.inner.shared(), "signs": self.signs}
+
+class Rotated(Turned):
+    """Turned to ``hadamard(signs * x)``."""
+
+    def __init__(self, inner: Codec, channels: int, seed: int = 0):
+        super().__init__(inner)
+        flips = torch.randint(0, 2, (channels,), generator=torch.Generator().manual_seed(seed))
+        self.signs = 1.0 - 2.0 * flips
 
     def turn(self, x: Tensor) -> Tensor:
-        """``x [..., D]`` as the inner codec sees it."""
         return hadamard(x * self.beside("signs", x))
 
     def back(self, x: Tensor) -> Tensor:
-        """Inverse of `turn`."""
         return hadamard(x) * self.beside("signs", x)
+
+    def shared(self) -> dict[str, Tensor]:
+        return {**self.inner.shared(), "signs": self.signs}
+
+
+class Permuted(Turned):
+    """Channels in another order: ``order`` int16 ``[H, D]`` says which one of a head comes in the place of each."""
+
+    def __init__(self, inner: Codec, order: Tensor):
+        super().__init__(inner)
+        self.order = order
+
+    def turn(self, x: Tensor) -> Tensor:
+        return x.take_along_dim(self._order(x), -1)
+
+    def back(self, x: Tensor) -> Tensor:
+        return x.take_along_dim(self._order(x).argsort(-1), -1)
+
+    def shared(self) -> dict[str, Tensor]:
+        return {**self.inner.shared(), "order": self.order}
+
+    def _order(self, x: Tensor) -> Tensor:
+        """int64 ``[1, heads, 1, ..., D]`` for the heads of ``x``."""
+        order = self.beside("order", x).long()
+        order = order.repeat_interleave(x.shape[1] // len(order), 0)
+        return order.reshape(1, len(order), *[1] * (x.dim() - 3), -1)
 
 
 class Trimmed(Codec):

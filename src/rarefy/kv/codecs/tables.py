@@ -90,45 +90,57 @@ class NormTable(_Table):
 
 
 class ProductTable(Codec):
-    """Sub-vectors from codebooks float ``[M, K, D / M]``: one code for each of M parts of a head's vector.
+    """Sub-vectors from codebooks float ``[H, M, K, D / M]``: one code for each of M parts of a head's vector, of the
+    entry with the least squared error, in which a channel's counts ``weight`` float32 ``[H, D]`` (None: all the same).
 
     Scores come from a table of the query's products with every centroid, read once for each key (ADC, Jegou et al.
     2011), as long as the table is smaller than the keys it stands for.
     """
 
-    def __init__(self, codebook: Tensor, tokens: int = 1):
-        self.codebook, self.tokens = codebook, tokens
-        self.parts, self.count, self.width = codebook.shape
+    def __init__(self, codebook: Tensor, tokens: int = 1, weight: Tensor | None = None):
+        self.codebook, self.tokens, self.weight = codebook, tokens, weight
+        self.heads, self.parts, self.count, self.width = codebook.shape
         self.num_bits = max(1, (self.count - 1).bit_length())
         if self.num_bits > 8:
             raise FormatError(f"A codebook has {self.count} entries, but codes have at most 8 bits; use 256 or fewer.")
 
     def encode(self, x: Tensor) -> Payload:
         parts = x.unflatten(-1, (self.parts, self.width))
-        codebook = self.beside("codebook", x).float()
-        half = codebook.square().sum(-1) / 2
+        weighed, half = self.nearness(x)
         codes = torch.stack(
-            [_products(parts[..., m, :], codebook[m]).sub_(half[m]).argmax(-1) for m in range(self.parts)], -1
-        )
+            [
+                _products(parts[..., m, :], weighed[:, None, m]).sub_(half[:, None, None, m]).argmax(-1)
+                for m in range(self.parts)
+            ], -1
+        )  # fmt: skip
         return {"codes": packing.pack_bits(codes.to(torch.uint8).flatten(-2), self.num_bits)}
+
+    def nearness(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of entries, beside ``x``: float32 ``[H, M, K, width]``, whose product with a part, less float32
+        ``[H, M, K]``, is largest for the entry that it gets."""
+        codebook = self.beside("codebook", x).float()
+        weighed = codebook
+        if self.weight is not None:
+            weighed = codebook * self.beside("weight", x).unflatten(-1, (self.parts, 1, self.width))
+        return weighed, (codebook * weighed).sum(-1) / 2
 
     def decode(self, payload: Payload) -> Tensor:
         codes = self._codes(payload)
         codebook = self.beside("codebook", codes).float()
-        part = torch.arange(self.parts, device=codes.device)
-        return codebook[part, codes].flatten(-2)
+        head = torch.arange(self.heads, device=codes.device)[:, None, None, None]
+        return codebook[head, torch.arange(self.parts, device=codes.device), codes].flatten(-2)
 
     def score(self, query: Tensor, payload: Payload) -> Tensor:
         codes = self._codes(payload).flatten(2, 3)  # [B, H, n, M]
         if codes.shape[2] < self.count:
             return super().score(query, payload)
         parts = query.float().unflatten(-1, (self.parts, self.width))
-        table = torch.einsum("bhrmw,mkw->bhrmk", parts, self.beside("codebook", query).float())
+        table = torch.einsum("bhrmw,hmkw->bhrmk", parts, self.beside("codebook", query).float())
         index = codes.transpose(-1, -2).unsqueeze(2).expand(-1, -1, query.shape[2], -1, -1)
         return table.gather(-1, index).sum(-2)
 
     def shared(self) -> dict[str, Tensor]:
-        return {"codebook": self.codebook}
+        return {"codebook": self.codebook} | ({} if self.weight is None else {"weight": self.weight})
 
     def _codes(self, payload: Payload) -> Tensor:
         """int64 ``[B, H, N, G, M]``."""
@@ -143,8 +155,9 @@ def _half(numbers: Tensor) -> Tensor:
 
 
 def _products(x: Tensor, entries: Tensor) -> Tensor:
-    """``x [..., width]`` times all ``entries [K, width]``; of few channels in an order that every device can keep."""
+    """``x [B, H, N, G, width]`` times all ``entries [H, 1, K, width]`` of a head; of few channels in an order that
+    every device can keep."""
     if entries.shape[-1] > 2:
-        return x @ entries.T
-    terms = [x[..., n, None] * entries[:, n] for n in range(entries.shape[-1])]
+        return x @ entries.mT
+    terms = [x[..., n, None] * entries[..., None, :, n] for n in range(entries.shape[-1])]
     return terms[0] if len(terms) == 1 else terms[0].add_(terms[1])

@@ -37,17 +37,17 @@ MIXED_BITS = (2, 3, 4)
 @kv_recipes.register("kv_quant")
 class KvQuant(KvRecipe):
     """Fitted tables with outliers. ``outliers``: share of a token's numbers, over all heads, that are stored as their
-    error. ``importance``: what a squared error counts when tables are fitted: its ``fisher`` information, the root of
-    that (of which few tokens hold less), or ``equal``. ``mean_bits``: in the place of ``num_bits``, what the keys and
-    values of all layers take on average, where each side of a layer has 2, 3 or 4. ``refine``: whether keys' ranges are
-    fitted, or remain the quantiles that ``outliers`` says. ``rotated_keys``: code keys after RoPE. ``q_norm``: null
-    means at 2 bits and below. ``recent``: newest tokens that stay in 16 bits."""
+    error. ``importance``: what a squared error counts when tables are fitted: its ``fisher`` information or ``equal``.
+    ``mean_bits``: in the place of ``num_bits``, what the keys and values of all layers take on average, where each side
+    of a layer has 2, 3 or 4. ``refine``: whether keys' ranges are fitted, or remain the quantiles that ``outliers``
+    says. ``rotated_keys``: code keys after RoPE. ``q_norm``: null means at 2 bits and below. ``recent``: newest tokens
+    that stay in 16 bits."""
 
     sink: int = Field(1, ge=0)
     num_bits: int = Field(3, ge=1, le=8)
     mean_bits: float | None = Field(None, ge=2, le=4)
     outliers: float = Field(0.01, ge=0, le=0.5)
-    importance: Literal["fisher", "root_fisher", "equal"] = "fisher"
+    importance: Literal["fisher", "equal"] = "fisher"
     refine: bool = True
     rotated_keys: bool = False
     q_norm: bool | None = None
@@ -108,16 +108,15 @@ class KvQuant(KvRecipe):
 
     def _sides(self, keys: Tensor, values: Tensor, weights: list[Tensor | None], num_bits: int) -> dict[str, Tensor]:
         """Parameters of both sides, from ``keys`` and ``values [tokens, H * D]`` and what their errors count."""
-        roots = [None if w is None else w.sqrt() for w in weights] if self.importance == "root_fisher" else weights
         count, rows = self._count(keys.shape[1]), keys.sort(0).values
         cut = round(self.outliers / 2 * (len(keys) - 1))
         center, scale = (part[None] for part in _middle(rows[cut], rows[len(keys) - 1 - cut]))
-        table = shared_table(keys, roots[0], center, scale, num_bits, stored=count, refine=self.refine)
+        table = shared_table(keys, weights[0], center, scale, num_bits, stored=count, refine=self.refine)
         found = {"keys.center": table.center[0], "keys.scale": table.scale[0]}
         found |= self._table("keys", keys, weights[0], table)
         count, rows = self._count(values.shape[1]), values.sort(1).values
         center, scale = _middle(rows[:, count // 2, None], rows[:, values.shape[1] - 1 - count // 2, None])
-        table = shared_table(values, roots[1], center, scale, num_bits, stored=count, rounds=2)
+        table = shared_table(values, weights[1], center, scale, num_bits, stored=count, rounds=2)
         return found | self._table("values", values, weights[1], table)
 
     def _table(self, side: str, x: Tensor, weight: Tensor | None, table: SharedTable) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ class Million(KvRecipe):
     rotated_keys: bool = True
     block: int = Field(64, ge=1)
     recent: int = Field(0, ge=0)
-    steps: int = Field(25, ge=1)
+    steps: int = Field(12, ge=1)
 
     @property
     def needs(self) -> frozenset[str]:

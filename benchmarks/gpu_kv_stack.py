@@ -89,13 +89,17 @@ def made_up(name: str, options: dict[str, Any]) -> dict[str, Tensor]:
     """Parameters of calibrated recipes, for normal numbers."""
     if name == "million":
         shape = HEADS, CHANNELS // options["width"], 1 << options["code_bits"], options["width"]
-        return {f"{side}.codebook": torch.randn(shape, device="cuda").half() for side in ("keys", "values")}
+        order = torch.rand(HEADS, CHANNELS, device="cuda").argsort(-1).to(torch.int16)
+        books = {f"{side}.codebook": torch.randn(shape, device="cuda").half() for side in ("keys", "values")}
+        weights = {f"{side}.weight": torch.ones(HEADS, CHANNELS, device="cuda") for side in ("keys", "values")}
+        return {**books, **weights, "keys.order": order.cpu()}
     if name != "kv_quant":
         return {}
     entries = 1 << options["num_bits"]
     lut = torch.special.ndtri((torch.arange(entries, device="cuda") + 0.5) / entries) / 3
     center, scale = torch.zeros(HEADS * CHANNELS, device="cuda"), 3 * torch.ones(HEADS * CHANNELS, device="cuda")
-    return {"keys.center": center, "keys.scale": scale, "keys.lut": lut, "values.lut": lut / lut.max()}
+    tables = {"keys.lut": lut, "values.lut": lut / lut.max()}
+    return {"keys.center": center, "keys.scale": scale, "keys.counts": torch.ones_like(scale), **tables}
 
 
 def chunk(start: int, count: int = CHUNK) -> tuple[Tensor, Tensor, Arrival]:

@@ -134,7 +134,10 @@ def _form(codec: Codec, channels: int, device: torch.device) -> Fast | None:
                 return None
             code, tables = found.code, {**found.tables, "order": codec.order}
         case JoinedHeads(inner=Residual(parts=(ChannelTable() as base, Sparse(axis="token") as sparse)), heads=heads):
-            tables = {**_table(base), "center": base.center.reshape(-1), "spread": base.scale.reshape(-1)}
+            counts = torch.ones(sparse.channels) if sparse.counts is None else sparse.counts
+            tables = {
+                **_table(base), "center": base.center.reshape(-1), "spread": base.scale.reshape(-1), "counts": counts
+            }  # fmt: skip
             code = Code("row spread", base.num_bits, channels, heads=heads, entries=sparse.count)
         case JoinedHeads(inner=Residual(parts=(Trimmed() as trimmed, Sparse(axis="token") as sparse)), heads=heads):
             if isinstance(trimmed.inner, RangeTable) and trimmed.axis == "token" and sparse.count == 2 * trimmed.count:

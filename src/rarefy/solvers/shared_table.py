@@ -41,10 +41,10 @@ class SharedTable:
 
 def shared_table(
     x: Tensor, weight: Tensor | None, center: Tensor, scale: Tensor, num_bits: int, *,
-    stored: int = 0, rounds: int = 4, refine: bool = False,
+    stored: int = 0, counts: Tensor | None = None, rounds: int = 4, refine: bool = False,
 ) -> SharedTable:  # fmt: skip
-    """The table of least squared error for ``x [n, channels]``, of which the ``stored`` largest errors of each row are
-    kept elsewhere and count nothing.
+    """The table of least squared error for ``x [n, channels]``, of which the ``stored`` largest errors of each row,
+    times ``counts [channels]`` (None: 1), are kept elsewhere and count nothing.
 
     ``weight`` as ``x`` (None: equal) is what a squared error counts. A range by quantiles leaves out as many numbers as
     are stored on average, but rows have many or none of them: so the table is fitted first to what lies within
@@ -59,7 +59,8 @@ def shared_table(
         lut = _table(normal(x, center, scale), weight * scale.square() * kept, num_bits)
         values = _nearest(lut, normal(x, center, scale))
         error = values * scale + center - x
-        kept = torch.ones_like(kept).scatter_(1, error.abs().topk(min(stored, x.shape[1])).indices, False)
+        sizes = error.abs() if counts is None else error.abs() * counts
+        kept = torch.ones_like(kept).scatter_(1, sizes.topk(min(stored, x.shape[1])).indices, False)
         mass = weight * kept
         cost = float((mass * error.square()).sum(dtype=torch.float64))
         if best is None or cost < best.cost:

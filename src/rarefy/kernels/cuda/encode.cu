@@ -20,6 +20,7 @@ struct Arguments {
   const float* decoded; // [2^BITS]: what codes stand for
   const float* center;  // [HEADS * D]
   const float* spread;
+  const float* counts;  // [HEADS * D]: what errors of channels are multiplied by before they are compared
   const u16* order;     // [heads][D]: channels in the order in which products take them; or null
   u32* codes;
   u16* scale;
@@ -260,6 +261,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_encode_rows(const Argum
     }
     x[n] -= a.decoded[codes[n]] * scale + offset;
     left[n] = absolute(x[n]);
+    if constexpr (KIND == ROW_SPREAD) left[n] *= a.counts[part * MINE + n];
   }
   if (real) store_codes(a.codes + (row * PARTS + part) * BITS, codes);
   for (int entry = 0; entry < ENTRIES; ++entry) {

@@ -116,7 +116,9 @@ def fields(pointers: str) -> list[tuple[str, Any]]:
 class Arguments(ctypes.Structure):
     """``Arguments`` of the source."""
 
-    _fields_ = fields("x source signs middles lut decoded center spread order codes scale zero values indices faults")
+    _fields_ = fields(
+        "x source signs middles lut decoded center spread counts order codes scale zero values indices faults"
+    )
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def check_strides(x: Tensor) -> None:
         raise UnsupportedError("Tokens of keys and values have to follow each other in memory.")
 
 
-TABLES = ("source", "signs", "middles", "lut", "decoded", "center", "spread", "order")
+TABLES = ("source", "signs", "middles", "lut", "decoded", "center", "spread", "counts", "order")
 
 
 def values_of(x: Tensor, *tensors: Tensor | None) -> list[int]:
@@ -210,8 +212,9 @@ def encode(code: Code, x: Tensor, faults: Tensor, **tables: Tensor | None) -> En
 
     ``faults`` int32 ``[1]`` gets bits of what is wrong. Tables: ``source`` int32 ``[B, tokens]``, which token is read
     in the place of each (-1: zeros); float32 ``signs [D]`` of a rotation, ``middles`` between neighbours of a table,
-    ``lut``, the table or of products `entries`, ``decoded``, what codes of rows stand for, ``center`` and
-    ``spread [H * D]``; int16 ``order [H, D]``, which channels of a head products take one after the other.
+    ``lut``, the table or of products `entries`, ``decoded``, what codes of rows stand for, ``center`` and ``spread [H *
+    D]``, and what errors count when the largest are chosen, ``counts [H * D]``; int16 ``order [H, D]``, which channels
+    of a head products take one after the other.
     """
     to = empty(code, x)
     launch(code, x, arguments(x, to, faults, tables))

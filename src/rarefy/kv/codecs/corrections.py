@@ -12,20 +12,22 @@ from rarefy.kv.codecs.sums import norm, tree_sum
 
 class Sparse(Codec):
     """The ``count`` largest magnitudes of each token's vector, or of each channel over the tokens of a block.
+    ``counts`` float32 ``[channels]``: what magnitudes of a token are multiplied by before they are compared.
 
     A fixed number of entries per vector keeps blocks of one size: ``values`` float16 and ``indices`` (uint8 for vectors
     of up to 256, else int16), both ``[vectors, count]`` per block.
     """
 
-    def __init__(self, count: int, axis: Axis, tokens: int, channels: int):
-        self.axis, self.tokens, self.channels = axis, tokens, channels
+    def __init__(self, count: int, axis: Axis, tokens: int, channels: int, counts: Tensor | None = None):
+        self.axis, self.tokens, self.channels, self.counts = axis, tokens, channels, counts
         self.length = tokens if axis == "channel" else channels
         self.count = min(count, self.length)
 
     def encode(self, x: Tensor) -> Payload:
         vectors = x.transpose(-1, -2) if self.axis == "channel" else x
+        sizes = vectors.abs() if self.counts is None else vectors.abs() * self.beside("counts", x)
         # A stable order: which of equals stays must not depend on the neighbours in the batch.
-        order = vectors.abs().sort(dim=-1, descending=True, stable=True).indices[..., : self.count]
+        order = sizes.sort(dim=-1, descending=True, stable=True).indices[..., : self.count]
         limit = torch.finfo(torch.float16).max
         values = vectors.gather(-1, order).clamp(-limit, limit)
         dtype = torch.uint8 if self.length <= 256 else torch.int16
@@ -35,6 +37,9 @@ class Sparse(Codec):
         values, places = payload["values"].float(), payload["indices"].to(torch.int64)
         vectors = values.new_zeros(*values.shape[:-1], self.length).scatter_(-1, places, values)
         return vectors.transpose(-1, -2) if self.axis == "channel" else vectors
+
+    def shared(self) -> dict[str, Tensor]:
+        return {} if self.counts is None else {"counts": self.counts}
 
 
 class LowRank(Codec):

@@ -15,7 +15,7 @@ says that they are worth most.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -30,6 +30,7 @@ from rarefy.solvers.shared_table import SharedTable, shared_table
 
 BLOCK = 32  # tokens coded together: any number codes the same
 MAX_NUMBERS = 1 << 23  # of keys, and of values, that a layer is fitted to
+LEAST_COUNT = 0.05  # of the mean one: what a channel's errors count that has no gradient in calibration
 SIDES = ("keys", "values")
 MIXED_BITS = (2, 3, 4)
 
@@ -37,11 +38,13 @@ MIXED_BITS = (2, 3, 4)
 @kv_recipes.register("kv_quant")
 class KvQuant(KvRecipe):
     """Fitted tables with outliers. ``outliers``: share of a token's numbers, over all heads, that are stored as their
-    error. ``importance``: what a squared error counts when tables are fitted: its ``fisher`` information or ``equal``.
-    ``mean_bits``: in the place of ``num_bits``, what the keys and values of all layers take on average, where each side
-    of a layer has 2, 3 or 4. ``refine``: whether keys' ranges are fitted, or remain the quantiles that ``outliers``
-    says. ``rotated_keys``: code keys after RoPE. ``q_norm``: null means at 2 bits and below. ``recent``: newest tokens
-    that stay in 16 bits."""
+    error: the largest ones, of keys by the roots of what they count. ``importance``: what a squared error counts when
+    tables are fitted: its ``fisher`` information or ``equal``. ``mean_bits``: in the place of ``num_bits``, what the
+    keys and values of all layers take on average, where each side of a layer has 2, 3 or 4. ``refine``: whether keys'
+    ranges are fitted, or remain the quantiles that ``outliers`` says. ``rotated_keys``: code keys after RoPE.
+    ``q_norm``: null means at 2 bits and below. ``recent``: newest tokens that stay in 16 bits."""
+
+    recipe_version: ClassVar[int] = 2  # which errors are stored depends on what they count
 
     sink: int = Field(1, ge=0)
     num_bits: int = Field(3, ge=1, le=8)
@@ -96,7 +99,7 @@ class KvQuant(KvRecipe):
         values: Codec = RangeTable(params["values.lut"], BLOCK, widths[1], params.get("values.decoded"))
         counts = [self._count(width) for width in widths]
         if counts[0]:
-            keys = Residual(keys, Sparse(counts[0], "token", BLOCK, widths[0]))
+            keys = Residual(keys, Sparse(counts[0], "token", BLOCK, widths[0], params["keys.counts"]))
         if counts[1]:
             values = Residual(Trimmed(values, counts[1] // 2, "token"), Sparse(counts[1], "token", BLOCK, widths[1]))
         keys, values = JoinedHeads(keys, shape.heads), JoinedHeads(values, shape.heads)
@@ -111,8 +114,10 @@ class KvQuant(KvRecipe):
         count, rows = self._count(keys.shape[1]), keys.sort(0).values
         cut = round(self.outliers / 2 * (len(keys) - 1))
         center, scale = (part[None] for part in _middle(rows[cut], rows[len(keys) - 1 - cut]))
-        table = shared_table(keys, weights[0], center, scale, num_bits, stored=count, refine=self.refine)
-        found = {"keys.center": table.center[0], "keys.scale": table.scale[0]}
+        counts = torch.ones_like(keys[0]) if weights[0] is None else weights[0].float().mean(0).sqrt()
+        counts = counts / counts.mean().clamp(min=torch.finfo(torch.float32).tiny) + LEAST_COUNT
+        table = shared_table(keys, weights[0], center, scale, num_bits, stored=count, counts=counts, refine=self.refine)
+        found = {"keys.center": table.center[0], "keys.scale": table.scale[0], "keys.counts": counts}
         found |= self._table("keys", keys, weights[0], table)
         count, rows = self._count(values.shape[1]), values.sort(1).values
         center, scale = _middle(rows[:, count // 2, None], rows[:, values.shape[1] - 1 - count // 2, None])

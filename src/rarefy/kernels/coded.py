@@ -73,7 +73,8 @@ class Tiles:
 
     ``block``: tokens of a block of ``channel`` codes and of corrections. ``group``: tokens or channels that share a
     scale. ``lut``: float32 table of ``table`` codes; of ``product`` codes float16 ``[H, parts, entries, width]``.
-    ``affine``: center and scale float32 ``[H, D]`` of what a table gives for keys. ``spans``: of each run, how many
+    ``affine``: center and scale float32 ``[H, D]`` of what a table gives for keys. ``order`` int16 ``[H, D]``: which
+    channels of a head of keys have their codes one after the other. ``spans``: of each run, how many
     tokens are skipped and how many there are in memory, where that is not just what is read. ``within``: tokens that a
     tile must not be longer than.
     """
@@ -86,6 +87,7 @@ class Tiles:
     lut: Tensor | None = None
     joined: bool = False
     affine: tuple[Tensor, Tensor] | None = None
+    order: Tensor | None = None
     outliers: Outliers | None = None
     low_rank: LowRank | None = None
     spans: tuple[tuple[int, int], ...] | None = None

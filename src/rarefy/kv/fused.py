@@ -21,12 +21,13 @@ from rarefy.kv.codecs import (
     JoinedHeads,
     LowRank,
     NormTable,
+    Permuted,
     ProductTable,
     RangeTable,
     Residual,
+    Rotated,
     Sparse,
     Trimmed,
-    Turned,
 )
 from rarefy.kv.codecs.plain import is_float8
 from rarefy.kv.side import SEGMENT, Run, Side
@@ -81,7 +82,7 @@ def fused_segments(store: LayerStore, query: Tensor, scaling: float) -> tuple[Te
     size = max(PIECE, *(side.codec.tokens for side in sides))
     rest = [_pieces(side, begin, size) if begin % size == 0 else [] for side in sides]
     turn, back = store.codecs.keys, store.codecs.values
-    one = (turn.turn(query.float()) if isinstance(turn, Turned) else query)[:, :, 0]
+    one = (turn.turn(query.float()) if isinstance(turn, Rotated) else query)[:, :, 0]
     found, count = [], 0
     for name, pieces, tokens in (("segments", whole, SEGMENT), ("pieces", rest, size)):
         runs = min(map(len, pieces))
@@ -96,7 +97,7 @@ def fused_segments(store: LayerStore, query: Tensor, scaling: float) -> tuple[Te
     if not found:
         return None
     out, lse = found[0] if len(found) == 1 else _joined(*found)
-    out = back.back(out) if isinstance(back, Turned) else out
+    out = back.back(out) if isinstance(back, Rotated) else out
     return out.unsqueeze(2), lse.unsqueeze(2), count
 
 
@@ -111,9 +112,9 @@ def fused_blocks(
     if attention is None:
         return None
     turn, back = store.codecs.keys, store.codecs.values
-    one = (turn.turn(query.float()) if isinstance(turn, Turned) else query)[:, :, 0]
+    one = (turn.turn(query.float()) if isinstance(turn, Rotated) else query)[:, :, 0]
     out, lse = attention(one, scaling, lists, first)
-    out = back.back(out) if isinstance(back, Turned) else out.clone()
+    out = back.back(out) if isinstance(back, Rotated) else out.clone()
     return out.unsqueeze(2), lse.clone().unsqueeze(2), attention.tokens
 
 
@@ -203,8 +204,6 @@ def _kernel(
         return None
     turns = None
     if store.codecs.pre_rope:
-        if isinstance(store.codecs.keys, Turned):
-            return None  # channels that turn together by position do not lie where the kernel has them
         assert store.rotary is not None and store.shift is not None
         turns = Turns(store.rotary.inv_freq.to(query.device), store.rotary.factor, store.shift)
     sinks = None if store.sink is None else store.sink.index.to(query.device)
@@ -225,8 +224,11 @@ def tiles_of(codec: Codec, runs: list[Payload], heads: int) -> Tiles | None:
 
     options: dict[str, Any]
     match codec:
-        case Turned() | Trimmed():
+        case Rotated() | Trimmed():
             return tiles_of(codec.inner, runs, heads)
+        case Permuted():
+            found = tiles_of(codec.inner, runs, heads)
+            return None if found is None else replace(found, order=codec.order)
         case JoinedHeads():
             found = tiles_of(codec.inner, runs, heads)
             return None if found is None else replace(found, joined=True)

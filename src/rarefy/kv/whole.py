@@ -11,7 +11,7 @@ from torch import Tensor
 from rarefy.core.errors import UnsupportedError
 from rarefy.kernels import cuda
 from rarefy.kernels.coded import Turns
-from rarefy.kv.codecs import Permuted, Rotated
+from rarefy.kv.codecs import Rotated
 from rarefy.kv.fused import tiles_of
 from rarefy.kv.side import Side
 from rarefy.kv.store import LayerStore
@@ -98,13 +98,10 @@ def _build(store: LayerStore, keys: Side, values: Side, query: Tensor) -> CodedA
             return None  # the kernel turns whole heads of keys that have centers
         turns = Turns(store.rotary.inv_freq.to(query.device), store.rotary.factor, store.shift)
     signs = [side.codec.beside("signs", query) if isinstance(side.codec, Rotated) else None for side in sides]
-    order = keys.codec.beside("order", query) if isinstance(keys.codec, Permuted) else None
-    if isinstance(values.codec, Permuted):
-        return None
     try:
         return CodedAttention(
             k_tiles, v_tiles, (tokens[0], tokens[1]), batch, heads, query.shape[1], device=query.device, sinks=sinks,
-            signs=(signs[0], signs[1]), order=order, turns=turns,
+            signs=(signs[0], signs[1]), turns=turns,
         )  # fmt: skip
     except UnsupportedError:  # sizes that the kernel does not fit
         return None

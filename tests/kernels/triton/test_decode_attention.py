@@ -109,6 +109,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "kv_quant2": ("kv_quant", {"num_bits": 2, "outliers": 0.0, "rotated_keys": True}),
     "gear": ("gear", {"num_bits": 4, "group_size": 32, "block": 64, "outliers": 0.05}),
     "million": ("million", {"width": 2, "code_bits": 5}),
+    "million of plain keys": ("million", {"width": 2, "code_bits": 5, "rotated_keys": False}),
     "million4": ("million", {"width": 4, "code_bits": 8, "steps": 2}),
 }
 
@@ -147,7 +148,9 @@ def test_whole_segments_of_a_store_go_through_the_kernel(name: str, monkeypatch:
     torch.testing.assert_close(attend.attend(store, query.flip(0), scaling=0.1, fused=True).flip(0), found)
 
 
-@pytest.mark.parametrize("name", ["kivi", "turbo_quant", "kv_quant", "gear", "million", "identity"])
+@pytest.mark.parametrize(
+    "name", ["kivi", "turbo_quant", "kv_quant", "gear", "million", "million of plain keys", "identity"]
+)
 def test_listed_blocks_of_a_store_are_read_in_code(name: str) -> None:
     """Runs of several lengths, sinks, padding, blocks of the newest tokens, and blocks that no list names."""
     store = narrow_store(name)

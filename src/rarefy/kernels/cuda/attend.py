@@ -70,6 +70,8 @@ def fits(keys: Tiles, values: Tiles, channels: int, heads: int) -> bool:
     """Whether the kernel can read these tiles, for so many query heads over one of them."""
     if channels != CHANNELS or heads > MOST_HEADS or values.kind == "channel" or values.affine is not None:
         return False
+    if values.order is not None or (keys.order is not None and keys.kind != "product"):
+        return False
     if keys.joined != values.joined or (keys.kind == "table" and keys.affine is None and _tensors(keys) == 1):
         return False
     if _tensors(values) == 1 and values.kind == "table":
@@ -303,18 +305,16 @@ class CodedAttention:
     def __init__(
         self, keys: Tiles, values: Tiles, tokens: tuple[Sequence[int], Sequence[int]], batch: int, heads: int,
         query_heads: int, *, device: torch.device, sinks: Tensor | None = None,
-        signs: tuple[Tensor | None, Tensor | None] = (None, None), order: Tensor | None = None,
-        turns: Turns | None = None, splits: int | None = None, shape: Shape | None = None,
+        signs: tuple[Tensor | None, Tensor | None] = (None, None), turns: Turns | None = None,
+        splits: int | None = None, shape: Shape | None = None,
     ):  # fmt: skip
         """``tokens`` of all runs of keys and of values, multiples of 32. ``sinks`` int64 ``[B, S]``: tokens that are
         left out where they are (-1: none). ``signs`` float32 ``[D]``: keys or values in code are turned by them and a
-        Hadamard matrix. ``order`` int16 ``[H, D]``: which channels keys in product codes have one after the other.
-        ``turns``: keys in code are without RoPE, which turns all channels. ``splits``: blocks for each KV head (None:
-        enough to fill the GPU). Tables that are one tensor are kept once. Raises UnsupportedError where sizes do not
-        fit the kernel (see `fits`)."""
+        Hadamard matrix. ``turns``: keys in code are without RoPE, which turns all channels. ``splits``: blocks for each
+        KV head (None: enough to fill the GPU). Tables that are one tensor are kept once. Raises UnsupportedError where
+        sizes do not fit the kernel (see `fits`)."""
         group = query_heads // heads
         known = fits(keys, values, CHANNELS, group) and (turns is None or keys.kind == "table")
-        known &= order is None or keys.kind == "product"
         if not known or any(each % PIECE for part in tokens for each in part):
             raise UnsupportedError(f"These codes, for {group} query heads a KV head, do not fit the kernel.")
         self.keys, self.values = keys, values  # whose memory the addresses point to
@@ -333,7 +333,7 @@ class CodedAttention:
         rows = batch * query_heads
         self._tensors: dict[str, Tensor | None] = {
             "places": tiles.to(device), "pieces": pieces.to(device), "k_signs": signs[0], "v_signs": signs[1],
-            "k_order": order,
+            "k_order": None if keys.order is None else keys.order.to(device),
             "k_table": table_of(keys, device, 8), "v_table": table_of(values, device, 4),
             "k_center": center, "k_spread": spread, "turns": inside, "starts": starts, "sinks": sinks,
             "part_out": torch.empty(rows, self.splits, CHANNELS, device=device),

@@ -105,7 +105,9 @@ def fits(
         return False
     if keys.kind == "channel" and (keys.block < 4 * chunks[0] or keys.group < chunks[0] or turns is not None):
         return False
-    if "float8" in (keys.kind, values.kind):
+    if "float8" in (keys.kind, values.kind) or values.order is not None:
+        return False
+    if keys.order is not None and (keys.kind == "channel" or keys.outliers is not None or keys.low_rank is not None):
         return False
     for side, chunk in zip((keys, values), chunks, strict=True):
         by_token = side.kind != "channel"
@@ -214,7 +216,8 @@ class DecodeAttention:
             tables[0], _table(keys, empty, pairs), tables[1], _table(values, empty, pairs),
             torch.tensor([0, 24, 16, 8], dtype=torch.int32, device=device), empty if sinks is None else sinks,
         )  # fmt: skip
-        self._more = (center, spread, inside, starts)
+        order = empty if keys.order is None else keys.order.to(device)
+        self._more = (center, spread, order, inside, starts)
         self._first = first
         self._none = torch.zeros(1, dtype=torch.int64, device=device)
         self._sizes = (runs, run_tokens, parts, each, heads, self.splits, rotated, origin)
@@ -222,6 +225,7 @@ class DecodeAttention:
         self._meta: dict[str, Any] = {
             "GROUP_HEADS": query_heads // heads, "PITCH": pitch, "VIRTUAL": virtual,
             "M": max(HEADS, pitch * virtual), "D": channels, "R": rows,
+            "ORDERED": keys.order is not None,
             "SINKS": 0 if sinks is None else sinks.shape[1], "LISTED": block or 0, "ROPE": turns is not None,
             "NUMBERS": NUMBERS[dense or torch.float16],
             "PAIRS": pairs, "STAGES": num_stages,

@@ -26,11 +26,12 @@ def _is_hidden(position, batch, sinks, first, SINKS: tl.constexpr, PADDED: tl.co
     do_not_specialize=["runs", "run_tokens", "parts", "tiles", "heads", "splits", "rotated", "origin", "capacity"]
 )
 def attend_stretch(
-    query, k_table, k_lut, v_table, v_lut, shifts, sinks, first, k_center, k_spread, turns, starts, part_out, part_lse,
+    query, k_table, k_lut, v_table, v_lut, shifts, sinks, first, k_center, k_spread, k_order, turns, starts,
+    part_out, part_lse,
     runs, run_tokens, parts, tiles, heads, splits, rotated, origin, scaling, index, count, capacity,
     GROUP_HEADS: tl.constexpr, PITCH: tl.constexpr, VIRTUAL: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
-    R: tl.constexpr, SINKS: tl.constexpr, PADDED: tl.constexpr, ROPE: tl.constexpr, NUMBERS: tl.constexpr,
-    PAIRS: tl.constexpr, STAGES: tl.constexpr,
+    R: tl.constexpr, SINKS: tl.constexpr, PADDED: tl.constexpr, ROPE: tl.constexpr, ORDERED: tl.constexpr,
+    NUMBERS: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr,
     K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_PER: tl.constexpr, K_BLOCK: tl.constexpr, K_GROUP: tl.constexpr,
     K_SCALE: tl.constexpr, K_OFFSET: tl.constexpr, K_JOINED: tl.constexpr, K_AFFINE: tl.constexpr,
     K_ENTRIES: tl.constexpr, K_INDEX: tl.constexpr, K_RANK: tl.constexpr,
@@ -73,6 +74,8 @@ def attend_stretch(
     q_sum = tl.zeros((KX, M), tl.float32)
     for slot in tl.static_range(K_SLOTS):
         own_channel = kx * K_NEXT + slot * K_FIRST
+        if ORDERED:
+            own_channel = tl.load(k_order + head * D + own_channel).to(tl.int32)
         numbers_of = tl.load(asked[None, :] + own_channel[:, None], mask=real[None, :], other=0.0).to(tl.float32) * unit
         q = q + (numbers_of,)
         q16 = q16 + (numbers_of.to(tl.float16),)
@@ -209,11 +212,15 @@ def attend_stretch(
                     keys = keys * steps - below
                 if ROPE:
                     channel = kx * K_SLOTS + slot
-                    angle = starts + ((batch * runs + run) * (run_tokens // N) + tile) * 2 * D + channel
+                    turning = tl.load(k_order + head * D + channel).to(tl.int32) if ORDERED else channel
+                    angle = starts + ((batch * runs + run) * (run_tokens // N) + tile) * 2 * D + turning
                     cosine, sine = tl.load(angle)[:, None], tl.load(angle + D)[:, None]
                     straight = q[slot] * cosine + partner[slot] * sine
                     crossed = partner[slot] * cosine - q[slot] * sine
-                    angles = turns + (slot * 2 * R + r[:, None]) * KX + kx[None, :]
+                    if ORDERED:
+                        angles = turns + (turning % K_SLOTS * 2 * R + r[:, None]) * KX + turning // K_SLOTS
+                    else:
+                        angles = turns + (slot * 2 * R + r[:, None]) * KX + kx[None, :]
                     cosines, sines = tl.load(angles), tl.load(angles + R * KX)
                     if K_AFFINE:
                         center = tl.load(k_center + head * D + channel)[:, None]

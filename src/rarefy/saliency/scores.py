@@ -61,3 +61,8 @@ def outputs(fisher: Tensor, squares: Tensor) -> Tensor:
     and input count as independent, so that the one is the product of the others. (Martens and Grosse 2015, K-FAC.)
     """
     return fisher.sum(-1) / squares.sum(-1, keepdim=True).clamp(min=torch.finfo(squares.dtype).tiny)
+
+
+def relative(counts: Tensor, least: float) -> Tensor:
+    """``counts`` over their mean, and ``least`` more: what had no gradient in calibration counts so much yet."""
+    return counts / counts.mean().clamp(min=torch.finfo(counts.dtype).tiny) + least

@@ -26,6 +26,7 @@ from rarefy.contracts import KvRecipe, kv_recipes
 from rarefy.kv.codec import Codec, Payload, part_of, prefixed
 from rarefy.kv.codecs import ChannelTable, JoinedHeads, RangeTable, Residual, Sparse, Trimmed
 from rarefy.kv.plan import HeadShape, KvSamples, LayerCodecs
+from rarefy.saliency import relative
 from rarefy.solvers.shared_table import SharedTable, shared_table
 
 BLOCK = 32  # tokens coded together: any number codes the same
@@ -115,7 +116,7 @@ class KvQuant(KvRecipe):
         cut = round(self.outliers / 2 * (len(keys) - 1))
         center, scale = (part[None] for part in _middle(rows[cut], rows[len(keys) - 1 - cut]))
         counts = torch.ones_like(keys[0]) if weights[0] is None else weights[0].float().mean(0).sqrt()
-        counts = counts / counts.mean().clamp(min=torch.finfo(torch.float32).tiny) + LEAST_COUNT
+        counts = relative(counts, LEAST_COUNT)
         table = shared_table(keys, weights[0], center, scale, num_bits, stored=count, counts=counts, refine=self.refine)
         found = {"keys.center": table.center[0], "keys.scale": table.scale[0], "keys.counts": counts}
         found |= self._table("keys", keys, weights[0], table)

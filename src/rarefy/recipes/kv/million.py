@@ -22,6 +22,7 @@ from rarefy.core.errors import RecipeError
 from rarefy.kv.codec import Codec, Payload, part_of, prefixed
 from rarefy.kv.codecs import Permuted, ProductTable
 from rarefy.kv.plan import HeadShape, KvSamples, LayerCodecs
+from rarefy.saliency import relative
 from rarefy.solvers.kmeans import kmeans
 
 POINTS_PER_CENTROID = 64
@@ -77,8 +78,7 @@ class Million(KvRecipe):
             order = _balanced(masses.mean(0) * x.var(0), self.width)
             found["order"] = order.to(torch.int16)
             x, masses = (each.take_along_dim(order[None], -1) for each in (x, masses))
-        counts = masses.mean(0)
-        counts = counts / counts.mean().clamp(min=torch.finfo(torch.float32).tiny) + LEAST_WEIGHT
+        counts = relative(masses.mean(0), LEAST_WEIGHT)
         stretch = counts.sqrt()
         points, mass = (
             each.unflatten(-1, (-1, self.width)).permute(1, 2, 0, 3).flatten(0, 1)  # [H * parts, tokens, width]

@@ -63,12 +63,13 @@ template <int BITS> device u32 apart(const u32* words, int pair) {
 }
 // The word that a table has for the two codes at `bit`.
 template <int BITS> device u32 looked_up(const u8* table, const u32* words, int bit, u32 own) {
-  constexpr u32 MASK = ((1u << 2 * BITS) - 1) << 7;
+  constexpr u32 MASK = ((1u << 2 * BITS) - 1) << 8;
   const int word = bit / 32, at = bit % 32;
-  u32 index;
-  if (at + 2 * BITS > 32) index = funnel(words[word], words[word + 1], at) << 7;
-  else index = at >= 7 ? words[word] >> (at - 7) : words[word] << (7 - at);
-  return *reinterpret_cast<const u32*>(table + chosen(index, MASK, own));
+  u32 row;
+  if (BITS == 4) row = permuted(words[word], own, 0x5504u | at / 8 << 4);
+  else if (at + 2 * BITS > 32) row = chosen(funnel(words[word], words[word + 1], at) << 8, MASK, own);
+  else row = chosen(at >= 8 ? words[word] >> (at - 8) : words[word] << (8 - at), MASK, own);
+  return *reinterpret_cast<const u32*>(table + row);
 }
 // A codebook of two channels of each of 64 parts of a vector: all entries of a part lie in one bank, and two parts share
 // one. A lane has two sets of so many neighbouring parts, and in each they are in neighbouring banks.

@@ -10,7 +10,7 @@ constexpr bool K_ONE_BY_ONE = K_ENTRIES > 0 && K_KIND != CHANNEL;
 // What a warp has in shared memory. Of keys by token, scores, the query and the list are there while keys are read, what is
 // scattered and the list of values in their place while values are.
 constexpr int SCATTERED = V_ENTRIES > 0 || (K_ENTRIES > 0 && !K_ONE_BY_ONE) ? 16 * D * 2 : 0;
-constexpr int BESIDE = K_ONE_BY_ONE ? 4 * GROUP_HEADS * TILE : 0, OF_QUERY = K_ONE_BY_ONE && TURNED ? 4 * GROUP_HEADS * D : 0;
+constexpr int BESIDE = K_ONE_BY_ONE ? 4 * PAIRS * TILE : 0, OF_QUERY = K_ONE_BY_ONE && TURNED ? 4 * MET_WORDS : 0;
 constexpr int IN_TURN = SCATTERED > BESIDE + OF_QUERY ? SCATTERED : BESIDE + OF_QUERY;
 constexpr int list_bytes(int entries) { return TILE * entries * (2 + INDEX_BYTES); }
 constexpr int factor_bytes(int rank) { return 2 * (TILE + D) * rank; }
@@ -19,15 +19,15 @@ constexpr int LISTS_END = V_LIST + list_bytes(V_ENTRIES), V_FACTORS = LISTS_END 
 constexpr int CORRECTIONS_OF_WARP = V_FACTORS + factor_bytes(V_RANK);
 struct Corrections {
   u16* scattered;  // 8 words of two vectors for each place; see `scatter`
-  float* beside;   // [TILE][GROUP_HEADS]: what outliers add to scores
-  u32* turned;     // [D][GROUP_HEADS]: the query times a tile's first position, straight and crossed
+  u32* beside;     // [TILE][PAIRS]: what outliers add to scores
+  u32* turned;     // what outliers meet; see `met_at`
   u8* k_list;      // values [vectors][ENTRIES], then their indices
   u16* k_factors;  // left [TILE][RANK], right [RANK][D]
   u8* v_list;
   u16* v_factors;
 };
 device Corrections corrections_at(u8* base) {
-  return {reinterpret_cast<u16*>(base), reinterpret_cast<float*>(base), reinterpret_cast<u32*>(base + BESIDE), base + IN_TURN,
+  return {reinterpret_cast<u16*>(base), reinterpret_cast<u32*>(base), reinterpret_cast<u32*>(base + BESIDE), base + IN_TURN,
           reinterpret_cast<u16*>(base + K_FACTORS), base + V_LIST, reinterpret_cast<u16*>(base + V_FACTORS)};
 }
 device void copy_k_corrections(const Corrections& to, const Places& p, int lane) {
@@ -49,126 +49,147 @@ template <int BYTES> device int index_at(const u8* indices, int n) {
 device void clear_scattered(const Corrections& own, int lane) {
   for (int n = lane; n < SCATTERED / 16; n += 32) reinterpret_cast<uint4*>(own.scattered)[n] = {0, 0, 0, 0};
 }
+// Which of COUNT entries from `first` on are of this head's row.
+template <int COUNT> device u32 own_entries(const u8* indices, int first, int head) {
+  static_assert(COUNT <= 32 && COUNT % 2 == 0, "an entry has a bit");
+  constexpr int BITS = 8 * INDEX_BYTES;
+  u32 found = 0;
+#pragma unroll
+  for (int n = 0; n < COUNT; n += 2) {
+    u32 two;
+    if constexpr (INDEX_BYTES == 1) two = half_at(indices, (first + n) / 2);
+    else two = reinterpret_cast<const u32*>(indices)[(first + n) / 2];
+    two ^= head * D * (1u | 1u << BITS);
+    found |= u32((two & ((1u << BITS) - 1)) < D) << n | u32(two >> BITS < D) << (n + 1);
+  }
+  return found;
+}
+
 // Outliers of 16 vectors as the left operand of products: row g of product n is place 16 g + 2 n, row g + 8 the next; vectors
 // are `vector_of(k, half)`, k < 8, of what is added up. Two lanes have a vector, and half of its outliers each. Two
 // neighbouring places have a row of 64 bytes; rows of lanes that read together are in different banks.
 device int row_of(int two) { return two ^ (two / 8 & 1); }
-template <int ENTRIES> constexpr int PUTS = ENTRIES > 0 ? (ENTRIES + 1) / 2 : 1;
+template <int ENTRIES> constexpr int PUTS = !JOINED && ENTRIES > 0 ? (ENTRIES + 1) / 2 : 1;
 
-// `at`: where this lane has put something, or -1. STEPPED: in so many steps of codes.
+// `at`: where this lane has put something, of vectors that are of one head. STEPPED: in so many steps of codes.
 template <int ENTRIES, bool STEPPED, class VectorOf>
 device void scatter(int (&at)[PUTS<ENTRIES>], u16* to, const u8* list, int head, int lane, VectorOf vector_of) {
-  const int k = lane / 2 % 8, half = lane / 16, first = vector_of(k, half) * ENTRIES + lane % 2;
+  const int k = lane / 2 % 8, half = lane / 16;
+  const u8* indices = list + TILE * ENTRIES * 2;
+  u16* own = to + k / 2 * 8 + 4 * half + k % 2;
+  const auto put = [&](int entry) {
+    const int place = index_at<INDEX_BYTES>(indices, entry) % D;
+    const u16 value = half_at(list, entry);
+    const int found = row_of(place / 2) * 32 + place % 2 * 2;
+    own[found] = STEPPED ? rounded<true>(half_value(value) / STEP_UP) : value;
+    return found;
+  };
+  if constexpr (JOINED) {
+    constexpr int EACH = (ENTRIES + 2) / 4 * 2, BOTH = 2 * EACH - ENTRIES;  // of a lane, of which so many both find
+    const int first = vector_of(k, half) * ENTRIES + lane % 2 * (ENTRIES - EACH);
+    u32 found = own_entries<EACH>(indices, first, head);
+    if (lane % 2) found &= ~0u << BOTH;
+    while (found != 0) {
+      put(first + lowest_of(found));
+      found &= found - 1;
+    }
+  } else {
+    const int first = vector_of(k, half) * ENTRIES + lane % 2;
 #pragma unroll
-  for (int n = 0; n < PUTS<ENTRIES>; ++n) {
-    at[n] = -1;
-    if (2 * n + lane % 2 >= ENTRIES) continue;
-    const int place = index_at<INDEX_BYTES>(list + TILE * ENTRIES * 2, first + 2 * n) - head * D;
-    if (u32(place) >= D) continue;
-    const u16 value = half_at(list, first + 2 * n);
-    at[n] = 2 * (row_of(place / 2) * 16 + k / 2 * 4 + 2 * half + place % 2) + k % 2;
-    to[at[n]] = STEPPED ? rounded<true>(half_value(value) / STEP_UP) : value;
+    for (int n = 0; n < PUTS<ENTRIES>; ++n) at[n] = ENTRIES % 2 == 0 || 2 * n + lane % 2 < ENTRIES ? put(first + 2 * n) : -1;
   }
   warp_barrier();
 }
 template <int PRODUCTS, int COUNT>
-device void add_scattered(float (&sums)[PRODUCTS][4], const int (&at)[COUNT], u16* scattered, u32 first, u32 second, int g, int t) {
+device void add_scattered(float (&sums)[PRODUCTS][4], const int (&at)[COUNT], const Corrections& own, u32 first, u32 second, int lane) {
+  const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int n = 0; n < PRODUCTS; ++n) {
-    const uint4 all = reinterpret_cast<const uint4*>(scattered)[row_of(8 * g + n) * 4 + t];
+    const uint4 all = reinterpret_cast<const uint4*>(own.scattered)[row_of(8 * g + n) * 4 + t];
     const u32 words[4] = {all.x, all.y, all.z, all.w};
     multiply(sums[n], words, first, second);
   }
   warp_barrier();
+  if constexpr (JOINED) {
+    clear_scattered(own, lane);
+  } else {
+    u16* mine = own.scattered + lane / 4 % 4 * 8 + lane / 16 * 4 + lane / 2 % 2;
 #pragma unroll
-  for (int n = 0; n < COUNT; ++n)
-    if (at[n] >= 0) scattered[at[n]] = 0;
+    for (int n = 0; n < COUNT; ++n)
+      if (at[n] >= 0) mine[at[n]] = 0;
+  }
   warp_barrier();
 }
 
-// GROUP_HEADS words that follow each other.
-device void load_heads(u32 (&to)[GROUP_HEADS], const void* from) {
-  if constexpr (GROUP_HEADS % 4 == 0) {
+// COUNT words that follow each other, from a multiple of as many on.
+template <int COUNT> device void load_words(u32 (&to)[COUNT], const u32* from) {
+  constexpr int WIDTH = COUNT % 4 == 0 ? 4 : COUNT % 2 == 0 ? 2 : 1;
 #pragma unroll
-    for (int n = 0; n < GROUP_HEADS / 4; ++n) {
-      const uint4 all = static_cast<const uint4*>(from)[n];
-      to[4 * n] = all.x, to[4 * n + 1] = all.y, to[4 * n + 2] = all.z, to[4 * n + 3] = all.w;
+  for (int n = 0; n < COUNT; n += WIDTH) {
+    if constexpr (WIDTH == 4) {
+      const uint4 all = *reinterpret_cast<const uint4*>(from + n);
+      to[n] = all.x, to[n + 1] = all.y, to[n + 2] = all.z, to[n + 3] = all.w;
+    } else if constexpr (WIDTH == 2) {
+      const uint2 all = *reinterpret_cast<const uint2*>(from + n);
+      to[n] = all.x, to[n + 1] = all.y;
+    } else {
+      to[n] = from[n];
     }
-  } else {
-#pragma unroll
-    for (int n = 0; n < GROUP_HEADS; ++n) to[n] = static_cast<const u32*>(from)[n];
   }
 }
-device void store_heads(float* to, const float (&x)[GROUP_HEADS]) {
-  if constexpr (GROUP_HEADS % 4 == 0) {
-#pragma unroll
-    for (int n = 0; n < GROUP_HEADS; n += 4)
-      *reinterpret_cast<uint4*>(to + n) = {bits_of(x[n]), bits_of(x[n + 1]), bits_of(x[n + 2]), bits_of(x[n + 3])};
-  } else {
-#pragma unroll
-    for (int n = 0; n < GROUP_HEADS; ++n) to[n] = x[n];
+// The query as outliers of keys after RoPE meet it, [D][PAIRS] of two heads each, by the whole block.
+device void pair_up(u32* to, const float* asked) {
+  for (int n = threadIdx.x; n < PAIRS * D; n += THREADS) {
+    const int channel = n / PAIRS, head = n % PAIRS * 2;
+    to[n] = half_pair(asked[head * D + channel], head + 1 < GROUP_HEADS ? asked[(head + 1) * D + channel] : 0.0f);
   }
 }
-// What outliers of keys by token add to scores. A lane has those of neighbouring tokens, one after the other.
-device void score_outliers(const Corrections& own, const u32* turns, const float* asked, int head, int lane) {
-  constexpr int TOKENS = TILE / 32, OWN = TOKENS * K_ENTRIES, AT_ONCE = 64, EACH = 4 / INDEX_BYTES, TOGETHER = 2;
+// What outliers of keys by token add to scores, of two heads in a word. A lane has those of neighbouring tokens. `asked`:
+// see `pair_up`.
+device void score_outliers(const Corrections& own, const u32* turns, const u32* asked, int head, int lane) {
+  constexpr int TOKENS = TILE / 32, TOGETHER = 2;
   const u8* indices = own.k_list + TILE * K_ENTRIES * 2;
-  const u32* mine = reinterpret_cast<const u32*>(indices + lane * OWN * INDEX_BYTES);
-  const u32 ours = head * D * (INDEX_BYTES == 1 ? 0x1010101u : 0x10001u);
-  float sums[GROUP_HEADS] = {};
-  int current = TOKENS * lane;  // whose sums they are
+#pragma unroll 1
+  for (int token = TOKENS * lane; token < TOKENS * (lane + 1); ++token) {
+    u32 sums[PAIRS] = {};
 #pragma unroll
-  for (int n = 0; n < TOKENS; ++n) store_heads(own.beside + (current + n) * GROUP_HEADS, sums);
+    for (int base = 0; base < K_ENTRIES; base += 32) {
+      constexpr int WHOLE = K_ENTRIES < 32 ? K_ENTRIES : 32;
+      const int first = token * K_ENTRIES + base;
+      u32 found = 0;
+      if (base + WHOLE <= K_ENTRIES) found = own_entries<WHOLE>(indices, first, head);
+      else found = own_entries<K_ENTRIES % 32>(indices, first, head);
+      while (found != 0) {
 #pragma unroll
-  for (int first = 0; first < OWN; first += AT_ONCE) {
-    u64 found = 0;
+        for (int k = 0; k < TOGETHER; ++k) {
+          const int n = first + (found != 0 ? lowest_of(found) : 0);
+          const u32 value = found != 0 ? half_at(own.k_list, n) * 0x10001u : 0;
+          found &= found - 1;
+          const int channel = index_at<INDEX_BYTES>(indices, n) % D;
+          if constexpr (TURNED) {
+            const int first_of_two = channel % (D / 2), odd = channel % 2;
+            const uint2 angle = *reinterpret_cast<const uint2*>(turns + turn_at(token, first_of_two / 2));
+            // Cosine and sine as the first of two that turn together goes with both, or the second.
+            u32 both = permuted(angle.x, angle.y, (channel < D / 2 ? 0x5410u : 0x1054u) + 0x2222u * odd);
+            both = fused(both ^ (channel < D / 2 ? 0u : 0x8000u), value, 0);
+            const u32 along = permuted(both, both, 0x1010), across = permuted(both, both, 0x3232);
+            u32 met[2 * PAIRS];
+            load_words(met, own.turned + met_at(first_of_two));
 #pragma unroll
-    for (int n = first; n < OWN && n < first + AT_ONCE; n += EACH) {
+            for (int two = 0; two < PAIRS; ++two)
+              sums[two] = fused(met[two], along, fused(met[PAIRS + two], across, sums[two]));
+          } else {
+            u32 met[PAIRS];
+            load_words(met, asked + channel * PAIRS);
 #pragma unroll
-      for (int k = 0; k < EACH; ++k) {
-        const u32 index = (mine[n / EACH] ^ ours) >> k * 8 * INDEX_BYTES & ((1 << 8 * INDEX_BYTES) - 1);
-        if (n + k < first + AT_ONCE) found |= u64(index < D) << (n + k - first);
-      }
-    }
-    while (votes(found != 0)) {
-      int places[TOGETHER];
-      float met[TOGETHER][GROUP_HEADS];
-#pragma unroll
-      for (int k = 0; k < TOGETHER; ++k) {
-        const bool real = found != 0;
-        const int n = lane * OWN + first + (real ? lowest_of(found) : 0), place = n / K_ENTRIES;
-        found &= found - 1;
-        const float value = real ? half_value(half_at(own.k_list, n)) : 0.0f;
-        const int channel = index_at<INDEX_BYTES>(indices, n) % D;
-        places[k] = real ? place : -1;
-        if constexpr (TURNED) {
-          const uint2 angle = *reinterpret_cast<const uint2*>(turns + turn_at(place, channel % (D / 2) / 2));
-          const int odd = 16 * (channel % 2);
-          const float cosine = value * half_value(u16(angle.x >> odd)), sine = value * half_value(u16(angle.y >> odd));
-          u32 both[GROUP_HEADS];
-          load_heads(both, own.turned + channel * GROUP_HEADS);
-#pragma unroll
-          for (int each = 0; each < GROUP_HEADS; ++each)
-            met[k][each] = cosine * half_value(u16(both[each])) + sine * half_value(u16(both[each] >> 16));
-        } else {
-#pragma unroll
-          for (int each = 0; each < GROUP_HEADS; ++each) met[k][each] = value * asked[each * D + channel];
+            for (int two = 0; two < PAIRS; ++two) sums[two] = fused(met[two], value, sums[two]);
+          }
         }
       }
-#pragma unroll
-      for (int k = 0; k < TOGETHER; ++k) {
-        if (places[k] >= 0 && places[k] != current) {
-          store_heads(own.beside + current * GROUP_HEADS, sums);
-          current = places[k];
-#pragma unroll
-          for (int each = 0; each < GROUP_HEADS; ++each) sums[each] = 0.0f;
-        }
-#pragma unroll
-        for (int each = 0; each < GROUP_HEADS; ++each) sums[each] += met[k][each];
-      }
     }
+#pragma unroll
+    for (int two = 0; two < PAIRS; ++two) own.beside[token * PAIRS + two] = sums[two];
   }
-  store_heads(own.beside + current * GROUP_HEADS, sums);
 }
 
 device u32 pair_of(const u16* first, const u16* second, bool one, bool two) {

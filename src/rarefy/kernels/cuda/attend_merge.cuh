@@ -21,12 +21,12 @@ device void join_warps(const Arguments& a, float* exact_sums, const float* sums,
     const int head = n / D, channel = n % D;
     float most = never(), coded = 0.0f, exact = 0.0f, whole = 0.0f;
     for (int each = 0; each < WARPS; ++each) {
-      const float* own = rest + each * REST_OF_WARP + REST_PARTS * GROUP_HEADS * D + head;
+      const float* own = rest + each * (OWN_OF_WARP / 4) + REST_PARTS * GROUP_HEADS * D + head;
       most = max_of(most, max_of(tops[each * 8 + head], own[0]));
     }
     const float base = most == never() ? 0.0f : most;
     for (int each = 0; each < WARPS; ++each) {
-      const float *own = rest + each * REST_OF_WARP, *about = own + REST_PARTS * GROUP_HEADS * D;
+      const float *own = rest + each * (OWN_OF_WARP / 4), *about = own + REST_PARTS * GROUP_HEADS * D;
       const float share = power_of_two(tops[each * 8 + head] - base), of_rest = power_of_two(about[head] - base);
       coded += share * sums[(each * 8 + head) * D + channel];
       exact += of_rest * own[head * D + channel];

@@ -24,24 +24,27 @@ struct Places {
 constexpr int K_ROW = K_KIND == CHANNEL ? TILE * K_BITS / 8 : K_KIND == PRODUCT ? 64 : D * K_BITS / 8;  // bytes of a channel or token
 constexpr int V_ROW = V_KIND == PRODUCT ? 64 : D * V_BITS / 8;
 
-device Places places_of(const i64* places, int count, int number, i64 pair, int heads) {
+device Places places_of(const i64* places, int count, int number, const Pair& pair, int heads) {
   const i64* at = places + number;
-  const i64 rows = JOINED ? pair / heads : pair;
-  const i64 k_tokens = rows * at[i64(K_TOKENS) * count], v_tokens = rows * at[i64(V_TOKENS) * count];
   constexpr i64 K_BYTES = K_KIND == CHANNEL ? D * K_BITS / 8 : K_ROW;  // of a token
-  const i64 k_codes = JOINED ? (k_tokens * heads + pair % heads) * K_BYTES : k_tokens * K_BYTES;
-  const i64 v_codes = JOINED ? (v_tokens * heads + pair % heads) * V_ROW : v_tokens * V_ROW;
-  const auto from = [&](int row, i64 offset) { return reinterpret_cast<const u8*>(at[i64(row) * count] + offset); };
-  const i64 k_span = k_tokens * (K_SPAN / TILE), v_span = v_tokens * (V_SPAN / TILE);
-  Places p = {from(K_CODES, k_codes), from(K_STEPS, k_span), from(K_ZEROS, k_span), from(V_CODES, v_codes),
-              from(V_STEPS, v_span), from(V_ZEROS, v_span)};
-  if constexpr (K_ENTRIES > 0)
-    p.k_out = from(K_OUT, k_tokens * K_ENTRIES * 2), p.k_out_at = from(K_OUT_AT, k_tokens * K_ENTRIES * INDEX_BYTES);
-  if constexpr (V_ENTRIES > 0)
-    p.v_out = from(V_OUT, v_tokens * V_ENTRIES * 2), p.v_out_at = from(V_OUT_AT, v_tokens * V_ENTRIES * INDEX_BYTES);
+  const auto from = [&](int row) { return reinterpret_cast<const u8*>(at[i64(row) * count]); };
+  Places p = {from(K_CODES), from(K_STEPS), from(K_ZEROS), from(V_CODES), from(V_STEPS), from(V_ZEROS)};
+  if constexpr (K_ENTRIES > 0) p.k_out = from(K_OUT), p.k_out_at = from(K_OUT_AT);
+  if constexpr (V_ENTRIES > 0) p.v_out = from(V_OUT), p.v_out_at = from(V_OUT_AT);
+  if constexpr (K_RANK > 0) p.k_left = from(K_LEFT), p.k_right = from(K_RIGHT);
+  if constexpr (V_RANK > 0) p.v_left = from(V_LEFT), p.v_right = from(V_RIGHT);
+  if constexpr (JOINED) p.k_codes += pair.head * K_BYTES, p.v_codes += pair.head * V_ROW;
+  const i64 rows = JOINED ? pair.batch : pair.number;
+  if (JOINED && rows == 0) return p;
+  const i64 k_tokens = rows * at[i64(K_TOKENS) * count], v_tokens = rows * at[i64(V_TOKENS) * count];
+  p.k_codes += k_tokens * (JOINED ? heads * K_BYTES : K_BYTES), p.v_codes += v_tokens * (JOINED ? heads * V_ROW : V_ROW);
+  p.k_steps += k_tokens * (K_SPAN / TILE), p.k_zeros += k_tokens * (K_SPAN / TILE);
+  p.v_steps += v_tokens * (V_SPAN / TILE), p.v_zeros += v_tokens * (V_SPAN / TILE);
+  if constexpr (K_ENTRIES > 0) p.k_out += k_tokens * K_ENTRIES * 2, p.k_out_at += k_tokens * K_ENTRIES * INDEX_BYTES;
+  if constexpr (V_ENTRIES > 0) p.v_out += v_tokens * V_ENTRIES * 2, p.v_out_at += v_tokens * V_ENTRIES * INDEX_BYTES;
   // Blocks have as many tokens as channels, and so both factors the same size.
-  if constexpr (K_RANK > 0) p.k_left = from(K_LEFT, k_tokens * K_RANK * 2), p.k_right = from(K_RIGHT, k_tokens * K_RANK * 2);
-  if constexpr (V_RANK > 0) p.v_left = from(V_LEFT, v_tokens * V_RANK * 2), p.v_right = from(V_RIGHT, v_tokens * V_RANK * 2);
+  if constexpr (K_RANK > 0) p.k_left += k_tokens * K_RANK * 2, p.k_right += k_tokens * K_RANK * 2;
+  if constexpr (V_RANK > 0) p.v_left += v_tokens * V_RANK * 2, p.v_right += v_tokens * V_RANK * 2;
   return p;
 }
 

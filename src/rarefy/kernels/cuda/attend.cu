@@ -78,6 +78,7 @@ constexpr bool FOLDED = K_KIND == CHANNEL && K_GROUPS == 1 && !K_CORRECTED;  // 
 constexpr bool K_AFFINE = K_KIND == CHANNEL && !FOLDED, V_AFFINE = V_KIND == TOKEN && (V_GROUPS > 1 || V_CORRECTED);
 // Where much is done to every part of a tile, its instructions are more than a processor keeps at hand, unless in a loop.
 constexpr bool ROLLED = TURNED;
+constexpr bool SPREAD_NEAR = WARPS <= 8;  // spreads of turned keys stay in registers
 constexpr int PARTS_AT_ONCE = ROLLED ? 1 : ROWS / DEPTH;
 constexpr float K_UP = FOLDED ? 16.0f : 1.0f, V_UP = 16.0f;  // keeps products with scales normal
 constexpr float STEP_UP = 16.0f;                             // steps are taken so much smaller where groups meet
@@ -186,6 +187,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   const int split = blockIdx.x, stride = a.splits * WARPS;
   const Pair pair = {int(blockIdx.y), int(blockIdx.y) / a.heads, int(blockIdx.y) % a.heads};
   const int head_of_row = JOINED ? pair.head : 0;
+  const int k_lane = keys_of_lane(g, t, a.heads), v_lane = values_of_lane(g, t, a.heads);
   const u32 own = 4 * lane;  // this lane's copy of tables; of codebooks, its first bank:
   const u32 k_bank = 4 * (K_PARTS * t + g), v_bank = 4 * (V_PARTS * g + t);
   wait_for_earlier_kernels();
@@ -205,7 +207,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     copy_k_corrections(corrections, here, lane);
     if constexpr (!K_ONE_BY_ONE) copy_v_corrections(corrections, here, lane);
 #pragma unroll
-    for (int step = 0; step < DEPTH; ++step) fetch_keys(ring[step], here.k_codes, step, g, t, a.heads);
+    for (int step = 0; step < DEPTH; ++step) fetch_keys(ring[step], here.k_codes + k_lane, step, a.heads);
   }
   fill_table<K_KIND, K_BITS>(pool + K_TABLE, table_of<K_KIND>(a.k_table, pair.head));
   if constexpr (!SAME_TABLE) fill_table<V_KIND, V_BITS>(pool + V_TABLE, table_of<V_KIND>(a.v_table, pair.head));
@@ -223,7 +225,8 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       asked_coded[n] = number_at<QUERY>(a.query, first_asked + n / D * D + a.k_order[pair.head * D + n % D]) * a.scaling;
   }
   float *center = reinterpret_cast<float*>(pool + CENTERS), *spread = center + D;
-  if constexpr (K_SPREAD)
+  if constexpr (K_SPREAD && TURNED) fill_spread(pool + CENTERS, a.k_center + pair.head * D, a.k_spread + pair.head * D);
+  else if constexpr (K_SPREAD)
     for (int n = threadIdx.x; n < D; n += THREADS) {
       center[n] = a.k_center[pair.head * D + n];
       spread[n] = a.k_spread[pair.head * D + n];
@@ -237,10 +240,14 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     block_barrier();
   }
 
-  u32 query[STEPS][2], centers[STEPS][2], spreads[STEPS][2];
+  u32 query[STEPS][2];
+  const uint4* spread_of_lane = reinterpret_cast<const uint4*>(pool + CENTERS) + t;
+  uint4 spreads[STEPS];
   float query_sums[2];
   if constexpr (!TURNED) load_query(query, query_sums, asked_coded, center, spread, g, t);
-  else if constexpr (K_SPREAD) load_spread(centers, spreads, center, spread, t);
+  else if constexpr (K_SPREAD && SPREAD_NEAR)
+#pragma unroll
+    for (int n = 0; n < STEPS; ++n) spreads[n] = spread_of_lane[4 * n];
   uint4* kept = reinterpret_cast<uint4*>(own_place) + lane;
 
   float out[STEPS][4] = {}, under[4] = {};  // and what zeros take away from all of a row's sums
@@ -319,11 +326,13 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
 #pragma unroll
           for (int n = 0; n < STEPS; ++n) {
             u32 keys[4];
+            uint4 spread = {};
+            if constexpr (K_SPREAD) spread = SPREAD_NEAR ? spreads[n] : spread_of_lane[4 * n];
 #pragma unroll
             for (int part = 0; part < 4; ++part) {
               const u32* words = slot + (part % 2 * 2 + part / 2) * WORDS;
               keys[part] = looked_up<K_BITS>(pool + K_TABLE, words, 2 * K_BITS * n, own);
-              if constexpr (K_SPREAD) keys[part] = fused(keys[part], spreads[n][part / 2], centers[n][part / 2]);
+              if constexpr (K_SPREAD) keys[part] = fused(keys[part], part < 2 ? spread.x : spread.z, part < 2 ? spread.y : spread.w);
             }
 #pragma unroll
             for (int row = 0; row < 2; ++row)
@@ -360,8 +369,8 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         else if constexpr (K_KIND != CHANNEL)
 #pragma unroll
           for (int n = 0; n < 4; ++n) scores[step][n] = sums[n];
-        if (base + DEPTH < ROWS) fetch_keys(slot, here.k_codes, step + DEPTH, g, t, a.heads);
-        else fetch_values(slot, here.v_codes, ahead, g, t, a.heads);
+        if (base + DEPTH < ROWS) fetch_keys(slot, here.k_codes + k_lane, step + DEPTH, a.heads);
+        else fetch_values(slot, here.v_codes + v_lane, ahead, a.heads);
       }
     }
 
@@ -561,8 +570,8 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
           multiply(out[n], values, own_weights.x, own_weights.y);
         }
         if constexpr (V_ENTRIES > 0) add_scattered(out, at, corrections, own_weights.z, own_weights.w, lane);
-        if (base + DEPTH < ROWS) fetch_values(slot, here.v_codes, step + DEPTH, g, t, a.heads);
-        else if (more) fetch_keys(slot, next.k_codes, ahead, g, t, a.heads);
+        if (base + DEPTH < ROWS) fetch_values(slot, here.v_codes + v_lane, step + DEPTH, a.heads);
+        else if (more) fetch_keys(slot, next.k_codes + k_lane, ahead, a.heads);
       }
     }
     here = next;

@@ -8,18 +8,20 @@ constexpr int first_of(int bits, int pair) {
 }
 constexpr u32 mask_of(int bits, int n) { return ((1u << bits) - 1) << shift_of(bits, n) | ((1u << bits) - 1) << (16 + shift_of(bits, n)); }
 
+// Bytes before 16 codes, in whole words.
+device int bytes_of_16(int bits, int number) { return bits == 3 ? number * 3 / 2 * 4 : 2 * bits * number; }
 // 16 codes. Of 3 bits, words are the first and the last 32 of 48 bits.
-template <int BITS> device void load_16(u32* words, const u8* from, int number) {
+template <int BITS> device void load_16(u32* words, const u8* from) {
   if constexpr (BITS == 8) {
-    const uint4 all = load_once(reinterpret_cast<const uint4*>(from) + number);
+    const uint4 all = load_once(reinterpret_cast<const uint4*>(from));
     words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
   } else if constexpr (BITS == 4) {
-    const uint2 all = load_once(reinterpret_cast<const uint2*>(from) + number);
+    const uint2 all = load_once(reinterpret_cast<const uint2*>(from));
     words[0] = all.x, words[1] = all.y;
   } else if constexpr (BITS == 2) {
-    words[0] = load_once(reinterpret_cast<const u32*>(from) + number);
+    words[0] = load_once(reinterpret_cast<const u32*>(from));
   } else {
-    const u32* at = reinterpret_cast<const u32*>(from) + number * 3 / 2;
+    const u32* at = reinterpret_cast<const u32*>(from);
     words[0] = load_near(at), words[1] = load_near(at + 1);
   }
 }
@@ -35,11 +37,11 @@ template <int BITS> device void settle_16(u32* words, int number) {
 // 32 codes.
 template <int BITS> device void load_32(u32* words, const u8* from) {
   if constexpr (BITS == 8) {
-    load_16<8>(words, from, 0), load_16<8>(words + 4, from, 1);
+    load_16<8>(words, from), load_16<8>(words + 4, from + 16);
   } else if constexpr (BITS == 4) {
-    load_16<8>(words, from, 0);
+    load_16<8>(words, from);
   } else if constexpr (BITS == 2) {
-    load_16<4>(words, from, 0);
+    load_16<4>(words, from);
   } else {
 #pragma unroll
     for (int n = 0; n < 3; ++n) words[n] = load_near(reinterpret_cast<const u32*>(from) + n);

@@ -103,9 +103,11 @@ device void scatter(int (&at)[PUTS<ENTRIES>], u16* to, const u8* list, int head,
 template <int PRODUCTS, int COUNT>
 device void add_scattered(float (&sums)[PRODUCTS][4], const int (&at)[COUNT], const Corrections& own, u32 first, u32 second, int lane) {
   const int g = lane / 4, t = lane % 4;
+  const uint4* even = reinterpret_cast<const uint4*>(own.scattered) + row_of(8 * g) * 4 + t;
+  const uint4* odd = reinterpret_cast<const uint4*>(own.scattered) + row_of(8 * g + 1) * 4 + t;
 #pragma unroll
   for (int n = 0; n < PRODUCTS; ++n) {
-    const uint4 all = reinterpret_cast<const uint4*>(own.scattered)[row_of(8 * g + n) * 4 + t];
+    const uint4 all = (n % 2 ? odd : even)[n / 2 * 8];
     const u32 words[4] = {all.x, all.y, all.z, all.w};
     multiply(sums[n], words, first, second);
   }

@@ -63,30 +63,41 @@ device void copy_scales(u8* buffer, const Places& p, const float* start, int lan
 // do, so that a load finds them side by side.
 device int token_of(int g, int n, int half) { return K_KIND == CHANNEL ? 16 * g + 2 * n + half : 16 * n + g + 8 * half; }
 
-// Part `step` of a tile's keys: 16 channels of all tokens, or all channels of 16 tokens.
-device void fetch_keys(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g, int t, int heads) {
+// Bytes from one token of a tile to the next, or from one of its channels.
+device int stride_of_keys(int heads) { return JOINED ? heads * K_ROW : K_ROW; }
+device int stride_of_values(int heads) { return JOINED ? heads * V_ROW : V_ROW; }
+// How far from a tile's codes those of a lane begin.
+device int keys_of_lane(int g, int t, int heads) {
+  if constexpr (K_KIND == CHANNEL) return 4 * t * K_ROW + bytes_of_16(K_BITS, g);
+  else return token_of(g, 0, 0) * stride_of_keys(heads) + (TURNED ? bytes_of_16(K_BITS, t) : t * (K_ROW / 4));
+}
+device int values_of_lane(int g, int t, int heads) {
+  return token_of(2 * t, 0, 0) * stride_of_values(heads) + bytes_of_16(V_KIND == PRODUCT ? 4 : V_BITS, g);
+}
+// Part `step` of a tile's keys: 16 channels of all tokens, or all channels of 16 tokens; `codes` of this lane.
+device void fetch_keys(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int heads) {
+  const int stride = stride_of_keys(heads);
+  const u8* at = codes + (K_KIND == CHANNEL ? 16 * step : token_of(0, step, 0)) * stride;
   if constexpr (K_KIND == CHANNEL) {
 #pragma unroll
-    for (int n = 0; n < 4; ++n)
-      load_16<K_BITS>(slot + n * words_of(K_BITS, 16), codes + (16 * step + 4 * t + n) * K_ROW, g);
+    for (int n = 0; n < 4; ++n) load_16<K_BITS>(slot + n * words_of(K_BITS, 16), at + n * stride);
   } else if constexpr (TURNED) {
 #pragma unroll
     for (int n = 0; n < 4; ++n)  // each token's channels, and their partners
-      load_16<K_BITS>(
-          slot + n * words_of(K_BITS, 16), codes + token_of(g, step, n / 2) * (JOINED ? heads * K_ROW : K_ROW), t + n % 2 * 4);
+      load_16<K_BITS>(slot + n * words_of(K_BITS, 16), at + token_of(0, 0, n / 2) * stride + n % 2 * (K_ROW / 2));
   } else {
     constexpr int BITS = K_KIND == PRODUCT ? 4 : K_BITS;
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
-      load_32<BITS>(slot + n * words_of(BITS, 32), codes + token_of(g, step, n) * (JOINED ? heads * K_ROW : K_ROW) + t * (K_ROW / 4));
+    for (int n = 0; n < 2; ++n) load_32<BITS>(slot + n * words_of(BITS, 32), at + token_of(0, 0, n) * stride);
   }
 }
 // Part `step` of a tile's values: four tokens of a lane, as products of weights have them.
-device void fetch_values(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int g, int t, int heads) {
+device void fetch_values(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int heads) {
   constexpr int BITS = V_KIND == PRODUCT ? 4 : V_BITS;
+  const int stride = stride_of_values(heads);
+  const u8* at = codes + token_of(0, step, 0) * stride;
 #pragma unroll
-  for (int n = 0; n < 4; ++n)
-    load_16<BITS>(slot + n * words_of(BITS, 16), codes + token_of(2 * t + n % 2, step, n / 2) * (JOINED ? heads * V_ROW : V_ROW), g);
+  for (int n = 0; n < 4; ++n) load_16<BITS>(slot + n * words_of(BITS, 16), at + token_of(n % 2, 0, n / 2) * stride);
 }
 
 device u32 half_at(const u8* base, int index) { return reinterpret_cast<const u16*>(base)[index]; }

@@ -14,18 +14,15 @@ device void fill_turns(u8* to, const u32* from) {
 // Pairs of this lane's channels as products take them: 16 t + 2 n and the next, and those that turn with them.
 constexpr int FIRST_TURNED = 16, PARTNER = D / 2;
 
-// Centers and spreads of channels.
-device void load_spread(u32 (&centers)[STEPS][2], u32 (&spreads)[STEPS][2], const float* center, const float* spread, int t) {
-#pragma unroll
-  for (int n = 0; n < STEPS; ++n)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int channel = half * PARTNER + FIRST_TURNED * t + 2 * n;
-      centers[n][half] = half_pair(center[channel], center[channel + 1]);
-      spreads[n][half] = half_pair(spread[channel], spread[channel + 1]);
-    }
+// Spreads and centers of two channels, then of those that turn with them, as lanes read them side by side.
+device void fill_spread(u8* to, const float* center, const float* spread) {
+  for (int number = threadIdx.x; number < 4 * STEPS; number += THREADS) {
+    const int first = FIRST_TURNED * (number % 4) + 2 * (number / 4);
+    const auto two = [&](const float* from, int channel) { return half_pair(from[channel], from[channel + 1]); };
+    reinterpret_cast<uint4*>(to)[number] = {
+        two(spread, first), two(center, first), two(spread, first + PARTNER), two(center, first + PARTNER)};
+  }
 }
-
 // The query as lanes read it for `turn_query`.
 device void line_up(u8* to, const float* asked) {
   for (int n = threadIdx.x; n < 8 * D; n += THREADS) {
@@ -46,6 +43,7 @@ device int met_at(int channel) { return channel * MET_OF_CHANNEL + channel / 16 
 // The query turned back by a tile's first position, of which `start` has cosines and sines; and the same for outliers.
 device void turn_query(u32 (&to)[STEPS][2], u32* for_outliers, const u8* lined, const float* start, int lane) {
   const int g = lane / 4, t = lane % 4;
+  u32 met[STEPS][2];  // of one channel and heads 2 t, 2 t + 1
 #pragma unroll
   for (int n = 0; n < STEPS; ++n) {
     float x[2], y[2], cosines[2], sines[2], low[2], high[2];
@@ -55,12 +53,15 @@ device void turn_query(u32 (&to)[STEPS][2], u32* for_outliers, const u8* lined, 
     for (int k = 0; k < 2; ++k)
       low[k] = x[k] * cosines[k] + y[k] * sines[k], high[k] = y[k] * cosines[k] - x[k] * sines[k];
     to[n][0] = half_pair(low[0], low[1]), to[n][1] = half_pair(high[0], high[1]);
-    if constexpr (K_ENTRIES > 0) {
-      const u32 lows = transposed(to[n][0]), highs = transposed(to[n][1]);  // of one channel and heads 2 t, 2 t + 1
-      u32* own = for_outliers + met_at(FIRST_TURNED * (g / 2) + 2 * n + g % 2) + t;
-      if (t < PAIRS) own[0] = lows, own[PAIRS] = highs;
-    }
+    if constexpr (K_ENTRIES > 0) met[n][0] = transposed(to[n][0]), met[n][1] = transposed(to[n][1]);
   }
+  if constexpr (K_ENTRIES > 0)
+    if (t < PAIRS)
+#pragma unroll
+      for (int n = 0; n < STEPS; ++n) {
+        u32* own = for_outliers + met_at(FIRST_TURNED * (g / 2) + 2 * n + g % 2) + t;
+        own[0] = met[n][0], own[PAIRS] = met[n][1];
+      }
 }
 // Two channels of a key and their partners, turned by an angle.
 device void turn(u32& low, u32& high, const uint2& angle) {

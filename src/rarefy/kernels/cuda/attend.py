@@ -414,4 +414,5 @@ def _turns(turns: Turns, tokens: int, tile: int) -> tuple[Tensor, Tensor]:
     inside, starts = (each[..., : CHANNELS // 2].unflatten(-1, (-1, 2)) for each in (inside[0], starts))
     halves = inside.permute(1, 2, 0, 3).reshape(tile, 2, CHANNELS // 2)  # the other channels turn with these
     gaps = torch.nn.functional.pad(halves, (0, TURN_WORDS - CHANNELS // 2))
-    return gaps.flatten(1).contiguous(), starts.movedim(-2, 2).unflatten(2, (4, 8)).transpose(2, 3).flatten(2, 3).contiguous()
+    turned = starts.movedim(-2, 2).unflatten(2, (4, 8)).transpose(2, 3).flatten(2, 3)
+    return gaps.flatten(1).contiguous(), turned.contiguous()

@@ -223,8 +223,9 @@ def encode(code: Code, x: Tensor, faults: Tensor, **tables: Tensor | None) -> En
 
 
 def entries(codebook: Tensor, half: Tensor) -> Tensor:
-    """Float32 ``[H, parts, 4, entries]`` of codebooks ``[H, parts, entries, 2]``: what two numbers are multiplied by, what
-    is taken away from that (``half [H, parts, entries]``), and first in the last row the largest of each of these."""
+    """Float32 ``[H, parts, 4, entries]`` of codebooks ``[H, parts, entries, 2]``: what two numbers are multiplied by,
+    what is taken away from that (``half [H, parts, entries]``), and first in the last row the largest of each of
+    these."""
     factors = torch.cat([codebook.float().mT, half.unsqueeze(-2)], -2)
     largest = torch.nn.functional.pad(factors.abs().amax(-1), (0, factors.shape[-1] - 3))
     return torch.cat([factors, largest.unsqueeze(-2)], -2).contiguous()

@@ -159,17 +159,29 @@ device void load_query(
 template <int KIND> device const u16* table_of(const u16* tables, int head) {
   return KIND == PRODUCT ? tables + head * (256 * D) : tables;
 }
-// A table for all lanes, or a codebook as it is.
-template <int KIND, int BITS> device void fill_table(u8* to, const u16* from) {
+template <int COUNT> constexpr int EACH = (COUNT + THREADS - 1) / THREADS;  // of so many numbers that a block reads, those of a thread
+
+// A table for all lanes is read in two steps, so that nothing waits between; a codebook is copied as it is.
+template <int KIND, int BITS> constexpr int WORDS_OF_TABLE = EACH<KIND == TABLE ? 8 << 2 * BITS : 1>;
+template <int KIND, int BITS> device void load_table(u32 (&words)[WORDS_OF_TABLE<KIND, BITS>], u8* to, const u16* from) {
   if constexpr (KIND == TABLE) {
-#pragma unroll 8
-    for (int n = threadIdx.x; n < 8 << 2 * BITS; n += THREADS) {  // four lanes' copies at once
-      const u32 two = from[n / 8 % (1 << BITS)] | u32(from[n / 8 >> BITS]) << 16;
-      *reinterpret_cast<uint4*>(to + n / 8 * TABLE_ROW + n % 8 * 16) = {two, two, two, two};
+#pragma unroll
+    for (int k = 0; k < WORDS_OF_TABLE<KIND, BITS>; ++k) {
+      const int two = (k * THREADS + threadIdx.x) / 8;
+      words[k] = from[two % (1 << BITS)] | u32(from[two >> BITS & ((1 << BITS) - 1)]) << 16;
     }
   } else if constexpr (KIND == PRODUCT) {
     for (int n = threadIdx.x; n < 4096; n += THREADS) copy_async(to + 16 * n, from + 8 * n, true);
   }
+}
+template <int KIND, int BITS> device void store_table(u8* to, const u32 (&words)[WORDS_OF_TABLE<KIND, BITS>]) {
+  if constexpr (KIND == TABLE)
+#pragma unroll
+    for (int k = 0; k < WORDS_OF_TABLE<KIND, BITS>; ++k) {
+      const int n = k * THREADS + threadIdx.x;  // four lanes' copies at once
+      const u32 two = words[k];
+      if ((8 << 2 * BITS) % THREADS == 0 || n < 8 << 2 * BITS) *reinterpret_cast<uint4*>(to + n / 8 * TABLE_ROW + n % 8 * 16) = {two, two, two, two};
+    }
 }
 
 #include "attend_turns.cuh"
@@ -192,7 +204,33 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   const u32 k_bank = 4 * (K_PARTS * t + g), v_bank = 4 * (V_PARTS * g + t);
   wait_for_earlier_kernels();
 
-  // The first tile is on its way while tables and the query are made ready.
+  // All that is read before the first tile is asked for at once, and the tile with it.
+  u32 k_words[WORDS_OF_TABLE<K_KIND, K_BITS>], v_words[WORDS_OF_TABLE<V_KIND, V_BITS>];
+  load_table<K_KIND, K_BITS>(k_words, pool + K_TABLE, table_of<K_KIND>(a.k_table, pair.head));
+  if constexpr (!SAME_TABLE) load_table<V_KIND, V_BITS>(v_words, pool + V_TABLE, table_of<V_KIND>(a.v_table, pair.head));
+  u32* turns = reinterpret_cast<u32*>(pool + TURNS);
+  if constexpr (TURNED) fill_turns(pool + TURNS, a.turns);
+  commit_copies();
+  float* asked = reinterpret_cast<float*>(pool + ASKED);
+  float *asked_coded = asked + GROUP_HEADS * D, *center = reinterpret_cast<float*>(pool + CENTERS), *spread = center + D;
+  const auto asked_number = [&](int head, int channel) {
+    return number_at<QUERY>(a.query, (i64(pair.number) * GROUP_HEADS + head) * D + channel) * a.scaling;
+  };
+  constexpr int NUMBERS = EACH<GROUP_HEADS * D>;
+  float numbers[NUMBERS], coded[NUMBERS];
+#pragma unroll
+  for (int k = 0; k < NUMBERS; ++k) {
+    const int n = (k * THREADS + threadIdx.x) % (GROUP_HEADS * D), channel = n % D;
+    numbers[k] = coded[k] = asked_number(n / D, channel);
+    if constexpr (K_ROTATED) coded[k] *= a.k_signs[channel] * HADAMARD;
+    if constexpr (K_KIND == PRODUCT)
+      if (a.k_order != nullptr) coded[k] = asked_number(n / D, a.k_order[pair.head * D + channel]);
+  }
+  float lined[LINED_EACH];
+  if constexpr (TURNED) line_up(lined, asked_number);
+  uint4 spread_words = {};
+  if constexpr (K_SPREAD && TURNED) spread_words = spread_of(a.k_center + pair.head * D, a.k_spread + pair.head * D);
+
   u32 ring[DEPTH][MOST_WORDS];
   u8* buffers = pool + SCALES + warp * 2 * BUFFER;
   u8* own_place = pool + OWN + warp * OWN_OF_WARP;
@@ -204,39 +242,41 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   if (tile < a.tiles) {
     here = places_of(a.places, a.tiles, tile, pair, a.heads);
     copy_scales(buffers, here, starts + i64(tile) * D, lane);
-    copy_k_corrections(corrections, here, lane);
-    if constexpr (!K_ONE_BY_ONE) copy_v_corrections(corrections, here, lane);
+    if constexpr (!K_ONE_BY_ONE) copy_k_corrections(corrections, here, lane);
+    commit_copies();
+    if constexpr (K_ONE_BY_ONE) copy_k_corrections(corrections, here, lane);
+    else copy_v_corrections(corrections, here, lane);
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) fetch_keys(ring[step], here.k_codes + k_lane, step, a.heads);
+  } else {
+    commit_copies();
   }
-  fill_table<K_KIND, K_BITS>(pool + K_TABLE, table_of<K_KIND>(a.k_table, pair.head));
-  if constexpr (!SAME_TABLE) fill_table<V_KIND, V_BITS>(pool + V_TABLE, table_of<V_KIND>(a.v_table, pair.head));
-  u32* turns = reinterpret_cast<u32*>(pool + TURNS);
-  if constexpr (TURNED) fill_turns(pool + TURNS, a.turns);
   commit_copies();
+
+  store_table<K_KIND, K_BITS>(pool + K_TABLE, k_words);
+  if constexpr (!SAME_TABLE) store_table<V_KIND, V_BITS>(pool + V_TABLE, v_words);
   clear_scattered(corrections, lane);
-  float* asked = reinterpret_cast<float*>(pool + ASKED);
-  float* asked_coded = asked + GROUP_HEADS * D;
-  const i64 first_asked = i64(pair.number) * GROUP_HEADS * D;
-  for (int n = threadIdx.x; n < GROUP_HEADS * D; n += THREADS) {
-    asked[n] = number_at<QUERY>(a.query, first_asked + n) * a.scaling;
-    asked_coded[n] = K_ROTATED ? asked[n] * a.k_signs[n % D] * HADAMARD : asked[n];
-    if (K_KIND == PRODUCT && a.k_order != nullptr)
-      asked_coded[n] = number_at<QUERY>(a.query, first_asked + n / D * D + a.k_order[pair.head * D + n % D]) * a.scaling;
+#pragma unroll
+  for (int k = 0; k < NUMBERS; ++k) {
+    const int n = k * THREADS + threadIdx.x;
+    if (n < GROUP_HEADS * D) asked[n] = numbers[k], asked_coded[n] = coded[k];
   }
-  float *center = reinterpret_cast<float*>(pool + CENTERS), *spread = center + D;
-  if constexpr (K_SPREAD && TURNED) fill_spread(pool + CENTERS, a.k_center + pair.head * D, a.k_spread + pair.head * D);
-  else if constexpr (K_SPREAD)
+#pragma unroll
+  for (int k = 0; k < LINED_EACH; ++k)
+    if (const int n = k * THREADS + threadIdx.x; TURNED && n < 8 * D) reinterpret_cast<float*>(pool + LINED)[n] = lined[k];
+  if constexpr (K_SPREAD && TURNED) {
+    if (threadIdx.x < 4 * STEPS) reinterpret_cast<uint4*>(pool + CENTERS)[threadIdx.x] = spread_words;
+  } else if constexpr (K_SPREAD) {
     for (int n = threadIdx.x; n < D; n += THREADS) {
       center[n] = a.k_center[pair.head * D + n];
       spread[n] = a.k_spread[pair.head * D + n];
     }
-  wait_for_copies<0>();
+  }
+  wait_for_copies<2>();  // but for those of the tile
   block_barrier();
   if constexpr (K_ROTATED) hadamard(asked_coded, GROUP_HEADS);
-  if constexpr (TURNED || K_ONE_BY_ONE) {
-    if constexpr (TURNED) line_up(pool + LINED, asked_coded);
-    else pair_up(reinterpret_cast<u32*>(pool + LINED), asked_coded);
+  if constexpr (K_ONE_BY_ONE && !TURNED) {
+    pair_up(reinterpret_cast<u32*>(pool + LINED), asked_coded);
     block_barrier();
   }
 

@@ -14,21 +14,22 @@ device void fill_turns(u8* to, const u32* from) {
 // Pairs of this lane's channels as products take them: 16 t + 2 n and the next, and those that turn with them.
 constexpr int FIRST_TURNED = 16, PARTNER = D / 2;
 
-// Spreads and centers of two channels, then of those that turn with them, as lanes read them side by side.
-device void fill_spread(u8* to, const float* center, const float* spread) {
-  for (int number = threadIdx.x; number < 4 * STEPS; number += THREADS) {
-    const int first = FIRST_TURNED * (number % 4) + 2 * (number / 4);
-    const auto two = [&](const float* from, int channel) { return half_pair(from[channel], from[channel + 1]); };
-    reinterpret_cast<uint4*>(to)[number] = {
-        two(spread, first), two(center, first), two(spread, first + PARTNER), two(center, first + PARTNER)};
-  }
+// Spreads and centers of two channels, then of those that turn with them, as lanes read them side by side; by the first
+// threads of a block.
+device uint4 spread_of(const float* center, const float* spread) {
+  const int first = FIRST_TURNED * (threadIdx.x % 4) + 2 * (threadIdx.x / 4);
+  const auto two = [&](const float* from, int channel) { return half_pair(from[channel], from[channel + 1]); };
+  if (threadIdx.x >= 4 * STEPS) return {};
+  return {two(spread, first), two(center, first), two(spread, first + PARTNER), two(center, first + PARTNER)};
 }
-// The query as lanes read it for `turn_query`.
-device void line_up(u8* to, const float* asked) {
-  for (int n = threadIdx.x; n < 8 * D; n += THREADS) {
-    const int step = n / 128, head = n / 16 % 8, t = n / 4 % 4, part = n % 4;
+// The query as lanes read it for `turn_query`, this thread's numbers of it; `asked(head, channel)`.
+constexpr int LINED_EACH = EACH<TURNED ? 8 * D : 1>;
+template <class Asked> device void line_up(float (&to)[LINED_EACH], Asked asked) {
+#pragma unroll
+  for (int k = 0; k < LINED_EACH; ++k) {
+    const int n = (k * THREADS + threadIdx.x) % (8 * D), step = n / 128, head = n / 16 % 8, t = n / 4 % 4, part = n % 4;
     const int channel = FIRST_TURNED * t + 2 * step + part % 2 + part / 2 * PARTNER;
-    reinterpret_cast<float*>(to)[n] = head < GROUP_HEADS ? asked[head * D + channel] : 0.0f;
+    to[k] = head < GROUP_HEADS ? asked(head, channel) : 0.0f;
   }
 }
 device void four_shared(float (&x)[2], float (&y)[2], const uint4* from) {

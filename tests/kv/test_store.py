@@ -190,7 +190,7 @@ def test_positions_with_gaps_are_refused_where_they_matter() -> None:
 
 @pytest.mark.parametrize("wrong", [None, 33, 40])
 def test_positions_of_single_tokens_are_compared_when_they_matter(wrong: int | None) -> None:
-    """Also of copies, and where rows change places; 2^40 is beyond what weights times positions may be without wrapping."""
+    """Also of copies, and where rows change places; with weights, 2^40 is beyond what an int64 has."""
     key, value = tokens(64)
     store = LayerStore(layer_codecs("kv_quant"), "layer 2")
     start = torch.tensor([[3], [1 << 40]])

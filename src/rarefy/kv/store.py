@@ -60,9 +60,9 @@ class Sink:
 
 @dataclass(frozen=True)
 class Singles:
-    """Where tokens were that arrived one by one: of each row one sum of their positions with weights, so that a step adds
-    to it by one operation. If all were where they are told to be, ``total`` int64 ``[B]`` (or ``[1]``) is ``weight * shift
-    + offset``, modulo 2^64."""
+    """Where tokens were that arrived one by one: of each row one sum of their positions with weights, so that a step
+    adds to it by one operation. If all were where they are told to be, ``total`` int64 ``[B]`` (or ``[1]``) is ``weight
+    * shift + offset``, modulo 2^64."""
 
     total: Tensor
     weight: int = 0

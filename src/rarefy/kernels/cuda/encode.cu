@@ -75,6 +75,11 @@ template <int COUNT> device bool load_numbers(float (&x)[COUNT], const Arguments
   return finite(x);
 }
 
+device void load_four(float (&x)[4], const float* from) {
+  const uint4 all = *reinterpret_cast<const uint4*>(from);
+  x[0] = as_float(all.x), x[1] = as_float(all.y), x[2] = as_float(all.z), x[3] = as_float(all.w);
+}
+
 device u32 level_of(const float* middles, float value) {
   u32 code = 0;
 #pragma unroll
@@ -254,14 +259,23 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_encode_rows(const Argum
     }
   }
 #pragma unroll
-  for (int n = 0; n < MINE; ++n) {
+  for (int first = 0; first < MINE; first += 4) {
+    float scales[4], offsets[4], counts[4];
     if constexpr (KIND == ROW_SPREAD) {
-      scale = a.spread[part * MINE + n], offset = a.center[part * MINE + n];
-      codes[n] = level_of(a.middles, (x[n] - offset) / (scale == 0.0f ? 1.0f : scale));
+      load_four(scales, a.spread + part * MINE + first), load_four(offsets, a.center + part * MINE + first);
+      load_four(counts, a.counts + part * MINE + first);
     }
-    x[n] -= a.decoded[codes[n]] * scale + offset;
-    left[n] = absolute(x[n]);
-    if constexpr (KIND == ROW_SPREAD) left[n] *= a.counts[part * MINE + n];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int n = first + k;
+      if constexpr (KIND == ROW_SPREAD) {
+        scale = scales[k], offset = offsets[k];
+        codes[n] = level_of(a.middles, (x[n] - offset) / (scale == 0.0f ? 1.0f : scale));
+      }
+      x[n] -= a.decoded[codes[n]] * scale + offset;
+      left[n] = absolute(x[n]);
+      if constexpr (KIND == ROW_SPREAD) left[n] *= counts[k];
+    }
   }
   if (real) store_codes(a.codes + (row * PARTS + part) * BITS, codes);
   for (int entry = 0; entry < ENTRIES; ++entry) {
@@ -301,10 +315,6 @@ template <int COUNT> device u32 first_of_best(const float* book, int from, float
     if (score > best) best = score, code = from + n;
   }
   return code;
-}
-device void load_four(float (&x)[4], const float* from) {
-  const uint4 all = *reinterpret_cast<const uint4*>(from);
-  x[0] = as_float(all.x), x[1] = as_float(all.y), x[2] = as_float(all.z), x[3] = as_float(all.w);
 }
 
 extern "C" global __launch_bounds__(SPAN / EACH) void rarefy_encode_products(const Arguments a) {

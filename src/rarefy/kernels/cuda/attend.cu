@@ -102,13 +102,14 @@ constexpr int V_SPAN = V_KIND == TOKEN ? 2 * TILE * V_GROUPS : V_KIND == PRODUCT
 constexpr int K_ZERO_SPAN = K_KIND == CHANNEL || K_KIND == TOKEN || K_OFFSET ? K_SPAN : 0;
 constexpr int V_ZERO_SPAN = V_KIND == TOKEN || V_OFFSET ? V_SPAN : 0;
 constexpr int START_SPAN = TURNED ? 4 * D : 0;  // cosines and sines of a tile's first position
-constexpr int BUFFER = K_SPAN + K_ZERO_SPAN + V_SPAN + V_ZERO_SPAN + START_SPAN;
+constexpr int BUFFER = K_SPAN + K_ZERO_SPAN + V_SPAN + V_ZERO_SPAN;
 constexpr int MAIN = SCALES + 2 * WARPS * BUFFER, SUMS = WARPS * 4 * 8 * (D + 2);
 constexpr int ASKED = MAIN > SUMS ? MAIN : SUMS;       // float: the query for exact keys, then for keys in code
 constexpr int LINED = ASKED + 2 * 4 * GROUP_HEADS * D;  // the query as `turn_query` reads it, or as outliers of keys do
 constexpr int CENTERS = LINED + (TURNED ? 32 * D : K_ENTRIES > 0 && K_KIND != CHANNEL ? 4 * PAIRS * D : 0);
 constexpr int OWN = CENTERS + (K_SPREAD ? 8 * D : 0);  // float: centers and spreads of channels; then what each warp has
-constexpr int KEPT_OF_WARP = ROLLED ? ROWS * 32 * 16 : 0;  // scores, then weights, as lanes have them for 16 tokens each
+// Scores, then weights, as lanes have them for 16 tokens each; with few heads half of the lanes have none.
+constexpr int KEPT_LANES = GROUP_HEADS <= 4 ? 16 : 32, KEPT_OF_WARP = ROLLED ? ROWS * KEPT_LANES * 16 : 0;
 constexpr int REST_PARTS = V_ROTATED ? 2 : 1, REST_OF_WARP = REST_PARTS * GROUP_HEADS * D + 16;  // numbers
 constexpr bool REST_LAST = TURNED;  // in the place of what tiles need, of which there is much
 
@@ -187,8 +188,8 @@ template <int KIND, int BITS> device void store_table(u8* to, const u32 (&words)
 #include "attend_turns.cuh"
 #include "attend_corrections.cuh"
 
-// What a warp has beside scales: what is kept, corrections, and what `take_rest` leaves.
-constexpr int OF_TILES = KEPT_OF_WARP + CORRECTIONS_OF_WARP, REST_AT = REST_LAST ? 0 : OF_TILES;
+// What a warp has beside scales: a tile's first position, what is kept, corrections, and what `take_rest` leaves.
+constexpr int OF_TILES = START_SPAN + KEPT_OF_WARP + CORRECTIONS_OF_WARP, REST_AT = REST_LAST ? 0 : OF_TILES;
 constexpr int OWN_OF_WARP = REST_AT + 4 * REST_OF_WARP > OF_TILES ? REST_AT + 4 * REST_OF_WARP : OF_TILES;
 
 #include "attend_rest.cuh"
@@ -234,14 +235,14 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   u32 ring[DEPTH][MOST_WORDS];
   u8* buffers = pool + SCALES + warp * 2 * BUFFER;
   u8* own_place = pool + OWN + warp * OWN_OF_WARP;
-  const Corrections corrections = corrections_at(own_place + KEPT_OF_WARP);
+  const Corrections corrections = corrections_at(own_place + START_SPAN + KEPT_OF_WARP);
   const int number = warp * a.splits + split;  // of this warp, so that few tiles are shared by all blocks
   const float* starts = a.starts + i64(pair.batch) * a.count_of_starts * D;
   int tile = number, parity = 0;
   Places here = {}, next = {};
   if (tile < a.tiles) {
     here = places_of(a.places, a.tiles, tile, pair, a.heads);
-    copy_scales(buffers, here, starts + i64(tile) * D, lane);
+    copy_scales(buffers, own_place, here, starts + i64(tile) * D, lane);
     if constexpr (!K_ONE_BY_ONE) copy_k_corrections(corrections, here, lane);
     commit_copies();
     if constexpr (K_ONE_BY_ONE) copy_k_corrections(corrections, here, lane);
@@ -288,7 +289,9 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   else if constexpr (K_SPREAD && SPREAD_NEAR)
 #pragma unroll
     for (int n = 0; n < STEPS; ++n) spreads[n] = spread_of_lane[4 * n];
-  uint4* kept = reinterpret_cast<uint4*>(own_place) + lane;
+  uint4* kept = reinterpret_cast<uint4*>(own_place + START_SPAN);
+  const bool has_scores = KEPT_LANES == 32 || t < 2, has_weights = lane < KEPT_LANES;
+  uint4 *kept_scores = kept + (KEPT_LANES == 32 ? lane : 2 * g + t), *kept_weights = kept + lane;
 
   float out[STEPS][4] = {}, under[4] = {};  // and what zeros take away from all of a row's sums
   float top[2] = {never(), never()}, total[2] = {}, lift[2] = {};
@@ -308,8 +311,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     // ---- Scores: of rows g and g + 8 of product n, tokens `token_of` for two heads.
     float scores[ROWS][4] = {};
     float zeros[4] = {};
-    const float* start = reinterpret_cast<const float*>(v_zeros + V_ZERO_SPAN);
-    if constexpr (TURNED) turn_query(query, corrections.turned, pool + LINED, start, lane);
+    if constexpr (TURNED) turn_query(query, corrections.turned, pool + LINED, reinterpret_cast<const float*>(own_place), lane);
     if constexpr (K_RANK > 0) score_low_rank(scores, corrections.k_factors, query, g, t);
 #pragma unroll PARTS_AT_ONCE
     for (int base = 0; base < ROWS; base += DEPTH) {
@@ -405,8 +407,9 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         }
 #pragma unroll
         for (int n = 0; n < 4; ++n) sums[n] += second[n];
-        if constexpr (ROLLED) kept[32 * step] = {bits_of(sums[0]), bits_of(sums[1]), bits_of(sums[2]), bits_of(sums[3])};
-        else if constexpr (K_KIND != CHANNEL)
+        if constexpr (ROLLED) {
+          if (has_scores) kept_scores[KEPT_LANES * step] = {bits_of(sums[0]), bits_of(sums[1]), bits_of(sums[2]), bits_of(sums[3])};
+        } else if constexpr (K_KIND != CHANNEL)
 #pragma unroll
           for (int n = 0; n < 4; ++n) scores[step][n] = sums[n];
         if (base + DEPTH < ROWS) fetch_keys(slot, here.k_codes + k_lane, step + DEPTH, a.heads);
@@ -419,8 +422,8 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       warp_barrier();
       score_outliers(corrections, turns, reinterpret_cast<const u32*>(pool + LINED), head_of_row, lane);
     }
-    if constexpr (K_CORRECTED) warp_barrier();
-    if (more) copy_scales(buffers + (1 - parity) * BUFFER, next, starts + i64(tile + stride) * D, lane);
+    if constexpr (K_CORRECTED || ROLLED) warp_barrier();
+    if (more) copy_scales(buffers + (1 - parity) * BUFFER, own_place, next, starts + i64(tile + stride) * D, lane);
     if constexpr (K_ONE_BY_ONE) copy_v_corrections(corrections, here, lane);
     else if (more) copy_k_corrections(corrections, next, lane);
     commit_copies();
@@ -430,7 +433,8 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
 #pragma unroll
     for (int n = 0; n < ROWS; ++n) {
       if constexpr (ROLLED) {
-        const uint4 all = kept[32 * n];
+        uint4 all = {};
+        if (has_scores) all = kept_scores[KEPT_LANES * n];
         const u32 words[4] = {all.x, all.y, all.z, all.w};
 #pragma unroll
         for (int part = 0; part < 4; ++part) scores[n][part] = as_float(words[part]);
@@ -483,6 +487,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     for (int n = 0; n < ROWS; ++n)
 #pragma unroll
       for (int part = 0; part < 4; ++part) peak[part % 2] = max_of(peak[part % 2], scores[n][part]);
+    if constexpr (ROLLED) warp_barrier();  // weights take the place of other lanes' scores
     float safe[2], fade[2];
 #pragma unroll
     for (int head = 0; head < 2; ++head) {
@@ -525,7 +530,8 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
           plain[n][row] = V_AFFINE ? weights[n][row] : transposed(half_pair(shares[0] * V_UP, shares[1] * V_UP));
         else plain[n][row] = 0;
       }
-      if constexpr (ROLLED) kept[32 * n] = {weights[n][0], weights[n][1], plain[n][0], plain[n][1]};
+      if constexpr (ROLLED)
+        if (has_weights) kept_weights[KEPT_LANES * n] = {weights[n][0], weights[n][1], plain[n][0], plain[n][1]};
     }
 #pragma unroll
     for (int n = 0; n < STEPS; ++n)
@@ -547,9 +553,10 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
 #pragma unroll
       for (int ahead = 0; ahead < DEPTH; ++ahead) {
         const int step = base + ahead;
-        uint4 own_weights;
-        if constexpr (ROLLED) own_weights = kept[32 * step];
-        else own_weights = {weights[step][0], weights[step][1], plain[step][0], plain[step][1]};
+        uint4 own_weights = {};
+        if constexpr (ROLLED) {
+          if (has_weights) own_weights = kept_weights[KEPT_LANES * step];
+        } else own_weights = {weights[step][0], weights[step][1], plain[step][0], plain[step][1]};
         u32(&slot)[MOST_WORDS] = ring[ahead];
         constexpr int WORDS = V_KIND == PRODUCT ? 2 : words_of(V_BITS, 16);
         u32 even[2][WORDS], odd[2][WORDS], steps[2], entries[4][V_PARTS];

@@ -196,7 +196,7 @@ class Program:
         """Bytes of a block."""
         tables = max(self.keys.table, self.values.table) + self.keys.book + self.values.book
         tile, turned, pairs = self.shape.tile, int(self.turned), self._pairs
-        scales = self.keys.scales(tile) + self.values.scales(tile) + 4 * CHANNELS * turned
+        scales = self.keys.scales(tile) + self.values.scales(tile)
         sums = self.shape.warps * 4 * MOST_HEADS * (CHANNELS + 2)
         turns = 4 * TURN_WORDS * tile * turned
         main = max(tables + turns + 2 * self.shape.warps * scales, sums)
@@ -204,7 +204,8 @@ class Program:
         query += 4 * MOST_HEADS * CHANNELS if turned else 4 * pairs * CHANNELS if self._one_by_one else 0
         spreads = 8 * CHANNELS * self.keys.affine
         rest = 4 * (self.group_heads * CHANNELS * (1 + self.rotated[1]) + 2 * MOST_HEADS)
-        tiles = 32 * tile * turned + self._corrections
+        lanes = 16 if self.group_heads <= 4 else 32
+        tiles = (4 * CHANNELS + lanes * tile) * turned + self._corrections
         return main + query + spreads + self.shape.warps * (max(tiles, rest) if turned else tiles + rest)
 
     @property

@@ -47,6 +47,7 @@ template <int BYTES> device int index_at(const u8* indices, int n) {
 }
 
 device void clear_scattered(const Corrections& own, int lane) {
+#pragma unroll
   for (int n = lane; n < SCATTERED / 16; n += 32) reinterpret_cast<uint4*>(own.scattered)[n] = {0, 0, 0, 0};
 }
 // Which of COUNT entries from `first` on are of this head's row.

@@ -243,10 +243,9 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   if (tile < a.tiles) {
     here = places_of(a.places, a.tiles, tile, pair, a.heads);
     copy_scales(buffers, own_place, here, starts + i64(tile) * D, lane);
-    if constexpr (!K_ONE_BY_ONE) copy_k_corrections(corrections, here, lane);
+    copy_k_corrections(corrections, here, lane);
     commit_copies();
-    if constexpr (K_ONE_BY_ONE) copy_k_corrections(corrections, here, lane);
-    else copy_v_corrections(corrections, here, lane);
+    copy_v_corrections(corrections, here, lane);
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) fetch_keys(ring[step], here.k_codes + k_lane, step, a.heads);
   } else {
@@ -303,7 +302,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   for (; tile < a.tiles; tile += stride) {
     const bool more = tile + stride < a.tiles;
     if (more) next = places_of(a.places, a.tiles, tile + stride, pair, a.heads);
-    wait_for_copies<K_ONE_BY_ONE || V_CORRECTED>();  // but for corrections that come later
+    wait_for_copies<V_CORRECTED>();  // but for corrections of values
     warp_barrier();
     const u8* k_steps = buffers + parity * BUFFER;
     const u8 *k_zeros = k_steps + K_SPAN, *v_steps = k_zeros + K_ZERO_SPAN, *v_zeros = v_steps + V_SPAN;
@@ -418,14 +417,12 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     }
 
     if constexpr (K_ONE_BY_ONE) {
-      wait_for_copies<0>();
-      warp_barrier();
+      if constexpr (TURNED) warp_barrier();
       score_outliers(corrections, turns, reinterpret_cast<const u32*>(pool + LINED), head_of_row, lane);
     }
     if constexpr (K_CORRECTED || ROLLED) warp_barrier();
     if (more) copy_scales(buffers + (1 - parity) * BUFFER, own_place, next, starts + i64(tile + stride) * D, lane);
-    if constexpr (K_ONE_BY_ONE) copy_v_corrections(corrections, here, lane);
-    else if (more) copy_k_corrections(corrections, next, lane);
+    if (more) copy_k_corrections(corrections, next, lane);
     commit_copies();
 
     // ---- Weights.
@@ -542,7 +539,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
 
     if constexpr (V_CORRECTED) {
       if constexpr (K_ONE_BY_ONE) warp_barrier(), clear_scattered(corrections, lane);
-      wait_for_copies<!K_ONE_BY_ONE>();
+      wait_for_copies<1>();
       warp_barrier();
       if constexpr (V_RANK > 0) mix_low_rank(out, corrections.v_factors, plain, g, t);
     }
@@ -624,10 +621,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     here = next;
     parity ^= 1;
     warp_barrier();
-    if (more) {
-      if constexpr (K_ONE_BY_ONE) copy_k_corrections(corrections, here, lane);
-      else copy_v_corrections(corrections, here, lane);
-    }
+    if (more) copy_v_corrections(corrections, here, lane);
     commit_copies();
   }
 

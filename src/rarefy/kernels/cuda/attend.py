@@ -25,6 +25,7 @@ LOG2E = 1.4426950408889634
 TURN_WORDS = 68  # of a place
 COPIES = 32  # of a table, one for each lane
 MOST_SHARED = 227 << 10  # bytes that a block may have on Hopper, where a device does not tell
+STATIC_SHARED = 64  # of them, that are not asked for: who comes last
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ class Program:
         scattered = 32 * CHANNELS if self.values.entries or (self.keys.entries and not one_by_one) else 0
         beside = 4 * self._pairs * (tile + CHANNELS * self.turned) + 128 * self.turned if one_by_one else 0
         both = self.keys.entries, self.values.entries
-        entries, rank = max(both) if one_by_one else sum(both), self.keys.rank + self.values.rank
+        entries, rank = sum(both), self.keys.rank + self.values.rank
         index_bytes = min(self.keys.index_bytes, self.values.index_bytes)
         return max(scattered, beside) + tile * entries * (2 + index_bytes) + 2 * (tile + CHANNELS) * rank
 
@@ -361,18 +362,18 @@ class CodedAttention:
         self._sizes = count, heads, self.splits, pieces.shape[1], places_of_starts, sum(tokens[0]), sum(tokens[1])
 
     def _shape(self, device: torch.device, tokens: int) -> Shape:
-        """The most warps for whose tables and corrections there is room; short tiles of products, and where the GPU has
-        more warps than long ones; where keys are turned, a loop over few of a tile's parts at once."""
+        """The most warps for whose tables and corrections there is room; short tiles of products, of keys that are
+        turned, and where the GPU has more warps than long ones."""
         about = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
         most = getattr(about, "shared_memory_per_block_optin", MOST_SHARED)
         processors = getattr(about, "multi_processor_count", 1)
-        few = self.keys.kind == "product" or tokens // TILE * self.batch * self.heads < processors * Shape.warps
+        short = self.turned or self.keys.kind == "product"
+        short |= tokens // TILE * self.batch * self.heads < processors * Shape.warps
         blocked = self.keys.kind == "channel" or self.values.low_rank is not None
-        sizes = [TILE] if blocked else [TILE // 2] if few else [TILE, TILE // 2]
-        depth = 2 if self.turned else Shape.depth
-        shapes = (Shape(warps, depth=depth, tile=tile) for warps in (8, 4) for tile in sizes)
+        sizes = [TILE] if blocked else [TILE // 2] if short else [TILE, TILE // 2]
+        shapes = (Shape(warps, tile=tile) for warps in (8, 4) for tile in sizes)
         for self.shape in shapes:
-            if self.program(torch.float32).shared_memory <= most:
+            if self.program(torch.float32).shared_memory + STATIC_SHARED <= most:
                 return self.shape
         raise UnsupportedError("Tables and corrections of these codes do not fit a block's shared memory.")
 

@@ -115,8 +115,8 @@ template <int BITS> device void interleaved(u32* even, u32* odd, const u32* a, c
     const u32 mask = n == 0 ? FIRST : SECOND;
     const u32 under = n == 0 ? b[n] << BITS : funnel(b[n - 1], b[n], 32 - BITS);
     const u32 over = n + 1 < WORDS ? funnel(a[n], a[n + 1], BITS) : a[n] >> BITS;
-    even[n] = chosen(a[n], mask, under & ~mask);
-    odd[n] = chosen(over, mask, b[n] & ~mask);
+    even[n] = (a[n] & mask) | (under & ~mask);
+    odd[n] = (over & mask) | (b[n] & ~mask);
   }
 }
 // Codes of 3 bits as one stream.

@@ -7,15 +7,15 @@
 
 constexpr bool K_ONE_BY_ONE = K_ENTRIES > 0 && K_KIND != CHANNEL;
 
-// What a warp has in shared memory. Of keys by token, scores, the query and the list are there while keys are read, what is
-// scattered and the list of values in their place while values are.
+// What a warp has in shared memory. Of keys by token, scores and the query are there while keys are read, what is scattered
+// in their place while values are.
 constexpr int SCATTERED = V_ENTRIES > 0 || (K_ENTRIES > 0 && !K_ONE_BY_ONE) ? 16 * D * 2 : 0;
 constexpr int BESIDE = K_ONE_BY_ONE ? 4 * PAIRS * TILE : 0, OF_QUERY = K_ONE_BY_ONE && TURNED ? 4 * MET_WORDS : 0;
 constexpr int IN_TURN = SCATTERED > BESIDE + OF_QUERY ? SCATTERED : BESIDE + OF_QUERY;
 constexpr int list_bytes(int entries) { return TILE * entries * (2 + INDEX_BYTES); }
 constexpr int factor_bytes(int rank) { return 2 * (TILE + D) * rank; }
-constexpr int K_FACTORS = IN_TURN + list_bytes(K_ENTRIES), V_LIST = K_ONE_BY_ONE ? IN_TURN : K_FACTORS + factor_bytes(K_RANK);
-constexpr int LISTS_END = V_LIST + list_bytes(V_ENTRIES), V_FACTORS = LISTS_END > K_FACTORS ? LISTS_END : K_FACTORS;
+constexpr int K_FACTORS = IN_TURN + list_bytes(K_ENTRIES), V_LIST = K_FACTORS + factor_bytes(K_RANK);
+constexpr int V_FACTORS = V_LIST + list_bytes(V_ENTRIES);
 constexpr int CORRECTIONS_OF_WARP = V_FACTORS + factor_bytes(V_RANK);
 struct Corrections {
   u16* scattered;  // 8 words of two vectors for each place; see `scatter`
@@ -147,51 +147,58 @@ device void pair_up(u32* to, const float* asked) {
     to[n] = half_pair(asked[head * D + channel], head + 1 < GROUP_HEADS ? asked[(head + 1) * D + channel] : 0.0f);
   }
 }
-// What outliers of keys by token add to scores, of two heads in a word. A lane has those of neighbouring tokens. `asked`:
-// see `pair_up`.
+// What an outlier of keys adds to the scores of its token, of two heads in a word. `asked`: see `pair_up`.
+device void add_met(u32 (&sums)[PAIRS], int token, int channel, u32 value, const u32* turned, const u32* turns, const u32* asked) {
+  if constexpr (TURNED) {
+    const int first_of_two = channel % (D / 2), odd = channel % 2;
+    const uint2 angle = *reinterpret_cast<const uint2*>(turns + turn_at(token, first_of_two / 2));
+    // Cosine and sine as the first of two that turn together goes with both, or the second.
+    u32 both = permuted(angle.x, angle.y, (channel < D / 2 ? 0x5410u : 0x1054u) + 0x2222u * odd);
+    both = fused(both ^ (channel < D / 2 ? 0u : 0x8000u), value, 0);
+    const u32 along = permuted(both, both, 0x1010), across = permuted(both, both, 0x3232);
+    u32 met[2 * PAIRS];
+    load_words(met, turned + met_at(first_of_two));
+#pragma unroll
+    for (int two = 0; two < PAIRS; ++two) sums[two] = fused(met[two], along, fused(met[PAIRS + two], across, sums[two]));
+  } else {
+    u32 met[PAIRS];
+    load_words(met, asked + channel * PAIRS);
+#pragma unroll
+    for (int two = 0; two < PAIRS; ++two) sums[two] = fused(met[two], value, sums[two]);
+  }
+}
+// What outliers of keys by token add to scores. A lane has those of neighbouring tokens, two at once.
 device void score_outliers(const Corrections& own, const u32* turns, const u32* asked, int head, int lane) {
-  constexpr int TOKENS = TILE / 32, TOGETHER = 2;
+  constexpr int TOKENS = TILE / 32, AT_ONCE = TOKENS < 2 ? 1 : 2, WHOLE = K_ENTRIES < 32 ? K_ENTRIES : 32;
   const u8* indices = own.k_list + TILE * K_ENTRIES * 2;
 #pragma unroll 1
-  for (int token = TOKENS * lane; token < TOKENS * (lane + 1); ++token) {
-    u32 sums[PAIRS] = {};
+  for (int token = TOKENS * lane; token < TOKENS * (lane + 1); token += AT_ONCE) {
+    u32 sums[AT_ONCE][PAIRS] = {};
 #pragma unroll
     for (int base = 0; base < K_ENTRIES; base += 32) {
-      constexpr int WHOLE = K_ENTRIES < 32 ? K_ENTRIES : 32;
-      const int first = token * K_ENTRIES + base;
-      u32 found = 0;
-      if (base + WHOLE <= K_ENTRIES) found = own_entries<WHOLE>(indices, first, head);
-      else found = own_entries<K_ENTRIES % 32>(indices, first, head);
-      while (found != 0) {
+      u32 found[AT_ONCE], any = 0;
 #pragma unroll
-        for (int k = 0; k < TOGETHER; ++k) {
-          const int n = first + (found != 0 ? lowest_of(found) : 0);
-          const u32 value = found != 0 ? half_at(own.k_list, n) * 0x10001u : 0;
-          found &= found - 1;
-          const int channel = index_at<INDEX_BYTES>(indices, n) % D;
-          if constexpr (TURNED) {
-            const int first_of_two = channel % (D / 2), odd = channel % 2;
-            const uint2 angle = *reinterpret_cast<const uint2*>(turns + turn_at(token, first_of_two / 2));
-            // Cosine and sine as the first of two that turn together goes with both, or the second.
-            u32 both = permuted(angle.x, angle.y, (channel < D / 2 ? 0x5410u : 0x1054u) + 0x2222u * odd);
-            both = fused(both ^ (channel < D / 2 ? 0u : 0x8000u), value, 0);
-            const u32 along = permuted(both, both, 0x1010), across = permuted(both, both, 0x3232);
-            u32 met[2 * PAIRS];
-            load_words(met, own.turned + met_at(first_of_two));
+      for (int k = 0; k < AT_ONCE; ++k) {
+        const int first = (token + k) * K_ENTRIES + base;
+        found[k] = base + WHOLE <= K_ENTRIES ? own_entries<WHOLE>(indices, first, head) : own_entries<K_ENTRIES % 32>(indices, first, head);
+        any |= found[k];
+      }
+      while (any != 0) {
+        any = 0;
 #pragma unroll
-            for (int two = 0; two < PAIRS; ++two)
-              sums[two] = fused(met[two], along, fused(met[PAIRS + two], across, sums[two]));
-          } else {
-            u32 met[PAIRS];
-            load_words(met, asked + channel * PAIRS);
-#pragma unroll
-            for (int two = 0; two < PAIRS; ++two) sums[two] = fused(met[two], value, sums[two]);
-          }
+        for (int k = 0; k < AT_ONCE; ++k) {
+          const int n = (token + k) * K_ENTRIES + base + (found[k] != 0 ? lowest_of(found[k]) : 0);
+          const u32 value = found[k] != 0 ? half_at(own.k_list, n) * 0x10001u : 0;
+          add_met(sums[k], token + k, index_at<INDEX_BYTES>(indices, n) % D, value, own.turned, turns, asked);
+          found[k] &= found[k] - 1;
+          any |= found[k];
         }
       }
     }
 #pragma unroll
-    for (int two = 0; two < PAIRS; ++two) own.beside[token * PAIRS + two] = sums[two];
+    for (int k = 0; k < AT_ONCE; ++k)
+#pragma unroll
+      for (int two = 0; two < PAIRS; ++two) own.beside[(token + k) * PAIRS + two] = sums[k][two];
   }
 }
 

@@ -50,6 +50,8 @@ device void clear_scattered(const Corrections& own, int lane) {
 #pragma unroll
   for (int n = lane; n < SCATTERED / 16; n += 32) reinterpret_cast<uint4*>(own.scattered)[n] = {0, 0, 0, 0};
 }
+constexpr int AT_LEAST = 2;  // so many outliers of a row are looked at in any case
+
 // Which of COUNT entries from `first` on are of this head's row.
 template <int COUNT> device u32 own_entries(const u8* indices, int first, int head) {
   static_assert(COUNT <= 32 && COUNT % 2 == 0, "an entry has a bit");
@@ -78,11 +80,11 @@ device void scatter(int (&at)[PUTS<ENTRIES>], u16* to, const u8* list, int head,
   const int k = lane / 2 % 8, half = lane / 16;
   const u8* indices = list + TILE * ENTRIES * 2;
   u16* own = to + k / 2 * 8 + 4 * half + k % 2;
-  const auto put = [&](int entry) {
+  const auto put = [&](int entry, bool real) {
     const int place = index_at<INDEX_BYTES>(indices, entry) % D;
     const u16 value = half_at(list, entry);
     const int found = row_of(place / 2) * 32 + place % 2 * 2;
-    own[found] = STEPPED ? rounded<true>(half_value(value) / STEP_UP) : value;
+    if (real) own[found] = STEPPED ? rounded<true>(half_value(value) / STEP_UP) : value;
     return found;
   };
   if constexpr (JOINED) {
@@ -90,14 +92,20 @@ device void scatter(int (&at)[PUTS<ENTRIES>], u16* to, const u8* list, int head,
     const int first = vector_of(k, half) * ENTRIES + lane % 2 * (ENTRIES - EACH);
     u32 found = own_entries<EACH>(indices, first, head);
     if (lane % 2) found &= ~0u << BOTH;
+    // Of most rows that is all, and nothing waits for a branch.
+#pragma unroll
+    for (int n = 0; n < AT_LEAST; ++n) {
+      put(first + (found != 0 ? lowest_of(found) : 0), found != 0);
+      found &= found - 1;
+    }
     while (found != 0) {
-      put(first + lowest_of(found));
+      put(first + lowest_of(found), true);
       found &= found - 1;
     }
   } else {
     const int first = vector_of(k, half) * ENTRIES + lane % 2;
 #pragma unroll
-    for (int n = 0; n < PUTS<ENTRIES>; ++n) at[n] = ENTRIES % 2 == 0 || 2 * n + lane % 2 < ENTRIES ? put(first + 2 * n) : -1;
+    for (int n = 0; n < PUTS<ENTRIES>; ++n) at[n] = ENTRIES % 2 == 0 || 2 * n + lane % 2 < ENTRIES ? put(first + 2 * n, true) : -1;
   }
   warp_barrier();
 }
@@ -183,16 +191,23 @@ device void score_outliers(const Corrections& own, const u32* turns, const u32* 
         found[k] = base + WHOLE <= K_ENTRIES ? own_entries<WHOLE>(indices, first, head) : own_entries<K_ENTRIES % 32>(indices, first, head);
         any |= found[k];
       }
+      const auto take_next = [&](int k) {
+        const int n = (token + k) * K_ENTRIES + base + (found[k] != 0 ? lowest_of(found[k]) : 0);
+        const u32 value = found[k] != 0 ? half_at(own.k_list, n) * 0x10001u : 0;
+        add_met(sums[k], token + k, index_at<INDEX_BYTES>(indices, n) % D, value, own.turned, turns, asked);
+        found[k] &= found[k] - 1;
+        return found[k];
+      };
+#pragma unroll
+      for (int n = 0; n < AT_LEAST; ++n) {
+        any = 0;
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k) any |= take_next(k);
+      }
       while (any != 0) {
         any = 0;
 #pragma unroll
-        for (int k = 0; k < AT_ONCE; ++k) {
-          const int n = (token + k) * K_ENTRIES + base + (found[k] != 0 ? lowest_of(found[k]) : 0);
-          const u32 value = found[k] != 0 ? half_at(own.k_list, n) * 0x10001u : 0;
-          add_met(sums[k], token + k, index_at<INDEX_BYTES>(indices, n) % D, value, own.turned, turns, asked);
-          found[k] &= found[k] - 1;
-          any |= found[k];
-        }
+        for (int k = 0; k < AT_ONCE; ++k) any |= take_next(k);
       }
     }
 #pragma unroll

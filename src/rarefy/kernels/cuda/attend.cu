@@ -200,7 +200,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   const int split = blockIdx.x, stride = a.splits * WARPS;
   const Pair pair = {int(blockIdx.y), int(blockIdx.y) / a.heads, int(blockIdx.y) % a.heads};
   const int head_of_row = JOINED ? pair.head : 0;
-  const int k_lane = keys_of_lane(g, t, a.heads), v_lane = values_of_lane(g, t, a.heads);
+  const int k_lane = keys_of_lane(g, t, pair.head, a.heads), v_lane = values_of_lane(g, t, pair.head, a.heads);
   const u32 own = 4 * lane;  // this lane's copy of tables; of codebooks, its first bank:
   const u32 k_bank = 4 * (K_PARTS * t + g), v_bank = 4 * (V_PARTS * g + t);
   wait_for_earlier_kernels();
@@ -326,7 +326,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
           const auto channel_of = [&](int k, int half) { return 16 * step + 4 * (k / 2) + 2 * half + k % 2; };
           int at[PUTS<K_ENTRIES>];
           if constexpr (K_ENTRIES > 0)
-            scatter<K_ENTRIES, true>(at, corrections.scattered, corrections.k_list, head_of_row, lane, channel_of);
+            scatter<K_ENTRIES, true>(at, corrections.scattered, corrections.k_list, lane, channel_of);
           const int channel = channel_of(2 * t, 0);
           u32 left = query[step][0], right = query[step][1];
           u32 steps[2];
@@ -543,6 +543,8 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       warp_barrier();
       if constexpr (V_RANK > 0) mix_low_rank(out, corrections.v_factors, plain, g, t);
     }
+    OwnOutliers<V_ENTRIES> own_outliers;
+    if constexpr (V_ENTRIES > 0 && JOINED) find_own<V_ENTRIES>(own_outliers, corrections.v_list, head_of_row, lane);
 
     // ---- Sums: of row g of product n, channel 16 g + 2 n; of row g + 8, the next.
 #pragma unroll PARTS_AT_ONCE
@@ -559,8 +561,10 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         u32 even[2][WORDS], odd[2][WORDS], steps[2], entries[4][V_PARTS];
         int at[PUTS<V_ENTRIES>];
         const auto token_at = [&](int k, int half) { return token_of(k, step, half); };
-        if constexpr (V_ENTRIES > 0)
-          scatter<V_ENTRIES, V_AFFINE>(at, corrections.scattered, corrections.v_list, head_of_row, lane, token_at);
+        if constexpr (V_ENTRIES > 0 && JOINED)
+          scatter_own<V_ENTRIES>(own_outliers, corrections.scattered, corrections.v_list, step, lane);
+        else if constexpr (V_ENTRIES > 0)
+          scatter<V_ENTRIES, V_AFFINE>(at, corrections.scattered, corrections.v_list, lane, token_at);
         if constexpr (V_KIND != PRODUCT) {
 #pragma unroll
           for (int n = 0; n < 4; ++n) settle_16<V_BITS>(slot + n * WORDS, g);

@@ -50,62 +50,92 @@ device void clear_scattered(const Corrections& own, int lane) {
 #pragma unroll
   for (int n = lane; n < SCATTERED / 16; n += 32) reinterpret_cast<uint4*>(own.scattered)[n] = {0, 0, 0, 0};
 }
-constexpr int AT_LEAST = 2;  // so many outliers of a row are looked at in any case
-
+// A bit for each of so many entries.
+template <bool FEW> struct BitsOf { typedef u32 Type; };
+template <> struct BitsOf<false> { typedef u64 Type; };
+template <int COUNT> using Bits = typename BitsOf<COUNT <= 32>::Type;
 // Which of COUNT entries from `first` on are of this head's row.
-template <int COUNT> device u32 own_entries(const u8* indices, int first, int head) {
-  static_assert(COUNT <= 32 && COUNT % 2 == 0, "an entry has a bit");
+template <int COUNT> device Bits<COUNT> own_entries(const u8* indices, int first, int head) {
+  static_assert(COUNT <= 64, "an entry has a bit");
   constexpr int BITS = 8 * INDEX_BYTES;
-  u32 found = 0;
+  Bits<COUNT> found = 0;
 #pragma unroll
   for (int n = 0; n < COUNT; n += 2) {
     u32 two;
     if constexpr (INDEX_BYTES == 1) two = half_at(indices, (first + n) / 2);
     else two = reinterpret_cast<const u32*>(indices)[(first + n) / 2];
     two ^= head * D * (1u | 1u << BITS);
-    found |= u32((two & ((1u << BITS) - 1)) < D) << n | u32(two >> BITS < D) << (n + 1);
+    found |= Bits<COUNT>((two & ((1u << BITS) - 1)) < D) << n | Bits<COUNT>(two >> BITS < D) << (n + 1);
   }
   return found;
 }
 
 // Outliers of 16 vectors as the left operand of products: row g of product n is place 16 g + 2 n, row g + 8 the next; vectors
-// are `vector_of(k, half)`, k < 8, of what is added up. Two lanes have a vector, and half of its outliers each. Two
-// neighbouring places have a row of 64 bytes; rows of lanes that read together are in different banks.
+// are `vector_of(k, half)`, k < 8, of what is added up. Two neighbouring places have a row of 64 bytes; rows of lanes that
+// read together are in different banks.
 device int row_of(int two) { return two ^ (two / 8 & 1); }
-template <int ENTRIES> constexpr int PUTS = !JOINED && ENTRIES > 0 ? (ENTRIES + 1) / 2 : 1;
+device int scattered_at(int place, int k, int half) {
+  return row_of(place / 2) * 32 + place % 2 * 2 + k / 2 * 8 + 4 * half + k % 2;
+}
+template <int ENTRIES> constexpr int PUTS = ENTRIES > 0 ? (ENTRIES + 1) / 2 : 1;
 
-// `at`: where this lane has put something, of vectors that are of one head. STEPPED: in so many steps of codes.
+// Of vectors of one head: two lanes have a vector, and half of its outliers each. `at`: where this lane has put something,
+// or -1. STEPPED: in so many steps of codes.
 template <int ENTRIES, bool STEPPED, class VectorOf>
-device void scatter(int (&at)[PUTS<ENTRIES>], u16* to, const u8* list, int head, int lane, VectorOf vector_of) {
-  const int k = lane / 2 % 8, half = lane / 16;
-  const u8* indices = list + TILE * ENTRIES * 2;
-  u16* own = to + k / 2 * 8 + 4 * half + k % 2;
-  const auto put = [&](int entry, bool real) {
-    const int place = index_at<INDEX_BYTES>(indices, entry) % D;
-    const u16 value = half_at(list, entry);
-    const int found = row_of(place / 2) * 32 + place % 2 * 2;
-    if (real) own[found] = STEPPED ? rounded<true>(half_value(value) / STEP_UP) : value;
-    return found;
-  };
-  if constexpr (JOINED) {
-    constexpr int EACH = (ENTRIES + 2) / 4 * 2, BOTH = 2 * EACH - ENTRIES;  // of a lane, of which so many both find
-    const int first = vector_of(k, half) * ENTRIES + lane % 2 * (ENTRIES - EACH);
-    u32 found = own_entries<EACH>(indices, first, head);
-    if (lane % 2) found &= ~0u << BOTH;
-    // Of most rows that is all, and nothing waits for a branch.
+device void scatter(int (&at)[PUTS<ENTRIES>], u16* to, const u8* list, int lane, VectorOf vector_of) {
+  const int k = lane / 2 % 8, half = lane / 16, first = vector_of(k, half) * ENTRIES + lane % 2;
+#pragma unroll
+  for (int n = 0; n < PUTS<ENTRIES>; ++n) {
+    at[n] = -1;
+    if (ENTRIES % 2 && 2 * n + lane % 2 >= ENTRIES) continue;
+    const u16 value = half_at(list, first + 2 * n);
+    at[n] = scattered_at(index_at<INDEX_BYTES>(list + TILE * ENTRIES * 2, first + 2 * n), k, half);
+    to[at[n]] = STEPPED ? rounded<true>(half_value(value) / STEP_UP) : value;
+  }
+  warp_barrier();
+}
+
+// Of rows of all heads: a lane finds those of its own neighbouring tokens of a tile, all at once, since to find one takes
+// long; so many of a token are found in any case, and the rest, which there seldom is, when they are scattered.
+constexpr int LANE_TOKENS = TILE / 32, AT_LEAST = 2, FOUND = LANE_TOKENS * AT_LEAST, NOWHERE = 0xFFFF;
+template <int ENTRIES> struct OwnOutliers {
+  u32 found[FOUND];  // a value above its place among what is scattered
+  Bits<ENTRIES> left[LANE_TOKENS];
+  bool more;  // of some lane
+};
+template <int ENTRIES> device u32 placed(const u8* list, int token, int entry) {
+  const int n = token * ENTRIES + entry, place = index_at<INDEX_BYTES>(list + TILE * ENTRIES * 2, n) % D;
+  return scattered_at(place, token % 8, token / 8 % 2) | half_at(list, n) << 16;
+}
+template <int ENTRIES> device void find_own(OwnOutliers<ENTRIES>& own, const u8* list, int head, int lane) {
+  own.more = false;
+#pragma unroll
+  for (int k = 0; k < LANE_TOKENS; ++k) {
+    const int token = LANE_TOKENS * lane + k;
+    Bits<ENTRIES>& left = own.left[k];
+    left = own_entries<ENTRIES>(list + TILE * ENTRIES * 2, token * ENTRIES, head);
 #pragma unroll
     for (int n = 0; n < AT_LEAST; ++n) {
-      put(first + (found != 0 ? lowest_of(found) : 0), found != 0);
-      found &= found - 1;
+      const u32 one = placed<ENTRIES>(list, token, left != 0 ? lowest_of(left) : 0);
+      own.found[k * AT_LEAST + n] = left != 0 ? one : NOWHERE;
+      left &= left - 1;
     }
-    while (found != 0) {
-      put(first + lowest_of(found), true);
-      found &= found - 1;
-    }
-  } else {
-    const int first = vector_of(k, half) * ENTRIES + lane % 2;
+    own.more |= left != 0;
+  }
+  own.more = votes(own.more);
+}
+template <int ENTRIES> device void scatter_own(const OwnOutliers<ENTRIES>& own, u16* to, const u8* list, int step, int lane) {
+  if (LANE_TOKENS * lane / 16 == step) {
 #pragma unroll
-    for (int n = 0; n < PUTS<ENTRIES>; ++n) at[n] = ENTRIES % 2 == 0 || 2 * n + lane % 2 < ENTRIES ? put(first + 2 * n, true) : -1;
+    for (int n = 0; n < FOUND; ++n)
+      if (own.found[n] != NOWHERE) to[u16(own.found[n])] = u16(own.found[n] >> 16);
+    if (own.more)
+#pragma unroll
+      for (int k = 0; k < LANE_TOKENS; ++k)
+        for (Bits<ENTRIES> left = own.left[k]; left != 0; left &= left - 1) {
+          const u32 one = placed<ENTRIES>(list, LANE_TOKENS * lane + k, lowest_of(left));
+          to[u16(one)] = u16(one >> 16);
+        }
   }
   warp_barrier();
 }
@@ -124,10 +154,9 @@ device void add_scattered(float (&sums)[PRODUCTS][4], const int (&at)[COUNT], co
   if constexpr (JOINED) {
     clear_scattered(own, lane);
   } else {
-    u16* mine = own.scattered + lane / 4 % 4 * 8 + lane / 16 * 4 + lane / 2 % 2;
 #pragma unroll
     for (int n = 0; n < COUNT; ++n)
-      if (at[n] >= 0) mine[at[n]] = 0;
+      if (at[n] >= 0) own.scattered[at[n]] = 0;
   }
   warp_barrier();
 }
@@ -177,38 +206,31 @@ device void add_met(u32 (&sums)[PAIRS], int token, int channel, u32 value, const
 }
 // What outliers of keys by token add to scores. A lane has those of neighbouring tokens, two at once.
 device void score_outliers(const Corrections& own, const u32* turns, const u32* asked, int head, int lane) {
-  constexpr int TOKENS = TILE / 32, AT_ONCE = TOKENS < 2 ? 1 : 2, WHOLE = K_ENTRIES < 32 ? K_ENTRIES : 32;
+  constexpr int AT_ONCE = LANE_TOKENS < 2 ? 1 : 2;
   const u8* indices = own.k_list + TILE * K_ENTRIES * 2;
 #pragma unroll 1
-  for (int token = TOKENS * lane; token < TOKENS * (lane + 1); token += AT_ONCE) {
+  for (int token = LANE_TOKENS * lane; token < LANE_TOKENS * (lane + 1); token += AT_ONCE) {
     u32 sums[AT_ONCE][PAIRS] = {};
+    Bits<K_ENTRIES> left[AT_ONCE], any = 0;
 #pragma unroll
-    for (int base = 0; base < K_ENTRIES; base += 32) {
-      u32 found[AT_ONCE], any = 0;
+    for (int k = 0; k < AT_ONCE; ++k) left[k] = own_entries<K_ENTRIES>(indices, (token + k) * K_ENTRIES, head);
+    const auto take_next = [&](int k) {
+      const int n = (token + k) * K_ENTRIES + (left[k] != 0 ? lowest_of(left[k]) : 0);
+      const u32 value = left[k] != 0 ? half_at(own.k_list, n) * 0x10001u : 0;
+      add_met(sums[k], token + k, index_at<INDEX_BYTES>(indices, n) % D, value, own.turned, turns, asked);
+      left[k] &= left[k] - 1;
+      return left[k];
+    };
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k) {
-        const int first = (token + k) * K_ENTRIES + base;
-        found[k] = base + WHOLE <= K_ENTRIES ? own_entries<WHOLE>(indices, first, head) : own_entries<K_ENTRIES % 32>(indices, first, head);
-        any |= found[k];
-      }
-      const auto take_next = [&](int k) {
-        const int n = (token + k) * K_ENTRIES + base + (found[k] != 0 ? lowest_of(found[k]) : 0);
-        const u32 value = found[k] != 0 ? half_at(own.k_list, n) * 0x10001u : 0;
-        add_met(sums[k], token + k, index_at<INDEX_BYTES>(indices, n) % D, value, own.turned, turns, asked);
-        found[k] &= found[k] - 1;
-        return found[k];
-      };
+    for (int n = 0; n < AT_LEAST; ++n) {
+      any = 0;
 #pragma unroll
-      for (int n = 0; n < AT_LEAST; ++n) {
-        any = 0;
+      for (int k = 0; k < AT_ONCE; ++k) any |= take_next(k);
+    }
+    while (any != 0) {
+      any = 0;
 #pragma unroll
-        for (int k = 0; k < AT_ONCE; ++k) any |= take_next(k);
-      }
-      while (any != 0) {
-        any = 0;
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; ++k) any |= take_next(k);
-      }
+      for (int k = 0; k < AT_ONCE; ++k) any |= take_next(k);
     }
 #pragma unroll
     for (int k = 0; k < AT_ONCE; ++k)

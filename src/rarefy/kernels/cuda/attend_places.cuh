@@ -24,6 +24,8 @@ struct Places {
 constexpr int K_ROW = K_KIND == CHANNEL ? TILE * K_BITS / 8 : K_KIND == PRODUCT ? 64 : D * K_BITS / 8;  // bytes of a channel or token
 constexpr int V_ROW = V_KIND == PRODUCT ? 64 : D * V_BITS / 8;
 
+// Addresses for a sequence, and a head that has rows of its own; nothing is done to what is read where that can be spared,
+// so that nothing waits for it.
 device Places places_of(const i64* places, int count, int number, const Pair& pair, int heads) {
   const i64* at = places + number;
   constexpr i64 K_BYTES = K_KIND == CHANNEL ? D * K_BITS / 8 : K_ROW;  // of a token
@@ -33,7 +35,6 @@ device Places places_of(const i64* places, int count, int number, const Pair& pa
   if constexpr (V_ENTRIES > 0) p.v_out = from(V_OUT), p.v_out_at = from(V_OUT_AT);
   if constexpr (K_RANK > 0) p.k_left = from(K_LEFT), p.k_right = from(K_RIGHT);
   if constexpr (V_RANK > 0) p.v_left = from(V_LEFT), p.v_right = from(V_RIGHT);
-  if constexpr (JOINED) p.k_codes += pair.head * K_BYTES, p.v_codes += pair.head * V_ROW;
   const i64 rows = JOINED ? pair.batch : pair.number;
   if (JOINED && rows == 0) return p;
   const i64 k_tokens = rows * at[i64(K_TOKENS) * count], v_tokens = rows * at[i64(V_TOKENS) * count];
@@ -66,13 +67,15 @@ device int token_of(int g, int n, int half) { return K_KIND == CHANNEL ? 16 * g 
 // Bytes from one token of a tile to the next, or from one of its channels.
 device int stride_of_keys(int heads) { return JOINED ? heads * K_ROW : K_ROW; }
 device int stride_of_values(int heads) { return JOINED ? heads * V_ROW : V_ROW; }
-// How far from a tile's codes those of a lane begin.
-device int keys_of_lane(int g, int t, int heads) {
+// How far from a tile's codes those of a lane begin; in a row of all heads, those of one.
+device int keys_of_lane(int g, int t, int head, int heads) {
   if constexpr (K_KIND == CHANNEL) return 4 * t * K_ROW + bytes_of_16(K_BITS, g);
-  else return token_of(g, 0, 0) * stride_of_keys(heads) + (TURNED ? bytes_of_16(K_BITS, t) : t * (K_ROW / 4));
+  const int of_head = JOINED ? head * K_ROW : 0;
+  return of_head + token_of(g, 0, 0) * stride_of_keys(heads) + (TURNED ? bytes_of_16(K_BITS, t) : t * (K_ROW / 4));
 }
-device int values_of_lane(int g, int t, int heads) {
-  return token_of(2 * t, 0, 0) * stride_of_values(heads) + bytes_of_16(V_KIND == PRODUCT ? 4 : V_BITS, g);
+device int values_of_lane(int g, int t, int head, int heads) {
+  const int of_head = JOINED ? head * V_ROW : 0;
+  return of_head + token_of(2 * t, 0, 0) * stride_of_values(heads) + bytes_of_16(V_KIND == PRODUCT ? 4 : V_BITS, g);
 }
 // Part `step` of a tile's keys: 16 channels of all tokens, or all channels of 16 tokens; `codes` of this lane.
 device void fetch_keys(u32 (&slot)[MOST_WORDS], const u8* codes, int step, int heads) {

@@ -77,6 +77,7 @@ device void load_token(Token& it, const Arguments& a, const u32* turns, const fl
   const int inside = (token - first) % 32;
   if (it.k_coded || it.v_coded) p = places_of(a.pieces, a.count_of_pieces, (token - first) / 32, pair, a.heads);
   const int heads = JOINED ? a.heads : 1, of_head = pair.head * D + channel;
+  if constexpr (JOINED) p.k_codes += pair.head * K_ROW, p.v_codes += pair.head * V_ROW;
   if (it.k_coded) {
     coded_numbers<K_KIND, K_BITS, K_GROUP, K_SCALE, K_OFFSET, K_PARTS>(it.key, p.k_codes, p.k_steps, p.k_zeros, table_of<K_KIND>(a.k_table, pair.head), inside, channel, heads);
     if constexpr (K_SPREAD)

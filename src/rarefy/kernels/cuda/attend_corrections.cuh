@@ -31,16 +31,18 @@ device Corrections corrections_at(u8* base) {
           reinterpret_cast<u16*>(base + K_FACTORS), base + V_LIST, reinterpret_cast<u16*>(base + V_FACTORS)};
 }
 device void copy_k_corrections(const Corrections& to, const Places& p, int lane) {
-  copy_span(to.k_list, p.k_out, TILE * K_ENTRIES * 2, lane);
-  copy_span(to.k_list + TILE * K_ENTRIES * 2, p.k_out_at, TILE * K_ENTRIES * INDEX_BYTES, lane);
-  copy_span(reinterpret_cast<u8*>(to.k_factors), p.k_left, TILE * K_RANK * 2, lane);
-  copy_span(reinterpret_cast<u8*>(to.k_factors + TILE * K_RANK), p.k_right, D * K_RANK * 2, lane);
+  constexpr int VALUES = TILE * K_ENTRIES * 2;
+  copy_span<VALUES>(to.k_list, p.k_out, lane);
+  copy_span<TILE * K_ENTRIES * INDEX_BYTES>(to.k_list + VALUES, p.k_out_at, lane);
+  copy_span<TILE * K_RANK * 2>(reinterpret_cast<u8*>(to.k_factors), p.k_left, lane);
+  copy_span<D * K_RANK * 2>(reinterpret_cast<u8*>(to.k_factors + TILE * K_RANK), p.k_right, lane);
 }
 device void copy_v_corrections(const Corrections& to, const Places& p, int lane) {
-  copy_span(to.v_list, p.v_out, TILE * V_ENTRIES * 2, lane);
-  copy_span(to.v_list + TILE * V_ENTRIES * 2, p.v_out_at, TILE * V_ENTRIES * INDEX_BYTES, lane);
-  copy_span(reinterpret_cast<u8*>(to.v_factors), p.v_left, TILE * V_RANK * 2, lane);
-  copy_span(reinterpret_cast<u8*>(to.v_factors + TILE * V_RANK), p.v_right, D * V_RANK * 2, lane);
+  constexpr int VALUES = TILE * V_ENTRIES * 2;
+  copy_span<VALUES>(to.v_list, p.v_out, lane);
+  copy_span<TILE * V_ENTRIES * INDEX_BYTES>(to.v_list + VALUES, p.v_out_at, lane);
+  copy_span<TILE * V_RANK * 2>(reinterpret_cast<u8*>(to.v_factors), p.v_left, lane);
+  copy_span<D * V_RANK * 2>(reinterpret_cast<u8*>(to.v_factors + TILE * V_RANK), p.v_right, lane);
 }
 template <int BYTES> device int index_at(const u8* indices, int n) {
   return BYTES == 1 ? indices[n] : int(reinterpret_cast<const u16*>(indices)[n]);

@@ -49,15 +49,19 @@ device Places places_of(const i64* places, int count, int number, const Pair& pa
   return p;
 }
 
-device void copy_span(u8* to, const u8* from, int bytes, int lane) {
-  for (int n = 16 * lane; n < bytes; n += 512) copy_async(to + n, from + n, true);
+template <int BYTES> device void copy_span(u8* to, const u8* from, int lane) {
+#pragma unroll
+  for (int first = 0; first < BYTES; first += 512) {
+    const int n = first + 16 * lane;
+    if (first + 512 <= BYTES || n < BYTES) copy_async(to + n, from + n, true);
+  }
 }
 device void copy_scales(u8* buffer, u8* to_start, const Places& p, const float* start, int lane) {
-  copy_span(buffer, p.k_steps, K_SPAN, lane);
-  copy_span(buffer + K_SPAN, p.k_zeros, K_ZERO_SPAN, lane);
-  copy_span(buffer + K_SPAN + K_ZERO_SPAN, p.v_steps, V_SPAN, lane);
-  copy_span(buffer + K_SPAN + K_ZERO_SPAN + V_SPAN, p.v_zeros, V_ZERO_SPAN, lane);
-  copy_span(to_start, reinterpret_cast<const u8*>(start), START_SPAN, lane);
+  copy_span<K_SPAN>(buffer, p.k_steps, lane);
+  copy_span<K_ZERO_SPAN>(buffer + K_SPAN, p.k_zeros, lane);
+  copy_span<V_SPAN>(buffer + K_SPAN + K_ZERO_SPAN, p.v_steps, lane);
+  copy_span<V_ZERO_SPAN>(buffer + K_SPAN + K_ZERO_SPAN + V_SPAN, p.v_zeros, lane);
+  copy_span<START_SPAN>(to_start, reinterpret_cast<const u8*>(start), lane);
 }
 
 // The token of row g (`half` 0) or g + 8 of product n of a tile. By channel a lane has neighbours; else neighbouring lanes

@@ -358,7 +358,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
             }
             multiply(scores[n], keys, left, right);
           }
-          if constexpr (K_ENTRIES > 0) add_scattered(scores, at, corrections, left, right, lane);
+          if constexpr (K_ENTRIES > 0) add_scattered(scores, corrections, left, right, lane, [&] { take_back(at, corrections); });
         } else if constexpr (TURNED) {
           constexpr int WORDS = words_of(K_BITS, 16);
 #pragma unroll
@@ -617,7 +617,11 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
           }
           multiply(out[n], values, own_weights.x, own_weights.y);
         }
-        if constexpr (V_ENTRIES > 0) add_scattered(out, at, corrections, own_weights.z, own_weights.w, lane);
+        if constexpr (V_ENTRIES > 0)
+          add_scattered(out, corrections, own_weights.z, own_weights.w, lane, [&] {
+            if constexpr (JOINED) take_back<V_ENTRIES>(own_outliers, corrections, step, lane);
+            else take_back(at, corrections);
+          });
         if (base + DEPTH < ROWS) fetch_values(slot, here.v_codes + v_lane, step + DEPTH, a.heads);
         else if (more) fetch_keys(slot, next.k_codes + k_lane, ahead, a.heads);
       }

@@ -141,8 +141,24 @@ template <int ENTRIES> device void scatter_own(const OwnOutliers<ENTRIES>& own, 
   }
   warp_barrier();
 }
-template <int PRODUCTS, int COUNT>
-device void add_scattered(float (&sums)[PRODUCTS][4], const int (&at)[COUNT], const Corrections& own, u32 first, u32 second, int lane) {
+// What was put there goes again.
+template <int ENTRIES> device void take_back(const OwnOutliers<ENTRIES>& own, const Corrections& to, int step, int lane) {
+  if (own.more) {
+    clear_scattered(to, lane);
+  } else if (LANE_TOKENS * lane / 16 == step) {
+#pragma unroll
+    for (int n = 0; n < FOUND; ++n)
+      if (own.found[n] != NOWHERE) to.scattered[u16(own.found[n])] = 0;
+  }
+}
+template <int COUNT> device void take_back(const int (&at)[COUNT], const Corrections& to) {
+#pragma unroll
+  for (int n = 0; n < COUNT; ++n)
+    if (at[n] >= 0) to.scattered[at[n]] = 0;
+}
+// `clear()` takes away what was scattered.
+template <int PRODUCTS, class Clear>
+device void add_scattered(float (&sums)[PRODUCTS][4], const Corrections& own, u32 first, u32 second, int lane, Clear clear) {
   const int g = lane / 4, t = lane % 4;
   const uint4* even = reinterpret_cast<const uint4*>(own.scattered) + row_of(8 * g) * 4 + t;
   const uint4* odd = reinterpret_cast<const uint4*>(own.scattered) + row_of(8 * g + 1) * 4 + t;
@@ -153,13 +169,7 @@ device void add_scattered(float (&sums)[PRODUCTS][4], const int (&at)[COUNT], co
     multiply(sums[n], words, first, second);
   }
   warp_barrier();
-  if constexpr (JOINED) {
-    clear_scattered(own, lane);
-  } else {
-#pragma unroll
-    for (int n = 0; n < COUNT; ++n)
-      if (at[n] >= 0) own.scattered[at[n]] = 0;
-  }
+  clear();
   warp_barrier();
 }
 

@@ -86,7 +86,7 @@ constexpr int MIDDLE = 3;                                    // the shift whose 
 constexpr float HADAMARD = 0.08838834764831845f;             // makes the matrix its own inverse
 
 constexpr int TABLE_ROW = 256;  // bytes for what two codes stand for: of keys for each lane, then of values
-constexpr int TURN_ROW = 68;    // words for the angles of a place, so that lanes read different banks
+constexpr int TURN_ROW = 72;    // words for the angles of a place, so that lanes read different banks
 constexpr int PAIRS = (GROUP_HEADS + 1) / 2;  // of heads, whose numbers share a word
 
 // ---- Shared memory: tables, then scales of each warp, two tiles of them; sums of warps come in the place of all.
@@ -364,9 +364,13 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
 #pragma unroll
           for (int n = 0; n < 4; ++n) settle_16<K_BITS>(slot + n * WORDS, t), stream_16<K_BITS>(slot + n * WORDS);
           const u32* angles = turns + turn_at(token_of(g, step, 0), 8 * t);
+          uint4 angle[2];  // of two pairs of channels, for both tokens
 #pragma unroll
           for (int n = 0; n < STEPS; ++n) {
             u32 keys[4];
+            if (n % 2 == 0)
+#pragma unroll
+              for (int row = 0; row < 2; ++row) angle[row] = *reinterpret_cast<const uint4*>(angles + 8 * row * TURN_ROW + 2 * n);
             uint4 spread = {};
             if constexpr (K_SPREAD) spread = SPREAD_NEAR ? spreads[n] : spread_of_lane[4 * n];
 #pragma unroll
@@ -376,8 +380,10 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
               if constexpr (K_SPREAD) keys[part] = fused(keys[part], part < 2 ? spread.x : spread.z, part < 2 ? spread.y : spread.w);
             }
 #pragma unroll
-            for (int row = 0; row < 2; ++row)
-              turn(keys[row], keys[row + 2], *reinterpret_cast<const uint2*>(angles + 8 * row * TURN_ROW + 2 * n));
+            for (int row = 0; row < 2; ++row) {
+              if (n % 2 == 0) turn(keys[row], keys[row + 2], angle[row].x, angle[row].y);
+              else turn(keys[row], keys[row + 2], angle[row].z, angle[row].w);
+            }
             multiply(n % 2 ? second : sums, keys, query[n][0], query[n][1]);
           }
         } else {

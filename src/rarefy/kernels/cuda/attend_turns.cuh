@@ -4,7 +4,7 @@
 // the query that is turned back by the tile's first position.
 
 // A place has a word with the cosines of two channels, then one with their sines, with a gap before the second half.
-device int turn_at(int place, int two) { return place * TURN_ROW + 2 * two + (two >= 16 ? 2 : 0); }
+device int turn_at(int place, int two) { return place * TURN_ROW + 2 * two + (two >= 16 ? 4 : 0); }
 // A first position has cosines of two channels, then their sines, in the order in which lanes read them side by side.
 device int start_at(int two) { return 4 * (two % 8 * 4 + two / 8); }
 
@@ -65,10 +65,10 @@ device void turn_query(u32 (&to)[STEPS][2], u32* for_outliers, const u8* lined, 
       }
 }
 // Two channels of a key and their partners, turned by an angle.
-device void turn(u32& low, u32& high, const uint2& angle) {
+device void turn(u32& low, u32& high, u32 cosines, u32 sines) {
   const u32 x = low, y = high;
-  low = fused(x, angle.x, negated(fused(y, angle.y, 0)));
-  high = fused(y, angle.x, fused(x, angle.y, 0));
+  low = fused(x, cosines, negated(fused(y, sines, 0)));
+  high = fused(y, cosines, fused(x, sines, 0));
 }
 
 // Cosine and sine of a channel at a place of a tile.

@@ -422,8 +422,12 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       }
     }
 
+    // Both take long to be found, and do not wait for each other.
+    if constexpr (JOINED && V_ENTRIES > 0) wait_for_copies<0>();
+    if constexpr (JOINED || TURNED) warp_barrier();
+    OwnOutliers<V_ENTRIES> own_outliers;
+    if constexpr (V_ENTRIES > 0 && JOINED) find_own<V_ENTRIES>(own_outliers, corrections.v_list, head_of_row, lane);
     if constexpr (K_ONE_BY_ONE) {
-      if constexpr (TURNED) warp_barrier();
       score_outliers(corrections, turns, reinterpret_cast<const u32*>(pool + LINED), head_of_row, lane);
     }
     if constexpr (K_CORRECTED || ROLLED) warp_barrier();
@@ -549,8 +553,6 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       warp_barrier();
       if constexpr (V_RANK > 0) mix_low_rank(out, corrections.v_factors, plain, g, t);
     }
-    OwnOutliers<V_ENTRIES> own_outliers;
-    if constexpr (V_ENTRIES > 0 && JOINED) find_own<V_ENTRIES>(own_outliers, corrections.v_list, head_of_row, lane);
 
     // ---- Sums: of row g of product n, channel 16 g + 2 n; of row g + 8, the next.
 #pragma unroll PARTS_AT_ONCE

@@ -65,14 +65,17 @@ class Singles:
     * shift + offset``, modulo 2^64."""
 
     total: Tensor
-    weight: int = 0
-    offset: int = 0
+    weight: int
+    offset: int
 
-    def then(self, positions: Tensor, place: int) -> Singles:
-        """With token ``place`` of each row at ``positions [B or 1, 1]``."""
+    @classmethod
+    def after(cls, before: Singles | None, positions: Tensor, place: int) -> Singles:
+        """Those ``before``, then token ``place`` of each row at ``positions [B or 1, 1]``."""
         weight = ((place + 1) * 0x9E3779B97F4A7C15 >> 16) % 2**31 | 1  # which no sum of a few others is by chance
-        total = torch.add(self.total, positions.view(-1), alpha=weight)
-        return Singles(total, self.weight + weight, _wrapped(self.offset + weight * place))
+        if before is None:
+            return cls(positions.view(-1) * weight, weight, _wrapped(weight * place))
+        total = torch.add(before.total, positions.view(-1), alpha=weight)
+        return cls(total, before.weight + weight, _wrapped(before.offset + weight * place))
 
     def gaps(self, shift: Tensor) -> Tensor:
         """Whether one was not there, bool ``[]``."""
@@ -203,8 +206,7 @@ class LayerStore:
         if valid is None and self.all_started:
             if arrival.positions is not None and self.gaps is not None and self.shift is not None:
                 if key.shape[2] == 1:
-                    before = Singles(torch.zeros_like(self.shift)) if self.singles is None else self.singles
-                    self.singles = before.then(arrival.positions, self.length)
+                    self.singles = Singles.after(self.singles, arrival.positions, self.length)
                 else:
                     differ = arrival.positions != self.positions(self.length, self.length + key.shape[2])
                     self.gaps = self.gaps | differ.any()

@@ -123,6 +123,11 @@ template <int TYPE> device float number_at(const void* base, i64 index) {
   else return number_of<TYPE>(static_cast<const u16*>(base)[index]);
 }
 
+device void two_shared(float (&x)[2], const float* from) {
+  const uint2 both = *reinterpret_cast<const uint2*>(from);
+  x[0] = as_float(both.x), x[1] = as_float(both.y);
+}
+
 #include "attend_codes.cuh"
 
 #include "attend_places.cuh"

@@ -97,29 +97,35 @@ device void scatter(int (&at)[PUTS<ENTRIES>], u16* to, const u8* list, int lane,
   warp_barrier();
 }
 
-// Of rows of all heads: a lane finds those of its own neighbouring tokens of a tile, all at once, since to find one takes
-// long; so many of a token are found in any case, and the rest, which there seldom is, when they are scattered.
-constexpr int LANE_TOKENS = TILE / 32, AT_LEAST = 2, FOUND = LANE_TOKENS * AT_LEAST, NOWHERE = 0xFFFF;
+// Of rows of all heads: a lane finds those of its own neighbouring tokens of a tile, as many of them at once as a word has
+// bits, since to find one takes long.
+constexpr int LANE_TOKENS = TILE / 32;
+template <int ENTRIES> constexpr int TOGETHER = LANE_TOKENS > 1 && LANE_TOKENS * ENTRIES <= 64 ? LANE_TOKENS : 1;
+// So many are looked at in any case, which of random ones are seldom more; then the rest, if some lane has more.
+template <int ENTRIES> constexpr int USUAL = 2 + 2 * TOGETHER<ENTRIES>;
+constexpr int NOWHERE = 0xFFFF;
 template <int ENTRIES> struct OwnOutliers {
-  u32 found[FOUND];  // a value above its place among what is scattered
-  Bits<ENTRIES> left[LANE_TOKENS];
+  u32 found[LANE_TOKENS / TOGETHER<ENTRIES>][USUAL<ENTRIES>];  // a value above its place among what is scattered
+  Bits<TOGETHER<ENTRIES> * ENTRIES> left[LANE_TOKENS / TOGETHER<ENTRIES>];
   bool more;  // of some lane
 };
-template <int ENTRIES> device u32 placed(const u8* list, int token, int entry) {
-  const int n = token * ENTRIES + entry, place = index_at<INDEX_BYTES>(list + TILE * ENTRIES * 2, n) % D;
-  return scattered_at(place, token % 8, token / 8 % 2) | half_at(list, n) << 16;
+// Entry `n` of a lane's tokens.
+template <int ENTRIES> device u32 placed(const u8* list, int lane, int n) {
+  const int token = LANE_TOKENS * lane + n / ENTRIES, entry = LANE_TOKENS * lane * ENTRIES + n;
+  const int place = index_at<INDEX_BYTES>(list + TILE * ENTRIES * 2, entry) % D;
+  return scattered_at(place, token % 8, token / 8 % 2) | half_at(list, entry) << 16;
 }
 template <int ENTRIES> device void find_own(OwnOutliers<ENTRIES>& own, const u8* list, int head, int lane) {
+  constexpr int COUNT = TOGETHER<ENTRIES> * ENTRIES;
   own.more = false;
 #pragma unroll
-  for (int k = 0; k < LANE_TOKENS; ++k) {
-    const int token = LANE_TOKENS * lane + k;
-    Bits<ENTRIES>& left = own.left[k];
-    left = own_entries<ENTRIES>(list + TILE * ENTRIES * 2, token * ENTRIES, head);
+  for (int k = 0; k < LANE_TOKENS / TOGETHER<ENTRIES>; ++k) {
+    auto& left = own.left[k];
+    left = own_entries<COUNT>(list + TILE * ENTRIES * 2, LANE_TOKENS * lane * ENTRIES + k * COUNT, head);
 #pragma unroll
-    for (int n = 0; n < AT_LEAST; ++n) {
-      const u32 one = placed<ENTRIES>(list, token, left != 0 ? lowest_of(left) : 0);
-      own.found[k * AT_LEAST + n] = left != 0 ? one : NOWHERE;
+    for (int n = 0; n < USUAL<ENTRIES>; ++n) {
+      const u32 one = placed<ENTRIES>(list, lane, k * COUNT + (left != 0 ? lowest_of(left) : 0));
+      own.found[k][n] = left != 0 ? one : NOWHERE;
       left &= left - 1;
     }
     own.more |= left != 0;
@@ -129,13 +135,15 @@ template <int ENTRIES> device void find_own(OwnOutliers<ENTRIES>& own, const u8*
 template <int ENTRIES> device void scatter_own(const OwnOutliers<ENTRIES>& own, u16* to, const u8* list, int step, int lane) {
   if (LANE_TOKENS * lane / 16 == step) {
 #pragma unroll
-    for (int n = 0; n < FOUND; ++n)
-      if (own.found[n] != NOWHERE) to[u16(own.found[n])] = u16(own.found[n] >> 16);
+    for (int k = 0; k < LANE_TOKENS / TOGETHER<ENTRIES>; ++k)
+#pragma unroll
+      for (int n = 0; n < USUAL<ENTRIES>; ++n)
+        if (own.found[k][n] != NOWHERE) to[u16(own.found[k][n])] = u16(own.found[k][n] >> 16);
     if (own.more)
 #pragma unroll
-      for (int k = 0; k < LANE_TOKENS; ++k)
-        for (Bits<ENTRIES> left = own.left[k]; left != 0; left &= left - 1) {
-          const u32 one = placed<ENTRIES>(list, LANE_TOKENS * lane + k, lowest_of(left));
+      for (int k = 0; k < LANE_TOKENS / TOGETHER<ENTRIES>; ++k)
+        for (auto left = own.left[k]; left != 0; left &= left - 1) {
+          const u32 one = placed<ENTRIES>(list, lane, k * TOGETHER<ENTRIES> * ENTRIES + lowest_of(left));
           to[u16(one)] = u16(one >> 16);
         }
   }
@@ -147,8 +155,10 @@ template <int ENTRIES> device void take_back(const OwnOutliers<ENTRIES>& own, co
     clear_scattered(to, lane);
   } else if (LANE_TOKENS * lane / 16 == step) {
 #pragma unroll
-    for (int n = 0; n < FOUND; ++n)
-      if (own.found[n] != NOWHERE) to.scattered[u16(own.found[n])] = 0;
+    for (int k = 0; k < LANE_TOKENS / TOGETHER<ENTRIES>; ++k)
+#pragma unroll
+      for (int n = 0; n < USUAL<ENTRIES>; ++n)
+        if (own.found[k][n] != NOWHERE) to.scattered[u16(own.found[k][n])] = 0;
   }
 }
 template <int COUNT> device void take_back(const int (&at)[COUNT], const Corrections& to) {
@@ -196,56 +206,55 @@ device void pair_up(u32* to, const float* asked) {
     to[n] = half_pair(asked[head * D + channel], head + 1 < GROUP_HEADS ? asked[(head + 1) * D + channel] : 0.0f);
   }
 }
-// What an outlier of keys adds to the scores of its token, of two heads in a word. `asked`: see `pair_up`.
-device void add_met(u32 (&sums)[PAIRS], int token, int channel, u32 value, const u32* turned, const u32* turns, const u32* asked) {
+// What an outlier of keys meets, times its value, is added to the sums of its token, of two heads in a word; `token` is
+// number `own` of those that have sums. `asked`: see `pair_up`.
+template <int COUNT>
+device void add_met(u32 (&sums)[COUNT][PAIRS], int own, int token, int channel, u32 value, const u32* turned, const u32* turns, const u32* asked) {
+  u32 met[TURNED ? 2 * PAIRS : PAIRS], along = value, across = 0;
   if constexpr (TURNED) {
     const int first_of_two = channel % (D / 2), odd = channel % 2;
     const uint2 angle = *reinterpret_cast<const uint2*>(turns + turn_at(token, first_of_two / 2));
     // Cosine and sine as the first of two that turn together goes with both, or the second.
     u32 both = permuted(angle.x, angle.y, (channel < D / 2 ? 0x5410u : 0x1054u) + 0x2222u * odd);
     both = fused(both ^ (channel < D / 2 ? 0u : 0x8000u), value, 0);
-    const u32 along = permuted(both, both, 0x1010), across = permuted(both, both, 0x3232);
-    u32 met[2 * PAIRS];
+    along = permuted(both, both, 0x1010), across = permuted(both, both, 0x3232);
     load_words(met, turned + met_at(first_of_two));
-#pragma unroll
-    for (int two = 0; two < PAIRS; ++two) sums[two] = fused(met[two], along, fused(met[PAIRS + two], across, sums[two]));
   } else {
-    u32 met[PAIRS];
     load_words(met, asked + channel * PAIRS);
+  }
 #pragma unroll
-    for (int two = 0; two < PAIRS; ++two) sums[two] = fused(met[two], value, sums[two]);
+  for (int k = 0; k < COUNT; ++k) {
+    const u32 straight = own == k ? along : 0, crossed = own == k ? across : 0;
+#pragma unroll
+    for (int two = 0; two < PAIRS; ++two) {
+      if constexpr (TURNED) sums[k][two] = fused(met[PAIRS + two], crossed, sums[k][two]);
+      sums[k][two] = fused(met[two], straight, sums[k][two]);
+    }
   }
 }
-// What outliers of keys by token add to scores. A lane has those of neighbouring tokens, two at once.
+// What outliers of keys by token add to scores.
 device void score_outliers(const Corrections& own, const u32* turns, const u32* asked, int head, int lane) {
-  constexpr int AT_ONCE = LANE_TOKENS < 2 ? 1 : 2;
-  const u8* indices = own.k_list + TILE * K_ENTRIES * 2;
+  constexpr int TOKENS = TOGETHER<K_ENTRIES>, AT_ONCE = 2;
 #pragma unroll 1
-  for (int token = LANE_TOKENS * lane; token < LANE_TOKENS * (lane + 1); token += AT_ONCE) {
-    u32 sums[AT_ONCE][PAIRS] = {};
-    Bits<K_ENTRIES> left[AT_ONCE], any = 0;
+  for (int token = LANE_TOKENS * lane; token < LANE_TOKENS * (lane + 1); token += TOKENS) {
+    const u8* indices = own.k_list + TILE * K_ENTRIES * 2;
+    u32 sums[TOKENS][PAIRS] = {};
+    Bits<TOKENS * K_ENTRIES> left = own_entries<TOKENS * K_ENTRIES>(indices, token * K_ENTRIES, head);
+    const auto take_next = [&] {
 #pragma unroll
-    for (int k = 0; k < AT_ONCE; ++k) left[k] = own_entries<K_ENTRIES>(indices, (token + k) * K_ENTRIES, head);
-    const auto take_next = [&](int k) {
-      const int n = (token + k) * K_ENTRIES + (left[k] != 0 ? lowest_of(left[k]) : 0);
-      const u32 value = left[k] != 0 ? half_at(own.k_list, n) * 0x10001u : 0;
-      add_met(sums[k], token + k, index_at<INDEX_BYTES>(indices, n) % D, value, own.turned, turns, asked);
-      left[k] &= left[k] - 1;
-      return left[k];
+      for (int k = 0; k < AT_ONCE; ++k) {
+        const int n = left != 0 ? lowest_of(left) : 0, entry = token * K_ENTRIES + n;
+        const u32 value = left != 0 ? half_at(own.k_list, entry) * 0x10001u : 0;
+        const int channel = index_at<INDEX_BYTES>(indices, entry) % D;
+        add_met(sums, n / K_ENTRIES, token + n / K_ENTRIES, channel, value, own.turned, turns, asked);
+        left &= left - 1;
+      }
     };
 #pragma unroll
-    for (int n = 0; n < AT_LEAST; ++n) {
-      any = 0;
+    for (int n = 0; n < USUAL<K_ENTRIES> - 2; n += AT_ONCE) take_next();
+    while (left != 0) take_next();
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k) any |= take_next(k);
-    }
-    while (any != 0) {
-      any = 0;
-#pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k) any |= take_next(k);
-    }
-#pragma unroll
-    for (int k = 0; k < AT_ONCE; ++k)
+    for (int k = 0; k < TOKENS; ++k)
 #pragma unroll
       for (int two = 0; two < PAIRS; ++two) own.beside[(token + k) * PAIRS + two] = sums[k][two];
   }

@@ -76,10 +76,6 @@ constexpr int K_GROUPS = TILE / K_GROUP, V_GROUPS = D / V_GROUP;
 constexpr bool K_CORRECTED = K_ENTRIES + K_RANK > 0, V_CORRECTED = V_ENTRIES + V_RANK > 0;
 constexpr bool FOLDED = K_KIND == CHANNEL && K_GROUPS == 1 && !K_CORRECTED;  // scales go into the query
 constexpr bool K_AFFINE = K_KIND == CHANNEL && !FOLDED, V_AFFINE = V_KIND == TOKEN && (V_GROUPS > 1 || V_CORRECTED);
-// Where much is done to every part of a tile, its instructions are more than a processor keeps at hand, unless in a loop.
-constexpr bool ROLLED = TURNED;
-constexpr bool SPREAD_NEAR = WARPS <= 8;  // spreads of turned keys stay in registers
-constexpr int PARTS_AT_ONCE = ROLLED ? 1 : ROWS / DEPTH;
 constexpr float K_UP = FOLDED ? 16.0f : 1.0f, V_UP = 16.0f;  // keeps products with scales normal
 constexpr float STEP_UP = 16.0f;                             // steps are taken so much smaller where groups meet
 constexpr int MIDDLE = 3;                                    // the shift whose codes meet the query as it is
@@ -108,8 +104,6 @@ constexpr int ASKED = MAIN > SUMS ? MAIN : SUMS;       // float: the query for e
 constexpr int LINED = ASKED + 2 * 4 * GROUP_HEADS * D;  // the query as `turn_query` reads it, or as outliers of keys do
 constexpr int CENTERS = LINED + (TURNED ? 32 * D : K_ENTRIES > 0 && K_KIND != CHANNEL ? 4 * PAIRS * D : 0);
 constexpr int OWN = CENTERS + (K_SPREAD ? 8 * D : 0);  // float: centers and spreads of channels; then what each warp has
-// Scores, then weights, as lanes have them for 16 tokens each; with few heads half of the lanes have none.
-constexpr int KEPT_LANES = GROUP_HEADS <= 4 ? 16 : 32, KEPT_OF_WARP = ROLLED ? ROWS * KEPT_LANES * 16 : 0;
 constexpr int REST_PARTS = V_ROTATED ? 2 : 1, REST_OF_WARP = REST_PARTS * GROUP_HEADS * D + 16;  // numbers
 constexpr bool REST_LAST = TURNED;  // in the place of what tiles need, of which there is much
 
@@ -193,8 +187,8 @@ template <int KIND, int BITS> device void store_table(u8* to, const u32 (&words)
 #include "attend_turns.cuh"
 #include "attend_corrections.cuh"
 
-// What a warp has beside scales: a tile's first position, what is kept, corrections, and what `take_rest` leaves.
-constexpr int OF_TILES = START_SPAN + KEPT_OF_WARP + CORRECTIONS_OF_WARP, REST_AT = REST_LAST ? 0 : OF_TILES;
+// What a warp has beside scales: a tile's first position, corrections, and what `take_rest` leaves.
+constexpr int OF_TILES = START_SPAN + CORRECTIONS_OF_WARP, REST_AT = REST_LAST ? 0 : OF_TILES;
 constexpr int OWN_OF_WARP = REST_AT + 4 * REST_OF_WARP > OF_TILES ? REST_AT + 4 * REST_OF_WARP : OF_TILES;
 
 #include "attend_rest.cuh"
@@ -240,7 +234,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   u32 ring[DEPTH][MOST_WORDS];
   u8* buffers = pool + SCALES + warp * 2 * BUFFER;
   u8* own_place = pool + OWN + warp * OWN_OF_WARP;
-  const Corrections corrections = corrections_at(own_place + START_SPAN + KEPT_OF_WARP);
+  const Corrections corrections = corrections_at(own_place + START_SPAN);
   const int number = warp * a.splits + split;  // of this warp, so that few tiles are shared by all blocks
   const float* starts = a.starts + i64(pair.batch) * a.count_of_starts * D;
   int tile = number, parity = 0;
@@ -286,16 +280,12 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
   }
 
   u32 query[STEPS][2];
-  const uint4* spread_of_lane = reinterpret_cast<const uint4*>(pool + CENTERS) + t;
   uint4 spreads[STEPS];
   float query_sums[2];
   if constexpr (!TURNED) load_query(query, query_sums, asked_coded, center, spread, g, t);
-  else if constexpr (K_SPREAD && SPREAD_NEAR)
+  else if constexpr (K_SPREAD)
 #pragma unroll
-    for (int n = 0; n < STEPS; ++n) spreads[n] = spread_of_lane[4 * n];
-  uint4* kept = reinterpret_cast<uint4*>(own_place + START_SPAN);
-  const bool has_scores = KEPT_LANES == 32 || t < 2, has_weights = lane < KEPT_LANES;
-  uint4 *kept_scores = kept + (KEPT_LANES == 32 ? lane : 2 * g + t), *kept_weights = kept + lane;
+    for (int n = 0; n < STEPS; ++n) spreads[n] = reinterpret_cast<const uint4*>(pool + CENTERS)[4 * n + t];
 
   float out[STEPS][4] = {}, under[4] = {};  // and what zeros take away from all of a row's sums
   float top[2] = {never(), never()}, total[2] = {}, lift[2] = {};
@@ -317,7 +307,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     float zeros[4] = {};
     if constexpr (TURNED) turn_query(query, corrections.turned, pool + LINED, reinterpret_cast<const float*>(own_place), lane);
     if constexpr (K_RANK > 0) score_low_rank(scores, corrections.k_factors, query, g, t);
-#pragma unroll PARTS_AT_ONCE
+#pragma unroll
     for (int base = 0; base < ROWS; base += DEPTH) {
 #pragma unroll
       for (int ahead = 0; ahead < DEPTH; ++ahead) {
@@ -376,13 +366,11 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
             if (n % 2 == 0)
 #pragma unroll
               for (int row = 0; row < 2; ++row) angle[row] = *reinterpret_cast<const uint4*>(angles + 8 * row * TURN_ROW + 2 * n);
-            uint4 spread = {};
-            if constexpr (K_SPREAD) spread = SPREAD_NEAR ? spreads[n] : spread_of_lane[4 * n];
 #pragma unroll
             for (int part = 0; part < 4; ++part) {
               const u32* words = slot + (part % 2 * 2 + part / 2) * WORDS;
               keys[part] = looked_up<K_BITS>(pool + K_TABLE, words, 2 * K_BITS * n, own);
-              if constexpr (K_SPREAD) keys[part] = fused(keys[part], part < 2 ? spread.x : spread.z, part < 2 ? spread.y : spread.w);
+              if constexpr (K_SPREAD) keys[part] = fused(keys[part], part < 2 ? spreads[n].x : spreads[n].z, part < 2 ? spreads[n].y : spreads[n].w);
             }
 #pragma unroll
             for (int row = 0; row < 2; ++row) {
@@ -417,9 +405,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         }
 #pragma unroll
         for (int n = 0; n < 4; ++n) sums[n] += second[n];
-        if constexpr (ROLLED) {
-          if (has_scores) kept_scores[KEPT_LANES * step] = {bits_of(sums[0]), bits_of(sums[1]), bits_of(sums[2]), bits_of(sums[3])};
-        } else if constexpr (K_KIND != CHANNEL)
+        if constexpr (K_KIND != CHANNEL)
 #pragma unroll
           for (int n = 0; n < 4; ++n) scores[step][n] = sums[n];
         if (base + DEPTH < ROWS) fetch_keys(slot, here.k_codes + k_lane, step + DEPTH, a.heads);
@@ -435,7 +421,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     if constexpr (K_ONE_BY_ONE) {
       score_outliers(corrections, turns, reinterpret_cast<const u32*>(pool + LINED), head_of_row, lane);
     }
-    if constexpr (K_CORRECTED || ROLLED) warp_barrier();
+    if constexpr (K_CORRECTED || TURNED) warp_barrier();
     if (more) copy_scales(buffers + (1 - parity) * BUFFER, own_place, next, starts + i64(tile + stride) * D, lane);
     if (more) copy_k_corrections(corrections, next, lane);
     commit_copies();
@@ -444,13 +430,6 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     float peak[2] = {top[0], top[1]};
 #pragma unroll
     for (int n = 0; n < ROWS; ++n) {
-      if constexpr (ROLLED) {
-        uint4 all = {};
-        if (has_scores) all = kept_scores[KEPT_LANES * n];
-        const u32 words[4] = {all.x, all.y, all.z, all.w};
-#pragma unroll
-        for (int part = 0; part < 4; ++part) scores[n][part] = as_float(words[part]);
-      }
       float scale[2] = {1.0f, 1.0f}, shift[2] = {};
       if constexpr (FOLDED) {
 #pragma unroll
@@ -499,7 +478,6 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     for (int n = 0; n < ROWS; ++n)
 #pragma unroll
       for (int part = 0; part < 4; ++part) peak[part % 2] = max_of(peak[part % 2], scores[n][part]);
-    if constexpr (ROLLED) warp_barrier();  // weights take the place of other lanes' scores
     float safe[2], fade[2];
 #pragma unroll
     for (int head = 0; head < 2; ++head) {
@@ -542,8 +520,6 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
           plain[n][row] = V_AFFINE ? weights[n][row] : transposed(half_pair(shares[0] * V_UP, shares[1] * V_UP));
         else plain[n][row] = 0;
       }
-      if constexpr (ROLLED)
-        if (has_weights) kept_weights[KEPT_LANES * n] = {weights[n][0], weights[n][1], plain[n][0], plain[n][1]};
     }
 #pragma unroll
     for (int n = 0; n < STEPS; ++n)
@@ -560,15 +536,11 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     }
 
     // ---- Sums: of row g of product n, channel 16 g + 2 n; of row g + 8, the next.
-#pragma unroll PARTS_AT_ONCE
+#pragma unroll
     for (int base = 0; base < ROWS; base += DEPTH) {
 #pragma unroll
       for (int ahead = 0; ahead < DEPTH; ++ahead) {
         const int step = base + ahead;
-        uint4 own_weights = {};
-        if constexpr (ROLLED) {
-          if (has_weights) own_weights = kept_weights[KEPT_LANES * step];
-        } else own_weights = {weights[step][0], weights[step][1], plain[step][0], plain[step][1]};
         u32(&slot)[MOST_WORDS] = ring[ahead];
         constexpr int WORDS = V_KIND == PRODUCT ? 2 : words_of(V_BITS, 16);
         u32 even[2][WORDS], odd[2][WORDS], steps[2], entries[4][V_PARTS];
@@ -599,7 +571,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
             steps[half] = small_steps(halves_at(v_steps, one, two));
             all[2 * half] = all[2 * half + 1] = fused(steps[half], halves_at(v_zeros, one, two), 0);
           }
-          multiply(under, all, own_weights.x, own_weights.y);
+          multiply(under, all, weights[step][0], weights[step][1]);
         }
 #pragma unroll
         for (int n = 0; n < STEPS; ++n) {
@@ -628,10 +600,10 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
               else values[part] = both<V_BITS>(one, two, channel);
             }
           }
-          multiply(out[n], values, own_weights.x, own_weights.y);
+          multiply(out[n], values, weights[step][0], weights[step][1]);
         }
         if constexpr (V_ENTRIES > 0)
-          add_scattered(out, corrections, own_weights.z, own_weights.w, lane, [&] {
+          add_scattered(out, corrections, plain[step][0], plain[step][1], lane, [&] {
             if constexpr (JOINED) take_back<V_ENTRIES>(own_outliers, corrections, step, lane);
             else take_back(at, corrections);
           });

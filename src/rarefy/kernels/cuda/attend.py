@@ -205,8 +205,7 @@ class Program:
         query += 4 * MOST_HEADS * CHANNELS if turned else 4 * pairs * CHANNELS if self._one_by_one else 0
         spreads = 8 * CHANNELS * self.keys.affine
         rest = 4 * (self.group_heads * CHANNELS * (1 + self.rotated[1]) + 2 * MOST_HEADS)
-        lanes = 16 if self.group_heads <= 4 else 32
-        tiles = (4 * CHANNELS + lanes * tile) * turned + self._corrections
+        tiles = 4 * CHANNELS * turned + self._corrections
         return main + query + spreads + self.shape.warps * (max(tiles, rest) if turned else tiles + rest)
 
     @property

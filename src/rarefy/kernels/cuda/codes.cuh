@@ -156,7 +156,9 @@ device u32 bytes_as_numbers(u32 word, int pair) {
 // Where pair i of block b lies in a 16-bit half of its word, of the places that a mantissa has room for (codes of up to
 // four bits, three bits: but for the sixteenth pair, which is put together).
 constexpr int MANTISSA = HALF ? 10 : 7, PLACES = BITS > MANTISSA ? 1 : MANTISSA / BITS;
-device constexpr int pair_of(int b, int i) { return BITS == 4 ? i : BITS == 2 ? 4 * (b % 2) + i : 4 * (b % 4) + i; }
+device constexpr int pair_of(int b, int i) {
+  return BITS == 4 ? i : BITS == 2 ? 4 * (b % 2) + i : BITS == 1 ? 2 * (b % 8) + i / 2 : 4 * (b % 4) + i;
+}
 device constexpr int place_of(int b, int i) {
   const int pair = pair_of(b, i);
   return BITS == 3 && pair == 15 ? 0 : BITS * ((BITS == 3 ? pair % 5 : pair) % PLACES);
@@ -165,7 +167,7 @@ device constexpr int place_of(int b, int i) {
 // A code can stay in a mantissa if its power of two is such that the code counts what it is: the number is then more by
 // that power. It is the same for all rows, so that what is too much in the sums, with the code that means zero, is formed
 // but once.
-constexpr int LIFTS = BITS == 4 ? 1 : BITS == 2 ? 2 : 4;  // blocks that are so far apart are lifted alike
+constexpr int LIFTS = BITS == 4 ? 1 : BITS == 2 ? 2 : BITS == 1 ? 8 : 4;  // blocks that are so far apart are lifted alike
 device constexpr u32 minus_lift_of(int b, int i) { return minus((1u << (MANTISSA - place_of(b, i))) + CENTER); }
 
 // The 16-bit numbers of pair i (0..3) of block b, LIFTED by minus `minus_lift_of` of the same pair. Both codes of a pair lie at the
@@ -207,7 +209,7 @@ template <bool LIFTED = false> device u32 operand(const u32* words, int b, int i
       const u32* own = words + 3 * (b / 4);
       found = (own[0] >> 15 & 0x10001u) | (own[1] >> 14 & 0x20002u) | (own[2] >> 13 & 0x40004u) | MAGIC;
     } else {
-      const u32 word = words[BITS == 4 ? b : BITS == 2 ? b / 2 : BITS == 3 ? 3 * (b / 4) + pair / 5 : b / 4];
+      const u32 word = words[BITS == 4 ? b : BITS == 2 ? b / 2 : BITS == 3 ? 3 * (b / 4) + pair / 5 : 2 * (b / 8) + i % 2];
       const int own = BITS == 3 ? pair % 5 : pair;
       found = chosen(word >> BITS * (own / PLACES * PLACES), MASK << place, LIFTED ? power(MANTISSA - place) : MAGIC);
     }

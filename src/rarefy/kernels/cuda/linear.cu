@@ -8,7 +8,8 @@
 // Macros besides those of codes.cuh (see tuning.py for what is chosen when): OUTLIERS (type of single values that are
 // added to the weight), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns), DEPTH (steps loaded
 // ahead into registers), STAGED (codes and activations go through shared memory instead, STAGES steps of them), SPLIT
-// (blocks over columns), LATE (later kernels may start when the sums are formed, not before), and those of ending.cuh.
+// (blocks over columns), LATE (later kernels may start when the sums are formed, not before), SPREAD (see below),
+// IN_PLANES (see planes.cuh), and those of ending.cuh.
 
 constexpr int THREADS = 32 * ACROSS * ALONG;
 
@@ -142,30 +143,12 @@ constexpr int SETS = BLOCKS / 8;
 constexpr int OWN_PARTS = PART >= 8 ? PARTS : PART > 1 ? SETS : 2 * SETS;  // whose scales a lane needs
 device constexpr int own_part(int set, int c) { return PART >= 8 ? set * 8 / PART : PART > 1 ? set : 2 * set + c; }
 
-struct SpreadActivations { uint2 at[SETS]; };
-
-// Of each block of a set all lanes take part in the product, but only its own have numbers, the others zeros. These stand
-// in shared memory, eight places for a lane of which it fills only its own block's: one load instead of two selections.
-constexpr int PLACES_OF_WARP = 8 * 32;
 constexpr int AT_PLACES = (TABLE_BYTES + FACTOR_BYTES + 4 * ALONG * WIDTH * SUM_PITCH + 15) / 16 * 16;
-device uint2* places_of_lane() { return reinterpret_cast<uint2*>(pool + AT_PLACES) + threadIdx.x / 32 * PLACES_OF_WARP + threadIdx.x % 32; }
-device void clear_places() {
-#pragma unroll
-  for (int n = 0; n < 8; ++n) places_of_lane()[32 * n] = {0, 0};
-}
+
 struct SpreadScales {
   Pair<SCALE> scale[TILES][OWN_PARTS];
   Pair<ZERO> zero[TILES][OWN_PARTS];
 };
-
-device void fetch(SpreadActivations& x, const Arguments& a, int step, int lane) {
-#pragma unroll
-  for (int set = 0; set < SETS; ++set) {
-    const int b = 8 * set + lane / 4, t = lane % 4;
-    const int column = step * STEP + (SPAN == 4 ? 16 * b + 4 * t : first_of(b / 2, t) + b % 2 * 4);
-    x.at[set] = load_shared_by_all(reinterpret_cast<const uint2*>(a.x + column), !RAGGED || column < a.columns);
-  }
-}
 
 device void fetch(SpreadScales& scales, const Arguments& a, const Places& places, int step, int lane) {
   const i64 first = group_of(a, step, 0) + (PART >= 8 ? 0 : 2 * (lane % 4) / PART);
@@ -196,6 +179,30 @@ device void add_contributions(float (&sums)[4], const S& scale, const Z& zero, f
   } else {
     sums[0] += contribution(scale, zero, 0, part, ones);
     sums[2] += contribution(scale, zero, 1, part_below, ones);
+  }
+}
+
+#if IN_PLANES
+#include "planes.cuh"
+#else
+// Of each block of a set all lanes take part in the product, but only its own have numbers, the others zeros. These stand
+// in shared memory, eight places for a lane of which it fills only its own block's: one load instead of two selections.
+constexpr int PLACES_OF_WARP = 8 * 32;
+constexpr int PLACES_BYTES = 8 * PLACES_OF_WARP * ACROSS * ALONG;
+device uint2* places_of_lane() { return reinterpret_cast<uint2*>(pool + AT_PLACES) + threadIdx.x / 32 * PLACES_OF_WARP + threadIdx.x % 32; }
+device void clear_places() {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) places_of_lane()[32 * n] = {0, 0};
+}
+
+struct SpreadActivations { uint2 at[SETS]; };
+
+device void fetch(SpreadActivations& x, const Arguments& a, int step, int lane) {
+#pragma unroll
+  for (int set = 0; set < SETS; ++set) {
+    const int b = 8 * set + lane / 4, t = lane % 4;
+    const int column = step * STEP + (SPAN == 4 ? 16 * b + 4 * t : first_of(b / 2, t) + b % 2 * 4);
+    x.at[set] = load_shared_by_all(reinterpret_cast<const uint2*>(a.x + column), !RAGGED || column < a.columns);
   }
 }
 
@@ -248,6 +255,8 @@ device void multiply_step(
   }
 }
 
+#endif
+
 typedef SpreadScales StepScales;
 #else
 typedef Scales StepScales;
@@ -280,7 +289,7 @@ device void begin_outliers(Outliers& own, const Arguments& a, int first_tile, in
 #if SPREAD
 // The first HELD_TOKENS activations wait in shared memory, where lanes find them a few at once, not each in a line of its own.
 constexpr int MOST_HELD = 16384;
-constexpr int AT_HELD = AT_PLACES + 8 * PLACES_OF_WARP * ACROSS * ALONG;
+constexpr int AT_HELD = AT_PLACES + PLACES_BYTES;
 device void hold_tokens(const Arguments& a) {
   for (int n = threadIdx.x; n < HELD_TOKENS / 8 && 8 * n < a.columns; n += THREADS) copy_async(pool + AT_HELD + 16 * n, a.x + 8 * n, true);
   commit_copies();
@@ -411,7 +420,7 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
     copy_table(a);
     block_barrier();
   }
-#if SPREAD
+#if SPREAD && !IN_PLANES
   clear_places();
 #endif
   Tables tables[TILES];
@@ -476,7 +485,11 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
     multiply_step(sums, codes[0], now, tokens, tables, a, first_tile, step_at(round), lane);
   }
 #else
-#if SPREAD
+#if IN_PLANES
+  PlaneTokens x;
+  fetch(x, a, begin, end);
+  const auto fetch_tokens = [](int, int) {};  // they come for DEPTH rounds of all warps at once
+#elif SPREAD
   SpreadActivations x[DEPTH];
   const auto fetch_tokens = [&](int d, int step) { fetch(x[d], a, step, lane); };
 #else
@@ -501,11 +514,19 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   add_outliers(sums, outliers, a, first_tile, first_token, lane);
 #endif
   for (int base = 0; base < rounds; base += DEPTH) {
+#if IN_PLANES
+    if (base > 0) block_barrier();
+    make_planes(x);
+    block_barrier();
+    fetch(x, a, begin + (base + DEPTH) * ALONG, end);
+#endif
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
       const int round = base + d, next = step_at(round + DEPTH);
       if (step_at(round) >= end) break;
-#if SPREAD
+#if IN_PLANES
+      multiply_step(sums, codes[d], scales[d], d * ALONG + along, lane);
+#elif SPREAD
       multiply_step(sums, codes[d], scales[d], x[d], tables, a, first_tile, step_at(round), lane);
 #else
       const auto tokens = [&](int n, int pair) { return x[d].at[n][pair]; };

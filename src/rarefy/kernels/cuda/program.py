@@ -21,6 +21,7 @@ TYPES: dict[Any, int] = {
     None: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4,
     "pairs": 5, "bilevel": 6, "level": 7,
 }  # fmt: skip
+PLANES = 24  # bits of an activation that is multiplied by single bits
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ class Code:
     def plain_numbers(self) -> bool:
         """Whether codes are integers, which are not looked up."""
         return not self.table and not self.float8
+
+    @property
+    def fits_planes(self) -> bool:
+        """Whether tensor cores can multiply its bits by those of one token (``planes.cuh``)."""
+        return self.bits == 1 and not self.table and self.group % 128 == 0
 
     @property
     def sums(self) -> bool:
@@ -160,7 +166,9 @@ class Tuning:
         staged = self.stages * (tokens + self.rows * self.along * code.step * code.bits // 8)
         meeting = 4 * self.along * width * (self.rows + 4)
         if self.spread:
-            return table + -(-meeting // 16) * 16 + 16 + 2048 * self.across * self.along + 2 * code.held
+            planes = 2 * self.depth * self.along * (8 + 128 * PLANES // 8)
+            places = planes if code.fits_planes else 2048 * self.across * self.along
+            return table + -(-meeting // 16) * 16 + 16 + places + 2 * code.held
         return table + max(staged, meeting)
 
 
@@ -215,7 +223,8 @@ def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) 
         TABLE=("", "shared", "rows").index(code.table),
         SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half),
         STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8), SECOND_GROUPS=code.second_groups,
-        HELD_TOKENS=code.held, RAGGED=int(code.ragged), **ending.definitions(),
+        HELD_TOKENS=code.held, RAGGED=int(code.ragged), IN_PLANES=int(tuning.spread and code.fits_planes),
+        PLANES=PLANES, **ending.definitions(),
     )  # fmt: skip
     return found
 

@@ -1,0 +1,149 @@
+// One token against codes of one bit. Tensor cores multiply single bits too (and.popc, m16n8k128), and one token leaves
+// the eight columns of their second operand free, so these are bit planes of the token: its numbers as whole ones of
+// PLANES bits (two's complement) in a unit for each 128 columns, a power of two so that the largest is below the last
+// bit. Codes are the first operand as they lie in memory. What plane n counts is 2^n times as much; the sum of all is
+// exact, and a number is off by at most half a unit: the largest of 128 times 2^-PLANES.
+
+constexpr int SETS_OF_PLANES = PLANES / 8;
+constexpr int SPANS = 2 * DEPTH * ALONG;                    // of 128 columns, of which a block has planes at once
+constexpr int OF_TASK = 16, TASKS = SPANS * 128 / OF_TASK;  // columns of which a thread makes planes at once
+constexpr int TURNS_OF_TASKS = (TASKS + THREADS - 1) / THREADS;
+
+// In shared memory: for each span what one means and a quarter of its numbers' sum; then words of 32 columns of each plane,
+// [SPANS][SETS_OF_PLANES][t][plane].
+constexpr int AT_UNITS = AT_PLACES, AT_PLANES = AT_UNITS + 8 * SPANS, PLACES_BYTES = SPANS * (8 + 128 * SETS_OF_PLANES);
+device float2* units_of_planes() { return reinterpret_cast<float2*>(pool + AT_UNITS); }
+device u32* words_of_planes() { return reinterpret_cast<u32*>(pool + AT_PLANES); }
+
+// Which columns a task is of: 8 * t on and eight more in two of the four 32 of a span, as a lane's word of codes has them.
+struct Task { int t, half, span; };
+device Task task_of(int turn) {
+  const int task = threadIdx.x + turn * THREADS;
+  return {task % 4, task / 4 % 2, task / 8};
+}
+
+struct PlaneTokens { uint4 at[TURNS_OF_TASKS][2]; };
+
+// `step`: the first of the steps, of which there are some until `end`.
+device void fetch(PlaneTokens& x, const Arguments& a, int step, int end) {
+#pragma unroll
+  for (int turn = 0; turn < TURNS_OF_TASKS; ++turn) {
+    const Task own = task_of(turn);
+    const int column = step * STEP + 128 * own.span + 64 * own.half + 8 * own.t;
+    const bool real = own.span < SPANS && step + own.span / 2 < end;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+      x.at[turn][n] = load_shared_by_all(
+          reinterpret_cast<const uint4*>(a.x + column + 32 * n), real && (!RAGGED || column + 32 * n < a.columns));
+  }
+}
+
+// Bits of one word that lie DISTANCE above those of MASK, and those of another that are of it, change places.
+template <u32 MASK, int DISTANCE> device void exchange(u32& first, u32& second) {
+  const u32 higher = first >> DISTANCE;
+  first = (first & MASK) | (second & MASK) << DISTANCE;
+  second = (higher & MASK) | (second & ~MASK);
+}
+
+device void make_planes(const PlaneTokens& x) {
+#pragma unroll
+  for (int turn = 0; turn < TURNS_OF_TASKS; ++turn) {
+    if (turn * THREADS + int(threadIdx.x) / 32 * 32 >= TASKS) break;  // whole warps
+    const Task own = task_of(turn);
+    u32 words[8];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const uint4& all = x.at[turn][n];
+      words[4 * n] = all.x, words[4 * n + 1] = all.y, words[4 * n + 2] = all.z, words[4 * n + 3] = all.w;
+    }
+    u32 most = words[0] & 0x7FFF7FFFu;
+#pragma unroll
+    for (int n = 1; n < 8; ++n) most = greater(most, words[n] & 0x7FFF7FFFu);
+#pragma unroll
+    for (int distance = 1; distance < 8; distance *= 2) most = greater(most, of_lane_xor(most, distance));
+    const u32 largest = bits_of(max_of(widened(u16(most)), widened(u16(most >> 16)))), exponent = largest >> 23;
+    const u32 bounded = exponent < PLANES ? PLANES : exponent;
+    const float factor = as_float((252 + PLANES - bounded) << 23);
+    int numbers[16], sum = 0;
+#pragma unroll
+    for (int n = 0; n < 16; ++n) {
+      numbers[n] = nearest_whole(widened(u16(words[n / 2] >> 16 * (n % 2))) * factor);
+      sum += numbers[n];
+    }
+#pragma unroll
+    for (int distance = 1; distance < 8; distance *= 2) sum += int(of_lane_xor(u32(sum), distance));
+    const bool real = own.span < SPANS;
+    if (real && threadIdx.x % 8 == 0) {
+      const float unit = exponent == 255 ? as_float(largest) : as_float((bounded + 2 - PLANES) << 23);
+      units_of_planes()[own.span] = {unit, 0.25f * float(sum) * unit};
+    }
+    const u32 taken = own.half ? 0x3715 : 0x6240;
+#pragma unroll
+    for (int set = 0; set < SETS_OF_PLANES; ++set) {
+      // Bytes: of the two 32 of columns both, of even columns first. Then of eight bytes eight planes.
+      u32 bytes[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const u32 choice = set | (set + 4) << 4;
+        const u32 even = permuted(numbers[2 * n], numbers[8 + 2 * n], choice), odd = permuted(numbers[2 * n + 1], numbers[9 + 2 * n], choice);
+        bytes[n] = permuted(even, odd, 0x5410);
+      }
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const u32 moved = (bytes[n] ^ bytes[n] >> 4) & 0x00F000F0u;
+        bytes[n] ^= moved ^ moved << 4;
+      }
+      exchange<0x33333333u, 2>(bytes[0], bytes[2]);
+      exchange<0x33333333u, 2>(bytes[1], bytes[3]);
+      exchange<0x55555555u, 1>(bytes[0], bytes[1]);
+      exchange<0x55555555u, 1>(bytes[2], bytes[3]);
+      // Of 16 columns each lane of a pair has half of every word: one takes planes 0 to 3, one the others.
+      u32 planes[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) planes[n] = permuted(bytes[n], of_lane_xor(bytes[n], 4), taken);
+      u32* to = words_of_planes() + ((own.span * SETS_OF_PLANES + set) * 4 + own.t) * 8 + 4 * own.half;
+      if (real) *reinterpret_cast<uint4*>(to) = {planes[0], planes[1], planes[2], planes[3]};
+    }
+  }
+}
+
+// What a lane's two of eight columns of each set come to, in units of 4^t; the highest plane counts `last` by two.
+device float value_of_counts(const int (&counts)[SETS_OF_PLANES][4], int which, int last) {
+  int sum = 0;
+#pragma unroll
+  for (int set = 0; set < SETS_OF_PLANES; ++set) {
+    const int twice = set < SETS_OF_PLANES - 1 ? 2 : last;
+    sum += (counts[set][2 * which] + twice * counts[set][2 * which + 1]) << 8 * set;
+  }
+  return float(sum);
+}
+
+// Adds the product of one step; `place`: which of those that planes were made of.
+device void multiply_step(
+    float (&sums)[TILES][TOKENS][4], const Codes& codes, const SpreadScales& scales, int place, int lane) {
+  const int g = lane / 4, t = lane % 4;
+  const int last = t == 3 ? -2 : 2;  // the highest bit counts below zero
+  const float times = float(1 << 2 * t);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int span = 2 * place + half;
+    const float2 found = units_of_planes()[span];
+    const float unit = found.x * times;
+    u32 planes[SETS_OF_PLANES];
+#pragma unroll
+    for (int set = 0; set < SETS_OF_PLANES; ++set) planes[set] = words_of_planes()[((span * SETS_OF_PLANES + set) * 4 + t) * 8 + g];
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) {
+      int counts[SETS_OF_PLANES][4];
+#pragma unroll
+      for (int set = 0; set < SETS_OF_PLANES; ++set)
+        multiply_bits(counts[set], codes.at[r][2 * half], codes.at[r][2 * half + 1], planes[set]);
+      float part[2];
+#pragma unroll
+      for (int which = 0; which < 2; ++which)
+        part[which] = value_of_counts(counts, which, last) * unit - (SUMS ? 0.0f : CENTER * found.y);
+      const int own = own_part(half, 0);
+      add_contributions(sums[r][0], scales.scale[r][own], scales.zero[r][own], part[0], part[1], found.y);
+    }
+  }
+}

@@ -388,7 +388,17 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
 
   // What the weights are is on its way before anything is waited for.
   Codes codes[DEPTH];
+#if IN_PLANES
+  static_assert(DEPTH == 1 || DEPTH == 2 || DEPTH == 4, "a step for each lane of a row");
+  SpreadScales scales[1];
+  const auto step_of_lane = [&](int base) {
+    const int step = step_at(base + (t < DEPTH ? t : DEPTH - 1));
+    return step < end ? step : end - 1;
+  };
+  if (rounds > 0) fetch(scales[0], a, places, step_of_lane(0), lane);
+#else
   StepScales scales[DEPTH];
+#endif
 #if STAGED
   constexpr int STAGE = STAGE_TOKENS + STAGE_CODES;
   const auto stage_codes = [&](int round) {
@@ -408,7 +418,9 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   for (int d = 0; d < DEPTH; ++d)
     if (step_at(d) < end) {
       fetch(codes[d], a, places, step_at(d), lane);
+#if !IN_PLANES
       fetch(scales[d], a, places, step_at(d), lane);
+#endif
     }
 #endif
 
@@ -488,7 +500,7 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
 #if IN_PLANES
   PlaneTokens x;
   fetch(x, a, begin, end);
-  const auto fetch_tokens = [](int, int) {};  // they come for DEPTH rounds of all warps at once
+  const auto fetch_tokens = [](int, int) {};  // they came for DEPTH rounds of all warps at once
 #elif SPREAD
   SpreadActivations x[DEPTH];
   const auto fetch_tokens = [&](int d, int step) { fetch(x[d], a, step, lane); };
@@ -513,20 +525,30 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
 #elif OUTLIERS
   add_outliers(sums, outliers, a, first_tile, first_token, lane);
 #endif
-  for (int base = 0; base < rounds; base += DEPTH) {
 #if IN_PLANES
+  for (int base = 0; base < rounds; base += DEPTH) {
     if (base > 0) block_barrier();
     make_planes(x);
     block_barrier();
     fetch(x, a, begin + (base + DEPTH) * ALONG, end);
-#endif
+    float parts[TILES][4] = {};
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
       const int round = base + d, next = step_at(round + DEPTH);
       if (step_at(round) >= end) break;
-#if IN_PLANES
-      multiply_step(sums, codes[d], scales[d], d * ALONG + along, lane);
-#elif SPREAD
+      count_step(parts, codes[d], d * ALONG + along, d, lane);
+      if (next < end) fetch(codes[d], a, places, next, lane);
+    }
+    add_parts(sums, parts, scales[0], along, t);
+    if (base + DEPTH < rounds) fetch(scales[0], a, places, step_of_lane(base + DEPTH), lane);
+  }
+#else
+  for (int base = 0; base < rounds; base += DEPTH) {
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d) {
+      const int round = base + d, next = step_at(round + DEPTH);
+      if (step_at(round) >= end) break;
+#if SPREAD
       multiply_step(sums, codes[d], scales[d], x[d], tables, a, first_tile, step_at(round), lane);
 #else
       const auto tokens = [&](int n, int pair) { return x[d].at[n][pair]; };
@@ -539,6 +561,7 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
       }
     }
   }
+#endif
 #endif
 #if SPREAD
 #if OUTLIERS

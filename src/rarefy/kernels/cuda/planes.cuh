@@ -9,7 +9,7 @@ constexpr int SPANS = 2 * DEPTH * ALONG;                    // of 128 columns, o
 constexpr int OF_TASK = 16, TASKS = SPANS * 128 / OF_TASK;  // columns of which a thread makes planes at once
 constexpr int TURNS_OF_TASKS = (TASKS + THREADS - 1) / THREADS;
 
-// In shared memory: for each span what one means and a quarter of its numbers' sum; then words of 32 columns of each plane,
+// In shared memory: for each span what one means, times 2^32, and the sum of its numbers; then words of 32 columns of each plane,
 // [SPANS][SETS_OF_PLANES][t][plane].
 constexpr int AT_UNITS = AT_PLACES, AT_PLANES = AT_UNITS + 8 * SPANS, PLACES_BYTES = SPANS * (8 + 128 * SETS_OF_PLANES);
 device float2* units_of_planes() { return reinterpret_cast<float2*>(pool + AT_UNITS); }
@@ -74,8 +74,9 @@ device void make_planes(const PlaneTokens& x) {
     for (int distance = 1; distance < 8; distance *= 2) sum += int(of_lane_xor(u32(sum), distance));
     const bool real = own.span < SPANS;
     if (real && threadIdx.x % 8 == 0) {
-      const float unit = exponent == 255 ? as_float(largest) : as_float((bounded + 2 - PLANES) << 23);
-      units_of_planes()[own.span] = {unit, 0.25f * float(sum) * unit};
+      const u32 field = bounded + 34 - PLANES;  // none for what is infinite or no number
+      const float unit = as_float((field < 255 ? field : 255) << 23);
+      units_of_planes()[own.span] = {unit, float(sum) * 0x1p-32f * unit};
     }
     const u32 taken = own.half ? 0x3715 : 0x6240;
 #pragma unroll
@@ -107,43 +108,56 @@ device void make_planes(const PlaneTokens& x) {
   }
 }
 
-// What a lane's two of eight columns of each set come to, in units of 4^t; the highest plane counts `last` by two.
-device float value_of_counts(const int (&counts)[SETS_OF_PLANES][4], int which, int last) {
-  int sum = 0;
+// What the planes of the spans of one step count, times what they are worth, to columns 2 * d and 2 * d + 1 of `parts`: a
+// second product, of counts as the smallest numbers of float16 (2^-24 each) with powers of two, the highest less than
+// zero. It comes first, where it is exact; 2^n stands as 2^(n - 8), so that all is 2^32 times as much.
+device void count_step(float (&parts)[TILES][4], const Codes& codes, int place, int d, int lane) {
+  const int g = lane / 4, t = lane % 4;
+  u32 planes[2][SETS_OF_PLANES], worth[2][SETS_OF_PLANES];
 #pragma unroll
-  for (int set = 0; set < SETS_OF_PLANES; ++set) {
-    const int twice = set < SETS_OF_PLANES - 1 ? 2 : last;
-    sum += (counts[set][2 * which] + twice * counts[set][2 * which + 1]) << 8 * set;
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int set = 0; set < SETS_OF_PLANES; ++set) {
+      planes[half][set] = words_of_planes()[(((2 * place + half) * SETS_OF_PLANES + set) * 4 + t) * 8 + g];
+      const u32 sign = set == SETS_OF_PLANES - 1 && t == 3 ? 0x80000000u : 0;
+      const u32 powers = (u32(8 * set + 2 * t + 7) * 0x04000400u + 0x04000000u) | sign;
+      worth[half][set] = g == 2 * d + half ? powers : 0;
+    }
+#pragma unroll
+  for (int r = 0; r < TILES; ++r) {
+    u32 counted[2][SETS_OF_PLANES][2];  // of rows g and g + 8: two planes in a word
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int set = 0; set < SETS_OF_PLANES; ++set) {
+        int counts[4];
+        multiply_bits(counts, codes.at[r][2 * half], codes.at[r][2 * half + 1], planes[half][set]);
+#pragma unroll
+        for (int which = 0; which < 2; ++which) counted[half][set][which] = u32(counts[2 * which] + (counts[2 * which + 1] << 16));
+      }
+    if constexpr (SETS_OF_PLANES == 3) {
+      const u32 highest[4] = {counted[0][2][0], counted[0][2][1], counted[1][2][0], counted[1][2][1]};
+      multiply_halves(parts[r], highest, worth[0][2], worth[1][2]);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const u32 others[4] = {counted[half][0][0], counted[half][0][1], counted[half][1][0], counted[half][1][1]};
+      multiply_halves(parts[r], others, worth[half][0], worth[half][1]);
+    }
   }
-  return float(sum);
 }
 
-// Adds the product of one step; `place`: which of those that planes were made of.
-device void multiply_step(
-    float (&sums)[TILES][TOKENS][4], const Codes& codes, const SpreadScales& scales, int place, int lane) {
-  const int g = lane / 4, t = lane % 4;
-  const int last = t == 3 ? -2 : 2;  // the highest bit counts below zero
-  const float times = float(1 << 2 * t);
+// Lane t has what the spans of step t came to, and their scales.
+device void add_parts(float (&sums)[TILES][TOKENS][4], const float (&parts)[TILES][4], const SpreadScales& scales, int along, int t) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int span = 2 * place + half;
-    const float2 found = units_of_planes()[span];
-    const float unit = found.x * times;
-    u32 planes[SETS_OF_PLANES];
+    const float2 found = units_of_planes()[2 * ((t < DEPTH ? t : 0) * ALONG + along) + half];
+    const float ones = t < DEPTH ? found.y : 0.0f, center = SUMS ? 0.0f : CENTER * ones;
+    const int own = own_part(half, 0);
 #pragma unroll
-    for (int set = 0; set < SETS_OF_PLANES; ++set) planes[set] = words_of_planes()[((span * SETS_OF_PLANES + set) * 4 + t) * 8 + g];
-#pragma unroll
-    for (int r = 0; r < TILES; ++r) {
-      int counts[SETS_OF_PLANES][4];
-#pragma unroll
-      for (int set = 0; set < SETS_OF_PLANES; ++set)
-        multiply_bits(counts[set], codes.at[r][2 * half], codes.at[r][2 * half + 1], planes[set]);
-      float part[2];
-#pragma unroll
-      for (int which = 0; which < 2; ++which)
-        part[which] = value_of_counts(counts, which, last) * unit - (SUMS ? 0.0f : CENTER * found.y);
-      const int own = own_part(half, 0);
-      add_contributions(sums[r][0], scales.scale[r][own], scales.zero[r][own], part[0], part[1], found.y);
-    }
+    for (int r = 0; r < TILES; ++r)
+      add_contributions(
+          sums[r][0], scales.scale[r][own], scales.zero[r][own], parts[r][half] * found.x - center,
+          parts[r][2 + half] * found.x - center, ones);
   }
 }

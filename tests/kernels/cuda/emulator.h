@@ -201,6 +201,7 @@ device unsigned greater(unsigned a, unsigned b) {
   return d;
 }
 device unsigned chosen(unsigned word, unsigned mask, unsigned others) { return (word & mask) | others; }
+device unsigned either(unsigned mask, unsigned ones, unsigned zeros) { return (ones & mask) | (zeros & ~mask); }
 device unsigned permuted(unsigned a, unsigned b, unsigned bytes) {
   const uint64_t all = uint64_t(b) << 32 | a;
   unsigned d = 0;

@@ -143,7 +143,7 @@ constexpr int SETS = BLOCKS / 8;
 constexpr int OWN_PARTS = PART >= 8 ? PARTS : PART > 1 ? SETS : 2 * SETS;  // whose scales a lane needs
 device constexpr int own_part(int set, int c) { return PART >= 8 ? set * 8 / PART : PART > 1 ? set : 2 * set + c; }
 
-constexpr int AT_PLACES = (TABLE_BYTES + FACTOR_BYTES + 4 * ALONG * WIDTH * SUM_PITCH + 15) / 16 * 16;
+constexpr int AT_PLACES = (TABLE_BYTES + FACTOR_BYTES + 4 * ALONG * SUM_PITCH + 15) / 16 * 16;
 
 struct SpreadScales {
   Pair<SCALE> scale[TILES][OWN_PARTS];
@@ -567,11 +567,6 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
 #if OUTLIERS
   add_outliers(sums, outliers, a, first_tile, first_token, lane);
 #endif
-#pragma unroll
-  for (int r = 0; r < TILES; ++r) {
-    sums[r][0][0] = sum_of_four(sums[r][0][0]);
-    sums[r][0][2] = sum_of_four(sums[r][0][2]);
-  }
 #endif
 
   if constexpr (LATE) start_later_kernels();
@@ -582,12 +577,21 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
     block_barrier();
   }
   float* meeting = reinterpret_cast<float*>(stages);
+#if SPREAD
+#pragma unroll
+  for (int r = 0; r < TILES; ++r) {
+    const float sum = sum_of_four(sums[r][0][0]), sum_below = sum_of_four(sums[r][0][2]);
+    float* own = meeting + along * SUM_PITCH + (across * TILES + r) * 16 + g;
+    if (t == 0) own[0] = sum, own[8] = sum_below;
+  }
+#else
   put_sums(meeting + along * WIDTH * SUM_PITCH, sums, SUM_PITCH, across * TILES * 16, 1, lane);
+#endif
   block_barrier();
   const auto total_of_block = [&](int token, int row) {
     float sum = 0.0f;
 #pragma unroll
-    for (int k = 0; k < ALONG; ++k) sum += meeting[(k * WIDTH + token) * SUM_PITCH + row];
+    for (int k = 0; k < ALONG; ++k) sum += meeting[(k * EXTRA + token) * SUM_PITCH + row];
     return sum;
   };
   if constexpr (SPLIT == 1) {

@@ -287,6 +287,12 @@ device u32 chosen(u32 word, u32 mask, u32 others) {
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(word), "r"(mask), "r"(others));
   return d;
 }
+// Bits of one word where the mask has ones, else of another.
+device u32 either(u32 mask, u32 ones, u32 zeros) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(d) : "r"(mask), "r"(ones), "r"(zeros));
+  return d;
+}
 device u32 permuted(u32 a, u32 b, u32 bytes) { return __byte_perm(a, b, bytes); }
 device void multiply_alone(float (&product)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   if constexpr (HALF)

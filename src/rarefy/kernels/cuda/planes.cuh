@@ -41,8 +41,8 @@ device void fetch(PlaneTokens& x, const Arguments& a, int step, int end) {
 // Bits of one word that lie DISTANCE above those of MASK, and those of another that are of it, change places.
 template <u32 MASK, int DISTANCE> device void exchange(u32& first, u32& second) {
   const u32 higher = first >> DISTANCE;
-  first = (first & MASK) | (second & MASK) << DISTANCE;
-  second = (higher & MASK) | (second & ~MASK);
+  first = either(MASK, first, second << DISTANCE);
+  second = either(MASK, higher, second);
 }
 
 device void make_planes(const PlaneTokens& x) {
@@ -90,10 +90,8 @@ device void make_planes(const PlaneTokens& x) {
         bytes[n] = permuted(even, odd, 0x5410);
       }
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const u32 moved = (bytes[n] ^ bytes[n] >> 4) & 0x00F000F0u;
-        bytes[n] ^= moved ^ moved << 4;
-      }
+      for (int n = 0; n < 4; ++n)
+        bytes[n] = either(0x00F000F0u, bytes[n] >> 4, either(0x0F000F00u, bytes[n] << 4, bytes[n]));
       exchange<0x33333333u, 2>(bytes[0], bytes[2]);
       exchange<0x33333333u, 2>(bytes[1], bytes[3]);
       exchange<0x55555555u, 1>(bytes[0], bytes[1]);

@@ -164,7 +164,7 @@ class Tuning:
             return table + max(staged, 4 * width * (self.rows + 4))
         tokens = width * (2 * code.step * self.along + (16 if code.span == 16 else 64))
         staged = self.stages * (tokens + self.rows * self.along * code.step * code.bits // 8)
-        meeting = 4 * self.along * width * (self.rows + 4)
+        meeting = 4 * self.along * (1 if self.spread else width) * (self.rows + 4)
         if self.spread:
             planes = 2 * self.depth * self.along * (8 + 128 * PLANES // 8)
             places = planes if code.fits_planes else 2048 * self.across * self.along

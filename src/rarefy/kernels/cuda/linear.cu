@@ -371,7 +371,11 @@ device void add_outliers(
 
 // Blocks that a multiprocessor is to have room for; 0: as many as registers happen to leave. Small groups of two-level
 // scales would take all of them for one.
+#ifdef ROOM
+constexpr int TOGETHER = ROOM;
+#else
 constexpr int TOGETHER = SPREAD && SCALE == BILEVEL && TILES == 2 ? 2 : 0;
+#endif
 
 extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -115,7 +115,7 @@ class Weights:
         self.code = code_of(*self.term[:2])
         own = {name: tensor for name, tensor in pointed(self.term, False).items() if tensor is not None}
         for entries, _, _ in lists:
-            self.code = self.code.with_outliers(torch.float16, columns)
+            self.code = self.code.with_outliers(torch.float16, columns, entries["entries"].shape[1])
             own.update({name: each for name, each in pointed_entries(entries).items() if each is not None})
         self._dense = dense_sum([self.term, *lists]).bfloat16()
         self._dense_error = dense_sum([self.term, *lists]) - self._dense

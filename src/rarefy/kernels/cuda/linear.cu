@@ -144,6 +144,18 @@ constexpr int OWN_PARTS = PART >= 8 ? PARTS : PART > 1 ? SETS : 2 * SETS;  // wh
 device constexpr int own_part(int set, int c) { return PART >= 8 ? set * 8 / PART : PART > 1 ? set : 2 * set + c; }
 
 constexpr int AT_PLACES = (TABLE_BYTES + FACTOR_BYTES + 4 * ALONG * SUM_PITCH + 15) / 16 * 16;
+constexpr int PLACES_BYTES = IN_PLANES ? 2 * DEPTH * ALONG * (8 + 16 * PLANES) : 8 * 8 * THREADS, AT_HELD = AT_PLACES + PLACES_BYTES;
+
+// Where there are outliers, all HELD_TOKENS activations wait in shared memory: there lanes find them a few at once, not
+// each in a line of its own, and the product takes them from there too.
+device void hold_tokens(const Arguments& a) {
+  for (int n = threadIdx.x; n < HELD_TOKENS / 8 && 8 * n < a.columns; n += THREADS) copy_async(pool + AT_HELD + 16 * n, a.x + 8 * n, true);
+  commit_copies();
+}
+template <class Words> device Words activations_at(const Arguments& a, int column, bool real) {
+  if constexpr (HELD_TOKENS == 0) return load_shared_by_all(reinterpret_cast<const Words*>(a.x + column), real);
+  else return real ? *reinterpret_cast<const Words*>(pool + AT_HELD + 2 * column) : Words{};
+}
 
 struct SpreadScales {
   Pair<SCALE> scale[TILES][OWN_PARTS];
@@ -188,7 +200,6 @@ device void add_contributions(float (&sums)[4], const S& scale, const Z& zero, f
 // Of each block of a set all lanes take part in the product, but only its own have numbers, the others zeros. These stand
 // in shared memory, eight places for a lane of which it fills only its own block's: one load instead of two selections.
 constexpr int PLACES_OF_WARP = 8 * 32;
-constexpr int PLACES_BYTES = 8 * PLACES_OF_WARP * ACROSS * ALONG;
 device uint2* places_of_lane() { return reinterpret_cast<uint2*>(pool + AT_PLACES) + threadIdx.x / 32 * PLACES_OF_WARP + threadIdx.x % 32; }
 device void clear_places() {
 #pragma unroll
@@ -202,7 +213,7 @@ device void fetch(SpreadActivations& x, const Arguments& a, int step, int lane) 
   for (int set = 0; set < SETS; ++set) {
     const int b = 8 * set + lane / 4, t = lane % 4;
     const int column = step * STEP + (SPAN == 4 ? 16 * b + 4 * t : first_of(b / 2, t) + b % 2 * 4);
-    x.at[set] = load_shared_by_all(reinterpret_cast<const uint2*>(a.x + column), !RAGGED || column < a.columns);
+    x.at[set] = activations_at<uint2>(a, column, !RAGGED || column < a.columns);
   }
 }
 
@@ -264,17 +275,18 @@ typedef Scales StepScales;
 
 // ---- Outliers: warps along the columns share a row's quads. A lane of one token adds its own entries to its own sums,
 // which meet later; of more, lanes of a row pass each other's entries on and add all of them for their own tokens.
-// Entries are on their way before activations are waited for, and what these meet before the product begins.
+// Entries are on their way before activations are waited for, and are added before the product begins.
 
 #if OUTLIERS
 #include "outliers.cuh"
 
-constexpr int WARPS_OF_ROW = ALONG * SPLIT, AHEAD = WARPS_OF_ROW < 8 && PARTS <= 4 ? 2 : 1;  // quads of a warp on their way
+// Quads of a warp that are on their way from the start: all of what most rows have, or a few.
+constexpr int WARPS_OF_ROW = ALONG * SPLIT, EACH_QUADS = (QUADS + WARPS_OF_ROW - 1) / WARPS_OF_ROW;
+constexpr int MOST_AHEAD = PARTS <= 4 ? 4 : 1, AHEAD = EACH_QUADS > MOST_AHEAD ? MOST_AHEAD : EACH_QUADS > 1 ? EACH_QUADS : 1;
 
 struct Outliers {
   int first;  // quad of this warp
   uint2 entries[TILES][AHEAD];
-  u16 met[SPREAD ? TILES : 1][AHEAD][2];
 };
 
 device void begin_outliers(Outliers& own, const Arguments& a, int first_tile, int along, int lane) {
@@ -287,32 +299,10 @@ device void begin_outliers(Outliers& own, const Arguments& a, int first_tile, in
 }
 
 #if SPREAD
-// The first HELD_TOKENS activations wait in shared memory, where lanes find them a few at once, not each in a line of its own.
-constexpr int MOST_HELD = 16384;
-constexpr int AT_HELD = AT_PLACES + PLACES_BYTES;
-device void hold_tokens(const Arguments& a) {
-  for (int n = threadIdx.x; n < HELD_TOKENS / 8 && 8 * n < a.columns; n += THREADS) copy_async(pool + AT_HELD + 16 * n, a.x + 8 * n, true);
-  commit_copies();
-}
-device u16 activation_of(const Arguments& a, u32 entry) {
+device void add_entry(float& sum, const Arguments& a, u32 entry) {
   const int column = entry & 0xFFFF;
-  if (HELD_TOKENS == MOST_HELD && column >= HELD_TOKENS) return a.x[column];
-  return reinterpret_cast<const u16*>(pool + AT_HELD)[column];
+  sum += value_of(entry) * widened(HELD_TOKENS ? reinterpret_cast<const u16*>(pool + AT_HELD)[column] : a.x[column]);
 }
-
-device void meet_tokens(Outliers& own, const Arguments& a) {
-  wait_for_copies<0>();
-  block_barrier();
-#pragma unroll
-  for (int r = 0; r < TILES; ++r)
-#pragma unroll
-    for (int k = 0; k < AHEAD; ++k) {
-      own.met[r][k][0] = activation_of(a, own.entries[r][k].x);
-      own.met[r][k][1] = activation_of(a, own.entries[r][k].y);
-    }
-}
-
-device void add_entry(float& sum, const Arguments& a, u32 entry) { sum += value_of(entry) * widened(activation_of(a, entry)); }
 #endif
 
 // Both entries of a lane, by those lanes that have sums of their rows.
@@ -339,21 +329,19 @@ device void add_pair(float (&sums)[TOKENS][4], const Arguments& a, const uint2& 
 #endif
 }
 
-device void add_outliers(
+device void add_outliers(float (&sums)[TILES][TOKENS][4], const Outliers& own, const Arguments& a, int first_token, int lane) {
+#pragma unroll
+  for (int r = 0; r < TILES; ++r)
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) add_pair(sums[r], a, own.entries[r][k], first_token, lane);
+}
+
+// Others come as they are met: quads of rows that have many, then the rest of long rows, four at once like these.
+device void add_other_outliers(
     float (&sums)[TILES][TOKENS][4], const Outliers& own, const Arguments& a, int first_tile, int first_token, int lane) {
 #pragma unroll
   for (int r = 0; r < TILES; ++r) {
     const i64 tile = tile_of(a, first_tile + r);
-#pragma unroll
-    for (int k = 0; k < AHEAD; ++k) {
-#if SPREAD
-      sums[r][0][0] += value_of(own.entries[r][k].x) * widened(own.met[r][k][0]);
-      sums[r][0][2] += value_of(own.entries[r][k].y) * widened(own.met[r][k][1]);
-#else
-      add_pair(sums[r], a, own.entries[r][k], first_token, lane);
-#endif
-    }
-    // Others come as they are met: quads of rows that have many, then the rest of long rows, four at once like these.
     int quad = own.first + AHEAD * WARPS_OF_ROW;
     if (quad >= a.quads && a.rest_ptr == nullptr) continue;
     const Rest rest[2] = {rest_of(a, int(tile) * 16 + lane / 4), rest_of(a, int(tile) * 16 + lane / 4 + 8)};
@@ -445,9 +433,6 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   fetch_gain(beside, a, first_token);
   if constexpr (!LATE) start_later_kernels();
   wait_for_earlier_kernels();  // weights never depend on them
-#if OUTLIERS && SPREAD
-  hold_tokens(a);
-#endif
 
   float sums[TILES][TOKENS][4] = {};
 #if STAGED
@@ -478,7 +463,8 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   for (int round = 0; round < STAGES - 1; ++round) stage_tokens(round);
   fetch_rest(beside, factors, a, first_token);
 #if OUTLIERS
-  add_outliers(sums, outliers, a, first_tile, first_token, lane);
+  add_outliers(sums, outliers, a, first_token, lane);
+  add_other_outliers(sums, outliers, a, first_tile, first_token, lane);
 #endif
   for (int round = 0; round < rounds; ++round) {
     wait_for_copies<STAGES - 2>();
@@ -501,6 +487,12 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
     multiply_step(sums, codes[0], now, tokens, tables, a, first_tile, step_at(round), lane);
   }
 #else
+#if SPREAD && OUTLIERS
+  hold_tokens(a);
+  fetch_rest(beside, factors, a, first_token);
+  wait_for_copies<0>();
+  block_barrier();
+#endif
 #if IN_PLANES
   PlaneTokens x;
   fetch(x, a, begin, end);
@@ -523,11 +515,14 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d)
     if (step_at(d) < end) fetch_tokens(d, step_at(d));
+#if SPREAD && OUTLIERS
+  add_outliers(sums, outliers, a, first_token, lane);
+#else
   fetch_rest(beside, factors, a, first_token);
-#if OUTLIERS && SPREAD
-  meet_tokens(outliers, a);
-#elif OUTLIERS
-  add_outliers(sums, outliers, a, first_tile, first_token, lane);
+#if OUTLIERS
+  add_outliers(sums, outliers, a, first_token, lane);
+  add_other_outliers(sums, outliers, a, first_tile, first_token, lane);
+#endif
 #endif
 #if IN_PLANES
   for (int base = 0; base < rounds; base += DEPTH) {
@@ -567,10 +562,8 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   }
 #endif
 #endif
-#if SPREAD
-#if OUTLIERS
-  add_outliers(sums, outliers, a, first_tile, first_token, lane);
-#endif
+#if SPREAD && OUTLIERS
+  add_other_outliers(sums, outliers, a, first_tile, first_token, lane);
 #endif
 
   if constexpr (LATE) start_later_kernels();

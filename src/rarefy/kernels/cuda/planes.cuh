@@ -11,7 +11,7 @@ constexpr int TURNS_OF_TASKS = (TASKS + THREADS - 1) / THREADS;
 
 // In shared memory: for each span what one means, times 2^32, and the sum of its numbers; then words of 32 columns of each plane,
 // [SPANS][SETS_OF_PLANES][t][plane].
-constexpr int AT_UNITS = AT_PLACES, AT_PLANES = AT_UNITS + 8 * SPANS, PLACES_BYTES = SPANS * (8 + 128 * SETS_OF_PLANES);
+constexpr int AT_UNITS = AT_PLACES, AT_PLANES = AT_UNITS + 8 * SPANS;
 device float2* units_of_planes() { return reinterpret_cast<float2*>(pool + AT_UNITS); }
 device u32* words_of_planes() { return reinterpret_cast<u32*>(pool + AT_PLANES); }
 
@@ -33,8 +33,7 @@ device void fetch(PlaneTokens& x, const Arguments& a, int step, int end) {
     const bool real = own.span < SPANS && step + own.span / 2 < end;
 #pragma unroll
     for (int n = 0; n < 2; ++n)
-      x.at[turn][n] = load_shared_by_all(
-          reinterpret_cast<const uint4*>(a.x + column + 32 * n), real && (!RAGGED || column + 32 * n < a.columns));
+      x.at[turn][n] = activations_at<uint4>(a, column + 32 * n, real && (!RAGGED || column + 32 * n < a.columns));
   }
 }
 

@@ -31,8 +31,8 @@ class Code:
     holds the values of two codes (``pairs``), or codes of 4 bits of a scale and a zero (``bilevel``) or of a scale only
     (``level``), whose numbers of second order are those of ``second_groups`` groups; without a zero, ``center`` is the
     code that means zero. ``outliers``: the type of single values that are added to the weight. ``float8``: codes of 8
-    bits are numbers in E4M3. ``ragged``: columns do not fill the last step. ``held``: activations of one token
-    that wait in shared memory for outliers."""
+    bits are numbers in E4M3. ``ragged``: columns do not fill the last step. ``held``: room for the activations of one
+    token, which wait in shared memory for outliers, ``quads`` of most rows (see ``layout.quads_of``)."""
 
     bits: int
     group: int = 0
@@ -46,13 +46,16 @@ class Code:
     second_groups: int = 1
     ragged: bool = True
     held: int = 0
+    quads: int = 0
 
-    MOST_HELD: ClassVar[int] = 16384
+    MOST_HELD: ClassVar[int] = 1 << 15
+    MOST_QUADS: ClassVar[int] = 16
 
-    def with_outliers(self, dtype: torch.dtype, columns: int) -> Code:
-        """With values of ``dtype`` beside these of a weight of so many ``columns``."""
-        held = min(self.MOST_HELD, 1 << max(columns - 1, 1023).bit_length())
-        return replace(self, outliers=dtype, held=held)
+    def with_outliers(self, dtype: torch.dtype, columns: int, quads: int) -> Code:
+        """With values of ``dtype`` beside these of a weight of so many ``columns``, in so many ``quads``."""
+        held = 1 << max(columns - 1, 1023).bit_length()
+        known = min(self.MOST_QUADS, -(-quads // 4) * 4)  # few forms of a kernel for all numbers of quads
+        return replace(self, outliers=dtype, held=held if held <= self.MOST_HELD else 0, quads=known)
 
     @property
     def order(self) -> Order:
@@ -223,7 +226,7 @@ def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) 
         TABLE=("", "shared", "rows").index(code.table),
         SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half),
         STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8), SECOND_GROUPS=code.second_groups,
-        HELD_TOKENS=code.held, RAGGED=int(code.ragged), IN_PLANES=int(tuning.spread and code.fits_planes),
+        HELD_TOKENS=code.held, QUADS=code.quads, RAGGED=int(code.ragged), IN_PLANES=int(tuning.spread and code.fits_planes),
         PLANES=PLANES, **ending.definitions(),
     )  # fmt: skip
     return found

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rarefy.formats.grids import FloatGrid, Grid, IntegerGrid, LutGrid
+from rarefy.formats.grids import BinaryGrid, FloatGrid, Grid, IntegerGrid, LutGrid
 from rarefy.formats.patterns import Groups
 from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms import Quantized, Sparse, Term
@@ -121,6 +121,54 @@ def test_blocks_of_one_token_in_the_places_of_eight(name: str) -> None:
     grid = {**GRIDS, **OTHERS}[name]
     term = quantized(grid, PATTERNS["full"], 37, 600)
     assert product([term, residual(37, 600)], Tuning(2, 1, 1, 2, 1, spread=True), 1) < 6e-4
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        BinaryGrid(group_size=128), BinaryGrid(group_size=512), BinaryGrid(group_size=None),
+        IntegerGrid(num_bits=1, group_size=128, zero="integer"), IntegerGrid(num_bits=1, group_size=256, zero="float"),
+    ],
+    ids=lambda grid: f"{grid.type}-{grid.group_size}",
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        Tuning(along=2, depth=1, spread=True), Tuning(2, 1, 2, 1, 2, spread=True), Tuning(1, 1, 2, 2, 4, spread=True),
+        Tuning(2, 1, 1, 1, 2, split=3, spread=True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_one_token_in_bit_planes(grid: Grid, tuning: Tuning) -> None:
+    """Its numbers are whole ones there, in as many bits as sums in float32 keep: nothing is lost but the rounding of the
+    result, even where some numbers are a thousand times the others."""
+    term = quantized(grid, PATTERNS["full"], 37, 2900)
+    made = [prepare(*term.operation())]  # type: ignore[misc]
+    x = torch.randn(1, 2900) / 100
+    x[:, ::97] *= 1000
+    x[:, 600:900] = 0
+    for dtype in (torch.float16, torch.bfloat16):
+        expected = x.to(dtype).double() @ term.decode().double().T
+        rounding = relative(expected.to(dtype), expected)
+        assert relative(emulation.linear(x.to(dtype), made, tuning), expected) < 1.02 * rounding + 1e-6
+
+
+def test_bit_planes_of_what_is_no_number() -> None:
+    term = quantized(BinaryGrid(group_size=128), PATTERNS["full"], 16, 300)
+    made, tuning = [prepare(*term.operation())], Tuning(along=2, depth=1, spread=True)  # type: ignore[misc]
+    for number in (torch.inf, -torch.inf, torch.nan):
+        x = torch.randn(1, 300).bfloat16()
+        x[0, 200] = number
+        assert not emulation.linear(x, made, tuning).isfinite().any()
+    for size in (1e-30, 1e30):
+        x = torch.full((1, 300), size).bfloat16()
+        expected = x.double() @ term.decode().double().T
+        assert relative(emulation.linear(x, made, tuning), expected) < 4e-3
+
+
+def test_bit_planes_beside_outliers() -> None:
+    term = quantized(BinaryGrid(group_size=128), PATTERNS["full"], 37, 600)
+    assert product([term, residual(37, 600)], Tuning(2, 1, 1, 2, 2, spread=True), 1) < 6e-4
 
 
 def test_sums_in_units_of_the_last_scale() -> None:

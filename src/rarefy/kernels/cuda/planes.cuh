@@ -60,7 +60,7 @@ device void make_planes(const PlaneTokens& x) {
     for (int n = 1; n < 8; ++n) most = greater(most, words[n] & 0x7FFF7FFFu);
 #pragma unroll
     for (int distance = 1; distance < 8; distance *= 2) most = greater(most, of_lane_xor(most, distance));
-    const u32 largest = bits_of(max_of(widened(u16(most)), widened(u16(most >> 16)))), exponent = largest >> 23;
+    const u32 exponent = bits_of(widened(u16(greater(most, most >> 16)))) >> 23;
     const u32 bounded = exponent < PLANES ? PLANES : exponent;
     const float factor = as_float((252 + PLANES - bounded) << 23);
     int numbers[16], sum = 0;
@@ -73,7 +73,7 @@ device void make_planes(const PlaneTokens& x) {
     for (int distance = 1; distance < 8; distance *= 2) sum += int(of_lane_xor(u32(sum), distance));
     const bool real = own.span < SPANS;
     if (real && threadIdx.x % 8 == 0) {
-      const u32 field = bounded + 34 - PLANES;  // none for what is infinite or no number
+      const u32 field = bounded + 34 - PLANES;  // infinite where the largest number is, or is none
       const float unit = as_float((field < 255 ? field : 255) << 23);
       units_of_planes()[own.span] = {unit, float(sum) * 0x1p-32f * unit};
     }

@@ -93,7 +93,8 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> T
     tensors, numbers, multiplier = codes
     code, rows, own = code_of(tensors, numbers), numbers["rows"], pointed(codes, half)
     for entries, more, _ in lists:
-        code = code.with_outliers(torch.float16 if more["half"] else torch.bfloat16, x.shape[1], entries["entries"].shape[1])
+        dtype = torch.float16 if more["half"] else torch.bfloat16
+        code = code.with_outliers(dtype, x.shape[1], entries["entries"].shape[1])
         own.update(pointed_entries(entries))
     x, y = aligned(x), torch.full((tokens, rows), torch.nan, dtype=x.dtype)
     grid = program.grid(tuning, rows, tokens)

@@ -140,8 +140,8 @@ def test_blocks_of_one_token_in_the_places_of_eight(name: str) -> None:
     ids=str,
 )  # fmt: skip
 def test_one_token_in_bit_planes(grid: Grid, tuning: Tuning) -> None:
-    """Its numbers are whole ones there, in as many bits as sums in float32 keep: nothing is lost but the rounding of the
-    result, even where some numbers are a thousand times the others."""
+    """Its numbers are whole ones there, in as many bits as sums in float32 keep: nothing is lost but what rounding the
+    result takes, even where some numbers are a thousand times the others."""
     term = quantized(grid, PATTERNS["full"], 37, 2900)
     made = [prepare(*term.operation())]  # type: ignore[misc]
     x = torch.randn(1, 2900) / 100

@@ -226,8 +226,8 @@ def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) 
         TABLE=("", "shared", "rows").index(code.table),
         SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half),
         STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8), SECOND_GROUPS=code.second_groups,
-        HELD_TOKENS=code.held, QUADS=code.quads, RAGGED=int(code.ragged), IN_PLANES=int(tuning.spread and code.fits_planes),
-        PLANES=PLANES, **ending.definitions(),
+        HELD_TOKENS=code.held, QUADS=code.quads, RAGGED=int(code.ragged), PLANES=PLANES,
+        IN_PLANES=int(tuning.spread and code.fits_planes), **ending.definitions(),
     )  # fmt: skip
     return found
 

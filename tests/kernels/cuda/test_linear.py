@@ -135,7 +135,8 @@ def test_blocks_of_one_token_in_the_places_of_eight(name: str) -> None:
     "tuning",
     [
         Tuning(along=2, depth=1, spread=True), Tuning(2, 1, 2, 1, 2, spread=True), Tuning(1, 1, 2, 2, 4, spread=True),
-        Tuning(2, 1, 1, 1, 2, split=3, spread=True),
+        Tuning(2, 1, 1, 1, 2, split=3, spread=True), Tuning(2, 1, 1, 2, 2, 1, spread=True),
+        Tuning(1, 1, 2, 1, 4, 1, spread=True),
     ],
     ids=str,
 )  # fmt: skip

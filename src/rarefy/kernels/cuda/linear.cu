@@ -387,7 +387,11 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
     const int step = step_at(base + (t < DEPTH ? t : DEPTH - 1));
     return step < end ? step : end - 1;
   };
+#if STORED
+  store_weights(a);
+#else
   if (rounds > 0) fetch(scales[0], a, places, step_of_lane(0), lane);
+#endif
 #else
   StepScales scales[DEPTH];
 #endif
@@ -405,7 +409,7 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   };
   for (int round = 0; round < STAGES - 1; ++round) stage_codes(round);
   if (step_at(0) < end) fetch(scales[0], a, places, step_at(0), lane);
-#else
+#elif !STORED
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d)
     if (step_at(d) < end) {
@@ -531,15 +535,28 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
     block_barrier();
     fetch(x, a, begin + (base + DEPTH) * ALONG, end);
     float parts[TILES][4] = {};
+#if STORED
+    if (base == 0) wait_for(weights_arrived(), 0);
+#endif
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
       const int round = base + d, next = step_at(round + DEPTH);
       if (step_at(round) >= end) break;
+#if STORED
+      take(codes[0], across * TILES, step_at(round), lane);
+      count_step(parts, codes[0], d * ALONG + along, d, lane);
+#else
       count_step(parts, codes[d], d * ALONG + along, d, lane);
       if (next < end) fetch(codes[d], a, places, next, lane);
+#endif
     }
+#if STORED
+    take(scales[0], a, across * TILES, step_of_lane(base), g);
+#endif
     add_parts(sums, parts, scales[0], along, t);
+#if !STORED
     if (base + DEPTH < rounds) fetch(scales[0], a, places, step_of_lane(base + DEPTH), lane);
+#endif
   }
 #else
   for (int base = 0; base < rounds; base += DEPTH) {

@@ -47,6 +47,7 @@ class Code:
     ragged: bool = True
     held: int = 0
     quads: int = 0
+    columns: int = 0
 
     MOST_HELD: ClassVar[int] = 1 << 15
     MOST_QUADS: ClassVar[int] = 16
@@ -91,6 +92,14 @@ class Code:
     def plain_numbers(self) -> bool:
         """Whether codes are integers, which are not looked up."""
         return not self.table and not self.float8
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of 16 rows of so many ``columns``."""
+        kinds = [each for each in (self.scale, self.zero) if each is not None]
+        numbers = sum(each.itemsize if isinstance(each, torch.dtype) else 4 for each in kinds)
+        groups = -(-self.columns // self.group) if self.group else 1
+        return -(-self.columns // self.step) * self.step * TILE * self.bits // 8 + TILE * numbers * groups
 
     @property
     def fits_planes(self) -> bool:
@@ -171,7 +180,8 @@ class Tuning:
         if self.spread:
             planes = 2 * self.depth * self.along * (8 + 128 * PLANES // 8)
             places = planes if code.fits_planes else 2048 * self.across * self.along
-            return table + -(-meeting // 16) * 16 + 16 + places + 2 * code.held
+            stored = self.tiles * self.across * code.tile_bytes + 144 if self.stages else 0
+            return table + -(-meeting // 16) * 16 + 16 + places + 2 * code.held + stored
         return table + max(staged, meeting)
 
 
@@ -225,7 +235,8 @@ def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) 
         BITS=code.bits, GROUP=code.group, SPAN=code.span, STEP=code.step, CENTER=code.center,
         TABLE=("", "shared", "rows").index(code.table),
         SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half),
-        STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8), SECOND_GROUPS=code.second_groups,
+        STAGED=int(tuning.stages > 0 and not tuning.spread), STORED=int(tuning.stages > 0 and tuning.spread),
+        ROW_COLUMNS=code.columns, FLOAT8=int(code.float8), SECOND_GROUPS=code.second_groups,
         HELD_TOKENS=code.held, QUADS=code.quads, RAGGED=int(code.ragged), PLANES=PLANES,
         IN_PLANES=int(tuning.spread and code.fits_planes), **ending.definitions(),
     )  # fmt: skip

@@ -76,7 +76,8 @@ def _run(
     run = _library(tuple(macros), program.SOURCES.get(name, program.SOURCE)).run
     which = {"linear": 0, "dequantize": 1, "quantize": 2, "dequantize_to_bytes": 3, "gemm": 0, "arrange": 1}[name]
     threads = program.ARRANGING if name == "arrange" else tuning.threads
-    run(which, ctypes.byref(given), *grid, threads, program.shared_memory(name, code, tuning, ending))
+    stored = program.stored_memory(code, tuning, given.columns, given.quads) if name == "linear" else 0
+    run(which, ctypes.byref(given), *grid, threads, program.shared_memory(name, code, tuning, ending) + stored)
 
 
 def program_linear(

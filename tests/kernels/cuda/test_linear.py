@@ -12,8 +12,8 @@ from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms import Quantized, Sparse, Term
 from rarefy.formats.terms.plain import Residual
 from rarefy.kernels.activations import quantize_tokens
-from rarefy.kernels.cuda.linear import _decode
-from rarefy.kernels.cuda.prepared import NotCovered, prepare
+from rarefy.kernels.cuda.linear import _decode, terms_of
+from rarefy.kernels.cuda.prepared import NotCovered, code_of, prepare
 from rarefy.kernels.cuda.program import Tuning
 from rarefy.kernels.prepared import flat
 from tests.formats.samples import GRIDS, PATTERNS, mask_for, quantized, residual
@@ -123,6 +123,18 @@ def test_blocks_of_one_token_in_the_places_of_eight(name: str) -> None:
     assert product([term, residual(37, 600)], Tuning(2, 1, 1, 2, 1, spread=True), 1) < 6e-4
 
 
+@pytest.mark.parametrize("name", [name for name in EVERY_KIND if not name.startswith(("int8", "fp8"))])
+def test_weights_of_one_token_in_shared_memory(name: str) -> None:
+    grid = {**GRIDS, **OTHERS}[name]
+    term = quantized(grid, PATTERNS["full"], 37, 640)
+    made = prepare(*term.operation())  # type: ignore[misc]
+    code = code_of(*terms_of(*flat([made])[:3])[0][:2])
+    for tuning in (Tuning(2, 1, 1, 2, 1, spread=True, stored=True), Tuning(1, split=2, spread=True, stored=True)):
+        if code.can_be_stored(640, tuning.split):
+            assert product([term, residual(37, 640)], tuning, 1) < 6e-4
+    assert code.can_be_stored(640, 1)
+
+
 @pytest.mark.parametrize(
     "grid",
     [
@@ -135,8 +147,8 @@ def test_blocks_of_one_token_in_the_places_of_eight(name: str) -> None:
     "tuning",
     [
         Tuning(along=2, depth=1, spread=True), Tuning(2, 1, 2, 1, 2, spread=True), Tuning(1, 1, 2, 2, 4, spread=True),
-        Tuning(2, 1, 1, 1, 2, split=3, spread=True), Tuning(2, 1, 1, 2, 2, 1, spread=True),
-        Tuning(1, 1, 2, 1, 4, 1, spread=True),
+        Tuning(2, 1, 1, 1, 2, split=3, spread=True), Tuning(2, 1, 1, 2, 2, spread=True, stored=True),
+        Tuning(1, 1, 2, 1, 4, spread=True, stored=True),
     ],
     ids=str,
 )  # fmt: skip

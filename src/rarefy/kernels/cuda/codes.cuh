@@ -80,16 +80,22 @@ template <> struct Pair<PAIRS> { uint2 raw; };
 template <> struct Pair<BILEVEL> { u16 raw; uint2 second; };
 template <> struct Pair<LEVEL> { u16 raw; uint2 second; };
 
+// STORED: weights are in shared memory (stored.cuh).
+template <class Words> device Words load_weights(const Words* from) {
+  if constexpr (STORED) return *from;
+  else return load_once(from);
+}
+
 template <int TYPE> device void load(Pair<TYPE>& pair, const void* base, i64 index, const uint2* second, i64 group) {
   if constexpr (TYPE == F32 || TYPE == PAIRS) {
-    pair.raw = load_once(static_cast<const uint2*>(base) + index);
+    pair.raw = load_weights(static_cast<const uint2*>(base) + index);
   } else if constexpr (TYPE == BILEVEL || TYPE == LEVEL) {
-    pair.raw = load_once(static_cast<const u16*>(base) + index);
-    pair.second = load_once(second + group);
+    pair.raw = load_weights(static_cast<const u16*>(base) + index);
+    pair.second = load_weights(second + group);
   } else if constexpr (TYPE == U8) {
-    pair.raw = load_once(static_cast<const u16*>(base) + index);
+    pair.raw = load_weights(static_cast<const u16*>(base) + index);
   } else if constexpr (TYPE != NONE) {
-    pair.raw = load_once(static_cast<const u32*>(base) + index);
+    pair.raw = load_weights(static_cast<const u32*>(base) + index);
   }
 }
 
@@ -367,7 +373,7 @@ device void fetch(Codes& codes, const Arguments& a, const Places& places, int st
     for (int l = 0; l < LOADS; ++l) {
       const uint4* from = of_step(places.codes[r][SPAN == 16 ? l % 2 : 0], step) + load_at(l);
       if constexpr (SPAN == 16 && RAGGED) put(codes, r, l, load_once(from, has_bytes(a, step, l, lane)));
-      else put(codes, r, l, load_once(from));
+      else put(codes, r, l, load_weights(from));
     }
 }
 

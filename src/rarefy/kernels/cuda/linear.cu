@@ -9,7 +9,7 @@
 // added to the weight), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns), DEPTH (steps loaded
 // ahead into registers), STAGED (codes and activations go through shared memory instead, STAGES steps of them), SPLIT
 // (blocks over columns), LATE (later kernels may start when the sums are formed, not before), SPREAD (see below),
-// IN_PLANES (see planes.cuh), and those of ending.cuh.
+// STORED (see stored.cuh), IN_PLANES (see planes.cuh), and those of ending.cuh.
 
 constexpr int THREADS = 32 * ACROSS * ALONG;
 
@@ -194,6 +194,9 @@ device void add_contributions(float (&sums)[4], const S& scale, const Z& zero, f
   }
 }
 
+#if STORED
+#include "stored.cuh"
+#endif
 #if IN_PLANES
 #include "planes.cuh"
 #else
@@ -282,11 +285,11 @@ typedef Scales StepScales;
 
 // Quads of a warp that are on their way from the start: all of what most rows have, or a few.
 constexpr int WARPS_OF_ROW = ALONG * SPLIT, EACH_QUADS = (QUADS + WARPS_OF_ROW - 1) / WARPS_OF_ROW;
-constexpr int MOST_AHEAD = PARTS <= 4 ? 4 : 1, AHEAD = EACH_QUADS > MOST_AHEAD ? MOST_AHEAD : EACH_QUADS > 1 ? EACH_QUADS : 1;
+constexpr int MOST_AHEAD = STORED ? 0 : PARTS <= 4 ? 4 : 1, AHEAD = EACH_QUADS < MOST_AHEAD ? EACH_QUADS : MOST_AHEAD;
 
 struct Outliers {
   int first;  // quad of this warp
-  uint2 entries[TILES][AHEAD];
+  uint2 entries[TILES][AHEAD > 0 ? AHEAD : 1];
 };
 
 device void begin_outliers(Outliers& own, const Arguments& a, int first_tile, int along, int lane) {
@@ -335,6 +338,13 @@ device void add_outliers(float (&sums)[TILES][TOKENS][4], const Outliers& own, c
 #pragma unroll
     for (int k = 0; k < AHEAD; ++k) add_pair(sums[r], a, own.entries[r][k], first_token, lane);
 }
+#if STORED
+device void add_stored_outliers(float (&sums)[TILES][TOKENS][4], Outliers& own, const Arguments& weights, int first_tile, int lane) {
+  for (; own.first < weights.quads; own.first += WARPS_OF_ROW)
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) add_pair(sums[r], weights, entries_of(weights, first_tile + r, own.first, lane), 0, lane);
+}
+#endif
 
 // Others come as they are met: quads of rows that have many, then the rest of long rows, four at once like these.
 device void add_other_outliers(
@@ -375,7 +385,16 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   float* factors = reinterpret_cast<float*>(pool + TABLE_BYTES);
   u8* stages = pool + TABLE_BYTES + FACTOR_BYTES;
 
+#if STORED
+  const int first_stored = across * TILES;
+  const Stored stored = stored_of(a, share);
+  if (rounds > 0) store_weights(a, share, stored);
+  const Arguments weights = stored_arguments(a, stored);
+  const Places places = stored_places(stored, first_stored, begin, lane);
+#else
+  const Arguments& weights = a;
   const Places places = places_of(a, first_tile, lane);
+#endif
   const auto step_at = [&](int round) { return begin + round * ALONG + along; };
 
   // What the weights are is on its way before anything is waited for.
@@ -387,11 +406,7 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
     const int step = step_at(base + (t < DEPTH ? t : DEPTH - 1));
     return step < end ? step : end - 1;
   };
-#if STORED
-  store_weights(a);
-#else
-  if (rounds > 0) fetch(scales[0], a, places, step_of_lane(0), lane);
-#endif
+  if (!STORED && rounds > 0) fetch(scales[0], a, places, step_of_lane(0), lane);
 #else
   StepScales scales[DEPTH];
 #endif
@@ -435,6 +450,7 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   load_tables(tables, a, first_tile, g);
   Beside beside;
   fetch_gain(beside, a, first_token);
+  if constexpr (STORED) block_barrier();  // which are to wait for it see the barrier of what is stored
   if constexpr (!LATE) start_later_kernels();
   wait_for_earlier_kernels();  // weights never depend on them
 
@@ -519,8 +535,14 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d)
     if (step_at(d) < end) fetch_tokens(d, step_at(d));
+#if STORED
+  if (rounds > 0) wait_for(weights_arrived(), 0);
+#endif
 #if SPREAD && OUTLIERS
   add_outliers(sums, outliers, a, first_token, lane);
+#if STORED
+  add_stored_outliers(sums, outliers, weights, first_stored, lane);
+#endif
 #else
   fetch_rest(beside, factors, a, first_token);
 #if OUTLIERS
@@ -535,28 +557,17 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
     block_barrier();
     fetch(x, a, begin + (base + DEPTH) * ALONG, end);
     float parts[TILES][4] = {};
-#if STORED
-    if (base == 0) wait_for(weights_arrived(), 0);
-#endif
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
       const int round = base + d, next = step_at(round + DEPTH);
       if (step_at(round) >= end) break;
-#if STORED
-      take(codes[0], across * TILES, step_at(round), lane);
-      count_step(parts, codes[0], d * ALONG + along, d, lane);
-#else
+      if (STORED) fetch(codes[d], weights, places, step_at(round), lane);
       count_step(parts, codes[d], d * ALONG + along, d, lane);
-      if (next < end) fetch(codes[d], a, places, next, lane);
-#endif
+      if (!STORED && next < end) fetch(codes[d], weights, places, next, lane);
     }
-#if STORED
-    take(scales[0], a, across * TILES, step_of_lane(base), g);
-#endif
+    if (STORED) fetch(scales[0], weights, places, step_of_lane(base), lane);
     add_parts(sums, parts, scales[0], along, t);
-#if !STORED
-    if (base + DEPTH < rounds) fetch(scales[0], a, places, step_of_lane(base + DEPTH), lane);
-#endif
+    if (!STORED && base + DEPTH < rounds) fetch(scales[0], weights, places, step_of_lane(base + DEPTH), lane);
   }
 #else
   for (int base = 0; base < rounds; base += DEPTH) {
@@ -564,6 +575,10 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
     for (int d = 0; d < DEPTH; ++d) {
       const int round = base + d, next = step_at(round + DEPTH);
       if (step_at(round) >= end) break;
+      if (STORED) {
+        fetch(codes[d], weights, places, step_at(round), lane);
+        fetch(scales[d], weights, places, step_at(round), lane);
+      }
 #if SPREAD
       multiply_step(sums, codes[d], scales[d], x[d], tables, a, first_tile, step_at(round), lane);
 #else
@@ -571,8 +586,10 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
       multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(round), lane);
 #endif
       if (next < end) {
-        fetch(codes[d], a, places, next, lane);
-        fetch(scales[d], a, places, next, lane);
+        if (!STORED) {
+          fetch(codes[d], weights, places, next, lane);
+          fetch(scales[d], weights, places, next, lane);
+        }
         fetch_tokens(d, next);
       }
     }

@@ -15,58 +15,6 @@ constexpr int AT_UNITS = AT_PLACES, AT_PLANES = AT_UNITS + 8 * SPANS;
 device float2* units_of_planes() { return reinterpret_cast<float2*>(pool + AT_UNITS); }
 device u32* words_of_planes() { return reinterpret_cast<u32*>(pool + AT_PLANES); }
 
-#if STORED
-// Weights of a block come by bulk copies before anything is waited for, all of them, which leaves registers free: two
-// kernels that follow each other have room beside each other, and one loads while the other still computes.
-#ifndef RAREFY_EMULATED
-#include "bulk.cuh"
-#endif
-
-constexpr int STEPS = (ROW_COLUMNS + STEP - 1) / STEP, GROUPS = GROUP == 0 ? 1 : (ROW_COLUMNS + GROUP - 1) / (GROUP == 0 ? 1 : GROUP);
-constexpr int TILES_OF_BLOCK = TILES * ACROSS, CODE_BYTES = STEPS * LOADS * 512;  // of a tile
-template <int TYPE> device constexpr int bytes_of() { return TYPE == NONE ? 0 : 8 * int(sizeof(Pair<TYPE == NONE ? F32 : TYPE>)) * GROUPS; }
-constexpr int AT_STORED = (AT_HELD + 2 * HELD_TOKENS + 127) / 128 * 128, AT_SCALES = AT_STORED + TILES_OF_BLOCK * CODE_BYTES;
-constexpr int AT_ZEROS = AT_SCALES + TILES_OF_BLOCK * bytes_of<SCALE>(), AT_ARRIVED = AT_ZEROS + TILES_OF_BLOCK * bytes_of<ZERO>();
-static_assert(SPLIT == 1 && SCALE != BILEVEL && SCALE != LEVEL, "whole rows, of scales of one level");
-device u64* weights_arrived() { return reinterpret_cast<u64*>(pool + AT_ARRIVED); }
-
-device void store_weights(const Arguments& a) {
-  if (threadIdx.x >= 32) return;
-  constexpr int EACH = CODE_BYTES + bytes_of<SCALE>() + bytes_of<ZERO>();
-  if (threadIdx.x == 0) {
-    prepare_barrier(weights_arrived(), 1);
-    barriers_are_prepared();
-    expect(weights_arrived(), TILES_OF_BLOCK * EACH);
-  }
-  warp_barrier();
-  for (int n = threadIdx.x; n < TILES_OF_BLOCK; n += 32) {
-    const i64 tile = tile_of(a, tile_of_block(a, n));
-    copy_bulk(pool + AT_STORED + n * CODE_BYTES, reinterpret_cast<const u8*>(a.codes) + tile * CODE_BYTES, CODE_BYTES, weights_arrived());
-    if (SCALE != NONE)
-      copy_bulk(pool + AT_SCALES + n * bytes_of<SCALE>(), static_cast<const u8*>(a.scale) + tile * bytes_of<SCALE>(), bytes_of<SCALE>(), weights_arrived());
-    if (ZERO != NONE)
-      copy_bulk(pool + AT_ZEROS + n * bytes_of<ZERO>(), static_cast<const u8*>(a.zero) + tile * bytes_of<ZERO>(), bytes_of<ZERO>(), weights_arrived());
-  }
-}
-
-device void take(Codes& codes, int first, int step, int lane) {
-#pragma unroll
-  for (int r = 0; r < TILES; ++r)
-    put(codes, r, 0, reinterpret_cast<const uint4*>(pool + AT_STORED + (first + r) * CODE_BYTES)[step * 32 + lane]);
-}
-device void take(SpreadScales& scales, const Arguments& a, int first, int step, int g) {
-#pragma unroll
-  for (int own = 0; own < OWN_PARTS; ++own) {
-    const int at = (group_of(a, step, 0) + own < GROUPS ? group_of(a, step, 0) + own : GROUPS - 1) * 8 + g;
-#pragma unroll
-    for (int r = 0; r < TILES; ++r) {
-      if constexpr (SCALE != NONE) scales.scale[r][own] = reinterpret_cast<const Pair<SCALE>*>(pool + AT_SCALES + (first + r) * bytes_of<SCALE>())[at];
-      if constexpr (ZERO != NONE) scales.zero[r][own] = reinterpret_cast<const Pair<ZERO>*>(pool + AT_ZEROS + (first + r) * bytes_of<ZERO>())[at];
-    }
-  }
-}
-#endif
-
 // Which columns a task is of: 8 * t on and eight more in two of the four 32 of a span, as a lane's word of codes has them.
 struct Task { int t, half, span; };
 device Task task_of(int turn) {

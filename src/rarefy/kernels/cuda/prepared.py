@@ -53,7 +53,6 @@ def code_of(tensors: dict[str, Tensor], numbers: dict[str, int]) -> Code:
         scale=named, zero=zero.dtype if zero.numel() else None, center=numbers["center"],  # type: ignore[arg-type]
         float8=bool(numbers["float8"]), second_groups=numbers["second_groups"],
         ragged=numbers["columns"] % layout.step_of(numbers["bits"]) != 0,
-        columns=numbers["columns"] if numbers["bits"] == 1 else 0,
     )  # fmt: skip
 
 

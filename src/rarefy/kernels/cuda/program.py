@@ -47,7 +47,6 @@ class Code:
     ragged: bool = True
     held: int = 0
     quads: int = 0
-    columns: int = 0
 
     MOST_HELD: ClassVar[int] = 1 << 15
     MOST_QUADS: ClassVar[int] = 16
@@ -93,13 +92,21 @@ class Code:
         """Whether codes are integers, which are not looked up."""
         return not self.table and not self.float8
 
-    @property
-    def tile_bytes(self) -> int:
-        """Bytes of 16 rows of so many ``columns``."""
-        kinds = [each for each in (self.scale, self.zero) if each is not None]
-        numbers = sum(each.itemsize if isinstance(each, torch.dtype) else 4 for each in kinds)
-        groups = -(-self.columns // self.group) if self.group else 1
-        return -(-self.columns // self.step) * self.step * TILE * self.bits // 8 + TILE * numbers * groups
+    def tile_bytes(self, columns: int, split: int, quads: int) -> int:
+        """Bytes of 16 rows of so many ``columns`` (of a share of ``split``) with so many ``quads`` of outliers."""
+        sizes = {"pairs": 4, "bilevel": 1, "level": 1, None: 0}
+        kinds = (self.scale, self.zero)
+        numbers = sum(each.itemsize if isinstance(each, torch.dtype) else sizes[each] for each in kinds)
+        steps = -(-(-(-columns // self.step)) // split)
+        groups = -(-steps * self.step // self.group) + (split > 1) if self.group else 1
+        second = 8 * -(-groups // self.second_groups) if self.scale in ("bilevel", "level") else 0
+        return steps * self.step * TILE * self.bits // 8 + TILE * numbers * groups + second + 256 * quads
+
+    def can_be_stored(self, columns: int, split: int) -> bool:
+        """Whether bulk copies bring such a tile: in whole 16 bytes."""
+        groups = -(-columns // self.group) if self.group else 1
+        second = self.scale in ("bilevel", "level")
+        return self.span != 16 and not (second and (split > 1 or -(-groups // self.second_groups) % 2))
 
     @property
     def fits_planes(self) -> bool:
@@ -116,7 +123,8 @@ class Code:
 class Tuning:
     """How the work is cut up. A warp computes ``16 * tiles`` rows for ``8 * tokens`` tokens; a block has ``across``
     warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps are
-    loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``overlap``: the kernel starts
+    loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``stored``: all weights of a
+    block go there at once. ``overlap``: the kernel starts
     while its forerunner still runs; from 9.0 on. ``late``: it lets its successor do so only when it has read all.
     ``spread``: blocks of one token take the places of eight tokens.
 
@@ -138,6 +146,7 @@ class Tuning:
     spread: bool = False
     in_turns: bool = False
     late: bool = False
+    stored: bool = False
 
     def with_halves(self) -> Tuning:
         """With warps for each half of the rows, see ``Ending.kind``."""
@@ -180,8 +189,7 @@ class Tuning:
         if self.spread:
             planes = 2 * self.depth * self.along * (8 + 128 * PLANES // 8)
             places = planes if code.fits_planes else 2048 * self.across * self.along
-            stored = self.tiles * self.across * code.tile_bytes + 144 if self.stages else 0
-            return table + -(-meeting // 16) * 16 + 16 + places + 2 * code.held + stored
+            return table + -(-meeting // 16) * 16 + 16 + places + 2 * code.held
         return table + max(staged, meeting)
 
 
@@ -235,8 +243,7 @@ def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) 
         BITS=code.bits, GROUP=code.group, SPAN=code.span, STEP=code.step, CENTER=code.center,
         TABLE=("", "shared", "rows").index(code.table),
         SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half),
-        STAGED=int(tuning.stages > 0 and not tuning.spread), STORED=int(tuning.stages > 0 and tuning.spread),
-        ROW_COLUMNS=code.columns, FLOAT8=int(code.float8), SECOND_GROUPS=code.second_groups,
+        STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8), SECOND_GROUPS=code.second_groups,
         HELD_TOKENS=code.held, QUADS=code.quads, RAGGED=int(code.ragged), PLANES=PLANES,
         IN_PLANES=int(tuning.spread and code.fits_planes), **ending.definitions(),
     )  # fmt: skip
@@ -273,8 +280,16 @@ def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
     return across, tuning.split, -(-tokens // (8 * tuning.tokens))
 
 
+MOST_STORED = 226 * 1024  # bytes of a block's shared memory where all of its weights go there
+
+
+def stored_memory(code: Code, tuning: Tuning, columns: int, quads: int) -> int:
+    """Bytes of a block's shared memory for its weights."""
+    return 160 + tuning.tiles * tuning.across * code.tile_bytes(columns, tuning.split, quads) if tuning.stored else 0
+
+
 def shared_memory(name: str, code: Code, tuning: Tuning, ending: Ending = PLAIN) -> int:
-    """Bytes of a block of ``rarefy_<name>``."""
+    """Bytes of a block of ``rarefy_<name>``, beside those of ``stored_memory``."""
     if name == "arrange":
         return 0
     if name.startswith("dequantize"):
@@ -291,7 +306,7 @@ def kernel(
     macros = [f"-D{macro}={value}" for macro, value in definitions(code, tuning, half, ending).items()]
     shared = shared_memory(name, code, tuning, ending)
     with torch.cuda.device(device):
-        return driver.Kernel(SOURCES.get(name, SOURCE), f"rarefy_{name}", macros, shared)
+        return driver.Kernel(SOURCES.get(name, SOURCE), f"rarefy_{name}", macros, shared, MOST_STORED * tuning.stored)
 
 
 def linear(
@@ -303,7 +318,8 @@ def linear(
         if name == "arrange":
             program(arranging(code, tuning, given), ARRANGING, given, stream, tuning.overlap)
         else:
-            program(grid(tuning, given.rows, given.tokens), tuning.threads, given, stream, tuning.overlap)
+            stored = stored_memory(code, tuning, given.columns, given.quads)
+            program(grid(tuning, given.rows, given.tokens), tuning.threads, given, stream, tuning.overlap, stored)
 
 
 def compiled(

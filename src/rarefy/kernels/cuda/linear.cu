@@ -152,8 +152,11 @@ device void hold_tokens(const Arguments& a) {
   for (int n = threadIdx.x; n < HELD_TOKENS / 8 && 8 * n < a.columns; n += THREADS) copy_async(pool + AT_HELD + 16 * n, a.x + 8 * n, true);
   commit_copies();
 }
+#ifndef FIRST
+#define FIRST 0
+#endif
 template <class Words> device Words activations_at(const Arguments& a, int column, bool real) {
-  if constexpr (HELD_TOKENS == 0) return load_shared_by_all(reinterpret_cast<const Words*>(a.x + column), real);
+  if constexpr (HELD_TOKENS == 0 || !FIRST) return load_shared_by_all(reinterpret_cast<const Words*>(a.x + column), real);
   else return real ? *reinterpret_cast<const Words*>(pool + AT_HELD + 2 * column) : Words{};
 }
 
@@ -507,7 +510,7 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
     multiply_step(sums, codes[0], now, tokens, tables, a, first_tile, step_at(round), lane);
   }
 #else
-#if SPREAD && OUTLIERS
+#if SPREAD && OUTLIERS && FIRST
   hold_tokens(a);
   fetch_rest(beside, factors, a, first_token);
   wait_for_copies<0>();
@@ -538,14 +541,17 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
 #if STORED
   if (rounds > 0) wait_for(weights_arrived(), 0);
 #endif
-#if SPREAD && OUTLIERS
+#if SPREAD && OUTLIERS && FIRST
   add_outliers(sums, outliers, a, first_token, lane);
 #if STORED
   add_stored_outliers(sums, outliers, weights, first_stored, lane);
 #endif
 #else
+#if SPREAD && OUTLIERS
+  hold_tokens(a);
+#endif
   fetch_rest(beside, factors, a, first_token);
-#if OUTLIERS
+#if OUTLIERS && !SPREAD
   add_outliers(sums, outliers, a, first_token, lane);
   add_other_outliers(sums, outliers, a, first_tile, first_token, lane);
 #endif
@@ -597,6 +603,14 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
 #endif
 #endif
 #if SPREAD && OUTLIERS
+#if !FIRST
+  wait_for_copies<0>();
+  block_barrier();
+  add_outliers(sums, outliers, a, first_token, lane);
+#if STORED
+  add_stored_outliers(sums, outliers, weights, first_stored, lane);
+#endif
+#endif
   add_other_outliers(sums, outliers, a, first_tile, first_token, lane);
 #endif
 

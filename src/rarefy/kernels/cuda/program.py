@@ -280,7 +280,7 @@ def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
     return across, tuning.split, -(-tokens // (8 * tuning.tokens))
 
 
-MOST_STORED = 226 * 1024  # bytes of a block's shared memory where all of its weights go there
+MOST_STORED = 225 * 1024  # bytes of a block's shared memory where all of its weights go there
 
 
 def stored_memory(code: Code, tuning: Tuning, columns: int, quads: int) -> int:

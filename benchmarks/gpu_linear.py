@@ -149,7 +149,7 @@ class Trials:
         wide = measure.takes_wide(x.device) and not self.narrow
         overlap = tuning_tables.overlaps(x.device)
         known = tuning_tables.choose(code, weights.rows, weights.columns, tokens, x.device)
-        every = [known, *itertools.islice(measure.candidates(code, tokens, wide), most)]
+        every = [known, *itertools.islice(measure.candidates(code, tokens, wide, weights.columns), most)]
         tried = list(dict.fromkeys(replace(each, overlap=overlap) for each in every))
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda each: _compiles(code, each, x.dtype), tried))

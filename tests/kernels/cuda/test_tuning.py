@@ -38,10 +38,11 @@ def _forget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_the_rule_and_all_candidates_can_run(code: Code, capability: tuple[int, int]) -> None:
     for tokens in tuning.BUCKETS:
         chosen = tuning.by_rule(code, 4096, 14336, tokens, capability)
-        tried = list(measure.candidates(code, tokens, capability == (9, 0)))
+        tried = list(measure.candidates(code, tokens, capability == (9, 0), 14336))
         assert tried and len(set(tried)) == len(tried)
         for each in (chosen, *tried):
             assert each.shared_memory(code) <= tuning.MOST_SHARED_WIDE and each.threads <= 1024
+            assert tuning.can_be_stored(code, each, 14336)
             assert each.suits(code) and 8 * each.tokens * 16 >= tokens
             assert not (each.wide and (each.across % 4 or not each.stages))
         assert chosen.wide == (capability == (9, 0) and tokens > 16) and chosen.overlap == (capability >= (9, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ class Code:
     (``level``), whose numbers of second order are those of ``second_groups`` groups; without a zero, ``center`` is the
     code that means zero. ``outliers``: the type of single values that are added to the weight. ``float8``: codes of 8
     bits are numbers in E4M3. ``ragged``: columns do not fill the last step. ``held``: room for the activations of one
-    token, which wait in shared memory for outliers, ``quads`` of most rows (see ``layout.quads_of``)."""
+    token, which wait in shared memory for outliers, about as many ``quads`` as rows have (see ``layout.quads_of``)."""
 
     bits: int
     group: int = 0
@@ -49,12 +50,11 @@ class Code:
     quads: int = 0
 
     MOST_HELD: ClassVar[int] = 1 << 15
-    MOST_QUADS: ClassVar[int] = 16
 
     def with_outliers(self, dtype: torch.dtype, columns: int, quads: int) -> Code:
         """With values of ``dtype`` beside these of a weight of so many ``columns``, in so many ``quads``."""
         held = 1 << max(columns - 1, 1023).bit_length()
-        known = min(self.MOST_QUADS, -(-quads // 4) * 4)  # few forms of a kernel for all numbers of quads
+        known = -(-quads // 4) * 4 if quads <= 16 else 1 << (quads - 1).bit_length()  # few forms for all numbers
         return replace(self, outliers=dtype, held=held if held <= self.MOST_HELD else 0, quads=known)
 
     @property
@@ -97,7 +97,7 @@ class Code:
         sizes = {"pairs": 4, "bilevel": 1, "level": 1, None: 0}
         kinds = (self.scale, self.zero)
         numbers = sum(each.itemsize if isinstance(each, torch.dtype) else sizes[each] for each in kinds)
-        steps = -(-(-(-columns // self.step)) // split)
+        steps = math.ceil(columns / (self.step * split))
         groups = -(-steps * self.step // self.group) + (split > 1) if self.group else 1
         second = 8 * -(-groups // self.second_groups) if self.scale in ("bilevel", "level") else 0
         return steps * self.step * TILE * self.bits // 8 + TILE * numbers * groups + second + 256 * quads

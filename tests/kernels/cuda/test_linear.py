@@ -148,7 +148,7 @@ def test_weights_of_one_token_in_shared_memory(name: str) -> None:
     [
         Tuning(along=2, depth=1, spread=True), Tuning(2, 1, 2, 1, 2, spread=True), Tuning(1, 1, 2, 2, 4, spread=True),
         Tuning(2, 1, 1, 1, 2, split=3, spread=True), Tuning(2, 1, 1, 2, 2, spread=True, stored=True),
-        Tuning(1, 1, 2, 1, 4, spread=True, stored=True),
+        Tuning(1, 1, 2, 1, 4, spread=True, stored=True), Tuning(2, 1, 1, 1, 2, split=3, spread=True, stored=True),
     ],
     ids=str,
 )  # fmt: skip

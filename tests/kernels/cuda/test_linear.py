@@ -251,6 +251,25 @@ def test_kept_groups(index: str, zero: str, size: int) -> None:
     sparse_product(quantized(grid, Groups(size=size, index=index), 43, 37 * 32))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("zero", "size", "columns"), [("none", 16, 560), ("integer", 32, 640), ("float", 16, 4800)])
+def test_kept_groups_in_shared_memory(zero: str, size: int, columns: int) -> None:
+    """Where rows keep as many: three of four neighbours each."""
+    rows = 48
+    order = torch.rand(rows, columns // size // 5, 5).argsort(2)
+    mask = (order < 3).flatten(1).repeat_interleave(size, 1)
+    grid = IntegerGrid(num_bits=4, group_size=size, zero=zero)  # type: ignore[arg-type]
+    params = {"scale": torch.rand(rows, columns // size).half() + 0.5}
+    if zero != "none":
+        own = torch.uint8 if zero == "integer" else torch.half
+        params["zero_point"] = torch.randint(0, 16, (rows, columns // size)).to(own)
+    codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
+    term = Quantized.from_codes(codes, params, grid, pattern=Groups(size=size, index="bitmap"), mask=mask)
+    made = prepare(*term.operation())  # type: ignore[misc]
+    for tokens, dtype, most in ((1, torch.bfloat16, 4e-3), (3, torch.float16, 1e-3)):
+        x = torch.randn(tokens, columns).to(dtype)
+        assert relative(emulation.sparse(x, made, True), x.double() @ term.decode().double().T) < most
+
+
 def test_kept_groups_of_wide_rows() -> None:
     """More pieces than a byte counts; rows that keep nothing, others nearly all."""
     rows, columns = 19, 300 * 16

@@ -133,6 +133,7 @@ def test_weights_of_one_token_in_shared_memory(name: str) -> None:
         if code.can_be_stored(640, tuning.split):
             assert product([term, residual(37, 640)], tuning, 1) < 6e-4
     assert code.can_be_stored(640, 1)
+    assert product([term, residual(37, 640)], Tuning(2, 2, 1, 2, 1, stored=True), 11) < 6e-4
 
 
 @pytest.mark.parametrize(

@@ -197,9 +197,6 @@ device void add_contributions(float (&sums)[4], const S& scale, const Z& zero, f
   }
 }
 
-#if STORED
-#include "stored.cuh"
-#endif
 #if IN_PLANES
 #include "planes.cuh"
 #else
@@ -275,8 +272,14 @@ device void multiply_step(
 #endif
 
 typedef SpreadScales StepScales;
+constexpr int AT_STORED = AT_HELD + 2 * HELD_TOKENS;
 #else
 typedef Scales StepScales;
+constexpr int AT_STORED = (TABLE_BYTES + FACTOR_BYTES + 4 * ALONG * WIDTH * SUM_PITCH + 15) / 16 * 16;
+#endif
+
+#if STORED
+#include "stored.cuh"
 #endif
 
 // ---- Outliers: warps along the columns share a row's quads. A lane of one token adds its own entries to its own sums,
@@ -342,10 +345,12 @@ device void add_outliers(float (&sums)[TILES][TOKENS][4], const Outliers& own, c
     for (int k = 0; k < AHEAD; ++k) add_pair(sums[r], a, own.entries[r][k], first_token, lane);
 }
 #if STORED
-device void add_stored_outliers(float (&sums)[TILES][TOKENS][4], Outliers& own, const Arguments& weights, int first_tile, int lane) {
+device void add_stored_outliers(
+    float (&sums)[TILES][TOKENS][4], Outliers& own, const Arguments& weights, int first_tile, int first_token, int lane) {
   for (; own.first < weights.quads; own.first += WARPS_OF_ROW)
 #pragma unroll
-    for (int r = 0; r < TILES; ++r) add_pair(sums[r], weights, entries_of(weights, first_tile + r, own.first, lane), 0, lane);
+    for (int r = 0; r < TILES; ++r)
+      add_pair(sums[r], weights, entries_of(weights, first_tile + r, own.first, lane), first_token, lane);
 }
 #endif
 
@@ -544,7 +549,7 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
 #if SPREAD && OUTLIERS && FIRST
   add_outliers(sums, outliers, a, first_token, lane);
 #if STORED
-  add_stored_outliers(sums, outliers, weights, first_stored, lane);
+  add_stored_outliers(sums, outliers, weights, first_stored, first_token, lane);
 #endif
 #else
 #if SPREAD && OUTLIERS
@@ -553,6 +558,9 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   fetch_rest(beside, factors, a, first_token);
 #if OUTLIERS && !SPREAD
   add_outliers(sums, outliers, a, first_token, lane);
+#if STORED
+  add_stored_outliers(sums, outliers, weights, first_stored, first_token, lane);
+#endif
   add_other_outliers(sums, outliers, a, first_tile, first_token, lane);
 #endif
 #endif
@@ -608,7 +616,7 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   block_barrier();
   add_outliers(sums, outliers, a, first_token, lane);
 #if STORED
-  add_stored_outliers(sums, outliers, weights, first_stored, lane);
+  add_stored_outliers(sums, outliers, weights, first_stored, first_token, lane);
 #endif
 #endif
   add_other_outliers(sums, outliers, a, first_tile, first_token, lane);

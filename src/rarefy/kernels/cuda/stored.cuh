@@ -1,4 +1,4 @@
-// One token: all that a block wants to know of its weights comes into shared memory by bulk copies before anything is
+// Few tokens: all that a block wants to know of its weights comes into shared memory by bulk copies before anything is
 // waited for. No register holds what is on its way, so that two kernels that follow each other have room beside each
 // other: one loads while the other still computes.
 
@@ -24,7 +24,7 @@ device Stored stored_of(const Arguments& a, const Share& share) {
   own.scale = own.groups * 8 * bytes_of_pair<SCALE>(), own.zero = own.groups * 8 * bytes_of_pair<ZERO>();
   own.second = SECOND ? (own.groups + SECOND_GROUPS - 1) / SECOND_GROUPS * 8 : 0;
   own.entries = OUTLIERS ? a.quads * 256 : 0;
-  own.at_codes = (AT_HELD + 2 * HELD_TOKENS + 16 + 127) / 128 * 128;
+  own.at_codes = (AT_STORED + 16 + 127) / 128 * 128;
   own.at_scale = own.at_codes + TILES_OF_BLOCK * own.codes;
   own.at_zero = own.at_scale + TILES_OF_BLOCK * own.scale;
   own.at_second = own.at_zero + TILES_OF_BLOCK * own.zero;
@@ -32,7 +32,7 @@ device Stored stored_of(const Arguments& a, const Share& share) {
   return own;
 }
 
-device u64* weights_arrived() { return reinterpret_cast<u64*>(pool + AT_HELD + 2 * HELD_TOKENS); }
+device u64* weights_arrived() { return reinterpret_cast<u64*>(pool + AT_STORED); }
 
 device void store_weights(const Arguments& a, const Share& share, const Stored& own) {
   if (threadIdx.x >= 32) return;

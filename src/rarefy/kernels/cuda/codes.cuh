@@ -80,9 +80,9 @@ template <> struct Pair<PAIRS> { uint2 raw; };
 template <> struct Pair<BILEVEL> { u16 raw; uint2 second; };
 template <> struct Pair<LEVEL> { u16 raw; uint2 second; };
 
-// STORED: weights are in shared memory (stored.cuh).
+// STORED, RING: weights are in shared memory (stored.cuh, ring.cuh).
 template <class Words> device Words load_weights(const Words* from) {
-  if constexpr (STORED) return *from;
+  if constexpr (STORED || RING) return *from;
   else return load_once(from);
 }
 

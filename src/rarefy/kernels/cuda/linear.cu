@@ -9,7 +9,7 @@
 // added to the weight), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns), DEPTH (steps loaded
 // ahead into registers), STAGED (codes and activations go through shared memory instead, STAGES steps of them), SPLIT
 // (blocks over columns), LATE (later kernels may start when the sums are formed, not before), SPREAD (see below),
-// STORED (see stored.cuh), IN_PLANES (see planes.cuh), and those of ending.cuh.
+// STORED (see stored.cuh), RING (see ring.cuh), IN_PLANES (see planes.cuh), and those of ending.cuh.
 
 constexpr int THREADS = 32 * ACROSS * ALONG;
 
@@ -280,6 +280,8 @@ constexpr int AT_STORED = (TABLE_BYTES + FACTOR_BYTES + 4 * ALONG * WIDTH * SUM_
 
 #if STORED
 #include "stored.cuh"
+#elif RING
+#include "ring.cuh"
 #endif
 
 // ---- Outliers: warps along the columns share a row's quads. A lane of one token adds its own entries to its own sums,
@@ -404,6 +406,13 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   const Places places = places_of(a, first_tile, lane);
 #endif
   const auto step_at = [&](int round) { return begin + round * ALONG + along; };
+#if RING
+  const Source source = source_of(a, first_tile, lane);
+  prepare_ring(lane);
+#pragma unroll
+  for (int n = 0; n < RING; ++n)
+    if (step_at(n) < end) bring(source, a, step_at(n), n);
+#endif
 
   // What the weights are is on its way before anything is waited for.
   Codes codes[DEPTH];
@@ -432,7 +441,7 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   };
   for (int round = 0; round < STAGES - 1; ++round) stage_codes(round);
   if (step_at(0) < end) fetch(scales[0], a, places, step_at(0), lane);
-#elif !STORED
+#elif !STORED && !RING
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d)
     if (step_at(d) < end) {
@@ -593,14 +602,22 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
         fetch(codes[d], weights, places, step_at(round), lane);
         fetch(scales[d], weights, places, step_at(round), lane);
       }
+#if RING
+      wait_for(step_arrived(round % RING), round / RING % 2);
+      take(codes[d], scales[d], round % RING, lane);
+#endif
 #if SPREAD
       multiply_step(sums, codes[d], scales[d], x[d], tables, a, first_tile, step_at(round), lane);
 #else
       const auto tokens = [&](int n, int pair) { return x[d].at[n][pair]; };
       multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(round), lane);
 #endif
+#if RING
+      warp_barrier();
+      if (step_at(round + RING) < end) bring(source, a, step_at(round + RING), round % RING);
+#endif
       if (next < end) {
-        if (!STORED) {
+        if (!STORED && !RING) {
           fetch(codes[d], weights, places, next, lane);
           fetch(scales[d], weights, places, next, lane);
         }

@@ -4,10 +4,15 @@
 
 device float value_of(u32 entry) { return OUTLIERS == F16 ? half_value(u16(entry >> 16)) : as_float(entry & 0xFFFF0000u); }
 
+device uint2 load_entries(const uint2* from) {
+  if constexpr (STORED) return *from;
+  else return load_once(from);
+}
+
 // The entries 4 * quad + t of rows g and g + 8, in lane 4 * g + t.
 device uint2 entries_of(const Arguments& a, i64 tile, int quad, int lane) {
   uint2 none = {0, 0};
-  return quad < a.quads ? load_weights(a.entries + (tile * a.quads + quad) * 32 + lane) : none;
+  return quad < a.quads ? load_entries(a.entries + (tile * a.quads + quad) * 32 + lane) : none;
 }
 
 // Where the rest of a row begins and ends; nearly always nowhere.

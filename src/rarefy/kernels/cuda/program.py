@@ -109,6 +109,13 @@ class Code:
         return self.span != 16 and not (second and (split > 1 or -(-groups // self.second_groups) % 2))
 
     @property
+    def fits_ring(self) -> bool:
+        """Whether bulk copies bring steps of it."""
+        second = self.scale in ("bilevel", "level")
+        odd = second and (self.second_groups > 1 or self.parts % 2 == 1)
+        return self.span != 16 and not self.ragged and not odd
+
+    @property
     def fits_planes(self) -> bool:
         """Whether tensor cores can multiply its bits by those of one token (``planes.cuh``)."""
         return self.bits == 1 and not self.table and self.group % 128 == 0
@@ -124,7 +131,7 @@ class Tuning:
     """How the work is cut up. A warp computes ``16 * tiles`` rows for ``8 * tokens`` tokens; a block has ``across``
     warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps are
     loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``stored``: all weights of a
-    block go there at once. ``overlap``: the kernel starts
+    block go there at once, by bulk copies, or ``stages`` steps of each warp. ``overlap``: the kernel starts
     while its forerunner still runs; from 9.0 on. ``late``: it lets its successor do so only when it has read all.
     ``spread``: blocks of one token take the places of eight tokens.
 
@@ -184,7 +191,7 @@ class Tuning:
             staged = self.stages * (2 * code.step * width + sums) + 16 * self.stages
             return table + max(staged, 4 * width * (self.rows + 4))
         tokens = width * (2 * code.step * self.along + (16 if code.span == 16 else 64))
-        staged = self.stages * (tokens + self.rows * self.along * code.step * code.bits // 8)
+        staged = 0 if self.stored else self.stages * (tokens + self.rows * self.along * code.step * code.bits // 8)
         meeting = 4 * self.along * (1 if self.spread else width) * (self.rows + 4)
         if self.spread:
             planes = 2 * self.depth * self.along * (8 + 128 * PLANES // 8)
@@ -243,7 +250,8 @@ def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) 
         BITS=code.bits, GROUP=code.group, SPAN=code.span, STEP=code.step, CENTER=code.center,
         TABLE=("", "shared", "rows").index(code.table),
         SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half),
-        STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8), SECOND_GROUPS=code.second_groups,
+        STAGED=int(tuning.stages > 0 and not tuning.stored), STORED=int(tuning.stored and not tuning.stages),
+        RING=tuning.stages if tuning.stored else 0, FLOAT8=int(code.float8), SECOND_GROUPS=code.second_groups,
         HELD_TOKENS=code.held, QUADS=code.quads, RAGGED=int(code.ragged), PLANES=PLANES,
         IN_PLANES=int(tuning.spread and code.fits_planes), **ending.definitions(),
     )  # fmt: skip
@@ -285,7 +293,12 @@ MOST_STORED = 225 * 1024  # bytes of a block's shared memory where all of its we
 
 def stored_memory(code: Code, tuning: Tuning, columns: int, quads: int) -> int:
     """Bytes of a block's shared memory for its weights."""
-    return 160 + tuning.tiles * tuning.across * code.tile_bytes(columns, tuning.split, quads) if tuning.stored else 0
+    if not tuning.stored:
+        return 0
+    if tuning.stages:
+        each = tuning.tiles * code.tile_bytes(code.step, 1, 0)
+        return 160 + tuning.stages * tuning.across * tuning.along * (8 + each)
+    return 160 + tuning.tiles * tuning.across * code.tile_bytes(columns, tuning.split, quads)
 
 
 def shared_memory(name: str, code: Code, tuning: Tuning, ending: Ending = PLAIN) -> int:

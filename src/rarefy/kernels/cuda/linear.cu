@@ -146,18 +146,11 @@ device constexpr int own_part(int set, int c) { return PART >= 8 ? set * 8 / PAR
 constexpr int AT_PLACES = (TABLE_BYTES + FACTOR_BYTES + 4 * ALONG * SUM_PITCH + 15) / 16 * 16;
 constexpr int PLACES_BYTES = IN_PLANES ? 2 * DEPTH * ALONG * (8 + 16 * PLANES) : 8 * 8 * THREADS, AT_HELD = AT_PLACES + PLACES_BYTES;
 
-// Where there are outliers, all HELD_TOKENS activations wait in shared memory: there lanes find them a few at once, not
-// each in a line of its own, and the product takes them from there too.
+// Where there are outliers, activations come to shared memory too, if there are not more than HELD_TOKENS: there lanes
+// find them a few at once, not each in a line of its own.
 device void hold_tokens(const Arguments& a) {
   for (int n = threadIdx.x; n < HELD_TOKENS / 8 && 8 * n < a.columns; n += THREADS) copy_async(pool + AT_HELD + 16 * n, a.x + 8 * n, true);
   commit_copies();
-}
-#ifndef FIRST
-#define FIRST 0
-#endif
-template <class Words> device Words activations_at(const Arguments& a, int column, bool real) {
-  if constexpr (HELD_TOKENS == 0 || !FIRST) return load_shared_by_all(reinterpret_cast<const Words*>(a.x + column), real);
-  else return real ? *reinterpret_cast<const Words*>(pool + AT_HELD + 2 * column) : Words{};
 }
 
 struct SpreadScales {
@@ -216,7 +209,7 @@ device void fetch(SpreadActivations& x, const Arguments& a, int step, int lane) 
   for (int set = 0; set < SETS; ++set) {
     const int b = 8 * set + lane / 4, t = lane % 4;
     const int column = step * STEP + (SPAN == 4 ? 16 * b + 4 * t : first_of(b / 2, t) + b % 2 * 4);
-    x.at[set] = activations_at<uint2>(a, column, !RAGGED || column < a.columns);
+    x.at[set] = load_shared_by_all(reinterpret_cast<const uint2*>(a.x + column), !RAGGED || column < a.columns);
   }
 }
 
@@ -286,7 +279,8 @@ constexpr int AT_STORED = (TABLE_BYTES + FACTOR_BYTES + 4 * ALONG * WIDTH * SUM_
 
 // ---- Outliers: warps along the columns share a row's quads. A lane of one token adds its own entries to its own sums,
 // which meet later; of more, lanes of a row pass each other's entries on and add all of them for their own tokens.
-// Entries are on their way before activations are waited for, and are added before the product begins.
+// Entries are on their way before activations are waited for. Those of one token are added when the product is done:
+// the activations that they meet come meanwhile, and the product waits for nobody else's.
 
 #if OUTLIERS
 #include "outliers.cuh"
@@ -379,11 +373,7 @@ device void add_other_outliers(
 
 // Blocks that a multiprocessor is to have room for; 0: as many as registers happen to leave. Small groups of two-level
 // scales would take all of them for one.
-#ifdef ROOM
-constexpr int TOGETHER = ROOM;
-#else
 constexpr int TOGETHER = SPREAD && SCALE == BILEVEL && TILES == 2 ? 2 : 0;
-#endif
 
 extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -524,12 +514,6 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
     multiply_step(sums, codes[0], now, tokens, tables, a, first_tile, step_at(round), lane);
   }
 #else
-#if SPREAD && OUTLIERS && FIRST
-  hold_tokens(a);
-  fetch_rest(beside, factors, a, first_token);
-  wait_for_copies<0>();
-  block_barrier();
-#endif
 #if IN_PLANES
   PlaneTokens x;
   fetch(x, a, begin, end);
@@ -552,19 +536,13 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d)
     if (step_at(d) < end) fetch_tokens(d, step_at(d));
-#if STORED
-  if (rounds > 0) wait_for(weights_arrived(), 0);
-#endif
-#if SPREAD && OUTLIERS && FIRST
-  add_outliers(sums, outliers, a, first_token, lane);
-#if STORED
-  add_stored_outliers(sums, outliers, weights, first_stored, first_token, lane);
-#endif
-#else
 #if SPREAD && OUTLIERS
   hold_tokens(a);
 #endif
   fetch_rest(beside, factors, a, first_token);
+#if STORED && !IN_PLANES
+  if (rounds > 0) wait_for(weights_arrived(), 0);
+#endif
 #if OUTLIERS && !SPREAD
   add_outliers(sums, outliers, a, first_token, lane);
 #if STORED
@@ -572,13 +550,15 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
 #endif
   add_other_outliers(sums, outliers, a, first_tile, first_token, lane);
 #endif
-#endif
 #if IN_PLANES
   for (int base = 0; base < rounds; base += DEPTH) {
     if (base > 0) block_barrier();
     make_planes(x);
     block_barrier();
     fetch(x, a, begin + (base + DEPTH) * ALONG, end);
+#if STORED
+    if (base == 0) wait_for(weights_arrived(), 0);
+#endif
     float parts[TILES][4] = {};
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
@@ -628,13 +608,11 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
 #endif
 #endif
 #if SPREAD && OUTLIERS
-#if !FIRST
   wait_for_copies<0>();
   block_barrier();
   add_outliers(sums, outliers, a, first_token, lane);
 #if STORED
   add_stored_outliers(sums, outliers, weights, first_stored, first_token, lane);
-#endif
 #endif
   add_other_outliers(sums, outliers, a, first_tile, first_token, lane);
 #endif

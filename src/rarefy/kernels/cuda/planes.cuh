@@ -33,7 +33,8 @@ device void fetch(PlaneTokens& x, const Arguments& a, int step, int end) {
     const bool real = own.span < SPANS && step + own.span / 2 < end;
 #pragma unroll
     for (int n = 0; n < 2; ++n)
-      x.at[turn][n] = activations_at<uint4>(a, column + 32 * n, real && (!RAGGED || column + 32 * n < a.columns));
+      x.at[turn][n] = load_shared_by_all(
+          reinterpret_cast<const uint4*>(a.x + column + 32 * n), real && (!RAGGED || column + 32 * n < a.columns));
   }
 }
 

@@ -137,7 +137,8 @@ def test_weights_of_one_token_in_shared_memory(name: str) -> None:
     assert code.can_be_stored(640, 1)
     if replace(code, ragged=False).fits_ring and not code.fits_planes:
         term = quantized(grid, PATTERNS["full"], 37, 1536)
-        for tuning in (Tuning(2, 1, 1, 2, 1, 2, spread=True, stored=True), Tuning(1, 1, 2, 1, 2, 3, spread=True, stored=True)):
+        ring = Tuning(2, 1, 1, 2, 1, 2, spread=True, stored=True)
+        for tuning in (ring, replace(ring, tiles=1, across=2, along=1, depth=2, stages=3)):
             assert product([term, residual(37, 1536)], tuning, 1) < 6e-4
         assert product([term], Tuning(2, 2, 1, 2, 1, 2, stored=True), 11) < 6e-4
     term = quantized(grid, PATTERNS["full"], 37, 640)

@@ -105,8 +105,13 @@ def _of_one_token(code: Code, rows: int, overlap: bool) -> Tuning:
     there are few rows."""
     few = code.step * code.bits // 256 < 2  # loads of a step
     small = code.parts > 4
-    if rows <= NARROW and not few:
-        return Tuning(along=8 if small else 16, depth=2 if small else 1, spread=True, overlap=overlap)
+    if code.fits_planes:
+        if rows <= NARROW:
+            return Tuning(2, along=8, depth=2, spread=True, overlap=overlap)
+        return Tuning(4, along=4, depth=4, spread=True, overlap=overlap, stored=overlap)
+    if rows <= NARROW:
+        own = Tuning(along=8 if small else 16, depth=2 if small else 1, spread=True, overlap=overlap)
+        return replace(own, stored=overlap and few)
     tiles = 4 if few else 2 if small else 1
     return Tuning(tiles=tiles, depth=1 if few or small else 2, spread=True, overlap=overlap)
 

@@ -17,6 +17,7 @@
 
 struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
+struct float4 { float x, y, z, w; };
 
 namespace emulator {
 struct Position { int x, y, z; };
@@ -197,7 +198,8 @@ device unsigned permuted(unsigned a, unsigned b, unsigned bytes) {
   for (int k = 0; k < 4; ++k) d |= unsigned(all >> 8 * (bytes >> 4 * k & 7) & 255) << 8 * k;
   return d;
 }
-device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+template <class Number>
+device void multiply_as(const Number& number, float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   const int thread = emulator::current, warp = thread / 32 * 32, g = thread % 32 / 4, t = thread % 4;
   emulator::exchanged[thread] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
   warp_barrier();
@@ -207,10 +209,16 @@ device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsig
       const emulator::Operands& weights = emulator::exchanged[warp + 4 * g + k % 8 / 2];
       const emulator::Operands& tokens = emulator::exchanged[warp + 4 * column + k % 8 / 2];
       const unsigned w = weights.a[j / 2 + k / 8 * 2] >> k % 2 * 16, x = tokens.b[k / 8] >> k % 2 * 16;
-      sum[j] += widened(w) * widened(x);
+      sum[j] += number(w) * number(x);
     }
   }
   warp_barrier();
+}
+device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  multiply_as([](unsigned bits) { return widened(bits); }, sum, a, b0, b1);
+}
+device void multiply_bf16(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  multiply_as([](unsigned bits) { return as_float(bits << 16); }, sum, a, b0, b1);
 }
 device void multiply_alone(float (&product)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   memset(product, 0, sizeof product);

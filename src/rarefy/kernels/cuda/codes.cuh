@@ -138,6 +138,30 @@ device float contribution_of(const Levels& levels, u32 raw, int which, float par
   return (levels.scale_step * above_16(raw, 8 * which) + levels.minus_scale) * part;
 }
 
+// The same of rows g and g + 8 as `slope * part + offset * ones`.
+struct Line { float slope, offset; };
+
+template <class S, class Z> device void lines_of(Line (&lines)[2], const S& scale, const Z& zero) {
+  Levels levels;
+  if constexpr (SCALE == BILEVEL || SCALE == LEVEL) levels = levels_of(scale.second);
+#pragma unroll
+  for (int which = 0; which < 2; ++which) {
+    Line& line = lines[which];
+    line.offset = 0.0f;
+    if constexpr (SCALE == PAIRS) {
+      const u32 values = which ? scale.raw.y : scale.raw.x;
+      line.offset = half_of(values, 0);
+      line.slope = half_of(values, 1) - line.offset;
+    } else if constexpr (SCALE == BILEVEL || SCALE == LEVEL) {
+      line.slope = levels.scale_step * above_16(scale.raw, 8 * which) + levels.minus_scale;
+      if constexpr (SCALE == BILEVEL) line.offset = line.slope * (levels.zero - levels.zero_step * above_16(scale.raw, 8 * which + 4));
+    } else {
+      line.slope = number(scale, which);
+      if constexpr (ZERO != NONE) line.offset = line.slope * (CENTER - number(zero, which));
+    }
+  }
+}
+
 // ---- From codes to operands.
 
 // Two of the four bytes of one row.

@@ -20,7 +20,8 @@ constexpr int STAGE_TOKENS = WIDTH * PITCH;  // bytes
 constexpr int EXTRA = SPREAD ? 1 : WIDTH;    // tokens that are any
 constexpr int STAGE_CODES = STAGED ? ROWS / 16 * ALONG * LOADS * 512 : 0;  // bytes
 constexpr int SUM_PITCH = ROWS + 4;
-constexpr bool LIFT = TABLE == NONE && BITS <= 4 && (SPREAD || (BITS == 1 && SUMS));
+constexpr bool SMALL = !SPREAD && PARTS > 4 && SCALE != NONE;  // groups whose scales the lanes of four share
+constexpr bool LIFT = TABLE == NONE && BITS <= 4 && (SPREAD || (SMALL && TILES > 1) || (BITS == 1 && SUMS));
 
 #include "ending.cuh"
 
@@ -132,6 +133,135 @@ device void multiply_step(
     }
   }
 }
+
+// ---- Several tokens and small groups: four lanes want the same scales, so each forms those of a quarter of the groups
+// and leaves them in shared memory. What zeros add is a product of its own, groups being its columns: of offsets, which
+// lie where they were formed, by the sums of activations over groups. Both are two bfloat16 each, of which the product of
+// the lesser ones is left out: that is as exact as 16 bits of what zeros add.
+
+constexpr int OWN_GROUPS = SMALL ? PARTS / 4 : 1;
+constexpr int SHARES_OF_WARP = SMALL ? 64 * PARTS * TILES : 0;  // bytes
+constexpr int MEETING_BYTES = 4 * ALONG * WIDTH * SUM_PITCH, STAGES_BYTES = STAGED ? STAGES * (STAGE_TOKENS + STAGE_CODES) : 0;
+constexpr int AT_SHARES =
+    (TABLE_BYTES + FACTOR_BYTES + (MEETING_BYTES > STAGES_BYTES ? MEETING_BYTES : STAGES_BYTES) + 15) / 16 * 16;
+
+struct SharedScales {
+  Pair<SCALE> scale[TILES][OWN_GROUPS];
+  Pair<ZERO> zero[TILES][OWN_GROUPS];
+};
+
+device void fetch(SharedScales& scales, const Arguments& a, const Places& places, int step, int lane) {
+#pragma unroll
+  for (int own = 0; own < OWN_GROUPS; ++own) {
+    const int group = group_of(a, step, own / 2 * 8 + lane % 4 * 2 + own % 2), above = group / SECOND_GROUPS;
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) {
+      load(scales.scale[r][own], a.scale, places.scales[r] + i64(group) * 8, places.second[r], above);
+      load(scales.zero[r][own], a.zero, places.scales[r] + i64(group) * 8, places.second[r], above);
+    }
+  }
+}
+
+// Where the slopes of rows g and g + 8 lie, of two neighbouring groups; neighbours in a quarter lie in other banks.
+device float4& slopes_at(int tile, int pair, int g) {
+  float4* own = reinterpret_cast<float4*>(pool + AT_SHARES + threadIdx.x / 32 * SHARES_OF_WARP);
+  return own[(tile * (PARTS / 2) + pair) * 8 + (g ^ pair % 4 * 2)];
+}
+
+// Two numbers as two pairs of bfloat16, what the first leaves in the second.
+device void put_twice(u32& high, u32& low, float first, float second) {
+  high = bf16_pair(first, second);
+  low = bf16_pair(first - as_float(high << 16), second - as_float(high & 0xFFFF0000u));
+}
+
+template <class Tokens>
+device void multiply_step(
+    float (&sums)[TILES][TOKENS][4], const Codes& codes, const SharedScales& scales, const Tokens& tokens,
+    Tables (&tables)[TILES], const Arguments& a, int first_tile, int step, int lane) {
+  const int g = lane / 4, t = lane % 4;
+  u32 high[TILES][4] = {}, low[TILES][4] = {};
+  warp_barrier();  // all have read what lay there
+#pragma unroll
+  for (int r = 0; r < TILES; ++r)
+#pragma unroll
+    for (int pair = 0; pair < OWN_GROUPS / 2; ++pair) {
+      Line own[2][2];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) lines_of(own[c], scales.scale[r][2 * pair + c], scales.zero[r][2 * pair + c]);
+      slopes_at(r, 4 * pair + t, g) = {own[0][0].slope, own[0][1].slope, own[1][0].slope, own[1][1].slope};
+#pragma unroll
+      for (int which = 0; which < 2; ++which)
+        if constexpr (SUMS) put_twice(high[r][2 * pair + which], low[r][2 * pair + which], own[0][which].offset, own[1][which].offset);
+    }
+  warp_barrier();
+  float part[TOKENS][4], lift[TOKENS][4], ones[TOKENS][4] = {};
+  float4 slopes[TILES];
+  Words x[TOKENS];
+#pragma unroll
+  for (int p = 0; p < PARTS; ++p) {
+    if (p * PART % 2 == 0) {
+#pragma unroll
+      for (int n = 0; n < TOKENS; ++n) x[n] = tokens(n, p * PART / 2);
+    }
+#pragma unroll
+    for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) lift[n][j] = 0.0f;
+#pragma unroll
+    for (int b = p * PART; b < p * PART + PART; ++b) {
+      const u32 lifts[4] = {minus_lift_of(b, 0), minus_lift_of(b, 1), minus_lift_of(b, 2), minus_lift_of(b, 3)};
+      const u32 only = g == p % 8 ? ONES : 0, first = p < 8 ? only : 0, second = p < 8 ? 0 : only;
+      const u32 chosen_group[4] = {first, second, first, second};
+#pragma unroll
+      for (int n = 0; n < TOKENS; ++n) {
+        if constexpr (LIFT) multiply(lift[n], lifts, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
+        if constexpr (SUMS) multiply(ones[n], chosen_group, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) {
+      if (p % 2 == 0) slopes[r] = slopes_at(r, p / 2, g);
+      const float own[2] = {p % 2 ? slopes[r].z : slopes[r].x, p % 2 ? slopes[r].w : slopes[r].y};
+#pragma unroll
+      for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) part[n][j] = lift[n][j];
+#pragma unroll
+      for (int b = p * PART; b < p * PART + PART; ++b) {
+        u32 weights[4];
+        if (GROUP != 0 && b % PART == 0) load(tables[r], a, tile_of(a, first_tile + r), group_of(a, step, b / PART), g);
+        operands<LIFT>(weights, codes.at[r], b, 4 * lane, tables[r]);
+#pragma unroll
+        for (int n = 0; n < TOKENS; ++n) multiply(part[n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
+      }
+#pragma unroll
+      for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[r][n][j] += own[j / 2] * part[n][j];
+    }
+  }
+  if constexpr (SUMS) {
+#pragma unroll
+    for (int n = 0; n < TOKENS; ++n) {
+      u32 more[2] = {}, less[2] = {};
+#pragma unroll
+      for (int half = 0; half < PARTS / 8; ++half) {
+        put_twice(more[half], less[half], ones[n][2 * half], ones[n][2 * half + 1]);
+        more[half] = transposed(more[half]);
+        less[half] = transposed(less[half]);
+      }
+#pragma unroll
+      for (int r = 0; r < TILES; ++r) {
+        multiply_bf16(sums[r][n], low[r], more[0], more[1]);
+        multiply_bf16(sums[r][n], high[r], less[0], less[1]);
+        multiply_bf16(sums[r][n], high[r], more[0], more[1]);
+      }
+    }
+  }
+}
+
+template <bool SHARED_BY_LANES> struct OfStep { typedef Scales type; };
+template <> struct OfStep<true> { typedef SharedScales type; };
 
 // ---- One token: its blocks of columns take the places of eight tokens. A lane then reads an eighth of the activations
 // and has sums of other groups than its neighbours, not the same ones.
@@ -250,11 +380,11 @@ device void multiply_step(
 
 typedef SpreadScales StepScales;
 #else
-typedef Scales StepScales;
+typedef OfStep<SMALL>::type StepScales;
 #endif
 
 // ---- Outliers: warps along the columns share a row's quads. A lane of one token adds its own entries to its own sums,
-// which meet later; of more, lanes of a row pass each other's entries on and add all of them for their own tokens.
+// which meet later; of more, all four lanes of a row read its entries and add them for their own tokens.
 // Entries are on their way before activations are waited for, and what these meet before the product begins.
 
 #if OUTLIERS
@@ -264,8 +394,12 @@ constexpr int WARPS_OF_ROW = ALONG * SPLIT, AHEAD = WARPS_OF_ROW < 8 && PARTS <=
 
 struct Outliers {
   int first;  // quad of this warp
+#if SPREAD
   uint2 entries[TILES][AHEAD];
-  u16 met[SPREAD ? TILES : 1][AHEAD][2];
+  u16 met[TILES][AHEAD][2];
+#else
+  Quad entries[TILES][AHEAD];
+#endif
 };
 
 device void begin_outliers(Outliers& own, const Arguments& a, int first_tile, int along, int lane) {
@@ -273,21 +407,38 @@ device void begin_outliers(Outliers& own, const Arguments& a, int first_tile, in
 #pragma unroll
   for (int r = 0; r < TILES; ++r)
 #pragma unroll
-    for (int k = 0; k < AHEAD; ++k)
-      own.entries[r][k] = entries_of(a, tile_of(a, first_tile + r), own.first + k * WARPS_OF_ROW, lane);
+    for (int k = 0; k < AHEAD; ++k) {
+      const i64 tile = tile_of(a, first_tile + r);
+      const int quad = own.first + k * WARPS_OF_ROW;
+#if SPREAD
+      own.entries[r][k] = entries_of(a, tile, quad, lane);
+#else
+      own.entries[r][k] = quad_of(a, tile, quad, lane);
+#endif
+    }
+}
+
+// The first HELD_COLUMNS activations of HELD tokens wait in shared memory, where lanes find them a few at once, not each in
+// a line of its own; those of a token are so far from the next one's that these lie in other banks.
+constexpr int MOST_HELD = 16384, HELD_PITCH = 2 * HELD_COLUMNS + 16;
+#if SPREAD
+constexpr int AT_HELD = AT_PLACES + 8 * PLACES_OF_WARP * ACROSS * ALONG;
+#else
+constexpr int AT_HELD = AT_SHARES + SHARES_OF_WARP * ACROSS * ALONG;
+#endif
+device void hold_tokens(const Arguments& a, int first_token) {
+  for (int token = 0; token < (SPREAD ? 1 : HELD) && first_token + token < a.tokens; ++token) {
+    const u16* row = a.x + i64(first_token + token) * a.stride;
+    for (int n = threadIdx.x; n < HELD_COLUMNS / 8 && 8 * n < a.columns; n += THREADS)
+      copy_async(pool + AT_HELD + token * HELD_PITCH + 16 * n, row + 8 * n, true);
+  }
+  commit_copies();
 }
 
 #if SPREAD
-// The first HELD_TOKENS activations wait in shared memory, where lanes find them a few at once, not each in a line of its own.
-constexpr int MOST_HELD = 16384;
-constexpr int AT_HELD = AT_PLACES + 8 * PLACES_OF_WARP * ACROSS * ALONG;
-device void hold_tokens(const Arguments& a) {
-  for (int n = threadIdx.x; n < HELD_TOKENS / 8 && 8 * n < a.columns; n += THREADS) copy_async(pool + AT_HELD + 16 * n, a.x + 8 * n, true);
-  commit_copies();
-}
 device u16 activation_of(const Arguments& a, u32 entry) {
   const int column = entry & 0xFFFF;
-  if (HELD_TOKENS == MOST_HELD && column >= HELD_TOKENS) return a.x[column];
+  if (HELD_COLUMNS == MOST_HELD && column >= HELD_COLUMNS) return a.x[column];
   return reinterpret_cast<const u16*>(pool + AT_HELD)[column];
 }
 
@@ -304,31 +455,36 @@ device void meet_tokens(Outliers& own, const Arguments& a) {
 }
 
 device void add_entry(float& sum, const Arguments& a, u32 entry) { sum += value_of(entry) * widened(activation_of(a, entry)); }
-#endif
 
-// Both entries of a lane, by those lanes that have sums of their rows.
-device void add_pair(float (&sums)[TOKENS][4], const Arguments& a, const uint2& pair, int first_token, int lane) {
-#if SPREAD
+// Both entries of a lane.
+device void add_entries(float (&sums)[TOKENS][4], const Arguments& a, const uint2& pair, int, int) {
   add_entry(sums[0][0], a, pair.x);
   add_entry(sums[0][2], a, pair.y);
-#else
-#pragma unroll
-  for (int from = 0; from < 4; ++from)
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      const u32 entry = of_lane(which ? pair.y : pair.x, (lane & ~3) + from);
-      const float value = value_of(entry);
-#pragma unroll
-      for (int n = 0; n < TOKENS; ++n)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int token = first_token + 8 * n + lane % 4 * 2 + j;
-          const i64 row = i64(token < a.tokens ? token : a.tokens - 1) * a.stride;
-          sums[n][2 * which + j] += value * widened(a.x[row + (entry & 0xFFFF)]);
-        }
-    }
-#endif
 }
+#else
+// An activation of a lane's first and second token of eight. Tokens beyond the last are any.
+device u16 activation_of(const Arguments& a, int column, int first_token, int token) {
+  if (HELD > 0 && (HELD_COLUMNS < MOST_HELD || column < HELD_COLUMNS))
+    return *reinterpret_cast<const u16*>(pool + AT_HELD + token * HELD_PITCH + 2 * column);
+  token += first_token;
+  return a.x[i64(token < a.tokens ? token : a.tokens - 1) * a.stride + column];
+}
+
+// All entries of a quad for a lane's tokens.
+device void add_entries(float (&sums)[TOKENS][4], const Arguments& a, const Quad& quad, int first_token, int lane) {
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    const u32 entry = quad.at[k];
+    const float value = value_of(entry);
+#pragma unroll
+    for (int n = 0; n < TOKENS; ++n) {
+      const int own = 8 * n + lane % 4 * 2, first = HELD > 0 && own > HELD - 2 ? HELD - 2 : own;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) sums[n][k % 2 * 2 + j] += value * widened(activation_of(a, entry & 0xFFFF, first_token, first + j));
+    }
+  }
+}
+#endif
 
 device void add_outliers(
     float (&sums)[TILES][TOKENS][4], const Outliers& own, const Arguments& a, int first_tile, int first_token, int lane) {
@@ -341,7 +497,7 @@ device void add_outliers(
       sums[r][0][0] += value_of(own.entries[r][k].x) * widened(own.met[r][k][0]);
       sums[r][0][2] += value_of(own.entries[r][k].y) * widened(own.met[r][k][1]);
 #else
-      add_pair(sums[r], a, own.entries[r][k], first_token, lane);
+      add_entries(sums[r], a, own.entries[r][k], first_token, lane);
 #endif
     }
     // Others come as they are met: quads of rows that have many, then the rest of long rows, four at once like these.
@@ -352,9 +508,18 @@ device void add_outliers(
     const u32 longest = max_of_warp(lengths[0] > lengths[1] ? lengths[0] : lengths[1]);
     const int quads = a.quads > AHEAD * WARPS_OF_ROW ? a.quads : AHEAD * WARPS_OF_ROW;  // from which the rest is counted
     for (const int last = quads + int(longest + 3) / 4; quad < last; quad += WARPS_OF_ROW) {
-      const int beyond = 4 * (quad - quads) + lane % 4;
-      const auto entry = [&](const Rest& own) { return own.begin + beyond < own.end ? a.rest[own.begin + beyond] : 0; };
-      add_pair(sums[r], a, quad < quads ? entries_of(a, tile, quad, lane) : uint2{entry(rest[0]), entry(rest[1])}, first_token, lane);
+      const int beyond = 4 * (quad - quads);
+      const auto entry = [&](const Rest& own, int n) { return own.begin + beyond + n < own.end ? a.rest[own.begin + beyond + n] : 0; };
+#if SPREAD
+      const uint2 more = quad < quads ? entries_of(a, tile, quad, lane) : uint2{entry(rest[0], lane % 4), entry(rest[1], lane % 4)};
+#else
+      Quad more = quad_of(a, tile, quad, lane);
+      if (quad >= quads) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) more.at[k] = entry(rest[k % 2], k / 2);
+      }
+#endif
+      add_entries(sums[r], a, more, first_token, lane);
     }
   }
 }
@@ -420,8 +585,8 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   fetch_gain(beside, a, first_token);
   if constexpr (!LATE) start_later_kernels();
   wait_for_earlier_kernels();  // weights never depend on them
-#if OUTLIERS && SPREAD
-  hold_tokens(a);
+#if OUTLIERS && (SPREAD || HELD)
+  hold_tokens(a, first_token);
 #endif
 
   float sums[TILES][TOKENS][4] = {};
@@ -461,7 +626,7 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
     stage_codes(round + STAGES - 1);
     stage_tokens(round + STAGES - 1);
     if (step_at(round) >= end) continue;
-    const Scales now = scales[0];
+    const StepScales now = scales[0];
     if (step_at(round + 1) < end) fetch(scales[0], a, places, step_at(round + 1), lane);
     const u8* stage = stages + round % STAGES * STAGE;
 #pragma unroll
@@ -498,6 +663,10 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
 #if OUTLIERS && SPREAD
   meet_tokens(outliers, a);
 #elif OUTLIERS
+  if constexpr (HELD > 0) {
+    wait_for_copies<0>();
+    block_barrier();
+  }
   add_outliers(sums, outliers, a, first_tile, first_token, lane);
 #endif
   for (int base = 0; base < rounds; base += DEPTH) {

@@ -10,6 +10,19 @@ device uint2 entries_of(const Arguments& a, i64 tile, int quad, int lane) {
   return quad < a.quads ? load_once(a.entries + (tile * a.quads + quad) * 32 + lane) : none;
 }
 
+// All of a quad's entries of those rows, in each of the four lanes: of the next entry, rows g and g + 8.
+struct Quad { u32 at[8]; };
+
+device Quad quad_of(const Arguments& a, i64 tile, int quad, int lane) {
+  Quad found = {};
+  if (quad < a.quads) {
+    const uint4* from = reinterpret_cast<const uint4*>(a.entries + (tile * a.quads + quad) * 32 + (lane & ~3));
+    const uint4 first = load_once(from), second = load_once(from + 1);
+    found = {{first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w}};
+  }
+  return found;
+}
+
 // Where the rest of a row begins and ends; nearly always nowhere.
 struct Rest { u32 begin, end; };
 

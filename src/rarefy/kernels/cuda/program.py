@@ -30,8 +30,8 @@ class Code:
     holds the values of two codes (``pairs``), or codes of 4 bits of a scale and a zero (``bilevel``) or of a scale only
     (``level``), whose numbers of second order are those of ``second_groups`` groups; without a zero, ``center`` is the
     code that means zero. ``outliers``: the type of single values that are added to the weight. ``float8``: codes of 8
-    bits are numbers in E4M3. ``ragged``: columns do not fill the last step. ``held``: activations of one token
-    that wait in shared memory for outliers."""
+    bits are numbers in E4M3. ``ragged``: columns do not fill the last step. ``held``: how many activations of a
+    token wait in shared memory for outliers."""
 
     bits: int
     group: int = 0
@@ -50,7 +50,7 @@ class Code:
 
     def with_outliers(self, dtype: torch.dtype, columns: int) -> Code:
         """With values of ``dtype`` beside these of a weight of so many ``columns``."""
-        held = min(self.MOST_HELD, 1 << max(columns - 1, 1023).bit_length())
+        held = min(self.MOST_HELD, -(-columns // 1024) * 1024)
         return replace(self, outliers=dtype, held=held)
 
     @property
@@ -67,6 +67,11 @@ class Code:
     def parts(self) -> int:
         """Groups of a step."""
         return self.step // self.group if 0 < self.group < self.step else 1
+
+    @property
+    def shares_scales(self) -> bool:
+        """Whether groups are so small that lanes form each other's scales, where there are several tokens."""
+        return self.parts > 4 and self.scale is not None
 
     @property
     def table_bytes(self) -> int:
@@ -100,7 +105,8 @@ class Tuning:
     warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps are
     loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``overlap``: the kernel starts
     while its forerunner still runs; from 9.0 on. ``late``: it lets its successor do so only when it has read all.
-    ``spread``: blocks of one token take the places of eight tokens.
+    ``spread``: blocks of one token take the places of eight tokens. ``held``: an even number of tokens, at least as many
+    as there are, whose activations wait in shared memory for outliers (0: they are read where they lie).
 
     ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
     multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; two fours of
@@ -120,6 +126,7 @@ class Tuning:
     spread: bool = False
     in_turns: bool = False
     late: bool = False
+    held: int = 0
 
     def with_halves(self) -> Tuning:
         """With warps for each half of the rows, see ``Ending.kind``."""
@@ -161,7 +168,9 @@ class Tuning:
         meeting = 4 * self.along * width * (self.rows + 4)
         if self.spread:
             return table + -(-meeting // 16) * 16 + 16 + 2048 * self.across * self.along + 2 * code.held
-        return table + max(staged, meeting)
+        shares = 64 * code.parts * self.tiles * self.across * self.along if code.shares_scales else 0
+        held = self.held * (2 * code.held + 16) if code.outliers is not None else 0
+        return table + -(-max(staged, meeting) // 16) * 16 + shares + held
 
 
 @dataclass(frozen=True)
@@ -215,7 +224,7 @@ def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) 
         TABLE=("", "shared", "rows").index(code.table),
         SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half),
         STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8), SECOND_GROUPS=code.second_groups,
-        HELD_TOKENS=code.held, RAGGED=int(code.ragged), **ending.definitions(),
+        HELD_COLUMNS=code.held, RAGGED=int(code.ragged), **ending.definitions(),
     )  # fmt: skip
     return found
 

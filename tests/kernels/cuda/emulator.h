@@ -56,6 +56,7 @@ device uint2 load_once(const uint2* from) { return *from; }
 device unsigned load_once(const unsigned* from) { return *from; }
 device unsigned load_near(const unsigned* from) { return *from; }
 device unsigned short load_once(const unsigned short* from) { return *from; }
+device unsigned load_once_widened(const unsigned short* from) { return *from; }
 device uint4 load_shared_by_all(const uint4* from, bool real) { return real ? *from : uint4{0, 0, 0, 0}; }
 device uint2 load_shared_by_all(const uint2* from, bool real) { return real ? *from : uint2{0, 0}; }
 device uint4 load_shared_by_all(const uint4* from) { return *from; }

@@ -77,14 +77,14 @@ template <> struct Pair<F32> { uint2 raw; };
 template <> struct Pair<U8> { u16 raw; };
 template <> struct Pair<NONE> {};
 template <> struct Pair<PAIRS> { uint2 raw; };
-template <> struct Pair<BILEVEL> { u16 raw; uint2 second; };
-template <> struct Pair<LEVEL> { u16 raw; uint2 second; };
+template <> struct Pair<BILEVEL> { u32 raw; uint2 second; };
+template <> struct Pair<LEVEL> { u32 raw; uint2 second; };
 
 template <int TYPE> device void load(Pair<TYPE>& pair, const void* base, i64 index, const uint2* second, i64 group) {
   if constexpr (TYPE == F32 || TYPE == PAIRS) {
     pair.raw = load_once(static_cast<const uint2*>(base) + index);
   } else if constexpr (TYPE == BILEVEL || TYPE == LEVEL) {
-    pair.raw = load_once(static_cast<const u16*>(base) + index);
+    pair.raw = load_once_widened(static_cast<const u16*>(base) + index);
     pair.second = load_once(second + group);
   } else if constexpr (TYPE == U8) {
     pair.raw = load_once(static_cast<const u16*>(base) + index);

@@ -194,7 +194,7 @@ device void multiply_step(
         if constexpr (SUMS) put_twice(high[r][2 * pair + which], low[r][2 * pair + which], own[0][which].offset, own[1][which].offset);
     }
   warp_barrier();
-  float part[TOKENS][4], lift[TOKENS][4], ones[TOKENS][4] = {};
+  float part[TOKENS][4], lift[TOKENS][4], ones[TOKENS][4], own_ones[TOKENS][4] = {};  // of groups g and g + 8
   float4 slopes[TILES];
   Words x[TOKENS];
 #pragma unroll
@@ -206,18 +206,22 @@ device void multiply_step(
 #pragma unroll
     for (int n = 0; n < TOKENS; ++n)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) lift[n][j] = 0.0f;
+      for (int j = 0; j < 4; ++j) lift[n][j] = ones[n][j] = 0.0f;
 #pragma unroll
     for (int b = p * PART; b < p * PART + PART; ++b) {
       const u32 lifts[4] = {minus_lift_of(b, 0), minus_lift_of(b, 1), minus_lift_of(b, 2), minus_lift_of(b, 3)};
-      const u32 only = g == p % 8 ? ONES : 0, first = p < 8 ? only : 0, second = p < 8 ? 0 : only;
-      const u32 chosen_group[4] = {first, second, first, second};
+      const u32 constant[4] = {ONES, ONES, ONES, ONES};
 #pragma unroll
       for (int n = 0; n < TOKENS; ++n) {
         if constexpr (LIFT) multiply(lift[n], lifts, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
-        if constexpr (SUMS) multiply(ones[n], chosen_group, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
+        if constexpr (SUMS) multiply(ones[n], constant, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
       }
     }
+#pragma unroll
+    for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        if (g == p % 8) own_ones[n][p / 8 * 2 + j] = ones[n][j];
 #pragma unroll
     for (int r = 0; r < TILES; ++r) {
       if (p % 2 == 0) slopes[r] = slopes_at(r, p / 2, g);
@@ -246,7 +250,7 @@ device void multiply_step(
       u32 more[2] = {}, less[2] = {};
 #pragma unroll
       for (int half = 0; half < PARTS / 8; ++half) {
-        put_twice(more[half], less[half], ones[n][2 * half], ones[n][2 * half + 1]);
+        put_twice(more[half], less[half], own_ones[n][2 * half], own_ones[n][2 * half + 1]);
         more[half] = transposed(more[half]);
         less[half] = transposed(less[half]);
       }
@@ -387,6 +391,9 @@ typedef OfStep<SMALL>::type StepScales;
 // which meet later; of more, all four lanes of a row read its entries and add them for their own tokens.
 // Entries are on their way before activations are waited for, and what these meet before the product begins.
 
+// Whether the product finds all activations where they are held for outliers.
+constexpr bool ALL_HELD = OUTLIERS && HELD > 0 && HELD_COLUMNS < 16384;
+
 #if OUTLIERS
 #include "outliers.cuh"
 
@@ -420,7 +427,7 @@ device void begin_outliers(Outliers& own, const Arguments& a, int first_tile, in
 
 // The first HELD_COLUMNS activations of HELD tokens wait in shared memory, where lanes find them a few at once, not each in
 // a line of its own; those of a token are so far from the next one's that these lie in other banks.
-constexpr int MOST_HELD = 16384, HELD_PITCH = 2 * HELD_COLUMNS + 16;
+constexpr int MOST_HELD = 16384, HELD_PITCH = 2 * HELD_COLUMNS + (SPAN == 4 ? 32 : 64);
 #if SPREAD
 constexpr int AT_HELD = AT_PLACES + 8 * PLACES_OF_WARP * ACROSS * ALONG;
 #else
@@ -429,11 +436,13 @@ constexpr int AT_HELD = AT_SHARES + SHARES_OF_WARP * ACROSS * ALONG;
 device void hold_tokens(const Arguments& a, int first_token) {
   for (int token = 0; token < (SPREAD ? 1 : HELD) && first_token + token < a.tokens; ++token) {
     const u16* row = a.x + i64(first_token + token) * a.stride;
-    for (int n = threadIdx.x; n < HELD_COLUMNS / 8 && 8 * n < a.columns; n += THREADS)
-      copy_async(pool + AT_HELD + token * HELD_PITCH + 16 * n, row + 8 * n, true);
+    for (int n = threadIdx.x; n < HELD_COLUMNS / 8; n += THREADS)
+      copy_async(pool + AT_HELD + token * HELD_PITCH + 16 * n, row + (8 * n < a.columns ? 8 * n : 0), 8 * n < a.columns);
   }
   commit_copies();
 }
+
+device const u8* held_of(int token) { return pool + AT_HELD + (HELD > 0 && token > HELD - 1 ? HELD - 1 : token) * HELD_PITCH; }
 
 #if SPREAD
 device u16 activation_of(const Arguments& a, u32 entry) {
@@ -653,8 +662,10 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
     token_rows[n] = reinterpret_cast<const u8*>(row + first_of(0, t));
     keep(token_rows[n]);
   }
-  Activations x[DEPTH];
-  const auto fetch_tokens = [&](int d, int step) { fetch(x[d], a, token_rows, step, t); };
+  Activations x[ALL_HELD ? 1 : DEPTH];
+  const auto fetch_tokens = [&](int d, int step) {
+    if constexpr (!ALL_HELD) fetch(x[d], a, token_rows, step, t);
+  };
 #endif
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d)
@@ -677,7 +688,12 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
 #if SPREAD
       multiply_step(sums, codes[d], scales[d], x[d], tables, a, first_tile, step_at(round), lane);
 #else
-      const auto tokens = [&](int n, int pair) { return x[d].at[n][pair]; };
+      const auto tokens = [&](int n, int pair) {
+#if OUTLIERS
+        if constexpr (ALL_HELD) return columns_of(held_of(8 * n + g) + 2 * STEP * step_at(round), pair, t);
+#endif
+        return x[ALL_HELD ? 0 : d].at[n][pair];
+      };
       multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(round), lane);
 #endif
       if (next < end) {

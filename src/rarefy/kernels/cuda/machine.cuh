@@ -49,6 +49,12 @@ device u16 load_once(const u16* from) {
   asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(to) : "l"(from));
   return to;
 }
+// In 32 bits, which a compiler would else make sure of.
+device u32 load_once_widened(const u16* from) {
+  u32 to;
+  asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=r"(to) : "l"(from));
+  return to;
+}
 // Read by many blocks, or zeros. Not as what is constant (`nc`), which a compiler moves before a wait for what earlier
 // kernels write.
 device uint4 load_shared_by_all(const uint4* from, bool real) {

@@ -169,7 +169,7 @@ class Tuning:
         if self.spread:
             return table + -(-meeting // 16) * 16 + 16 + 2048 * self.across * self.along + 2 * code.held
         shares = 64 * code.parts * self.tiles * self.across * self.along if code.shares_scales else 0
-        held = self.held * (2 * code.held + 16) if code.outliers is not None else 0
+        held = self.held * (2 * code.held + (32 if code.span == 4 else 64)) if code.outliers is not None else 0
         return table + -(-max(staged, meeting) // 16) * 16 + shares + held
 
 

@@ -387,12 +387,39 @@ typedef SpreadScales StepScales;
 typedef OfStep<SMALL>::type StepScales;
 #endif
 
+// ---- Activations that wait in shared memory: of one token for outliers, and of HELD tokens for the product too, unless
+// these are so long that only the first HELD_COLUMNS have room. Outliers find them there a few at once, not each in a line
+// of its own. Tokens are so far from each other that columns which are read together lie in different banks.
+
+constexpr int MOST_HELD = 16384, HELD_PITCH = 2 * HELD_COLUMNS + (SPREAD ? 0 : SPAN == 4 ? 32 : 64);
+constexpr bool HOLDS = SPREAD ? OUTLIERS : HELD > 0;
+constexpr bool ALL_HELD = !SPREAD && HELD > 0 && HELD_COLUMNS < MOST_HELD;
+static_assert(HELD == 0 || !STAGED, "either");
+#if SPREAD
+constexpr int AT_HELD = AT_PLACES + 8 * PLACES_OF_WARP * ACROSS * ALONG;
+#else
+constexpr int AT_HELD = AT_SHARES + SHARES_OF_WARP * ACROSS * ALONG;
+#endif
+
+device void hold_tokens(const Arguments& a, int first_token) {
+  for (int token = 0; token < (SPREAD ? 1 : HELD) && first_token + token < a.tokens; ++token) {
+    const u16* row = a.x + i64(first_token + token) * a.stride;
+    for (int n = threadIdx.x; n < HELD_COLUMNS / 8; n += THREADS) {
+      const bool real = 8 * n < a.columns;
+      copy_async(pool + AT_HELD + token * HELD_PITCH + 16 * n, row + (real ? 8 * n : 0), real);
+    }
+  }
+  commit_copies();
+}
+device void wait_for_tokens() {
+  wait_for_copies<0>();
+  block_barrier();
+}
+device const u8* held_of(int token) { return pool + AT_HELD + (HELD > 0 && token > HELD - 1 ? HELD - 1 : token) * HELD_PITCH; }
+
 // ---- Outliers: warps along the columns share a row's quads. A lane of one token adds its own entries to its own sums,
 // which meet later; of more, all four lanes of a row read its entries and add them for their own tokens.
 // Entries are on their way before activations are waited for, and what these meet before the product begins.
-
-// Whether the product finds all activations where they are held for outliers.
-constexpr bool ALL_HELD = OUTLIERS && HELD > 0 && HELD_COLUMNS < 16384;
 
 #if OUTLIERS
 #include "outliers.cuh"
@@ -425,25 +452,6 @@ device void begin_outliers(Outliers& own, const Arguments& a, int first_tile, in
     }
 }
 
-// The first HELD_COLUMNS activations of HELD tokens wait in shared memory, where lanes find them a few at once, not each in
-// a line of its own; those of a token are so far from the next one's that these lie in other banks.
-constexpr int MOST_HELD = 16384, HELD_PITCH = 2 * HELD_COLUMNS + (SPAN == 4 ? 32 : 64);
-#if SPREAD
-constexpr int AT_HELD = AT_PLACES + 8 * PLACES_OF_WARP * ACROSS * ALONG;
-#else
-constexpr int AT_HELD = AT_SHARES + SHARES_OF_WARP * ACROSS * ALONG;
-#endif
-device void hold_tokens(const Arguments& a, int first_token) {
-  for (int token = 0; token < (SPREAD ? 1 : HELD) && first_token + token < a.tokens; ++token) {
-    const u16* row = a.x + i64(first_token + token) * a.stride;
-    for (int n = threadIdx.x; n < HELD_COLUMNS / 8; n += THREADS)
-      copy_async(pool + AT_HELD + token * HELD_PITCH + 16 * n, row + (8 * n < a.columns ? 8 * n : 0), 8 * n < a.columns);
-  }
-  commit_copies();
-}
-
-device const u8* held_of(int token) { return pool + AT_HELD + (HELD > 0 && token > HELD - 1 ? HELD - 1 : token) * HELD_PITCH; }
-
 #if SPREAD
 device u16 activation_of(const Arguments& a, u32 entry) {
   const int column = entry & 0xFFFF;
@@ -452,8 +460,6 @@ device u16 activation_of(const Arguments& a, u32 entry) {
 }
 
 device void meet_tokens(Outliers& own, const Arguments& a) {
-  wait_for_copies<0>();
-  block_barrier();
 #pragma unroll
   for (int r = 0; r < TILES; ++r)
 #pragma unroll
@@ -594,9 +600,7 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   fetch_gain(beside, a, first_token);
   if constexpr (!LATE) start_later_kernels();
   wait_for_earlier_kernels();  // weights never depend on them
-#if OUTLIERS && (SPREAD || HELD)
-  hold_tokens(a, first_token);
-#endif
+  if constexpr (HOLDS) hold_tokens(a, first_token);
 
   float sums[TILES][TOKENS][4] = {};
 #if STAGED
@@ -671,13 +675,10 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   for (int d = 0; d < DEPTH; ++d)
     if (step_at(d) < end) fetch_tokens(d, step_at(d));
   fetch_rest(beside, factors, a, first_token);
+  if constexpr (HOLDS) wait_for_tokens();
 #if OUTLIERS && SPREAD
   meet_tokens(outliers, a);
 #elif OUTLIERS
-  if constexpr (HELD > 0) {
-    wait_for_copies<0>();
-    block_barrier();
-  }
   add_outliers(sums, outliers, a, first_tile, first_token, lane);
 #endif
   for (int base = 0; base < rounds; base += DEPTH) {
@@ -689,9 +690,7 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
       multiply_step(sums, codes[d], scales[d], x[d], tables, a, first_tile, step_at(round), lane);
 #else
       const auto tokens = [&](int n, int pair) {
-#if OUTLIERS
         if constexpr (ALL_HELD) return columns_of(held_of(8 * n + g) + 2 * STEP * step_at(round), pair, t);
-#endif
         return x[ALL_HELD ? 0 : d].at[n][pair];
       };
       multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(round), lane);

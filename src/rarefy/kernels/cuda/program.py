@@ -106,7 +106,7 @@ class Tuning:
     loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``overlap``: the kernel starts
     while its forerunner still runs; from 9.0 on. ``late``: it lets its successor do so only when it has read all.
     ``spread``: blocks of one token take the places of eight tokens. ``held``: an even number of tokens, at least as many
-    as there are, whose activations wait in shared memory for outliers (0: they are read where they lie).
+    as there are, whose activations wait in shared memory where outliers meet them (0: these meet them where they lie).
 
     ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
     multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; two fours of
@@ -128,9 +128,17 @@ class Tuning:
     late: bool = False
     held: int = 0
 
+    MOST_SHARED: ClassVar[int] = 200 * 1024  # bytes of a block's shared memory
+
     def with_halves(self) -> Tuning:
         """With warps for each half of the rows, see ``Ending.kind``."""
         return self if self.across % 2 == 0 else replace(self, across=2 * self.across, along=max(1, self.along // 2))
+
+    def holding(self, code: Code, tokens: int) -> Tuning:
+        """With so many tokens held where a block has room for them."""
+        more = replace(self, held=tokens + tokens % 2)
+        plain = self.spread or self.wide or self.stages > 0 or not code.held
+        return replace(self, held=0) if plain or more.shared_memory(code) > self.MOST_SHARED else more
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -169,7 +177,7 @@ class Tuning:
         if self.spread:
             return table + -(-meeting // 16) * 16 + 16 + 2048 * self.across * self.along + 2 * code.held
         shares = 64 * code.parts * self.tiles * self.across * self.along if code.shares_scales else 0
-        held = self.held * (2 * code.held + (32 if code.span == 4 else 64)) if code.outliers is not None else 0
+        held = self.held * (2 * code.held + (32 if code.span == 4 else 64)) if code.held else 0
         return table + -(-max(staged, meeting) // 16) * 16 + shares + held
 
 
@@ -224,7 +232,7 @@ def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) 
         TABLE=("", "shared", "rows").index(code.table),
         SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half),
         STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8), SECOND_GROUPS=code.second_groups,
-        HELD_COLUMNS=code.held, RAGGED=int(code.ragged), **ending.definitions(),
+        HELD=tuning.held if code.held else 0, HELD_COLUMNS=code.held, RAGGED=int(code.ragged), **ending.definitions(),
     )  # fmt: skip
     return found
 

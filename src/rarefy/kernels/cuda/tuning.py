@@ -18,12 +18,13 @@ from rarefy.sources.cache import cache_root
 FOLDER = Path(__file__).with_name("tables")
 KEY = ("bits", "table", "outliers", "small", "rows", "columns", "tokens")  # of a measurement
 ALIKE = 2.0  # how many times larger or longer a measured size may be
-MOST_SHARED = 200 * 1024  # bytes of a block's shared memory
+MOST_SHARED = Tuning.MOST_SHARED
 MOST_SHARED_WIDE = 226 * 1024  # where four warps can multiply together
 MOST_STAGES = 8
 NARROW = 8192  # rows that are too few blocks unless more warps share a row
 BLOCKS = 132  # that keep a large GPU busy
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens that are told apart
+ONE_KERNEL = (2, 4, 8)  # of which the kernel is the same, so that what was measured for one of them serves the others
 
 
 def choose(code: Code, rows: int, columns: int, tokens: int, device: torch.device) -> Tuning:
@@ -50,22 +51,28 @@ def choose_with(
 def _chosen(
     code: Code, rows: int, columns: int, bucket: int, name: str, capability: tuple[int, int]
 ) -> Tuning:
-    wanted = {"bits": code.bits, "table": code.table, "tokens": bucket}
+    wanted = {"bits": code.bits, "table": code.table}
     known = [entry for entry in table(name, capability) if all(entry[key] == value for key, value in wanted.items())]
+    serving = ONE_KERNEL if bucket in ONE_KERNEL else (bucket,)
+    known = [entry for entry in known if entry["tokens"] in serving]
     kind = _kind(code)
     alike = [entry for entry in known if all(entry.get(key, False) == kind[key] for key in kind)]
     known = alike or [entry for entry in known if not kind["small"]]  # small groups are another kernel
 
     # The nearest size by the number of weights, then by proportion; one of another order says nothing.
-    def distance(entry: dict[str, Any]) -> tuple[float, float]:
-        size = entry["rows"] * entry["columns"] / (rows * columns)
-        shape = entry["rows"] / entry["columns"] / (rows / columns)
-        return max(size, 1 / size), max(shape, 1 / shape)
+    def distance(entry: dict[str, Any]) -> tuple[float, float, float]:
+        ratios = [
+            entry["rows"] * entry["columns"] / (rows * columns), entry["rows"] / entry["columns"] / (rows / columns),
+            entry["tokens"] / bucket,
+        ]  # fmt: skip
+        size, shape, count = (max(each, 1 / each) for each in ratios)
+        return size, shape, count
 
     nearest = min(known, key=distance, default=None)
-    if nearest is not None and max(distance(nearest)) <= ALIKE:
+    if nearest is not None and max(distance(nearest)[:2]) <= ALIKE:
         measured = Tuning(**nearest["tuning"])
-        found = fitted(code, measured)
+        found = measured if alike and not measured.wide else fitted(code, measured)
+        found = found.holding(code, bucket) if found.held else found
         if found.suits(code) and found.shared_memory(code) <= (MOST_SHARED_WIDE if found.wide else MOST_SHARED):
             return found
     return by_rule(code, rows, columns, bucket, capability)
@@ -79,7 +86,8 @@ def by_rule(code: Code, rows: int, columns: int, tokens: int, capability: tuple[
         return fitted(code, _of_one_token(code, rows, overlap))
     if tokens <= 16:
         along = 16 if tokens <= 8 and rows <= NARROW else 8
-        return Tuning(2 if loads < 4 else 1, -(-tokens // 8), along=along, depth=1, overlap=overlap)
+        own = Tuning(2 if loads < 4 else 1, -(-tokens // 8), along=along, depth=1, overlap=overlap)
+        return own.holding(code, tokens)
     if wide:
         return _wide(code, rows, tokens)
     at_once = min(8, -(-tokens // 8))

@@ -138,26 +138,23 @@ device float contribution_of(const Levels& levels, u32 raw, int which, float par
   return (levels.scale_step * above_16(raw, 8 * which) + levels.minus_scale) * part;
 }
 
-// The same of rows g and g + 8 as `slope * part + offset * ones`.
-struct Line { float slope, offset; };
+// The same of rows g and g + 8 as `slope * (part + zero * ones)`, for ones that are counted in `unit`.
+struct Line { float slope, zero; };
 
-template <class S, class Z> device void lines_of(Line (&lines)[2], const S& scale, const Z& zero) {
+template <class S, class Z> device void lines_of(Line (&lines)[2], const S& scale, const Z& zero, float unit) {
   Levels levels;
   if constexpr (SCALE == BILEVEL || SCALE == LEVEL) levels = levels_of(scale.second);
+  const float zero_step = levels.zero_step * unit, first_zero = levels.zero * unit;
 #pragma unroll
   for (int which = 0; which < 2; ++which) {
     Line& line = lines[which];
-    line.offset = 0.0f;
-    if constexpr (SCALE == PAIRS) {
-      const u32 values = which ? scale.raw.y : scale.raw.x;
-      line.offset = half_of(values, 0);
-      line.slope = half_of(values, 1) - line.offset;
-    } else if constexpr (SCALE == BILEVEL || SCALE == LEVEL) {
+    line.zero = 0.0f;
+    if constexpr (SCALE == BILEVEL || SCALE == LEVEL) {
       line.slope = levels.scale_step * above_16(scale.raw, 8 * which) + levels.minus_scale;
-      if constexpr (SCALE == BILEVEL) line.offset = line.slope * (levels.zero - levels.zero_step * above_16(scale.raw, 8 * which + 4));
+      if constexpr (SCALE == BILEVEL) line.zero = first_zero - zero_step * above_16(scale.raw, 8 * which + 4);
     } else {
       line.slope = number(scale, which);
-      if constexpr (ZERO != NONE) line.offset = line.slope * (CENTER - number(zero, which));
+      if constexpr (ZERO != NONE) line.zero = (CENTER - number(zero, which)) * unit;
     }
   }
 }
@@ -192,9 +189,13 @@ device constexpr int place_of(int b, int i) {
 constexpr int LIFTS = BITS == 4 ? 1 : BITS == 2 ? 2 : 4;  // blocks that are so far apart are lifted alike
 device constexpr u32 minus_lift_of(int b, int i) { return minus((1u << (MANTISSA - place_of(b, i))) + CENTER); }
 
+// Or every code is shifted to the end of its mantissa: then what is too much says how much ones would be.
+enum { LOWERED = 0, LIFTED = 1, LIFTED_ALIKE = 2 };
+device constexpr u32 MINUS_ALIKE = minus(MAGIC_VALUE + CENTER);
+
 // The 16-bit numbers of pair i (0..3) of block b, LIFTED by minus `minus_lift_of` of the same pair. Both codes of a pair lie at the
 // same place of a word's two halves, or for a table beside each other, so that together they are one index.
-template <bool LIFTED = false> device u32 operand(const u32* words, int b, int i, u32 bank) {
+template <int LIFT_ = LOWERED> device u32 operand(const u32* words, int b, int i, u32 bank) {
   if constexpr (TABLE == SHARED) {
     // Copies of an entry fill 128 bytes, so an index is wanted seven bits up; `bank` is the lane's place among them.
     constexpr u32 MASK = ((1u << 2 * BITS) - 1) << 7;
@@ -225,7 +226,7 @@ template <bool LIFTED = false> device u32 operand(const u32* words, int b, int i
   } else {
     // Places of a 16-bit half that lie below the mantissa's end need no shift: the product takes their factor out.
     constexpr u32 MASK = ((1u << BITS) - 1) * 0x10001u;
-    const int pair = pair_of(b, i), place = place_of(b, i);
+    const int pair = pair_of(b, i), place = LIFT_ == LIFTED_ALIKE ? 0 : place_of(b, i);
     u32 found;
     if (BITS == 3 && pair == 15) {
       const u32* own = words + 3 * (b / 4);
@@ -233,9 +234,10 @@ template <bool LIFTED = false> device u32 operand(const u32* words, int b, int i
     } else {
       const u32 word = words[BITS == 4 ? b : BITS == 2 ? b / 2 : BITS == 3 ? 3 * (b / 4) + pair / 5 : b / 4];
       const int own = BITS == 3 ? pair % 5 : pair;
-      found = chosen(word >> BITS * (own / PLACES * PLACES), MASK << place, LIFTED ? power(MANTISSA - place) : MAGIC);
+      found = LIFT_ == LIFTED_ALIKE ? chosen(word >> BITS * own, MASK, MAGIC)
+                                    : chosen(word >> BITS * (own / PLACES * PLACES), MASK << place, LIFT_ ? power(MANTISSA - place) : MAGIC);
     }
-    return LIFTED ? found : fused(found, power(-place), minus((MAGIC_VALUE >> place) + CENTER));
+    return LIFT_ ? found : fused(found, power(-place), minus((MAGIC_VALUE >> place) + CENTER));
   }
 }
 
@@ -264,8 +266,8 @@ device void load(Tables& tables, const Arguments& a, i64 tile, int group, int g)
   }
 }
 
-// The four operands of block b (LIFTED: see above). A byte permutation looks up four codes among eight bytes.
-template <bool LIFTED = false> device void operands(u32 (&weights)[4], const u32* words, int b, u32 bank, const Tables& tables) {
+// The four operands of block b (lifted: see above). A byte permutation looks up four codes among eight bytes.
+template <int LIFT_ = LOWERED> device void operands(u32 (&weights)[4], const u32* words, int b, u32 bank, const Tables& tables) {
   if constexpr (TABLE == BY_ROW) {
     u32 codes, halves = 0;
     if constexpr (BITS == 4) {
@@ -296,7 +298,7 @@ template <bool LIFTED = false> device void operands(u32 (&weights)[4], const u32
     for (int i = 0; i < 4; ++i) weights[i] = bytes_as_numbers(words[4 * (b / 4 * 2 + i % 2) + b % 4], i / 2);
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) weights[i] = operand<LIFTED>(words, b, i, bank);
+    for (int i = 0; i < 4; ++i) weights[i] = operand<LIFT_>(words, b, i, bank);
   }
 }
 

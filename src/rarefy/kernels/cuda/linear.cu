@@ -20,8 +20,12 @@ constexpr int STAGE_TOKENS = WIDTH * PITCH;  // bytes
 constexpr int EXTRA = SPREAD ? 1 : WIDTH;    // tokens that are any
 constexpr int STAGE_CODES = STAGED ? ROWS / 16 * ALONG * LOADS * 512 : 0;  // bytes
 constexpr int SUM_PITCH = ROWS + 4;
-constexpr bool SMALL = !SPREAD && PARTS > 4 && SCALE != NONE;  // groups whose scales the lanes of four share
-constexpr bool LIFT = TABLE == NONE && BITS <= 4 && (SPREAD || (SMALL && TILES > 1) || (BITS == 1 && SUMS));
+constexpr bool CAN_LIFT = TABLE == NONE && BITS <= 4;
+// Several tokens and groups so small that four lanes share their scales.
+constexpr bool SMALL = !SPREAD && PARTS > 4 && SCALE != NONE && SCALE != PAIRS;
+constexpr int LIFT = !CAN_LIFT ? LOWERED
+                     : SMALL && SUMS && BITS > 2 ? LIFTED_ALIKE
+                     : SPREAD || (SMALL && TILES > 1) || (BITS == 1 && SUMS) ? LIFTED : LOWERED;
 
 #include "ending.cuh"
 
@@ -122,7 +126,7 @@ device void multiply_step(
 #pragma unroll
       for (int n = 0; n < TOKENS; ++n) multiply(ones[n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
     }
-    if constexpr (LIFT) {
+    if constexpr (LIFT != LOWERED) {
       const u32 weights[4] = {minus_lift_of(b, 0), minus_lift_of(b, 1), minus_lift_of(b, 2), minus_lift_of(b, 3)};
 #pragma unroll
       for (int n = 0; n < TOKENS; ++n) multiply(lift[n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
@@ -135,12 +139,10 @@ device void multiply_step(
 }
 
 // ---- Several tokens and small groups: four lanes want the same scales, so each forms those of a quarter of the groups
-// and leaves them in shared memory. What zeros add is a product of its own, groups being its columns: of offsets, which
-// lie where they were formed, by the sums of activations over groups. Both are two bfloat16 each, of which the product of
-// the lesser ones is left out: that is as exact as 16 bits of what zeros add.
+// and leaves them in shared memory.
 
 constexpr int OWN_GROUPS = SMALL ? PARTS / 4 : 1;
-constexpr int SHARES_OF_WARP = SMALL ? 64 * PARTS * TILES : 0;  // bytes
+constexpr int SHARES_OF_WARP = SMALL ? 128 * PARTS * TILES : 0;  // bytes
 constexpr int MEETING_BYTES = 4 * ALONG * WIDTH * SUM_PITCH, STAGES_BYTES = STAGED ? STAGES * (STAGE_TOKENS + STAGE_CODES) : 0;
 constexpr int AT_SHARES =
     (TABLE_BYTES + FACTOR_BYTES + (MEETING_BYTES > STAGES_BYTES ? MEETING_BYTES : STAGES_BYTES) + 15) / 16 * 16;
@@ -150,10 +152,12 @@ struct SharedScales {
   Pair<ZERO> zero[TILES][OWN_GROUPS];
 };
 
+device int own_group(int own, int t) { return own / 2 * 8 + 2 * t + own % 2; }
+
 device void fetch(SharedScales& scales, const Arguments& a, const Places& places, int step, int lane) {
 #pragma unroll
   for (int own = 0; own < OWN_GROUPS; ++own) {
-    const int group = group_of(a, step, own / 2 * 8 + lane % 4 * 2 + own % 2), above = group / SECOND_GROUPS;
+    const int group = group_of(a, step, own_group(own, lane % 4)), above = group / SECOND_GROUPS;
 #pragma unroll
     for (int r = 0; r < TILES; ++r) {
       load(scales.scale[r][own], a.scale, places.scales[r] + i64(group) * 8, places.second[r], above);
@@ -162,40 +166,27 @@ device void fetch(SharedScales& scales, const Arguments& a, const Places& places
   }
 }
 
-// Where the slopes of rows g and g + 8 lie, of two neighbouring groups; neighbours in a quarter lie in other banks.
-device float4& slopes_at(int tile, int pair, int g) {
+// Where the lines of rows g and g + 8 lie. What a quarter of a warp writes at once lies in different banks.
+device float4& lines_at(int tile, int group, int g) {
   float4* own = reinterpret_cast<float4*>(pool + AT_SHARES + threadIdx.x / 32 * SHARES_OF_WARP);
-  return own[(tile * (PARTS / 2) + pair) * 8 + (g ^ pair % 4 * 2)];
-}
-
-// Two numbers as two pairs of bfloat16, what the first leaves in the second.
-device void put_twice(u32& high, u32& low, float first, float second) {
-  high = bf16_pair(first, second);
-  low = bf16_pair(first - as_float(high << 16), second - as_float(high & 0xFFFF0000u));
+  return own[(tile * PARTS + group) * 8 + (g ^ group / 2 % 4 * 2)];
 }
 
 template <class Tokens>
 device void multiply_step(
     float (&sums)[TILES][TOKENS][4], const Codes& codes, const SharedScales& scales, const Tokens& tokens,
     Tables (&tables)[TILES], const Arguments& a, int first_tile, int step, int lane) {
-  const int g = lane / 4, t = lane % 4;
-  u32 high[TILES][4] = {}, low[TILES][4] = {};
+  constexpr float UNIT = LIFT == LIFTED_ALIKE ? -1.0f / (MAGIC_VALUE + CENTER) : 1.0f;
   warp_barrier();  // all have read what lay there
 #pragma unroll
   for (int r = 0; r < TILES; ++r)
 #pragma unroll
-    for (int pair = 0; pair < OWN_GROUPS / 2; ++pair) {
-      Line own[2][2];
-#pragma unroll
-      for (int c = 0; c < 2; ++c) lines_of(own[c], scales.scale[r][2 * pair + c], scales.zero[r][2 * pair + c]);
-      slopes_at(r, 4 * pair + t, g) = {own[0][0].slope, own[0][1].slope, own[1][0].slope, own[1][1].slope};
-#pragma unroll
-      for (int which = 0; which < 2; ++which)
-        if constexpr (SUMS) put_twice(high[r][2 * pair + which], low[r][2 * pair + which], own[0][which].offset, own[1][which].offset);
+    for (int own = 0; own < OWN_GROUPS; ++own) {
+      Line lines[2];
+      lines_of(lines, scales.scale[r][own], scales.zero[r][own], UNIT);
+      lines_at(r, own_group(own, lane % 4), lane / 4) = {lines[0].slope, lines[0].zero, lines[1].slope, lines[1].zero};
     }
   warp_barrier();
-  float part[TOKENS][4], lift[TOKENS][4], ones[TOKENS][4], own_ones[TOKENS][4] = {};  // of groups g and g + 8
-  float4 slopes[TILES];
   Words x[TOKENS];
 #pragma unroll
   for (int p = 0; p < PARTS; ++p) {
@@ -203,29 +194,29 @@ device void multiply_step(
 #pragma unroll
       for (int n = 0; n < TOKENS; ++n) x[n] = tokens(n, p * PART / 2);
     }
-#pragma unroll
-    for (int n = 0; n < TOKENS; ++n)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) lift[n][j] = ones[n][j] = 0.0f;
+    float lift[TOKENS][4] = {}, ones[TOKENS][4] = {};
 #pragma unroll
     for (int b = p * PART; b < p * PART + PART; ++b) {
-      const u32 lifts[4] = {minus_lift_of(b, 0), minus_lift_of(b, 1), minus_lift_of(b, 2), minus_lift_of(b, 3)};
       const u32 constant[4] = {ONES, ONES, ONES, ONES};
 #pragma unroll
       for (int n = 0; n < TOKENS; ++n) {
-        if constexpr (LIFT) multiply(lift[n], lifts, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
-        if constexpr (SUMS) multiply(ones[n], constant, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
+        const u32 (&own)[4] = x[n].at;
+        if constexpr (LIFT == LIFTED) {
+          const u32 lifts[4] = {minus_lift_of(b, 0), minus_lift_of(b, 1), minus_lift_of(b, 2), minus_lift_of(b, 3)};
+          multiply(lift[n], lifts, own[2 * (b % 2)], own[2 * (b % 2) + 1]);
+        }
+        if constexpr (LIFT == LIFTED_ALIKE) {
+          const u32 lifts[4] = {MINUS_ALIKE, MINUS_ALIKE, MINUS_ALIKE, MINUS_ALIKE};
+          multiply(lift[n], lifts, own[2 * (b % 2)], own[2 * (b % 2) + 1]);
+        } else if constexpr (SUMS) {
+          multiply(ones[n], constant, own[2 * (b % 2)], own[2 * (b % 2) + 1]);
+        }
       }
     }
 #pragma unroll
-    for (int n = 0; n < TOKENS; ++n)
-#pragma unroll
-      for (int j = 0; j < 2; ++j)
-        if (g == p % 8) own_ones[n][p / 8 * 2 + j] = ones[n][j];
-#pragma unroll
     for (int r = 0; r < TILES; ++r) {
-      if (p % 2 == 0) slopes[r] = slopes_at(r, p / 2, g);
-      const float own[2] = {p % 2 ? slopes[r].z : slopes[r].x, p % 2 ? slopes[r].w : slopes[r].y};
+      const float4 lines = lines_at(r, p, lane / 4);
+      float part[TOKENS][4];
 #pragma unroll
       for (int n = 0; n < TOKENS; ++n)
 #pragma unroll
@@ -233,7 +224,7 @@ device void multiply_step(
 #pragma unroll
       for (int b = p * PART; b < p * PART + PART; ++b) {
         u32 weights[4];
-        if (GROUP != 0 && b % PART == 0) load(tables[r], a, tile_of(a, first_tile + r), group_of(a, step, b / PART), g);
+        if (GROUP != 0 && b % PART == 0) load(tables[r], a, tile_of(a, first_tile + r), group_of(a, step, p), lane / 4);
         operands<LIFT>(weights, codes.at[r], b, 4 * lane, tables[r]);
 #pragma unroll
         for (int n = 0; n < TOKENS; ++n) multiply(part[n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
@@ -241,25 +232,10 @@ device void multiply_step(
 #pragma unroll
       for (int n = 0; n < TOKENS; ++n)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sums[r][n][j] += own[j / 2] * part[n][j];
-    }
-  }
-  if constexpr (SUMS) {
-#pragma unroll
-    for (int n = 0; n < TOKENS; ++n) {
-      u32 more[2] = {}, less[2] = {};
-#pragma unroll
-      for (int half = 0; half < PARTS / 8; ++half) {
-        put_twice(more[half], less[half], own_ones[n][2 * half], own_ones[n][2 * half + 1]);
-        more[half] = transposed(more[half]);
-        less[half] = transposed(less[half]);
-      }
-#pragma unroll
-      for (int r = 0; r < TILES; ++r) {
-        multiply_bf16(sums[r][n], low[r], more[0], more[1]);
-        multiply_bf16(sums[r][n], high[r], less[0], less[1]);
-        multiply_bf16(sums[r][n], high[r], more[0], more[1]);
-      }
+        for (int j = 0; j < 4; ++j) {
+          if constexpr (SUMS) part[n][j] += (j < 2 ? lines.y : lines.w) * (LIFT == LIFTED_ALIKE ? lift[n][j] : ones[n][j]);
+          sums[r][n][j] += (j < 2 ? lines.x : lines.z) * part[n][j];
+        }
     }
   }
 }

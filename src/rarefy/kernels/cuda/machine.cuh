@@ -286,12 +286,6 @@ device u32 chosen(u32 word, u32 mask, u32 others) {
   return d;
 }
 device u32 permuted(u32 a, u32 b, u32 bytes) { return __byte_perm(a, b, bytes); }
-// In bfloat16, whatever the activations are.
-device void multiply_bf16(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 device void multiply_alone(float (&product)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   if constexpr (HALF)
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"

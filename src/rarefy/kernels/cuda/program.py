@@ -71,7 +71,7 @@ class Code:
     @property
     def shares_scales(self) -> bool:
         """Whether groups are so small that lanes form each other's scales, where there are several tokens."""
-        return self.parts > 4 and self.scale is not None
+        return self.parts > 4 and self.scale not in (None, "pairs")
 
     @property
     def table_bytes(self) -> int:
@@ -176,7 +176,7 @@ class Tuning:
         meeting = 4 * self.along * width * (self.rows + 4)
         if self.spread:
             return table + -(-meeting // 16) * 16 + 16 + 2048 * self.across * self.along + 2 * code.held
-        shares = 64 * code.parts * self.tiles * self.across * self.along if code.shares_scales else 0
+        shares = 128 * code.parts * self.tiles * self.across * self.along if code.shares_scales else 0
         held = self.held * (2 * code.held + (32 if code.span == 4 else 64)) if code.held else 0
         return table + -(-max(staged, meeting) // 16) * 16 + shares + held
 

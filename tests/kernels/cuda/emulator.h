@@ -66,6 +66,7 @@ device unsigned short load_fresh(const unsigned short* from) { return *from; }
 device uint4 load_fresh(const uint4* from, bool real) { return real ? *from : uint4{0, 0, 0, 0}; }
 device uint2 load_fresh(const uint2* from, bool real) { return real ? *from : uint2{0, 0}; }
 device unsigned load_fresh(const unsigned* from, bool real) { return real ? *from : 0; }
+device void load_held(uint2& to, const unsigned char* from, bool real) { if (real) memcpy(&to, from, 8); }
 device void copy_async(unsigned char* to, const void* from, bool real) {
   if (real) memcpy(to, from, 16); else memset(to, 0, 16);
 }
@@ -199,8 +200,7 @@ device unsigned permuted(unsigned a, unsigned b, unsigned bytes) {
   for (int k = 0; k < 4; ++k) d |= unsigned(all >> 8 * (bytes >> 4 * k & 7) & 255) << 8 * k;
   return d;
 }
-template <class Number>
-device void multiply_as(const Number& number, float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   const int thread = emulator::current, warp = thread / 32 * 32, g = thread % 32 / 4, t = thread % 4;
   emulator::exchanged[thread] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
   warp_barrier();
@@ -210,16 +210,10 @@ device void multiply_as(const Number& number, float (&sum)[4], const unsigned (&
       const emulator::Operands& weights = emulator::exchanged[warp + 4 * g + k % 8 / 2];
       const emulator::Operands& tokens = emulator::exchanged[warp + 4 * column + k % 8 / 2];
       const unsigned w = weights.a[j / 2 + k / 8 * 2] >> k % 2 * 16, x = tokens.b[k / 8] >> k % 2 * 16;
-      sum[j] += number(w) * number(x);
+      sum[j] += widened(w) * widened(x);
     }
   }
   warp_barrier();
-}
-device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  multiply_as([](unsigned bits) { return widened(bits); }, sum, a, b0, b1);
-}
-device void multiply_bf16(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  multiply_as([](unsigned bits) { return as_float(bits << 16); }, sum, a, b0, b1);
 }
 device void multiply_alone(float (&product)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   memset(product, 0, sizeof product);

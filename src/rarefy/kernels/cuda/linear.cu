@@ -20,11 +20,14 @@ constexpr int STAGE_TOKENS = WIDTH * PITCH;  // bytes
 constexpr int EXTRA = SPREAD ? 1 : WIDTH;    // tokens that are any
 constexpr int STAGE_CODES = STAGED ? ROWS / 16 * ALONG * LOADS * 512 : 0;  // bytes
 constexpr int SUM_PITCH = ROWS + 4;
-constexpr bool CAN_LIFT = TABLE == NONE && BITS <= 4;
-// Several tokens and groups so small that four lanes share their scales.
+constexpr int MOST_HELD = 16384;
+constexpr bool ALL_HELD = !SPREAD && HELD > 0 && HELD_COLUMNS < MOST_HELD;
+// Several tokens and groups so small that four lanes share their scales, and how many blocks are then beside each other.
 constexpr bool SMALL = !SPREAD && PARTS > 4 && SCALE != NONE && SCALE != PAIRS;
+constexpr int BESIDE = SMALL && ALL_HELD && (HELD == 2 || HELD == 4) ? 8 / HELD : 1;
+constexpr bool CAN_LIFT = TABLE == NONE && BITS <= 4;
 constexpr int LIFT = !CAN_LIFT ? LOWERED
-                     : SMALL && SUMS && BITS > 2 ? LIFTED_ALIKE
+                     : BESIDE > 1 || (SMALL && SUMS && BITS > 2) ? LIFTED_ALIKE
                      : SPREAD || (SMALL && TILES > 1) || (BITS == 1 && SUMS) ? LIFTED : LOWERED;
 
 #include "ending.cuh"
@@ -139,29 +142,31 @@ device void multiply_step(
 }
 
 // ---- Several tokens and small groups: four lanes want the same scales, so each forms those of a quarter of the groups
-// and leaves them in shared memory.
+// and leaves them in shared memory. Of two or four tokens four or two blocks of columns are beside each other, in the
+// places of eight tokens, so that a lane has sums of other groups than its neighbours.
 
+constexpr bool SHARES = SMALL && !(BESIDE == 4 && PART == 1);  // else a lane wants what it forms
 constexpr int OWN_GROUPS = SMALL ? PARTS / 4 : 1;
-constexpr int SHARES_OF_WARP = SMALL ? 128 * PARTS * TILES : 0;  // bytes
+constexpr int SHARES_OF_WARP = SHARES ? 128 * PARTS * TILES : 0;  // bytes
 constexpr int MEETING_BYTES = 4 * ALONG * WIDTH * SUM_PITCH, STAGES_BYTES = STAGED ? STAGES * (STAGE_TOKENS + STAGE_CODES) : 0;
 constexpr int AT_SHARES =
     (TABLE_BYTES + FACTOR_BYTES + (MEETING_BYTES > STAGES_BYTES ? MEETING_BYTES : STAGES_BYTES) + 15) / 16 * 16;
+constexpr float UNIT = LIFT == LIFTED_ALIKE ? -1.0f / (MAGIC_VALUE + CENTER) : 1.0f;  // in which ones are counted
 
 struct SharedScales {
   Pair<SCALE> scale[TILES][OWN_GROUPS];
   Pair<ZERO> zero[TILES][OWN_GROUPS];
 };
 
-device int own_group(int own, int t) { return own / 2 * 8 + 2 * t + own % 2; }
-
 device void fetch(SharedScales& scales, const Arguments& a, const Places& places, int step, int lane) {
 #pragma unroll
   for (int own = 0; own < OWN_GROUPS; ++own) {
-    const int group = group_of(a, step, own_group(own, lane % 4)), above = group / SECOND_GROUPS;
+    i64 group = i64(step) * PARTS + lane % 4 + 4 * own;
+    if (RAGGED && group >= a.groups) group = a.groups - 1;
 #pragma unroll
     for (int r = 0; r < TILES; ++r) {
-      load(scales.scale[r][own], a.scale, places.scales[r] + i64(group) * 8, places.second[r], above);
-      load(scales.zero[r][own], a.zero, places.scales[r] + i64(group) * 8, places.second[r], above);
+      load(scales.scale[r][own], a.scale, places.scales[r] + group * 8, places.second[r], group / SECOND_GROUPS);
+      load(scales.zero[r][own], a.zero, places.scales[r] + group * 8, places.second[r], group / SECOND_GROUPS);
     }
   }
 }
@@ -169,24 +174,70 @@ device void fetch(SharedScales& scales, const Arguments& a, const Places& places
 // Where the lines of rows g and g + 8 lie. What a quarter of a warp writes at once lies in different banks.
 device float4& lines_at(int tile, int group, int g) {
   float4* own = reinterpret_cast<float4*>(pool + AT_SHARES + threadIdx.x / 32 * SHARES_OF_WARP);
-  return own[(tile * PARTS + group) * 8 + (g ^ group / 2 % 4 * 2)];
+  return own[(tile * PARTS + group) * 8 + (g ^ group % 4 * 2)];
+}
+
+device float4 own_lines(const SharedScales& scales, int tile, int own) {
+  Line lines[2];
+  lines_of(lines, scales.scale[tile][own], scales.zero[tile][own], UNIT);
+  return {lines[0].slope, lines[0].zero, lines[1].slope, lines[1].zero};
+}
+
+device void share(const SharedScales& scales, int lane) {
+  warp_barrier();  // all have read what lay there
+#pragma unroll
+  for (int r = 0; r < TILES; ++r)
+#pragma unroll
+    for (int own = 0; own < OWN_GROUPS; ++own) lines_at(r, 4 * own + lane % 4, lane / 4) = own_lines(scales, r, own);
+  warp_barrier();
+}
+
+device void add_line(float (&sums)[4], const float4& lines, float (&part)[4], const float (&ones)[4]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    if constexpr (SUMS) part[j] += (j < 2 ? lines.y : lines.w) * ones[j];
+    sums[j] += (j < 2 ? lines.x : lines.z) * part[j];
+  }
+}
+
+// `places(to, set)` answers with the words of the block and the token whose place a lane has, if they are wanted.
+template <class PlacesOfSet>
+device void multiply_beside(
+    float (&sums)[TILES][TOKENS][4], const Codes& codes, const SharedScales& scales, const PlacesOfSet& places,
+    const Tables (&tables)[TILES], int lane) {
+  const int g = lane / 4, own_block = g * BESIDE / 8, block_of_sums = lane % 4 * BESIDE / 4;
+  if constexpr (SHARES) share(scales, lane);
+  uint2 only[BESIDE] = {};  // of each block, zeros in the places of others
+#pragma unroll
+  for (int set = 0; set < BLOCKS / BESIDE; ++set) {
+    uint2 all;
+    places(all, set, true);
+#pragma unroll
+    for (int k = 0; k < BESIDE; ++k) places(only[k], set, own_block == k);
+    const u32 constant = LIFT == LIFTED_ALIKE ? MINUS_ALIKE : ONES, constants[4] = {constant, constant, constant, constant};
+    float ones[4] = {};
+    if constexpr (LIFT == LIFTED_ALIKE || SUMS) multiply(ones, constants, all.x, all.y);
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) {
+      float part[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) part[j] = LIFT == LIFTED_ALIKE ? ones[j] : 0.0f;
+#pragma unroll
+      for (int k = 0; k < BESIDE; ++k) {
+        u32 weights[4];
+        operands<LIFT>(weights, codes.at[r], BESIDE * set + k, 4 * lane, tables[r]);
+        multiply(part, weights, only[k].x, only[k].y);
+      }
+      add_line(sums[r][0], SHARES ? lines_at(r, (BESIDE * set + block_of_sums) / PART, g) : own_lines(scales, r, set % OWN_GROUPS), part, ones);
+    }
+  }
 }
 
 template <class Tokens>
 device void multiply_step(
     float (&sums)[TILES][TOKENS][4], const Codes& codes, const SharedScales& scales, const Tokens& tokens,
     Tables (&tables)[TILES], const Arguments& a, int first_tile, int step, int lane) {
-  constexpr float UNIT = LIFT == LIFTED_ALIKE ? -1.0f / (MAGIC_VALUE + CENTER) : 1.0f;
-  warp_barrier();  // all have read what lay there
-#pragma unroll
-  for (int r = 0; r < TILES; ++r)
-#pragma unroll
-    for (int own = 0; own < OWN_GROUPS; ++own) {
-      Line lines[2];
-      lines_of(lines, scales.scale[r][own], scales.zero[r][own], UNIT);
-      lines_at(r, own_group(own, lane % 4), lane / 4) = {lines[0].slope, lines[0].zero, lines[1].slope, lines[1].zero};
-    }
-  warp_barrier();
+  share(scales, lane);
   Words x[TOKENS];
 #pragma unroll
   for (int p = 0; p < PARTS; ++p) {
@@ -230,12 +281,7 @@ device void multiply_step(
         for (int n = 0; n < TOKENS; ++n) multiply(part[n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
       }
 #pragma unroll
-      for (int n = 0; n < TOKENS; ++n)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if constexpr (SUMS) part[n][j] += (j < 2 ? lines.y : lines.w) * (LIFT == LIFTED_ALIKE ? lift[n][j] : ones[n][j]);
-          sums[r][n][j] += (j < 2 ? lines.x : lines.z) * part[n][j];
-        }
+      for (int n = 0; n < TOKENS; ++n) add_line(sums[r][n], lines, part[n], LIFT == LIFTED_ALIKE ? lift[n] : ones[n]);
     }
   }
 }
@@ -367,9 +413,8 @@ typedef OfStep<SMALL>::type StepScales;
 // these are so long that only the first HELD_COLUMNS have room. Outliers find them there a few at once, not each in a line
 // of its own. Tokens are so far from each other that columns which are read together lie in different banks.
 
-constexpr int MOST_HELD = 16384, HELD_PITCH = 2 * HELD_COLUMNS + (SPREAD ? 0 : SPAN == 4 ? 32 : 64);
+constexpr int HELD_PITCH = 2 * HELD_COLUMNS + (SPREAD ? 0 : SPAN == 4 ? 32 : 64);
 constexpr bool HOLDS = SPREAD ? OUTLIERS : HELD > 0;
-constexpr bool ALL_HELD = !SPREAD && HELD > 0 && HELD_COLUMNS < MOST_HELD;
 static_assert(HELD == 0 || !STAGED, "either");
 #if SPREAD
 constexpr int AT_HELD = AT_PLACES + 8 * PLACES_OF_WARP * ACROSS * ALONG;
@@ -394,7 +439,7 @@ device void wait_for_tokens() {
 device const u8* held_of(int token) { return pool + AT_HELD + (HELD > 0 && token > HELD - 1 ? HELD - 1 : token) * HELD_PITCH; }
 
 // ---- Outliers: warps along the columns share a row's quads. A lane of one token adds its own entries to its own sums,
-// which meet later; of more, all four lanes of a row read its entries and add them for their own tokens.
+// which meet later; of more, the lanes that have sums of a row share its entries and add them for their own tokens.
 // Entries are on their way before activations are waited for, and what these meet before the product begins.
 
 #if OUTLIERS
@@ -464,12 +509,13 @@ device u16 activation_of(const Arguments& a, int column, int first_token, int to
 // All entries of a quad for a lane's tokens.
 device void add_entries(float (&sums)[TOKENS][4], const Arguments& a, const Quad& quad, int first_token, int lane) {
 #pragma unroll
-  for (int k = 0; k < 8; ++k) {
+  for (int k = 0; k < 8 / BESIDE; ++k) {
     const u32 entry = quad.at[k];
     const float value = value_of(entry);
 #pragma unroll
     for (int n = 0; n < TOKENS; ++n) {
-      const int own = 8 * n + lane % 4 * 2, first = HELD > 0 && own > HELD - 2 ? HELD - 2 : own;
+      const int own = 8 * n + lane % 4 * 2;
+      const int first = BESIDE > 1 ? own % (8 / BESIDE) : HELD > 0 && own > HELD - 2 ? HELD - 2 : own;
 #pragma unroll
       for (int j = 0; j < 2; ++j) sums[n][k % 2 * 2 + j] += value * widened(activation_of(a, entry & 0xFFFF, first_token, first + j));
     }
@@ -507,7 +553,7 @@ device void add_outliers(
       Quad more = quad_of(a, tile, quad, lane);
       if (quad >= quads) {
 #pragma unroll
-        for (int k = 0; k < 8; ++k) more.at[k] = entry(rest[k % 2], k / 2);
+        for (int k = 0; k < 8 / BESIDE; ++k) more.at[k] = entry(rest[k % 2], lane % 4 * BESIDE / 4 * (4 / BESIDE) + k / 2);
       }
 #endif
       add_entries(sums[r], a, more, first_token, lane);
@@ -669,7 +715,14 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
         if constexpr (ALL_HELD) return columns_of(held_of(8 * n + g) + 2 * STEP * step_at(round), pair, t);
         return x[ALL_HELD ? 0 : d].at[n][pair];
       };
-      multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(round), lane);
+      if constexpr (BESIDE > 1) {
+        const int block = g * BESIDE / 8;
+        const u8* own = held_of(g % (8 / BESIDE)) + 2 * STEP * step_at(round) + (SPAN == 4 ? 32 * block + 8 * t : 64 * (block / 2) + 8 * (block % 2) + 16 * t);
+        const auto places = [&](uint2& to, int set, bool real) { load_held(to, own + 32 * BESIDE * set, real); };
+        multiply_beside(sums, codes[d], scales[d], places, tables, lane);
+      } else {
+        multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(round), lane);
+      }
 #endif
       if (next < end) {
         fetch(codes[d], a, places, next, lane);
@@ -679,6 +732,12 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
     }
   }
 #endif
+#pragma unroll
+  for (int distance = 2; BESIDE > 1 && distance >= 4 / BESIDE; distance /= 2)
+#pragma unroll
+    for (int r = 0; r < TILES; ++r)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[r][0][j] += of_lane_xor(sums[r][0][j], distance);
 #if SPREAD
 #if OUTLIERS
   add_outliers(sums, outliers, a, first_tile, first_token, lane);

@@ -114,6 +114,12 @@ device u32 load_fresh(const u32* from, bool real) {
                "@p ld.global.cg.u32 %0, [%1]; }" : "+r"(to) : "l"(from), "r"(u32(real)) : "memory");
   return to;
 }
+// From shared memory, if it is wanted.
+device void load_held(uint2& to, const u8* from, bool real) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0;\n"
+               "@p ld.shared.v2.u32 {%0, %1}, [%2]; }"
+               : "+r"(to.x), "+r"(to.y) : "r"(static_cast<u32>(__cvta_generic_to_shared(from))), "r"(u32(real)));
+}
 // Sixteen bytes into shared memory, or zeros.
 device void copy_async(u8* to, const void* from, bool real) {
   const u32 address = static_cast<u32>(__cvta_generic_to_shared(to));

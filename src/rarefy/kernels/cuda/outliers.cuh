@@ -10,15 +10,23 @@ device uint2 entries_of(const Arguments& a, i64 tile, int quad, int lane) {
   return quad < a.quads ? load_once(a.entries + (tile * a.quads + quad) * 32 + lane) : none;
 }
 
-// All of a quad's entries of those rows, in each of the four lanes: of the next entry, rows g and g + 8.
-struct Quad { u32 at[8]; };
+// Those entries of rows g and g + 8 that a lane of several adds: all of the quad's, or where blocks are beside each other
+// the half or the quarter that is its own. Of the next entry, row g and row g + 8.
+struct Quad { u32 at[8 / BESIDE]; };
 
 device Quad quad_of(const Arguments& a, i64 tile, int quad, int lane) {
   Quad found = {};
-  if (quad < a.quads) {
-    const uint4* from = reinterpret_cast<const uint4*>(a.entries + (tile * a.quads + quad) * 32 + (lane & ~3));
-    const uint4 first = load_once(from), second = load_once(from + 1);
-    found = {{first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w}};
+  if (quad >= a.quads) return found;
+  const uint2* from = a.entries + (tile * a.quads + quad) * 32 + lane / 4 * 4 + lane % 4 * BESIDE / 4 * (4 / BESIDE);
+#pragma unroll
+  for (int n = 0; n < 4 / BESIDE; n += 2) {
+    if constexpr (BESIDE == 4) {
+      const uint2 own = load_once(from);
+      found.at[0] = own.x, found.at[1] = own.y;
+    } else {
+      const uint4 own = load_once(reinterpret_cast<const uint4*>(from + n));
+      found.at[2 * n] = own.x, found.at[2 * n + 1] = own.y, found.at[2 * n + 2] = own.z, found.at[2 * n + 3] = own.w;
+    }
   }
   return found;
 }

@@ -176,7 +176,8 @@ class Tuning:
         meeting = 4 * self.along * width * (self.rows + 4)
         if self.spread:
             return table + -(-meeting // 16) * 16 + 16 + 2048 * self.across * self.along + 2 * code.held
-        shares = 128 * code.parts * self.tiles * self.across * self.along if code.shares_scales else 0
+        alone = self.held == 2 and code.group == TILE and code.held  # lanes want what they form
+        shares = 128 * code.parts * self.tiles * self.across * self.along if code.shares_scales and not alone else 0
         held = self.held * (2 * code.held + (32 if code.span == 4 else 64)) if code.held else 0
         return table + -(-max(staged, meeting) // 16) * 16 + shares + held
 

@@ -191,7 +191,7 @@ device constexpr u32 minus_lift_of(int b, int i) { return minus((1u << (MANTISSA
 
 // Or every code is shifted to the end of its mantissa: then what is too much says how much ones would be.
 enum { LOWERED = 0, LIFTED = 1, LIFTED_ALIKE = 2 };
-device constexpr u32 MINUS_ALIKE = minus(MAGIC_VALUE + CENTER);
+constexpr u32 MINUS_ALIKE = minus(MAGIC_VALUE + CENTER);
 
 // The 16-bit numbers of pair i (0..3) of block b, LIFTED by minus `minus_lift_of` of the same pair. Both codes of a pair lie at the
 // same place of a word's two halves, or for a table beside each other, so that together they are one index.

@@ -6,7 +6,8 @@
 // enter afterwards, on float32 sums over a group, so no weight is ever rounded to 16 bits.
 //
 // Macros besides those of codes.cuh (see tuning.py for what is chosen when): OUTLIERS (type of single values that are
-// added to the weight), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns), DEPTH (steps loaded
+// added to the weight), TOKENS (of 8 tokens), HELD (tokens that wait in shared memory), BESIDE (blocks of columns that
+// share the places of 8 tokens, of one token all 8: SPREAD), ACROSS (warps over rows), ALONG (warps over columns), DEPTH (steps loaded
 // ahead into registers), STAGED (codes and activations go through shared memory instead, STAGES steps of them), SPLIT
 // (blocks over columns), LATE (later kernels may start when the sums are formed, not before), and those of ending.cuh.
 
@@ -22,9 +23,8 @@ constexpr int STAGE_CODES = STAGED ? ROWS / 16 * ALONG * LOADS * 512 : 0;  // by
 constexpr int SUM_PITCH = ROWS + 4;
 constexpr int MOST_HELD = 16384;
 constexpr bool ALL_HELD = !SPREAD && HELD > 0 && HELD_COLUMNS < MOST_HELD;
-// Several tokens and groups so small that four lanes share their scales, and how many blocks are then beside each other.
-constexpr bool SMALL = !SPREAD && PARTS > 4 && SCALE != NONE && SCALE != PAIRS;
-constexpr int BESIDE = SMALL && ALL_HELD && (HELD == 2 || HELD == 4) ? 8 / HELD : 1;
+constexpr bool SMALL = !SPREAD && PARTS > 4 && SCALE != NONE && SCALE != PAIRS;  // groups whose scales four lanes share
+static_assert(BESIDE == 1 || (SMALL && ALL_HELD && HELD == 8 / BESIDE), "in the places of eight tokens");
 constexpr bool CAN_LIFT = TABLE == NONE && BITS <= 4;
 constexpr int LIFT = !CAN_LIFT ? LOWERED
                      : BESIDE > 1 || (SMALL && SUMS && BITS > 2) ? LIFTED_ALIKE
@@ -200,10 +200,11 @@ device void add_line(float (&sums)[4], const float4& lines, float (&part)[4], co
   }
 }
 
-// `places(to, set)` answers with the words of the block and the token whose place a lane has, if they are wanted.
-template <class PlacesOfSet>
+#if BESIDE > 1
+// `words(to, set, real)` answers with those of the block and the token whose place a lane has, if they are wanted.
+template <class WordsOfSet>
 device void multiply_beside(
-    float (&sums)[TILES][TOKENS][4], const Codes& codes, const SharedScales& scales, const PlacesOfSet& places,
+    float (&sums)[TILES][TOKENS][4], const Codes& codes, const SharedScales& scales, const WordsOfSet& words,
     const Tables (&tables)[TILES], int lane) {
   const int g = lane / 4, own_block = g * BESIDE / 8, block_of_sums = lane % 4 * BESIDE / 4;
   if constexpr (SHARES) share(scales, lane);
@@ -211,9 +212,9 @@ device void multiply_beside(
 #pragma unroll
   for (int set = 0; set < BLOCKS / BESIDE; ++set) {
     uint2 all;
-    places(all, set, true);
+    words(all, set, true);
 #pragma unroll
-    for (int k = 0; k < BESIDE; ++k) places(only[k], set, own_block == k);
+    for (int k = 0; k < BESIDE; ++k) words(only[k], set, own_block == k);
     const u32 constant = LIFT == LIFTED_ALIKE ? MINUS_ALIKE : ONES, constants[4] = {constant, constant, constant, constant};
     float ones[4] = {};
     if constexpr (LIFT == LIFTED_ALIKE || SUMS) multiply(ones, constants, all.x, all.y);
@@ -232,6 +233,8 @@ device void multiply_beside(
     }
   }
 }
+
+#endif
 
 template <class Tokens>
 device void multiply_step(
@@ -710,19 +713,18 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
       if (step_at(round) >= end) break;
 #if SPREAD
       multiply_step(sums, codes[d], scales[d], x[d], tables, a, first_tile, step_at(round), lane);
+#elif BESIDE > 1
+      const int block = g * BESIDE / 8;
+      const int column = SPAN == 4 ? 16 * block + 4 * t : 32 * (block / 2) + 4 * (block % 2) + 8 * t;
+      const u8* own = held_of(g % HELD) + 2 * (step_at(round) * STEP + column);
+      const auto words = [&](uint2& to, int set, bool real) { load_held(to, own + 32 * BESIDE * set, real); };
+      multiply_beside(sums, codes[d], scales[d], words, tables, lane);
 #else
       const auto tokens = [&](int n, int pair) {
         if constexpr (ALL_HELD) return columns_of(held_of(8 * n + g) + 2 * STEP * step_at(round), pair, t);
         return x[ALL_HELD ? 0 : d].at[n][pair];
       };
-      if constexpr (BESIDE > 1) {
-        const int block = g * BESIDE / 8;
-        const u8* own = held_of(g % (8 / BESIDE)) + 2 * STEP * step_at(round) + (SPAN == 4 ? 32 * block + 8 * t : 64 * (block / 2) + 8 * (block % 2) + 16 * t);
-        const auto places = [&](uint2& to, int set, bool real) { load_held(to, own + 32 * BESIDE * set, real); };
-        multiply_beside(sums, codes[d], scales[d], places, tables, lane);
-      } else {
-        multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(round), lane);
-      }
+      multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(round), lane);
 #endif
       if (next < end) {
         fetch(codes[d], a, places, next, lane);

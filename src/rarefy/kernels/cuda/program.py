@@ -140,6 +140,11 @@ class Tuning:
         plain = self.spread or self.wide or self.stages > 0 or not code.held
         return replace(self, held=0) if plain or more.shared_memory(code) > self.MOST_SHARED else more
 
+    def beside(self, code: Code) -> int:
+        """Blocks of columns that share the places of eight tokens, where each would want its own scale."""
+        all_held = 0 < code.held < code.MOST_HELD and self.held in (2, 4)
+        return 8 // self.held if all_held and code.shares_scales else 1
+
     @property
     def kernels(self) -> tuple[str, ...]:
         """What is launched, in this order."""
@@ -176,7 +181,7 @@ class Tuning:
         meeting = 4 * self.along * width * (self.rows + 4)
         if self.spread:
             return table + -(-meeting // 16) * 16 + 16 + 2048 * self.across * self.along + 2 * code.held
-        alone = self.held == 2 and code.group == TILE and code.held  # lanes want what they form
+        alone = self.beside(code) == 4 and code.group == TILE  # lanes want what they form
         shares = 128 * code.parts * self.tiles * self.across * self.along if code.shares_scales and not alone else 0
         held = self.held * (2 * code.held + (32 if code.span == 4 else 64)) if code.held else 0
         return table + -(-max(staged, meeting) // 16) * 16 + shares + held
@@ -233,7 +238,7 @@ def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) 
         TABLE=("", "shared", "rows").index(code.table),
         SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half),
         STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8), SECOND_GROUPS=code.second_groups,
-        HELD=tuning.held if code.held else 0, HELD_COLUMNS=code.held, RAGGED=int(code.ragged), **ending.definitions(),
+        HELD=tuning.held if code.held else 0, BESIDE=tuning.beside(code), HELD_COLUMNS=code.held, RAGGED=int(code.ragged), **ending.definitions(),
     )  # fmt: skip
     return found
 

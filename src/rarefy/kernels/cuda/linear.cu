@@ -932,7 +932,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize_to_bytes(con
 // Tokens [tokens][columns] as bytes in E4M3 at `y` and what they are multiplied by, float32 [tokens] at `partial`. With a
 // `scale` [columns] they are normalized first, by the root of their mean square plus `multiplier`. A block takes a token
 // and keeps what it has read, unless that is too long.
-constexpr int HELD = 4;  // pieces of eight columns of a thread
+constexpr int KEPT = 4;  // pieces of eight columns of a thread
 extern "C" global __launch_bounds__(THREADS) void rarefy_quantize(const Arguments a) {
   const u16* x = a.x + i64(blockIdx.x) * a.stride;
   const uint4* gain = static_cast<const uint4*>(a.scale);
@@ -965,12 +965,12 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_quantize(const Argument
 #pragma unroll
     for (int n = 0; n < 8; ++n) most = max_of(most, absolute(values[n]));
   };
-  uint4 held[HELD];
+  uint4 held[KEPT];
 #pragma unroll
-  for (int k = 0; k < HELD; ++k) held[k] = piece(threadIdx.x + k * THREADS);
+  for (int k = 0; k < KEPT; ++k) held[k] = piece(threadIdx.x + k * THREADS);
 #pragma unroll
-  for (int k = 0; k < HELD; ++k) measure(held[k], threadIdx.x + k * THREADS);
-  for (int at = threadIdx.x + HELD * THREADS; at < pieces; at += THREADS) measure(piece(at), at);
+  for (int k = 0; k < KEPT; ++k) measure(held[k], threadIdx.x + k * THREADS);
+  for (int at = threadIdx.x + KEPT * THREADS; at < pieces; at += THREADS) measure(piece(at), at);
   reduce_over_block(squares, most, reinterpret_cast<float*>(pool));
   const float norm = gain ? inverse_root(squares / a.columns + a.multiplier) : 1.0f;
   const float step = max_of(most * norm, 1e-12f) / 448.0f, factor = norm / step;
@@ -987,8 +987,8 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_quantize(const Argument
     y[at] = {bytes[0], bytes[1]};
   };
 #pragma unroll
-  for (int k = 0; k < HELD; ++k)
+  for (int k = 0; k < KEPT; ++k)
     if (int(threadIdx.x) + k * THREADS < pieces) put(held[k], threadIdx.x + k * THREADS);
-  for (int at = threadIdx.x + HELD * THREADS; at < pieces; at += THREADS) put(piece(at), at);
+  for (int at = threadIdx.x + KEPT * THREADS; at < pieces; at += THREADS) put(piece(at), at);
 }
 #endif

@@ -105,8 +105,8 @@ class Tuning:
     warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps are
     loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``overlap``: the kernel starts
     while its forerunner still runs; from 9.0 on. ``late``: it lets its successor do so only when it has read all.
-    ``spread``: blocks of one token take the places of eight tokens. ``held``: an even number of tokens, at least as many
-    as there are, whose activations wait in shared memory where outliers meet them (0: these meet them where they lie).
+    ``spread``: blocks of one token take the places of eight tokens. ``held``: an even number of tokens, at least as
+    many as there are, whose activations wait in shared memory, where the product and outliers find them (0: none).
 
     ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
     multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; two fours of
@@ -238,7 +238,8 @@ def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) 
         TABLE=("", "shared", "rows").index(code.table),
         SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half),
         STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8), SECOND_GROUPS=code.second_groups,
-        HELD=tuning.held if code.held else 0, BESIDE=tuning.beside(code), HELD_COLUMNS=code.held, RAGGED=int(code.ragged), **ending.definitions(),
+        HELD=tuning.held if code.held else 0, BESIDE=tuning.beside(code), HELD_COLUMNS=code.held,
+        RAGGED=int(code.ragged), **ending.definitions(),
     )  # fmt: skip
     return found
 

@@ -366,7 +366,7 @@ device Places places_of(const Arguments& a, int first_tile, int lane, int apart 
     found.scales[r] = tile * a.groups * 8 + lane / 4;
     keep(found.scales[r]);
     if constexpr (SCALE == BILEVEL || SCALE == LEVEL)
-      found.second[r] = a.second + i64(int(tile) / a.second_rows) * ((a.groups + SECOND_GROUPS - 1) / SECOND_GROUPS);
+      found.second[r] = a.second + (a.second_rows == 1 ? tile : int(tile) / a.second_rows) * ((a.groups + SECOND_GROUPS - 1) / SECOND_GROUPS);
   }
   return found;
 }

@@ -426,12 +426,18 @@ constexpr int AT_HELD = AT_SHARES + SHARES_OF_WARP * ACROSS * ALONG;
 #endif
 
 device void hold_tokens(const Arguments& a, int first_token) {
-  for (int token = 0; token < (SPREAD ? 1 : HELD) && first_token + token < a.tokens; ++token) {
-    const u16* row = a.x + i64(first_token + token) * a.stride;
-    for (int n = threadIdx.x; n < HELD_COLUMNS / 8; n += THREADS) {
-      const bool real = 8 * n < a.columns;
-      copy_async(pool + AT_HELD + token * HELD_PITCH + 16 * n, row + (real ? 8 * n : 0), real);
+  const u16* from = a.x + i64(first_token) * a.stride + 8 * threadIdx.x;
+  u8* to = pool + AT_HELD + 16 * threadIdx.x;
+#pragma unroll
+  for (int token = 0; token < (SPREAD ? 1 : HELD); ++token) {
+    if (first_token + token >= a.tokens) break;
+#pragma unroll
+    for (int n = 0; n < HELD_COLUMNS / 8; n += THREADS) {
+      if (HELD_COLUMNS / 8 % THREADS && n + int(threadIdx.x) >= HELD_COLUMNS / 8) break;
+      const bool real = 8 * (n + int(threadIdx.x)) < a.columns;
+      if (real || RAGGED) copy_async(to + token * HELD_PITCH + 16 * n, real ? from + 8 * n : a.x, real);
     }
+    from += a.stride;
   }
   commit_copies();
 }
@@ -448,7 +454,7 @@ device const u8* held_of(int token) { return pool + AT_HELD + (HELD > 0 && token
 #if OUTLIERS
 #include "outliers.cuh"
 
-constexpr int WARPS_OF_ROW = ALONG * SPLIT, AHEAD = WARPS_OF_ROW < 8 && PARTS <= 4 ? 2 : 1;  // quads of a warp on their way
+constexpr int WARPS_OF_ROW = ALONG * SPLIT, AHEAD = WARPS_OF_ROW < 8 && (PARTS <= 4 || !SPREAD) ? 2 : 1;  // quads of a warp on their way
 
 struct Outliers {
   int first;  // quad of this warp

@@ -126,8 +126,8 @@ device u32 moved(u32 word, int from, int to) { return from < to ? word << (to - 
 // 16 is a number of which that takes 16 off.
 struct Levels { float scale_step, minus_scale, zero_step, zero; };
 
-device Levels levels_of(const uint2& second) {
-  const float scale_step = half_of(second.x, 0), zero_step = half_of(second.y, 0);
+device Levels levels_of(const uint2& second, float unit = 1.0f) {
+  const float scale_step = half_of(second.x, 0), zero_step = half_of(second.y, 0) * unit;
   return {scale_step, -scale_step * (16.0f + half_of(second.x, 1)), zero_step, zero_step * (16.0f + half_of(second.y, 1))};
 }
 device float above_16(u32 raw, int place) { return as_float(chosen(moved(raw, place, 19), 15u << 19, 0x41800000u)); }
@@ -143,15 +143,14 @@ struct Line { float slope, zero; };
 
 template <class S, class Z> device void lines_of(Line (&lines)[2], const S& scale, const Z& zero, float unit) {
   Levels levels;
-  if constexpr (SCALE == BILEVEL || SCALE == LEVEL) levels = levels_of(scale.second);
-  const float zero_step = levels.zero_step * unit, first_zero = levels.zero * unit;
+  if constexpr (SCALE == BILEVEL || SCALE == LEVEL) levels = levels_of(scale.second, unit);
 #pragma unroll
   for (int which = 0; which < 2; ++which) {
     Line& line = lines[which];
     line.zero = 0.0f;
     if constexpr (SCALE == BILEVEL || SCALE == LEVEL) {
       line.slope = levels.scale_step * above_16(scale.raw, 8 * which) + levels.minus_scale;
-      if constexpr (SCALE == BILEVEL) line.zero = first_zero - zero_step * above_16(scale.raw, 8 * which + 4);
+      if constexpr (SCALE == BILEVEL) line.zero = levels.zero - levels.zero_step * above_16(scale.raw, 8 * which + 4);
     } else {
       line.slope = number(scale, which);
       if constexpr (ZERO != NONE) line.zero = (CENTER - number(zero, which)) * unit;

@@ -6,10 +6,11 @@
 // enter afterwards, on float32 sums over a group, so no weight is ever rounded to 16 bits.
 //
 // Macros besides those of codes.cuh (see tuning.py for what is chosen when): OUTLIERS (type of single values that are
-// added to the weight), TOKENS (of 8 tokens), HELD (tokens that wait in shared memory), BESIDE (blocks of columns that
-// share the places of 8 tokens, of one token all 8: SPREAD), ACROSS (warps over rows), ALONG (warps over columns), DEPTH (steps loaded
+// added to the weight), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns), DEPTH (steps loaded
 // ahead into registers), STAGED (codes and activations go through shared memory instead, STAGES steps of them), SPLIT
-// (blocks over columns), LATE (later kernels may start when the sums are formed, not before), and those of ending.cuh.
+// (blocks over columns), HELD (tokens that wait in shared memory), BESIDE (blocks of columns that share the places of 8
+// tokens; SPREAD: one token, all 8), LATE (later kernels may start when the sums are formed, not before), ROOM (for so
+// many blocks on a multiprocessor; 0: as registers leave), and those of ending.cuh.
 
 constexpr int THREADS = 32 * ACROSS * ALONG;
 
@@ -200,12 +201,22 @@ device void add_line(float (&sums)[4], const float4& lines, float (&part)[4], co
   }
 }
 
+// What lifts all codes alike, or else sums activations up. In registers that are filled but once: if the compiler knew that
+// nothing is added, it would copy the number into four of them before every product.
+struct Constant { u32 at[4]; };
+
+device Constant constant_of(const Arguments& a) {
+  constexpr u32 VALUE = LIFT == LIFTED_ALIKE ? MINUS_ALIKE : ONES;
+  return {{VALUE + (a.rows >> 31), VALUE + (a.columns >> 31), VALUE + (a.tokens >> 31), VALUE + (a.steps >> 31)}};
+}
+
 #if BESIDE > 1
 // `words(to, set, real)` answers with those of the block and the token whose place a lane has, if they are wanted.
 template <class WordsOfSet>
 device void multiply_beside(
     float (&sums)[TILES][TOKENS][4], const Codes& codes, const SharedScales& scales, const WordsOfSet& words,
-    const Tables (&tables)[TILES], int lane) {
+    const Tables (&tables)[TILES], const Arguments& a, int lane) {
+  const Constant constant = constant_of(a);
   const int g = lane / 4, own_block = g * BESIDE / 8, block_of_sums = lane % 4 * BESIDE / 4;
   if constexpr (SHARES) share(scales, lane);
   uint2 only[BESIDE] = {};  // of each block, zeros in the places of others
@@ -215,9 +226,8 @@ device void multiply_beside(
     words(all, set, true);
 #pragma unroll
     for (int k = 0; k < BESIDE; ++k) words(only[k], set, own_block == k);
-    const u32 constant = LIFT == LIFTED_ALIKE ? MINUS_ALIKE : ONES, constants[4] = {constant, constant, constant, constant};
     float ones[4] = {};
-    if constexpr (LIFT == LIFTED_ALIKE || SUMS) multiply(ones, constants, all.x, all.y);
+    if constexpr (LIFT == LIFTED_ALIKE || SUMS) multiply(ones, constant.at, all.x, all.y);
 #pragma unroll
     for (int r = 0; r < TILES; ++r) {
       float part[4];
@@ -241,6 +251,7 @@ device void multiply_step(
     float (&sums)[TILES][TOKENS][4], const Codes& codes, const SharedScales& scales, const Tokens& tokens,
     Tables (&tables)[TILES], const Arguments& a, int first_tile, int step, int lane) {
   share(scales, lane);
+  const Constant constant = constant_of(a);
   Words x[TOKENS];
 #pragma unroll
   for (int p = 0; p < PARTS; ++p) {
@@ -251,7 +262,6 @@ device void multiply_step(
     float lift[TOKENS][4] = {}, ones[TOKENS][4] = {};
 #pragma unroll
     for (int b = p * PART; b < p * PART + PART; ++b) {
-      const u32 constant[4] = {ONES, ONES, ONES, ONES};
 #pragma unroll
       for (int n = 0; n < TOKENS; ++n) {
         const u32 (&own)[4] = x[n].at;
@@ -259,12 +269,8 @@ device void multiply_step(
           const u32 lifts[4] = {minus_lift_of(b, 0), minus_lift_of(b, 1), minus_lift_of(b, 2), minus_lift_of(b, 3)};
           multiply(lift[n], lifts, own[2 * (b % 2)], own[2 * (b % 2) + 1]);
         }
-        if constexpr (LIFT == LIFTED_ALIKE) {
-          const u32 lifts[4] = {MINUS_ALIKE, MINUS_ALIKE, MINUS_ALIKE, MINUS_ALIKE};
-          multiply(lift[n], lifts, own[2 * (b % 2)], own[2 * (b % 2) + 1]);
-        } else if constexpr (SUMS) {
-          multiply(ones[n], constant, own[2 * (b % 2)], own[2 * (b % 2) + 1]);
-        }
+        if constexpr (LIFT == LIFTED_ALIKE) multiply(lift[n], constant.at, own[2 * (b % 2)], own[2 * (b % 2) + 1]);
+        else if constexpr (SUMS) multiply(ones[n], constant.at, own[2 * (b % 2)], own[2 * (b % 2) + 1]);
       }
     }
 #pragma unroll
@@ -571,11 +577,7 @@ device void add_outliers(
 }
 #endif
 
-// Blocks that a multiprocessor is to have room for; 0: as many as registers happen to leave. Small groups of two-level
-// scales would take all of them for one.
-constexpr int TOGETHER = SPREAD && SCALE == BILEVEL && TILES == 2 ? 2 : 0;
-
-extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const Arguments a) {
+extern "C" global __launch_bounds__(THREADS, ROOM) void rarefy_linear(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int across = warp % ACROSS, along = warp / ACROSS, g = lane / 4, t = lane % 4;
   const int first_tile = tile_of_block(a, across * TILES), first_token = blockIdx.z * WIDTH;
@@ -724,7 +726,7 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
       const int column = SPAN == 4 ? 16 * block + 4 * t : 32 * (block / 2) + 4 * (block % 2) + 8 * t;
       const u8* own = held_of(g % HELD) + 2 * (step_at(round) * STEP + column);
       const auto words = [&](uint2& to, int set, bool real) { load_held(to, own + 32 * BESIDE * set, real); };
-      multiply_beside(sums, codes[d], scales[d], words, tables, lane);
+      multiply_beside(sums, codes[d], scales[d], words, tables, a, lane);
 #else
       const auto tokens = [&](int n, int pair) {
         if constexpr (ALL_HELD) return columns_of(held_of(8 * n + g) + 2 * STEP * step_at(round), pair, t);

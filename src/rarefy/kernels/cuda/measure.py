@@ -106,6 +106,8 @@ def _direct(code: Code, tokens: int) -> Iterator[Tuning]:
             own = Tuning(tiles, -(-tokens // 8), across, along, depth, spread=tokens == 1)
             held = own.holding(code, tokens)
             yield held
+            if code.shares_scales:  # many warps with few registers each
+                yield replace(held, room=max(1, 24 // (across * along)))
             if held != own:
                 yield own
 

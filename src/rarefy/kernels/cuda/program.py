@@ -107,6 +107,7 @@ class Tuning:
     while its forerunner still runs; from 9.0 on. ``late``: it lets its successor do so only when it has read all.
     ``spread``: blocks of one token take the places of eight tokens. ``held``: an even number of tokens, at least as
     many as there are, whose activations wait in shared memory, where the product and outliers find them (0: none).
+    ``room``: blocks that a multiprocessor is to have room for (0: as many as registers happen to leave).
 
     ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
     multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; two fours of
@@ -127,6 +128,7 @@ class Tuning:
     in_turns: bool = False
     late: bool = False
     held: int = 0
+    room: int = 0
 
     MOST_SHARED: ClassVar[int] = 200 * 1024  # bytes of a block's shared memory
 

@@ -109,7 +109,9 @@ def _of_one_token(code: Code, rows: int, overlap: bool) -> Tuning:
     if rows <= NARROW and not few:
         return Tuning(along=8 if small else 16, depth=2 if small else 1, spread=True, overlap=overlap)
     tiles = 4 if few else 2 if small else 1
-    return Tuning(tiles=tiles, depth=1 if few or small else 2, spread=True, overlap=overlap)
+    # Two-level scales of small groups would take all registers for one block.
+    room = 2 if tiles == 2 and code.scale == "bilevel" else 0
+    return Tuning(tiles=tiles, depth=1 if few or small else 2, spread=True, overlap=overlap, room=room)
 
 
 def _wide(code: Code, rows: int, tokens: int) -> Tuning:

@@ -84,13 +84,10 @@ def _chosen(
 def by_rule(code: Code, rows: int, columns: int, tokens: int, capability: tuple[int, int]) -> Tuning:
     """A fair choice where nobody measured."""
     wide, overlap = capability == (9, 0), capability >= (9, 0)
-    loads = code.step * code.bits // 256
     if tokens == 1:
         return fitted(code, _of_one_token(code, rows, overlap))
     if tokens <= 16:
-        along = 16 if tokens <= 8 and rows <= NARROW else 8
-        own = Tuning(2 if loads < 4 else 1, -(-tokens // 8), along=along, depth=1, overlap=overlap)
-        return own.holding(code, tokens)
+        return _of_few_tokens(code, rows, tokens, overlap)
     if wide:
         return _wide(code, rows, tokens)
     at_once = min(8, -(-tokens // 8))
@@ -112,6 +109,17 @@ def _of_one_token(code: Code, rows: int, overlap: bool) -> Tuning:
     # Two-level scales of small groups would take all registers for one block.
     room = 2 if tiles == 2 and code.scale == "bilevel" else 0
     return Tuning(tiles=tiles, depth=1 if few or small else 2, spread=True, overlap=overlap, room=room)
+
+
+def _of_few_tokens(code: Code, rows: int, tokens: int, overlap: bool) -> Tuning:
+    """The rule for 2 to 16 tokens: warps over rows, too, share what they read of the tokens, the more the more tokens
+    are held."""
+    narrow, own = rows <= NARROW, Tuning(tokens=-(-tokens // 8), depth=1, overlap=overlap)
+    if code.shares_scales:
+        across, along = (4, 4) if tokens > 8 else (2, 8) if narrow else (2, 4)
+        return replace(own, across=across, along=along).holding(code, tokens)
+    own = replace(own, tiles=2 if code.step * code.bits // 256 < 2 else 1, along=16 if narrow and tokens <= 8 else 8)
+    return own.holding(code, tokens) if tokens <= 4 else own  # of more, outliers of large groups gain nothing by it
 
 
 def _wide(code: Code, rows: int, tokens: int) -> Tuning:

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -156,16 +155,13 @@ def quantize_tokens(x: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor,
     return codes.view(torch.float8_e4m3fn), step
 
 
-def sparse(x: Tensor, prepared: Prepared, stored: bool = False) -> Tensor:
+def sparse(x: Tensor, prepared: Prepared) -> Tensor:
     """``x [tokens, columns]`` times a term of kept weights."""
     (term,), half, tokens = terms_of(*flat([prepared])[:3]), x.dtype == torch.float16, x.shape[0]
     code, x, y = sparse_code_of(*term[:2]), aligned(x), torch.full((tokens, prepared.rows), torch.nan, dtype=x.dtype)
     given = kept.arguments(pointed_sparse(term), x, y, term[2])
     most = kept.at_once(tokens)
     shared = code.shared_memory(most, x.shape[1])
-    if stored:
-        assert code.whole_groups and not given.row_ptr and given.rows % 16 == 0
-        code, shared = replace(code, stored=True), shared + code.stored_memory(given.groups, bool(given.bases))
     macros = [f"-D{macro}={value}" for macro, value in code.definitions(most, half).items()]
     library = _library((*macros, f"-DENTRY={code.entry}"), code.source)
     library.run(0, ctypes.byref(given), *code.grid(prepared.rows, 2), 32 * code.warps, shared)

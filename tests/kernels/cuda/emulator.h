@@ -18,6 +18,7 @@
 struct uint2 { unsigned x, y; };
 struct float2 { float x, y; };
 struct uint4 { unsigned x, y, z, w; };
+struct float4 { float x, y, z, w; };
 
 namespace emulator {
 struct Position { int x, y, z; };
@@ -56,6 +57,7 @@ device uint2 load_once(const uint2* from) { return *from; }
 device unsigned load_once(const unsigned* from) { return *from; }
 device unsigned load_near(const unsigned* from) { return *from; }
 device unsigned short load_once(const unsigned short* from) { return *from; }
+device unsigned load_once_widened(const unsigned short* from) { return *from; }
 device uint4 load_shared_by_all(const uint4* from, bool real) { return real ? *from : uint4{0, 0, 0, 0}; }
 device uint2 load_shared_by_all(const uint2* from, bool real) { return real ? *from : uint2{0, 0}; }
 device uint4 load_shared_by_all(const uint4* from) { return *from; }
@@ -65,6 +67,7 @@ device unsigned short load_fresh(const unsigned short* from) { return *from; }
 device uint4 load_fresh(const uint4* from, bool real) { return real ? *from : uint4{0, 0, 0, 0}; }
 device uint2 load_fresh(const uint2* from, bool real) { return real ? *from : uint2{0, 0}; }
 device unsigned load_fresh(const unsigned* from, bool real) { return real ? *from : 0; }
+device void load_held(uint2& to, const unsigned char* from, bool real) { if (real) memcpy(&to, from, 8); }
 device void copy_async(unsigned char* to, const void* from, bool real) {
   if (real) memcpy(to, from, 16); else memset(to, 0, 16);
 }

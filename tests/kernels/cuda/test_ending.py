@@ -26,6 +26,7 @@ SPREAD, DIRECT = Tuning(1, 1, 2, 2, 2, spread=True), Tuning(2, 1, 2, 1, 1)
 CUTS = [
     (SPREAD, 1), (DIRECT, 3), (Tuning(1, 2, 2, 2, 1, 2), 11), (Tuning(1, 1, 2, 1, 2, 0, 2, spread=True), 1),
     (Tuning(1, 1, 4, 1, 1, 0, 2), 5), (Tuning(1, 1, 2, 2, 1, spread=True, stored=True), 1),
+    (Tuning(1, 1, 2, 2, 1, held=2), 2),
 ]  # fmt: skip
 
 

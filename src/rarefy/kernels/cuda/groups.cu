@@ -5,14 +5,9 @@
 // the second with what the others meet, and of both only the diagonal is wanted. Warps share a row's pieces, eight to a
 // chunk. A code becomes a number exactly, scales meet float32 sums.
 //
-// Macros besides those of kept.cuh: GROUP (columns), SCALE, ZERO (types), CENTER, STORED (a tile's weights come into shared
-// memory by bulk copies, before anything is waited for; rows of as many groups each, in whole tiles).
+// Macros besides those of kept.cuh: GROUP (columns), SCALE, ZERO (types), CENTER.
 
 #include "kept.cuh"
-
-#if STORED && !defined(RAREFY_EMULATED)
-#include "bulk.cuh"
-#endif
 
 constexpr int PIECES = GROUP / 16, CHUNK = 8, SCALES = CHUNK / PIECES;  // of 16 columns; of a chunk: pieces, groups
 constexpr int AHEAD = 1;                                                // chunks of a warp on their way
@@ -27,27 +22,23 @@ template <int TYPE> struct Numbers {
   u32 words[BYTES < 4 ? 1 : BYTES / 4];
 };
 
-template <class Words> device Words load_weights(const Words* from) {
-  if constexpr (STORED) return *from;
-  else return load_once(from);
-}
 template <int TYPE> device void load(Numbers<TYPE>& numbers, const void* base, i64 chunk) {
   using N = Numbers<TYPE>;
   const u8* from = static_cast<const u8*>(base) + chunk * N::BYTES;
   if constexpr (N::BYTES >= 16) {
 #pragma unroll
     for (int n = 0; n < N::BYTES / 16; ++n) {
-      const uint4 all = load_weights(reinterpret_cast<const uint4*>(from) + n);
+      const uint4 all = load_once(reinterpret_cast<const uint4*>(from) + n);
       u32* to = numbers.words + 4 * n;
       to[0] = all.x, to[1] = all.y, to[2] = all.z, to[3] = all.w;
     }
   } else if constexpr (N::BYTES == 8) {
-    const uint2 both = load_weights(reinterpret_cast<const uint2*>(from));
+    const uint2 both = load_once(reinterpret_cast<const uint2*>(from));
     numbers.words[0] = both.x, numbers.words[1] = both.y;
   } else if constexpr (N::BYTES == 4) {
-    numbers.words[0] = load_weights(reinterpret_cast<const u32*>(from));
+    numbers.words[0] = load_once(reinterpret_cast<const u32*>(from));
   } else if constexpr (N::BYTES == 2) {
-    numbers.words[0] = load_weights(reinterpret_cast<const u16*>(from));
+    numbers.words[0] = load_once(reinterpret_cast<const u16*>(from));
   } else if constexpr (N::BYTES == 1) {
     numbers.words[0] = *from;
   }
@@ -63,7 +54,6 @@ struct Row { i64 first; int count; };
 
 device Row row_of(const Arguments& a, int row) {
   const u32* starts = static_cast<const u32*>(a.row_ptr);
-  if (STORED) return {i64(row) * a.groups, a.groups};
   if (row >= a.rows) return {0, 0};
   if (starts == nullptr) return {i64(row) * a.groups, a.groups};
   return {starts[row], int(starts[row + 1] - starts[row])};
@@ -87,41 +77,13 @@ device void fetch(Chunks& chunks, const Row (&rows)[2], int number, int ahead, i
     chunks.scale[which] = {}, chunks.zero[which] = {};
     if (number + ahead >= rows[which].count) continue;
     const i64 chunk = rows[which].first + number + ahead;
-    chunks.codes[which] = load_weights(static_cast<const uint4*>(a.codes) + chunk * 4 + t);
-    chunks.places[which] = load_weights(static_cast<const uint2*>(a.places) + chunk);
-    if (a.bases != nullptr) chunks.base[which] = load_weights(a.bases + chunk);
+    chunks.codes[which] = load_once(static_cast<const uint4*>(a.codes) + chunk * 4 + t);
+    chunks.places[which] = load_once(static_cast<const uint2*>(a.places) + chunk);
+    if (a.bases != nullptr) chunks.base[which] = load_once(a.bases + chunk);
     load(chunks.scale[which], a.scale, chunk);
     load(chunks.zero[which], a.zero, chunk);
   }
 }
-
-// The arguments of what has come to shared memory at `to`, beginning with its barrier, for the tile of the block.
-#if STORED
-device u64* arrived(u8* to) { return reinterpret_cast<u64*>(to); }
-device Arguments store(const Arguments& a, u8* to) {
-  constexpr int OF_SCALE = Numbers<SCALE>::BYTES, OF_ZERO = Numbers<ZERO>::BYTES;
-  const int chunks = 16 * a.groups;
-  if (threadIdx.x == 0) {
-    prepare_barrier(arrived(to), 1);
-    barriers_are_prepared();
-    expect(arrived(to), chunks * (64 + 8 + (a.bases ? 2 : 0) + OF_SCALE + OF_ZERO));
-  }
-  Arguments found = a;
-  u8* at = to + 16;
-  const auto copy = [&](auto& pointer, int bytes) {
-    const u8* from = reinterpret_cast<const u8*>(pointer) + i64(blockIdx.x) * chunks * bytes;
-    if (threadIdx.x == 0) copy_bulk(at, from, chunks * bytes, arrived(to));
-    pointer = reinterpret_cast<decltype(+pointer)>(at);
-    at += chunks * bytes;
-  };
-  copy(found.codes, 64);
-  copy(found.places, 8);
-  if (a.bases != nullptr) copy(found.bases, 2);
-  if constexpr (OF_SCALE > 0) copy(found.scale, OF_SCALE);
-  if constexpr (OF_ZERO > 0) copy(found.zero, OF_ZERO);
-  return found;
-}
-#endif
 
 // Tokens to shared memory as they are, and the sums over pieces.
 device void stage(u8* tokens, float* totals, const Arguments& a) {
@@ -150,26 +112,16 @@ extern "C" global __launch_bounds__(THREADS, TOKENS > 1 ? 1 : 28 / WARPS) void r
   const int pieces = (a.columns + 15) / 16;
   u8* tokens = pool;                                                       // [TOKENS][pieces][32]
   float* totals = reinterpret_cast<float*>(tokens + TOKENS * pieces * 32);  // [TOKENS][pieces], where there are zeros
-  float* meeting = totals + (ZERO == NONE ? 0 : TOKENS * pieces + 3 & ~3);   // [WARPS][TOKENS][16], then what is stored
+  float* meeting = totals + (ZERO == NONE ? 0 : TOKENS * pieces + 3 & ~3);   // [WARPS][TOKENS][16]
 
-  Chunks chunks[AHEAD];
-#if STORED
-  u8* stored = reinterpret_cast<u8*>(meeting + WARPS * TOKENS * 16);
-  const Arguments weights = store(a, stored);
-  const Row rows[2] = {row_of(a, g), row_of(a, g + 8)};
-#else
-  const Arguments& weights = a;
   const Row rows[2] = {row_of(a, blockIdx.x * 16 + g), row_of(a, blockIdx.x * 16 + g + 8)};
+  Chunks chunks[AHEAD];
 #pragma unroll
   for (int d = 0; d < AHEAD; ++d) fetch(chunks[d], rows, warp, d * WARPS, t, a);
-#endif
   start_later_kernels();
   wait_for_earlier_kernels();
   stage(tokens, totals, a);
   block_barrier();
-#if STORED
-  wait_for(arrived(stored), 0);
-#endif
 
   float sums[TOKENS][2] = {};
   const auto word_of = [](const uint4& four, int n) { return n == 0 ? four.x : n == 1 ? four.y : n == 2 ? four.z : four.w; };
@@ -205,9 +157,8 @@ extern "C" global __launch_bounds__(THREADS, TOKENS > 1 ? 1 : 28 / WARPS) void r
   for (int base = warp; votes(base < rows[0].count || base < rows[1].count) != 0; base += AHEAD * WARPS) {
 #pragma unroll
     for (int d = 0; d < AHEAD; ++d) {
-      if (STORED) fetch(chunks[d], rows, base, d * WARPS, t, weights);
       add(chunks[d]);
-      if (!STORED) fetch(chunks[d], rows, base, (d + AHEAD) * WARPS, t, weights);
+      fetch(chunks[d], rows, base, (d + AHEAD) * WARPS, t, a);
     }
   }
 

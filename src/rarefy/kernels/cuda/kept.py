@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from rarefy import packing
 from rarefy.kernels.cuda import driver, layout
 from rarefy.kernels.cuda.layout import TILE
-from rarefy.kernels.cuda.program import MOST_STORED, TYPES, index_of
+from rarefy.kernels.cuda.program import TYPES, index_of
 from rarefy.kernels.prepared import NotCovered
 
 GROUPS, MASKED = (Path(__file__).with_name(name) for name in ("groups.cu", "masked.cu"))
@@ -34,8 +34,7 @@ class SparseArguments(ctypes.Structure):
 @dataclass(frozen=True)
 class SparseCode:
     """Weights of which a bitmap says what is kept: groups of columns (``whole_groups``) or single ones, of every four
-    neighbours two (``two_of_four``), in ``bits`` or as ``values`` of 16 bits. ``stored``: weights of a block come to
-    shared memory at once. Other names as in ``Code``."""
+    neighbours two (``two_of_four``), in ``bits`` or as ``values`` of 16 bits. Other names as in ``Code``."""
 
     bits: int
     group: int
@@ -45,7 +44,6 @@ class SparseCode:
     values: torch.dtype | None = None
     whole_groups: bool = False
     two_of_four: bool = False
-    stored: bool = False
 
     @property
     def warps(self) -> int:
@@ -66,7 +64,6 @@ class SparseCode:
         return {
             "BITS": self.bits, "VALUES": TYPES[self.values], "GROUP": self.group, "SCALE": TYPES[self.scale],
             "ZERO": TYPES[self.zero], "CENTER": self.center, "TOKENS": tokens, "WARPS": self.warps,
-            "STORED": int(self.stored),
             "X_HALF": int(half), "HALF": int(half or not self.whole_groups),
         }  # fmt: skip
 
@@ -79,12 +76,6 @@ class SparseCode:
         pieces = -(-columns // 16)
         totals = 0 if self.zero is None else -(-tokens * pieces // 4) * 16
         return tokens * pieces * 32 + totals + self.warps * tokens * 64
-
-    def stored_memory(self, chunks: int, bases: bool) -> int:
-        """Bytes of a block beside those for weights that are stored, so many ``chunks`` of each row."""
-        kinds = [each.itemsize for each in (self.scale, self.zero) if each is not None]
-        numbers = layout.CHUNK * layout.PIECE // self.group * sum(kinds)
-        return 16 + TILE * chunks * (64 + 8 + 2 * bases + numbers)
 
     def grid(self, rows: int, most: int) -> tuple[int, int, int]:
         """Blocks: one for 16 rows, or ``most`` of them, which take row after row."""
@@ -121,12 +112,7 @@ def _kernel(device: int, code: SparseCode, tokens: int, half: bool, shared: int)
 def product(code: SparseCode, given: SparseArguments, half: bool, device: torch.device, overlap: bool = False) -> None:
     """The product with what is kept, on the current stream of ``device``."""
     tokens = at_once(given.tokens)
-    shared = code.shared_memory(tokens, given.columns)
-    if overlap and code.whole_groups and not given.row_ptr and given.rows % TILE == 0:
-        stored = code.stored_memory(given.groups, bool(given.bases))
-        if shared + stored <= MOST_STORED:
-            code, shared = replace(code, stored=True), shared + stored
-    program = _kernel(index_of(device), code, tokens, half, shared)
+    program = _kernel(index_of(device), code, tokens, half, code.shared_memory(tokens, given.columns))
     most = 2 * torch.cuda.get_device_properties(device).multi_processor_count
     stream = torch.cuda.current_stream(device).cuda_stream
     program(code.grid(given.rows, most), 32 * code.warps, given, stream, overlap)

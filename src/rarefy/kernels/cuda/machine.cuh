@@ -49,6 +49,12 @@ device u16 load_once(const u16* from) {
   asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(to) : "l"(from));
   return to;
 }
+// In 32 bits, which a compiler would else make sure of.
+device u32 load_once_widened(const u16* from) {
+  u32 to;
+  asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=r"(to) : "l"(from));
+  return to;
+}
 // Read by many blocks, or zeros. Not as what is constant (`nc`), which a compiler moves before a wait for what earlier
 // kernels write.
 device uint4 load_shared_by_all(const uint4* from, bool real) {
@@ -107,6 +113,12 @@ device u32 load_fresh(const u32* from, bool real) {
   asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0;\n"
                "@p ld.global.cg.u32 %0, [%1]; }" : "+r"(to) : "l"(from), "r"(u32(real)) : "memory");
   return to;
+}
+// From shared memory, if it is wanted.
+device void load_held(uint2& to, const u8* from, bool real) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0;\n"
+               "@p ld.shared.v2.u32 {%0, %1}, [%2]; }"
+               : "+r"(to.x), "+r"(to.y) : "r"(static_cast<u32>(__cvta_generic_to_shared(from))), "r"(u32(real)));
 }
 // Sixteen bytes into shared memory, or zeros.
 device void copy_async(u8* to, const void* from, bool real) {

@@ -107,7 +107,13 @@ def _direct(code: Code, tokens: int) -> Iterator[Tuning]:
     others = itertools.product((1, 2, 4), (1, 2, 4), (1, 2), (8, 4, 16))
     for tiles, depth, across, along in dict.fromkeys([*likely, *others]):
         if across * along <= 16 and tiles * depth * loads <= 16 and (loads < 4 or tiles < 4):
-            yield Tuning(tiles, -(-tokens // 8), across, along, depth, spread=tokens == 1)
+            own = Tuning(tiles, -(-tokens // 8), across, along, depth, spread=tokens == 1)
+            held = own.holding(code, tokens)
+            yield held
+            if code.shares_scales:  # many warps with few registers each
+                yield replace(held, room=max(1, 24 // (across * along)))
+            if held != own:
+                yield own
 
 
 def _stored(code: Code, columns: int) -> Iterator[Tuning]:

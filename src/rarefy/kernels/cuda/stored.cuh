@@ -1,4 +1,4 @@
-// Few tokens: all that a block wants to know of its weights comes into shared memory by bulk copies before anything is
+// One token: all that a block wants to know of its weights comes into shared memory by bulk copies before anything is
 // waited for. No register holds what is on its way, so that two kernels that follow each other have room beside each
 // other: one loads while the other still computes.
 
@@ -6,7 +6,7 @@
 #include "bulk.cuh"
 #endif
 
-constexpr int TILES_OF_BLOCK = TILES * ACROSS;
+constexpr int AT_STORED = AT_HELD + 2 * HELD_COLUMNS, TILES_OF_BLOCK = TILES * ACROSS;
 template <int TYPE> device constexpr int bytes_of_pair() { return TYPE == NONE ? 0 : TYPE == F32 || TYPE == PAIRS ? 8 : TYPE == F16 || TYPE == BF16 ? 4 : 2; }
 constexpr bool SECOND = SCALE == BILEVEL || SCALE == LEVEL;
 

@@ -460,7 +460,7 @@ device const u8* held_of(int token) { return pool + AT_HELD + (HELD > 0 && token
 #if OUTLIERS
 #include "outliers.cuh"
 
-constexpr int WARPS_OF_ROW = ALONG * SPLIT, AHEAD = WARPS_OF_ROW < 8 && (PARTS <= 4 || !SPREAD) ? 2 : 1;  // quads of a warp on their way
+constexpr int WARPS_OF_ROW = ALONG * SPLIT, AHEAD = WARPS_OF_ROW < 8 ? 2 : 1;  // quads of a warp on their way
 
 struct Outliers {
   int first;  // quad of this warp

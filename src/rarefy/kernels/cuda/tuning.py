@@ -125,12 +125,12 @@ def _of_one_token(code: Code, rows: int, overlap: bool) -> Tuning:
 
 
 def _of_few_tokens(code: Code, rows: int, tokens: int, overlap: bool) -> Tuning:
-    """The rule for 2 to 16 tokens: warps over rows, too, share what they read of the tokens, the more the more tokens
-    are held."""
+    """The rule for 2 to 16 tokens. Where tokens are held, warps over rows share them, the more the more these are."""
     narrow, own = rows <= NARROW, Tuning(tokens=-(-tokens // 8), depth=1, overlap=overlap)
     if code.shares_scales:
-        across, along = (4, 4) if tokens > 8 else (2, 8) if narrow else (2, 4)
-        return replace(own, across=across, along=along).holding(code, tokens)
+        across, along = ((4, 4) if narrow else (8, 2)) if tokens > 8 else (2, 8 if narrow else 4)
+        held = replace(own, across=across, along=along).holding(code, tokens)
+        return held if held.held or tokens <= 8 else replace(own, across=2, along=4, depth=2)
     own = replace(own, tiles=2 if code.step * code.bits // 256 < 2 else 1, along=16 if narrow and tokens <= 8 else 8)
     return own.holding(code, tokens) if tokens <= 4 else own  # of more, outliers of large groups gain nothing by it
 

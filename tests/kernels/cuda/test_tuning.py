@@ -39,10 +39,11 @@ def _forget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_the_rule_and_all_candidates_can_run(code: Code, capability: tuple[int, int]) -> None:
     for tokens in tuning.BUCKETS:
         chosen = tuning.by_rule(code, 4096, 14336, tokens, capability)
-        tried = list(measure.candidates(code, tokens, capability == (9, 0)))
+        tried = list(measure.candidates(code, tokens, capability == (9, 0), 14336))
         assert tried and len(set(tried)) == len(tried)
         for each in (chosen, *tried):
             assert each.shared_memory(code) <= tuning.MOST_SHARED_WIDE and each.threads <= 1024
+            assert tuning.can_be_stored(code, each, 14336)
             assert each.suits(code) and 8 * each.tokens * 16 >= tokens
             assert not (each.wide and (each.across % 4 or not each.stages))
         assert chosen.wide == (capability == (9, 0) and tokens > 16) and chosen.overlap == (capability >= (9, 0))
@@ -85,8 +86,8 @@ def test_measurements_of_the_same_groups_and_zeros_come_first() -> None:
 
 def test_what_was_measured_for_some_tokens_serves_others() -> None:
     """Of whom a block holds as many as there may be, or none where it has no room for all."""
-    code = Code(3, 16, span=4, scale="bilevel").with_outliers(torch.float16, 4096)
-    longer, measured = code.with_outliers(torch.float16, 14336), Tuning(1, 1, 2, 4, 2, held=4)
+    code = Code(3, 16, span=4, scale="bilevel").with_outliers(torch.float16, 4096, 5)
+    longer, measured = code.with_outliers(torch.float16, 14336, 17), Tuning(1, 1, 2, 4, 2, held=4)
     tuning.keep([tuning.entry(code, 8192, 8192, 4, measured)], GPU)
     found = [tuning.choose(code, 8192, 8192, tokens, GPU) for tokens in (2, 3, 4, 7)]
     assert found == [replace(measured, held=held) for held in (2, 4, 4, 8)]

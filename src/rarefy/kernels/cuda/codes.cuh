@@ -80,16 +80,26 @@ template <> struct Pair<PAIRS> { uint2 raw; };
 template <> struct Pair<BILEVEL> { u32 raw; uint2 second; };
 template <> struct Pair<LEVEL> { u32 raw; uint2 second; };
 
+// STORED: weights are in shared memory (stored.cuh).
+template <class Words> device Words load_weights(const Words* from) {
+  if constexpr (STORED) return *from;
+  else return load_once(from);
+}
+device u32 load_widened_weights(const u16* from) {
+  if constexpr (STORED) return *from;
+  else return load_once_widened(from);
+}
+
 template <int TYPE> device void load(Pair<TYPE>& pair, const void* base, i64 index, const uint2* second, i64 group) {
   if constexpr (TYPE == F32 || TYPE == PAIRS) {
-    pair.raw = load_once(static_cast<const uint2*>(base) + index);
+    pair.raw = load_weights(static_cast<const uint2*>(base) + index);
   } else if constexpr (TYPE == BILEVEL || TYPE == LEVEL) {
-    pair.raw = load_once_widened(static_cast<const u16*>(base) + index);
-    pair.second = load_once(second + group);
+    pair.raw = load_widened_weights(static_cast<const u16*>(base) + index);
+    pair.second = load_weights(second + group);
   } else if constexpr (TYPE == U8) {
-    pair.raw = load_once(static_cast<const u16*>(base) + index);
+    pair.raw = load_weights(static_cast<const u16*>(base) + index);
   } else if constexpr (TYPE != NONE) {
-    pair.raw = load_once(static_cast<const u32*>(base) + index);
+    pair.raw = load_weights(static_cast<const u32*>(base) + index);
   }
 }
 
@@ -176,7 +186,9 @@ device u32 bytes_as_numbers(u32 word, int pair) {
 // Where pair i of block b lies in a 16-bit half of its word, of the places that a mantissa has room for (codes of up to
 // four bits, three bits: but for the sixteenth pair, which is put together).
 constexpr int MANTISSA = HALF ? 10 : 7, PLACES = BITS > MANTISSA ? 1 : MANTISSA / BITS;
-device constexpr int pair_of(int b, int i) { return BITS == 4 ? i : BITS == 2 ? 4 * (b % 2) + i : 4 * (b % 4) + i; }
+device constexpr int pair_of(int b, int i) {
+  return BITS == 4 ? i : BITS == 2 ? 4 * (b % 2) + i : BITS == 1 ? 2 * (b % 8) + i / 2 : 4 * (b % 4) + i;
+}
 device constexpr int place_of(int b, int i) {
   const int pair = pair_of(b, i);
   return BITS == 3 && pair == 15 ? 0 : BITS * ((BITS == 3 ? pair % 5 : pair) % PLACES);
@@ -185,7 +197,7 @@ device constexpr int place_of(int b, int i) {
 // A code can stay in a mantissa if its power of two is such that the code counts what it is: the number is then more by
 // that power. It is the same for all rows, so that what is too much in the sums, with the code that means zero, is formed
 // but once.
-constexpr int LIFTS = BITS == 4 ? 1 : BITS == 2 ? 2 : 4;  // blocks that are so far apart are lifted alike
+constexpr int LIFTS = BITS == 4 ? 1 : BITS == 2 ? 2 : BITS == 1 ? 8 : 4;  // blocks that are so far apart are lifted alike
 device constexpr u32 minus_lift_of(int b, int i) { return minus((1u << (MANTISSA - place_of(b, i))) + CENTER); }
 
 // Or every code is shifted to the end of its mantissa: then what is too much says how much ones would be.
@@ -231,7 +243,7 @@ template <int LIFT_ = LOWERED> device u32 operand(const u32* words, int b, int i
       const u32* own = words + 3 * (b / 4);
       found = (own[0] >> 15 & 0x10001u) | (own[1] >> 14 & 0x20002u) | (own[2] >> 13 & 0x40004u) | MAGIC;
     } else {
-      const u32 word = words[BITS == 4 ? b : BITS == 2 ? b / 2 : BITS == 3 ? 3 * (b / 4) + pair / 5 : b / 4];
+      const u32 word = words[BITS == 4 ? b : BITS == 2 ? b / 2 : BITS == 3 ? 3 * (b / 4) + pair / 5 : 2 * (b / 8) + i % 2];
       const int own = BITS == 3 ? pair % 5 : pair;
       found = LIFT_ == LIFTED_ALIKE ? chosen(word >> BITS * own, MASK, MAGIC)
                                     : chosen(word >> BITS * (own / PLACES * PLACES), MASK << place, LIFT_ ? power(MANTISSA - place) : MAGIC);
@@ -390,7 +402,7 @@ device void fetch(Codes& codes, const Arguments& a, const Places& places, int st
     for (int l = 0; l < LOADS; ++l) {
       const uint4* from = of_step(places.codes[r][SPAN == 16 ? l % 2 : 0], step) + load_at(l);
       if constexpr (SPAN == 16 && RAGGED) put(codes, r, l, load_once(from, has_bytes(a, step, l, lane)));
-      else put(codes, r, l, load_once(from));
+      else put(codes, r, l, load_weights(from));
     }
 }
 

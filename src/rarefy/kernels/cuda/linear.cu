@@ -10,7 +10,8 @@
 // ahead into registers), STAGED (codes and activations go through shared memory instead, STAGES steps of them), SPLIT
 // (blocks over columns), HELD (tokens that wait in shared memory), BESIDE (blocks of columns that share the places of 8
 // tokens; SPREAD: one token, all 8), LATE (later kernels may start when the sums are formed, not before), ROOM (for so
-// many blocks on a multiprocessor; 0: as registers leave), and those of ending.cuh.
+// many blocks on a multiprocessor; 0: as registers leave), STORED (see stored.cuh), IN_PLANES (see planes.cuh), and those
+// of ending.cuh.
 
 constexpr int THREADS = 32 * ACROSS * ALONG;
 
@@ -307,30 +308,13 @@ constexpr int SETS = BLOCKS / 8;
 constexpr int OWN_PARTS = PART >= 8 ? PARTS : PART > 1 ? SETS : 2 * SETS;  // whose scales a lane needs
 device constexpr int own_part(int set, int c) { return PART >= 8 ? set * 8 / PART : PART > 1 ? set : 2 * set + c; }
 
-struct SpreadActivations { uint2 at[SETS]; };
+constexpr int AT_PLACES = (TABLE_BYTES + FACTOR_BYTES + 4 * ALONG * SUM_PITCH + 15) / 16 * 16;
+constexpr int PLACES_BYTES = IN_PLANES ? 2 * DEPTH * ALONG * (8 + 16 * PLANES) : 8 * 8 * THREADS;
 
-// Of each block of a set all lanes take part in the product, but only its own have numbers, the others zeros. These stand
-// in shared memory, eight places for a lane of which it fills only its own block's: one load instead of two selections.
-constexpr int PLACES_OF_WARP = 8 * 32;
-constexpr int AT_PLACES = (TABLE_BYTES + FACTOR_BYTES + 4 * ALONG * WIDTH * SUM_PITCH + 15) / 16 * 16;
-device uint2* places_of_lane() { return reinterpret_cast<uint2*>(pool + AT_PLACES) + threadIdx.x / 32 * PLACES_OF_WARP + threadIdx.x % 32; }
-device void clear_places() {
-#pragma unroll
-  for (int n = 0; n < 8; ++n) places_of_lane()[32 * n] = {0, 0};
-}
 struct SpreadScales {
   Pair<SCALE> scale[TILES][OWN_PARTS];
   Pair<ZERO> zero[TILES][OWN_PARTS];
 };
-
-device void fetch(SpreadActivations& x, const Arguments& a, int step, int lane) {
-#pragma unroll
-  for (int set = 0; set < SETS; ++set) {
-    const int b = 8 * set + lane / 4, t = lane % 4;
-    const int column = step * STEP + (SPAN == 4 ? 16 * b + 4 * t : first_of(b / 2, t) + b % 2 * 4);
-    x.at[set] = load_shared_by_all(reinterpret_cast<const uint2*>(a.x + column), !RAGGED || column < a.columns);
-  }
-}
 
 device void fetch(SpreadScales& scales, const Arguments& a, const Places& places, int step, int lane) {
   const i64 first = group_of(a, step, 0) + (PART >= 8 ? 0 : 2 * (lane % 4) / PART);
@@ -361,6 +345,29 @@ device void add_contributions(float (&sums)[4], const S& scale, const Z& zero, f
   } else {
     sums[0] += contribution(scale, zero, 0, part, ones);
     sums[2] += contribution(scale, zero, 1, part_below, ones);
+  }
+}
+
+#if IN_PLANES
+#include "planes.cuh"
+#else
+// Of each block of a set all lanes take part in the product, but only its own have numbers, the others zeros. These stand
+// in shared memory, eight places for a lane of which it fills only its own block's: one load instead of two selections.
+constexpr int PLACES_OF_WARP = 8 * 32;
+device uint2* places_of_lane() { return reinterpret_cast<uint2*>(pool + AT_PLACES) + threadIdx.x / 32 * PLACES_OF_WARP + threadIdx.x % 32; }
+device void clear_places() {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) places_of_lane()[32 * n] = {0, 0};
+}
+
+struct SpreadActivations { uint2 at[SETS]; };
+
+device void fetch(SpreadActivations& x, const Arguments& a, int step, int lane) {
+#pragma unroll
+  for (int set = 0; set < SETS; ++set) {
+    const int b = 8 * set + lane / 4, t = lane % 4;
+    const int column = step * STEP + (SPAN == 4 ? 16 * b + 4 * t : first_of(b / 2, t) + b % 2 * 4);
+    x.at[set] = load_shared_by_all(reinterpret_cast<const uint2*>(a.x + column), !RAGGED || column < a.columns);
   }
 }
 
@@ -413,6 +420,8 @@ device void multiply_step(
   }
 }
 
+#endif
+
 typedef SpreadScales StepScales;
 #else
 typedef OfStep<SMALL>::type StepScales;
@@ -426,7 +435,7 @@ constexpr int HELD_PITCH = 2 * HELD_COLUMNS + (SPREAD ? 0 : SPAN == 4 ? 32 : 64)
 constexpr bool HOLDS = SPREAD ? OUTLIERS : HELD > 0;
 static_assert(HELD == 0 || !STAGED, "either");
 #if SPREAD
-constexpr int AT_HELD = AT_PLACES + 8 * PLACES_OF_WARP * ACROSS * ALONG;
+constexpr int AT_HELD = AT_PLACES + PLACES_BYTES;
 #else
 constexpr int AT_HELD = AT_SHARES + SHARES_OF_WARP * ACROSS * ALONG;
 #endif
@@ -451,25 +460,35 @@ device void wait_for_tokens() {
   wait_for_copies<0>();
   block_barrier();
 }
+
+#if STORED
+static_assert(SPREAD, "of one token");
+#include "stored.cuh"
+#endif
+
 device const u8* held_of(int token) { return pool + AT_HELD + (HELD > 0 && token > HELD - 1 ? HELD - 1 : token) * HELD_PITCH; }
 
 // ---- Outliers: warps along the columns share a row's quads. A lane of one token adds its own entries to its own sums,
 // which meet later; of more, the lanes that have sums of a row share its entries and add them for their own tokens.
-// Entries are on their way before activations are waited for, and what these meet before the product begins.
+// Entries are on their way before activations are waited for. Those of one token are added when the product is done:
+// the activations that they meet come meanwhile, and the product waits for nobody else's.
 
 #if OUTLIERS
 #include "outliers.cuh"
 
-constexpr int WARPS_OF_ROW = ALONG * SPLIT, AHEAD = WARPS_OF_ROW < 8 ? 2 : 1;  // quads of a warp on their way
+// Quads of a warp that are on their way from the start: all of what most rows have, or a few.
+constexpr int WARPS_OF_ROW = ALONG * SPLIT, EACH_QUADS = (QUADS + WARPS_OF_ROW - 1) / WARPS_OF_ROW;
+constexpr int MOST_AHEAD = STORED ? 0 : SPREAD && PARTS <= 4 ? 4 : WARPS_OF_ROW < 8 ? 2 : 1;
+constexpr int AHEAD = EACH_QUADS < MOST_AHEAD ? EACH_QUADS : MOST_AHEAD;
 
+#if SPREAD
+typedef uint2 Entries;
+#else
+typedef Quad Entries;
+#endif
 struct Outliers {
   int first;  // quad of this warp
-#if SPREAD
-  uint2 entries[TILES][AHEAD];
-  u16 met[TILES][AHEAD][2];
-#else
-  Quad entries[TILES][AHEAD];
-#endif
+  Entries entries[TILES][AHEAD > 0 ? AHEAD : 1];
 };
 
 device void begin_outliers(Outliers& own, const Arguments& a, int first_tile, int along, int lane) {
@@ -494,17 +513,6 @@ device u16 activation_of(const Arguments& a, u32 entry) {
   if (HELD_COLUMNS == MOST_HELD && column >= HELD_COLUMNS) return a.x[column];
   return reinterpret_cast<const u16*>(pool + AT_HELD)[column];
 }
-
-device void meet_tokens(Outliers& own, const Arguments& a) {
-#pragma unroll
-  for (int r = 0; r < TILES; ++r)
-#pragma unroll
-    for (int k = 0; k < AHEAD; ++k) {
-      own.met[r][k][0] = activation_of(a, own.entries[r][k].x);
-      own.met[r][k][1] = activation_of(a, own.entries[r][k].y);
-    }
-}
-
 device void add_entry(float& sum, const Arguments& a, u32 entry) { sum += value_of(entry) * widened(activation_of(a, entry)); }
 
 // Both entries of a lane.
@@ -538,21 +546,26 @@ device void add_entries(float (&sums)[TOKENS][4], const Arguments& a, const Quad
 }
 #endif
 
-device void add_outliers(
+device void add_outliers(float (&sums)[TILES][TOKENS][4], const Outliers& own, const Arguments& a, int first_token, int lane) {
+#pragma unroll
+  for (int r = 0; r < TILES; ++r)
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) add_entries(sums[r], a, own.entries[r][k], first_token, lane);
+}
+#if STORED
+device void add_stored_outliers(float (&sums)[TILES][TOKENS][4], Outliers& own, const Arguments& weights, int first_tile, int lane) {
+  for (; own.first < weights.quads; own.first += WARPS_OF_ROW)
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) add_entries(sums[r], weights, entries_of(weights, first_tile + r, own.first, lane), 0, lane);
+}
+#endif
+
+// Others come as they are met: quads of rows that have many, then the rest of long rows, four at once like these.
+device void add_other_outliers(
     float (&sums)[TILES][TOKENS][4], const Outliers& own, const Arguments& a, int first_tile, int first_token, int lane) {
 #pragma unroll
   for (int r = 0; r < TILES; ++r) {
     const i64 tile = tile_of(a, first_tile + r);
-#pragma unroll
-    for (int k = 0; k < AHEAD; ++k) {
-#if SPREAD
-      sums[r][0][0] += value_of(own.entries[r][k].x) * widened(own.met[r][k][0]);
-      sums[r][0][2] += value_of(own.entries[r][k].y) * widened(own.met[r][k][1]);
-#else
-      add_entries(sums[r], a, own.entries[r][k], first_token, lane);
-#endif
-    }
-    // Others come as they are met: quads of rows that have many, then the rest of long rows, four at once like these.
     int quad = own.first + AHEAD * WARPS_OF_ROW;
     if (quad >= a.quads && a.rest_ptr == nullptr) continue;
     const Rest rest[2] = {rest_of(a, int(tile) * 16 + lane / 4), rest_of(a, int(tile) * 16 + lane / 4 + 8)};
@@ -587,12 +600,31 @@ extern "C" global __launch_bounds__(THREADS, ROOM) void rarefy_linear(const Argu
   float* factors = reinterpret_cast<float*>(pool + TABLE_BYTES);
   u8* stages = pool + TABLE_BYTES + FACTOR_BYTES;
 
+#if STORED
+  const int first_stored = across * TILES;
+  const Stored stored = stored_of(a, share);
+  if (rounds > 0) store_weights(a, share, stored);
+  const Arguments weights = stored_arguments(a, stored);
+  const Places places = stored_places(stored, first_stored, begin, lane);
+#else
+  const Arguments& weights = a;
   const Places places = places_of(a, first_tile, lane);
+#endif
   const auto step_at = [&](int round) { return begin + round * ALONG + along; };
 
   // What the weights are is on its way before anything is waited for.
   Codes codes[DEPTH];
+#if IN_PLANES
+  static_assert(DEPTH == 1 || DEPTH == 2 || DEPTH == 4, "a step for each lane of a row");
+  SpreadScales scales[1];
+  const auto step_of_lane = [&](int base) {
+    const int step = step_at(base + (t < DEPTH ? t : DEPTH - 1));
+    return step < end ? step : end - 1;
+  };
+  if (!STORED && rounds > 0) fetch(scales[0], a, places, step_of_lane(0), lane);
+#else
   StepScales scales[DEPTH];
+#endif
 #if STAGED
   constexpr int STAGE = STAGE_TOKENS + STAGE_CODES;
   const auto stage_codes = [&](int round) {
@@ -607,12 +639,14 @@ extern "C" global __launch_bounds__(THREADS, ROOM) void rarefy_linear(const Argu
   };
   for (int round = 0; round < STAGES - 1; ++round) stage_codes(round);
   if (step_at(0) < end) fetch(scales[0], a, places, step_at(0), lane);
-#else
+#elif !STORED
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d)
     if (step_at(d) < end) {
       fetch(codes[d], a, places, step_at(d), lane);
+#if !IN_PLANES
       fetch(scales[d], a, places, step_at(d), lane);
+#endif
     }
 #endif
 
@@ -624,16 +658,17 @@ extern "C" global __launch_bounds__(THREADS, ROOM) void rarefy_linear(const Argu
     copy_table(a);
     block_barrier();
   }
-#if SPREAD
+#if SPREAD && !IN_PLANES
   clear_places();
 #endif
   Tables tables[TILES];
   load_tables(tables, a, first_tile, g);
   Beside beside;
   fetch_gain(beside, a, first_token);
+  if constexpr (STORED) block_barrier();  // which are to wait for it see the barrier of what is stored
   if constexpr (!LATE) start_later_kernels();
   wait_for_earlier_kernels();  // weights never depend on them
-  if constexpr (HOLDS) hold_tokens(a, first_token);
+  if constexpr (HOLDS && !SPREAD) hold_tokens(a, first_token);
 
   float sums[TILES][TOKENS][4] = {};
 #if STAGED
@@ -664,7 +699,8 @@ extern "C" global __launch_bounds__(THREADS, ROOM) void rarefy_linear(const Argu
   for (int round = 0; round < STAGES - 1; ++round) stage_tokens(round);
   fetch_rest(beside, factors, a, first_token);
 #if OUTLIERS
-  add_outliers(sums, outliers, a, first_tile, first_token, lane);
+  add_outliers(sums, outliers, a, first_token, lane);
+  add_other_outliers(sums, outliers, a, first_tile, first_token, lane);
 #endif
   for (int round = 0; round < rounds; ++round) {
     wait_for_copies<STAGES - 2>();
@@ -687,7 +723,11 @@ extern "C" global __launch_bounds__(THREADS, ROOM) void rarefy_linear(const Argu
     multiply_step(sums, codes[0], now, tokens, tables, a, first_tile, step_at(round), lane);
   }
 #else
-#if SPREAD
+#if IN_PLANES
+  PlaneTokens x;
+  fetch(x, a, begin, end);
+  const auto fetch_tokens = [](int, int) {};  // they came for DEPTH rounds of all warps at once
+#elif SPREAD
   SpreadActivations x[DEPTH];
   const auto fetch_tokens = [&](int d, int step) { fetch(x[d], a, step, lane); };
 #else
@@ -707,18 +747,48 @@ extern "C" global __launch_bounds__(THREADS, ROOM) void rarefy_linear(const Argu
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d)
     if (step_at(d) < end) fetch_tokens(d, step_at(d));
+  if constexpr (HOLDS && SPREAD) hold_tokens(a, first_token);
   fetch_rest(beside, factors, a, first_token);
-  if constexpr (HOLDS) wait_for_tokens();
-#if OUTLIERS && SPREAD
-  meet_tokens(outliers, a);
-#elif OUTLIERS
-  add_outliers(sums, outliers, a, first_tile, first_token, lane);
+#if STORED && !IN_PLANES
+  if (rounds > 0) wait_for(weights_arrived(), 0);
 #endif
+  if constexpr (HOLDS && !SPREAD) wait_for_tokens();
+#if OUTLIERS && !SPREAD
+  add_outliers(sums, outliers, a, first_token, lane);
+  add_other_outliers(sums, outliers, a, first_tile, first_token, lane);
+#endif
+#if IN_PLANES
+  for (int base = 0; base < rounds; base += DEPTH) {
+    if (base > 0) block_barrier();
+    make_planes(x);
+    block_barrier();
+    fetch(x, a, begin + (base + DEPTH) * ALONG, end);
+#if STORED
+    if (base == 0) wait_for(weights_arrived(), 0);
+#endif
+    float parts[TILES][4] = {};
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d) {
+      const int round = base + d, next = step_at(round + DEPTH);
+      if (step_at(round) >= end) break;
+      if (STORED) fetch(codes[d], weights, places, step_at(round), lane);
+      count_step(parts, codes[d], d * ALONG + along, d, lane);
+      if (!STORED && next < end) fetch(codes[d], weights, places, next, lane);
+    }
+    if (STORED) fetch(scales[0], weights, places, step_of_lane(base), lane);
+    add_parts(sums, parts, scales[0], along, t);
+    if (!STORED && base + DEPTH < rounds) fetch(scales[0], weights, places, step_of_lane(base + DEPTH), lane);
+  }
+#else
   for (int base = 0; base < rounds; base += DEPTH) {
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
       const int round = base + d, next = step_at(round + DEPTH);
       if (step_at(round) >= end) break;
+      if (STORED) {
+        fetch(codes[d], weights, places, step_at(round), lane);
+        fetch(scales[d], weights, places, step_at(round), lane);
+      }
 #if SPREAD
       multiply_step(sums, codes[d], scales[d], x[d], tables, a, first_tile, step_at(round), lane);
 #elif BESIDE > 1
@@ -735,8 +805,10 @@ extern "C" global __launch_bounds__(THREADS, ROOM) void rarefy_linear(const Argu
       multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(round), lane);
 #endif
       if (next < end) {
-        fetch(codes[d], a, places, next, lane);
-        fetch(scales[d], a, places, next, lane);
+        if (!STORED) {
+          fetch(codes[d], weights, places, next, lane);
+          fetch(scales[d], weights, places, next, lane);
+        }
         fetch_tokens(d, next);
       }
     }
@@ -748,15 +820,14 @@ extern "C" global __launch_bounds__(THREADS, ROOM) void rarefy_linear(const Argu
     for (int r = 0; r < TILES; ++r)
 #pragma unroll
       for (int j = 0; j < 4; ++j) sums[r][0][j] += of_lane_xor(sums[r][0][j], distance);
-#if SPREAD
-#if OUTLIERS
-  add_outliers(sums, outliers, a, first_tile, first_token, lane);
 #endif
-#pragma unroll
-  for (int r = 0; r < TILES; ++r) {
-    sums[r][0][0] = sum_of_four(sums[r][0][0]);
-    sums[r][0][2] = sum_of_four(sums[r][0][2]);
-  }
+#if SPREAD && OUTLIERS
+  wait_for_tokens();
+  add_outliers(sums, outliers, a, first_token, lane);
+#if STORED
+  add_stored_outliers(sums, outliers, weights, first_stored, lane);
+#endif
+  add_other_outliers(sums, outliers, a, first_tile, first_token, lane);
 #endif
 
   if constexpr (LATE) start_later_kernels();
@@ -767,12 +838,21 @@ extern "C" global __launch_bounds__(THREADS, ROOM) void rarefy_linear(const Argu
     block_barrier();
   }
   float* meeting = reinterpret_cast<float*>(stages);
+#if SPREAD
+#pragma unroll
+  for (int r = 0; r < TILES; ++r) {
+    const float sum = sum_of_four(sums[r][0][0]), sum_below = sum_of_four(sums[r][0][2]);
+    float* own = meeting + along * SUM_PITCH + (across * TILES + r) * 16 + g;
+    if (t == 0) own[0] = sum, own[8] = sum_below;
+  }
+#else
   put_sums(meeting + along * WIDTH * SUM_PITCH, sums, SUM_PITCH, across * TILES * 16, 1, lane);
+#endif
   block_barrier();
   const auto total_of_block = [&](int token, int row) {
     float sum = 0.0f;
 #pragma unroll
-    for (int k = 0; k < ALONG; ++k) sum += meeting[(k * WIDTH + token) * SUM_PITCH + row];
+    for (int k = 0; k < ALONG; ++k) sum += meeting[(k * EXTRA + token) * SUM_PITCH + row];
     return sum;
   };
   if constexpr (SPLIT == 1) {

@@ -7,7 +7,7 @@ device float value_of(u32 entry) { return OUTLIERS == F16 ? half_value(u16(entry
 // The entries 4 * quad + t of rows g and g + 8, in lane 4 * g + t.
 device uint2 entries_of(const Arguments& a, i64 tile, int quad, int lane) {
   uint2 none = {0, 0};
-  return quad < a.quads ? load_once(a.entries + (tile * a.quads + quad) * 32 + lane) : none;
+  return quad < a.quads ? load_weights(a.entries + (tile * a.quads + quad) * 32 + lane) : none;
 }
 
 // Those entries of rows g and g + 8 that a lane of several adds: all of the quad's, or where blocks are beside each other

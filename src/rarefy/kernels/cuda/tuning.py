@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock
 
 from rarefy.core.files import write_text
-from rarefy.kernels.cuda.program import PLAIN, Code, Ending, Tuning
+from rarefy.kernels.cuda.program import MOST_STORED, PLAIN, Code, Ending, Tuning, shared_memory, stored_memory
 from rarefy.sources.cache import cache_root
 
 FOLDER = Path(__file__).with_name("tables")
@@ -30,7 +30,8 @@ ONE_KERNEL = (2, 4, 8)  # of which the kernel is the same, so that what was meas
 def choose(code: Code, rows: int, columns: int, tokens: int, device: torch.device) -> Tuning:
     """What to compile for ``tokens`` of ``columns`` against ``rows``."""
     bucket = next((each for each in BUCKETS if tokens <= each), BUCKETS[-1])
-    return _chosen(code, rows, columns, bucket, _name(device), torch.cuda.get_device_capability(device))
+    found = _chosen(code, rows, columns, bucket, _name(device), torch.cuda.get_device_capability(device))
+    return found if can_be_stored(code, found, columns) else replace(found, stored=False)
 
 
 def choose_with(
@@ -44,7 +45,14 @@ def choose_with(
     found = replace(found, overlap=overlaps(device))
     if found.wide:
         found = by_rule(code, rows, columns, tokens, torch.cuda.get_device_capability(device))
-    return found.with_halves() if ending.kind == "gated" else found
+    halves = found.with_halves() if ending.kind == "gated" else found
+    return halves if can_be_stored(code, halves, columns, ending) else replace(halves, stored=False)
+
+
+def can_be_stored(code: Code, tuning: Tuning, columns: int, ending: Ending = PLAIN) -> bool:
+    """Whether a block has room for its weights, if they are to be ``stored``."""
+    nbytes = shared_memory("linear", code, tuning, ending) + stored_memory(code, tuning, columns, code.quads)
+    return not tuning.stored or (code.can_be_stored(columns, tuning.split) and nbytes <= MOST_STORED)
 
 
 @functools.cache
@@ -103,8 +111,13 @@ def _of_one_token(code: Code, rows: int, overlap: bool) -> Tuning:
     there are few rows."""
     few = code.step * code.bits // 256 < 2  # loads of a step
     small = code.parts > 4
-    if rows <= NARROW and not few:
-        return Tuning(along=8 if small else 16, depth=2 if small else 1, spread=True, overlap=overlap)
+    if code.fits_planes:
+        if rows <= NARROW:
+            return Tuning(2, along=8, depth=2, spread=True, overlap=overlap)
+        return Tuning(4, along=4, depth=4, spread=True, overlap=overlap, stored=overlap)
+    if rows <= NARROW:
+        own = Tuning(along=8 if small else 16, depth=2 if small else 1, spread=True, overlap=overlap)
+        return replace(own, stored=overlap and few)
     tiles = 4 if few else 2 if small else 1
     # Two-level scales of small groups would take all registers for one block.
     room = 2 if tiles == 2 and code.scale == "bilevel" else 0

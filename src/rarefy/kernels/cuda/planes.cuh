@@ -108,7 +108,7 @@ device void make_planes(const PlaneTokens& x) {
 
 // What the planes of the spans of one step count, times what they are worth, to columns 2 * d and 2 * d + 1 of `parts`: a
 // second product, of counts as the smallest numbers of float16 (2^-24 each) with powers of two, the highest less than
-// zero. It comes first, where it is exact; 2^n stands as 2^(n - 8), so that all is 2^32 times as much.
+// zero. That comes first, where it is exact. 2^n stands as 2^(n - 8), so that all is 2^-32 of what it means.
 device void count_step(float (&parts)[TILES][4], const Codes& codes, int place, int d, int lane) {
   const int g = lane / 4, t = lane % 4;
   u32 planes[2][SETS_OF_PLANES], worth[2][SETS_OF_PLANES];

@@ -212,7 +212,7 @@ device unsigned permuted(unsigned a, unsigned b, unsigned bytes) {
   for (int k = 0; k < 4; ++k) d |= unsigned(all >> 8 * (bytes >> 4 * k & 7) & 255) << 8 * k;
   return d;
 }
-template <bool HALF_> device float number_of(unsigned bits) { return HALF_ ? half_value(bits) : as_float(bits << 16); }
+template <bool HALF_> device float number_of_word(unsigned bits) { return HALF_ ? half_value(bits) : as_float(bits << 16); }
 template <bool HALF_> device void multiply_as(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   const int thread = emulator::current, warp = thread / 32 * 32, g = thread % 32 / 4, t = thread % 4;
   emulator::exchanged[thread] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
@@ -223,7 +223,7 @@ template <bool HALF_> device void multiply_as(float (&sum)[4], const unsigned (&
       const emulator::Operands& weights = emulator::exchanged[warp + 4 * g + k % 8 / 2];
       const emulator::Operands& tokens = emulator::exchanged[warp + 4 * column + k % 8 / 2];
       const unsigned w = weights.a[j / 2 + k / 8 * 2] >> k % 2 * 16, x = tokens.b[k / 8] >> k % 2 * 16;
-      sum[j] += number_of<HALF_>(w) * number_of<HALF_>(x);
+      sum[j] += number_of_word<HALF_>(w) * number_of_word<HALF_>(x);
     }
   }
   warp_barrier();

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import hashlib
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
 KEPT = HERE.parents[2] / ".pytest_cache" / "emulated"
 
-FLAGS = ["-std=c++17", "-Og", "-fPIC", "-w"]  # compiles no slower than -O0, and runs twice as fast
+FLAGS = ["-std=c++17", "-Og", "-fPIC", "-w", "-Wno-psabi"]  # compiles no slower than -O0, and runs twice as fast
 
 
 @functools.cache
@@ -69,12 +70,12 @@ def _kept() -> Path:
 
 
 def _run(
-    name: str, code: program.Code, tuning: program.Tuning, half: bool, given: program.Arguments,
+    name: str, code: program.Code, tuning: program.Tuning, half: bool, given: program.Arguments | program.Prompt,
     grid: tuple[int, int, int], ending: program.Ending = program.PLAIN,
 ) -> None:  # fmt: skip
     macros = [f"-D{macro}={value}" for macro, value in program.definitions(code, tuning, half, ending).items()]
     run = _library(tuple(macros), program.SOURCES.get(name, program.SOURCE)).run
-    which = {"linear": 0, "dequantize": 1, "quantize": 2, "dequantize_to_bytes": 3, "gemm": 0, "arrange": 1}[name]
+    which = {"linear": 0, "dequantize": 1, "quantize": 2, "dequantize_to_bytes": 3, "gemm": 0, "arrange": 1, "prompt": 0}[name]
     threads = program.ARRANGING if name == "arrange" else tuning.threads
     run(which, ctypes.byref(given), *grid, threads, program.shared_memory(name, code, tuning, ending))
 
@@ -87,8 +88,8 @@ def program_linear(
     _run("linear", code, tuning, half, given, program.grid(tuning, given.rows, given.tokens), ending)
 
 
-def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> Tensor:
-    """``x [tokens, columns]`` times a term of codes, with or without one of outliers."""
+def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning, most: int = 1 << 30) -> Tensor:
+    """``x [tokens, columns]`` times a term of codes, with or without one of outliers, by at most so many blocks."""
     (codes, *lists), half, tokens = terms_of(*flat(prepared)[:3]), x.dtype == torch.float16, x.shape[0]
     tensors, numbers, multiplier = codes
     code, rows, own = code_of(tensors, numbers), numbers["rows"], pointed(codes, half)
@@ -102,6 +103,12 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> T
         {**own, **work, "x": x, "y": y}, rows=rows, columns=x.shape[1], tokens=tokens,
         stride=x.stride(0), second_rows=numbers["second_rows"], multiplier=multiplier,
     )  # fmt: skip
+    if tuning.unpackers:
+        own_map = struct.pack("QqIII", x.data_ptr(), x.stride(0), tokens, x.shape[1], 8 * tuning.tokens)
+        prompt = program.Prompt(a=given)
+        prompt.tokens[: len(own_map)] = own_map
+        _run("prompt", code, tuning, half, prompt, (min(grid[0], most), *grid[1:]))
+        return y
     if tuning.wide:
         _run("arrange", code, tuning, half, given, program.arranging(code, tuning, given))
     _run("gemm" if tuning.wide else "linear", code, tuning, half, given, grid)

@@ -59,3 +59,19 @@ device void copy_bulk_to(u8* to, const void* from, u32 bytes, u64* barrier, u16 
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
                ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "h"(blocks) : "memory");
 }
+
+// ---- Copies of boxes by a tensor map, 16-bit numbers: some rows from `row` on, of each the 64 numbers from `column` on,
+// zeros where there are none, swizzled: a row is 128 bytes, and the last three bits of its number are added, bit by bit,
+// to the number of each of its 16 bytes.
+
+device void copy_box(u8* to, const void* map, int column, int row, u64* barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+               ::"r"(shared_address(to)), "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)) : "memory");
+}
+// To the same place of the blocks of the cluster whose bits are set.
+device void copy_box_to(u8* to, const void* map, int column, int row, u64* barrier, u16 blocks) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
+               ::"r"(shared_address(to)), "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks) : "memory");
+}
+// What this thread has written to shared memory may be read by tensor cores and copies, once others know of it.
+device void show_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -15,12 +15,15 @@ from torch import Tensor
 from rarefy.kernels.cuda import driver
 from rarefy.kernels.cuda.layout import TILE, Order, step_of
 
-SOURCE, GEMM = (Path(__file__).with_name(name) for name in ("linear.cu", "gemm.cu"))
-SOURCES = {"gemm": GEMM, "arrange": GEMM}  # of kernels that are not in SOURCE
+SOURCE, GEMM, PROMPT = (Path(__file__).with_name(name) for name in ("linear.cu", "gemm.cu", "prompt.cu"))
+SOURCES = {"gemm": GEMM, "arrange": GEMM, "prompt": PROMPT}  # of kernels that are not in SOURCE
 TYPES: dict[Any, int] = {
     None: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4,
     "pairs": 5, "bilevel": 6, "level": 7,
 }  # fmt: skip
+
+
+MULTIPLIERS = 2  # fours of warps that multiply what others unpack
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,11 @@ class Tuning:
 
     ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
     multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; two fours of
-    warps multiply ``in_turns``; ``rescaled``: sums are kept in units of the last scale (see ``Code.can_rescale``)."""
+    warps multiply ``in_turns``; ``rescaled``: sums are kept in units of the last scale (see ``Code.can_rescale``).
+
+    ``unpackers``: fours of warps that unpack for two other fours, which multiply from shared memory (``prompt.cu``;
+    ``wide`` too). ``stages`` are of 64 columns then, ``tokens`` a multiple of 8, and ``tiles`` those of a warp that
+    unpacks."""
 
     tiles: int = 1
     tokens: int = 1
@@ -120,6 +127,7 @@ class Tuning:
     spread: bool = False
     in_turns: bool = False
     late: bool = False
+    unpackers: int = 0
 
     def with_halves(self) -> Tuning:
         """With warps for each half of the rows, see ``Ending.kind``."""
@@ -128,10 +136,14 @@ class Tuning:
     @property
     def kernels(self) -> tuple[str, ...]:
         """What is launched, in this order."""
+        if self.unpackers:
+            return ("prompt",)
         return ("arrange", "gemm") if self.wide else ("linear",)
 
     @property
     def threads(self) -> int:
+        if self.unpackers:
+            return 128 * (MULTIPLIERS + self.unpackers)
         beside = 0 if not self.wide else 32 if self.across == 4 else 128  # that bring what the others multiply
         return 32 * self.across * self.along + beside
 
@@ -140,18 +152,25 @@ class Tuning:
         warps that have nothing else to do and whole words of tokens."""
         if not self.wide:
             return True
+        if self.unpackers:
+            return code.outliers is None
         outliers = code.outliers is None or (self.across > 4 and self.tokens in (2, 4, 8, 16))
         return outliers and (code.can_rescale or not self.rescaled)
 
     @property
     def rows(self) -> int:
         """Rows of a block."""
-        return TILE * self.tiles * self.across
+        return 64 * MULTIPLIERS if self.unpackers else TILE * self.tiles * self.across
 
     def shared_memory(self, code: Code) -> int:
         """Bytes of a block."""
         width = 8 * self.tokens
         table = code.table_bytes
+        if self.unpackers:
+            staged = self.stages * (64 * 2 * (self.rows + width) + 16)
+            results = MULTIPLIERS * 64 * (2 * 64 + 16)
+            meeting = 4 * width * (self.rows + 4) + 16 * self.stages
+            return -(-table // 1024) * 1024 + (staged + results if self.split == 1 else max(staged, meeting))
         if self.wide:
             sums = code.parts * width * 4 if code.sums else 0
             staged = self.stages * (2 * code.step * width + sums) + 16 * self.stages
@@ -206,6 +225,16 @@ class Arguments(ctypes.Structure):
     ]
 
 
+class Prompt(ctypes.Structure):
+    """``Prompt`` of ``prompt.cu``: a tensor map lies at a multiple of 128 bytes."""
+
+    _fields_ = [
+        ("a", Arguments),
+        ("between", ctypes.c_byte * (-ctypes.sizeof(Arguments) % 128)),
+        ("tokens", ctypes.c_byte * 128),
+    ]
+
+
 def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) -> dict[str, int]:
     """The macros of the source."""
     names = (field.name for field in fields(tuning) if field.name != "overlap")
@@ -245,9 +274,13 @@ def arguments(
 
 
 def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
-    """Blocks over rows, columns and tokens."""
+    """Blocks over rows, columns and tokens; of ``prompt.cu``, over tiles of rows and tokens and over columns."""
     across = -(-rows // (tuning.rows * tuning.cluster)) * tuning.cluster
-    return across, tuning.split, -(-tokens // (8 * tuning.tokens))
+    deep = -(-tokens // (8 * tuning.tokens))
+    if tuning.unpackers:
+        at_once = across * deep if tuning.split > 1 else PROCESSORS // tuning.cluster * tuning.cluster
+        return min(across * deep, at_once), tuning.split, 1
+    return across, tuning.split, deep
 
 
 def shared_memory(name: str, code: Code, tuning: Tuning, ending: Ending = PLAIN) -> int:
@@ -279,6 +312,11 @@ def linear(
     for name, program in compiled(code, tuning, half, device, ending).items():
         if name == "arrange":
             program(arranging(code, tuning, given), ARRANGING, given, stream, tuning.overlap)
+        elif name == "prompt":
+            own = Prompt(a=given)
+            box = 8 * tuning.tokens // tuning.cluster
+            own.tokens[:] = driver.tensor_map(given.x, given.tokens, given.columns, given.stride, box)
+            program(grid(tuning, given.rows, given.tokens), tuning.threads, own, stream, tuning.overlap)
         else:
             program(grid(tuning, given.rows, given.tokens), tuning.threads, given, stream, tuning.overlap)
 
@@ -292,6 +330,7 @@ def compiled(
 
 
 ARRANGING = 128  # threads of a block
+PROCESSORS = 132  # of a Hopper GPU: blocks that run at once, one on each
 
 
 def arranging(code: Code, tuning: Tuning, given: Arguments) -> tuple[int, int, int]:
@@ -336,7 +375,7 @@ def workspace(
     if tuning.split > 1 and not tuning.wide:
         found["partial"] = torch.empty(tuning.split, tokens, rows, dtype=torch.float32, device=device)
         found["arrived"] = _counters(device, across * deep)
-    if tuning.wide:
+    if "arrange" in tuning.kernels:
         steps, width = -(-columns // code.step), 8 * tuning.tokens
         found["arranged"] = torch.empty(deep, steps, code.step // 8, width, 8, dtype=torch.int16, device=device)
         if code.sums:

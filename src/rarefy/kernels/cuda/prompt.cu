@@ -1,0 +1,334 @@
+// Y[token][row] = sum over columns of X[token][column] * W[row][column], W in code, for prompts (wgmma; compute
+// capability 9.0).
+//
+// Tensor cores find both operands in shared memory. Warps that do nothing else write weights there, in the type of the
+// activations: a code's number times its scale, rounded once, as `rarefy_dequantize` would write it to memory. Tokens come
+// by tensor maps. Two fours of warps multiply 64 rows each. A block takes one tile of rows and tokens after another; those
+// that unpack are already at the next when results are written.
+//
+// Macros besides those of codes.cuh: TOKENS (of 8, a multiple of 8), STAGES (of 64 columns in shared memory), DEPTH (steps
+// of codes in registers), UNPACKERS (fours of warps that unpack, of TILES tiles each), SPLIT (blocks over columns, which
+// add up what they have in each other's shared memory), CLUSTER (neighbouring blocks that share what they read of the
+// tokens).
+
+constexpr int MULTIPLIERS = 2, THREADS = 128 * (MULTIPLIERS + UNPACKERS);
+#define SHARED_ALIGNMENT 1024
+
+#include "codes.cuh"
+#ifndef RAREFY_EMULATED
+#include "wgmma.cuh"
+#endif
+
+static_assert(TILES * 4 * UNPACKERS == 8, "all rows of a block");
+constexpr int WIDTH = 8 * TOKENS, ROWS = 64 * MULTIPLIERS;
+constexpr int LINE = 128, COLUMNS = LINE / 2;  // bytes and numbers of a row or token in a stage
+constexpr int STAGE_WEIGHTS = ROWS * LINE, STAGE = STAGE_WEIGHTS + WIDTH * LINE;
+constexpr int IN_STEP = STEP / COLUMNS;  // stages
+constexpr int TABLE_ROOM = (TABLE_BYTES + 1023) / 1024 * 1024;  // what is swizzled begins at whole kilobytes
+constexpr int AT_ONCE = 64, PITCH = 2 * 64 + 16;  // tokens that are written at once, and bytes of one with its 64 rows
+constexpr int SUM_PITCH = ROWS + 4;
+constexpr bool MANY_SUMS = UNPACKERS > 1 && TOKENS > 16;  // of which registers are taken from those that unpack
+
+// The tensor map of the tokens, [tokens][columns] in boxes of WIDTH / CLUSTER tokens and 64 columns.
+struct alignas(128) Map { u64 words[16]; };
+struct Prompt {
+  Arguments a;
+  Map tokens;
+};
+
+struct Tile { int row_tile, first_row, first_token; };  // of 16 rows
+
+// Tiles of rows lie beside each other, so that blocks that run together read the same tokens.
+device Tile tile_at(const Arguments& a, int number) {
+  const int across = (a.rows + ROWS * CLUSTER - 1) / (ROWS * CLUSTER) * CLUSTER, own = number % across;
+  return {own * (ROWS / 16), own * ROWS, number / across * WIDTH};
+}
+device int tiles_of(const Arguments& a) {
+  return (a.rows + ROWS * CLUSTER - 1) / (ROWS * CLUSTER) * CLUSTER * ((a.tokens + WIDTH - 1) / WIDTH);
+}
+// Stages of a block's steps; columns that only fill up the last step have none.
+device int stages_of(const Arguments& a, const Share& share) {
+  const int all = (a.columns + COLUMNS - 1) / COLUMNS, end = share.end * IN_STEP < all ? share.end * IN_STEP : all;
+  return end > share.begin * IN_STEP ? end - share.begin * IN_STEP : 0;
+}
+
+// Which stage comes next, and how often it has been used, but for even numbers.
+struct Turn {
+  int stage = 0;
+  u32 phase = 0;
+  void pass() {
+    if (++stage == STAGES) stage = 0, phase ^= 1;
+  }
+};
+
+struct Stages {
+  u8* at;
+  u64 *full, *empty;
+  u8* weights(int stage) const { return at + stage * STAGE; }
+  u8* tokens(int stage) const { return at + stage * STAGE + STAGE_WEIGHTS; }
+};
+
+// ---- Those that unpack.
+
+// A lane's rows of a tile and its columns of a pair of blocks: other than lanes' order says, so that lanes which write
+// together meet different banks, whatever the swizzle.
+device int place_of_lane(int lane) {
+  if constexpr (SPAN == 16) return lane;
+  const int g = lane / 4;
+  return 4 * (g % 2 * 4 + g / 2 % 2 * 2 + g / 4) + lane % 4;
+}
+
+// Two codes as weights.
+device u32 weights_of(u32 codes, const Pair<SCALE>& scale, const Pair<ZERO>& zero, int which) {
+  if constexpr (SCALE == NONE && ZERO == NONE) return codes;
+  const float low = contribution(scale, zero, which, widened(u16(codes)), 1.0f);
+  const float high = contribution(scale, zero, which, widened(u16(codes >> 16)), 1.0f);
+  return HALF ? half_pair(low, high) : bf16_pair(low, high);
+}
+
+// Stage `part` of a step: 64 columns of a warp's rows.
+device void unpack(
+    u8* to, const Codes& codes, const Scales& scales, Tables (&tables)[TILES], const Arguments& a, const Tile& tile,
+    int first_tile, int step, int part, int place, int lane) {
+  const int g = place / 4, t = place % 4;
+#pragma unroll
+  for (int r = 0; r < TILES; ++r) {
+    u8* lines[2];
+#pragma unroll
+    for (int which = 0; which < 2; ++which) lines[which] = to + (16 * (first_tile + r) + g + 8 * which) * LINE;
+#pragma unroll
+    for (int pair = 2 * part; pair < 2 * part + 2; ++pair) {
+      u32 numbers[2][2][2];  // [rows][blocks][pairs of columns]
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int b = 2 * pair + e;
+        if (GROUP != 0 && b % PART == 0) load(tables[r], a, tile_of(a, tile.row_tile + first_tile + r), group_of(a, step, b / PART), g);
+        u32 weights[4];
+        operands(weights, codes.at[r], b, 4 * lane, tables[r]);
+#pragma unroll
+        for (int which = 0; which < 2; ++which)
+#pragma unroll
+          for (int q = 0; q < 2; ++q)
+            numbers[which][e][q] = weights_of(weights[2 * q + which], scales.scale[r][b / PART], scales.zero[r][b / PART], which);
+      }
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        const auto& own = numbers[which];
+        if constexpr (SPAN == 4) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int piece = 2 * (2 * pair + e) % 8 + t / 2;
+            *reinterpret_cast<uint2*>(lines[which] + ((piece ^ g) << 4 | t % 2 << 3)) = {own[e][0], own[e][1]};
+          }
+        } else {
+          const int piece = first_of(pair, t) % COLUMNS / 8;
+          *reinterpret_cast<uint4*>(lines[which] + ((piece ^ g) << 4)) = {own[0][0], own[0][1], own[1][0], own[1][1]};
+        }
+      }
+    }
+  }
+}
+
+device void fill(const Prompt& given, const Stages& stages, int warp, int lane, u32 rank) {
+  const Arguments& a = given.a;
+  const int place = place_of_lane(lane), own_tile = warp * TILES, tiles = tiles_of(a);
+  const Share share = share_of(a);
+  const int count = stages_of(a, share), rounds = (count + IN_STEP - 1) / IN_STEP;
+  const bool brings = warp == 0 && lane == 0;
+  Turn turn;
+  turn.phase = 1;  // nobody has used a stage before
+  bool first = true;
+  for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
+    const Tile tile = tile_at(a, number);
+    const Places places = places_of(a, tile.row_tile + own_tile, place);
+    Tables tables[TILES];
+    load_tables(tables, a, tile.row_tile + own_tile, place / 4);
+    Codes codes[DEPTH];
+    Scales scales[DEPTH];
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d)
+      if (d < rounds) {
+        fetch(codes[d], a, places, share.begin + d, place);
+        fetch(scales[d], a, places, share.begin + d, place);
+      }
+    if (first && brings) {
+      start_later_kernels();
+      wait_for_earlier_kernels();
+    }
+    first = false;
+    for (int base = 0; base < rounds; base += DEPTH) {
+#pragma unroll
+      for (int d = 0; d < DEPTH; ++d) {
+        const int round = base + d, step = share.begin + round;
+        if (round >= rounds) break;
+#pragma unroll
+        for (int part = 0; part < IN_STEP; ++part) {
+          if (round * IN_STEP + part >= count) break;
+          wait_for(stages.empty + turn.stage, turn.phase);
+          if (brings) {
+            constexpr int OWN = WIDTH / CLUSTER;  // tokens
+            const int which = CLUSTER > 1 ? rank % CLUSTER : 0;
+            expect(stages.full + turn.stage, WIDTH * LINE);
+            u8* to = stages.tokens(turn.stage) + which * OWN * LINE;
+            const int column = (step * IN_STEP + part) * COLUMNS, token = tile.first_token + which * OWN;
+            u64* full = stages.full + turn.stage;
+            if constexpr (CLUSTER > 1) copy_box_to(to, &given.tokens, column, token, full, ((1 << CLUSTER) - 1) << rank / CLUSTER * CLUSTER);
+            else copy_box(to, &given.tokens, column, token, full);
+          }
+          unpack(stages.weights(turn.stage), codes[d], scales[d], tables, a, tile, own_tile, step, part, place, lane);
+          show_to_copies();
+          warp_barrier();
+          if (lane == 0) arrive_at(stages.full + turn.stage);
+          turn.pass();
+        }
+        if (round + DEPTH < rounds) {
+          fetch(codes[d], a, places, step + DEPTH, place);
+          fetch(scales[d], a, places, step + DEPTH, place);
+        }
+      }
+    }
+  }
+}
+
+// ---- Those that multiply.
+
+device void multiply_tile(float (&sums)[TOKENS][4], const Stages& stages, Turn& turn, int count, int four, int lane, u32 rank) {
+  const auto leave = [&](int stage) {
+    warp_barrier();
+    if (lane < CLUSTER) {
+      if constexpr (CLUSTER > 1) arrive_at(stages.empty + stage, rank / CLUSTER * CLUSTER + lane);
+      else arrive_at(stages.empty + stage);
+    }
+  };
+  int before = 0;
+  for (int n = 0; n < count; ++n) {
+    wait_for(stages.full + turn.stage, turn.phase);
+    const u64 weights = lines_at(stages.weights(turn.stage) + four * 64 * LINE), tokens = lines_at(stages.tokens(turn.stage));
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < COLUMNS / 16; ++k) multiply_lines(sums, weights + 2 * k, tokens + 2 * k, n + k > 0);
+    commit_products();
+    wait_for_products<1>();
+    if (n > 0) leave(before);
+    before = turn.stage;
+    turn.pass();
+  }
+  wait_for_products<0>();
+  if (count > 0) leave(before);
+#pragma unroll
+  for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) settle(sums[n][j]);
+}
+
+// Results of a four of warps, 64 rows, some tokens after others; `own` is shared memory.
+device void put_results(const Arguments& a, const float (&sums)[TOKENS][4], u8* own, const Tile& tile, int four, int lane) {
+  const int warp = threadIdx.x / 32 % 4, first_row = tile.first_row + 64 * four;
+#pragma unroll
+  for (int piece = 0; piece < WIDTH / AT_ONCE; ++piece) {
+    if (tile.first_token + piece * AT_ONCE >= a.tokens) break;
+    barrier_of_four(four);  // those before have been read
+#pragma unroll
+    for (int n = 0; n < AT_ONCE / 8; n += 2) {
+      u32 words[4];
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        const float* pair = sums[piece * (AT_ONCE / 8) + n + m / 2] + m % 2 * 2;
+        const float low = pair[0] * a.multiplier, high = pair[1] * a.multiplier;
+        words[m] = HALF ? half_pair(low, high) : bf16_pair(low, high);
+      }
+      put_transposed(own + (8 * n + lane / 16 * 8 + lane % 8) * PITCH + 2 * (16 * warp + lane / 8 % 2 * 8), words);
+    }
+    barrier_of_four(four);
+#pragma unroll
+    for (int n = 0; n < AT_ONCE * 8 / 128; ++n) {
+      const int at = n * 128 + threadIdx.x % 128, row = first_row + at % 8 * 8, token = tile.first_token + piece * AT_ONCE + at / 8;
+      if (token >= a.tokens || row >= a.rows) continue;
+      const u8* from = own + at / 8 * PITCH + at % 8 * 16;
+      u16* to = a.y + i64(token) * a.rows + row;
+      if (a.rows % 8 == 0) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+      else for (int f = 0; f < 8 && row + f < a.rows; ++f) to[f] = reinterpret_cast<const u16*>(from)[f];
+    }
+  }
+}
+
+// The same where blocks share columns: each adds up a share of the tokens.
+device void add_up(const Arguments& a, const float (&sums)[TOKENS][4], u8* shared, const Tile& tile, int four, int lane, u32 rank) {
+  float* meeting = reinterpret_cast<float*>(shared);
+  const int own_row = 64 * four + threadIdx.x / 32 % 4 * 16 + lane / 4;
+#pragma unroll
+  for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) meeting[(8 * n + lane % 4 * 2 + j % 2) * SUM_PITCH + own_row + j / 2 * 8] = sums[n][j];
+  cluster_barrier();
+  constexpr int OWN = WIDTH * ROWS / SPLIT;  // numbers
+#pragma unroll 4
+  for (int n = 4 * threadIdx.x; n < OWN; n += 4 * 128 * MULTIPLIERS) {
+    const int token = (blockIdx.y * OWN + n) / ROWS, row = tile.first_row + n % ROWS;
+    if (tile.first_token + token >= a.tokens || row >= a.rows) continue;
+    const uint4* at = reinterpret_cast<const uint4*>(meeting + token * SUM_PITCH + n % ROWS);
+    float own[4] = {};
+#pragma unroll
+    for (int k = 0; k < SPLIT; ++k) {
+      const uint4 more = load_of_block(at, k * CLUSTER + rank % CLUSTER);
+      own[0] += as_float(more.x), own[1] += as_float(more.y), own[2] += as_float(more.z), own[3] += as_float(more.w);
+    }
+    u16* to = a.y + i64(tile.first_token + token) * a.rows + row;
+    u32 results[2];
+#pragma unroll
+    for (int f = 0; f < 2; ++f) {
+      const float low = own[2 * f] * a.multiplier, high = own[2 * f + 1] * a.multiplier;
+      results[f] = HALF ? half_pair(low, high) : bf16_pair(low, high);
+    }
+    if (a.rows % 4 == 0) *reinterpret_cast<uint2*>(to) = {results[0], results[1]};
+    else for (int f = 0; f < 4 && row + f < a.rows; ++f) to[f] = u16(results[f / 2] >> 16 * (f % 2));
+  }
+}
+
+extern "C" global __launch_bounds__(THREADS, 1) in_clusters_of(CLUSTER, SPLIT)
+void rarefy_prompt(const __grid_constant__ Prompt given) {
+  const Arguments& a = given.a;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  Stages stages;
+  stages.at = pool + TABLE_ROOM;
+  u8* results = stages.at + STAGES * STAGE;
+  stages.full = reinterpret_cast<u64*>(results + (SPLIT > 1 ? 0 : MULTIPLIERS * AT_ONCE * PITCH));
+  stages.empty = stages.full + STAGES;
+  const u32 rank = CLUSTER * SPLIT > 1 ? rank_in_cluster() : 0;  // those over rows are neighbours
+
+  if (threadIdx.x == 0) {
+    for (int n = 0; n < STAGES; ++n) {
+      prepare_barrier(stages.full + n, 4 * UNPACKERS + 1);
+      prepare_barrier(stages.empty + n, CLUSTER * 4 * MULTIPLIERS);
+    }
+    barriers_are_prepared();
+  }
+  if constexpr (TABLE == SHARED) copy_table(a);
+  if constexpr (CLUSTER > 1) cluster_barrier();
+  else block_barrier();
+
+  if (warp >= 4 * MULTIPLIERS) {
+    if constexpr (MANY_SUMS) lower_registers<88>();
+    fill(given, stages, warp - 4 * MULTIPLIERS, lane, rank);
+    return;
+  }
+  if constexpr (MANY_SUMS) raise_registers<168>();
+  const int four = warp / 4, count = stages_of(a, share_of(a)), tiles = tiles_of(a);
+  Turn turn;
+  for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
+    const Tile tile = tile_at(a, number);
+    float sums[TOKENS][4];
+    if (SPLIT > 1 && count == 0) {
+#pragma unroll
+      for (int n = 0; n < TOKENS; ++n) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
+    }
+    multiply_tile(sums, stages, turn, count, four, lane, rank);
+    if constexpr (SPLIT == 1) {
+      put_results(a, sums, results + four * AT_ONCE * PITCH, tile, four, lane);
+    } else {
+      barrier_of_both();  // nobody multiplies any more
+      add_up(a, sums, stages.at, tile, four, lane, rank);
+    }
+  }
+  if constexpr (CLUSTER * SPLIT > 1) cluster_barrier();  // shared memory stays until all have read it and arrived there
+}

@@ -203,7 +203,8 @@ def aligned(x: Tensor) -> Tensor:
     missing = -x.shape[1] % 8
     if missing:
         return torch.nn.functional.pad(x, (0, missing))
-    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(0) < MOST_APART and x.data_ptr() % 16 == 0:
+    apart = x.stride(0)
+    if x.stride(1) == 1 and apart % 8 == 0 and x.shape[1] <= apart < MOST_APART and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

@@ -89,7 +89,8 @@ def program_linear(
 
 
 def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning, most: int = 1 << 30) -> Tensor:
-    """``x [tokens, columns]`` times a term of codes, with or without one of outliers, by at most so many blocks."""
+    """``x [tokens, columns]`` times a term of codes, with or without one of outliers, by at most so many blocks,
+    which are also the tiles of prompts that are not halved."""
     (codes, *lists), half, tokens = terms_of(*flat(prepared)[:3]), x.dtype == torch.float16, x.shape[0]
     tensors, numbers, multiplier = codes
     code, rows, own = code_of(tensors, numbers), numbers["rows"], pointed(codes, half)
@@ -104,8 +105,8 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning, most
         stride=x.stride(0), second_rows=numbers["second_rows"], multiplier=multiplier,
     )  # fmt: skip
     if tuning.unpackers:
-        own_map = struct.pack("QqIII", x.data_ptr(), x.stride(0), tokens, x.shape[1], 8 * tuning.tokens)
-        prompt = program.Prompt(a=given)
+        own_map = struct.pack("QqIII", x.data_ptr(), x.stride(0), tokens, x.shape[1], tuning.strip)
+        prompt = program.Prompt(a=given, whole=most)
         prompt.tokens[: len(own_map)] = own_map
         _run("prompt", code, tuning, half, prompt, (min(grid[0], most), *grid[1:]))
         return y

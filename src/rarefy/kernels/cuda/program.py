@@ -134,6 +134,11 @@ class Tuning:
         return self if self.across % 2 == 0 else replace(self, across=2 * self.across, along=max(1, self.along // 2))
 
     @property
+    def strip(self) -> int:
+        """Tokens of a tile, or of half a tile where it may be halved (``unpackers``)."""
+        return 4 * self.tokens if self.split == 1 and self.tokens % 16 == 0 else 8 * self.tokens
+
+    @property
     def kernels(self) -> tuple[str, ...]:
         """What is launched, in this order."""
         if self.unpackers:
@@ -230,7 +235,8 @@ class Prompt(ctypes.Structure):
 
     _fields_ = [
         ("a", Arguments),
-        ("between", ctypes.c_byte * (-ctypes.sizeof(Arguments) % 128)),
+        ("whole", ctypes.c_int),
+        ("between", ctypes.c_byte * (-(ctypes.sizeof(Arguments) + 4) % 128)),
         ("tokens", ctypes.c_byte * 128),
     ]
 
@@ -274,13 +280,29 @@ def arguments(
 
 
 def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
-    """Blocks over rows, columns and tokens; of ``prompt.cu``, over tiles of rows and tokens and over columns."""
-    across = -(-rows // (tuning.rows * tuning.cluster)) * tuning.cluster
-    deep = -(-tokens // (8 * tuning.tokens))
+    """Blocks over rows, columns and tokens; of prompts, over tiles of both and over columns."""
     if tuning.unpackers:
-        at_once = across * deep if tuning.split > 1 else PROCESSORS // tuning.cluster * tuning.cluster
-        return min(across * deep, at_once), tuning.split, 1
-    return across, tuning.split, deep
+        return prompt_tiles(tuning, rows, tokens)[0], tuning.split, 1
+    across = -(-rows // (tuning.rows * tuning.cluster)) * tuning.cluster
+    return across, tuning.split, -(-tokens // (8 * tuning.tokens))
+
+
+def prompt_tiles(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, float]:
+    """Of ``prompt.cu``: blocks, tiles that are not taken in halves, and how many whole tiles take as long as the block
+    that has most to do."""
+    across = -(-rows // (tuning.rows * tuning.cluster)) * tuning.cluster
+    strips, halves = -(-tokens // tuning.strip), 8 * tuning.tokens // tuning.strip
+    full, more = across * (strips // halves), across * (strips % halves)
+    if tuning.split > 1:
+        return full, full, 1
+    blocks = PROCESSORS // tuning.cluster * tuning.cluster
+
+    def longest(whole: int) -> float:  # the first block's
+        units = range(0, whole + halves * (full - whole) + more, blocks)
+        return sum(1 if unit < whole else 1 / halves for unit in units)
+
+    whole = min(full, full // blocks * blocks, key=longest) if halves > 1 else full
+    return min(blocks, whole + halves * (full - whole) + more), whole, longest(whole)
 
 
 def shared_memory(name: str, code: Code, tuning: Tuning, ending: Ending = PLAIN) -> int:
@@ -313,10 +335,11 @@ def linear(
         if name == "arrange":
             program(arranging(code, tuning, given), ARRANGING, given, stream, tuning.overlap)
         elif name == "prompt":
-            own = Prompt(a=given)
-            box = 8 * tuning.tokens // tuning.cluster
+            blocks, whole, _ = prompt_tiles(tuning, given.rows, given.tokens)
+            own = Prompt(a=given, whole=whole)
+            box = tuning.strip // tuning.cluster
             own.tokens[:] = driver.tensor_map(given.x, given.tokens, given.columns, given.stride, box)
-            program(grid(tuning, given.rows, given.tokens), tuning.threads, own, stream, tuning.overlap)
+            program((blocks, tuning.split, 1), tuning.threads, own, stream, tuning.overlap)
         else:
             program(grid(tuning, given.rows, given.tokens), tuning.threads, given, stream, tuning.overlap)
 

@@ -4,7 +4,8 @@
 // Tensor cores find both operands in shared memory. Warps that do nothing else write weights there, in the type of the
 // activations: a code's number times its scale, rounded once, as `rarefy_dequantize` would write it to memory. Tokens come
 // by tensor maps. Two fours of warps multiply 64 rows each. A block takes one tile of rows and tokens after another; those
-// that unpack are already at the next when results are written.
+// that unpack are already at the next when results are written. Tiles that would be a last wave for some blocks only, and
+// tokens that fill no tile, are taken in halves.
 //
 // Macros besides those of codes.cuh: TOKENS (of 8, a multiple of 8), STAGES (of 64 columns in shared memory), DEPTH (steps
 // of codes in registers), UNPACKERS (fours of warps that unpack, of TILES tiles each), SPLIT (blocks over columns, which
@@ -27,25 +28,44 @@ constexpr int IN_STEP = STEP / COLUMNS;  // stages
 constexpr int TABLE_ROOM = (TABLE_BYTES + 1023) / 1024 * 1024;  // what is swizzled begins at whole kilobytes
 constexpr int AT_ONCE = 64, PITCH = 2 * 64 + 16;  // tokens that are written at once, and bytes of one with its 64 rows
 constexpr int SUM_PITCH = ROWS + 4;
+constexpr bool HALVES = SPLIT == 1 && TOKENS % 16 == 0;  // whether a tile may have half of the tokens
+constexpr int STRIP = HALVES ? WIDTH / 2 : WIDTH;        // tokens that are always taken together
 constexpr bool MANY_SUMS = UNPACKERS > 1 && TOKENS > 16;  // of which registers are taken from those that unpack
 
-// The tensor map of the tokens, [tokens][columns] in boxes of WIDTH / CLUSTER tokens and 64 columns.
+// The tensor map of the tokens, [tokens][columns] in boxes of STRIP / CLUSTER tokens and 64 columns.
 struct alignas(128) Map { u64 words[16]; };
 struct Prompt {
   Arguments a;
+  int whole;  // tiles that are not taken in halves
   Map tokens;
 };
 
-struct Tile { int row_tile, first_row, first_token; };  // of 16 rows
+struct Tile { int row_tile, first_row, first_token, strips; };  // a row tile: 16 rows
 
-// Tiles of rows lie beside each other, so that blocks that run together read the same tokens.
-device Tile tile_at(const Arguments& a, int number) {
-  const int across = (a.rows + ROWS * CLUSTER - 1) / (ROWS * CLUSTER) * CLUSTER, own = number % across;
-  return {own * (ROWS / 16), own * ROWS, number / across * WIDTH};
-}
-device int tiles_of(const Arguments& a) {
-  return (a.rows + ROWS * CLUSTER - 1) / (ROWS * CLUSTER) * CLUSTER * ((a.tokens + WIDTH - 1) / WIDTH);
-}
+// Tiles of rows lie beside each other, so that blocks that run together read the same tokens. First come whole tiles, then
+// the halves of others (those of a cluster's blocks are beside each other too), then a last strip of tokens.
+struct Tiles {
+  int across, whole, halved, strip;
+  Tiles(const Prompt& given) {
+    const int strips = (given.a.tokens + STRIP - 1) / STRIP;
+    across = (given.a.rows + ROWS * CLUSTER - 1) / (ROWS * CLUSTER) * CLUSTER;
+    const int full = HALVES ? across * (strips / 2) : across * strips;
+    whole = HALVES && given.whole < full ? given.whole : full;
+    halved = full - whole;
+    strip = HALVES && strips % 2 ? strips - 1 : -1;
+  }
+  int count() const { return whole + 2 * halved + (strip < 0 ? 0 : across); }
+  Tile at(int number) const {
+    if (!HALVES) return tile(number % across, number / across, 1);
+    if (number < whole) return tile(number % across, number / across * 2, 2);
+    number -= whole;
+    if (number >= 2 * halved) return tile(number - 2 * halved, strip, 1);
+    const int pair = number / CLUSTER, own = whole + pair / 2 * CLUSTER + number % CLUSTER;
+    return tile(own % across, own / across * 2 + pair % 2, 1);
+  }
+  Tile tile(int row, int first_strip, int strips) const { return {row * (ROWS / 16), row * ROWS, first_strip * STRIP, strips}; }
+};
+
 // Stages of a block's steps; columns that only fill up the last step have none.
 device int stages_of(const Arguments& a, const Share& share) {
   const int all = (a.columns + COLUMNS - 1) / COLUMNS, end = share.end * IN_STEP < all ? share.end * IN_STEP : all;
@@ -131,15 +151,16 @@ device void unpack(
 
 device void fill(const Prompt& given, const Stages& stages, int warp, int lane, u32 rank) {
   const Arguments& a = given.a;
-  const int place = place_of_lane(lane), own_tile = warp * TILES, tiles = tiles_of(a);
+  const int place = place_of_lane(lane), own_tile = warp * TILES;
+  const Tiles tiles(given);
   const Share share = share_of(a);
   const int count = stages_of(a, share), rounds = (count + IN_STEP - 1) / IN_STEP;
   const bool brings = warp == 0 && lane == 0;
   Turn turn;
   turn.phase = 1;  // nobody has used a stage before
   bool first = true;
-  for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
-    const Tile tile = tile_at(a, number);
+  for (int number = blockIdx.x; number < tiles.count(); number += gridDim.x) {
+    const Tile tile = tiles.at(number);
     const Places places = places_of(a, tile.row_tile + own_tile, place);
     Tables tables[TILES];
     load_tables(tables, a, tile.row_tile + own_tile, place / 4);
@@ -166,14 +187,17 @@ device void fill(const Prompt& given, const Stages& stages, int warp, int lane, 
           if (round * IN_STEP + part >= count) break;
           wait_for(stages.empty + turn.stage, turn.phase);
           if (brings) {
-            constexpr int OWN = WIDTH / CLUSTER;  // tokens
+            constexpr int OWN = STRIP / CLUSTER;  // tokens
             const int which = CLUSTER > 1 ? rank % CLUSTER : 0;
-            expect(stages.full + turn.stage, WIDTH * LINE);
-            u8* to = stages.tokens(turn.stage) + which * OWN * LINE;
-            const int column = (step * IN_STEP + part) * COLUMNS, token = tile.first_token + which * OWN;
             u64* full = stages.full + turn.stage;
-            if constexpr (CLUSTER > 1) copy_box_to(to, &given.tokens, column, token, full, ((1 << CLUSTER) - 1) << rank / CLUSTER * CLUSTER);
-            else copy_box(to, &given.tokens, column, token, full);
+            expect(full, tile.strips * STRIP * LINE);
+            for (int strip = 0; strip < tile.strips; ++strip) {
+              const int within = strip * STRIP + which * OWN, token = tile.first_token + within;
+              u8* to = stages.tokens(turn.stage) + within * LINE;
+              const int column = (step * IN_STEP + part) * COLUMNS;
+              if constexpr (CLUSTER > 1) copy_box_to(to, &given.tokens, column, token, full, ((1 << CLUSTER) - 1) << rank / CLUSTER * CLUSTER);
+              else copy_box(to, &given.tokens, column, token, full);
+            }
           }
           unpack(stages.weights(turn.stage), codes[d], scales[d], tables, a, tile, own_tile, step, part, place, lane);
           show_to_copies();
@@ -192,7 +216,8 @@ device void fill(const Prompt& given, const Stages& stages, int warp, int lane, 
 
 // ---- Those that multiply.
 
-device void multiply_tile(float (&sums)[TOKENS][4], const Stages& stages, Turn& turn, int count, int four, int lane, u32 rank) {
+template <int COUNT>
+device void multiply_tile(float (&sums)[COUNT][4], const Stages& stages, Turn& turn, int count, int four, int lane, u32 rank) {
   const auto leave = [&](int stage) {
     warp_barrier();
     if (lane < CLUSTER) {
@@ -216,7 +241,7 @@ device void multiply_tile(float (&sums)[TOKENS][4], const Stages& stages, Turn& 
   wait_for_products<0>();
   if (count > 0) leave(before);
 #pragma unroll
-  for (int n = 0; n < TOKENS; ++n)
+  for (int n = 0; n < COUNT; ++n)
 #pragma unroll
     for (int j = 0; j < 4; ++j) settle(sums[n][j]);
 }
@@ -226,7 +251,7 @@ device void put_results(const Arguments& a, const float (&sums)[TOKENS][4], u8* 
   const int warp = threadIdx.x / 32 % 4, first_row = tile.first_row + 64 * four;
 #pragma unroll
   for (int piece = 0; piece < WIDTH / AT_ONCE; ++piece) {
-    if (tile.first_token + piece * AT_ONCE >= a.tokens) break;
+    if (piece * AT_ONCE >= tile.strips * STRIP || tile.first_token + piece * AT_ONCE >= a.tokens) break;
     barrier_of_four(four);  // those before have been read
 #pragma unroll
     for (int n = 0; n < AT_ONCE / 8; n += 2) {
@@ -313,16 +338,20 @@ void rarefy_prompt(const __grid_constant__ Prompt given) {
     return;
   }
   if constexpr (MANY_SUMS) raise_registers<168>();
-  const int four = warp / 4, count = stages_of(a, share_of(a)), tiles = tiles_of(a);
+  const int four = warp / 4, count = stages_of(a, share_of(a));
+  const Tiles tiles(given);
   Turn turn;
-  for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
-    const Tile tile = tile_at(a, number);
+  for (int number = blockIdx.x; number < tiles.count(); number += gridDim.x) {
+    const Tile tile = tiles.at(number);
     float sums[TOKENS][4];
     if (SPLIT > 1 && count == 0) {
 #pragma unroll
       for (int n = 0; n < TOKENS; ++n) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
     }
-    multiply_tile(sums, stages, turn, count, four, lane, rank);
+    if (HALVES && tile.strips == 1)
+      multiply_tile(reinterpret_cast<float(&)[HALVES ? TOKENS / 2 : TOKENS][4]>(sums), stages, turn, count, four, lane, rank);
+    else
+      multiply_tile(sums, stages, turn, count, four, lane, rank);
     if constexpr (SPLIT == 1) {
       put_results(a, sums, results + four * AT_ONCE * PITCH, tile, four, lane);
     } else {

@@ -45,16 +45,18 @@ extern "C" void run(int which, const Given* given, int x, int y, int z, int thre
   gridDim = {x, y, z};
   emulator::threads = threads;
 #if WIDE
-  const int together = PROMPTS || !which ? SPLIT : 1;  // blocks of a cluster, neighbours along y
+  const int beside = which ? 1 : CLUSTER, above = which ? 1 : SPLIT;  // blocks of a cluster, along x and y
 #else
-  const int together = 1;
+  const int beside = 1, above = 1;
 #endif
+  const int together = beside * above;
   const int all = threads * together;
   std::vector<char> stacks(STACK * all);
   exchanged.assign(all, {});
   floats.assign(all, 0);
-  for (int cluster = 0; cluster < x * (y / together) * z; ++cluster) {
-    const emulator::Position first = {cluster % x, cluster / x % (y / together) * together, cluster / x / (y / together)};
+  for (int cluster = 0; cluster < x / beside * (y / above) * z; ++cluster) {
+    const int row = cluster / (x / beside);
+    const emulator::Position first = {cluster % (x / beside) * beside, row % (y / above) * above, row / (y / above)};
     memory.assign(together, std::vector<unsigned char>(size, 0xAB));
     barriers.assign(1 + together + all / 32, {});
     fours.assign(all / 128 + 1, {});
@@ -73,7 +75,8 @@ extern "C" void run(int which, const Given* given, int x, int y, int z, int thre
       for (current = 0; current < all; ++current) {
         if (finished[current]) continue;
         threadIdx.x = current % threads;
-        blockIdx = {first.x, first.y + current / threads, first.z};
+        const int rank = current / threads;
+        blockIdx = {first.x + rank % beside, first.y + rank / beside, first.z};
         emulator::shared = memory[current / threads].data();
         swapcontext(&scheduler, &fibers[current]);
         left += !finished[current];

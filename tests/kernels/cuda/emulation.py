@@ -105,7 +105,7 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning, most
         stride=x.stride(0), second_rows=numbers["second_rows"], multiplier=multiplier,
     )  # fmt: skip
     if tuning.unpackers:
-        own_map = struct.pack("QqIII", x.data_ptr(), x.stride(0), tokens, x.shape[1], tuning.strip)
+        own_map = struct.pack("QqIII", x.data_ptr(), x.stride(0), tokens, x.shape[1], tuning.strip // tuning.cluster)
         prompt = program.Prompt(a=given, whole=most)
         prompt.tokens[: len(own_map)] = own_map
         _run("prompt", code, tuning, half, prompt, (min(grid[0], most), *grid[1:]))

@@ -266,16 +266,19 @@ device void prepare_barrier(u64* barrier, unsigned count) { phased(barrier) = {(
 device void barriers_are_prepared() {}
 device void cluster_barrier() { emulator::arrive(emulator::barriers[0], 0, emulator::fibers.size()); }
 device unsigned rank_in_cluster() { return own_block(); }
+// The same place in the shared memory of another block of the cluster.
+template <class T> device T* of_block(T* at, unsigned rank) {
+  return reinterpret_cast<T*>(emulator::memory[rank].data() + (reinterpret_cast<unsigned char*>(at) - emulator::shared));
+}
 device uint4 load_of_block(const uint4* at, unsigned rank) {
-  const auto place = reinterpret_cast<const unsigned char*>(at) - emulator::shared;
-  return *reinterpret_cast<const uint4*>(emulator::memory[rank].data() + place);
+  return *of_block(const_cast<uint4*>(at), rank);
 }
 device void expect(u64* barrier, unsigned bytes) {
   phased(barrier).bytes += bytes, ++phased(barrier).arrived;
   advance(phased(barrier));
 }
 device void arrive_at(u64* barrier) { ++phased(barrier).arrived, advance(phased(barrier)); }
-device void arrive_at(u64* barrier, unsigned) { arrive_at(barrier); }
+device void arrive_at(u64* barrier, unsigned rank) { arrive_at(of_block(barrier, rank)); }
 device void wait_for(u64* barrier, unsigned phase) {
   while (phased(barrier).phase == phase) swapcontext(&emulator::fibers[emulator::current], &emulator::scheduler);
 }
@@ -302,8 +305,9 @@ device void copy_bulk(unsigned char* to, const void* from, unsigned bytes, u64* 
   phased(barrier).bytes -= bytes;
   advance(phased(barrier));
 }
-device void copy_bulk_to(unsigned char* to, const void* from, unsigned bytes, u64* barrier, unsigned short) {
-  copy_bulk(to, from, bytes, barrier);
+device void copy_bulk_to(unsigned char* to, const void* from, unsigned bytes, u64* barrier, unsigned short blocks) {
+  for (unsigned rank = 0; blocks >> rank; ++rank)
+    if (blocks >> rank & 1) copy_bulk(of_block(to, rank), from, bytes, of_block(barrier, rank));
 }
 device void begin_products() {}
 device void commit_products() {}
@@ -326,28 +330,29 @@ template <int N> device void multiply_wide(float (&d)[N][4], const unsigned (&a)
 
 // ---- Lines of 128 bytes, swizzled: of a place in shared memory, bits 7 to 9 are added to bits 4 to 6.
 
-device unsigned char* swizzled(u64 place) { return emulator::shared + (place ^ (place >> 7 & 7) << 4); }
+device u64 swizzled(u64 place) { return place ^ (place >> 7 & 7) << 4; }
 struct Box { const unsigned short* from; long long stride; int rows, columns, height; };  // in the place of a tensor map
 device void copy_box(unsigned char* to, const void* map, int column, int row, u64* barrier) {
   const Box& box = *static_cast<const Box*>(map);
   for (int n = 0; n < 64 * box.height; ++n) {
     const int own_row = row + n / 64, own_column = column + n % 64;
     const bool real = own_row < box.rows && own_column < box.columns;
-    *reinterpret_cast<unsigned short*>(swizzled(to - emulator::shared + 2 * n)) =
-        real ? box.from[own_row * box.stride + own_column] : 0;
+    unsigned char* place = to + swizzled(2 * n);  // whole kilobytes
+    *reinterpret_cast<unsigned short*>(place) = real ? box.from[own_row * box.stride + own_column] : 0;
   }
   phased(barrier).bytes -= 128 * box.height;
   advance(phased(barrier));
 }
-device void copy_box_to(unsigned char* to, const void* map, int column, int row, u64* barrier, unsigned short) {
-  copy_box(to, map, column, row, barrier);
+device void copy_box_to(unsigned char* to, const void* map, int column, int row, u64* barrier, unsigned short blocks) {
+  for (unsigned rank = 0; blocks >> rank; ++rank)
+    if (blocks >> rank & 1) copy_box(of_block(to, rank), map, column, row, of_block(barrier, rank));
 }
 device void show_to_copies() {}
 device u64 lines_at(const unsigned char* block) { return u64(block - emulator::shared) / 16; }
 template <int N> device void multiply_lines(float (&d)[N][4], u64 weights, u64 tokens, bool add) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warp = threadIdx.x / 32 % 4;
   const auto number = [](u64 lines, int line, int k) {
-    return widened(*reinterpret_cast<const unsigned short*>(swizzled(16 * lines + 128 * line + 2 * k)));
+    return widened(*reinterpret_cast<const unsigned short*>(emulator::shared + swizzled(16 * lines + 128 * line + 2 * k)));
   };
   float own[2][16];
   for (int which = 0; which < 2; ++which)

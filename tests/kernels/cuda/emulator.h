@@ -347,7 +347,7 @@ device void copy_box_to(unsigned char* to, const void* map, int column, int row,
   for (unsigned rank = 0; blocks >> rank; ++rank)
     if (blocks >> rank & 1) copy_box(of_block(to, rank), map, column, row, of_block(barrier, rank));
 }
-device void show_to_copies() {}
+device void show_to_products() {}
 device u64 lines_at(const unsigned char* block) { return u64(block - emulator::shared) / 16; }
 template <int N> device void multiply_lines(float (&d)[N][4], u64 weights, u64 tokens, bool add) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warp = threadIdx.x / 32 % 4;

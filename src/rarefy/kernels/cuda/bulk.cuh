@@ -73,5 +73,5 @@ device void copy_box_to(u8* to, const void* map, int column, int row, u64* barri
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
                ::"r"(shared_address(to)), "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks) : "memory");
 }
-// What this thread has written to shared memory may be read by tensor cores and copies, once others know of it.
-device void show_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// What threads before a barrier have written to shared memory may be read by tensor cores behind it.
+device void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -191,16 +191,17 @@ device void fill(const Prompt& given, const Stages& stages, int warp, int lane, 
             const int which = CLUSTER > 1 ? rank % CLUSTER : 0;
             u64* full = stages.full + turn.stage;
             expect(full, tile.strips * STRIP * LINE);
-            for (int strip = 0; strip < tile.strips; ++strip) {
+            const auto copy = [&](int strip) {
               const int within = strip * STRIP + which * OWN, token = tile.first_token + within;
               u8* to = stages.tokens(turn.stage) + within * LINE;
               const int column = (step * IN_STEP + part) * COLUMNS;
               if constexpr (CLUSTER > 1) copy_box_to(to, &given.tokens, column, token, full, ((1 << CLUSTER) - 1) << rank / CLUSTER * CLUSTER);
               else copy_box(to, &given.tokens, column, token, full);
-            }
+            };
+            copy(0);
+            if (HALVES && tile.strips > 1) copy(1);
           }
           unpack(stages.weights(turn.stage), codes[d], scales[d], tables, a, tile, own_tile, step, part, place, lane);
-          show_to_copies();
           warp_barrier();
           if (lane == 0) arrive_at(stages.full + turn.stage);
           turn.pass();
@@ -228,6 +229,8 @@ device void multiply_tile(float (&sums)[COUNT][4], const Stages& stages, Turn& t
   int before = 0;
   for (int n = 0; n < count; ++n) {
     wait_for(stages.full + turn.stage, turn.phase);
+    // Here and not where weights are written: it waits for all that a thread has on its way, and those have codes.
+    show_to_products();
     const u64 weights = lines_at(stages.weights(turn.stage) + four * 64 * LINE), tokens = lines_at(stages.tokens(turn.stage));
     begin_products();
 #pragma unroll

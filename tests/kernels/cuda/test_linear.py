@@ -95,7 +95,8 @@ def test_every_way_to_cut_the_work_up(tuning: Tuning, tokens: int) -> None:
     ("tuning", "tokens"),
     [
         (Tuning(1, 1, 1, 2, 2, spread=True), 1), (Tuning(2, 1, 2, 1, 3), 11),
-        (Tuning(1, 2, 8, 1, 1, 3, 2, wide=True), 11),
+        (Tuning(1, 2, 8, 1, 1, 3, 2, wide=True), 11), (Tuning(2, 8, depth=1, stages=2, wide=True, unpackers=1), 11),
+        (Tuning(1, 8, depth=1, stages=3, split=2, wide=True, unpackers=2), 11),
     ],
     ids=str,
 )  # fmt: skip
@@ -144,6 +145,9 @@ def test_every_form_of_prompts(changes: dict[str, Any], rows: int, columns: int,
     """One block for many tiles, blocks that share columns, rows and tokens that fill no tile."""
     term = quantized(GRIDS["int4-integer"], PATTERNS["full"], rows, columns)
     assert product([term], replace(PROMPT, **changes), tokens, torch.bfloat16, most) < 4e-3
+    if rows * columns > 1:
+        outliers = residual(rows, columns)
+        assert product([term, outliers], replace(PROMPT, **changes), tokens, torch.float16, most) < 6e-4
 
 
 @pytest.mark.parametrize("name", EVERY_KIND)

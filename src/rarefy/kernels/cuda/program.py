@@ -155,10 +155,8 @@ class Tuning:
     def suits(self, code: Code) -> bool:
         """Whether four warps together multiply such a code so: sums in units of a scale want one, and outliers want
         warps that have nothing else to do and whole words of tokens."""
-        if not self.wide:
+        if not self.wide or self.unpackers:
             return True
-        if self.unpackers:
-            return code.outliers is None
         outliers = code.outliers is None or (self.across > 4 and self.tokens in (2, 4, 8, 16))
         return outliers and (code.can_rescale or not self.rescaled)
 

@@ -10,7 +10,7 @@
 // Macros besides those of codes.cuh: TOKENS (of 8, a multiple of 8), STAGES (of 64 columns in shared memory), DEPTH (steps
 // of codes in registers), UNPACKERS (fours of warps that unpack, of TILES tiles each), SPLIT (blocks over columns, which
 // add up what they have in each other's shared memory), CLUSTER (neighbouring blocks that share what they read of the
-// tokens).
+// tokens), OUTLIERS (type of single values that are added to the weight).
 
 constexpr int MULTIPLIERS = 2, THREADS = 128 * (MULTIPLIERS + UNPACKERS);
 #define SHARED_ALIGNMENT 1024
@@ -149,6 +149,65 @@ device void unpack(
   }
 }
 
+#if OUTLIERS
+#include "outliers.cuh"
+
+// Those of a row, which one lane adds to what its warp has unpacked, in the order of their columns. A quad is there, and
+// the next is on its way.
+struct Outliers {
+  const uint4* quads;
+  const u32* rest;
+  int at = 0, held = 0, end = 0;
+  bool upper;
+  u32 now[4];
+  uint4 coming[2];
+
+  void begin(const Arguments& a, int row, bool real, int column) {
+    if (!real || row >= a.rows) return;
+    const Rest own = rest_of(a, row);
+    upper = row % 16 >= 8, held = 4 * a.quads, end = held + int(own.end - own.begin), rest = a.rest + own.begin;
+    quads = reinterpret_cast<const uint4*>(a.entries + i64(row / 16) * a.quads * 32 + row % 8 * 4);
+    call(0);
+    take();
+    while (at < end && column_of(entry()) < column) pass();
+  }
+  void call(int quad) {
+    if (4 * quad < held) coming[0] = load_once(quads + quad * 16), coming[1] = load_once(quads + quad * 16 + 1);
+  }
+  void take() {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      now[2 * n] = upper ? coming[n].y : coming[n].x;
+      now[2 * n + 1] = upper ? coming[n].w : coming[n].z;
+    }
+    call(at / 4 + 1);
+  }
+  void pass() {
+    if (++at % 4 == 0 && at < held) take();
+  }
+  u32 entry() const {
+    if (at >= held) return load_near(rest + at - held);
+    const u32 low = at % 2 ? now[1] : now[0], high = at % 2 ? now[3] : now[2];
+    return at % 4 < 2 ? low : high;
+  }
+  static int column_of(u32 entry) { return entry & 0xFFFF; }
+
+  // What lies in a stage, whose first column this is; fillings of quads lie before and are zeros.
+  void add(u8* line, int number, int first) {
+    while (at < end) {
+      const u32 own = entry();
+      const int column = column_of(own) - first;
+      if (column >= COLUMNS) break;
+      if (column >= 0) {
+        u16& weight = *reinterpret_cast<u16*>(line + ((column / 8 ^ number % 8) << 4) + column % 8 * 2);
+        weight = rounded<HALF>(widened(weight) + value_of(own));
+      }
+      pass();
+    }
+  }
+};
+#endif
+
 device void fill(const Prompt& given, const Stages& stages, int warp, int lane, u32 rank) {
   const Arguments& a = given.a;
   const int place = place_of_lane(lane), own_tile = warp * TILES;
@@ -172,6 +231,11 @@ device void fill(const Prompt& given, const Stages& stages, int warp, int lane, 
         fetch(codes[d], a, places, share.begin + d, place);
         fetch(scales[d], a, places, share.begin + d, place);
       }
+#if OUTLIERS
+    const int own_line = own_tile * 16 + lane % (16 * TILES);
+    Outliers outliers;
+    outliers.begin(a, tile.first_row + own_line, lane < 16 * TILES, share.begin * STEP);
+#endif
     if (first && brings) {
       start_later_kernels();
       wait_for_earlier_kernels();
@@ -203,6 +267,10 @@ device void fill(const Prompt& given, const Stages& stages, int warp, int lane, 
           }
           unpack(stages.weights(turn.stage), codes[d], scales[d], tables, a, tile, own_tile, step, part, place, lane);
           warp_barrier();
+#if OUTLIERS
+          outliers.add(stages.weights(turn.stage) + own_line * LINE, own_line, (step * IN_STEP + part) * COLUMNS);
+          warp_barrier();
+#endif
           if (lane == 0) arrive_at(stages.full + turn.stage);
           turn.pass();
         }

@@ -203,6 +203,7 @@ def relative(y: Tensor, expected: Tensor) -> float:
 def peers_of(names: Iterable[str], rows: int, columns: int) -> dict[str, list[Callable[[Tensor], Tensor]]]:
     """What others make of a layer of this size: for each a product with every copy of its weights."""
     makers = {"bf16": _bf16, "tinygemm": _tinygemm, "gemlite": _gemlite, "spqr_quant": _spqr_quant}
+    makers |= {"marlin": _marlin, "bitsandbytes": _bitsandbytes}
     found = {}
     for name in names:
         try:
@@ -253,6 +254,38 @@ def _spqr_quant(rows: int, columns: int) -> list[Callable[[Tensor], Tensor]]:
         call = functools.partial(torch.ops.spqr_cuda.spqr_mul, *sizes, x, flags, y, y)  # in float16, not the input
         calls.append(lambda _, call=call: call())
     return calls  # type: ignore[return-value]
+
+
+def _marlin(rows: int, columns: int) -> list[Callable[[Tensor], Tensor]]:
+    """Groups of 128, activations in float16, the only ones it takes."""
+    import marlin
+
+    scales = torch.rand(columns // 128, rows, device="cuda").half()
+    locks = torch.zeros(rows // 128 * 16, device="cuda", dtype=torch.int32)
+
+    @functools.cache
+    def room(tokens: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(tokens, columns, device="cuda").half(), torch.empty(tokens, rows, device="cuda").half()
+
+    def product(codes: Tensor, x: Tensor) -> Tensor:
+        given, result = room(len(x))
+        marlin.mul(given, codes, result, scales, locks)
+        return result
+
+    tiles = (columns // 16, rows * 2)
+    copies = [torch.randint(-(1 << 31), 1 << 31, tiles, device="cuda").int() for _ in _count(4, rows, columns)]
+    return [functools.partial(product, codes) for codes in copies]
+
+
+def _bitsandbytes(rows: int, columns: int) -> list[Callable[[Tensor], Tensor]]:
+    """NF4 in groups of 64 with scales of 32 bits, for which it has a kernel of its own for one token."""
+    import bitsandbytes
+
+    copies = []
+    for _ in _count(4, rows, columns):
+        weight = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
+        copies.append(bitsandbytes.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4"))
+    return [lambda x, c=c: bitsandbytes.matmul_4bit(x, c[0].t(), quant_state=c[1]) for c in copies]  # type: ignore[misc]
 
 
 def triton_time(weights: Weights, x: Tensor) -> float | None:
@@ -404,6 +437,8 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(f"{rows}x{columns}" for rows, columns in SHAPES))
     parser.add_argument("--gemlite", default="1,16,64", help="numbers of tokens for which gemlite is a peer")
     parser.add_argument("--spqr-quant", action="store_true", help="one token of SpQR beside its authors' kernel")
+    parser.add_argument("--marlin", action="store_true", help="W4 beside Marlin")
+    parser.add_argument("--bitsandbytes", action="store_true", help="NF4 beside bitsandbytes")
     parser.add_argument("--triton", action="store_true", help="time the portable kernel too")
     parser.add_argument("--fp8", default="", help="numbers of tokens whose activations are quantized too")
     parser.add_argument("--narrow", action="store_true", help="leave out what only some GPUs can do")
@@ -430,7 +465,7 @@ def main() -> None:
         write(options, rows, KEY)
 
     for height, width in shapes:
-        others = [*(["gemlite"] if options.gemlite else []), *(["spqr_quant"] if options.spqr_quant else [])]
+        others = [name for name in ("gemlite", "spqr_quant", "marlin", "bitsandbytes") if getattr(options, name)]
         peers = peers_of(["bf16", "tinygemm", *others], height, width)
         for name, counts in jobs:
             weights = Weights(JOBS[name], height, width)
@@ -464,7 +499,7 @@ def measured(
     for peer, products in peers.items():
         knows = {
             "gemlite": str(tokens) in known, "tinygemm": tokens <= MOST_OF_TINYGEMM,
-            "spqr_quant": (name, tokens) == ("SpQR", 1),
+            "spqr_quant": (name, tokens) == ("SpQR", 1), "marlin": name == "W4", "bitsandbytes": name == "NF4 g64",
         }  # fmt: skip
         if knows.get(peer, True):
             graphs[peer] = graph_of([functools.partial(product, x) for product in products]), len(products)
@@ -497,7 +532,7 @@ def measured(
     print(f"{name} {height}x{width} M={tokens}: {ours:.1f} us, {row['fraction_of_limit']} of the limit, "
           f"{row['ratio_to_bf16']}x bf16, {row['others']}, error {error:.1e}, {tuning}", flush=True)  # fmt: skip
     rows: list[Row] = [row]
-    for other in (f"own {beside}", "spqr_quant"):
+    for other in (f"own {beside}", "spqr_quant", "marlin", "bitsandbytes"):
         if other in times:
             rows.append({
                 **row, "job": f"{name}, beside {other.removeprefix('own ')}", "peer": other,

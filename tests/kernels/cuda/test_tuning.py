@@ -71,6 +71,17 @@ def test_what_was_measured_of_another_code_is_made_to_fit() -> None:
     assert tuning.choose(Code(3, 128), 4096, 4096, 32, GPU).across == 4
 
 
+def test_measurements_of_the_same_groups_and_zeros_come_first() -> None:
+    grouped, plain, zeros = Code(4, 64, table="shared"), Code(4, table="shared"), Code(4, 64, zero=torch.float16)
+    of_grouped, of_plain = Tuning(1, 1, 1, 8), Tuning(2, 1, 1, 8)
+    tuning.keep([tuning.entry(grouped, 4096, 4096, 1, of_grouped), tuning.entry(plain, 4096, 4096, 1, of_plain)], GPU)
+    assert tuning.choose(grouped, 4096, 4096, 1, GPU) == of_grouped
+    assert tuning.choose(plain, 4096, 4096, 1, GPU) == of_plain
+    assert tuning.choose(zeros, 4096, 4096, 1, GPU) == tuning.by_rule(zeros, 4096, 4096, 1, CAPABILITY)  # no table
+    tuning.keep([tuning.entry(Code(4, 128), 4096, 4096, 1, of_plain)], GPU)
+    assert tuning.choose(zeros, 4096, 4096, 1, GPU) == of_plain  # better than none
+
+
 def test_small_groups_are_dequantized_sooner() -> None:
     found = [most_tokens([({}, {"kind": KIND, "group_size": size}, 1.0)], GPU) for size in (0, 16, 32, 128)]
     assert found == [768, 64, 64, 768]

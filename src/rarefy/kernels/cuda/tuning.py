@@ -16,7 +16,7 @@ from rarefy.kernels.cuda.program import PLAIN, Code, Ending, Tuning
 from rarefy.sources.cache import cache_root
 
 FOLDER = Path(__file__).with_name("tables")
-KEY = ("bits", "table", "outliers", "small", "rows", "columns", "tokens")  # of a measurement
+KEY = ("bits", "table", "outliers", "small", "group", "zero", "rows", "columns", "tokens")  # of a measurement
 ALIKE = 2.0  # how many times larger or longer a measured size may be
 MOST_SHARED = 200 * 1024  # bytes of a block's shared memory
 MOST_SHARED_WIDE = 226 * 1024  # where four warps can multiply together
@@ -62,12 +62,14 @@ def _chosen(
         shape = entry["rows"] / entry["columns"] / (rows / columns)
         return max(size, 1 / size), max(shape, 1 / shape)
 
-    nearest = min(known, key=distance, default=None)
-    if nearest is not None and max(distance(nearest)) <= ALIKE:
-        measured = Tuning(**nearest["tuning"])
-        found = fitted(code, measured)
-        if found.suits(code) and found.shared_memory(code) <= (MOST_SHARED_WIDE if found.wide else MOST_SHARED):
-            return found
+    details = _details(code)
+    same = [entry for entry in known if all(entry.get(key) == details[key] for key in details)]
+    for entries in (same, known):
+        nearest = min(entries, key=distance, default=None)
+        if nearest is not None and max(distance(nearest)) <= ALIKE:
+            found = fitted(code, Tuning(**nearest["tuning"]))
+            if found.suits(code) and found.shared_memory(code) <= (MOST_SHARED_WIDE if found.wide else MOST_SHARED):
+                return found
     return by_rule(code, rows, columns, bucket, capability)
 
 
@@ -179,7 +181,7 @@ def keep(entries: list[dict[str, Any]], device: torch.device) -> Path:
 
 def entry(code: Code, rows: int, columns: int, tokens: int, tuning: Tuning) -> dict[str, Any]:
     """What a table says of one measurement."""
-    own = {**_kind(code), "rows": rows, "columns": columns, "tokens": tokens}
+    own = {**_kind(code), **_details(code), "rows": rows, "columns": columns, "tokens": tokens}
     return {**own, "tuning": asdict(tuning)}
 
 
@@ -188,6 +190,11 @@ def _kind(code: Code) -> dict[str, Any]:
     return {
         "bits": code.bits, "table": code.table, "outliers": code.outliers is not None, "small": code.parts > 4,
     }  # fmt: skip
+
+
+def _details(code: Code) -> dict[str, Any]:
+    """In what else its measurements differ: those of a code that differs only so do where there are no others."""
+    return {"group": code.group, "zero": code.zero is not None}
 
 
 def _own(name: str) -> Path:

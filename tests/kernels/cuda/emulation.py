@@ -108,7 +108,8 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning, most
         own_map = struct.pack("QqIII", x.data_ptr(), x.stride(0), tokens, x.shape[1], tuning.strip // tuning.cluster)
         prompt = program.Prompt(a=given, whole=most)
         prompt.tokens[: len(own_map)] = own_map
-        _run("prompt", code, tuning, half, prompt, (min(grid[0], most), *grid[1:]))
+        blocks, _, _ = program.tiles(tuning, rows, tokens, 132)
+        _run("prompt", code, tuning, half, prompt, (min(blocks, most), tuning.split, 1))
         return y
     if tuning.wide:
         _run("arrange", code, tuning, half, given, program.arranging(code, tuning, given))

@@ -278,22 +278,20 @@ def arguments(
 
 
 def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
-    """Blocks over rows, columns and tokens; of prompts, over tiles of both and over columns."""
-    if tuning.unpackers:
-        return prompt_tiles(tuning, rows, tokens)[0], tuning.split, 1
+    """Blocks over rows, columns and tokens."""
     across = -(-rows // (tuning.rows * tuning.cluster)) * tuning.cluster
     return across, tuning.split, -(-tokens // (8 * tuning.tokens))
 
 
-def prompt_tiles(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, float]:
-    """Of ``prompt.cu``: blocks, tiles that are not taken in halves, and how many whole tiles take as long as the block
-    that has most to do."""
+def tiles(tuning: Tuning, rows: int, tokens: int, processors: int) -> tuple[int, int, float]:
+    """Of ``prompt.cu`` on so many ``processors``: blocks, tiles that are not taken in halves, and how many whole tiles
+    take as long as the block that has most to do."""
     across = -(-rows // (tuning.rows * tuning.cluster)) * tuning.cluster
     strips, halves = -(-tokens // tuning.strip), 8 * tuning.tokens // tuning.strip
     full, more = across * (strips // halves), across * (strips % halves)
     if tuning.split > 1:
-        return full, full, 1
-    blocks = PROCESSORS // tuning.cluster * tuning.cluster
+        return full, full, -(-full * tuning.split // processors)
+    blocks = processors // tuning.cluster * tuning.cluster
 
     def longest(whole: int) -> float:  # the first block's
         units = range(0, whole + halves * (full - whole) + more, blocks)
@@ -301,6 +299,12 @@ def prompt_tiles(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, floa
 
     whole = min(full, full // blocks * blocks, key=longest) if halves > 1 else full
     return min(blocks, whole + halves * (full - whole) + more), whole, longest(whole)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def shared_memory(name: str, code: Code, tuning: Tuning, ending: Ending = PLAIN) -> int:
@@ -333,7 +337,7 @@ def linear(
         if name == "arrange":
             program(arranging(code, tuning, given), ARRANGING, given, stream, tuning.overlap)
         elif name == "prompt":
-            blocks, whole, _ = prompt_tiles(tuning, given.rows, given.tokens)
+            blocks, whole, _ = tiles(tuning, given.rows, given.tokens, processors(device))
             own = Prompt(a=given, whole=whole)
             box = tuning.strip // tuning.cluster
             own.tokens[:] = driver.tensor_map(given.x, given.tokens, given.columns, given.stride, box)
@@ -351,7 +355,6 @@ def compiled(
 
 
 ARRANGING = 128  # threads of a block
-PROCESSORS = 132  # of a Hopper GPU: blocks that run at once, one on each
 
 
 def arranging(code: Code, tuning: Tuning, given: Arguments) -> tuple[int, int, int]:
@@ -392,11 +395,13 @@ def workspace(
     """Memory beside the product's own tensors. For blocks that share columns: partial sums, and counters that are zero
     before and after; for four warps that multiply together: the tokens as they want them, and their sums by group."""
     found: dict[str, Tensor] = {}
+    if tuning.unpackers:
+        return found
     across, _, deep = grid(tuning, rows, tokens)
     if tuning.split > 1 and not tuning.wide:
         found["partial"] = torch.empty(tuning.split, tokens, rows, dtype=torch.float32, device=device)
         found["arrived"] = _counters(device, across * deep)
-    if "arrange" in tuning.kernels:
+    if tuning.wide:
         steps, width = -(-columns // code.step), 8 * tuning.tokens
         found["arranged"] = torch.empty(deep, steps, code.step // 8, width, 8, dtype=torch.int16, device=device)
         if code.sums:

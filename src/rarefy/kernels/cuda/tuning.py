@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock
 
 from rarefy.core.files import write_text
-from rarefy.kernels.cuda.program import PLAIN, Code, Ending, Tuning
+from rarefy.kernels.cuda.program import PLAIN, Code, Ending, Tuning, processors, tiles
 from rarefy.sources.cache import cache_root
 
 FOLDER = Path(__file__).with_name("tables")
@@ -23,11 +23,17 @@ MOST_SHARED_WIDE = 226 * 1024  # where four warps can multiply together
 MOST_STAGES = 8
 NARROW = 8192  # rows that are too few blocks unless more warps share a row
 BLOCKS = 132  # that keep a large GPU busy
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens that are told apart
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)  # tokens that are told apart
+# Of prompts, by 8 tokens of a tile: fours of warps that unpack, and cycles in which products of a stage are done.
+PROMPTS = {32: (1, 1024), 16: (2, 512), 8: (2, 256)}
+UNPACKING = 450  # cycles of a stage for one four of warps
+ENDS = 3000, 8000  # cycles to begin and end a tile, alone and where blocks share columns
 
 
 def choose(code: Code, rows: int, columns: int, tokens: int, device: torch.device) -> Tuning:
     """What to compile for ``tokens`` of ``columns`` against ``rows``."""
+    if tokens > BUCKETS[-1] and torch.cuda.get_device_capability(device) == (9, 0):
+        return of_prompt(code, rows, columns, tokens, processors(device))
     bucket = next((each for each in BUCKETS if tokens <= each), BUCKETS[-1])
     return _chosen(code, rows, columns, bucket, _name(device), torch.cuda.get_device_capability(device))
 
@@ -119,6 +125,24 @@ def _wide(code: Code, rows: int, tokens: int) -> Tuning:
     return fitted(code, replace(own, split=split))
 
 
+@functools.lru_cache(maxsize=1 << 12)
+def of_prompt(code: Code, rows: int, columns: int, tokens: int, processors: int) -> Tuning:
+    """The rule for prompts: what should take the fewest cycles on so many ``processors``."""
+
+    def cycles(tuning: Tuning) -> float:
+        fours, products = PROMPTS[tuning.tokens]
+        small = 2 if code.parts > 4 else 1
+        of_stage = max(products, small * UNPACKING / fours)
+        _, _, longest = tiles(tuning, rows, tokens, processors)
+        return longest * (-(-columns // 64) / tuning.split * of_stage + ENDS[tuning.split > 1])
+
+    every = (
+        Tuning(2 // fours, at_once, stages=MOST_STAGES, split=split, wide=True, overlap=True, unpackers=fours)
+        for at_once, (fours, _) in PROMPTS.items() for split in (1, 2, 4)
+    )  # fmt: skip
+    return fitted(code, min(every, key=cycles))
+
+
 def widths(tokens: int) -> list[int]:
     """How many times 8 tokens a block of four warps together may take, likelier ones first."""
     if tokens > 128:
@@ -145,6 +169,8 @@ def fitted(code: Code, tuning: Tuning) -> Tuning:
         return replace(tuning, depth=1) if small and not tuning.spread else tuning
     roomy = tuning.tokens <= 8 and code.outliers is None  # whose warps need registers too
     depth = 1 if small else 4 if roomy else 3 if tuning.tokens == 16 and tuning.rescaled else 2
+    if tuning.unpackers:
+        depth = 1 if small or code.step > 128 else 2
     every = (replace(tuning, stages=stages, depth=depth) for stages in range(tuning.stages, 1, -1))
     return next((each for each in every if each.shared_memory(code) <= MOST_SHARED_WIDE), replace(tuning, stages=2))
 

@@ -110,8 +110,7 @@ class Tuning:
     warps multiply ``in_turns``; ``rescaled``: sums are kept in units of the last scale (see ``Code.can_rescale``).
 
     ``unpackers``: fours of warps that unpack for two other fours, which multiply from shared memory (``prompt.cu``;
-    ``wide`` too). ``stages`` are of 64 columns then, ``tokens`` a multiple of 8, and ``tiles`` those of a warp that
-    unpacks."""
+    ``wide`` too). ``stages`` are of 64 columns then, and ``tiles`` those of a warp that unpacks."""
 
     tiles: int = 1
     tokens: int = 1
@@ -171,7 +170,7 @@ class Tuning:
         table = code.table_bytes
         if self.unpackers:
             staged = self.stages * (64 * 2 * (self.rows + width) + 16)
-            results = MULTIPLIERS * 64 * (2 * 64 + 16)
+            results = MULTIPLIERS * min(64, width) * (2 * 64 + 16)
             meeting = 4 * width * (self.rows + 4) + 16 * self.stages
             return -(-table // 1024) * 1024 + (staged + results if self.split == 1 else max(staged, meeting))
         if self.wide:

@@ -7,7 +7,7 @@
 // that unpack are already at the next when results are written. Tiles that would be a last wave for some blocks only, and
 // tokens that fill no tile, are taken in halves.
 //
-// Macros besides those of codes.cuh: TOKENS (of 8, a multiple of 8), STAGES (of 64 columns in shared memory), DEPTH (steps
+// Macros besides those of codes.cuh: TOKENS (of 8), STAGES (of 64 columns in shared memory), DEPTH (steps
 // of codes in registers), UNPACKERS (fours of warps that unpack, of TILES tiles each), SPLIT (blocks over columns, which
 // add up what they have in each other's shared memory), CLUSTER (neighbouring blocks that share what they read of the
 // tokens), OUTLIERS (type of single values that are added to the weight).
@@ -26,7 +26,7 @@ constexpr int LINE = 128, COLUMNS = LINE / 2;  // bytes and numbers of a row or 
 constexpr int STAGE_WEIGHTS = ROWS * LINE, STAGE = STAGE_WEIGHTS + WIDTH * LINE;
 constexpr int IN_STEP = STEP / COLUMNS;  // stages
 constexpr int TABLE_ROOM = (TABLE_BYTES + 1023) / 1024 * 1024;  // what is swizzled begins at whole kilobytes
-constexpr int AT_ONCE = 64, PITCH = 2 * 64 + 16;  // tokens that are written at once, and bytes of one with its 64 rows
+constexpr int AT_ONCE = WIDTH < 64 ? WIDTH : 64, PITCH = 2 * 64 + 16;  // tokens that are written at once, and bytes of one with its 64 rows
 constexpr int SUM_PITCH = ROWS + 4;
 constexpr bool HALVES = SPLIT == 1 && TOKENS % 16 == 0;  // whether a tile may have half of the tokens
 constexpr int STRIP = HALVES ? WIDTH / 2 : WIDTH;        // tokens that are always taken together
@@ -98,13 +98,34 @@ device int place_of_lane(int lane) {
   return 4 * (g % 2 * 4 + g / 2 % 2 * 2 + g / 4) + lane % 4;
 }
 
-// Two codes as weights.
-device u32 weights_of(u32 codes, const Pair<SCALE>& scale, const Pair<ZERO>& zero, int which) {
-  if constexpr (SCALE == NONE && ZERO == NONE) return codes;
-  const float low = contribution(scale, zero, which, widened(u16(codes)), 1.0f);
-  const float high = contribution(scale, zero, which, widened(u16(codes >> 16)), 1.0f);
-  return HALF ? half_pair(low, high) : bf16_pair(low, high);
-}
+// From a row's codes to its weights, two at once. A scale is the sum of two bfloat16, and a code times the lesser is no
+// longer than one or nearly so: the sum of both products is rounded once, without detours by float32. Where that cannot be
+// (`!QUICK`) weights are formed as in `rarefy_dequantize`.
+constexpr bool QUICK = (SCALE == F16 || (SCALE == BF16 && !HALF)) && (ZERO == NONE || ZERO == U8);
+
+struct Weigher {
+  u32 scale, rest, zero;  // pairs
+  template <class S, class Z> void prepare(const S& own_scale, const Z& own_zero, int which) {
+    if constexpr (QUICK) {
+      const float all = number(own_scale, which);
+      scale = rounded<HALF>(all) * 0x10001u;
+      if constexpr (SCALE == F16 && !HALF) rest = rounded<HALF>(all - widened(u16(scale))) * 0x10001u;
+      if constexpr (ZERO == U8) zero = rounded<HALF>(CENTER - number(own_zero, which)) * 0x10001u;
+    }
+  }
+  template <class S, class Z> u32 weights(u32 codes, const S& own_scale, const Z& own_zero, int which) const {
+    if constexpr (SCALE == NONE && ZERO == NONE) {
+      return codes;
+    } else if constexpr (QUICK) {
+      if constexpr (ZERO == U8) codes = fused(codes, ONES, zero);
+      return fused(codes, scale, SCALE == F16 && !HALF ? fused(codes, rest, 0) : 0);
+    } else {
+      const float low = contribution(own_scale, own_zero, which, widened(u16(codes)), 1.0f);
+      const float high = contribution(own_scale, own_zero, which, widened(u16(codes >> 16)), 1.0f);
+      return HALF ? half_pair(low, high) : bf16_pair(low, high);
+    }
+  }
+};
 
 // Stage `part` of a step: 64 columns of a warp's rows.
 device void unpack(
@@ -113,6 +134,7 @@ device void unpack(
   const int g = place / 4, t = place % 4;
 #pragma unroll
   for (int r = 0; r < TILES; ++r) {
+    Weigher weighers[2];
     u8* lines[2];
 #pragma unroll
     for (int which = 0; which < 2; ++which) lines[which] = to + (16 * (first_tile + r) + g + 8 * which) * LINE;
@@ -122,6 +144,11 @@ device void unpack(
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int b = 2 * pair + e;
+        if (b % PART == 0 || b == 4 * part) {
+#pragma unroll
+          for (int which = 0; which < 2; ++which)
+            weighers[which].prepare(scales.scale[r][b / PART], scales.zero[r][b / PART], which);
+        }
         if (GROUP != 0 && b % PART == 0) load(tables[r], a, tile_of(a, tile.row_tile + first_tile + r), group_of(a, step, b / PART), g);
         u32 weights[4];
         operands(weights, codes.at[r], b, 4 * lane, tables[r]);
@@ -129,7 +156,8 @@ device void unpack(
         for (int which = 0; which < 2; ++which)
 #pragma unroll
           for (int q = 0; q < 2; ++q)
-            numbers[which][e][q] = weights_of(weights[2 * q + which], scales.scale[r][b / PART], scales.zero[r][b / PART], which);
+            numbers[which][e][q] =
+                weighers[which].weights(weights[2 * q + which], scales.scale[r][b / PART], scales.zero[r][b / PART], which);
       }
 #pragma unroll
       for (int which = 0; which < 2; ++which) {

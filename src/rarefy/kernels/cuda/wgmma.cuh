@@ -105,6 +105,8 @@ device u64 tokens_at(const u8* block, u32 leading) {
     else PRODUCT_OF_LINES(COUNT, WIDTH, "bf16", __VA_ARGS__);                                                          \
   }
 // d [+]= 64 rows times 16 columns of 8 * COUNT tokens.
+PRODUCTS_OF_LINES(2, "16", "8", "9", "10")
+PRODUCTS_OF_LINES(4, "32", "16", "17", "18")
 PRODUCTS_OF_LINES(8, "64", "32", "33", "34")
 PRODUCTS_OF_LINES(16, "128", "64", "65", "66")
 PRODUCTS_OF_LINES(24, "192", "96", "97", "98")

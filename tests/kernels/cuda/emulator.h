@@ -19,6 +19,10 @@
 struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
 
+#ifndef IN_BYTES
+#define IN_BYTES 0
+#endif
+
 namespace emulator {
 struct Position { int x, y, z; };
 struct Barrier { int waiting = 0; unsigned generation = 0; };
@@ -351,20 +355,23 @@ device void show_to_products() {}
 device u64 lines_at(const unsigned char* block) { return u64(block - emulator::shared) / 16; }
 template <int N> device void multiply_lines(float (&d)[N][4], u64 weights, u64 tokens, bool add) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warp = threadIdx.x / 32 % 4;
+  constexpr int DEEP = IN_BYTES ? 32 : 16;
   const auto number = [](u64 lines, int line, int k) {
-    return widened(*reinterpret_cast<const unsigned short*>(emulator::shared + swizzled(16 * lines + 128 * line + 2 * k)));
+    const unsigned char* place = emulator::shared + swizzled(16 * lines + 128 * line + (IN_BYTES ? k : 2 * k));
+    if (IN_BYTES) return half_value((unsigned short)halves_of_e4m3(*place));
+    return widened(*reinterpret_cast<const unsigned short*>(place));
   };
-  float own[2][16];
+  float own[2][DEEP];
   for (int which = 0; which < 2; ++which)
-    for (int k = 0; k < 16; ++k) own[which][k] = number(weights, 16 * warp + g + 8 * which, k);
+    for (int k = 0; k < DEEP; ++k) own[which][k] = number(weights, 16 * warp + g + 8 * which, k);
   for (int n = 0; n < N; ++n)
     for (int column = 0; column < 2; ++column) {
-      float x[16];
-      for (int k = 0; k < 16; ++k) x[k] = number(tokens, 8 * n + 2 * t + column, k);
+      float x[DEEP];
+      for (int k = 0; k < DEEP; ++k) x[k] = number(tokens, 8 * n + 2 * t + column, k);
       for (int which = 0; which < 2; ++which) {
         float& sum = d[n][2 * which + column];
         if (!add) sum = 0;
-        for (int k = 0; k < 16; ++k) sum += own[which][k] * x[k];
+        for (int k = 0; k < DEEP; ++k) sum += own[which][k] * x[k];
       }
     }
 }

@@ -72,6 +72,13 @@ class Code:
         return self.step // self.group if 0 < self.group < self.step else 1
 
     @property
+    def bytes_of_step(self) -> int:
+        """Of a tile's codes, scales and zeros, as ``prompt.cu`` keeps them; of codes that lie row by row, 16 more each."""
+        pair = {None: 0, torch.float32: 8, "pairs": 8, torch.float16: 4, torch.bfloat16: 4}
+        pairs = self.parts * 8 * (pair.get(self.scale, 2) + pair.get(self.zero, 2))
+        return (TILE * (self.step + 16) if self.span == 16 else self.step * self.bits * 2) + pairs
+
+    @property
     def table_bytes(self) -> int:
         """Shared memory of a table: each lane has a bank to itself."""
         return 32 * 4 << 2 * self.bits if self.table == "shared" else 0
@@ -110,7 +117,8 @@ class Tuning:
     warps multiply ``in_turns``; ``rescaled``: sums are kept in units of the last scale (see ``Code.can_rescale``).
 
     ``unpackers``: fours of warps that unpack for two other fours, which multiply from shared memory (``prompt.cu``;
-    ``wide`` too). ``stages`` are of 64 columns then, and ``tiles`` those of a warp that unpacks."""
+    ``wide`` too). ``stages`` are of 64 columns then, ``depth`` steps of codes come ahead, and ``tiles`` are
+    those of a warp that unpacks. ``in_bytes``: both operands become E4M3 (stages are of 128 columns)."""
 
     tiles: int = 1
     tokens: int = 1
@@ -127,6 +135,7 @@ class Tuning:
     in_turns: bool = False
     late: bool = False
     unpackers: int = 0
+    in_bytes: bool = False
 
     def with_halves(self) -> Tuning:
         """With warps for each half of the rows, see ``Ending.kind``."""
@@ -169,10 +178,10 @@ class Tuning:
         width = 8 * self.tokens
         table = code.table_bytes
         if self.unpackers:
-            staged = self.stages * (64 * 2 * (self.rows + width) + 16)
-            results = MULTIPLIERS * min(64, width) * (2 * 64 + 16)
-            meeting = 4 * width * (self.rows + 4) + 16 * self.stages
-            return -(-table // 1024) * 1024 + (staged + results if self.split == 1 else max(staged, meeting))
+            stages, meeting = self.stages * 128 * (self.rows + width), 4 * width * (self.rows + 4)
+            staged = max(stages, meeting) if self.split > 1 else stages + MULTIPLIERS * min(32, width) * (2 * 64 + 16)
+            coming = self.depth * (self.rows // TILE * code.bytes_of_step + 4 * self.unpackers * 8)
+            return -(-table // 1024) * 1024 + staged + coming + 16 * self.stages
         if self.wide:
             sums = code.parts * width * 4 if code.sums else 0
             staged = self.stages * (2 * code.step * width + sums) + 16 * self.stages
@@ -245,7 +254,7 @@ def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) 
     found.update(
         BITS=code.bits, GROUP=code.group, SPAN=code.span, STEP=code.step, CENTER=code.center,
         TABLE=("", "shared", "rows").index(code.table),
-        SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half),
+        SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half or tuning.in_bytes), HALF_RESULTS=int(half),
         STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8), SECOND_GROUPS=code.second_groups,
         HELD_TOKENS=code.held, RAGGED=int(code.ragged), **ending.definitions(),
     )  # fmt: skip

@@ -8,9 +8,11 @@
 // tokens that fill no tile, are taken in halves.
 //
 // Macros besides those of codes.cuh: TOKENS (of 8), STAGES (of 64 columns in shared memory), DEPTH (steps
-// of codes in registers), UNPACKERS (fours of warps that unpack, of TILES tiles each), SPLIT (blocks over columns, which
+// of codes in shared memory), UNPACKERS (fours of warps that unpack, of TILES tiles each), SPLIT (blocks over columns, which
 // add up what they have in each other's shared memory), CLUSTER (neighbouring blocks that share what they read of the
-// tokens), OUTLIERS (type of single values that are added to the weight).
+// tokens), OUTLIERS (type of single values that are added to the weight), IN_BYTES (both operands are numbers in E4M3, of
+// weights with a step for each row as `rarefy_dequantize_to_bytes` would make them, of tokens with a step for each; HALF,
+// and whether results are: HALF_RESULTS).
 
 constexpr int MULTIPLIERS = 2, THREADS = 128 * (MULTIPLIERS + UNPACKERS);
 #define SHARED_ALIGNMENT 1024
@@ -22,21 +24,24 @@ constexpr int MULTIPLIERS = 2, THREADS = 128 * (MULTIPLIERS + UNPACKERS);
 
 static_assert(TILES * 4 * UNPACKERS == 8, "all rows of a block");
 constexpr int WIDTH = 8 * TOKENS, ROWS = 64 * MULTIPLIERS;
-constexpr int LINE = 128, COLUMNS = LINE / 2;  // bytes and numbers of a row or token in a stage
+constexpr int LINE = 128, COLUMNS = IN_BYTES ? LINE : LINE / 2;  // bytes and numbers of a row or token in a stage
 constexpr int STAGE_WEIGHTS = ROWS * LINE, STAGE = STAGE_WEIGHTS + WIDTH * LINE;
 constexpr int IN_STEP = STEP / COLUMNS;  // stages
 constexpr int TABLE_ROOM = (TABLE_BYTES + 1023) / 1024 * 1024;  // what is swizzled begins at whole kilobytes
-constexpr int AT_ONCE = WIDTH < 64 ? WIDTH : 64, PITCH = 2 * 64 + 16;  // tokens that are written at once, and bytes of one with its 64 rows
-constexpr int SUM_PITCH = ROWS + 4;
+constexpr int AT_ONCE = WIDTH < 32 ? WIDTH : 32, PITCH = 2 * 64 + 16;  // tokens that are written at once, a row's bytes
+constexpr int SUM_PITCH = ROWS + 4, MEETING = 4 * WIDTH * SUM_PITCH;     // of blocks that share columns
+constexpr int STAGES_ROOM = SPLIT > 1 && MEETING > STAGES * STAGE ? MEETING : STAGES * STAGE;
+constexpr int RESULTS_ROOM = SPLIT > 1 ? 0 : MULTIPLIERS * AT_ONCE * PITCH;
 constexpr bool HALVES = SPLIT == 1 && TOKENS % 16 == 0;  // whether a tile may have half of the tokens
 constexpr int STRIP = HALVES ? WIDTH / 2 : WIDTH;        // tokens that are always taken together
 constexpr bool MANY_SUMS = UNPACKERS > 1 && TOKENS > 16;  // of which registers are taken from those that unpack
 
-// The tensor map of the tokens, [tokens][columns] in boxes of STRIP / CLUSTER tokens and 64 columns.
+// The tensor map of the tokens, [tokens][columns] in boxes of STRIP / CLUSTER tokens and a line's columns.
 struct alignas(128) Map { u64 words[16]; };
 struct Prompt {
   Arguments a;
-  int whole;  // tiles that are not taken in halves
+  const float* steps;  // of tokens in bytes
+  int whole;           // tiles that are not taken in halves
   Map tokens;
 };
 
@@ -72,12 +77,12 @@ device int stages_of(const Arguments& a, const Share& share) {
   return end > share.begin * IN_STEP ? end - share.begin * IN_STEP : 0;
 }
 
-// Which stage comes next, and how often it has been used, but for even numbers.
-struct Turn {
+// Which of some places comes next, and how often it has been used, but for even numbers.
+template <int COUNT> struct Turn {
   int stage = 0;
   u32 phase = 0;
   void pass() {
-    if (++stage == STAGES) stage = 0, phase ^= 1;
+    if (++stage == COUNT) stage = 0, phase ^= 1;
   }
 };
 
@@ -87,6 +92,63 @@ struct Stages {
   u8* weights(int stage) const { return at + stage * STAGE; }
   u8* tokens(int stage) const { return at + stage * STAGE + STAGE_WEIGHTS; }
 };
+
+// ---- Codes, which come by bulk copies: loads into registers would all be waited for where the first is wanted. Each warp
+// that unpacks has some steps of its tiles on their way, with scales and zeros, those of second order excepted.
+
+template <int TYPE> constexpr int PAIR_BYTES =
+    TYPE == F32 || TYPE == PAIRS ? 8 : TYPE == F16 || TYPE == BF16 ? 4 : TYPE == NONE ? 0 : 2;
+constexpr int BYTES_PITCH = STEP + 16;  // of codes that lie row by row; the rest keeps banks apart
+constexpr int CODES_ROOM = SPAN == 16 ? 16 * BYTES_PITCH : LOADS * 512;
+constexpr int SCALES_ROOM = PARTS * 8 * PAIR_BYTES<SCALE>, ZEROS_ROOM = PARTS * 8 * PAIR_BYTES<ZERO>;
+constexpr int TILE_ROOM = CODES_ROOM + SCALES_ROOM + ZEROS_ROOM, STEP_ROOM = TILES * TILE_ROOM;
+
+// Called for by a warp.
+device void call_step(const Arguments& a, u8* to, u64* barrier, int first_tile, int step, int lane) {
+  const int group = group_of(a, step, 0), groups = a.groups - group < PARTS ? a.groups - group : PARTS;
+  const int bytes = !RAGGED || a.pitch - step * STEP > STEP ? STEP : a.pitch - step * STEP;  // of a row
+  if (lane == 0)
+    expect(barrier, TILES * (SPAN == 16 ? 16 * bytes : CODES_ROOM) + TILES * groups * 8 * (PAIR_BYTES<SCALE> + PAIR_BYTES<ZERO>));
+  if (SPAN == 16 && lane < 16 * TILES) {
+    const i64 row = first_tile * 16 + lane, last = a.rows - 1;
+    const u8* from = reinterpret_cast<const u8*>(a.codes) + (row < last ? row : last) * a.pitch + step * STEP;
+    copy_bulk(to + lane / 16 * TILE_ROOM + lane % 16 * BYTES_PITCH, from, bytes, barrier);
+  }
+  if (lane >= TILES) return;
+  const i64 tile = tile_of(a, first_tile + lane);
+  u8* own = to + lane * TILE_ROOM;
+  if constexpr (SPAN != 16) copy_bulk(own, a.codes + (tile * a.steps + step) * LOADS * 32, CODES_ROOM, barrier);
+  const auto copy_pairs = [&](u8* to, const void* from, int each) {
+    if (each > 0) copy_bulk(to, static_cast<const u8*>(from) + (tile * a.groups + group) * 8 * each, groups * 8 * each, barrier);
+  };
+  copy_pairs(own + CODES_ROOM, a.scale, PAIR_BYTES<SCALE>);
+  copy_pairs(own + CODES_ROOM + SCALES_ROOM, a.zero, PAIR_BYTES<ZERO>);
+}
+
+template <int TYPE> device void take(Pair<TYPE>& pair, const u8* from, int index, const uint2* second) {
+  if constexpr (TYPE != NONE) pair.raw = reinterpret_cast<const decltype(pair.raw)*>(from)[index];
+  if constexpr (TYPE == BILEVEL || TYPE == LEVEL) pair.second = load_once(second);
+}
+
+// To registers, when it is there.
+device void take_step(Codes& codes, Scales& scales, const u8* from, const Arguments& a, const Places& places, int step, int place) {
+#pragma unroll
+  for (int r = 0; r < TILES; ++r) {
+    const u8* own = from + r * TILE_ROOM;
+#pragma unroll
+    for (int l = 0; l < LOADS; ++l) {
+      const int at = SPAN == 16 ? (place / 4 + l % 2 * 8) * BYTES_PITCH + l / 2 * 64 + place % 4 * 16 : l * 512 + place * 16;
+      if (has_bytes(a, step, l, place)) put(codes, r, l, *reinterpret_cast<const uint4*>(own + at));
+      else put(codes, r, l, {0, 0, 0, 0});
+    }
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p) {
+      const int group = group_of(a, step, p), index = (group - group_of(a, step, 0)) * 8 + place / 4;
+      take(scales.scale[r][p], own + CODES_ROOM, index, places.second[r] + group / SECOND_GROUPS);
+      take(scales.zero[r][p], own + CODES_ROOM + SCALES_ROOM, index, nullptr);
+    }
+  }
+}
 
 // ---- Those that unpack.
 
@@ -127,6 +189,41 @@ struct Weigher {
   }
 };
 
+#if IN_BYTES
+#include "bytes.cuh"
+
+// Stage `part` of a step: a line's columns of a warp's rows.
+device void unpack(
+    u8* to, const Codes& codes, const Scales& scales, Bytes (&bytes)[TILES], int first_tile, int part, int place, int lane) {
+  const int g = place / 4, t = place % 4;
+  Tables none;
+#pragma unroll
+  for (int r = 0; r < TILES; ++r)
+#pragma unroll
+    for (int b = part * (COLUMNS / 16); b < (part + 1) * (COLUMNS / 16); b += 2) {
+      u32 fours[2][2];  // [rows][blocks]
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if ((b + e) % PART == 0) bytes[r].begin_group(scales.scale[r][(b + e) / PART], scales.zero[r][(b + e) / PART]);
+        u32 weights[4];
+        operands(weights, codes.at[r], b + e, 4 * lane, none);
+#pragma unroll
+        for (int which = 0; which < 2; ++which) fours[which][e] = bytes[r].four(weights[which], weights[which + 2], which);
+      }
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        u8* line = to + (16 * (first_tile + r) + g + 8 * which) * LINE;
+        if constexpr (SPAN == 4) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) *reinterpret_cast<u32*>(line + (((b + e) % 8 ^ g) << 4 | t << 2)) = fours[which][e];
+        } else {
+          const int column = first_of(b / 2, t) % COLUMNS;
+          *reinterpret_cast<uint2*>(line + ((column / 16 ^ g) << 4 | column % 16)) = {fours[which][0], fours[which][1]};
+        }
+      }
+    }
+}
+#else
 // Stage `part` of a step: 64 columns of a warp's rows.
 device void unpack(
     u8* to, const Codes& codes, const Scales& scales, Tables (&tables)[TILES], const Arguments& a, const Tile& tile,
@@ -176,6 +273,8 @@ device void unpack(
     }
   }
 }
+
+#endif
 
 #if OUTLIERS
 #include "outliers.cuh"
@@ -236,29 +335,35 @@ struct Outliers {
 };
 #endif
 
-device void fill(const Prompt& given, const Stages& stages, int warp, int lane, u32 rank) {
+device void fill(const Prompt& given, const Stages& stages, u8* coming, u64* there, int warp, int lane, u32 rank) {
   const Arguments& a = given.a;
   const int place = place_of_lane(lane), own_tile = warp * TILES;
   const Tiles tiles(given);
   const Share share = share_of(a);
   const int count = stages_of(a, share), rounds = (count + IN_STEP - 1) / IN_STEP;
   const bool brings = warp == 0 && lane == 0;
-  Turn turn;
+  Turn<STAGES> turn;
   turn.phase = 1;  // nobody has used a stage before
+  Turn<DEPTH> arrival;
+  int called = blockIdx.x, called_round = 0;  // the next that is called for
+  const auto call = [&](int slot) {
+    if (rounds == 0 || called >= tiles.count()) return;
+    call_step(a, coming + slot * STEP_ROOM, there + slot, tiles.at(called).row_tile + own_tile, share.begin + called_round, lane);
+    if (++called_round == rounds) called_round = 0, called += gridDim.x;
+  };
+  for (int slot = 0; slot < DEPTH; ++slot) call(slot);
   bool first = true;
   for (int number = blockIdx.x; number < tiles.count(); number += gridDim.x) {
     const Tile tile = tiles.at(number);
     const Places places = places_of(a, tile.row_tile + own_tile, place);
+#if IN_BYTES
+    Bytes bytes[TILES];
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) bytes[r].prepare(a, places, r, tile.row_tile + own_tile + r, true, place);
+#else
     Tables tables[TILES];
     load_tables(tables, a, tile.row_tile + own_tile, place / 4);
-    Codes codes[DEPTH];
-    Scales scales[DEPTH];
-#pragma unroll
-    for (int d = 0; d < DEPTH; ++d)
-      if (d < rounds) {
-        fetch(codes[d], a, places, share.begin + d, place);
-        fetch(scales[d], a, places, share.begin + d, place);
-      }
+#endif
 #if OUTLIERS
     const int own_line = own_tile * 16 + lane % (16 * TILES);
     Outliers outliers;
@@ -269,43 +374,46 @@ device void fill(const Prompt& given, const Stages& stages, int warp, int lane, 
       wait_for_earlier_kernels();
     }
     first = false;
-    for (int base = 0; base < rounds; base += DEPTH) {
+    for (int round = 0; round < rounds; ++round) {
+      const int step = share.begin + round;
+      Codes codes;
+      Scales scales;
+      wait_for(there + arrival.stage, arrival.phase);
+      take_step(codes, scales, coming + arrival.stage * STEP_ROOM, a, places, step, place);
+      warp_barrier();
+      call(arrival.stage);
+      arrival.pass();
 #pragma unroll
-      for (int d = 0; d < DEPTH; ++d) {
-        const int round = base + d, step = share.begin + round;
-        if (round >= rounds) break;
-#pragma unroll
-        for (int part = 0; part < IN_STEP; ++part) {
-          if (round * IN_STEP + part >= count) break;
-          wait_for(stages.empty + turn.stage, turn.phase);
-          if (brings) {
-            constexpr int OWN = STRIP / CLUSTER;  // tokens
-            const int which = CLUSTER > 1 ? rank % CLUSTER : 0;
-            u64* full = stages.full + turn.stage;
-            expect(full, tile.strips * STRIP * LINE);
-            const auto copy = [&](int strip) {
-              const int within = strip * STRIP + which * OWN, token = tile.first_token + within;
-              u8* to = stages.tokens(turn.stage) + within * LINE;
-              const int column = (step * IN_STEP + part) * COLUMNS;
-              if constexpr (CLUSTER > 1) copy_box_to(to, &given.tokens, column, token, full, ((1 << CLUSTER) - 1) << rank / CLUSTER * CLUSTER);
-              else copy_box(to, &given.tokens, column, token, full);
-            };
-            copy(0);
-            if (HALVES && tile.strips > 1) copy(1);
-          }
-          unpack(stages.weights(turn.stage), codes[d], scales[d], tables, a, tile, own_tile, step, part, place, lane);
-          warp_barrier();
-#if OUTLIERS
-          outliers.add(stages.weights(turn.stage) + own_line * LINE, own_line, (step * IN_STEP + part) * COLUMNS);
-          warp_barrier();
+      for (int part = 0; part < IN_STEP; ++part) {
+        if (round * IN_STEP + part >= count) break;
+        wait_for(stages.empty + turn.stage, turn.phase);
+        if (brings) {
+          constexpr int OWN = STRIP / CLUSTER;  // tokens
+          const int which = CLUSTER > 1 ? rank % CLUSTER : 0;
+          u64* full = stages.full + turn.stage;
+          expect(full, tile.strips * STRIP * LINE);
+          const auto copy = [&](int strip) {
+            const int within = strip * STRIP + which * OWN, token = tile.first_token + within;
+            u8* to = stages.tokens(turn.stage) + within * LINE;
+            const int column = (step * IN_STEP + part) * (LINE / 2);  // as if bytes were pairs
+            if constexpr (CLUSTER > 1) copy_box_to(to, &given.tokens, column, token, full, ((1 << CLUSTER) - 1) << rank / CLUSTER * CLUSTER);
+            else copy_box(to, &given.tokens, column, token, full);
+          };
+          copy(0);
+          if (HALVES && tile.strips > 1) copy(1);
+        }
+#if IN_BYTES
+        unpack(stages.weights(turn.stage), codes, scales, bytes, own_tile, part, place, lane);
+#else
+        unpack(stages.weights(turn.stage), codes, scales, tables, a, tile, own_tile, step, part, place, lane);
 #endif
-          if (lane == 0) arrive_at(stages.full + turn.stage);
-          turn.pass();
-        }
-        if (round + DEPTH < rounds) {
-          fetch(codes[d], a, places, step + DEPTH, place);
-          fetch(scales[d], a, places, step + DEPTH, place);
-        }
+        warp_barrier();
+#if OUTLIERS
+        outliers.add(stages.weights(turn.stage) + own_line * LINE, own_line, (step * IN_STEP + part) * COLUMNS);
+        warp_barrier();
+#endif
+        if (lane == 0) arrive_at(stages.full + turn.stage);
+        turn.pass();
       }
     }
   }
@@ -314,7 +422,7 @@ device void fill(const Prompt& given, const Stages& stages, int warp, int lane, 
 // ---- Those that multiply.
 
 template <int COUNT>
-device void multiply_tile(float (&sums)[COUNT][4], const Stages& stages, Turn& turn, int count, int four, int lane, u32 rank) {
+device void multiply_tile(float (&sums)[COUNT][4], const Stages& stages, Turn<STAGES>& turn, int count, int four, int lane, u32 rank) {
   const auto leave = [&](int stage) {
     warp_barrier();
     if (lane < CLUSTER) {
@@ -330,7 +438,7 @@ device void multiply_tile(float (&sums)[COUNT][4], const Stages& stages, Turn& t
     const u64 weights = lines_at(stages.weights(turn.stage) + four * 64 * LINE), tokens = lines_at(stages.tokens(turn.stage));
     begin_products();
 #pragma unroll
-    for (int k = 0; k < COLUMNS / 16; ++k) multiply_lines(sums, weights + 2 * k, tokens + 2 * k, n + k > 0);
+    for (int k = 0; k < LINE / 32; ++k) multiply_lines(sums, weights + 2 * k, tokens + 2 * k, n + k > 0);
     commit_products();
     wait_for_products<1>();
     if (n > 0) leave(before);
@@ -345,9 +453,26 @@ device void multiply_tile(float (&sums)[COUNT][4], const Stages& stages, Turn& t
     for (int j = 0; j < 4; ++j) settle(sums[n][j]);
 }
 
+// What sums of a row and of a token are multiplied by.
+device float factor_of_row(const Arguments& a, int row) {
+  if constexpr (IN_BYTES) return row < a.rows ? load_fresh(a.partial + row) : 0.0f;
+  return a.multiplier;
+}
+device float factor_of_token(const Prompt& given, int token) {
+  if constexpr (IN_BYTES) return token < given.a.tokens ? load_fresh(given.steps + token) : 0.0f;
+  return 1.0f;
+}
+device u32 results_of(float low, float high) {
+  return (IN_BYTES ? HALF_RESULTS : HALF) ? half_pair(low, high) : bf16_pair(low, high);
+}
+
 // Results of a four of warps, 64 rows, some tokens after others; `own` is shared memory.
-device void put_results(const Arguments& a, const float (&sums)[TOKENS][4], u8* own, const Tile& tile, int four, int lane) {
+device void put_results(const Prompt& given, const float (&sums)[TOKENS][4], u8* own, const Tile& tile, int four, int lane) {
+  const Arguments& a = given.a;
   const int warp = threadIdx.x / 32 % 4, first_row = tile.first_row + 64 * four;
+  float factors[2];
+#pragma unroll
+  for (int which = 0; which < 2; ++which) factors[which] = factor_of_row(a, first_row + 16 * warp + lane / 4 + 8 * which);
 #pragma unroll
   for (int piece = 0; piece < WIDTH / AT_ONCE; ++piece) {
     if (piece * AT_ONCE >= tile.strips * STRIP || tile.first_token + piece * AT_ONCE >= a.tokens) break;
@@ -357,9 +482,10 @@ device void put_results(const Arguments& a, const float (&sums)[TOKENS][4], u8* 
       u32 words[4];
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
-        const float* pair = sums[piece * (AT_ONCE / 8) + n + m / 2] + m % 2 * 2;
-        const float low = pair[0] * a.multiplier, high = pair[1] * a.multiplier;
-        words[m] = HALF ? half_pair(low, high) : bf16_pair(low, high);
+        const int eight = piece * (AT_ONCE / 8) + n + m / 2, token = tile.first_token + 8 * eight + lane % 4 * 2;
+        const float *pair = sums[eight] + m % 2 * 2, factor = factors[m % 2];
+        words[m] = results_of(
+            pair[0] * (factor * factor_of_token(given, token)), pair[1] * (factor * factor_of_token(given, token + 1)));
       }
       put_transposed(own + (8 * n + lane / 16 * 8 + lane % 8) * PITCH + 2 * (16 * warp + lane / 8 % 2 * 8), words);
     }
@@ -377,7 +503,8 @@ device void put_results(const Arguments& a, const float (&sums)[TOKENS][4], u8* 
 }
 
 // The same where blocks share columns: each adds up a share of the tokens.
-device void add_up(const Arguments& a, const float (&sums)[TOKENS][4], u8* shared, const Tile& tile, int four, int lane, u32 rank) {
+device void add_up(const Prompt& given, const float (&sums)[TOKENS][4], u8* shared, const Tile& tile, int four, int lane, u32 rank) {
+  const Arguments& a = given.a;
   float* meeting = reinterpret_cast<float*>(shared);
   const int own_row = 64 * four + threadIdx.x / 32 % 4 * 16 + lane / 4;
 #pragma unroll
@@ -400,10 +527,9 @@ device void add_up(const Arguments& a, const float (&sums)[TOKENS][4], u8* share
     u16* to = a.y + i64(tile.first_token + token) * a.rows + row;
     u32 results[2];
 #pragma unroll
-    for (int f = 0; f < 2; ++f) {
-      const float low = own[2 * f] * a.multiplier, high = own[2 * f + 1] * a.multiplier;
-      results[f] = HALF ? half_pair(low, high) : bf16_pair(low, high);
-    }
+    for (int f = 0; f < 4; ++f) own[f] *= factor_of_row(a, row + f) * factor_of_token(given, tile.first_token + token);
+#pragma unroll
+    for (int f = 0; f < 2; ++f) results[f] = results_of(own[2 * f], own[2 * f + 1]);
     if (a.rows % 4 == 0) *reinterpret_cast<uint2*>(to) = {results[0], results[1]};
     else for (int f = 0; f < 4 && row + f < a.rows; ++f) to[f] = u16(results[f / 2] >> 16 * (f % 2));
   }
@@ -415,9 +541,10 @@ void rarefy_prompt(const __grid_constant__ Prompt given) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Stages stages;
   stages.at = pool + TABLE_ROOM;
-  u8* results = stages.at + STAGES * STAGE;
-  stages.full = reinterpret_cast<u64*>(results + (SPLIT > 1 ? 0 : MULTIPLIERS * AT_ONCE * PITCH));
+  u8 *results = stages.at + STAGES_ROOM, *coming = results + RESULTS_ROOM;
+  stages.full = reinterpret_cast<u64*>(coming + 4 * UNPACKERS * DEPTH * STEP_ROOM);
   stages.empty = stages.full + STAGES;
+  u64* there = stages.empty + STAGES;
   const u32 rank = CLUSTER * SPLIT > 1 ? rank_in_cluster() : 0;  // those over rows are neighbours
 
   if (threadIdx.x == 0) {
@@ -425,6 +552,7 @@ void rarefy_prompt(const __grid_constant__ Prompt given) {
       prepare_barrier(stages.full + n, 4 * UNPACKERS + 1);
       prepare_barrier(stages.empty + n, CLUSTER * 4 * MULTIPLIERS);
     }
+    for (int n = 0; n < 4 * UNPACKERS * DEPTH; ++n) prepare_barrier(there + n, 1);
     barriers_are_prepared();
   }
   if constexpr (TABLE == SHARED) copy_table(a);
@@ -433,13 +561,14 @@ void rarefy_prompt(const __grid_constant__ Prompt given) {
 
   if (warp >= 4 * MULTIPLIERS) {
     if constexpr (MANY_SUMS) lower_registers<88>();
-    fill(given, stages, warp - 4 * MULTIPLIERS, lane, rank);
+    const int own = warp - 4 * MULTIPLIERS;
+    fill(given, stages, coming + own * DEPTH * STEP_ROOM, there + own * DEPTH, own, lane, rank);
     return;
   }
   if constexpr (MANY_SUMS) raise_registers<168>();
   const int four = warp / 4, count = stages_of(a, share_of(a));
   const Tiles tiles(given);
-  Turn turn;
+  Turn<STAGES> turn;
   for (int number = blockIdx.x; number < tiles.count(); number += gridDim.x) {
     const Tile tile = tiles.at(number);
     float sums[TOKENS][4];
@@ -452,10 +581,10 @@ void rarefy_prompt(const __grid_constant__ Prompt given) {
     else
       multiply_tile(sums, stages, turn, count, four, lane, rank);
     if constexpr (SPLIT == 1) {
-      put_results(a, sums, results + four * AT_ONCE * PITCH, tile, four, lane);
+      put_results(given, sums, results + four * AT_ONCE * PITCH, tile, four, lane);
     } else {
       barrier_of_both();  // nobody multiplies any more
-      add_up(a, sums, stages.at, tile, four, lane, rank);
+      add_up(given, sums, stages.at, tile, four, lane, rank);
     }
   }
   if constexpr (CLUSTER * SPLIT > 1) cluster_barrier();  // shared memory stays until all have read it and arrived there

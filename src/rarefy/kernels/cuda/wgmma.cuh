@@ -92,26 +92,31 @@ device u64 tokens_at(const u8* block, u32 leading) {
   return u64(shared_address(block) >> 4 & 0x3FFF) | u64(leading >> 4) << 16 | u64(128 >> 4) << 32;
 }
 
-// ---- Products of two operands in shared memory, lines of 64 numbers swizzled as copies of boxes are (bulk.cuh).
+// ---- Products of two operands in shared memory, lines of 64 numbers (IN_BYTES: 128 in E4M3) swizzled as copies of boxes
+// are (bulk.cuh).
 
-#define PRODUCT_OF_LINES(COUNT, WIDTH, TYPE, WEIGHTS_, TOKENS_, ADD)                                                   \
+#ifndef IN_BYTES
+#define IN_BYTES 0
+#endif
+#define PRODUCT_OF_LINES(COUNT, WIDTH, DEEP, TYPE, ORDER, WEIGHTS_, TOKENS_, ADD)                                      \
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %" ADD ", 0;\n"                                                         \
-               "wgmma.mma_async.sync.aligned.m64n" WIDTH "k16.f32." TYPE "." TYPE " {" NAMES_##COUNT                   \
-               "}, %" WEIGHTS_ ", %" TOKENS_ ", p, 1, 1, 0, 0; }"                                                      \
+               "wgmma.mma_async.sync.aligned.m64n" WIDTH DEEP ".f32." TYPE "." TYPE " {" NAMES_##COUNT                 \
+               "}, %" WEIGHTS_ ", %" TOKENS_ ", p, 1, 1" ORDER "; }"                                                   \
                : D_##COUNT(0) : "l"(weights), "l"(tokens), "r"(int(add)))
 #define PRODUCTS_OF_LINES(COUNT, WIDTH, ...)                                                                           \
   device void multiply_lines(float (&d)[COUNT][4], u64 weights, u64 tokens, bool add) {                                \
-    if constexpr (HALF) PRODUCT_OF_LINES(COUNT, WIDTH, "f16", __VA_ARGS__);                                            \
-    else PRODUCT_OF_LINES(COUNT, WIDTH, "bf16", __VA_ARGS__);                                                          \
+    if constexpr (IN_BYTES) PRODUCT_OF_LINES(COUNT, WIDTH, "k32", "e4m3", "", __VA_ARGS__);                            \
+    else if constexpr (HALF) PRODUCT_OF_LINES(COUNT, WIDTH, "k16", "f16", ", 0, 0", __VA_ARGS__);                      \
+    else PRODUCT_OF_LINES(COUNT, WIDTH, "k16", "bf16", ", 0, 0", __VA_ARGS__);                                         \
   }
-// d [+]= 64 rows times 16 columns of 8 * COUNT tokens.
+// d [+]= 64 rows times 16 columns (IN_BYTES: 32) of 8 * COUNT tokens.
 PRODUCTS_OF_LINES(2, "16", "8", "9", "10")
 PRODUCTS_OF_LINES(4, "32", "16", "17", "18")
 PRODUCTS_OF_LINES(8, "64", "32", "33", "34")
 PRODUCTS_OF_LINES(16, "128", "64", "65", "66")
 PRODUCTS_OF_LINES(24, "192", "96", "97", "98")
 PRODUCTS_OF_LINES(32, "256", "128", "129", "130")
-// What a product is told of lines at `block`, whole kilobytes; 16 columns further lie 2 further.
+// What a product is told of lines at `block`, whole kilobytes; 32 bytes further lie 2 further.
 device u64 lines_at(const u8* block) {
   return u64(shared_address(block) >> 4 & 0x3FFF) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }

@@ -165,14 +165,24 @@ def fitted(code: Code, tuning: Tuning) -> Tuning:
     """With as many steps on their way as registers and, for four warps together, shared memory have room for; small
     groups are scaled so often that several steps would be long programs."""
     small = code.parts > 4
+    if tuning.unpackers:
+        return _fitted_prompt(code, tuning)
     if not tuning.wide:
         return replace(tuning, depth=1) if small and not tuning.spread else tuning
     roomy = tuning.tokens <= 8 and code.outliers is None  # whose warps need registers too
     depth = 1 if small else 4 if roomy else 3 if tuning.tokens == 16 and tuning.rescaled else 2
-    if tuning.unpackers:
-        depth = 1 if small or code.step > 128 else 2
     every = (replace(tuning, stages=stages, depth=depth) for stages in range(tuning.stages, 1, -1))
     return next((each for each in every if each.shared_memory(code) <= MOST_SHARED_WIDE), replace(tuning, stages=2))
+
+
+def _fitted_prompt(code: Code, tuning: Tuning) -> Tuning:
+    """As much as shared memory has room for: stages enough to hide what unpacking waits for, then codes that come from
+    far, then more stages."""
+    depths = (3, 2) if code.step == 128 else (2,)
+    likely = [(stages, depth) for least in (4, 3, 2) for depth in depths for stages in range(tuning.stages, least - 1, -1)]
+    every = (replace(tuning, stages=stages, depth=depth) for stages, depth in likely)
+    fits = (each for each in every if each.shared_memory(code) <= MOST_SHARED_WIDE)
+    return next(fits, replace(tuning, stages=2, depth=1))
 
 
 @functools.cache

@@ -241,8 +241,9 @@ class Prompt(ctypes.Structure):
 
     _fields_ = [
         ("a", Arguments),
+        ("steps", ctypes.c_void_p),
         ("whole", ctypes.c_int),
-        ("between", ctypes.c_byte * (-(ctypes.sizeof(Arguments) + 4) % 128)),
+        ("between", ctypes.c_byte * (-(ctypes.sizeof(Arguments) + 12) % 128)),
         ("tokens", ctypes.c_byte * 128),
     ]
 

@@ -167,12 +167,13 @@ constexpr bool QUICK = (SCALE == F16 || (SCALE == BF16 && !HALF)) && (ZERO == NO
 
 struct Weigher {
   u32 scale, rest, zero;  // pairs
+  static u32 twice(float value) { return HALF ? half_pair(value, value) : bf16_pair(value, value); }
   template <class S, class Z> void prepare(const S& own_scale, const Z& own_zero, int which) {
     if constexpr (QUICK) {
       const float all = number(own_scale, which);
-      scale = rounded<HALF>(all) * 0x10001u;
-      if constexpr (SCALE == F16 && !HALF) rest = rounded<HALF>(all - widened(u16(scale))) * 0x10001u;
-      if constexpr (ZERO == U8) zero = rounded<HALF>(CENTER - number(own_zero, which)) * 0x10001u;
+      scale = twice(all);
+      if constexpr (SCALE == F16 && !HALF) rest = twice(all - widened(u16(scale)));
+      if constexpr (ZERO == U8) zero = twice(CENTER - number(own_zero, which));
     }
   }
   template <class S, class Z> u32 weights(u32 codes, const S& own_scale, const Z& own_zero, int which) const {
@@ -345,11 +346,13 @@ device void fill(const Prompt& given, const Stages& stages, u8* coming, u64* the
   Turn<STAGES> turn;
   turn.phase = 1;  // nobody has used a stage before
   Turn<DEPTH> arrival;
-  int called = blockIdx.x, called_round = 0;  // the next that is called for
+  // The step that is called for next.
+  int called = rounds > 0 ? blockIdx.x : tiles.count(), called_round = 0, called_tile = tiles.at(blockIdx.x).row_tile + own_tile;
   const auto call = [&](int slot) {
-    if (rounds == 0 || called >= tiles.count()) return;
-    call_step(a, coming + slot * STEP_ROOM, there + slot, tiles.at(called).row_tile + own_tile, share.begin + called_round, lane);
-    if (++called_round == rounds) called_round = 0, called += gridDim.x;
+    if (called >= tiles.count()) return;
+    call_step(a, coming + slot * STEP_ROOM, there + slot, called_tile, share.begin + called_round, lane);
+    if (++called_round < rounds) return;
+    called_round = 0, called += gridDim.x, called_tile = tiles.at(called).row_tile + own_tile;
   };
   for (int slot = 0; slot < DEPTH; ++slot) call(slot);
   bool first = true;

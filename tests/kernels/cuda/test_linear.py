@@ -151,6 +151,17 @@ def test_every_form_of_prompts(changes: dict[str, Any], rows: int, columns: int,
         assert product([term, outliers], replace(PROMPT, **changes), tokens, torch.float16, most) < 6e-4
 
 
+@pytest.mark.parametrize("name", ["int4-none", "int4-row", "int3-float", "int8-g128-integer", "binary1", *BILEVEL])
+@pytest.mark.parametrize("changes", [{"tokens": 16}, {"tiles": 1, "unpackers": 2, "split": 2}], ids=str)
+def test_prompts_in_bytes(name: str, changes: dict[str, Any]) -> None:
+    """As weights that became bytes times tokens that did."""
+    made = prepare(*quantized({**GRIDS, **OTHERS}[name], PATTERNS["full"], 48, 320).operation())  # type: ignore[arg-type]
+    (weight, step), (tokens, token_step) = emulation.dequantize_to_bytes(made), quantize_tokens(torch.randn(70, 320))
+    expected = (tokens.double() @ weight.double().T) * step.double() * token_step.double()[:, None]
+    tuning = replace(PROMPT, in_bytes=True, **changes)
+    assert relative(emulation.linear_in_bytes(tokens, token_step, made, tuning, torch.float16), expected) < 6e-4
+
+
 @pytest.mark.parametrize("name", EVERY_KIND)
 def test_blocks_of_one_token_in_the_places_of_eight(name: str) -> None:
     grid = {**GRIDS, **OTHERS}[name]

@@ -181,7 +181,7 @@ class Tuning:
             stages, meeting = self.stages * 128 * (self.rows + width), 4 * width * (self.rows + 4)
             staged = max(stages, meeting) if self.split > 1 else stages + MULTIPLIERS * min(32, width) * (2 * 64 + 16)
             coming = self.depth * (self.rows // TILE * code.bytes_of_step + 4 * self.unpackers * 8)
-            return -(-table // 1024) * 1024 + staged + coming + 16 * self.stages
+            return -(-table // 1024) * 1024 + staged + coming + 16 * self.stages + 4 * width * self.in_bytes
         if self.wide:
             sums = code.parts * width * 4 if code.sums else 0
             staged = self.stages * (2 * code.step * width + sums) + 16 * self.stages

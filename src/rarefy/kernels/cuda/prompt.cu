@@ -160,36 +160,6 @@ device int place_of_lane(int lane) {
   return 4 * (g % 2 * 4 + g / 2 % 2 * 2 + g / 4) + lane % 4;
 }
 
-// From a row's codes to its weights, two at once. A scale is the sum of two bfloat16, and a code times the lesser is no
-// longer than one or nearly so: the sum of both products is rounded once, without detours by float32. Where that cannot be
-// (`!QUICK`) weights are formed as in `rarefy_dequantize`.
-constexpr bool QUICK = (SCALE == F16 || (SCALE == BF16 && !HALF)) && (ZERO == NONE || ZERO == U8);
-
-struct Weigher {
-  u32 scale, rest, zero;  // pairs
-  static u32 twice(float value) { return HALF ? half_pair(value, value) : bf16_pair(value, value); }
-  template <class S, class Z> void prepare(const S& own_scale, const Z& own_zero, int which) {
-    if constexpr (QUICK) {
-      const float all = number(own_scale, which);
-      scale = twice(all);
-      if constexpr (SCALE == F16 && !HALF) rest = twice(all - widened(u16(scale)));
-      if constexpr (ZERO == U8) zero = twice(CENTER - number(own_zero, which));
-    }
-  }
-  template <class S, class Z> u32 weights(u32 codes, const S& own_scale, const Z& own_zero, int which) const {
-    if constexpr (SCALE == NONE && ZERO == NONE) {
-      return codes;
-    } else if constexpr (QUICK) {
-      if constexpr (ZERO == U8) codes = fused(codes, ONES, zero);
-      return fused(codes, scale, SCALE == F16 && !HALF ? fused(codes, rest, 0) : 0);
-    } else {
-      const float low = contribution(own_scale, own_zero, which, widened(u16(codes)), 1.0f);
-      const float high = contribution(own_scale, own_zero, which, widened(u16(codes >> 16)), 1.0f);
-      return HALF ? half_pair(low, high) : bf16_pair(low, high);
-    }
-  }
-};
-
 #if IN_BYTES
 #include "bytes.cuh"
 
@@ -225,6 +195,36 @@ device void unpack(
     }
 }
 #else
+// From a row's codes to its weights, two at once. A scale is the sum of two bfloat16, and a code times the lesser is no
+// longer than one or nearly so: the sum of both products is rounded once, without detours by float32. Where that cannot be
+// (`!QUICK`) weights are formed as in `rarefy_dequantize`.
+constexpr bool QUICK = (SCALE == F16 || (SCALE == BF16 && !HALF)) && (ZERO == NONE || ZERO == U8);
+
+struct Weigher {
+  u32 scale, rest, zero;  // pairs
+  static u32 twice(float value) { return HALF ? half_pair(value, value) : bf16_pair(value, value); }
+  template <class S, class Z> void prepare(const S& own_scale, const Z& own_zero, int which) {
+    if constexpr (QUICK) {
+      const float all = number(own_scale, which);
+      scale = twice(all);
+      if constexpr (SCALE == F16 && !HALF) rest = twice(all - widened(u16(scale)));
+      if constexpr (ZERO == U8) zero = twice(CENTER - number(own_zero, which));
+    }
+  }
+  template <class S, class Z> u32 weights(u32 codes, const S& own_scale, const Z& own_zero, int which) const {
+    if constexpr (SCALE == NONE && ZERO == NONE) {
+      return codes;
+    } else if constexpr (QUICK) {
+      if constexpr (ZERO == U8) codes = fused(codes, ONES, zero);
+      return fused(codes, scale, SCALE == F16 && !HALF ? fused(codes, rest, 0) : 0);
+    } else {
+      const float low = contribution(own_scale, own_zero, which, widened(u16(codes)), 1.0f);
+      const float high = contribution(own_scale, own_zero, which, widened(u16(codes >> 16)), 1.0f);
+      return HALF ? half_pair(low, high) : bf16_pair(low, high);
+    }
+  }
+};
+
 // Stage `part` of a step: 64 columns of a warp's rows.
 device void unpack(
     u8* to, const Codes& codes, const Scales& scales, Tables (&tables)[TILES], const Arguments& a, const Tile& tile,
@@ -456,22 +456,18 @@ device void multiply_tile(float (&sums)[COUNT][4], const Stages& stages, Turn<ST
     for (int j = 0; j < 4; ++j) settle(sums[n][j]);
 }
 
-// What sums of a row and of a token are multiplied by.
+// What sums of a row are multiplied by; those of tokens in bytes also by their steps, which are in shared memory then.
 device float factor_of_row(const Arguments& a, int row) {
   if constexpr (IN_BYTES) return row < a.rows ? load_fresh(a.partial + row) : 0.0f;
   return a.multiplier;
-}
-device float factor_of_token(const Prompt& given, int token) {
-  if constexpr (IN_BYTES) return token < given.a.tokens ? load_fresh(given.steps + token) : 0.0f;
-  return 1.0f;
 }
 device u32 results_of(float low, float high) {
   return (IN_BYTES ? HALF_RESULTS : HALF) ? half_pair(low, high) : bf16_pair(low, high);
 }
 
 // Results of a four of warps, 64 rows, some tokens after others; `own` is shared memory.
-device void put_results(const Prompt& given, const float (&sums)[TOKENS][4], u8* own, const Tile& tile, int four, int lane) {
-  const Arguments& a = given.a;
+device void put_results(
+    const Arguments& a, const float (&sums)[TOKENS][4], u8* own, const float* steps, const Tile& tile, int four, int lane) {
   const int warp = threadIdx.x / 32 % 4, first_row = tile.first_row + 64 * four;
   float factors[2];
 #pragma unroll
@@ -485,10 +481,10 @@ device void put_results(const Prompt& given, const float (&sums)[TOKENS][4], u8*
       u32 words[4];
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
-        const int eight = piece * (AT_ONCE / 8) + n + m / 2, token = tile.first_token + 8 * eight + lane % 4 * 2;
+        const int eight = piece * (AT_ONCE / 8) + n + m / 2, token = 8 * eight + lane % 4 * 2;
         const float *pair = sums[eight] + m % 2 * 2, factor = factors[m % 2];
-        words[m] = results_of(
-            pair[0] * (factor * factor_of_token(given, token)), pair[1] * (factor * factor_of_token(given, token + 1)));
+        if constexpr (IN_BYTES) words[m] = results_of(pair[0] * (factor * steps[token]), pair[1] * (factor * steps[token + 1]));
+        else words[m] = results_of(pair[0] * factor, pair[1] * factor);
       }
       put_transposed(own + (8 * n + lane / 16 * 8 + lane % 8) * PITCH + 2 * (16 * warp + lane / 8 % 2 * 8), words);
     }
@@ -506,8 +502,9 @@ device void put_results(const Prompt& given, const float (&sums)[TOKENS][4], u8*
 }
 
 // The same where blocks share columns: each adds up a share of the tokens.
-device void add_up(const Prompt& given, const float (&sums)[TOKENS][4], u8* shared, const Tile& tile, int four, int lane, u32 rank) {
-  const Arguments& a = given.a;
+device void add_up(
+    const Arguments& a, const float (&sums)[TOKENS][4], u8* shared, const float* steps, const Tile& tile, int four, int lane,
+    u32 rank) {
   float* meeting = reinterpret_cast<float*>(shared);
   const int own_row = 64 * four + threadIdx.x / 32 % 4 * 16 + lane / 4;
 #pragma unroll
@@ -530,7 +527,7 @@ device void add_up(const Prompt& given, const float (&sums)[TOKENS][4], u8* shar
     u16* to = a.y + i64(tile.first_token + token) * a.rows + row;
     u32 results[2];
 #pragma unroll
-    for (int f = 0; f < 4; ++f) own[f] *= factor_of_row(a, row + f) * factor_of_token(given, tile.first_token + token);
+    for (int f = 0; f < 4; ++f) own[f] *= IN_BYTES ? factor_of_row(a, row + f) * steps[token] : a.multiplier;
 #pragma unroll
     for (int f = 0; f < 2; ++f) results[f] = results_of(own[2 * f], own[2 * f + 1]);
     if (a.rows % 4 == 0) *reinterpret_cast<uint2*>(to) = {results[0], results[1]};
@@ -571,10 +568,16 @@ void rarefy_prompt(const __grid_constant__ Prompt given) {
   if constexpr (MANY_SUMS) raise_registers<168>();
   const int four = warp / 4, count = stages_of(a, share_of(a));
   const Tiles tiles(given);
+  float* steps = reinterpret_cast<float*>(there + 4 * UNPACKERS * DEPTH);
+  if constexpr (IN_BYTES) wait_for_earlier_kernels();
   Turn<STAGES> turn;
   for (int number = blockIdx.x; number < tiles.count(); number += gridDim.x) {
     const Tile tile = tiles.at(number);
-    float sums[TOKENS][4];
+    float sums[TOKENS][4], own_step = 0.0f;
+    if constexpr (IN_BYTES) {
+      const int token = tile.first_token + threadIdx.x;
+      if (threadIdx.x < WIDTH && token < a.tokens) own_step = load_fresh(given.steps + token);
+    }
     if (SPLIT > 1 && count == 0) {
 #pragma unroll
       for (int n = 0; n < TOKENS; ++n) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
@@ -583,12 +586,13 @@ void rarefy_prompt(const __grid_constant__ Prompt given) {
       multiply_tile(reinterpret_cast<float(&)[HALVES ? TOKENS / 2 : TOKENS][4]>(sums), stages, turn, count, four, lane, rank);
     else
       multiply_tile(sums, stages, turn, count, four, lane, rank);
-    if constexpr (SPLIT == 1) {
-      put_results(given, sums, results + four * AT_ONCE * PITCH, tile, four, lane);
-    } else {
-      barrier_of_both();  // nobody multiplies any more
-      add_up(given, sums, stages.at, tile, four, lane, rank);
+    if constexpr (IN_BYTES || SPLIT > 1) barrier_of_both();  // nobody multiplies any more, or reads steps of the tile before
+    if constexpr (IN_BYTES) {
+      if (threadIdx.x < WIDTH) steps[threadIdx.x] = own_step;
+      barrier_of_both();
     }
+    if constexpr (SPLIT == 1) put_results(a, sums, results + four * AT_ONCE * PITCH, steps, tile, four, lane);
+    else add_up(a, sums, stages.at, steps, tile, four, lane, rank);
   }
   if constexpr (CLUSTER * SPLIT > 1) cluster_barrier();  // shared memory stays until all have read it and arrived there
 }

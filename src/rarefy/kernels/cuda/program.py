@@ -338,18 +338,21 @@ def kernel(
 
 
 def linear(
-    code: Code, tuning: Tuning, given: Arguments, half: bool, device: torch.device, ending: Ending = PLAIN
-) -> None:
-    """The product, on the current stream of ``device``."""
+    code: Code, tuning: Tuning, given: Arguments, half: bool, device: torch.device, ending: Ending = PLAIN,
+    steps: Tensor | None = None,
+) -> None:  # fmt: skip
+    """The product, on the current stream of ``device``; with ``steps`` of tokens ``x`` is bytes, and the steps of rows are
+    left at ``partial [rows]``."""
     stream = torch.cuda.current_stream(device).cuda_stream
     for name, program in compiled(code, tuning, half, device, ending).items():
         if name == "arrange":
             program(arranging(code, tuning, given), ARRANGING, given, stream, tuning.overlap)
         elif name == "prompt":
             blocks, whole, _ = tiles(tuning, given.rows, given.tokens, processors(device))
-            own = Prompt(a=given, whole=whole)
-            box = tuning.strip // tuning.cluster
-            own.tokens[:] = driver.tensor_map(given.x, given.tokens, given.columns, given.stride, box)
+            own = Prompt(a=given, whole=whole, steps=None if steps is None else steps.data_ptr())
+            box, per = tuning.strip // tuning.cluster, 1 if steps is None else 2  # two bytes are as good as a number
+            tokens = driver.tensor_map(given.x, given.tokens, given.columns // per, given.stride // per, box)
+            own.tokens[:] = tokens
             program((blocks, tuning.split, 1), tuning.threads, own, stream, tuning.overlap)
         else:
             program(grid(tuning, given.rows, given.tokens), tuning.threads, given, stream, tuning.overlap)

@@ -126,7 +126,7 @@ def _wide(code: Code, rows: int, tokens: int) -> Tuning:
 
 
 @functools.lru_cache(maxsize=1 << 12)
-def of_prompt(code: Code, rows: int, columns: int, tokens: int, processors: int) -> Tuning:
+def of_prompt(code: Code, rows: int, columns: int, tokens: int, processors: int, in_bytes: bool = False) -> Tuning:
     """The rule for prompts: what should take the fewest cycles on so many ``processors``."""
 
     def cycles(tuning: Tuning) -> float:
@@ -137,7 +137,7 @@ def of_prompt(code: Code, rows: int, columns: int, tokens: int, processors: int)
         return longest * (-(-columns // 64) / tuning.split * of_stage + ENDS[tuning.split > 1])
 
     every = (
-        Tuning(2 // fours, at_once, stages=MOST_STAGES, split=split, wide=True, overlap=True, unpackers=fours)
+        Tuning(2 // fours, at_once, stages=MOST_STAGES, split=split, wide=True, overlap=True, unpackers=fours, in_bytes=in_bytes)
         for at_once, (fours, _) in PROMPTS.items() for split in (1, 2, 4)
     )  # fmt: skip
     return fitted(code, min(every, key=cycles))

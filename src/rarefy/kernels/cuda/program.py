@@ -73,10 +73,10 @@ class Code:
 
     @property
     def bytes_of_step(self) -> int:
-        """Of a tile's codes, scales and zeros, as ``prompt.cu`` keeps them; of codes that lie row by row, 16 more each."""
-        pair = {None: 0, torch.float32: 8, "pairs": 8, torch.float16: 4, torch.bfloat16: 4}
-        pairs = self.parts * 8 * (pair.get(self.scale, 2) + pair.get(self.zero, 2))
-        return (TILE * (self.step + 16) if self.span == 16 else self.step * self.bits * 2) + pairs
+        """Of a tile's codes, scales and zeros, as ``prompt.cu`` keeps them for its lanes."""
+        words = {None: 0, torch.float32: 2, "pairs": 2, "bilevel": 3, "level": 3}
+        pairs = -(-self.parts // 4) * (words.get(self.scale, 1) + words.get(self.zero, 1))
+        return self.step * self.bits * 2 + 128 * pairs
 
     @property
     def table_bytes(self) -> int:
@@ -180,7 +180,7 @@ class Tuning:
         if self.unpackers:
             stages, meeting = self.stages * 128 * (self.rows + width), 4 * width * (self.rows + 4)
             staged = max(stages, meeting) if self.split > 1 else stages + MULTIPLIERS * min(32, width) * (2 * 64 + 16)
-            coming = self.depth * (self.rows // TILE * code.bytes_of_step + 4 * self.unpackers * 8)
+            coming = self.depth * self.rows // TILE * code.bytes_of_step
             return -(-table // 1024) * 1024 + staged + coming + 16 * self.stages + 4 * width * self.in_bytes
         if self.wide:
             sums = code.parts * width * 4 if code.sums else 0

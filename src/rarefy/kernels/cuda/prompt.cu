@@ -93,64 +93,68 @@ struct Stages {
   u8* tokens(int stage) const { return at + stage * STAGE + STAGE_WEIGHTS; }
 };
 
-// ---- Codes, which come by bulk copies: loads into registers would all be waited for where the first is wanted. Each warp
-// that unpacks has some steps of its tiles on their way, with scales and zeros, those of second order excepted.
+// ---- Codes, which come to shared memory some steps ahead, with scales and zeros: of loads into registers all would be
+// waited for where the first is wanted. A lane has a place for each 16 bytes that it calls for. Of the groups of its rows
+// it calls for those whose number is its own, of four lanes.
 
-template <int TYPE> constexpr int PAIR_BYTES =
-    TYPE == F32 || TYPE == PAIRS ? 8 : TYPE == F16 || TYPE == BF16 ? 4 : TYPE == NONE ? 0 : 2;
-constexpr int BYTES_PITCH = STEP + 16;  // of codes that lie row by row; the rest keeps banks apart
-constexpr int CODES_ROOM = SPAN == 16 ? 16 * BYTES_PITCH : LOADS * 512;
-constexpr int SCALES_ROOM = PARTS * 8 * PAIR_BYTES<SCALE>, ZEROS_ROOM = PARTS * 8 * PAIR_BYTES<ZERO>;
-constexpr int TILE_ROOM = CODES_ROOM + SCALES_ROOM + ZEROS_ROOM, STEP_ROOM = TILES * TILE_ROOM;
+template <int TYPE> constexpr int WORDS_OF_PAIR =
+    TYPE == NONE ? 0 : TYPE == F32 || TYPE == PAIRS ? 2 : TYPE == BILEVEL || TYPE == LEVEL ? 3 : 1;
+constexpr int WORDS = WORDS_OF_PAIR<SCALE> + WORDS_OF_PAIR<ZERO>, PAIR_WORDS = (PARTS + 3) / 4 * WORDS;
+constexpr int STEP_ROOM = TILES * (LOADS * 512 + PAIR_WORDS * 128);  // of a warp
 
-// Called for by a warp.
-device void call_step(const Arguments& a, u8* to, u64* barrier, int first_tile, int step, int lane) {
-  const int group = group_of(a, step, 0), groups = a.groups - group < PARTS ? a.groups - group : PARTS;
-  const int bytes = !RAGGED || a.pitch - step * STEP > STEP ? STEP : a.pitch - step * STEP;  // of a row
-  if (lane == 0)
-    expect(barrier, TILES * (SPAN == 16 ? 16 * bytes : CODES_ROOM) + TILES * groups * 8 * (PAIR_BYTES<SCALE> + PAIR_BYTES<ZERO>));
-  if (SPAN == 16 && lane < 16 * TILES) {
-    const i64 row = first_tile * 16 + lane, last = a.rows - 1;
-    const u8* from = reinterpret_cast<const u8*>(a.codes) + (row < last ? row : last) * a.pitch + step * STEP;
-    copy_bulk(to + lane / 16 * TILE_ROOM + lane % 16 * BYTES_PITCH, from, bytes, barrier);
+template <int TYPE> device void call(u8* to, const void* base, i64 index, const uint2* second) {
+  const u32* words = static_cast<const u32*>(base);
+  if constexpr (TYPE == F32 || TYPE == PAIRS) copy_word_async(to, words + 2 * index, true), copy_word_async(to + 128, words + 2 * index + 1, true);
+  else if constexpr (TYPE == F16 || TYPE == BF16) copy_word_async(to, words + index, true);
+  else if constexpr (TYPE != NONE) copy_word_async(to, words + index / 2, true);
+  if constexpr (TYPE == BILEVEL || TYPE == LEVEL) {
+    copy_word_async(to + 128, &second->x, true);
+    copy_word_async(to + 256, &second->y, true);
   }
-  if (lane >= TILES) return;
-  const i64 tile = tile_of(a, first_tile + lane);
-  u8* own = to + lane * TILE_ROOM;
-  if constexpr (SPAN != 16) copy_bulk(own, a.codes + (tile * a.steps + step) * LOADS * 32, CODES_ROOM, barrier);
-  const auto copy_pairs = [&](u8* to, const void* from, int each) {
-    if (each > 0) copy_bulk(to, static_cast<const u8*>(from) + (tile * a.groups + group) * 8 * each, groups * 8 * each, barrier);
-  };
-  copy_pairs(own + CODES_ROOM, a.scale, PAIR_BYTES<SCALE>);
-  copy_pairs(own + CODES_ROOM + SCALES_ROOM, a.zero, PAIR_BYTES<ZERO>);
+}
+template <int TYPE> device void take(Pair<TYPE>& pair, const u8* from, int g) {
+  const auto word = [&](int n) { return *reinterpret_cast<const u32*>(from + 128 * n); };
+  if constexpr (TYPE == F32 || TYPE == PAIRS) pair.raw = {word(0), word(1)};
+  else if constexpr (TYPE == F16 || TYPE == BF16) pair.raw = word(0);
+  else if constexpr (TYPE != NONE) pair.raw = u16(word(0) >> 16 * (g % 2));
+  if constexpr (TYPE == BILEVEL || TYPE == LEVEL) pair.second = {word(1), word(2)};
 }
 
-template <int TYPE> device void take(Pair<TYPE>& pair, const u8* from, int index, const uint2* second) {
-  if constexpr (TYPE != NONE) pair.raw = reinterpret_cast<const decltype(pair.raw)*>(from)[index];
-  if constexpr (TYPE == BILEVEL || TYPE == LEVEL) pair.second = load_once(second);
-}
-
-// To registers, when it is there.
-device void take_step(Codes& codes, Scales& scales, const u8* from, const Arguments& a, const Places& places, int step, int place) {
+// `own`: of a warp and a step.
+device void call_step(u8* own, const Arguments& a, const Places& places, int step, int place, int lane) {
+  u8* quads = own + 16 * lane;
+  u8* pairs = own + TILES * LOADS * 512 + 4 * lane;
 #pragma unroll
   for (int r = 0; r < TILES; ++r) {
-    const u8* own = from + r * TILE_ROOM;
 #pragma unroll
-    for (int l = 0; l < LOADS; ++l) {
-      const int at = SPAN == 16 ? (place / 4 + l % 2 * 8) * BYTES_PITCH + l / 2 * 64 + place % 4 * 16 : l * 512 + place * 16;
-      if (has_bytes(a, step, l, place)) put(codes, r, l, *reinterpret_cast<const uint4*>(own + at));
-      else put(codes, r, l, {0, 0, 0, 0});
-    }
+    for (int l = 0; l < LOADS; ++l)
+      copy_async(quads + (r * LOADS + l) * 512, of_step(places.codes[r][SPAN == 16 ? l % 2 : 0], step) + load_at(l), has_bytes(a, step, l, place));
 #pragma unroll
-    for (int p = 0; p < PARTS; ++p) {
-      const int group = group_of(a, step, p), index = (group - group_of(a, step, 0)) * 8 + place / 4;
-      take(scales.scale[r][p], own + CODES_ROOM, index, places.second[r] + group / SECOND_GROUPS);
-      take(scales.zero[r][p], own + CODES_ROOM + SCALES_ROOM, index, nullptr);
+    for (int p = 0; p < PARTS; p += 4) {
+      if (p + lane % 4 >= PARTS) continue;
+      const int group = group_of(a, step, p + lane % 4);
+      const i64 index = places.scales[r] + i64(group) * 8;
+      u8* to = pairs + (r * PAIR_WORDS + p / 4 * WORDS) * 128;
+      call<SCALE>(to, a.scale, index, places.second[r] + group / SECOND_GROUPS);
+      call<ZERO>(to + WORDS_OF_PAIR<SCALE> * 128, a.zero, index, nullptr);
     }
   }
 }
-
-// ---- Those that unpack.
+device void take_step(Codes& codes, Scales& scales, const u8* own, int place, int lane) {
+  const u8* quads = own + 16 * lane;
+  const u8* pairs = own + TILES * LOADS * 512 + 4 * (lane / 4 * 4);
+#pragma unroll
+  for (int r = 0; r < TILES; ++r) {
+#pragma unroll
+    for (int l = 0; l < LOADS; ++l) put(codes, r, l, *reinterpret_cast<const uint4*>(quads + (r * LOADS + l) * 512));
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p) {
+      const u8* from = pairs + (r * PAIR_WORDS + p / 4 * WORDS) * 128 + p % 4 * 4;
+      take(scales.scale[r][p], from, place / 4);
+      take(scales.zero[r][p], from + WORDS_OF_PAIR<SCALE> * 128, place / 4);
+    }
+  }
+}
 
 // A lane's rows of a tile and its columns of a pair of blocks: other than lanes' order says, so that lanes which write
 // together meet different banks, whatever the swizzle.
@@ -336,30 +340,35 @@ struct Outliers {
 };
 #endif
 
-device void fill(const Prompt& given, const Stages& stages, u8* coming, u64* there, int warp, int lane, u32 rank) {
+device void fill(const Prompt& given, const Stages& stages, u8* coming, int warp, int lane, u32 rank) {
   const Arguments& a = given.a;
   const int place = place_of_lane(lane), own_tile = warp * TILES;
   const Tiles tiles(given);
   const Share share = share_of(a);
   const int count = stages_of(a, share), rounds = (count + IN_STEP - 1) / IN_STEP;
-  const bool brings = warp == 0 && lane == 0;
   Turn<STAGES> turn;
   turn.phase = 1;  // nobody has used a stage before
   Turn<DEPTH> arrival;
   // The step that is called for next.
-  int called = rounds > 0 ? blockIdx.x : tiles.count(), called_round = 0, called_tile = tiles.at(blockIdx.x).row_tile + own_tile;
-  const auto call = [&](int slot) {
-    if (called >= tiles.count()) return;
-    call_step(a, coming + slot * STEP_ROOM, there + slot, called_tile, share.begin + called_round, lane);
-    if (++called_round < rounds) return;
-    called_round = 0, called += gridDim.x, called_tile = tiles.at(called).row_tile + own_tile;
+  int called = rounds > 0 ? blockIdx.x : tiles.count(), called_round = 0;
+  Places called_places = places_of(a, tiles.at(blockIdx.x).row_tile + own_tile, place);
+  const auto call_next = [&](int slot) {
+    if (called < tiles.count()) {
+      call_step(coming + slot * STEP_ROOM, a, called_places, share.begin + called_round, place, lane);
+      if (++called_round == rounds) {
+        called_round = 0, called += gridDim.x;
+        called_places = places_of(a, tiles.at(called).row_tile + own_tile, place);
+      }
+    }
+    commit_copies();
   };
-  for (int slot = 0; slot < DEPTH; ++slot) call(slot);
+  for (int slot = 0; slot < DEPTH; ++slot) call_next(slot);
+  int brings = 0;  // the warp that brings the next strip of tokens
   bool first = true;
   for (int number = blockIdx.x; number < tiles.count(); number += gridDim.x) {
     const Tile tile = tiles.at(number);
-    const Places places = places_of(a, tile.row_tile + own_tile, place);
 #if IN_BYTES
+    const Places places = places_of(a, tile.row_tile + own_tile, place);
     Bytes bytes[TILES];
 #pragma unroll
     for (int r = 0; r < TILES; ++r) bytes[r].prepare(a, places, r, tile.row_tile + own_tile + r, true, place);
@@ -372,7 +381,7 @@ device void fill(const Prompt& given, const Stages& stages, u8* coming, u64* the
     Outliers outliers;
     outliers.begin(a, tile.first_row + own_line, lane < 16 * TILES, share.begin * STEP);
 #endif
-    if (first && brings) {
+    if (first && lane == 0) {
       start_later_kernels();
       wait_for_earlier_kernels();
     }
@@ -381,29 +390,33 @@ device void fill(const Prompt& given, const Stages& stages, u8* coming, u64* the
       const int step = share.begin + round;
       Codes codes;
       Scales scales;
-      wait_for(there + arrival.stage, arrival.phase);
-      take_step(codes, scales, coming + arrival.stage * STEP_ROOM, a, places, step, place);
+      wait_for_copies<DEPTH - 1>();
       warp_barrier();
-      call(arrival.stage);
+      take_step(codes, scales, coming + arrival.stage * STEP_ROOM, place, lane);
+      warp_barrier();
+      call_next(arrival.stage);
       arrival.pass();
 #pragma unroll
       for (int part = 0; part < IN_STEP; ++part) {
         if (round * IN_STEP + part >= count) break;
         wait_for(stages.empty + turn.stage, turn.phase);
-        if (brings) {
-          constexpr int OWN = STRIP / CLUSTER;  // tokens
-          const int which = CLUSTER > 1 ? rank % CLUSTER : 0;
-          u64* full = stages.full + turn.stage;
-          expect(full, tile.strips * STRIP * LINE);
-          const auto copy = [&](int strip) {
-            const int within = strip * STRIP + which * OWN, token = tile.first_token + within;
-            u8* to = stages.tokens(turn.stage) + within * LINE;
+#pragma unroll
+        for (int strip = 0; strip < (HALVES ? 2 : 1); ++strip) {
+          if (brings == warp && lane == 0) {
+            constexpr int OWN = STRIP / CLUSTER;  // tokens
+            const int within = strip * STRIP + (CLUSTER > 1 ? rank % CLUSTER * OWN : 0), token = tile.first_token + within;
             const int column = (step * IN_STEP + part) * (LINE / 2);  // as if bytes were pairs
-            if constexpr (CLUSTER > 1) copy_box_to(to, &given.tokens, column, token, full, ((1 << CLUSTER) - 1) << rank / CLUSTER * CLUSTER);
-            else copy_box(to, &given.tokens, column, token, full);
-          };
-          copy(0);
-          if (HALVES && tile.strips > 1) copy(1);
+            u64* full = stages.full + turn.stage;
+            u8* to = stages.tokens(turn.stage) + within * LINE;
+            if (strip >= tile.strips) {
+              arrive_at(full);
+            } else {
+              expect(full, STRIP * LINE);
+              if constexpr (CLUSTER > 1) copy_box_to(to, &given.tokens, column, token, full, ((1 << CLUSTER) - 1) << rank / CLUSTER * CLUSTER);
+              else copy_box(to, &given.tokens, column, token, full);
+            }
+          }
+          brings = (brings + 1) % (4 * UNPACKERS);
         }
 #if IN_BYTES
         unpack(stages.weights(turn.stage), codes, scales, bytes, own_tile, part, place, lane);
@@ -544,15 +557,13 @@ void rarefy_prompt(const __grid_constant__ Prompt given) {
   u8 *results = stages.at + STAGES_ROOM, *coming = results + RESULTS_ROOM;
   stages.full = reinterpret_cast<u64*>(coming + 4 * UNPACKERS * DEPTH * STEP_ROOM);
   stages.empty = stages.full + STAGES;
-  u64* there = stages.empty + STAGES;
   const u32 rank = CLUSTER * SPLIT > 1 ? rank_in_cluster() : 0;  // those over rows are neighbours
 
   if (threadIdx.x == 0) {
     for (int n = 0; n < STAGES; ++n) {
-      prepare_barrier(stages.full + n, 4 * UNPACKERS + 1);
+      prepare_barrier(stages.full + n, 4 * UNPACKERS + (HALVES ? 2 : 1));
       prepare_barrier(stages.empty + n, CLUSTER * 4 * MULTIPLIERS);
     }
-    for (int n = 0; n < 4 * UNPACKERS * DEPTH; ++n) prepare_barrier(there + n, 1);
     barriers_are_prepared();
   }
   if constexpr (TABLE == SHARED) copy_table(a);
@@ -562,13 +573,13 @@ void rarefy_prompt(const __grid_constant__ Prompt given) {
   if (warp >= 4 * MULTIPLIERS) {
     if constexpr (MANY_SUMS) lower_registers<88>();
     const int own = warp - 4 * MULTIPLIERS;
-    fill(given, stages, coming + own * DEPTH * STEP_ROOM, there + own * DEPTH, own, lane, rank);
+    fill(given, stages, coming + own * DEPTH * STEP_ROOM, own, lane, rank);
     return;
   }
   if constexpr (MANY_SUMS) raise_registers<168>();
   const int four = warp / 4, count = stages_of(a, share_of(a));
   const Tiles tiles(given);
-  float* steps = reinterpret_cast<float*>(there + 4 * UNPACKERS * DEPTH);
+  float* steps = reinterpret_cast<float*>(stages.empty + STAGES);
   if constexpr (IN_BYTES) wait_for_earlier_kernels();
   Turn<STAGES> turn;
   for (int number = blockIdx.x; number < tiles.count(); number += gridDim.x) {

@@ -75,7 +75,7 @@ def _run(
 ) -> None:  # fmt: skip
     macros = [f"-D{macro}={value}" for macro, value in program.definitions(code, tuning, half, ending).items()]
     run = _library(tuple(macros), program.SOURCES.get(name, program.SOURCE)).run
-    which = {"linear": 0, "dequantize": 1, "quantize": 2, "dequantize_to_bytes": 3, "gemm": 0, "arrange": 1, "prompt": 0}[name]
+    which = {"dequantize": 1, "arrange": 1, "quantize": 2, "dequantize_to_bytes": 3}.get(name, 0)
     threads = program.ARRANGING if name == "arrange" else tuning.threads
     run(which, ctypes.byref(given), *grid, threads, program.shared_memory(name, code, tuning, ending))
 

@@ -135,7 +135,8 @@ def test_unpacked_for_others(name: str) -> None:
     ("changes", "rows", "columns", "tokens", "most"),
     [
         ({"tokens": 32, "depth": 2, "stages": 4}, 151, 777, 270, 1), ({"tiles": 1, "unpackers": 2}, 264, 640, 70, 2),
-        ({"tokens": 24, "stages": 3}, 136, 200, 200, 3), ({"tokens": 4}, 150, 300, 70, 3), ({"tokens": 2, "split": 2}, 70, 300, 11, 9),
+        ({"tokens": 24, "stages": 3}, 136, 200, 200, 3), ({"tokens": 4}, 150, 300, 70, 3),
+        ({"tokens": 2, "split": 2}, 70, 300, 11, 9),
         ({"split": 4}, 133, 700, 70, 9),
         ({"tokens": 16, "split": 2, "stages": 3}, 136, 640, 130, 9), ({"cluster": 2, "tokens": 16}, 300, 200, 150, 2),
         ({"cluster": 2, "split": 2}, 140, 640, 70, 9), ({"split": 4}, 1, 9, 1, 9), ({}, 1, 1, 1, 1),

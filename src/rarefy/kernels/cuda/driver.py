@@ -65,8 +65,8 @@ class Kernel:
 
 @functools.lru_cache(maxsize=256)
 def tensor_map(address: int, rows: int, columns: int, stride: int, box: int) -> bytes:
-    """How ``copy_box`` (bulk.cuh) finds 16-bit numbers ``[rows, columns]`` at ``address``, rows ``stride`` numbers apart:
-    in boxes of ``box`` rows and 64 columns. Address and stride are multiples of 16 bytes."""
+    """How ``copy_box`` (bulk.cuh) finds 16-bit numbers ``[rows, columns]`` at ``address``, rows ``stride`` numbers
+    apart, in boxes of ``box`` rows and 64 columns. Address and stride are multiples of 16 bytes."""
     place = ctypes.create_string_buffer(2 * _MAP)
     aligned = -ctypes.addressof(place) % _MAP
     sizes, strides = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(2 * stride)

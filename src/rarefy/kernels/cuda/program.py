@@ -255,7 +255,8 @@ def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) 
     found.update(
         BITS=code.bits, GROUP=code.group, SPAN=code.span, STEP=code.step, CENTER=code.center,
         TABLE=("", "shared", "rows").index(code.table),
-        SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half or tuning.in_bytes), HALF_RESULTS=int(half),
+        SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers],
+        HALF=int(half or tuning.in_bytes), HALF_RESULTS=int(half),
         STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8), SECOND_GROUPS=code.second_groups,
         HELD_TOKENS=code.held, RAGGED=int(code.ragged), **ending.definitions(),
     )  # fmt: skip
@@ -341,8 +342,8 @@ def linear(
     code: Code, tuning: Tuning, given: Arguments, half: bool, device: torch.device, ending: Ending = PLAIN,
     steps: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """The product, on the current stream of ``device``; with ``steps`` of tokens ``x`` is bytes, and the steps of rows are
-    left at ``partial [rows]``."""
+    """The product, on the current stream of ``device``; with ``steps`` of tokens ``x`` is bytes, and the steps of rows
+    are left at ``partial [rows]``."""
     stream = torch.cuda.current_stream(device).cuda_stream
     for name, program in compiled(code, tuning, half, device, ending).items():
         if name == "arrange":

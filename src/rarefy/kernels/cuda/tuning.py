@@ -137,7 +137,10 @@ def of_prompt(code: Code, rows: int, columns: int, tokens: int, processors: int,
         return longest * (-(-columns // 64) / tuning.split * of_stage + ENDS[tuning.split > 1])
 
     every = (
-        Tuning(2 // fours, at_once, stages=MOST_STAGES, split=split, wide=True, overlap=True, unpackers=fours, in_bytes=in_bytes)
+        Tuning(
+            2 // fours, at_once, stages=MOST_STAGES, split=split, wide=True, overlap=True, unpackers=fours,
+            in_bytes=in_bytes,
+        )
         for at_once, (fours, _) in PROMPTS.items() for split in (1, 2, 4)
     )  # fmt: skip
     return fitted(code, min(every, key=cycles))
@@ -179,8 +182,10 @@ def _fitted_prompt(code: Code, tuning: Tuning) -> Tuning:
     """As much as shared memory has room for: stages enough to hide what unpacking waits for, then codes that come from
     far, then more stages."""
     depths = (3, 2) if code.step == 128 else (2,)
-    likely = [(stages, depth) for least in (4, 3, 2) for depth in depths for stages in range(tuning.stages, least - 1, -1)]
-    every = (replace(tuning, stages=stages, depth=depth) for stages, depth in likely)
+    every = (
+        replace(tuning, stages=stages, depth=depth)
+        for least in (4, 3, 2) for depth in depths for stages in range(tuning.stages, least - 1, -1)
+    )  # fmt: skip
     fits = (each for each in every if each.shared_memory(code) <= MOST_SHARED_WIDE)
     return next(fits, replace(tuning, stages=2, depth=1))
 

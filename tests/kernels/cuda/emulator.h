@@ -352,7 +352,21 @@ device void copy_box_to(unsigned char* to, const void* map, int column, int row,
     if (blocks >> rank & 1) copy_box(of_block(to, rank), map, column, row, of_block(barrier, rank));
 }
 device void show_to_products() {}
-device u64 lines_at(const unsigned char* block) { return u64(block - emulator::shared) / 16; }
+device u64 lines_at(unsigned block) { return block / 16; }
+// Addresses in shared memory.
+device unsigned kept_address(const void* at) { return static_cast<const unsigned char*>(at) - emulator::shared; }
+template <class T> device void store(unsigned at, const T& words) { memcpy(emulator::shared + at, &words, sizeof words); }
+device u64* barrier_at(unsigned at) { return reinterpret_cast<u64*>(emulator::shared + at); }
+device void expect(unsigned barrier, unsigned bytes) { expect(barrier_at(barrier), bytes); }
+device void arrive_at(unsigned barrier) { arrive_at(barrier_at(barrier)); }
+device void arrive_at(unsigned barrier, unsigned rank) { arrive_at(barrier_at(barrier), rank); }
+device void wait_for(unsigned barrier, unsigned phase) { wait_for(barrier_at(barrier), phase); }
+device void copy_box(unsigned to, const void* map, int column, int row, unsigned barrier) {
+  copy_box(emulator::shared + to, map, column, row, barrier_at(barrier));
+}
+device void copy_box_to(unsigned to, const void* map, int column, int row, unsigned barrier, unsigned short blocks) {
+  copy_box_to(emulator::shared + to, map, column, row, barrier_at(barrier), blocks);
+}
 template <int N> device void multiply_lines(float (&d)[N][4], u64 weights, u64 tokens, bool add) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warp = threadIdx.x / 32 % 4;
   constexpr int DEEP = IN_BYTES ? 32 : 16;

@@ -87,10 +87,12 @@ template <int COUNT> struct Turn {
 };
 
 struct Stages {
-  u8* at;
-  u64 *full, *empty;
-  u8* weights(int stage) const { return at + stage * STAGE; }
-  u8* tokens(int stage) const { return at + stage * STAGE + STAGE_WEIGHTS; }
+  u8* first;
+  u32 at, full_at, empty_at;  // addresses in shared memory
+  u32 weights(int stage) const { return at + stage * STAGE; }
+  u32 tokens(int stage) const { return at + stage * STAGE + STAGE_WEIGHTS; }
+  u32 full(int stage) const { return full_at + 8 * stage; }
+  u32 empty(int stage) const { return empty_at + 8 * stage; }
 };
 
 // ---- Codes, which come to shared memory some steps ahead, with scales and zeros: of loads into registers all would be
@@ -169,7 +171,7 @@ device int place_of_lane(int lane) {
 
 // Stage `part` of a step: a line's columns of a warp's rows.
 device void unpack(
-    u8* to, const Codes& codes, const Scales& scales, Bytes (&bytes)[TILES], int first_tile, int part, int place, int lane) {
+    u32 to, const Codes& codes, const Scales& scales, Bytes (&bytes)[TILES], int first_tile, int part, int place, int lane) {
   const int g = place / 4, t = place % 4;
   Tables none;
 #pragma unroll
@@ -187,13 +189,13 @@ device void unpack(
       }
 #pragma unroll
       for (int which = 0; which < 2; ++which) {
-        u8* line = to + (16 * (first_tile + r) + g + 8 * which) * LINE;
+        const u32 line = to + (16 * (first_tile + r) + g + 8 * which) * LINE;
         if constexpr (SPAN == 4) {
 #pragma unroll
-          for (int e = 0; e < 2; ++e) *reinterpret_cast<u32*>(line + (((b + e) % 8 ^ g) << 4 | t << 2)) = fours[which][e];
+          for (int e = 0; e < 2; ++e) store(line + (((b + e) % 8 ^ g) << 4 | t << 2), fours[which][e]);
         } else {
           const int column = first_of(b / 2, t) % COLUMNS;
-          *reinterpret_cast<uint2*>(line + ((column / 16 ^ g) << 4 | column % 16)) = {fours[which][0], fours[which][1]};
+          store(line + ((column / 16 ^ g) << 4 | column % 16), uint2{fours[which][0], fours[which][1]});
         }
       }
     }
@@ -231,13 +233,13 @@ struct Weigher {
 
 // Stage `part` of a step: 64 columns of a warp's rows.
 device void unpack(
-    u8* to, const Codes& codes, const Scales& scales, Tables (&tables)[TILES], const Arguments& a, const Tile& tile,
+    u32 to, const Codes& codes, const Scales& scales, Tables (&tables)[TILES], const Arguments& a, const Tile& tile,
     int first_tile, int step, int part, int place, int lane) {
   const int g = place / 4, t = place % 4;
 #pragma unroll
   for (int r = 0; r < TILES; ++r) {
     Weigher weighers[2];
-    u8* lines[2];
+    u32 lines[2];
 #pragma unroll
     for (int which = 0; which < 2; ++which) lines[which] = to + (16 * (first_tile + r) + g + 8 * which) * LINE;
 #pragma unroll
@@ -268,11 +270,11 @@ device void unpack(
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int piece = 2 * (2 * pair + e) % 8 + t / 2;
-            *reinterpret_cast<uint2*>(lines[which] + ((piece ^ g) << 4 | t % 2 << 3)) = {own[e][0], own[e][1]};
+            store(lines[which] + ((piece ^ g) << 4 | t % 2 << 3), uint2{own[e][0], own[e][1]});
           }
         } else {
           const int piece = first_of(pair, t) % COLUMNS / 8;
-          *reinterpret_cast<uint4*>(lines[which] + ((piece ^ g) << 4)) = {own[0][0], own[0][1], own[1][0], own[1][1]};
+          store(lines[which] + ((piece ^ g) << 4), uint4{own[0][0], own[0][1], own[1][0], own[1][1]});
         }
       }
     }
@@ -399,15 +401,14 @@ device void fill(const Prompt& given, const Stages& stages, u8* coming, int warp
 #pragma unroll
       for (int part = 0; part < IN_STEP; ++part) {
         if (round * IN_STEP + part >= count) break;
-        wait_for(stages.empty + turn.stage, turn.phase);
+        wait_for(stages.empty(turn.stage), turn.phase);
 #pragma unroll
         for (int strip = 0; strip < (HALVES ? 2 : 1); ++strip) {
           if (brings == warp && lane == 0) {
             constexpr int OWN = STRIP / CLUSTER;  // tokens
             const int within = strip * STRIP + (CLUSTER > 1 ? rank % CLUSTER * OWN : 0), token = tile.first_token + within;
             const int column = (step * IN_STEP + part) * (LINE / 2);  // as if bytes were pairs
-            u64* full = stages.full + turn.stage;
-            u8* to = stages.tokens(turn.stage) + within * LINE;
+            const u32 full = stages.full(turn.stage), to = stages.tokens(turn.stage) + within * LINE;
             if (strip >= tile.strips) {
               arrive_at(full);
             } else {
@@ -425,10 +426,10 @@ device void fill(const Prompt& given, const Stages& stages, u8* coming, int warp
 #endif
         warp_barrier();
 #if OUTLIERS
-        outliers.add(stages.weights(turn.stage) + own_line * LINE, own_line, (step * IN_STEP + part) * COLUMNS);
+        outliers.add(stages.first + turn.stage * STAGE + own_line * LINE, own_line, (step * IN_STEP + part) * COLUMNS);
         warp_barrier();
 #endif
-        if (lane == 0) arrive_at(stages.full + turn.stage);
+        if (lane == 0) arrive_at(stages.full(turn.stage));
         turn.pass();
       }
     }
@@ -442,13 +443,13 @@ device void multiply_tile(float (&sums)[COUNT][4], const Stages& stages, Turn<ST
   const auto leave = [&](int stage) {
     warp_barrier();
     if (lane < CLUSTER) {
-      if constexpr (CLUSTER > 1) arrive_at(stages.empty + stage, rank / CLUSTER * CLUSTER + lane);
-      else arrive_at(stages.empty + stage);
+      if constexpr (CLUSTER > 1) arrive_at(stages.empty(stage), rank / CLUSTER * CLUSTER + lane);
+      else arrive_at(stages.empty(stage));
     }
   };
   int before = 0;
   for (int n = 0; n < count; ++n) {
-    wait_for(stages.full + turn.stage, turn.phase);
+    wait_for(stages.full(turn.stage), turn.phase);
     // Here and not where weights are written: it waits for all that a thread has on its way, and those have codes.
     show_to_products();
     const u64 weights = lines_at(stages.weights(turn.stage) + four * 64 * LINE), tokens = lines_at(stages.tokens(turn.stage));
@@ -552,17 +553,15 @@ extern "C" global __launch_bounds__(THREADS, 1) in_clusters_of(CLUSTER, SPLIT)
 void rarefy_prompt(const __grid_constant__ Prompt given) {
   const Arguments& a = given.a;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  Stages stages;
-  stages.at = pool + TABLE_ROOM;
-  u8 *results = stages.at + STAGES_ROOM, *coming = results + RESULTS_ROOM;
-  stages.full = reinterpret_cast<u64*>(coming + 4 * UNPACKERS * DEPTH * STEP_ROOM);
-  stages.empty = stages.full + STAGES;
+  u8 *first = pool + TABLE_ROOM, *results = first + STAGES_ROOM, *coming = results + RESULTS_ROOM;
+  u64 *full = reinterpret_cast<u64*>(coming + 4 * UNPACKERS * DEPTH * STEP_ROOM), *empty = full + STAGES;
+  const Stages stages = {first, kept_address(first), kept_address(full), kept_address(empty)};
   const u32 rank = CLUSTER * SPLIT > 1 ? rank_in_cluster() : 0;  // those over rows are neighbours
 
   if (threadIdx.x == 0) {
     for (int n = 0; n < STAGES; ++n) {
-      prepare_barrier(stages.full + n, 4 * UNPACKERS + (HALVES ? 2 : 1));
-      prepare_barrier(stages.empty + n, CLUSTER * 4 * MULTIPLIERS);
+      prepare_barrier(full + n, 4 * UNPACKERS + (HALVES ? 2 : 1));
+      prepare_barrier(empty + n, CLUSTER * 4 * MULTIPLIERS);
     }
     barriers_are_prepared();
   }
@@ -579,7 +578,7 @@ void rarefy_prompt(const __grid_constant__ Prompt given) {
   if constexpr (MANY_SUMS) raise_registers<168>();
   const int four = warp / 4, count = stages_of(a, share_of(a));
   const Tiles tiles(given);
-  float* steps = reinterpret_cast<float*>(stages.empty + STAGES);
+  float* steps = reinterpret_cast<float*>(empty + STAGES);
   if constexpr (IN_BYTES) wait_for_earlier_kernels();
   Turn<STAGES> turn;
   for (int number = blockIdx.x; number < tiles.count(); number += gridDim.x) {
@@ -603,7 +602,7 @@ void rarefy_prompt(const __grid_constant__ Prompt given) {
       barrier_of_both();
     }
     if constexpr (SPLIT == 1) put_results(a, sums, results + four * AT_ONCE * PITCH, steps, tile, four, lane);
-    else add_up(a, sums, stages.at, steps, tile, four, lane, rank);
+    else add_up(a, sums, first, steps, tile, four, lane, rank);
   }
   if constexpr (CLUSTER * SPLIT > 1) cluster_barrier();  // shared memory stays until all have read it and arrived there
 }

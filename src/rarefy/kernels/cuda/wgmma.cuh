@@ -117,6 +117,6 @@ PRODUCTS_OF_LINES(16, "128", "64", "65", "66")
 PRODUCTS_OF_LINES(24, "192", "96", "97", "98")
 PRODUCTS_OF_LINES(32, "256", "128", "129", "130")
 // What a product is told of lines at `block`, whole kilobytes; 32 bytes further lie 2 further.
-device u64 lines_at(const u8* block) {
-  return u64(shared_address(block) >> 4 & 0x3FFF) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
+device u64 lines_at(u32 block) {
+  return u64(block >> 4 & 0x3FFF) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }

@@ -360,6 +360,7 @@ device u64* barrier_at(unsigned at) { return reinterpret_cast<u64*>(emulator::sh
 device void expect(unsigned barrier, unsigned bytes) { expect(barrier_at(barrier), bytes); }
 device void arrive_at(unsigned barrier) { arrive_at(barrier_at(barrier)); }
 device void arrive_at(unsigned barrier, unsigned rank) { arrive_at(barrier_at(barrier), rank); }
+device bool is_over(unsigned barrier, unsigned phase) { return phased(barrier_at(barrier)).phase != phase; }
 device void wait_for(unsigned barrier, unsigned phase) { wait_for(barrier_at(barrier), phase); }
 device void copy_box(unsigned to, const void* map, int column, int row, unsigned barrier) {
   copy_box(emulator::shared + to, map, column, row, barrier_at(barrier));

@@ -95,7 +95,7 @@ def test_every_way_to_cut_the_work_up(tuning: Tuning, tokens: int) -> None:
     ("tuning", "tokens"),
     [
         (Tuning(1, 1, 1, 2, 2, spread=True), 1), (Tuning(2, 1, 2, 1, 3), 11),
-        (Tuning(1, 2, 8, 1, 1, 3, 2, wide=True), 11), (Tuning(2, 8, depth=1, stages=2, wide=True, unpackers=1), 11),
+        (Tuning(1, 2, 8, 1, 1, 3, 2, wide=True), 11), (Tuning(2, 8, depth=1, stages=3, wide=True, unpackers=1), 11),
         (Tuning(1, 8, depth=1, stages=3, split=2, wide=True, unpackers=2), 11),
     ],
     ids=str,
@@ -122,7 +122,7 @@ def test_four_warps_at_once(name: str) -> None:
     assert product([quantized(grid, PATTERNS["full"], 70, 300)], Tuning(1, 2, 4, 1, 1, 2, wide=True), 13) < 6e-4
 
 
-PROMPT = Tuning(2, 8, depth=1, stages=2, wide=True, unpackers=1)
+PROMPT = Tuning(2, 8, depth=1, stages=3, wide=True, unpackers=1)
 
 
 @pytest.mark.parametrize("name", EVERY_KIND)

@@ -61,6 +61,13 @@ template <class B> device void wait_for(B barrier, u32 phase) {
     asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
                  : "=r"(done) : "r"(shared_address(barrier)), "r"(phase) : "memory");
 }
+// Whether nobody would wait.
+template <class B> device bool is_over(B barrier, u32 phase) {
+  u32 done;
+  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(done) : "r"(shared_address(barrier)), "r"(phase) : "memory");
+  return done;
+}
 
 // ---- Copies of whole pieces, multiples of 16 bytes.
 

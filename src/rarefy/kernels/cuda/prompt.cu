@@ -22,7 +22,7 @@ constexpr int MULTIPLIERS = 2, THREADS = 128 * (MULTIPLIERS + UNPACKERS);
 #include "wgmma.cuh"
 #endif
 
-static_assert(TILES * 4 * UNPACKERS == 8, "all rows of a block");
+static_assert(TILES * 4 * UNPACKERS == 8 && STAGES > 2, "all rows of a block, and stages to come");
 constexpr int WIDTH = 8 * TOKENS, ROWS = 64 * MULTIPLIERS;
 constexpr int LINE = 128, COLUMNS = IN_BYTES ? LINE : LINE / 2;  // bytes and numbers of a row or token in a stage
 constexpr int STAGE_WEIGHTS = ROWS * LINE, STAGE = STAGE_WEIGHTS + WIDTH * LINE;
@@ -122,15 +122,17 @@ template <int TYPE> device void take(Pair<TYPE>& pair, const u8* from, int g) {
   if constexpr (TYPE == BILEVEL || TYPE == LEVEL) pair.second = {word(1), word(2)};
 }
 
-// `own`: of a warp and a step.
-device void call_step(u8* own, const Arguments& a, const Places& places, int step, int place, int lane) {
+// `own`: of a warp and a step. What it reads of codes is then behind it.
+device void call_step(u8* own, const Arguments& a, Places& places, int step, int place, int lane) {
   u8* quads = own + 16 * lane;
   u8* pairs = own + TILES * LOADS * 512 + 4 * lane;
 #pragma unroll
   for (int r = 0; r < TILES; ++r) {
 #pragma unroll
     for (int l = 0; l < LOADS; ++l)
-      copy_async(quads + (r * LOADS + l) * 512, of_step(places.codes[r][SPAN == 16 ? l % 2 : 0], step) + load_at(l), has_bytes(a, step, l, place));
+      copy_async(quads + (r * LOADS + l) * 512, places.codes[r][SPAN == 16 ? l % 2 : 0] + load_at(l), has_bytes(a, step, l, place));
+#pragma unroll
+    for (int which = 0; which < (SPAN == 16 ? 2 : 1); ++which) places.codes[r][which] = of_step(places.codes[r][which], 1);
 #pragma unroll
     for (int p = 0; p < PARTS; p += 4) {
       if (p + lane % 4 >= PARTS) continue;
@@ -166,38 +168,56 @@ device int place_of_lane(int lane) {
   return 4 * (g % 2 * 4 + g / 2 % 2 * 2 + g / 4) + lane % 4;
 }
 
+// What a lane has of a stage: of its tiles, pairs of blocks and rows four words, or two where numbers are bytes.
+constexpr int PAIRS_OF_STAGE = COLUMNS / 32;
+struct Numbers { u32 at[TILES][PAIRS_OF_STAGE][2][IN_BYTES ? 2 : 4]; };
+
+device void store(u32 to, const Numbers& numbers, int first_tile, int part, int place) {
+  const int g = place / 4, t = place % 4;
+#pragma unroll
+  for (int r = 0; r < TILES; ++r)
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const u32 line = to + (16 * (first_tile + r) + g + 8 * which) * LINE;
+#pragma unroll
+      for (int n = 0; n < PAIRS_OF_STAGE; ++n) {
+        const auto& own = numbers.at[r][n][which];
+        constexpr int EACH = IN_BYTES ? 1 : 2;  // bytes of a number
+        if constexpr (SPAN == 4) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int at = EACH * (16 * (2 * n + e) + 4 * t);
+            const u32 piece = line + ((at / 16 ^ g) << 4 | at % 16);
+            if constexpr (IN_BYTES) store(piece, own[e]);
+            else store(piece, uint2{own[2 * e], own[2 * e + 1]});
+          }
+        } else {
+          const int at = EACH * (first_of(part * PAIRS_OF_STAGE + n, t) % COLUMNS);
+          const u32 piece = line + ((at / 16 ^ g) << 4 | at % 16);
+          if constexpr (IN_BYTES) store(piece, uint2{own[0], own[1]});
+          else store(piece, uint4{own[0], own[1], own[2], own[3]});
+        }
+      }
+    }
+}
+
 #if IN_BYTES
 #include "bytes.cuh"
 
 // Stage `part` of a step: a line's columns of a warp's rows.
-device void unpack(
-    u32 to, const Codes& codes, const Scales& scales, Bytes (&bytes)[TILES], int first_tile, int part, int place, int lane) {
-  const int g = place / 4, t = place % 4;
+device void unpack(Numbers& numbers, const Codes& codes, const Scales& scales, Bytes (&bytes)[TILES], int part, int lane) {
   Tables none;
 #pragma unroll
   for (int r = 0; r < TILES; ++r)
 #pragma unroll
-    for (int b = part * (COLUMNS / 16); b < (part + 1) * (COLUMNS / 16); b += 2) {
-      u32 fours[2][2];  // [rows][blocks]
+    for (int n = 0; n < 2 * PAIRS_OF_STAGE; ++n) {
+      const int b = part * 2 * PAIRS_OF_STAGE + n;
+      if (b % PART == 0) bytes[r].begin_group(scales.scale[r][b / PART], scales.zero[r][b / PART]);
+      u32 weights[4];
+      operands(weights, codes.at[r], b, 4 * lane, none);
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if ((b + e) % PART == 0) bytes[r].begin_group(scales.scale[r][(b + e) / PART], scales.zero[r][(b + e) / PART]);
-        u32 weights[4];
-        operands(weights, codes.at[r], b + e, 4 * lane, none);
-#pragma unroll
-        for (int which = 0; which < 2; ++which) fours[which][e] = bytes[r].four(weights[which], weights[which + 2], which);
-      }
-#pragma unroll
-      for (int which = 0; which < 2; ++which) {
-        const u32 line = to + (16 * (first_tile + r) + g + 8 * which) * LINE;
-        if constexpr (SPAN == 4) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) store(line + (((b + e) % 8 ^ g) << 4 | t << 2), fours[which][e]);
-        } else {
-          const int column = first_of(b / 2, t) % COLUMNS;
-          store(line + ((column / 16 ^ g) << 4 | column % 16), uint2{fours[which][0], fours[which][1]});
-        }
-      }
+      for (int which = 0; which < 2; ++which)
+        numbers.at[r][n / 2][which][n % 2] = bytes[r].four(weights[which], weights[which + 2], which);
     }
 }
 #else
@@ -233,54 +253,31 @@ struct Weigher {
 
 // Stage `part` of a step: 64 columns of a warp's rows.
 device void unpack(
-    u32 to, const Codes& codes, const Scales& scales, Tables (&tables)[TILES], const Arguments& a, const Tile& tile,
-    int first_tile, int step, int part, int place, int lane) {
-  const int g = place / 4, t = place % 4;
+    Numbers& numbers, const Codes& codes, const Scales& scales, Tables (&tables)[TILES], const Arguments& a, int first_tile,
+    int step, int part, int g, int lane) {
 #pragma unroll
   for (int r = 0; r < TILES; ++r) {
     Weigher weighers[2];
-    u32 lines[2];
 #pragma unroll
-    for (int which = 0; which < 2; ++which) lines[which] = to + (16 * (first_tile + r) + g + 8 * which) * LINE;
-#pragma unroll
-    for (int pair = 2 * part; pair < 2 * part + 2; ++pair) {
-      u32 numbers[2][2][2];  // [rows][blocks][pairs of columns]
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int b = 2 * pair + e;
-        if (b % PART == 0 || b == 4 * part) {
-#pragma unroll
-          for (int which = 0; which < 2; ++which)
-            weighers[which].prepare(scales.scale[r][b / PART], scales.zero[r][b / PART], which);
-        }
-        if (GROUP != 0 && b % PART == 0) load(tables[r], a, tile_of(a, tile.row_tile + first_tile + r), group_of(a, step, b / PART), g);
-        u32 weights[4];
-        operands(weights, codes.at[r], b, 4 * lane, tables[r]);
+    for (int n = 0; n < 4; ++n) {
+      const int b = 4 * part + n;
+      if (b % PART == 0 || n == 0) {
 #pragma unroll
         for (int which = 0; which < 2; ++which)
-#pragma unroll
-          for (int q = 0; q < 2; ++q)
-            numbers[which][e][q] =
-                weighers[which].weights(weights[2 * q + which], scales.scale[r][b / PART], scales.zero[r][b / PART], which);
+          weighers[which].prepare(scales.scale[r][b / PART], scales.zero[r][b / PART], which);
       }
+      if (GROUP != 0 && b % PART == 0) load(tables[r], a, tile_of(a, first_tile + r), group_of(a, step, b / PART), g);
+      u32 weights[4];
+      operands(weights, codes.at[r], b, 4 * lane, tables[r]);
 #pragma unroll
-      for (int which = 0; which < 2; ++which) {
-        const auto& own = numbers[which];
-        if constexpr (SPAN == 4) {
+      for (int which = 0; which < 2; ++which)
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int piece = 2 * (2 * pair + e) % 8 + t / 2;
-            store(lines[which] + ((piece ^ g) << 4 | t % 2 << 3), uint2{own[e][0], own[e][1]});
-          }
-        } else {
-          const int piece = first_of(pair, t) % COLUMNS / 8;
-          store(lines[which] + ((piece ^ g) << 4), uint4{own[0][0], own[0][1], own[1][0], own[1][1]});
-        }
-      }
+        for (int q = 0; q < 2; ++q)
+          numbers.at[r][n / 2][which][n % 2 * 2 + q] =
+              weighers[which].weights(weights[2 * q + which], scales.scale[r][b / PART], scales.zero[r][b / PART], which);
     }
   }
 }
-
 #endif
 
 #if OUTLIERS
@@ -342,7 +339,7 @@ struct Outliers {
 };
 #endif
 
-device void fill(const Prompt& given, const Stages& stages, u8* coming, int warp, int lane, u32 rank) {
+device void fill(const Prompt& given, const Stages& stages, u8* coming, int warp, int lane) {
   const Arguments& a = given.a;
   const int place = place_of_lane(lane), own_tile = warp * TILES;
   const Tiles tiles(given);
@@ -353,20 +350,26 @@ device void fill(const Prompt& given, const Stages& stages, u8* coming, int warp
   Turn<DEPTH> arrival;
   // The step that is called for next.
   int called = rounds > 0 ? blockIdx.x : tiles.count(), called_round = 0;
-  Places called_places = places_of(a, tiles.at(blockIdx.x).row_tile + own_tile, place);
+  const auto places_at = [&](int number) {
+    Places found = places_of(a, tiles.at(number).row_tile + own_tile, place);
+#pragma unroll
+    for (int r = 0; r < TILES; ++r)
+#pragma unroll
+      for (int which = 0; which < (SPAN == 16 ? 2 : 1); ++which) found.codes[r][which] = of_step(found.codes[r][which], share.begin);
+    return found;
+  };
+  Places called_places = places_at(blockIdx.x);
   const auto call_next = [&](int slot) {
     if (called < tiles.count()) {
       call_step(coming + slot * STEP_ROOM, a, called_places, share.begin + called_round, place, lane);
       if (++called_round == rounds) {
         called_round = 0, called += gridDim.x;
-        called_places = places_of(a, tiles.at(called).row_tile + own_tile, place);
+        called_places = places_at(called);
       }
     }
     commit_copies();
   };
   for (int slot = 0; slot < DEPTH; ++slot) call_next(slot);
-  int brings = 0;  // the warp that brings the next strip of tokens
-  bool first = true;
   for (int number = blockIdx.x; number < tiles.count(); number += gridDim.x) {
     const Tile tile = tiles.at(number);
 #if IN_BYTES
@@ -383,11 +386,6 @@ device void fill(const Prompt& given, const Stages& stages, u8* coming, int warp
     Outliers outliers;
     outliers.begin(a, tile.first_row + own_line, lane < 16 * TILES, share.begin * STEP);
 #endif
-    if (first && lane == 0) {
-      start_later_kernels();
-      wait_for_earlier_kernels();
-    }
-    first = false;
     for (int round = 0; round < rounds; ++round) {
       const int step = share.begin + round;
       Codes codes;
@@ -401,29 +399,16 @@ device void fill(const Prompt& given, const Stages& stages, u8* coming, int warp
 #pragma unroll
       for (int part = 0; part < IN_STEP; ++part) {
         if (round * IN_STEP + part >= count) break;
-        wait_for(stages.empty(turn.stage), turn.phase);
-#pragma unroll
-        for (int strip = 0; strip < (HALVES ? 2 : 1); ++strip) {
-          if (brings == warp && lane == 0) {
-            constexpr int OWN = STRIP / CLUSTER;  // tokens
-            const int within = strip * STRIP + (CLUSTER > 1 ? rank % CLUSTER * OWN : 0), token = tile.first_token + within;
-            const int column = (step * IN_STEP + part) * (LINE / 2);  // as if bytes were pairs
-            const u32 full = stages.full(turn.stage), to = stages.tokens(turn.stage) + within * LINE;
-            if (strip >= tile.strips) {
-              arrive_at(full);
-            } else {
-              expect(full, STRIP * LINE);
-              if constexpr (CLUSTER > 1) copy_box_to(to, &given.tokens, column, token, full, ((1 << CLUSTER) - 1) << rank / CLUSTER * CLUSTER);
-              else copy_box(to, &given.tokens, column, token, full);
-            }
-          }
-          brings = (brings + 1) % (4 * UNPACKERS);
-        }
+        // Whether there is room turns out while numbers are formed.
+        const bool room = is_over(stages.empty(turn.stage), turn.phase);
+        Numbers numbers;
 #if IN_BYTES
-        unpack(stages.weights(turn.stage), codes, scales, bytes, own_tile, part, place, lane);
+        unpack(numbers, codes, scales, bytes, part, lane);
 #else
-        unpack(stages.weights(turn.stage), codes, scales, tables, a, tile, own_tile, step, part, place, lane);
+        unpack(numbers, codes, scales, tables, a, tile.row_tile + own_tile, step, part, place / 4, lane);
 #endif
+        if (!room) wait_for(stages.empty(turn.stage), turn.phase);
+        store(stages.weights(turn.stage), numbers, own_tile, part, place);
         warp_barrier();
 #if OUTLIERS
         outliers.add(stages.first + turn.stage * STAGE + own_line * LINE, own_line, (step * IN_STEP + part) * COLUMNS);
@@ -436,10 +421,47 @@ device void fill(const Prompt& given, const Stages& stages, u8* coming, int warp
   }
 }
 
-// ---- Those that multiply.
+// ---- Those that multiply. One thread of them brings tokens, as many stages ahead as there are, less two, whose products
+// may still run.
+
+struct Tokens {
+  const Prompt& given;
+  const Tiles& tiles;
+  const Stages& stages;
+  int count, number, part, first_part;
+  u32 rank;
+  Tile tile;
+  Turn<STAGES> turn;
+
+  Tokens(const Prompt& given, const Tiles& tiles, const Stages& stages, const Share& share, int count, u32 rank)
+      : given(given), tiles(tiles), stages(stages), count(count), number(count > 0 ? blockIdx.x : tiles.count()), part(0),
+        first_part(share.begin * IN_STEP), rank(rank), tile(tiles.at(blockIdx.x)) {
+    turn.phase = 1;  // nobody has used a stage before
+  }
+  void bring() {
+    if (number >= tiles.count()) return;
+    wait_for(stages.empty(turn.stage), turn.phase);
+    expect(stages.full(turn.stage), tile.strips * STRIP * LINE);
+    copy(0);
+    if (HALVES && tile.strips > 1) copy(1);
+    turn.pass();
+    if (++part < count) return;
+    part = 0, number += gridDim.x, tile = tiles.at(number);
+  }
+  void copy(int strip) const {
+    constexpr int OWN = STRIP / CLUSTER;  // tokens
+    const int within = strip * STRIP + (CLUSTER > 1 ? rank % CLUSTER * OWN : 0), token = tile.first_token + within;
+    const int column = (first_part + part) * (LINE / 2);  // as if bytes were pairs
+    const u32 full = stages.full(turn.stage), to = stages.tokens(turn.stage) + within * LINE;
+    if constexpr (CLUSTER > 1) copy_box_to(to, &given.tokens, column, token, full, ((1 << CLUSTER) - 1) << rank / CLUSTER * CLUSTER);
+    else copy_box(to, &given.tokens, column, token, full);
+  }
+};
 
 template <int COUNT>
-device void multiply_tile(float (&sums)[COUNT][4], const Stages& stages, Turn<STAGES>& turn, int count, int four, int lane, u32 rank) {
+device void multiply_tile(
+    float (&sums)[COUNT][4], const Stages& stages, Turn<STAGES>& turn, Tokens& tokens_to_come, int& done, int count, int four,
+    int lane, u32 rank) {
   const auto leave = [&](int stage) {
     warp_barrier();
     if (lane < CLUSTER) {
@@ -457,6 +479,7 @@ device void multiply_tile(float (&sums)[COUNT][4], const Stages& stages, Turn<ST
 #pragma unroll
     for (int k = 0; k < LINE / 32; ++k) multiply_lines(sums, weights + 2 * k, tokens + 2 * k, n + k > 0);
     commit_products();
+    if (threadIdx.x == 0 && ++done > 2) tokens_to_come.bring();
     wait_for_products<1>();
     if (n > 0) leave(before);
     before = turn.stage;
@@ -560,7 +583,7 @@ void rarefy_prompt(const __grid_constant__ Prompt given) {
 
   if (threadIdx.x == 0) {
     for (int n = 0; n < STAGES; ++n) {
-      prepare_barrier(full + n, 4 * UNPACKERS + (HALVES ? 2 : 1));
+      prepare_barrier(full + n, 4 * UNPACKERS + 1);
       prepare_barrier(empty + n, CLUSTER * 4 * MULTIPLIERS);
     }
     barriers_are_prepared();
@@ -572,7 +595,7 @@ void rarefy_prompt(const __grid_constant__ Prompt given) {
   if (warp >= 4 * MULTIPLIERS) {
     if constexpr (MANY_SUMS) lower_registers<88>();
     const int own = warp - 4 * MULTIPLIERS;
-    fill(given, stages, coming + own * DEPTH * STEP_ROOM, own, lane, rank);
+    fill(given, stages, coming + own * DEPTH * STEP_ROOM, own, lane);
     return;
   }
   if constexpr (MANY_SUMS) raise_registers<168>();
@@ -581,6 +604,13 @@ void rarefy_prompt(const __grid_constant__ Prompt given) {
   float* steps = reinterpret_cast<float*>(empty + STAGES);
   if constexpr (IN_BYTES) wait_for_earlier_kernels();
   Turn<STAGES> turn;
+  int done = 0;  // stages
+  Tokens tokens(given, tiles, stages, share_of(a), count, rank);
+  if (threadIdx.x == 0) {
+    start_later_kernels();
+    wait_for_earlier_kernels();
+    for (int n = 0; n < STAGES; ++n) tokens.bring();
+  }
   for (int number = blockIdx.x; number < tiles.count(); number += gridDim.x) {
     const Tile tile = tiles.at(number);
     float sums[TOKENS][4], own_step = 0.0f;
@@ -593,9 +623,9 @@ void rarefy_prompt(const __grid_constant__ Prompt given) {
       for (int n = 0; n < TOKENS; ++n) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
     }
     if (HALVES && tile.strips == 1)
-      multiply_tile(reinterpret_cast<float(&)[HALVES ? TOKENS / 2 : TOKENS][4]>(sums), stages, turn, count, four, lane, rank);
+      multiply_tile(reinterpret_cast<float(&)[HALVES ? TOKENS / 2 : TOKENS][4]>(sums), stages, turn, tokens, done, count, four, lane, rank);
     else
-      multiply_tile(sums, stages, turn, count, four, lane, rank);
+      multiply_tile(sums, stages, turn, tokens, done, count, four, lane, rank);
     if constexpr (IN_BYTES || SPLIT > 1) barrier_of_both();  // nobody multiplies any more, or reads steps of the tile before
     if constexpr (IN_BYTES) {
       if (threadIdx.x < WIDTH) steps[threadIdx.x] = own_step;

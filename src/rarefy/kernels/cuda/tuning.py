@@ -184,10 +184,10 @@ def _fitted_prompt(code: Code, tuning: Tuning) -> Tuning:
     depths = (3, 2) if code.step == 128 else (2,)
     every = (
         replace(tuning, stages=stages, depth=depth)
-        for least in (4, 3, 2) for depth in depths for stages in range(tuning.stages, least - 1, -1)
+        for least in (4, 3) for depth in (*depths, 1) for stages in range(tuning.stages, least - 1, -1)
     )  # fmt: skip
     fits = (each for each in every if each.shared_memory(code) <= MOST_SHARED_WIDE)
-    return next(fits, replace(tuning, stages=2, depth=1))
+    return next(fits, replace(tuning, stages=3, depth=1))
 
 
 @functools.cache

@@ -115,7 +115,7 @@ class Weights:
         self.code = code_of(*self.term[:2])
         own = {name: tensor for name, tensor in pointed(self.term, False).items() if tensor is not None}
         for entries, _, _ in lists:
-            self.code = self.code.with_outliers(torch.float16, columns)
+            self.code = self.code.with_outliers(torch.float16, columns, entries["entries"].shape[1])
             own.update({name: each for name, each in pointed_entries(entries).items() if each is not None})
         self._dense = dense_sum([self.term, *lists]).bfloat16()
         self._dense_error = dense_sum([self.term, *lists]) - self._dense
@@ -149,7 +149,7 @@ class Trials:
         wide = measure.takes_wide(x.device) and not self.narrow
         overlap = tuning_tables.overlaps(x.device)
         known = tuning_tables.choose(code, weights.rows, weights.columns, tokens, x.device)
-        every = [known, *itertools.islice(measure.candidates(code, tokens, wide), most)]
+        every = [known, *itertools.islice(measure.candidates(code, tokens, wide, weights.columns), most)]
         tried = list(dict.fromkeys(replace(each, overlap=overlap) for each in every))
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda each: _compiles(code, each, x.dtype), tried))

@@ -104,11 +104,12 @@ def tune(choices: Choices, given: Callable[[], float], tokens: int, seconds: flo
 
 
 def _candidates(product: Product, chosen: Tuning, most: int) -> Sequence[Tuning]:
-    ending, code, _, _, tokens = product
-    wide = measure.takes_wide(torch.device("cuda", 0)) and ending == PLAIN
-    every = measure.candidates(code, tokens, wide)
+    ending, code, _, columns, tokens = product
+    wide = measure.takes_wide(torch.device("cuda", 0)) and (ending == PLAIN or tokens == 1)
+    every = measure.candidates(code, tokens, wide, columns)
     if ending.kind == "gated":
-        every = (each.with_halves() for each in every)
+        halves = (each.with_halves() for each in every)
+        every = (each for each in halves if tuning.can_be_stored(code, each, columns, ending))
     fitting = (each for each in dict.fromkeys(islice(every, 2 * most)) if each != replace(chosen, overlap=False))
     return list(islice(fitting, most))
 

@@ -113,6 +113,19 @@ def test_outliers_are_added(tokens: int) -> None:
     checked(CompressedLinear(terms).to(GPU), torch.randn(tokens, 640, device=GPU, dtype=torch.float16))
 
 
+@pytest.mark.parametrize("tokens", [2, 3, 4, 7, 8, 9, 16])
+@pytest.mark.parametrize("grid", ["spqr", "int3-none", "int4-integer", "nf4", "binary1"])
+def test_small_groups_of_several_tokens(grid: str, tokens: int) -> None:
+    """Lanes form each other's scales; outliers meet tokens in shared memory, or not all of them."""
+    for columns in (1100, 17000):
+        terms = [quantized({**GRIDS, **OTHERS}[grid], PATTERNS["full"], 200, columns), residual(200, columns)]
+        layer = CompressedLinear(terms).to(GPU)
+        x = torch.randn(tokens, columns, device=GPU, dtype=torch.bfloat16)
+        checked(layer, x)
+        first = layer(x)
+        assert all(torch.equal(layer(x), first) for _ in range(20))
+
+
 WIDE = Tuning(1, 4, 8, 1, 2, 4, wide=True, overlap=True)
 
 

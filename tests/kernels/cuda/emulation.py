@@ -77,7 +77,8 @@ def _run(
     run = _library(tuple(macros), program.SOURCES.get(name, program.SOURCE)).run
     which = {"dequantize": 1, "arrange": 1, "quantize": 2, "dequantize_to_bytes": 3}.get(name, 0)
     threads = program.ARRANGING if name == "arrange" else tuning.threads
-    run(which, ctypes.byref(given), *grid, threads, program.shared_memory(name, code, tuning, ending))
+    stored = program.stored_memory(code, tuning, given.columns, given.quads) if name == "linear" else 0
+    run(which, ctypes.byref(given), *grid, threads, program.shared_memory(name, code, tuning, ending) + stored)
 
 
 def program_linear(
@@ -95,7 +96,8 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning, most
     tensors, numbers, multiplier = codes
     code, rows, own = code_of(tensors, numbers), numbers["rows"], pointed(codes, half)
     for entries, more, _ in lists:
-        code = code.with_outliers(torch.float16 if more["half"] else torch.bfloat16, x.shape[1])
+        dtype = torch.float16 if more["half"] else torch.bfloat16
+        code = code.with_outliers(dtype, x.shape[1], entries["entries"].shape[1])
         own.update(pointed_entries(entries))
     x, y = aligned(x), torch.full((tokens, rows), torch.nan, dtype=x.dtype)
     grid = program.grid(tuning, rows, tokens)
@@ -194,9 +196,9 @@ def sparse(x: Tensor, prepared: Prepared) -> Tensor:
     code, x, y = sparse_code_of(*term[:2]), aligned(x), torch.full((tokens, prepared.rows), torch.nan, dtype=x.dtype)
     given = kept.arguments(pointed_sparse(term), x, y, term[2])
     most = kept.at_once(tokens)
+    shared = code.shared_memory(most, x.shape[1])
     macros = [f"-D{macro}={value}" for macro, value in code.definitions(most, half).items()]
     library = _library((*macros, f"-DENTRY={code.entry}"), code.source)
-    shared = code.shared_memory(most, x.shape[1])
     library.run(0, ctypes.byref(given), *code.grid(prepared.rows, 2), 32 * code.warps, shared)
     return y
 

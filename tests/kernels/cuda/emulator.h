@@ -17,7 +17,9 @@
 #define shared_memory(name) static unsigned char*& name = emulator::shared
 
 struct uint2 { unsigned x, y; };
+struct float2 { float x, y; };
 struct uint4 { unsigned x, y, z, w; };
+struct float4 { float x, y, z, w; };
 
 #ifndef IN_BYTES
 #define IN_BYTES 0
@@ -60,6 +62,7 @@ device uint2 load_once(const uint2* from) { return *from; }
 device unsigned load_once(const unsigned* from) { return *from; }
 device unsigned load_near(const unsigned* from) { return *from; }
 device unsigned short load_once(const unsigned short* from) { return *from; }
+device unsigned load_once_widened(const unsigned short* from) { return *from; }
 device uint4 load_shared_by_all(const uint4* from, bool real) { return real ? *from : uint4{0, 0, 0, 0}; }
 device uint2 load_shared_by_all(const uint2* from, bool real) { return real ? *from : uint2{0, 0}; }
 device uint4 load_shared_by_all(const uint4* from) { return *from; }
@@ -69,6 +72,7 @@ device unsigned short load_fresh(const unsigned short* from) { return *from; }
 device uint4 load_fresh(const uint4* from, bool real) { return real ? *from : uint4{0, 0, 0, 0}; }
 device uint2 load_fresh(const uint2* from, bool real) { return real ? *from : uint2{0, 0}; }
 device unsigned load_fresh(const unsigned* from, bool real) { return real ? *from : 0; }
+device void load_held(uint2& to, const unsigned char* from, bool real) { if (real) memcpy(&to, from, 8); }
 device void copy_async(unsigned char* to, const void* from, bool real) {
   if (real) memcpy(to, from, 16); else memset(to, 0, 16);
 }
@@ -153,6 +157,7 @@ device unsigned halves_of_e4m3(unsigned short pair) {
 device float power_of_two(float value) { return std::exp2(value); }
 device float root(float value) { return std::sqrt(value); }
 device float nearest_integer(float value) { return std::nearbyint(value); }
+device int nearest_whole(float value) { return int(std::nearbyint(value)); }
 device void raise(unsigned* flags, unsigned bits) { *flags |= bits; }
 device float log_of_two(float value) { return std::log2(value); }
 device unsigned funnel(unsigned low, unsigned high, unsigned shift) {
@@ -205,14 +210,24 @@ device unsigned lesser(unsigned a, unsigned b) {
   for (int k = 0; k < 32; k += 16) d |= unsigned(rounded<HALF>(std::fmin(widened(a >> k), widened(b >> k)))) << k;
   return d;
 }
+device unsigned greater(unsigned a, unsigned b) {
+  unsigned d = 0;
+  for (int k = 0; k < 32; k += 16) {
+    const float one = widened(a >> k), other = widened(b >> k);
+    d |= (one >= other || std::isnan(one) ? a >> k & 0xFFFF : b >> k & 0xFFFF) << k;
+  }
+  return d;
+}
 device unsigned chosen(unsigned word, unsigned mask, unsigned others) { return (word & mask) | others; }
+device unsigned either(unsigned mask, unsigned ones, unsigned zeros) { return (ones & mask) | (zeros & ~mask); }
 device unsigned permuted(unsigned a, unsigned b, unsigned bytes) {
   const uint64_t all = uint64_t(b) << 32 | a;
   unsigned d = 0;
   for (int k = 0; k < 4; ++k) d |= unsigned(all >> 8 * (bytes >> 4 * k & 7) & 255) << 8 * k;
   return d;
 }
-device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+template <bool HALF_> device float number_of(unsigned bits) { return HALF_ ? half_value(bits) : as_float(bits << 16); }
+template <bool HALF_> device void multiply_as(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   const int thread = emulator::current, warp = thread / 32 * 32, g = thread % 32 / 4, t = thread % 4;
   emulator::exchanged[thread] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
   warp_barrier();
@@ -222,8 +237,21 @@ device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsig
       const emulator::Operands& weights = emulator::exchanged[warp + 4 * g + k % 8 / 2];
       const emulator::Operands& tokens = emulator::exchanged[warp + 4 * column + k % 8 / 2];
       const unsigned w = weights.a[j / 2 + k / 8 * 2] >> k % 2 * 16, x = tokens.b[k / 8] >> k % 2 * 16;
-      sum[j] += widened(w) * widened(x);
+      sum[j] += number_of<HALF_>(w) * number_of<HALF_>(x);
     }
+  }
+  warp_barrier();
+}
+device void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { multiply_as<HALF>(sum, a, b0, b1); }
+device void multiply_halves(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { multiply_as<true>(sum, a, b0, b1); }
+device void multiply_bits(int (&counts)[4], unsigned a0, unsigned a1, unsigned b) {
+  const int thread = emulator::current, warp = thread / 32 * 32, g = thread % 32 / 4, t = thread % 4;
+  emulator::exchanged[thread] = {{a0, a1, 0, 0}, {b, 0}};
+  warp_barrier();
+  for (int j = 0; j < 4; ++j) {
+    counts[j] = 0;
+    for (int k = 0; k < 4; ++k)
+      counts[j] += __builtin_popcount(emulator::exchanged[warp + 4 * g + k].a[j / 2] & emulator::exchanged[warp + 4 * (2 * t + j % 2) + k].b[0]);
   }
   warp_barrier();
 }

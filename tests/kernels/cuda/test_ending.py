@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rarefy.decoding.interpreter import ACTIVATIONS
+from rarefy.formats.grids import BinaryGrid
 from rarefy.formats.terms import Term
 from rarefy.kernels.cuda import tuning
 from rarefy.kernels.cuda.linear import Beside, product_with_ending
@@ -23,7 +25,8 @@ EPS = 1e-5
 SPREAD, DIRECT = Tuning(1, 1, 2, 2, 2, spread=True), Tuning(2, 1, 2, 1, 1)
 CUTS = [
     (SPREAD, 1), (DIRECT, 3), (Tuning(1, 2, 2, 2, 1, 2), 11), (Tuning(1, 1, 2, 1, 2, 0, 2, spread=True), 1),
-    (Tuning(1, 1, 4, 1, 1, 0, 2), 5),
+    (Tuning(1, 1, 4, 1, 1, 0, 2), 5), (Tuning(1, 1, 2, 2, 1, spread=True, stored=True), 1),
+    (Tuning(1, 1, 2, 2, 1, held=2), 2),
 ]  # fmt: skip
 
 
@@ -79,6 +82,16 @@ def test_half_of_the_rows_is_gated(
     gate, up = (x.double() @ dense(terms).T).chunk(2, 1)
     assert y.shape == (tokens, 80)
     assert relative(y, ACTIVATIONS[activation](gate) * up) < 1e-2
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_bit_planes_with_an_ending(stored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    terms: list[Term] = [quantized(BinaryGrid(group_size=128), PATTERNS["full"], 160, 640)]
+    x, cut = torch.randn(1, 640).bfloat16(), replace(SPREAD, stored=stored)
+    y, _ = product(terms, x, Ending(True, "gated"), Beside(row_squares(x, 5), EPS), cut, monkeypatch)
+    exact = x.double() / (x.double().square().mean(1, keepdim=True) + EPS).sqrt()
+    gate, up = (exact @ dense(terms).T).chunk(2, 1)
+    assert relative(y, ACTIVATIONS["silu"](gate) * up) < 1e-2
 
 
 @pytest.mark.parametrize(("cut", "tokens"), CUTS, ids=str)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rarefy.formats.grids import FloatGrid, Grid, IntegerGrid, LutGrid
+from rarefy.formats.grids import BinaryGrid, FloatGrid, Grid, IntegerGrid, LutGrid
 from rarefy.formats.patterns import Groups
 from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms import Quantized, Sparse, Term
 from rarefy.formats.terms.plain import Residual
 from rarefy.kernels.activations import quantize_tokens
-from rarefy.kernels.cuda.linear import _decode
-from rarefy.kernels.cuda.prepared import NotCovered, prepare
+from rarefy.kernels.cuda.linear import _decode, terms_of
+from rarefy.kernels.cuda.prepared import NotCovered, code_of, prepare
 from rarefy.kernels.cuda.program import Tuning
 from rarefy.kernels.prepared import flat
 from tests.formats.samples import GRIDS, PATTERNS, mask_for, quantized, residual
@@ -94,7 +94,25 @@ def test_every_way_to_cut_the_work_up(tuning: Tuning, tokens: int) -> None:
 @pytest.mark.parametrize(
     ("tuning", "tokens"),
     [
+        (Tuning(along=2, depth=2, held=2), 2), (Tuning(2, 1, 2, 1, 1, held=4), 3), (Tuning(along=2, held=6), 5),
+        (Tuning(2, 2, 1, 2, 1, 2), 5),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["int3-none", "int4-integer", "int8-none", "nf4", "binary1", *BILEVEL])
+def test_small_groups_of_several_tokens(name: str, tuning: Tuning, tokens: int) -> None:
+    """Lanes form each other's scales; two or four blocks take the places of eight tokens."""
+    term = quantized({**GRIDS, **OTHERS}[name], PATTERNS["full"], 37, 600)
+    assert prepare(*term.operation()).numbers["group_size"] == 16  # type: ignore[misc]
+    assert product([term, residual(37, 600)], tuning, tokens) < 6e-4
+    assert product([term], tuning, tokens, torch.bfloat16) < 4e-3
+
+
+@pytest.mark.parametrize(
+    ("tuning", "tokens"),
+    [
         (Tuning(1, 1, 1, 2, 2, spread=True), 1), (Tuning(2, 1, 2, 1, 3), 11),
+        (Tuning(1, 1, 2, 1, 2, held=6), 5), (Tuning(2, 2, 1, 2, 1, held=12), 11),
         (Tuning(1, 2, 8, 1, 1, 3, 2, wide=True), 11), (Tuning(2, 8, depth=1, stages=3, wide=True, unpackers=1), 11),
         (Tuning(1, 8, depth=1, stages=3, split=2, wide=True, unpackers=2), 11),
     ],
@@ -168,6 +186,67 @@ def test_blocks_of_one_token_in_the_places_of_eight(name: str) -> None:
     grid = {**GRIDS, **OTHERS}[name]
     term = quantized(grid, PATTERNS["full"], 37, 600)
     assert product([term, residual(37, 600)], Tuning(2, 1, 1, 2, 1, spread=True), 1) < 6e-4
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY_KIND if not name.startswith(("int8", "fp8"))])
+def test_weights_of_one_token_in_shared_memory(name: str) -> None:
+    grid = {**GRIDS, **OTHERS}[name]
+    term = quantized(grid, PATTERNS["full"], 37, 640)
+    made = prepare(*term.operation())  # type: ignore[misc]
+    code = code_of(*terms_of(*flat([made])[:3])[0][:2])
+    for tuning in (Tuning(2, 1, 1, 2, 1, spread=True, stored=True), Tuning(1, split=2, spread=True, stored=True)):
+        if code.can_be_stored(640, tuning.split):
+            assert product([term, residual(37, 640)], tuning, 1) < 6e-4
+    assert code.can_be_stored(640, 1)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        BinaryGrid(group_size=128), BinaryGrid(group_size=512), BinaryGrid(group_size=None),
+        IntegerGrid(num_bits=1, group_size=128, zero="integer"), IntegerGrid(num_bits=1, group_size=256, zero="float"),
+    ],
+    ids=lambda grid: f"{grid.type}-{grid.group_size}",
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        Tuning(along=2, depth=1, spread=True), Tuning(2, 1, 2, 1, 2, spread=True), Tuning(1, 1, 2, 2, 4, spread=True),
+        Tuning(2, 1, 1, 1, 2, split=3, spread=True), Tuning(2, 1, 1, 2, 2, spread=True, stored=True),
+        Tuning(1, 1, 2, 1, 4, spread=True, stored=True), Tuning(2, 1, 1, 1, 2, split=3, spread=True, stored=True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_one_token_in_bit_planes(grid: Grid, tuning: Tuning) -> None:
+    """Its numbers are whole ones there, in as many bits as sums in float32 keep: nothing is lost but what rounding the
+    result takes, even where some numbers are a thousand times the others."""
+    term = quantized(grid, PATTERNS["full"], 37, 2900)
+    made = [prepare(*term.operation())]  # type: ignore[misc]
+    x = torch.randn(1, 2900) / 100
+    x[:, ::97] *= 1000
+    x[:, 600:900] = 0
+    for dtype in (torch.float16, torch.bfloat16):
+        expected = x.to(dtype).double() @ term.decode().double().T
+        rounding = relative(expected.to(dtype), expected)
+        assert relative(emulation.linear(x.to(dtype), made, tuning), expected) < 1.02 * rounding + 1e-6
+
+
+def test_bit_planes_of_what_is_no_number() -> None:
+    term = quantized(BinaryGrid(group_size=128), PATTERNS["full"], 16, 300)
+    made, tuning = [prepare(*term.operation())], Tuning(along=2, depth=1, spread=True)  # type: ignore[misc]
+    for number in (torch.inf, -torch.inf, torch.nan):
+        x = torch.randn(1, 300).bfloat16()
+        x[0, 200] = number
+        assert not emulation.linear(x, made, tuning).isfinite().any()
+    for size in (1e-30, 1e30):
+        x = torch.full((1, 300), size).bfloat16()
+        expected = x.double() @ term.decode().double().T
+        assert relative(emulation.linear(x, made, tuning), expected) < 4e-3
+
+
+def test_bit_planes_beside_outliers() -> None:
+    term = quantized(BinaryGrid(group_size=128), PATTERNS["full"], 37, 600)
+    assert product([term, residual(37, 600)], Tuning(2, 1, 1, 2, 2, spread=True), 1) < 6e-4
 
 
 def test_sums_in_units_of_the_last_scale() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,11 @@ def _forget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_the_rule_and_all_candidates_can_run(code: Code, capability: tuple[int, int]) -> None:
     for tokens in tuning.BUCKETS:
         chosen = tuning.by_rule(code, 4096, 14336, tokens, capability)
-        tried = list(measure.candidates(code, tokens, capability == (9, 0)))
+        tried = list(measure.candidates(code, tokens, capability == (9, 0), 14336))
         assert tried and len(set(tried)) == len(tried)
         for each in (chosen, *tried):
             assert each.shared_memory(code) <= tuning.MOST_SHARED_WIDE and each.threads <= 1024
+            assert tuning.can_be_stored(code, each, 14336)
             assert each.suits(code) and 8 * each.tokens * 16 >= tokens
             assert not (each.wide and (each.across % 4 or not each.stages))
         assert chosen.wide == (capability == (9, 0) and tokens > 16) and chosen.overlap == (capability >= (9, 0))
@@ -80,6 +82,18 @@ def test_measurements_of_the_same_groups_and_zeros_come_first() -> None:
     assert tuning.choose(zeros, 4096, 4096, 1, GPU) == tuning.by_rule(zeros, 4096, 4096, 1, CAPABILITY)  # no table
     tuning.keep([tuning.entry(Code(4, 128), 4096, 4096, 1, of_plain)], GPU)
     assert tuning.choose(zeros, 4096, 4096, 1, GPU) == of_plain  # better than none
+
+
+def test_what_was_measured_for_some_tokens_serves_others() -> None:
+    """Of whom a block holds as many as there may be, or none where it has no room for all."""
+    code = Code(3, 16, span=4, scale="bilevel").with_outliers(torch.float16, 4096, 5)
+    longer, measured = code.with_outliers(torch.float16, 14336, 17), Tuning(1, 1, 2, 4, 2, held=4)
+    tuning.keep([tuning.entry(code, 8192, 8192, 4, measured)], GPU)
+    found = [tuning.choose(code, 8192, 8192, tokens, GPU) for tokens in (2, 3, 4, 7)]
+    assert found == [replace(measured, held=held) for held in (2, 4, 4, 8)]
+    assert [each.beside(code) for each in found] == [4, 2, 2, 1]
+    assert tuning.choose(longer, 8192, 8192, 4, GPU).held == 4 and tuning.choose(longer, 8192, 8192, 8, GPU).held == 0
+    assert tuning.choose(code, 8192, 8192, 16, GPU) == tuning.by_rule(code, 8192, 8192, 16, CAPABILITY)
 
 
 def test_small_groups_are_dequantized_sooner() -> None:

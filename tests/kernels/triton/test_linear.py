@@ -18,6 +18,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     "code",
     [
         Code(4, 128, center=8), Code(4, 0, zero=torch.uint8), Code(2, 128, zero=torch.float16), Code(1, 256, center=1),
+        Code(1, 256, zero=torch.float16),
         Code(8, 128, center=128, scale=torch.float32),
     ],
     ids=str,

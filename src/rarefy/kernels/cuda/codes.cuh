@@ -77,19 +77,29 @@ template <> struct Pair<F32> { uint2 raw; };
 template <> struct Pair<U8> { u16 raw; };
 template <> struct Pair<NONE> {};
 template <> struct Pair<PAIRS> { uint2 raw; };
-template <> struct Pair<BILEVEL> { u16 raw; uint2 second; };
-template <> struct Pair<LEVEL> { u16 raw; uint2 second; };
+template <> struct Pair<BILEVEL> { u32 raw; uint2 second; };
+template <> struct Pair<LEVEL> { u32 raw; uint2 second; };
+
+// STORED: weights are in shared memory (stored.cuh).
+template <class Words> device Words load_weights(const Words* from) {
+  if constexpr (STORED) return *from;
+  else return load_once(from);
+}
+device u32 load_widened_weights(const u16* from) {
+  if constexpr (STORED) return *from;
+  else return load_once_widened(from);
+}
 
 template <int TYPE> device void load(Pair<TYPE>& pair, const void* base, i64 index, const uint2* second, i64 group) {
   if constexpr (TYPE == F32 || TYPE == PAIRS) {
-    pair.raw = load_once(static_cast<const uint2*>(base) + index);
+    pair.raw = load_weights(static_cast<const uint2*>(base) + index);
   } else if constexpr (TYPE == BILEVEL || TYPE == LEVEL) {
-    pair.raw = load_once(static_cast<const u16*>(base) + index);
-    pair.second = load_once(second + group);
+    pair.raw = load_widened_weights(static_cast<const u16*>(base) + index);
+    pair.second = load_weights(second + group);
   } else if constexpr (TYPE == U8) {
-    pair.raw = load_once(static_cast<const u16*>(base) + index);
+    pair.raw = load_weights(static_cast<const u16*>(base) + index);
   } else if constexpr (TYPE != NONE) {
-    pair.raw = load_once(static_cast<const u32*>(base) + index);
+    pair.raw = load_weights(static_cast<const u32*>(base) + index);
   }
 }
 
@@ -126,8 +136,8 @@ device u32 moved(u32 word, int from, int to) { return from < to ? word << (to - 
 // 16 is a number of which that takes 16 off.
 struct Levels { float scale_step, minus_scale, zero_step, zero; };
 
-device Levels levels_of(const uint2& second) {
-  const float scale_step = half_of(second.x, 0), zero_step = half_of(second.y, 0);
+device Levels levels_of(const uint2& second, float unit = 1.0f) {
+  const float scale_step = half_of(second.x, 0), zero_step = half_of(second.y, 0) * unit;
   return {scale_step, -scale_step * (16.0f + half_of(second.x, 1)), zero_step, zero_step * (16.0f + half_of(second.y, 1))};
 }
 device float above_16(u32 raw, int place) { return as_float(chosen(moved(raw, place, 19), 15u << 19, 0x41800000u)); }
@@ -136,6 +146,26 @@ device float above_16(u32 raw, int place) { return as_float(chosen(moved(raw, pl
 device float contribution_of(const Levels& levels, u32 raw, int which, float part, float ones) {
   if constexpr (SCALE == BILEVEL) part += (levels.zero - levels.zero_step * above_16(raw, 8 * which + 4)) * ones;
   return (levels.scale_step * above_16(raw, 8 * which) + levels.minus_scale) * part;
+}
+
+// The same of rows g and g + 8 as `slope * (part + zero * ones)`, for ones that are counted in `unit`.
+struct Line { float slope, zero; };
+
+template <class S, class Z> device void lines_of(Line (&lines)[2], const S& scale, const Z& zero, float unit) {
+  Levels levels;
+  if constexpr (SCALE == BILEVEL || SCALE == LEVEL) levels = levels_of(scale.second, unit);
+#pragma unroll
+  for (int which = 0; which < 2; ++which) {
+    Line& line = lines[which];
+    line.zero = 0.0f;
+    if constexpr (SCALE == BILEVEL || SCALE == LEVEL) {
+      line.slope = levels.scale_step * above_16(scale.raw, 8 * which) + levels.minus_scale;
+      if constexpr (SCALE == BILEVEL) line.zero = levels.zero - levels.zero_step * above_16(scale.raw, 8 * which + 4);
+    } else {
+      line.slope = number(scale, which);
+      if constexpr (ZERO != NONE) line.zero = (CENTER - number(zero, which)) * unit;
+    }
+  }
 }
 
 // ---- From codes to operands.
@@ -156,7 +186,9 @@ device u32 bytes_as_numbers(u32 word, int pair) {
 // Where pair i of block b lies in a 16-bit half of its word, of the places that a mantissa has room for (codes of up to
 // four bits, three bits: but for the sixteenth pair, which is put together).
 constexpr int MANTISSA = HALF ? 10 : 7, PLACES = BITS > MANTISSA ? 1 : MANTISSA / BITS;
-device constexpr int pair_of(int b, int i) { return BITS == 4 ? i : BITS == 2 ? 4 * (b % 2) + i : 4 * (b % 4) + i; }
+device constexpr int pair_of(int b, int i) {
+  return BITS == 4 ? i : BITS == 2 ? 4 * (b % 2) + i : BITS == 1 ? 2 * (b % 8) + i / 2 : 4 * (b % 4) + i;
+}
 device constexpr int place_of(int b, int i) {
   const int pair = pair_of(b, i);
   return BITS == 3 && pair == 15 ? 0 : BITS * ((BITS == 3 ? pair % 5 : pair) % PLACES);
@@ -165,12 +197,16 @@ device constexpr int place_of(int b, int i) {
 // A code can stay in a mantissa if its power of two is such that the code counts what it is: the number is then more by
 // that power. It is the same for all rows, so that what is too much in the sums, with the code that means zero, is formed
 // but once.
-constexpr int LIFTS = BITS == 4 ? 1 : BITS == 2 ? 2 : 4;  // blocks that are so far apart are lifted alike
+constexpr int LIFTS = BITS == 4 ? 1 : BITS == 2 ? 2 : BITS == 1 ? 8 : 4;  // blocks that are so far apart are lifted alike
 device constexpr u32 minus_lift_of(int b, int i) { return minus((1u << (MANTISSA - place_of(b, i))) + CENTER); }
+
+// Or every code is shifted to the end of its mantissa: then what is too much says how much ones would be.
+enum { LOWERED = 0, LIFTED = 1, LIFTED_ALIKE = 2 };
+constexpr u32 MINUS_ALIKE = minus(MAGIC_VALUE + CENTER);
 
 // The 16-bit numbers of pair i (0..3) of block b, LIFTED by minus `minus_lift_of` of the same pair. Both codes of a pair lie at the
 // same place of a word's two halves, or for a table beside each other, so that together they are one index.
-template <bool LIFTED = false> device u32 operand(const u32* words, int b, int i, u32 bank) {
+template <int LIFT_ = LOWERED> device u32 operand(const u32* words, int b, int i, u32 bank) {
   if constexpr (TABLE == SHARED) {
     // Copies of an entry fill 128 bytes, so an index is wanted seven bits up; `bank` is the lane's place among them.
     constexpr u32 MASK = ((1u << 2 * BITS) - 1) << 7;
@@ -201,17 +237,18 @@ template <bool LIFTED = false> device u32 operand(const u32* words, int b, int i
   } else {
     // Places of a 16-bit half that lie below the mantissa's end need no shift: the product takes their factor out.
     constexpr u32 MASK = ((1u << BITS) - 1) * 0x10001u;
-    const int pair = pair_of(b, i), place = place_of(b, i);
+    const int pair = pair_of(b, i), place = LIFT_ == LIFTED_ALIKE ? 0 : place_of(b, i);
     u32 found;
     if (BITS == 3 && pair == 15) {
       const u32* own = words + 3 * (b / 4);
       found = (own[0] >> 15 & 0x10001u) | (own[1] >> 14 & 0x20002u) | (own[2] >> 13 & 0x40004u) | MAGIC;
     } else {
-      const u32 word = words[BITS == 4 ? b : BITS == 2 ? b / 2 : BITS == 3 ? 3 * (b / 4) + pair / 5 : b / 4];
+      const u32 word = words[BITS == 4 ? b : BITS == 2 ? b / 2 : BITS == 3 ? 3 * (b / 4) + pair / 5 : 2 * (b / 8) + i % 2];
       const int own = BITS == 3 ? pair % 5 : pair;
-      found = chosen(word >> BITS * (own / PLACES * PLACES), MASK << place, LIFTED ? power(MANTISSA - place) : MAGIC);
+      found = LIFT_ == LIFTED_ALIKE ? chosen(word >> BITS * own, MASK, MAGIC)
+                                    : chosen(word >> BITS * (own / PLACES * PLACES), MASK << place, LIFT_ ? power(MANTISSA - place) : MAGIC);
     }
-    return LIFTED ? found : fused(found, power(-place), minus((MAGIC_VALUE >> place) + CENTER));
+    return LIFT_ ? found : fused(found, power(-place), minus((MAGIC_VALUE >> place) + CENTER));
   }
 }
 
@@ -240,8 +277,8 @@ device void load(Tables& tables, const Arguments& a, i64 tile, int group, int g)
   }
 }
 
-// The four operands of block b (LIFTED: see above). A byte permutation looks up four codes among eight bytes.
-template <bool LIFTED = false> device void operands(u32 (&weights)[4], const u32* words, int b, u32 bank, const Tables& tables) {
+// The four operands of block b (lifted: see above). A byte permutation looks up four codes among eight bytes.
+template <int LIFT_ = LOWERED> device void operands(u32 (&weights)[4], const u32* words, int b, u32 bank, const Tables& tables) {
   if constexpr (TABLE == BY_ROW) {
     u32 codes, halves = 0;
     if constexpr (BITS == 4) {
@@ -272,7 +309,7 @@ template <bool LIFTED = false> device void operands(u32 (&weights)[4], const u32
     for (int i = 0; i < 4; ++i) weights[i] = bytes_as_numbers(words[4 * (b / 4 * 2 + i % 2) + b % 4], i / 2);
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) weights[i] = operand<LIFTED>(words, b, i, bank);
+    for (int i = 0; i < 4; ++i) weights[i] = operand<LIFT_>(words, b, i, bank);
   }
 }
 
@@ -340,7 +377,7 @@ device Places places_of(const Arguments& a, int first_tile, int lane, int apart 
     found.scales[r] = tile * a.groups * 8 + lane / 4;
     keep(found.scales[r]);
     if constexpr (SCALE == BILEVEL || SCALE == LEVEL)
-      found.second[r] = a.second + i64(int(tile) / a.second_rows) * ((a.groups + SECOND_GROUPS - 1) / SECOND_GROUPS);
+      found.second[r] = a.second + (a.second_rows == 1 ? tile : int(tile) / a.second_rows) * ((a.groups + SECOND_GROUPS - 1) / SECOND_GROUPS);
   }
   return found;
 }
@@ -365,7 +402,7 @@ device void fetch(Codes& codes, const Arguments& a, const Places& places, int st
     for (int l = 0; l < LOADS; ++l) {
       const uint4* from = of_step(places.codes[r][SPAN == 16 ? l % 2 : 0], step) + load_at(l);
       if constexpr (SPAN == 16 && RAGGED) put(codes, r, l, load_once(from, has_bytes(a, step, l, lane)));
-      else put(codes, r, l, load_once(from));
+      else put(codes, r, l, load_weights(from));
     }
 }
 

@@ -35,10 +35,11 @@ class _Configuration(ctypes.Structure):
 
 
 class Kernel:
-    """``name`` of a source file and the headers beside it, for the current device. Raises UnsupportedError with the
-    compiler's words when it does not compile."""
+    """``name`` of a source file and the headers beside it, for the current device, with so many bytes of ``shared``
+    memory, or more at a launch, ``most`` in all. Raises UnsupportedError with the compiler's words when it does not
+    compile."""
 
-    def __init__(self, source: Path, name: str, options: Sequence[str], shared: int):
+    def __init__(self, source: Path, name: str, options: Sequence[str], shared: int, most: int = 0):
         major, minor = torch.cuda.get_device_capability()
         torch.cuda.current_stream().synchronize()  # there is a context now
         self._image = compiled(source, (major, minor), options)
@@ -46,19 +47,22 @@ class Kernel:
         cuda = _driver()
         _answer(cuda.cuModuleLoadData(ctypes.byref(module), self._image), "loading a kernel")
         _answer(cuda.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()), f"finding {name}")
-        if shared > LARGE:
-            code = cuda.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared)
-            _answer(code, f"asking for {shared} bytes of shared memory")
+        most = max(most, shared)
+        if most > LARGE:
+            code = cuda.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, most)
+            _answer(code, f"asking for {most} bytes of shared memory")
         self._shared = shared
         self._overlap = (_Attribute * 1)(_Attribute(_PROGRAMMATIC, 0, 1))
         self._launch = cuda.cuLaunchKernelEx
 
     def __call__(
-        self, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure, stream: int, overlap: bool = False
-    ) -> None:
-        """Launch with one structure as the argument. ``overlap`` lets it start before what precedes it in the stream is
-        done; the kernel itself then waits where it has to."""
-        configuration = _Configuration(*grid, threads, 1, 1, self._shared, stream, self._overlap, int(overlap))
+        self, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure, stream: int, overlap: bool = False,
+        more: int = 0,
+    ) -> None:  # fmt: skip
+        """Launch with one structure as the argument and ``more`` bytes of shared memory. ``overlap`` lets it start
+        before what precedes it in the stream is done; the kernel itself then waits where it has to."""
+        shared = self._shared + more
+        configuration = _Configuration(*grid, threads, 1, 1, shared, stream, self._overlap, int(overlap))
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         _answer(self._launch(ctypes.byref(configuration), self._function, parameters, None), "launching a kernel")
 

@@ -34,12 +34,16 @@ def pack_codes(codes: Tensor, bits: int, span: int, order: Order) -> Tensor:
     * ``pairs``: both in neighbouring bits, together an index;
     * ``nibbles`` (3 and 4 bits): a word is one block, row ``g`` in the lower half, a code in every four bits.
 
+    Codes of one bit in halves have words of row ``g`` and of row ``g + 8`` in turn, 128 columns each: what tensor cores
+    that multiply bits take as they are.
     Codes of 5, 6 and 7 bits are words of their low 4 bits, then of the next 2, then of the last one, each in halves.
     Three bits make 5 pairs a word and leave a bit of each half of three words (or two bits of each word) to a sixteenth
     pair; or, in nibbles, the highest bits of three words make a fourth.
     """
     step = step_of(bits)
     lanes = _lanes(padded(padded(codes, 0, TILE), 1, step), step, span)  # [tiles, steps, 32, pairs, 2]
+    if bits == 1 and order == "halves":
+        lanes = lanes.unflatten(3, (2, -1, 2)).transpose(4, 5).flatten(3, 5)
     if bits == 3:
         words = _words_of_three(lanes, order)
     else:
@@ -61,6 +65,8 @@ def unpack_codes(packed: Tensor, bits: int, span: int, order: Order, rows: int, 
         lanes = torch.zeros(tiles, steps, 32, step // 4, 2, dtype=torch.uint8, device=packed.device)
         for (low, width), own in zip(planes, parts_of, strict=True):
             lanes |= _lanes_of(own, width, order) << low
+    if bits == 1 and order == "halves":
+        lanes = lanes.unflatten(3, (2, 2, -1)).transpose(4, 5).flatten(3, 5)
     parts = lanes.reshape(tiles, steps, 8, 4, *_inner(step, span), 2, 2, 2)  # t's own columns, q, h, f
     if span == 8:  # tiles, steps, g, t, p, e, q, h, f
         dense = parts.permute(0, 7, 2, 1, 4, 3, 5, 6, 8)

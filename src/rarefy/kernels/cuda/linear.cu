@@ -8,7 +8,10 @@
 // Macros besides those of codes.cuh (see tuning.py for what is chosen when): OUTLIERS (type of single values that are
 // added to the weight), TOKENS (of 8 tokens), ACROSS (warps over rows), ALONG (warps over columns), DEPTH (steps loaded
 // ahead into registers), STAGED (codes and activations go through shared memory instead, STAGES steps of them), SPLIT
-// (blocks over columns), LATE (later kernels may start when the sums are formed, not before), and those of ending.cuh.
+// (blocks over columns), HELD (tokens that wait in shared memory), BESIDE (blocks of columns that share the places of 8
+// tokens; SPREAD: one token, all 8), LATE (later kernels may start when the sums are formed, not before), ROOM (for so
+// many blocks on a multiprocessor; 0: as registers leave), STORED (see stored.cuh), IN_PLANES (see planes.cuh), and those
+// of ending.cuh.
 
 constexpr int THREADS = 32 * ACROSS * ALONG;
 
@@ -20,7 +23,14 @@ constexpr int STAGE_TOKENS = WIDTH * PITCH;  // bytes
 constexpr int EXTRA = SPREAD ? 1 : WIDTH;    // tokens that are any
 constexpr int STAGE_CODES = STAGED ? ROWS / 16 * ALONG * LOADS * 512 : 0;  // bytes
 constexpr int SUM_PITCH = ROWS + 4;
-constexpr bool LIFT = TABLE == NONE && BITS <= 4 && (SPREAD || (BITS == 1 && SUMS));
+constexpr int MOST_HELD = 16384;
+constexpr bool ALL_HELD = !SPREAD && HELD > 0 && HELD_COLUMNS < MOST_HELD;
+constexpr bool SMALL = !SPREAD && PARTS > 4 && SCALE != NONE && SCALE != PAIRS;  // groups whose scales four lanes share
+static_assert(BESIDE == 1 || (SMALL && ALL_HELD && HELD == 8 / BESIDE), "in the places of eight tokens");
+constexpr bool CAN_LIFT = TABLE == NONE && BITS <= 4;
+constexpr int LIFT = !CAN_LIFT ? LOWERED
+                     : BESIDE > 1 || (SMALL && SUMS && BITS > 2) ? LIFTED_ALIKE
+                     : SPREAD || (SMALL && TILES > 1) || (BITS == 1 && SUMS) ? LIFTED : LOWERED;
 
 #include "ending.cuh"
 
@@ -121,7 +131,7 @@ device void multiply_step(
 #pragma unroll
       for (int n = 0; n < TOKENS; ++n) multiply(ones[n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
     }
-    if constexpr (LIFT) {
+    if constexpr (LIFT != LOWERED) {
       const u32 weights[4] = {minus_lift_of(b, 0), minus_lift_of(b, 1), minus_lift_of(b, 2), minus_lift_of(b, 3)};
 #pragma unroll
       for (int n = 0; n < TOKENS; ++n) multiply(lift[n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
@@ -133,6 +143,162 @@ device void multiply_step(
   }
 }
 
+// ---- Several tokens and small groups: four lanes want the same scales, so each forms those of a quarter of the groups
+// and leaves them in shared memory. Of two or four tokens four or two blocks of columns are beside each other, in the
+// places of eight tokens, so that a lane has sums of other groups than its neighbours.
+
+constexpr bool SHARES = SMALL && !(BESIDE == 4 && PART == 1);  // else a lane wants what it forms
+constexpr int OWN_GROUPS = SMALL ? PARTS / 4 : 1;
+constexpr int SHARES_OF_WARP = SHARES ? 128 * PARTS * TILES : 0;  // bytes
+constexpr int MEETING_BYTES = 4 * ALONG * WIDTH * SUM_PITCH, STAGES_BYTES = STAGED ? STAGES * (STAGE_TOKENS + STAGE_CODES) : 0;
+constexpr int AT_SHARES =
+    (TABLE_BYTES + FACTOR_BYTES + (MEETING_BYTES > STAGES_BYTES ? MEETING_BYTES : STAGES_BYTES) + 15) / 16 * 16;
+constexpr float UNIT = LIFT == LIFTED_ALIKE ? -1.0f / (MAGIC_VALUE + CENTER) : 1.0f;  // in which ones are counted
+
+struct SharedScales {
+  Pair<SCALE> scale[TILES][OWN_GROUPS];
+  Pair<ZERO> zero[TILES][OWN_GROUPS];
+};
+
+device void fetch(SharedScales& scales, const Arguments& a, const Places& places, int step, int lane) {
+#pragma unroll
+  for (int own = 0; own < OWN_GROUPS; ++own) {
+    i64 group = i64(step) * PARTS + lane % 4 + 4 * own;
+    if (RAGGED && group >= a.groups) group = a.groups - 1;
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) {
+      load(scales.scale[r][own], a.scale, places.scales[r] + group * 8, places.second[r], group / SECOND_GROUPS);
+      load(scales.zero[r][own], a.zero, places.scales[r] + group * 8, places.second[r], group / SECOND_GROUPS);
+    }
+  }
+}
+
+// Where the lines of rows g and g + 8 lie. What a quarter of a warp writes at once lies in different banks.
+device float4& lines_at(int tile, int group, int g) {
+  float4* own = reinterpret_cast<float4*>(pool + AT_SHARES + threadIdx.x / 32 * SHARES_OF_WARP);
+  return own[(tile * PARTS + group) * 8 + (g ^ group % 4 * 2)];
+}
+
+device float4 own_lines(const SharedScales& scales, int tile, int own) {
+  Line lines[2];
+  lines_of(lines, scales.scale[tile][own], scales.zero[tile][own], UNIT);
+  return {lines[0].slope, lines[0].zero, lines[1].slope, lines[1].zero};
+}
+
+device void share(const SharedScales& scales, int lane) {
+  warp_barrier();  // all have read what lay there
+#pragma unroll
+  for (int r = 0; r < TILES; ++r)
+#pragma unroll
+    for (int own = 0; own < OWN_GROUPS; ++own) lines_at(r, 4 * own + lane % 4, lane / 4) = own_lines(scales, r, own);
+  warp_barrier();
+}
+
+device void add_line(float (&sums)[4], const float4& lines, float (&part)[4], const float (&ones)[4]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    if constexpr (SUMS) part[j] += (j < 2 ? lines.y : lines.w) * ones[j];
+    sums[j] += (j < 2 ? lines.x : lines.z) * part[j];
+  }
+}
+
+// What lifts all codes alike, or else sums activations up. In registers that are filled but once: if the compiler knew that
+// nothing is added, it would copy the number into four of them before every product.
+struct Constant { u32 at[4]; };
+
+device Constant constant_of(const Arguments& a) {
+  constexpr u32 VALUE = LIFT == LIFTED_ALIKE ? MINUS_ALIKE : ONES;
+  return {{VALUE + (a.rows >> 31), VALUE + (a.columns >> 31), VALUE + (a.tokens >> 31), VALUE + (a.steps >> 31)}};
+}
+
+#if BESIDE > 1
+// `words(to, set, real)` answers with those of the block and the token whose place a lane has, if they are wanted.
+template <class WordsOfSet>
+device void multiply_beside(
+    float (&sums)[TILES][TOKENS][4], const Codes& codes, const SharedScales& scales, const WordsOfSet& words,
+    const Tables (&tables)[TILES], const Arguments& a, int lane) {
+  const Constant constant = constant_of(a);
+  const int g = lane / 4, own_block = g * BESIDE / 8, block_of_sums = lane % 4 * BESIDE / 4;
+  if constexpr (SHARES) share(scales, lane);
+  uint2 only[BESIDE] = {};  // of each block, zeros in the places of others
+#pragma unroll
+  for (int set = 0; set < BLOCKS / BESIDE; ++set) {
+    uint2 all;
+    words(all, set, true);
+#pragma unroll
+    for (int k = 0; k < BESIDE; ++k) words(only[k], set, own_block == k);
+    float ones[4] = {};
+    if constexpr (LIFT == LIFTED_ALIKE || SUMS) multiply(ones, constant.at, all.x, all.y);
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) {
+      float part[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) part[j] = LIFT == LIFTED_ALIKE ? ones[j] : 0.0f;
+#pragma unroll
+      for (int k = 0; k < BESIDE; ++k) {
+        u32 weights[4];
+        operands<LIFT>(weights, codes.at[r], BESIDE * set + k, 4 * lane, tables[r]);
+        multiply(part, weights, only[k].x, only[k].y);
+      }
+      add_line(sums[r][0], SHARES ? lines_at(r, (BESIDE * set + block_of_sums) / PART, g) : own_lines(scales, r, set % OWN_GROUPS), part, ones);
+    }
+  }
+}
+
+#endif
+
+template <class Tokens>
+device void multiply_step(
+    float (&sums)[TILES][TOKENS][4], const Codes& codes, const SharedScales& scales, const Tokens& tokens,
+    Tables (&tables)[TILES], const Arguments& a, int first_tile, int step, int lane) {
+  share(scales, lane);
+  const Constant constant = constant_of(a);
+  Words x[TOKENS];
+#pragma unroll
+  for (int p = 0; p < PARTS; ++p) {
+    if (p * PART % 2 == 0) {
+#pragma unroll
+      for (int n = 0; n < TOKENS; ++n) x[n] = tokens(n, p * PART / 2);
+    }
+    float lift[TOKENS][4] = {}, ones[TOKENS][4] = {};
+#pragma unroll
+    for (int b = p * PART; b < p * PART + PART; ++b) {
+#pragma unroll
+      for (int n = 0; n < TOKENS; ++n) {
+        const u32 (&own)[4] = x[n].at;
+        if constexpr (LIFT == LIFTED) {
+          const u32 lifts[4] = {minus_lift_of(b, 0), minus_lift_of(b, 1), minus_lift_of(b, 2), minus_lift_of(b, 3)};
+          multiply(lift[n], lifts, own[2 * (b % 2)], own[2 * (b % 2) + 1]);
+        }
+        if constexpr (LIFT == LIFTED_ALIKE) multiply(lift[n], constant.at, own[2 * (b % 2)], own[2 * (b % 2) + 1]);
+        else if constexpr (SUMS) multiply(ones[n], constant.at, own[2 * (b % 2)], own[2 * (b % 2) + 1]);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) {
+      const float4 lines = lines_at(r, p, lane / 4);
+      float part[TOKENS][4];
+#pragma unroll
+      for (int n = 0; n < TOKENS; ++n)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) part[n][j] = lift[n][j];
+#pragma unroll
+      for (int b = p * PART; b < p * PART + PART; ++b) {
+        u32 weights[4];
+        if (GROUP != 0 && b % PART == 0) load(tables[r], a, tile_of(a, first_tile + r), group_of(a, step, p), lane / 4);
+        operands<LIFT>(weights, codes.at[r], b, 4 * lane, tables[r]);
+#pragma unroll
+        for (int n = 0; n < TOKENS; ++n) multiply(part[n], weights, x[n].at[2 * (b % 2)], x[n].at[2 * (b % 2) + 1]);
+      }
+#pragma unroll
+      for (int n = 0; n < TOKENS; ++n) add_line(sums[r][n], lines, part[n], LIFT == LIFTED_ALIKE ? lift[n] : ones[n]);
+    }
+  }
+}
+
+template <bool SHARED_BY_LANES> struct OfStep { typedef Scales type; };
+template <> struct OfStep<true> { typedef SharedScales type; };
+
 // ---- One token: its blocks of columns take the places of eight tokens. A lane then reads an eighth of the activations
 // and has sums of other groups than its neighbours, not the same ones.
 
@@ -142,30 +308,13 @@ constexpr int SETS = BLOCKS / 8;
 constexpr int OWN_PARTS = PART >= 8 ? PARTS : PART > 1 ? SETS : 2 * SETS;  // whose scales a lane needs
 device constexpr int own_part(int set, int c) { return PART >= 8 ? set * 8 / PART : PART > 1 ? set : 2 * set + c; }
 
-struct SpreadActivations { uint2 at[SETS]; };
+constexpr int AT_PLACES = (TABLE_BYTES + FACTOR_BYTES + 4 * ALONG * SUM_PITCH + 15) / 16 * 16;
+constexpr int PLACES_BYTES = IN_PLANES ? 2 * DEPTH * ALONG * (8 + 16 * PLANES) : 8 * 8 * THREADS;
 
-// Of each block of a set all lanes take part in the product, but only its own have numbers, the others zeros. These stand
-// in shared memory, eight places for a lane of which it fills only its own block's: one load instead of two selections.
-constexpr int PLACES_OF_WARP = 8 * 32;
-constexpr int AT_PLACES = (TABLE_BYTES + FACTOR_BYTES + 4 * ALONG * WIDTH * SUM_PITCH + 15) / 16 * 16;
-device uint2* places_of_lane() { return reinterpret_cast<uint2*>(pool + AT_PLACES) + threadIdx.x / 32 * PLACES_OF_WARP + threadIdx.x % 32; }
-device void clear_places() {
-#pragma unroll
-  for (int n = 0; n < 8; ++n) places_of_lane()[32 * n] = {0, 0};
-}
 struct SpreadScales {
   Pair<SCALE> scale[TILES][OWN_PARTS];
   Pair<ZERO> zero[TILES][OWN_PARTS];
 };
-
-device void fetch(SpreadActivations& x, const Arguments& a, int step, int lane) {
-#pragma unroll
-  for (int set = 0; set < SETS; ++set) {
-    const int b = 8 * set + lane / 4, t = lane % 4;
-    const int column = step * STEP + (SPAN == 4 ? 16 * b + 4 * t : first_of(b / 2, t) + b % 2 * 4);
-    x.at[set] = load_shared_by_all(reinterpret_cast<const uint2*>(a.x + column), !RAGGED || column < a.columns);
-  }
-}
 
 device void fetch(SpreadScales& scales, const Arguments& a, const Places& places, int step, int lane) {
   const i64 first = group_of(a, step, 0) + (PART >= 8 ? 0 : 2 * (lane % 4) / PART);
@@ -196,6 +345,29 @@ device void add_contributions(float (&sums)[4], const S& scale, const Z& zero, f
   } else {
     sums[0] += contribution(scale, zero, 0, part, ones);
     sums[2] += contribution(scale, zero, 1, part_below, ones);
+  }
+}
+
+#if IN_PLANES
+#include "planes.cuh"
+#else
+// Of each block of a set all lanes take part in the product, but only its own have numbers, the others zeros. These stand
+// in shared memory, eight places for a lane of which it fills only its own block's: one load instead of two selections.
+constexpr int PLACES_OF_WARP = 8 * 32;
+device uint2* places_of_lane() { return reinterpret_cast<uint2*>(pool + AT_PLACES) + threadIdx.x / 32 * PLACES_OF_WARP + threadIdx.x % 32; }
+device void clear_places() {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) places_of_lane()[32 * n] = {0, 0};
+}
+
+struct SpreadActivations { uint2 at[SETS]; };
+
+device void fetch(SpreadActivations& x, const Arguments& a, int step, int lane) {
+#pragma unroll
+  for (int set = 0; set < SETS; ++set) {
+    const int b = 8 * set + lane / 4, t = lane % 4;
+    const int column = step * STEP + (SPAN == 4 ? 16 * b + 4 * t : first_of(b / 2, t) + b % 2 * 4);
+    x.at[set] = load_shared_by_all(reinterpret_cast<const uint2*>(a.x + column), !RAGGED || column < a.columns);
   }
 }
 
@@ -248,24 +420,75 @@ device void multiply_step(
   }
 }
 
-typedef SpreadScales StepScales;
-#else
-typedef Scales StepScales;
 #endif
 
+typedef SpreadScales StepScales;
+#else
+typedef OfStep<SMALL>::type StepScales;
+#endif
+
+// ---- Activations that wait in shared memory: of one token for outliers, and of HELD tokens for the product too, unless
+// these are so long that only the first HELD_COLUMNS have room. Outliers find them there a few at once, not each in a line
+// of its own. Tokens are so far from each other that columns which are read together lie in different banks.
+
+constexpr int HELD_PITCH = 2 * HELD_COLUMNS + (SPREAD ? 0 : SPAN == 4 ? 32 : 64);
+constexpr bool HOLDS = SPREAD ? OUTLIERS : HELD > 0;
+static_assert(HELD == 0 || !STAGED, "either");
+#if SPREAD
+constexpr int AT_HELD = AT_PLACES + PLACES_BYTES;
+#else
+constexpr int AT_HELD = AT_SHARES + SHARES_OF_WARP * ACROSS * ALONG;
+#endif
+
+device void hold_tokens(const Arguments& a, int first_token) {
+  const u16* from = a.x + i64(first_token) * a.stride + 8 * threadIdx.x;
+  u8* to = pool + AT_HELD + 16 * threadIdx.x;
+#pragma unroll
+  for (int token = 0; token < (SPREAD ? 1 : HELD); ++token) {
+    if (first_token + token >= a.tokens) break;
+#pragma unroll
+    for (int n = 0; n < HELD_COLUMNS / 8; n += THREADS) {
+      if (HELD_COLUMNS / 8 % THREADS && n + int(threadIdx.x) >= HELD_COLUMNS / 8) break;
+      const bool real = 8 * (n + int(threadIdx.x)) < a.columns;
+      if (real || RAGGED) copy_async(to + token * HELD_PITCH + 16 * n, real ? from + 8 * n : a.x, real);
+    }
+    from += a.stride;
+  }
+  commit_copies();
+}
+device void wait_for_tokens() {
+  wait_for_copies<0>();
+  block_barrier();
+}
+
+#if STORED
+static_assert(SPREAD, "of one token");
+#include "stored.cuh"
+#endif
+
+device const u8* held_of(int token) { return pool + AT_HELD + (HELD > 0 && token > HELD - 1 ? HELD - 1 : token) * HELD_PITCH; }
+
 // ---- Outliers: warps along the columns share a row's quads. A lane of one token adds its own entries to its own sums,
-// which meet later; of more, lanes of a row pass each other's entries on and add all of them for their own tokens.
-// Entries are on their way before activations are waited for, and what these meet before the product begins.
+// which meet later; of more, the lanes that have sums of a row share its entries and add them for their own tokens.
+// Entries are on their way before activations are waited for. Those of one token are added when the product is done:
+// the activations that they meet come meanwhile, and the product waits for nobody else's.
 
 #if OUTLIERS
 #include "outliers.cuh"
 
-constexpr int WARPS_OF_ROW = ALONG * SPLIT, AHEAD = WARPS_OF_ROW < 8 && PARTS <= 4 ? 2 : 1;  // quads of a warp on their way
+// Quads of a warp that are on their way from the start: all of what most rows have, or a few.
+constexpr int WARPS_OF_ROW = ALONG * SPLIT, EACH_QUADS = (QUADS + WARPS_OF_ROW - 1) / WARPS_OF_ROW;
+constexpr int MOST_AHEAD = STORED ? 0 : !SPREAD ? (WARPS_OF_ROW < 8 ? 2 : 1) : PARTS <= 4 ? 4 : 1;
+constexpr int AHEAD = EACH_QUADS < MOST_AHEAD ? EACH_QUADS : MOST_AHEAD;
 
+#if SPREAD
+typedef uint2 Entries;
+#else
+typedef Quad Entries;
+#endif
 struct Outliers {
   int first;  // quad of this warp
-  uint2 entries[TILES][AHEAD];
-  u16 met[SPREAD ? TILES : 1][AHEAD][2];
+  Entries entries[TILES][AHEAD > 0 ? AHEAD : 1];
 };
 
 device void begin_outliers(Outliers& own, const Arguments& a, int first_tile, int along, int lane) {
@@ -273,78 +496,76 @@ device void begin_outliers(Outliers& own, const Arguments& a, int first_tile, in
 #pragma unroll
   for (int r = 0; r < TILES; ++r)
 #pragma unroll
-    for (int k = 0; k < AHEAD; ++k)
-      own.entries[r][k] = entries_of(a, tile_of(a, first_tile + r), own.first + k * WARPS_OF_ROW, lane);
+    for (int k = 0; k < AHEAD; ++k) {
+      const i64 tile = tile_of(a, first_tile + r);
+      const int quad = own.first + k * WARPS_OF_ROW;
+#if SPREAD
+      own.entries[r][k] = entries_of(a, tile, quad, lane);
+#else
+      own.entries[r][k] = quad_of(a, tile, quad, lane);
+#endif
+    }
 }
 
 #if SPREAD
-// The first HELD_TOKENS activations wait in shared memory, where lanes find them a few at once, not each in a line of its own.
-constexpr int MOST_HELD = 16384;
-constexpr int AT_HELD = AT_PLACES + 8 * PLACES_OF_WARP * ACROSS * ALONG;
-device void hold_tokens(const Arguments& a) {
-  for (int n = threadIdx.x; n < HELD_TOKENS / 8 && 8 * n < a.columns; n += THREADS) copy_async(pool + AT_HELD + 16 * n, a.x + 8 * n, true);
-  commit_copies();
-}
 device u16 activation_of(const Arguments& a, u32 entry) {
   const int column = entry & 0xFFFF;
-  if (HELD_TOKENS == MOST_HELD && column >= HELD_TOKENS) return a.x[column];
+  if (HELD_COLUMNS == MOST_HELD && column >= HELD_COLUMNS) return a.x[column];
   return reinterpret_cast<const u16*>(pool + AT_HELD)[column];
 }
+device void add_entry(float& sum, const Arguments& a, u32 entry) { sum += value_of(entry) * widened(activation_of(a, entry)); }
 
-device void meet_tokens(Outliers& own, const Arguments& a) {
-  wait_for_copies<0>();
-  block_barrier();
+// Both entries of a lane.
+device void add_entries(float (&sums)[TOKENS][4], const Arguments& a, const uint2& pair, int, int) {
+  add_entry(sums[0][0], a, pair.x);
+  add_entry(sums[0][2], a, pair.y);
+}
+#else
+// An activation of a lane's first and second token of eight. Tokens beyond the last are any.
+device u16 activation_of(const Arguments& a, int column, int first_token, int token) {
+  if (HELD > 0 && (HELD_COLUMNS < MOST_HELD || column < HELD_COLUMNS))
+    return *reinterpret_cast<const u16*>(pool + AT_HELD + token * HELD_PITCH + 2 * column);
+  token += first_token;
+  return a.x[i64(token < a.tokens ? token : a.tokens - 1) * a.stride + column];
+}
+
+// All entries of a quad for a lane's tokens.
+device void add_entries(float (&sums)[TOKENS][4], const Arguments& a, const Quad& quad, int first_token, int lane) {
+#pragma unroll
+  for (int k = 0; k < 8 / BESIDE; ++k) {
+    const u32 entry = quad.at[k];
+    const float value = value_of(entry);
+#pragma unroll
+    for (int n = 0; n < TOKENS; ++n) {
+      const int own = 8 * n + lane % 4 * 2;
+      const int first = BESIDE > 1 ? own % (8 / BESIDE) : HELD > 0 && own > HELD - 2 ? HELD - 2 : own;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) sums[n][k % 2 * 2 + j] += value * widened(activation_of(a, entry & 0xFFFF, first_token, first + j));
+    }
+  }
+}
+#endif
+
+device void add_outliers(float (&sums)[TILES][TOKENS][4], const Outliers& own, const Arguments& a, int first_token, int lane) {
 #pragma unroll
   for (int r = 0; r < TILES; ++r)
 #pragma unroll
-    for (int k = 0; k < AHEAD; ++k) {
-      own.met[r][k][0] = activation_of(a, own.entries[r][k].x);
-      own.met[r][k][1] = activation_of(a, own.entries[r][k].y);
-    }
+    for (int k = 0; k < AHEAD; ++k) add_entries(sums[r], a, own.entries[r][k], first_token, lane);
 }
-
-device void add_entry(float& sum, const Arguments& a, u32 entry) { sum += value_of(entry) * widened(activation_of(a, entry)); }
+#if STORED
+device void add_stored_outliers(float (&sums)[TILES][TOKENS][4], Outliers& own, const Arguments& weights, int first_tile, int lane) {
+  for (; own.first < weights.quads; own.first += WARPS_OF_ROW)
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) add_entries(sums[r], weights, entries_of(weights, first_tile + r, own.first, lane), 0, lane);
+}
 #endif
 
-// Both entries of a lane, by those lanes that have sums of their rows.
-device void add_pair(float (&sums)[TOKENS][4], const Arguments& a, const uint2& pair, int first_token, int lane) {
-#if SPREAD
-  add_entry(sums[0][0], a, pair.x);
-  add_entry(sums[0][2], a, pair.y);
-#else
-#pragma unroll
-  for (int from = 0; from < 4; ++from)
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      const u32 entry = of_lane(which ? pair.y : pair.x, (lane & ~3) + from);
-      const float value = value_of(entry);
-#pragma unroll
-      for (int n = 0; n < TOKENS; ++n)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int token = first_token + 8 * n + lane % 4 * 2 + j;
-          const i64 row = i64(token < a.tokens ? token : a.tokens - 1) * a.stride;
-          sums[n][2 * which + j] += value * widened(a.x[row + (entry & 0xFFFF)]);
-        }
-    }
-#endif
-}
-
-device void add_outliers(
+// Others come as they are met: quads of rows that have many, then the rest of long rows, four at once like these.
+device void add_other_outliers(
     float (&sums)[TILES][TOKENS][4], const Outliers& own, const Arguments& a, int first_tile, int first_token, int lane) {
 #pragma unroll
   for (int r = 0; r < TILES; ++r) {
     const i64 tile = tile_of(a, first_tile + r);
-#pragma unroll
-    for (int k = 0; k < AHEAD; ++k) {
-#if SPREAD
-      sums[r][0][0] += value_of(own.entries[r][k].x) * widened(own.met[r][k][0]);
-      sums[r][0][2] += value_of(own.entries[r][k].y) * widened(own.met[r][k][1]);
-#else
-      add_pair(sums[r], a, own.entries[r][k], first_token, lane);
-#endif
-    }
-    // Others come as they are met: quads of rows that have many, then the rest of long rows, four at once like these.
     int quad = own.first + AHEAD * WARPS_OF_ROW;
     if (quad >= a.quads && a.rest_ptr == nullptr) continue;
     const Rest rest[2] = {rest_of(a, int(tile) * 16 + lane / 4), rest_of(a, int(tile) * 16 + lane / 4 + 8)};
@@ -352,19 +573,24 @@ device void add_outliers(
     const u32 longest = max_of_warp(lengths[0] > lengths[1] ? lengths[0] : lengths[1]);
     const int quads = a.quads > AHEAD * WARPS_OF_ROW ? a.quads : AHEAD * WARPS_OF_ROW;  // from which the rest is counted
     for (const int last = quads + int(longest + 3) / 4; quad < last; quad += WARPS_OF_ROW) {
-      const int beyond = 4 * (quad - quads) + lane % 4;
-      const auto entry = [&](const Rest& own) { return own.begin + beyond < own.end ? a.rest[own.begin + beyond] : 0; };
-      add_pair(sums[r], a, quad < quads ? entries_of(a, tile, quad, lane) : uint2{entry(rest[0]), entry(rest[1])}, first_token, lane);
+      const int beyond = 4 * (quad - quads);
+      const auto entry = [&](const Rest& own, int n) { return own.begin + beyond + n < own.end ? a.rest[own.begin + beyond + n] : 0; };
+#if SPREAD
+      const uint2 more = quad < quads ? entries_of(a, tile, quad, lane) : uint2{entry(rest[0], lane % 4), entry(rest[1], lane % 4)};
+#else
+      Quad more = quad_of(a, tile, quad, lane);
+      if (quad >= quads) {
+#pragma unroll
+        for (int k = 0; k < 8 / BESIDE; ++k) more.at[k] = entry(rest[k % 2], lane % 4 * BESIDE / 4 * (4 / BESIDE) + k / 2);
+      }
+#endif
+      add_entries(sums[r], a, more, first_token, lane);
     }
   }
 }
 #endif
 
-// Blocks that a multiprocessor is to have room for; 0: as many as registers happen to leave. Small groups of two-level
-// scales would take all of them for one.
-constexpr int TOGETHER = SPREAD && SCALE == BILEVEL && TILES == 2 ? 2 : 0;
-
-extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const Arguments a) {
+extern "C" global __launch_bounds__(THREADS, ROOM) void rarefy_linear(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int across = warp % ACROSS, along = warp / ACROSS, g = lane / 4, t = lane % 4;
   const int first_tile = tile_of_block(a, across * TILES), first_token = blockIdx.z * WIDTH;
@@ -374,12 +600,31 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   float* factors = reinterpret_cast<float*>(pool + TABLE_BYTES);
   u8* stages = pool + TABLE_BYTES + FACTOR_BYTES;
 
+#if STORED
+  const int first_stored = across * TILES;
+  const Stored stored = stored_of(a, share);
+  if (rounds > 0) store_weights(a, share, stored);
+  const Arguments weights = stored_arguments(a, stored);
+  const Places places = stored_places(stored, first_stored, begin, lane);
+#else
+  const Arguments& weights = a;
   const Places places = places_of(a, first_tile, lane);
+#endif
   const auto step_at = [&](int round) { return begin + round * ALONG + along; };
 
   // What the weights are is on its way before anything is waited for.
   Codes codes[DEPTH];
+#if IN_PLANES
+  static_assert(DEPTH == 1 || DEPTH == 2 || DEPTH == 4, "a step for each lane of a row");
+  SpreadScales scales[1];
+  const auto step_of_lane = [&](int base) {
+    const int step = step_at(base + (t < DEPTH ? t : DEPTH - 1));
+    return step < end ? step : end - 1;
+  };
+  if (!STORED && rounds > 0) fetch(scales[0], a, places, step_of_lane(0), lane);
+#else
   StepScales scales[DEPTH];
+#endif
 #if STAGED
   constexpr int STAGE = STAGE_TOKENS + STAGE_CODES;
   const auto stage_codes = [&](int round) {
@@ -394,12 +639,14 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   };
   for (int round = 0; round < STAGES - 1; ++round) stage_codes(round);
   if (step_at(0) < end) fetch(scales[0], a, places, step_at(0), lane);
-#else
+#elif !STORED
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d)
     if (step_at(d) < end) {
       fetch(codes[d], a, places, step_at(d), lane);
+#if !IN_PLANES
       fetch(scales[d], a, places, step_at(d), lane);
+#endif
     }
 #endif
 
@@ -411,18 +658,17 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
     copy_table(a);
     block_barrier();
   }
-#if SPREAD
+#if SPREAD && !IN_PLANES
   clear_places();
 #endif
   Tables tables[TILES];
   load_tables(tables, a, first_tile, g);
   Beside beside;
   fetch_gain(beside, a, first_token);
+  if constexpr (STORED) block_barrier();  // which are to wait for it see the barrier of what is stored
   if constexpr (!LATE) start_later_kernels();
   wait_for_earlier_kernels();  // weights never depend on them
-#if OUTLIERS && SPREAD
-  hold_tokens(a);
-#endif
+  if constexpr (HOLDS && !SPREAD) hold_tokens(a, first_token);
 
   float sums[TILES][TOKENS][4] = {};
 #if STAGED
@@ -453,7 +699,8 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
   for (int round = 0; round < STAGES - 1; ++round) stage_tokens(round);
   fetch_rest(beside, factors, a, first_token);
 #if OUTLIERS
-  add_outliers(sums, outliers, a, first_tile, first_token, lane);
+  add_outliers(sums, outliers, a, first_token, lane);
+  add_other_outliers(sums, outliers, a, first_tile, first_token, lane);
 #endif
   for (int round = 0; round < rounds; ++round) {
     wait_for_copies<STAGES - 2>();
@@ -461,7 +708,7 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
     stage_codes(round + STAGES - 1);
     stage_tokens(round + STAGES - 1);
     if (step_at(round) >= end) continue;
-    const Scales now = scales[0];
+    const StepScales now = scales[0];
     if (step_at(round + 1) < end) fetch(scales[0], a, places, step_at(round + 1), lane);
     const u8* stage = stages + round % STAGES * STAGE;
 #pragma unroll
@@ -476,7 +723,11 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
     multiply_step(sums, codes[0], now, tokens, tables, a, first_tile, step_at(round), lane);
   }
 #else
-#if SPREAD
+#if IN_PLANES
+  PlaneTokens x;
+  fetch(x, a, begin, end);
+  const auto fetch_tokens = [](int, int) {};  // they came for DEPTH rounds of all warps at once
+#elif SPREAD
   SpreadActivations x[DEPTH];
   const auto fetch_tokens = [&](int d, int step) { fetch(x[d], a, step, lane); };
 #else
@@ -488,46 +739,95 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
     token_rows[n] = reinterpret_cast<const u8*>(row + first_of(0, t));
     keep(token_rows[n]);
   }
-  Activations x[DEPTH];
-  const auto fetch_tokens = [&](int d, int step) { fetch(x[d], a, token_rows, step, t); };
+  Activations x[ALL_HELD ? 1 : DEPTH];
+  const auto fetch_tokens = [&](int d, int step) {
+    if constexpr (!ALL_HELD) fetch(x[d], a, token_rows, step, t);
+  };
 #endif
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d)
     if (step_at(d) < end) fetch_tokens(d, step_at(d));
+  if constexpr (HOLDS && SPREAD) hold_tokens(a, first_token);
   fetch_rest(beside, factors, a, first_token);
-#if OUTLIERS && SPREAD
-  meet_tokens(outliers, a);
-#elif OUTLIERS
-  add_outliers(sums, outliers, a, first_tile, first_token, lane);
+#if STORED && !IN_PLANES
+  if (rounds > 0) wait_for(weights_arrived(), 0);
 #endif
+  if constexpr (HOLDS && !SPREAD) wait_for_tokens();
+#if OUTLIERS && !SPREAD
+  add_outliers(sums, outliers, a, first_token, lane);
+  add_other_outliers(sums, outliers, a, first_tile, first_token, lane);
+#endif
+#if IN_PLANES
+  for (int base = 0; base < rounds; base += DEPTH) {
+    if (base > 0) block_barrier();
+    make_planes(x);
+    block_barrier();
+    fetch(x, a, begin + (base + DEPTH) * ALONG, end);
+#if STORED
+    if (base == 0) wait_for(weights_arrived(), 0);
+#endif
+    float parts[TILES][4] = {};
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d) {
+      const int round = base + d, next = step_at(round + DEPTH);
+      if (step_at(round) >= end) break;
+      if (STORED) fetch(codes[d], weights, places, step_at(round), lane);
+      count_step(parts, codes[d], d * ALONG + along, d, lane);
+      if (!STORED && next < end) fetch(codes[d], weights, places, next, lane);
+    }
+    if (STORED) fetch(scales[0], weights, places, step_of_lane(base), lane);
+    add_parts(sums, parts, scales[0], along, t);
+    if (!STORED && base + DEPTH < rounds) fetch(scales[0], weights, places, step_of_lane(base + DEPTH), lane);
+  }
+#else
   for (int base = 0; base < rounds; base += DEPTH) {
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
       const int round = base + d, next = step_at(round + DEPTH);
       if (step_at(round) >= end) break;
+      if (STORED) {
+        fetch(codes[d], weights, places, step_at(round), lane);
+        fetch(scales[d], weights, places, step_at(round), lane);
+      }
 #if SPREAD
       multiply_step(sums, codes[d], scales[d], x[d], tables, a, first_tile, step_at(round), lane);
+#elif BESIDE > 1
+      const int block = g * BESIDE / 8;
+      const int column = SPAN == 4 ? 16 * block + 4 * t : 32 * (block / 2) + 4 * (block % 2) + 8 * t;
+      const u8* own = held_of(g % HELD) + 2 * (step_at(round) * STEP + column);
+      const auto words = [&](uint2& to, int set, bool real) { load_held(to, own + 32 * BESIDE * set, real); };
+      multiply_beside(sums, codes[d], scales[d], words, tables, a, lane);
 #else
-      const auto tokens = [&](int n, int pair) { return x[d].at[n][pair]; };
+      const auto tokens = [&](int n, int pair) {
+        if constexpr (ALL_HELD) return columns_of(held_of(8 * n + g) + 2 * STEP * step_at(round), pair, t);
+        return x[ALL_HELD ? 0 : d].at[n][pair];
+      };
       multiply_step(sums, codes[d], scales[d], tokens, tables, a, first_tile, step_at(round), lane);
 #endif
       if (next < end) {
-        fetch(codes[d], a, places, next, lane);
-        fetch(scales[d], a, places, next, lane);
+        if (!STORED) {
+          fetch(codes[d], weights, places, next, lane);
+          fetch(scales[d], weights, places, next, lane);
+        }
         fetch_tokens(d, next);
       }
     }
   }
 #endif
-#if SPREAD
-#if OUTLIERS
-  add_outliers(sums, outliers, a, first_tile, first_token, lane);
-#endif
 #pragma unroll
-  for (int r = 0; r < TILES; ++r) {
-    sums[r][0][0] = sum_of_four(sums[r][0][0]);
-    sums[r][0][2] = sum_of_four(sums[r][0][2]);
-  }
+  for (int distance = 2; BESIDE > 1 && distance >= 4 / BESIDE; distance /= 2)
+#pragma unroll
+    for (int r = 0; r < TILES; ++r)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[r][0][j] += of_lane_xor(sums[r][0][j], distance);
+#endif
+#if SPREAD && OUTLIERS
+  wait_for_tokens();
+  add_outliers(sums, outliers, a, first_token, lane);
+#if STORED
+  add_stored_outliers(sums, outliers, weights, first_stored, lane);
+#endif
+  add_other_outliers(sums, outliers, a, first_tile, first_token, lane);
 #endif
 
   if constexpr (LATE) start_later_kernels();
@@ -538,12 +838,21 @@ extern "C" global __launch_bounds__(THREADS, TOGETHER) void rarefy_linear(const 
     block_barrier();
   }
   float* meeting = reinterpret_cast<float*>(stages);
+#if SPREAD
+#pragma unroll
+  for (int r = 0; r < TILES; ++r) {
+    const float sum = sum_of_four(sums[r][0][0]), sum_below = sum_of_four(sums[r][0][2]);
+    float* own = meeting + along * SUM_PITCH + (across * TILES + r) * 16 + g;
+    if (t == 0) own[0] = sum, own[8] = sum_below;
+  }
+#else
   put_sums(meeting + along * WIDTH * SUM_PITCH, sums, SUM_PITCH, across * TILES * 16, 1, lane);
+#endif
   block_barrier();
   const auto total_of_block = [&](int token, int row) {
     float sum = 0.0f;
 #pragma unroll
-    for (int k = 0; k < ALONG; ++k) sum += meeting[(k * WIDTH + token) * SUM_PITCH + row];
+    for (int k = 0; k < ALONG; ++k) sum += meeting[(k * EXTRA + token) * SUM_PITCH + row];
     return sum;
   };
   if constexpr (SPLIT == 1) {
@@ -661,7 +970,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_dequantize_to_bytes(con
 // Tokens [tokens][columns] as bytes in E4M3 at `y` and what they are multiplied by, float32 [tokens] at `partial`. With a
 // `scale` [columns] they are normalized first, by the root of their mean square plus `multiplier`. A block takes a token
 // and keeps what it has read, unless that is too long.
-constexpr int HELD = 4;  // pieces of eight columns of a thread
+constexpr int KEPT = 4;  // pieces of eight columns of a thread
 extern "C" global __launch_bounds__(THREADS) void rarefy_quantize(const Arguments a) {
   const u16* x = a.x + i64(blockIdx.x) * a.stride;
   const uint4* gain = static_cast<const uint4*>(a.scale);
@@ -694,12 +1003,12 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_quantize(const Argument
 #pragma unroll
     for (int n = 0; n < 8; ++n) most = max_of(most, absolute(values[n]));
   };
-  uint4 held[HELD];
+  uint4 held[KEPT];
 #pragma unroll
-  for (int k = 0; k < HELD; ++k) held[k] = piece(threadIdx.x + k * THREADS);
+  for (int k = 0; k < KEPT; ++k) held[k] = piece(threadIdx.x + k * THREADS);
 #pragma unroll
-  for (int k = 0; k < HELD; ++k) measure(held[k], threadIdx.x + k * THREADS);
-  for (int at = threadIdx.x + HELD * THREADS; at < pieces; at += THREADS) measure(piece(at), at);
+  for (int k = 0; k < KEPT; ++k) measure(held[k], threadIdx.x + k * THREADS);
+  for (int at = threadIdx.x + KEPT * THREADS; at < pieces; at += THREADS) measure(piece(at), at);
   reduce_over_block(squares, most, reinterpret_cast<float*>(pool));
   const float norm = gain ? inverse_root(squares / a.columns + a.multiplier) : 1.0f;
   const float step = max_of(most * norm, 1e-12f) / 448.0f, factor = norm / step;
@@ -716,8 +1025,8 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_quantize(const Argument
     y[at] = {bytes[0], bytes[1]};
   };
 #pragma unroll
-  for (int k = 0; k < HELD; ++k)
+  for (int k = 0; k < KEPT; ++k)
     if (int(threadIdx.x) + k * THREADS < pieces) put(held[k], threadIdx.x + k * THREADS);
-  for (int at = threadIdx.x + HELD * THREADS; at < pieces; at += THREADS) put(piece(at), at);
+  for (int at = threadIdx.x + KEPT * THREADS; at < pieces; at += THREADS) put(piece(at), at);
 }
 #endif

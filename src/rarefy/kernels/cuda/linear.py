@@ -278,7 +278,8 @@ def _product(
     half = x.dtype == torch.float16
     entries: dict[str, Tensor | None] = {}
     if outliers is not None:
-        code = code.with_outliers(torch.float16 if outliers[1]["half"] else torch.bfloat16, x.shape[1])
+        dtype = torch.float16 if outliers[1]["half"] else torch.bfloat16
+        code = code.with_outliers(dtype, x.shape[1], outliers[0]["entries"].shape[1])
         entries = pointed_entries(outliers[0])
     chosen = tuning.choose_with(ending, code, rows, x.shape[1], tokens, x.device)
     y = x.new_empty(tokens, rows) if y is None else y

@@ -52,6 +52,12 @@ device u16 load_once(const u16* from) {
   asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(to) : "l"(from));
   return to;
 }
+// In 32 bits, which a compiler would else make sure of.
+device u32 load_once_widened(const u16* from) {
+  u32 to;
+  asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=r"(to) : "l"(from));
+  return to;
+}
 // Read by many blocks, or zeros. Not as what is constant (`nc`), which a compiler moves before a wait for what earlier
 // kernels write.
 device uint4 load_shared_by_all(const uint4* from, bool real) {
@@ -110,6 +116,12 @@ device u32 load_fresh(const u32* from, bool real) {
   asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0;\n"
                "@p ld.global.cg.u32 %0, [%1]; }" : "+r"(to) : "l"(from), "r"(u32(real)) : "memory");
   return to;
+}
+// From shared memory, if it is wanted.
+device void load_held(uint2& to, const u8* from, bool real) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0;\n"
+               "@p ld.shared.v2.u32 {%0, %1}, [%2]; }"
+               : "+r"(to.x), "+r"(to.y) : "r"(static_cast<u32>(__cvta_generic_to_shared(from))), "r"(u32(real)));
 }
 // Sixteen bytes into shared memory, or zeros.
 device void copy_async(u8* to, const void* from, bool real) {
@@ -246,6 +258,7 @@ device float root(float value) { return sqrtf(value); }
 device float sigmoid(float value) { return quotient(1.0f, 1.0f + power_of_two(-1.4426950408889634f * value)); }
 device float error_function(float value) { return erff(value); }
 device float nearest_integer(float value) { return rintf(value); }
+device int nearest_whole(float value) { return __float2int_rn(value); }
 device void raise(u32* flags, u32 bits) { atomicOr(flags, bits); }
 device float log_of_two(float value) { return log2f(value); }
 // 32 bits of `high` and `low` from bit `shift` of `low` on.
@@ -272,6 +285,13 @@ device u32 fused(u32 a, u32 b, u32 c) {
   else asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
+// The greater of two 16-bit numbers each; what is no number wins.
+device u32 greater(u32 a, u32 b) {
+  u32 d;
+  if constexpr (HALF) asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  else asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
 device u32 negated(u32 pair) {
   u32 d;
   if constexpr (HALF) asm("neg.f16x2 %0, %1;" : "=r"(d) : "r"(pair));
@@ -291,6 +311,12 @@ device u32 chosen(u32 word, u32 mask, u32 others) {
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(word), "r"(mask), "r"(others));
   return d;
 }
+// Bits of one word where the mask has ones, else of another.
+device u32 either(u32 mask, u32 ones, u32 zeros) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(d) : "r"(mask), "r"(ones), "r"(zeros));
+  return d;
+}
 device u32 permuted(u32 a, u32 b, u32 bytes) { return __byte_perm(a, b, bytes); }
 device void multiply_alone(float (&product)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   if constexpr (HALF)
@@ -302,13 +328,20 @@ device void multiply_alone(float (&product)[4], const u32 (&a)[4], u32 b0, u32 b
         : "=f"(product[0]), "=f"(product[1]), "=f"(product[2]), "=f"(product[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
 }
+device void multiply_halves(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 device void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  if constexpr (HALF)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  if constexpr (HALF) multiply_halves(sum, a, b0, b1);
   else
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// How many of 128 bits both have, of rows g and g + 8 and of eight columns.
+device void multiply_bits(int (&counts)[4], u32 a0, u32 a1, u32 b) {
+  asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+      : "=r"(counts[0]), "=r"(counts[1]), "=r"(counts[2]), "=r"(counts[3]) : "r"(a0), "r"(a1), "r"(b), "r"(0));
 }

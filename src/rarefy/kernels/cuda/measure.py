@@ -17,6 +17,7 @@ from rarefy.kernels.cuda.program import Code, Tuning
 from rarefy.kernels.cuda.tuning import (
     MOST_SHARED,
     MOST_SHARED_WIDE,
+    can_be_stored,
     fits_registers,
     fitted,
     overlaps,
@@ -77,10 +78,13 @@ class Problem:
         return found, results
 
 
-def candidates(code: Code, tokens: int, wide: bool = False) -> Iterator[Tuning]:
-    """What may be fastest for so many tokens, likelier ones first; ``wide`` where four warps can multiply together."""
+def candidates(code: Code, tokens: int, wide: bool = False, columns: int = 0) -> Iterator[Tuning]:
+    """What may be fastest for so many tokens, likelier ones first; ``wide`` where four warps can multiply together, and
+    bulk copies can bring weights of so many ``columns``."""
     through_memory = itertools.chain(_wide(code, tokens) if wide else (), _staged(tokens))
     every: list[Iterator[Tuning]] = [_direct(code, tokens), through_memory]
+    if wide and tokens == 1 and columns:
+        every.insert(0, _stored(code, columns))
     while every:  # in turns
         for tunings in list(every):
             tuning = next(tunings, None)
@@ -103,7 +107,24 @@ def _direct(code: Code, tokens: int) -> Iterator[Tuning]:
     others = itertools.product((1, 2, 4), (1, 2, 4), (1, 2), (8, 4, 16))
     for tiles, depth, across, along in dict.fromkeys([*likely, *others]):
         if across * along <= 16 and tiles * depth * loads <= 16 and (loads < 4 or tiles < 4):
-            yield Tuning(tiles, -(-tokens // 8), across, along, depth, spread=tokens == 1)
+            own = Tuning(tiles, -(-tokens // 8), across, along, depth, spread=tokens == 1)
+            held = own.holding(code, tokens)
+            yield held
+            if code.shares_scales:  # many warps with few registers each
+                yield replace(held, room=max(1, 24 // (across * along)))
+            if held != own:
+                yield own
+
+
+def _stored(code: Code, columns: int) -> Iterator[Tuning]:
+    """For one token: weights of a block at once."""
+    likely = [(2, 2, 4), (1, 4, 4), (3, 1, 4), (4, 1, 4), (7, 1, 4)] if code.fits_planes else []
+    others = [(1, 1, 8), (1, 1, 4), (2, 1, 4), (1, 2, 4), (2, 1, 8), (4, 1, 4), (2, 2, 4), (1, 2, 8), (1, 1, 16)]
+    for tiles, across, along in dict.fromkeys([*likely, *others]):
+        for depth in (4, 2, 1) if code.fits_planes else (1, 2):
+            own = Tuning(tiles, 1, across, along, depth, spread=True, stored=True)
+            if can_be_stored(code, own, columns):
+                yield own
 
 
 def _staged(tokens: int) -> Iterator[Tuning]:
@@ -143,7 +164,8 @@ def fastest(problem: Problem, x: Tensor, most: int = 64) -> tuple[Tuning, dict[T
 
     Raises UnsupportedError when none of them compiles.
     """
-    tried = list(itertools.islice(candidates(problem.code, x.shape[0], takes_wide(x.device)), most))
+    every = candidates(problem.code, x.shape[0], takes_wide(x.device), problem.columns)
+    tried = list(itertools.islice(every, most))
     half = x.dtype == torch.float16
 
     def compiles(tuning: Tuning) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ TYPES: dict[Any, int] = {
     None: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4,
     "pairs": 5, "bilevel": 6, "level": 7,
 }  # fmt: skip
+PLANES = 24  # bits of an activation that is multiplied by single bits
 
 
 MULTIPLIERS = 2  # fours of warps that multiply what others unpack
@@ -33,8 +35,8 @@ class Code:
     holds the values of two codes (``pairs``), or codes of 4 bits of a scale and a zero (``bilevel``) or of a scale only
     (``level``), whose numbers of second order are those of ``second_groups`` groups; without a zero, ``center`` is the
     code that means zero. ``outliers``: the type of single values that are added to the weight. ``float8``: codes of 8
-    bits are numbers in E4M3. ``ragged``: columns do not fill the last step. ``held``: activations of one token
-    that wait in shared memory for outliers."""
+    bits are numbers in E4M3. ``ragged``: columns do not fill the last step. ``held``: how many activations of a
+    token wait in shared memory for outliers, of which there are about so many ``quads`` (see ``layout.quads_of``)."""
 
     bits: int
     group: int = 0
@@ -48,13 +50,15 @@ class Code:
     second_groups: int = 1
     ragged: bool = True
     held: int = 0
+    quads: int = 0
 
     MOST_HELD: ClassVar[int] = 16384
 
-    def with_outliers(self, dtype: torch.dtype, columns: int) -> Code:
-        """With values of ``dtype`` beside these of a weight of so many ``columns``."""
-        held = min(self.MOST_HELD, 1 << max(columns - 1, 1023).bit_length())
-        return replace(self, outliers=dtype, held=held)
+    def with_outliers(self, dtype: torch.dtype, columns: int, quads: int) -> Code:
+        """With values of ``dtype`` beside these of a weight of so many ``columns``, in so many ``quads``."""
+        held = min(self.MOST_HELD, -(-columns // 1024) * 1024)
+        known = -(-quads // 4) * 4 if quads <= 16 else 1 << (quads - 1).bit_length()  # few forms for all numbers
+        return replace(self, outliers=dtype, held=held, quads=known)
 
     @property
     def order(self) -> Order:
@@ -79,6 +83,11 @@ class Code:
         return self.step * self.bits * 2 + 128 * pairs
 
     @property
+    def shares_scales(self) -> bool:
+        """Whether groups are so small that lanes form each other's scales, where there are several tokens."""
+        return self.parts > 4 and self.scale not in (None, "pairs")
+
+    @property
     def table_bytes(self) -> int:
         """Shared memory of a table: each lane has a bank to itself."""
         return 32 * 4 << 2 * self.bits if self.table == "shared" else 0
@@ -98,6 +107,27 @@ class Code:
         """Whether codes are integers, which are not looked up."""
         return not self.table and not self.float8
 
+    def tile_bytes(self, columns: int, split: int, quads: int) -> int:
+        """Bytes of 16 rows of so many ``columns`` (of a share of ``split``) with so many ``quads`` of outliers."""
+        sizes = {"pairs": 4, "bilevel": 1, "level": 1, None: 0}
+        kinds = (self.scale, self.zero)
+        numbers = sum(each.itemsize if isinstance(each, torch.dtype) else sizes[each] for each in kinds)
+        steps = math.ceil(columns / (self.step * split))
+        groups = -(-steps * self.step // self.group) + (split > 1) if self.group else 1
+        second = 8 * -(-groups // self.second_groups) if self.scale in ("bilevel", "level") else 0
+        return steps * self.step * TILE * self.bits // 8 + TILE * numbers * groups + second + 256 * quads
+
+    def can_be_stored(self, columns: int, split: int) -> bool:
+        """Whether bulk copies bring such a tile: in whole 16 bytes."""
+        groups = -(-columns // self.group) if self.group else 1
+        second = self.scale in ("bilevel", "level")
+        return self.span != 16 and not (second and (split > 1 or -(-groups // self.second_groups) % 2))
+
+    @property
+    def fits_planes(self) -> bool:
+        """Whether tensor cores can multiply its bits by those of one token (``planes.cuh``)."""
+        return self.bits == 1 and not self.table and self.group % 128 == 0
+
     @property
     def sums(self) -> bool:
         """Whether sums of activations are wanted beside the product."""
@@ -108,9 +138,12 @@ class Code:
 class Tuning:
     """How the work is cut up. A warp computes ``16 * tiles`` rows for ``8 * tokens`` tokens; a block has ``across``
     warps over rows times ``along`` warps over columns; ``split`` blocks share a row's columns. ``depth`` steps are
-    loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``overlap``: the kernel starts
+    loaded ahead into registers, or ``stages`` steps go through shared memory (0: none). ``stored``: all weights of a
+    block go there at once, by bulk copies (of one token). ``overlap``: the kernel starts
     while its forerunner still runs; from 9.0 on. ``late``: it lets its successor do so only when it has read all.
-    ``spread``: blocks of one token take the places of eight tokens.
+    ``spread``: blocks of one token take the places of eight tokens. ``held``: an even number of tokens, at least as
+    many as there are, whose activations wait in shared memory, where the product and outliers find them (0: none).
+    ``room``: blocks that a multiprocessor is to have room for (0: as many as registers happen to leave).
 
     ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
     multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; two fours of
@@ -134,12 +167,28 @@ class Tuning:
     spread: bool = False
     in_turns: bool = False
     late: bool = False
+    stored: bool = False
+    held: int = 0
+    room: int = 0
     unpackers: int = 0
     in_bytes: bool = False
+
+    MOST_SHARED: ClassVar[int] = 200 * 1024  # bytes of a block's shared memory
 
     def with_halves(self) -> Tuning:
         """With warps for each half of the rows, see ``Ending.kind``."""
         return self if self.across % 2 == 0 else replace(self, across=2 * self.across, along=max(1, self.along // 2))
+
+    def holding(self, code: Code, tokens: int) -> Tuning:
+        """With so many tokens held where a block has room for them."""
+        more = replace(self, held=tokens + tokens % 2)
+        plain = self.spread or self.wide or self.stages > 0 or not code.held
+        return replace(self, held=0) if plain or more.shared_memory(code) > self.MOST_SHARED else more
+
+    def beside(self, code: Code) -> int:
+        """Blocks of columns that share the places of eight tokens, where each would want its own scale."""
+        all_held = 0 < code.held < code.MOST_HELD and self.held in (2, 4)
+        return 8 // self.held if all_held and code.shares_scales else 1
 
     @property
     def strip(self) -> int:
@@ -188,10 +237,15 @@ class Tuning:
             return table + max(staged, 4 * width * (self.rows + 4))
         tokens = width * (2 * code.step * self.along + (16 if code.span == 16 else 64))
         staged = self.stages * (tokens + self.rows * self.along * code.step * code.bits // 8)
-        meeting = 4 * self.along * width * (self.rows + 4)
+        meeting = 4 * self.along * (1 if self.spread else width) * (self.rows + 4)
         if self.spread:
-            return table + -(-meeting // 16) * 16 + 16 + 2048 * self.across * self.along + 2 * code.held
-        return table + max(staged, meeting)
+            planes = 2 * self.depth * self.along * (8 + 128 * PLANES // 8)
+            places = planes if code.fits_planes else 2048 * self.across * self.along
+            return table + -(-meeting // 16) * 16 + 16 + places + 2 * code.held
+        alone = self.beside(code) == 4 and code.group == TILE  # lanes want what they form
+        shares = 128 * code.parts * self.tiles * self.across * self.along if code.shares_scales and not alone else 0
+        held = self.held * (2 * code.held + (32 if code.span == 4 else 64)) if code.held else 0
+        return table + -(-max(staged, meeting) // 16) * 16 + shares + held
 
 
 @dataclass(frozen=True)
@@ -258,7 +312,9 @@ def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) 
         SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers],
         HALF=int(half or tuning.in_bytes), HALF_RESULTS=int(half),
         STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8), SECOND_GROUPS=code.second_groups,
-        HELD_TOKENS=code.held, RAGGED=int(code.ragged), **ending.definitions(),
+        HELD=tuning.held if code.held else 0, BESIDE=tuning.beside(code), HELD_COLUMNS=code.held, QUADS=code.quads,
+        RAGGED=int(code.ragged), PLANES=PLANES, IN_PLANES=int(tuning.spread and code.fits_planes),
+        **ending.definitions(),
     )  # fmt: skip
     return found
 
@@ -317,8 +373,16 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+MOST_STORED = 225 * 1024  # bytes of a block's shared memory where all of its weights go there
+
+
+def stored_memory(code: Code, tuning: Tuning, columns: int, quads: int) -> int:
+    """Bytes of a block's shared memory for its weights."""
+    return 160 + tuning.tiles * tuning.across * code.tile_bytes(columns, tuning.split, quads) if tuning.stored else 0
+
+
 def shared_memory(name: str, code: Code, tuning: Tuning, ending: Ending = PLAIN) -> int:
-    """Bytes of a block of ``rarefy_<name>``."""
+    """Bytes of a block of ``rarefy_<name>``, beside those of ``stored_memory``."""
     if name == "arrange":
         return 0
     if name.startswith("dequantize"):
@@ -335,7 +399,7 @@ def kernel(
     macros = [f"-D{macro}={value}" for macro, value in definitions(code, tuning, half, ending).items()]
     shared = shared_memory(name, code, tuning, ending)
     with torch.cuda.device(device):
-        return driver.Kernel(SOURCES.get(name, SOURCE), f"rarefy_{name}", macros, shared)
+        return driver.Kernel(SOURCES.get(name, SOURCE), f"rarefy_{name}", macros, shared, MOST_STORED * tuning.stored)
 
 
 def linear(
@@ -356,7 +420,8 @@ def linear(
             own.tokens[:] = tokens
             program((blocks, tuning.split, 1), tuning.threads, own, stream, tuning.overlap)
         else:
-            program(grid(tuning, given.rows, given.tokens), tuning.threads, given, stream, tuning.overlap)
+            stored = stored_memory(code, tuning, given.columns, given.quads)
+            program(grid(tuning, given.rows, given.tokens), tuning.threads, given, stream, tuning.overlap, stored)
 
 
 def compiled(

@@ -12,13 +12,23 @@ import torch
 from filelock import FileLock
 
 from rarefy.core.files import write_text
-from rarefy.kernels.cuda.program import PLAIN, Code, Ending, Tuning, processors, tiles
+from rarefy.kernels.cuda.program import (
+    MOST_STORED,
+    PLAIN,
+    Code,
+    Ending,
+    Tuning,
+    processors,
+    shared_memory,
+    stored_memory,
+    tiles,
+)
 from rarefy.sources.cache import cache_root
 
 FOLDER = Path(__file__).with_name("tables")
 KEY = ("bits", "table", "outliers", "small", "group", "zero", "rows", "columns", "tokens")  # of a measurement
 ALIKE = 2.0  # how many times larger or longer a measured size may be
-MOST_SHARED = 200 * 1024  # bytes of a block's shared memory
+MOST_SHARED = Tuning.MOST_SHARED
 MOST_SHARED_WIDE = 226 * 1024  # where four warps can multiply together
 MOST_STAGES = 8
 NARROW = 8192  # rows that are too few blocks unless more warps share a row
@@ -28,6 +38,7 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)  # tokens that are told apart
 PROMPTS = {32: (1, 1024), 16: (2, 512), 8: (2, 256)}
 UNPACKING = 450  # cycles of a stage for one four of warps
 ENDS = 3000, 8000  # cycles to begin and end a tile, alone and where blocks share columns
+ONE_KERNEL = (2, 4, 8)  # of which the kernel is the same, so that what was measured for one of them serves the others
 
 
 def choose(code: Code, rows: int, columns: int, tokens: int, device: torch.device) -> Tuning:
@@ -35,7 +46,8 @@ def choose(code: Code, rows: int, columns: int, tokens: int, device: torch.devic
     if tokens > BUCKETS[-1] and torch.cuda.get_device_capability(device) == (9, 0):
         return of_prompt(code, rows, columns, tokens, processors(device))
     bucket = next((each for each in BUCKETS if tokens <= each), BUCKETS[-1])
-    return _chosen(code, rows, columns, bucket, _name(device), torch.cuda.get_device_capability(device))
+    found = _chosen(code, rows, columns, bucket, _name(device), torch.cuda.get_device_capability(device))
+    return found if can_be_stored(code, found, columns) else replace(found, stored=False)
 
 
 def choose_with(
@@ -49,31 +61,45 @@ def choose_with(
     found = replace(found, overlap=overlaps(device))
     if found.wide:
         found = by_rule(code, rows, columns, tokens, torch.cuda.get_device_capability(device))
-    return found.with_halves() if ending.kind == "gated" else found
+    halves = found.with_halves() if ending.kind == "gated" else found
+    return halves if can_be_stored(code, halves, columns, ending) else replace(halves, stored=False)
+
+
+def can_be_stored(code: Code, tuning: Tuning, columns: int, ending: Ending = PLAIN) -> bool:
+    """Whether a block has room for its weights, if they are to be ``stored``."""
+    nbytes = shared_memory("linear", code, tuning, ending) + stored_memory(code, tuning, columns, code.quads)
+    return not tuning.stored or (code.can_be_stored(columns, tuning.split) and nbytes <= MOST_STORED)
 
 
 @functools.cache
 def _chosen(
     code: Code, rows: int, columns: int, bucket: int, name: str, capability: tuple[int, int]
 ) -> Tuning:
-    wanted = {"bits": code.bits, "table": code.table, "tokens": bucket}
+    wanted = {"bits": code.bits, "table": code.table}
     known = [entry for entry in table(name, capability) if all(entry[key] == value for key, value in wanted.items())]
+    serving = ONE_KERNEL if bucket in ONE_KERNEL else (bucket,)
+    known = [entry for entry in known if entry["tokens"] in serving]
     kind = _kind(code)
     alike = [entry for entry in known if all(entry.get(key, False) == kind[key] for key in kind)]
     known = alike or [entry for entry in known if not kind["small"]]  # small groups are another kernel
 
     # The nearest size by the number of weights, then by proportion; one of another order says nothing.
-    def distance(entry: dict[str, Any]) -> tuple[float, float]:
-        size = entry["rows"] * entry["columns"] / (rows * columns)
-        shape = entry["rows"] / entry["columns"] / (rows / columns)
-        return max(size, 1 / size), max(shape, 1 / shape)
+    def distance(entry: dict[str, Any]) -> tuple[float, float, float]:
+        ratios = [
+            entry["rows"] * entry["columns"] / (rows * columns), entry["rows"] / entry["columns"] / (rows / columns),
+            entry["tokens"] / bucket,
+        ]  # fmt: skip
+        size, shape, count = (max(each, 1 / each) for each in ratios)
+        return size, shape, count
 
     details = _details(code)
     same = [entry for entry in known if all(entry.get(key) == details[key] for key in details)]
     for entries in (same, known):
         nearest = min(entries, key=distance, default=None)
-        if nearest is not None and max(distance(nearest)) <= ALIKE:
-            found = fitted(code, Tuning(**nearest["tuning"]))
+        if nearest is not None and max(distance(nearest)[:2]) <= ALIKE:
+            measured = Tuning(**nearest["tuning"])
+            found = measured if alike and not measured.wide else fitted(code, measured)
+            found = found.holding(code, bucket) if found.held else found
             if found.suits(code) and found.shared_memory(code) <= (MOST_SHARED_WIDE if found.wide else MOST_SHARED):
                 return found
     return by_rule(code, rows, columns, bucket, capability)
@@ -82,12 +108,10 @@ def _chosen(
 def by_rule(code: Code, rows: int, columns: int, tokens: int, capability: tuple[int, int]) -> Tuning:
     """A fair choice where nobody measured."""
     wide, overlap = capability == (9, 0), capability >= (9, 0)
-    loads = code.step * code.bits // 256
     if tokens == 1:
         return fitted(code, _of_one_token(code, rows, overlap))
     if tokens <= 16:
-        along = 16 if tokens <= 8 and rows <= NARROW else 8
-        return Tuning(2 if loads < 4 else 1, -(-tokens // 8), along=along, depth=1, overlap=overlap)
+        return _of_few_tokens(code, rows, tokens, overlap)
     if wide:
         return _wide(code, rows, tokens)
     at_once = min(8, -(-tokens // 8))
@@ -103,10 +127,28 @@ def _of_one_token(code: Code, rows: int, overlap: bool) -> Tuning:
     there are few rows."""
     few = code.step * code.bits // 256 < 2  # loads of a step
     small = code.parts > 4
-    if rows <= NARROW and not few:
-        return Tuning(along=8 if small else 16, depth=2 if small else 1, spread=True, overlap=overlap)
+    if code.fits_planes:
+        if rows <= NARROW:
+            return Tuning(2, along=8, depth=2, spread=True, overlap=overlap)
+        return Tuning(4, along=4, depth=4, spread=True, overlap=overlap, stored=overlap)
+    if rows <= NARROW:
+        own = Tuning(along=8 if small else 16, depth=2 if small else 1, spread=True, overlap=overlap)
+        return replace(own, stored=overlap and few)
     tiles = 4 if few else 2 if small else 1
-    return Tuning(tiles=tiles, depth=1 if few or small else 2, spread=True, overlap=overlap)
+    # Two-level scales of small groups would take all registers for one block.
+    room = 2 if tiles == 2 and code.scale == "bilevel" else 0
+    return Tuning(tiles=tiles, depth=1 if few or small else 2, spread=True, overlap=overlap, room=room)
+
+
+def _of_few_tokens(code: Code, rows: int, tokens: int, overlap: bool) -> Tuning:
+    """The rule for 2 to 16 tokens: warps over rows, too, share what they read of the tokens, the more the more tokens
+    are held."""
+    narrow, own = rows <= NARROW, Tuning(tokens=-(-tokens // 8), depth=1, overlap=overlap)
+    if code.shares_scales:
+        across, along = (4, 4) if tokens > 8 else (2, 8) if narrow else (2, 4)
+        return replace(own, across=across, along=along).holding(code, tokens)
+    own = replace(own, tiles=2 if code.step * code.bits // 256 < 2 else 1, along=16 if narrow and tokens <= 8 else 8)
+    return own.holding(code, tokens) if tokens <= 4 else own  # of more, outliers of large groups gain nothing by it
 
 
 def _wide(code: Code, rows: int, tokens: int) -> Tuning:

@@ -2,7 +2,7 @@
 
 A program multiplies ``16 * TILES`` rows by ``TOKENS`` tokens. A word holds codes of two rows, ``g`` and ``g + 8`` of a
 tile, so there are two sums, and each of the few places in a word gives one small product over all words of a step: no
-code moves between lanes.
+code moves between lanes. Of one bit, words are of either row in turn, and what the other's meet are zeros.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Tuning:
 def fits(code: Code) -> bool:
     """Whether the kernel reads this code: one scale for a step, codes that a word holds evenly, no table."""
     whole = code.group == 0 or code.group % code.step == 0
-    return code.bits in BITS and code.span == 8 and not code.table and whole and code.scale is not None
+    one = isinstance(code.scale, torch.dtype)
+    return code.bits in BITS and code.span == 8 and not code.table and whole and one
 
 
 @triton.jit
@@ -50,12 +51,19 @@ def _codes(words, SHIFT: tl.constexpr, BITS: tl.constexpr, CENTER: tl.constexpr,
 
 
 @triton.jit
-def _add(low, high, words, x, SHIFT: tl.constexpr, GAP: tl.constexpr, BITS: tl.constexpr, CENTER: tl.constexpr):
-    """Add the products of the codes at one place of all words with their columns of ``x [tokens, words]``; the codes of
-    the rows ``g + 8`` lie ``GAP`` bits higher than those of the rows ``g``."""
-    columns = tl.trans(x)
-    low = tl.dot(_codes(words, SHIFT, BITS, CENTER, x.dtype).to(x.dtype), columns, low)
-    high = tl.dot(_codes(words, SHIFT + GAP, BITS, CENTER, x.dtype).to(x.dtype), columns, high)
+def _add(
+    low, high, words, own, x, SHIFT: tl.constexpr, GAP: tl.constexpr, BITS: tl.constexpr, CENTER: tl.constexpr
+):  # fmt: skip
+    """Add the products of the codes at one place of all words with their columns of ``x [tokens, words]``. The codes of
+    the rows ``g + 8`` lie ``GAP`` bits higher than those of the rows ``g``; without a gap, words that are ``own`` are
+    the rows' ``g``."""
+    first = tl.trans(x)
+    second = first
+    if GAP == 0:
+        first = tl.trans(tl.where(own[None, :], x, 0.0))
+        second = tl.trans(tl.where(own[None, :], 0.0, x))
+    low = tl.dot(_codes(words, SHIFT, BITS, CENTER, x.dtype).to(x.dtype), first, low)
+    high = tl.dot(_codes(words, SHIFT + GAP, BITS, CENTER, x.dtype).to(x.dtype), second, high)
     return low, high
 
 
@@ -68,12 +76,18 @@ def _linear(
     block, part = tl.program_id(0), tl.program_id(1)
     last_tile = tl.cdiv(rows, 16) - 1
     WORDS: tl.constexpr = 4 * LOADS  # of a lane
-    INSIDE: tl.constexpr = 4 // BITS if BITS < 8 else 1  # blocks of 16 columns in a word
+    INSIDE: tl.constexpr = 8 if BITS == 1 else 4 // BITS if BITS < 8 else 1  # blocks of 16 columns in a word
     NEAR: tl.constexpr = 4 if BITS < 8 else 2  # neighbouring columns of a word
     line = tl.arange(0, 8 * TILES)
     tile, g = tl.minimum(block * TILES + line // 8, last_tile).to(tl.int64), line % 8
     place = tl.arange(0, 4 * WORDS)  # load, then t, then word
     word, t = place // 16 * 4 + place % 4, place // 4 % 4
+    TIMES: tl.constexpr = 0.5 if BITS == 1 else 1.0  # that each column is counted once
+    GAP: tl.constexpr = 0 if BITS == 1 else BITS
+    NEXT: tl.constexpr = BITS + GAP
+    own = word % 2 == 0
+    if BITS == 1:
+        word = word // 2
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     sum_low = tl.zeros((8 * TILES, TOKENS), tl.float32)
     sum_high = tl.zeros((8 * TILES, TOKENS), tl.float32)
@@ -89,28 +103,27 @@ def _linear(
             if BITS == 8:
                 column = step * STEP + word // 4 * 32 + t * 8 + word // 2 % 2 * 4 + word % 2 * 2
             else:
-                own = word * INSIDE + inside
-                column = step * STEP + own // 2 * 32 + t * 8 + own % 2 * 4
+                block_of = word * INSIDE + inside
+                column = step * STEP + block_of // 2 * 32 + t * 8 + block_of % 2 * 4
             near = column[:, None] + tl.arange(0, NEAR)[None, :]
             here = (token < tokens)[:, None, None] & (near < columns)[None, :, :]
             tokens_here = tl.load(
                 x + token.to(tl.int64)[:, None, None] * stride + near[None, :, :], mask=here, other=0.0
             )
             if ZERO:
-                ones += tl.sum(tl.sum(tokens_here.to(tl.float32), 2), 1)
+                ones += tl.sum(tl.sum(tokens_here.to(tl.float32), 2), 1) * TIMES
             if BITS == 8:
                 x0, x1 = tl.split(tokens_here)
-                low, high = _add(low, high, words, x0, 0, 16, BITS, CENTER)
-                low, high = _add(low, high, words, x1, 8, 16, BITS, CENTER)
+                low, high = _add(low, high, words, own, x0, 0, 16, BITS, CENTER)
+                low, high = _add(low, high, words, own, x1, 8, 16, BITS, CENTER)
             else:
                 even, odd = tl.split(tl.reshape(tokens_here, (TOKENS, 4 * WORDS, 2, 2)))
                 x0, x2 = tl.split(even)
                 x1, x3 = tl.split(odd)
-                FIRST: tl.constexpr = BITS * 4 * inside
-                low, high = _add(low, high, words, x0, FIRST, BITS, BITS, CENTER)
-                low, high = _add(low, high, words, x1, FIRST + 16, BITS, BITS, CENTER)
-                low, high = _add(low, high, words, x2, FIRST + 2 * BITS, BITS, BITS, CENTER)
-                low, high = _add(low, high, words, x3, FIRST + 2 * BITS + 16, BITS, BITS, CENTER)
+                low, high = _add(low, high, words, own, x0, 2 * NEXT * inside, GAP, BITS, CENTER)
+                low, high = _add(low, high, words, own, x1, 2 * NEXT * inside + 16, GAP, BITS, CENTER)
+                low, high = _add(low, high, words, own, x2, 2 * NEXT * inside + NEXT, GAP, BITS, CENTER)
+                low, high = _add(low, high, words, own, x3, 2 * NEXT * inside + NEXT + 16, GAP, BITS, CENTER)
         pair = (tile * groups + tl.minimum(step // GROUP_STEPS, groups - 1)) * 16 + g * 2
         if ZERO:
             low += (CENTER - tl.load(zero + pair).to(tl.float32))[:, None] * ones[None, :]

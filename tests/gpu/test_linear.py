@@ -156,17 +156,14 @@ PROMPT = Tuning(2, 32, depth=2, stages=4, wide=True, overlap=True, unpackers=1)
 @pytest.mark.parametrize(
     "changes",
     [
-        {}, {"overlap": False}, {"cluster": 2}, {"split": 4}, {"cluster": 2, "split": 2}, {"depth": 1, "stages": 3},
-        {"tokens": 24}, {"tokens": 16, "stages": 6}, {"tokens": 8, "tiles": 1, "unpackers": 2, "stages": 8},
-        {"tokens": 16, "tiles": 1, "unpackers": 2, "stages": 6, "split": 2},
+        {}, {"overlap": False}, {"split": 4}, {"depth": 1, "stages": 3},
+        {"tokens": 24, "tiles": 1, "unpackers": 2, "depth": 3}, {"tokens": 24, "tiles": 1, "unpackers": 2, "split": 2},
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("outliers", [False, True])
-def test_every_form_of_prompts(changes: dict[str, Any], outliers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_form_of_prompts(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "choose", lambda *arguments: replace(PROMPT, **changes))
-    terms = [quantized(GRIDS["int4-none"], PATTERNS["full"], 700, 1100), *([residual(700, 1100)] * outliers)]
-    layer = CompressedLinear(terms).to(GPU)
+    layer = CompressedLinear([quantized(GRIDS["int4-none"], PATTERNS["full"], 700, 1100)]).to(GPU)
     for tokens in (150, 700):
         x = torch.randn(tokens, 1100, device=GPU, dtype=torch.float16)
         checked(layer, x)
@@ -174,7 +171,7 @@ def test_every_form_of_prompts(changes: dict[str, Any], outliers: bool, monkeypa
         assert all(torch.equal(layer(x), first) for _ in range(20))
 
 
-@pytest.mark.parametrize("grid", ["int4-none", "spqr"])
+@pytest.mark.parametrize("grid", ["int4-none", "int8-g128"])
 def test_long_prompts(grid: str) -> None:
     """More tiles than a GPU has processors, a view of tokens, tokens that are all the same one."""
     layer = CompressedLinear([quantized({**GRIDS, **OTHERS}[grid], PATTERNS["full"], 4100, 1024)]).to(GPU)

@@ -107,42 +107,16 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning, most
         stride=x.stride(0), second_rows=numbers["second_rows"], multiplier=multiplier,
     )  # fmt: skip
     if tuning.unpackers:
-        _run_prompt(code, tuning, half, given, x, None, most)
+        box = struct.pack("QqIII", x.data_ptr(), x.stride(0), tokens, x.shape[1], tuning.strip)
+        prompt = program.Prompt(a=given, whole=most)
+        prompt.tokens[: len(box)] = box
+        blocks, _, _ = program.tiles(tuning, rows, tokens, 132)
+        _run("prompt", code, tuning, half, prompt, (min(blocks, most), tuning.split, 1))
         return y
     if tuning.wide:
         _run("arrange", code, tuning, half, given, program.arranging(code, tuning, given))
     _run("gemm" if tuning.wide else "linear", code, tuning, half, given, grid)
     assert "arrived" not in work or not work["arrived"].any()
-    return y
-
-
-def _run_prompt(
-    code: program.Code, tuning: program.Tuning, half: bool, given: program.Arguments, x: Tensor, steps: Tensor | None,
-    most: int,
-) -> None:  # fmt: skip
-    """``x``: tokens, or with their ``steps`` bytes, which are described as if two were a number."""
-    per = 1 if steps is None else 2
-    box = struct.pack(
-        "QqIII", x.data_ptr(), x.stride(0) // per, len(x), x.shape[1] // per, tuning.strip // tuning.cluster
-    )
-    prompt = program.Prompt(a=given, whole=most, steps=None if steps is None else steps.data_ptr())
-    prompt.tokens[: len(box)] = box
-    blocks, _, _ = program.tiles(tuning, given.rows, given.tokens, 132)
-    _run("prompt", code, tuning, half, prompt, (min(blocks, most), tuning.split, 1))
-
-
-def linear_in_bytes(
-    tokens: Tensor, steps: Tensor, prepared: Prepared, tuning: program.Tuning, dtype: torch.dtype
-) -> Tensor:
-    """``tokens [tokens, columns]`` in E4M3 with their ``steps [tokens]`` times a term of integers made E4M3."""
-    ((tensors, numbers, multiplier),) = terms = terms_of(*flat([prepared])[:3])
-    rows, half = numbers["rows"], dtype == torch.float16
-    y, row_steps = torch.full((len(tokens), rows), torch.nan, dtype=dtype), torch.full((rows,), torch.nan)
-    given = program.arguments(
-        {**pointed(terms[0], True), "partial": row_steps, "y": y}, rows=rows, columns=tokens.shape[1],
-        tokens=len(tokens), second_rows=numbers["second_rows"], multiplier=multiplier,
-    )  # fmt: skip
-    _run_prompt(code_of(tensors, numbers), tuning, half, given, tokens.view(torch.uint8), steps, 3)
     return y
 
 

@@ -21,10 +21,6 @@ struct float2 { float x, y; };
 struct uint4 { unsigned x, y, z, w; };
 struct float4 { float x, y, z, w; };
 
-#ifndef IN_BYTES
-#define IN_BYTES 0
-#endif
-
 namespace emulator {
 struct Position { int x, y, z; };
 struct Barrier { int waiting = 0; unsigned generation = 0; };
@@ -328,8 +324,6 @@ device void barrier_of_four(int) {
 device void barrier_of_both() {
   emulator::arrive(fours[own_block() * (emulator::threads / 128) + 2], own_block() * emulator::threads, 256);
 }
-template <int COUNT> device void lower_registers() {}
-template <int COUNT> device void raise_registers() {}
 template <int COUNT> device void give_registers_back() {}
 template <int COUNT> device void take_registers() {}
 device void copy_bulk(unsigned char* to, const void* from, unsigned bytes, u64* barrier) {
@@ -375,10 +369,6 @@ device void copy_box(unsigned char* to, const void* map, int column, int row, u6
   phased(barrier).bytes -= 128 * box.height;
   advance(phased(barrier));
 }
-device void copy_box_to(unsigned char* to, const void* map, int column, int row, u64* barrier, unsigned short blocks) {
-  for (unsigned rank = 0; blocks >> rank; ++rank)
-    if (blocks >> rank & 1) copy_box(of_block(to, rank), map, column, row, of_block(barrier, rank));
-}
 device void show_to_products() {}
 device u64 lines_at(unsigned block) { return block / 16; }
 // Addresses in shared memory.
@@ -393,28 +383,22 @@ device void wait_for(unsigned barrier, unsigned phase) { wait_for(barrier_at(bar
 device void copy_box(unsigned to, const void* map, int column, int row, unsigned barrier) {
   copy_box(emulator::shared + to, map, column, row, barrier_at(barrier));
 }
-device void copy_box_to(unsigned to, const void* map, int column, int row, unsigned barrier, unsigned short blocks) {
-  copy_box_to(emulator::shared + to, map, column, row, barrier_at(barrier), blocks);
-}
 template <int N> device void multiply_lines(float (&d)[N][4], u64 weights, u64 tokens, bool add) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warp = threadIdx.x / 32 % 4;
-  constexpr int DEEP = IN_BYTES ? 32 : 16;
   const auto number = [](u64 lines, int line, int k) {
-    const unsigned char* place = emulator::shared + swizzled(16 * lines + 128 * line + (IN_BYTES ? k : 2 * k));
-    if (IN_BYTES) return half_value((unsigned short)halves_of_e4m3(*place));
-    return widened(*reinterpret_cast<const unsigned short*>(place));
+    return widened(*reinterpret_cast<const unsigned short*>(emulator::shared + swizzled(16 * lines + 128 * line + 2 * k)));
   };
-  float own[2][DEEP];
+  float own[2][16];
   for (int which = 0; which < 2; ++which)
-    for (int k = 0; k < DEEP; ++k) own[which][k] = number(weights, 16 * warp + g + 8 * which, k);
+    for (int k = 0; k < 16; ++k) own[which][k] = number(weights, 16 * warp + g + 8 * which, k);
   for (int n = 0; n < N; ++n)
     for (int column = 0; column < 2; ++column) {
-      float x[DEEP];
-      for (int k = 0; k < DEEP; ++k) x[k] = number(tokens, 8 * n + 2 * t + column, k);
+      float x[16];
+      for (int k = 0; k < 16; ++k) x[k] = number(tokens, 8 * n + 2 * t + column, k);
       for (int which = 0; which < 2; ++which) {
         float& sum = d[n][2 * which + column];
         if (!add) sum = 0;
-        for (int k = 0; k < DEEP; ++k) sum += own[which][k] * x[k];
+        for (int k = 0; k < 16; ++k) sum += own[which][k] * x[k];
       }
     }
 }

@@ -113,8 +113,7 @@ def test_small_groups_of_several_tokens(name: str, tuning: Tuning, tokens: int) 
     [
         (Tuning(1, 1, 1, 2, 2, spread=True), 1), (Tuning(2, 1, 2, 1, 3), 11),
         (Tuning(1, 1, 2, 1, 2, held=6), 5), (Tuning(2, 2, 1, 2, 1, held=12), 11),
-        (Tuning(1, 2, 8, 1, 1, 3, 2, wide=True), 11), (Tuning(2, 8, depth=1, stages=3, wide=True, unpackers=1), 11),
-        (Tuning(1, 8, depth=1, stages=3, split=2, wide=True, unpackers=2), 11),
+        (Tuning(1, 2, 8, 1, 1, 3, 2, wide=True), 11),
     ],
     ids=str,
 )  # fmt: skip
@@ -153,11 +152,9 @@ def test_unpacked_for_others(name: str) -> None:
     ("changes", "rows", "columns", "tokens", "most"),
     [
         ({"tokens": 32, "depth": 2, "stages": 4}, 151, 777, 270, 1), ({"tiles": 1, "unpackers": 2}, 264, 640, 70, 2),
-        ({"tokens": 24, "stages": 3}, 136, 200, 200, 3), ({"tokens": 4}, 150, 300, 70, 3),
-        ({"tokens": 2, "split": 2}, 70, 300, 11, 9),
-        ({"split": 4}, 133, 700, 70, 9),
-        ({"tokens": 16, "split": 2, "stages": 3}, 136, 640, 130, 9), ({"cluster": 2, "tokens": 16}, 300, 200, 150, 2),
-        ({"cluster": 2, "split": 2}, 140, 640, 70, 9), ({"split": 4}, 1, 9, 1, 9), ({}, 1, 1, 1, 1),
+        ({"tokens": 24, "stages": 3}, 136, 200, 200, 3), ({"split": 4}, 133, 700, 70, 9),
+        ({"tokens": 16, "split": 2, "stages": 3}, 136, 640, 130, 9), ({"tokens": 16}, 300, 200, 150, 2),
+        ({"split": 4}, 1, 9, 1, 9), ({}, 1, 1, 1, 1),
     ],
     ids=str,
 )  # fmt: skip
@@ -165,20 +162,6 @@ def test_every_form_of_prompts(changes: dict[str, Any], rows: int, columns: int,
     """One block for many tiles, blocks that share columns, rows and tokens that fill no tile."""
     term = quantized(GRIDS["int4-integer"], PATTERNS["full"], rows, columns)
     assert product([term], replace(PROMPT, **changes), tokens, torch.bfloat16, most) < 4e-3
-    if rows * columns > 1:
-        outliers = residual(rows, columns)
-        assert product([term, outliers], replace(PROMPT, **changes), tokens, torch.float16, most) < 6e-4
-
-
-@pytest.mark.parametrize("name", ["int4-none", "int4-row", "int3-float", "int8-g128-integer", "binary1", *BILEVEL])
-@pytest.mark.parametrize("changes", [{"tokens": 16}, {"tiles": 1, "unpackers": 2, "split": 2}], ids=str)
-def test_prompts_in_bytes(name: str, changes: dict[str, Any]) -> None:
-    """As weights that became bytes times tokens that did."""
-    made = prepare(*quantized({**GRIDS, **OTHERS}[name], PATTERNS["full"], 48, 320).operation())  # type: ignore[arg-type]
-    (weight, step), (tokens, token_step) = emulation.dequantize_to_bytes(made), quantize_tokens(torch.randn(70, 320))
-    expected = (tokens.double() @ weight.double().T) * step.double() * token_step.double()[:, None]
-    tuning = replace(PROMPT, in_bytes=True, **changes)
-    assert relative(emulation.linear_in_bytes(tokens, token_step, made, tuning, torch.float16), expected) < 6e-4
 
 
 @pytest.mark.parametrize("name", EVERY_KIND)

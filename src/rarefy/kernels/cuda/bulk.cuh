@@ -17,7 +17,6 @@ device void store(u32 at, const uint4& words) {
 device void store(u32 at, const uint2& words) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(words.x), "r"(words.y) : "memory");
 }
-device void store(u32 at, u32 word) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(word) : "memory"); }
 
 // ---- Barriers in shared memory: a phase ends when `count` have arrived and all bytes that were announced are there.
 
@@ -88,11 +87,6 @@ device void copy_bulk_to(u8* to, const void* from, u32 bytes, u64* barrier, u16 
 template <class T, class B> device void copy_box(T to, const void* map, int column, int row, B barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                ::"r"(shared_address(to)), "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)) : "memory");
-}
-// To the same place of the blocks of the cluster whose bits are set.
-template <class T, class B> device void copy_box_to(T to, const void* map, int column, int row, B barrier, u16 blocks) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
-               ::"r"(shared_address(to)), "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks) : "memory");
 }
 // What threads before a barrier have written to shared memory may be read by tensor cores behind it.
 device void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -879,7 +879,57 @@ extern "C" global __launch_bounds__(THREADS, ROOM) void rarefy_linear(const Argu
 // with a step for each row, float32 at `partial`. A warp takes some steps of a tile, all of which it loads at once.
 constexpr int AT_ONCE = PARTS > 4 ? 1 : 4;
 
-#include "bytes.cuh"
+// Of E4M3: what a code stands for is `factor * (code + shift) + offset` in float16, for rows g and g + 8. A shift is a
+// zero point, so that what means zero stays zero.
+struct Bytes {
+  static constexpr int SIZE = 1, PIECE = 16;  // bytes of a number, numbers of a lane
+  float most[2];
+  u32 factor[2], shift[2], offset[2];
+
+  // The largest number that a row may hold, of all its groups, by four lanes.
+  void prepare(const Arguments& a, const Places& places, int tile, bool is_first, int lane) {
+    most[0] = most[1] = 0.0f;
+    for (int group = lane % 4; group < a.groups; group += 4) {
+      Pair<SCALE> scale;
+      Pair<ZERO> zero;
+      load(scale, a.scale, places.scales[0] + group * 8, places.second[0], group / SECOND_GROUPS);
+      load(zero, a.zero, places.scales[0] + group * 8, places.second[0], group / SECOND_GROUPS);
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        const float low = contribution(scale, zero, which, -CENTER, 1.0f);
+        const float high = contribution(scale, zero, which, (1 << BITS) - 1 - CENTER, 1.0f);
+        most[which] = max_of(most[which], max_of(absolute(low), absolute(high)));
+      }
+    }
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+#pragma unroll
+      for (int distance = 1; distance < 4; distance *= 2) most[which] = max_of(most[which], of_lane_xor(most[which], distance));
+      const int row = tile * 16 + lane / 4 + 8 * which;
+      if (is_first && lane % 4 == 0 && row < a.rows) a.partial[row] = most[which] / 448.0f * a.multiplier;
+    }
+  }
+  void begin_group(const Pair<SCALE>& scale, const Pair<ZERO>& zero, const Arguments&) {
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const float unit = most[which] > 0.0f ? 448.0f / most[which] : 0.0f, none = contribution(scale, zero, which, 0.0f, 1.0f);
+      const float slope = contribution(scale, zero, which, 1.0f, 1.0f) - none;
+      factor[which] = rounded<true>(slope * unit) * 0x10001u;
+      shift[which] = rounded<true>(slope == 0.0f ? 0.0f : none / slope) * 0x10001u;
+      offset[which] = rounded<true>(none * unit) * 0x10001u;
+    }
+  }
+  // Four numbers of a row from two pairs of codes.
+  void put(u8* to, u32 first, u32 second, int which) const {
+#if defined(RAREFY_EMULATED) || __CUDA_ARCH__ >= 890
+    *reinterpret_cast<u32*>(to) = e4m3_of_halves(number(first, which)) | u32(e4m3_of_halves(number(second, which))) << 16;
+#endif
+  }
+  u32 number(u32 codes, int which) const {
+    if constexpr (SCALE == PAIRS) return fused(codes, factor[which], offset[which]);
+    else return fused(SUMS ? fused(codes, ONES, shift[which]) : codes, factor[which], 0);
+  }
+};
 
 // In the type of the activations.
 struct Halves {
@@ -888,8 +938,8 @@ struct Halves {
   Pair<ZERO> zero;
   float multiplier;
 
-  void prepare(const Arguments& a, const Places&, int, int, bool, int) { multiplier = a.multiplier; }
-  void begin_group(const Pair<SCALE>& own_scale, const Pair<ZERO>& own_zero) { scale = own_scale, zero = own_zero; }
+  void prepare(const Arguments& a, const Places&, int, bool, int) { multiplier = a.multiplier; }
+  void begin_group(const Pair<SCALE>& own_scale, const Pair<ZERO>& own_zero, const Arguments&) { scale = own_scale, zero = own_zero; }
   u32 number(u16 code, int which) const {
     return rounded<HALF>(contribution(scale, zero, which, widened(code), 1.0f) * multiplier);
   }
@@ -926,7 +976,7 @@ template <class Numbers> device void dequantize(const Arguments& a) {
   const i64 pitch = a.columns;
   u8* y = reinterpret_cast<u8*>(a.y) + SIZE * (tile * 16 * pitch);
   Numbers numbers;
-  numbers.prepare(a, places, 0, tile, begin == 0, lane);
+  numbers.prepare(a, places, tile, begin == 0, lane);
   Tables tables;
   u8* own = pool + TABLE_BYTES + threadIdx.x / 32 * 16 * PITCH_OF_ROW;
 #pragma unroll
@@ -937,7 +987,7 @@ template <class Numbers> device void dequantize(const Arguments& a) {
     for (int b = 0; b < BLOCKS; ++b) {
       if (b % PART == 0) {
         load(tables, a, tile, group_of(a, step, b / PART), g);
-        numbers.begin_group(scales[k].scale[0][b / PART], scales[k].zero[0][b / PART]);
+        numbers.begin_group(scales[k].scale[0][b / PART], scales[k].zero[0][b / PART], a);
       }
       u32 weights[4];
       operands(weights, codes[k].at[0], b, 4 * lane, tables);

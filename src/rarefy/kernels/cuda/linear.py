@@ -39,6 +39,7 @@ from rarefy.kernels.reference import decode
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 MOST_TOKENS = 128  # beyond, a dequantized weight and the library's product take less time
 MOST_TOKENS_WIDE = 768  # where four warps can multiply together
+MOST_TOKENS_OF_PROMPTS = 1536  # there, of one term that other warps unpack
 MOST_TOKENS_OF_SMALL_GROUPS = 64  # there, since every 16 or 32 columns are scaled apart
 MOST_APART = 1 << 22  # numbers from a token to the next, so that 32 bits count them
 MOST_TOKENS_OF_16_BITS = 64  # up to which reading the weight is all that counts, so that activations stay exact
@@ -102,11 +103,8 @@ def _linear(
 def _multiplied(x: Tensor, terms: list[Term], rows: int, fast: bool) -> Tensor:
     """``x [tokens, columns]`` by the first kernel that fits, else by a dense weight."""
     tokens, kinds = x.shape[0], sorted(term[1]["kind"] for term in terms)
-    if fast and len(terms) == 1 and tokens > MOST_TOKENS_OF_16_BITS:
-        if _unpacks_to_bytes(terms[0], x.device) and tokens > MOST_TOKENS_OF_16_BITS_BY_CODES:
-            return _product_of_unpacked_bytes(x, terms[0])
-        if (weight := _in_bytes(terms[0], x)) is not None:
-            return _product_of_bytes(x, *weight, terms[0][2])
+    if fast and len(terms) == 1 and tokens > MOST_TOKENS_OF_16_BITS and (weight := _in_bytes(terms[0], x)) is not None:
+        return _product_of_bytes(x, *weight, terms[0][2])
     if _compiles():
         x = aligned(x)
         most = most_tokens(terms, x.device)
@@ -128,8 +126,9 @@ def most_tokens(terms: Sequence[Term], device: torch.device) -> int:
     """Up to how many tokens are multiplied by codes."""
     if not takes_wide(device):
         return MOST_TOKENS
-    small = any(numbers["kind"] == CODES and 0 < numbers["group_size"] <= 32 for _, numbers, _ in terms)
-    return MOST_TOKENS_OF_SMALL_GROUPS if small else MOST_TOKENS_WIDE
+    if any(numbers["kind"] == CODES and 0 < numbers["group_size"] <= 32 for _, numbers, _ in terms):
+        return MOST_TOKENS_OF_SMALL_GROUPS
+    return MOST_TOKENS_OF_PROMPTS if len(terms) == 1 else MOST_TOKENS_WIDE
 
 
 def _in_bytes(term: Term, x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -154,28 +153,6 @@ def _in_bytes(term: Term, x: Tensor) -> tuple[Tensor, Tensor] | None:
     )  # fmt: skip
     program.dequantize(code, given, half, x.device, to_bytes=True)
     return weight, step
-
-
-def _unpacks_to_bytes(term: Term, device: torch.device) -> bool:
-    """Whether a kernel makes bytes of codes while it multiplies."""
-    tensors, numbers, _ = term
-    fits = numbers["kind"] == CODES and numbers["columns"] % 32 == 0 and takes_wide(device) and _compiles()
-    return fits and code_of(tensors, numbers).plain_numbers
-
-
-def _product_of_unpacked_bytes(x: Tensor, term: Term) -> Tensor:
-    """Both operands in E4M3, a step for each token and each row."""
-    tensors, numbers, multiplier = term
-    code, rows, columns, half = code_of(tensors, numbers), numbers["rows"], numbers["columns"], x.dtype == torch.float16
-    codes, steps = activations.quantize_tokens(x)
-    y, row_steps = x.new_empty(len(x), rows), steps.new_empty(rows)
-    given = program.arguments(
-        {**pointed(term, True), "x": codes, "partial": row_steps, "y": y}, rows=rows, columns=columns, tokens=len(x),
-        stride=columns, second_rows=numbers["second_rows"], multiplier=multiplier,
-    )  # fmt: skip
-    chosen = tuning.of_prompt(code, rows, columns, len(x), program.processors(x.device), in_bytes=True)
-    program.linear(code, chosen, given, half, x.device, steps=steps)
-    return y
 
 
 def _product_of_bytes(x: Tensor, weight: Tensor, row_scale: Tensor, multiplier: float) -> Tensor:

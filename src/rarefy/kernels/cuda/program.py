@@ -26,6 +26,7 @@ PLANES = 24  # bits of an activation that is multiplied by single bits
 
 
 MULTIPLIERS = 2  # fours of warps that multiply what others unpack
+HALF = 0.65  # of a tile's time, which half a tile takes, since as much is unpacked
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,8 @@ class Tuning:
     warps multiply ``in_turns``; ``rescaled``: sums are kept in units of the last scale (see ``Code.can_rescale``).
 
     ``unpackers``: fours of warps that unpack for two other fours, which multiply from shared memory (``prompt.cu``;
-    ``wide`` too). ``stages`` are of 64 columns then, ``depth`` steps of codes come ahead, and ``tiles`` are
-    those of a warp that unpacks. ``in_bytes``: both operands become E4M3 (stages are of 128 columns)."""
+    ``wide`` too). ``stages`` are of 64 columns then, ``depth`` steps of codes come ahead, and ``tiles`` are those of a
+    warp that unpacks."""
 
     tiles: int = 1
     tokens: int = 1
@@ -171,7 +172,6 @@ class Tuning:
     held: int = 0
     room: int = 0
     unpackers: int = 0
-    in_bytes: bool = False
 
     MOST_SHARED: ClassVar[int] = 200 * 1024  # bytes of a block's shared memory
 
@@ -230,7 +230,7 @@ class Tuning:
             stages, meeting = self.stages * 128 * (self.rows + width), 4 * width * (self.rows + 4)
             staged = max(stages, meeting) if self.split > 1 else stages + MULTIPLIERS * min(32, width) * (2 * 64 + 16)
             coming = self.depth * self.rows // TILE * code.bytes_of_step
-            return -(-table // 1024) * 1024 + staged + coming + 16 * self.stages + 4 * width * self.in_bytes
+            return -(-table // 1024) * 1024 + staged + coming + 16 * self.stages
         if self.wide:
             sums = code.parts * width * 4 if code.sums else 0
             staged = self.stages * (2 * code.step * width + sums) + 16 * self.stages
@@ -295,9 +295,8 @@ class Prompt(ctypes.Structure):
 
     _fields_ = [
         ("a", Arguments),
-        ("steps", ctypes.c_void_p),
         ("whole", ctypes.c_int),
-        ("between", ctypes.c_byte * (-(ctypes.sizeof(Arguments) + 12) % 128)),
+        ("between", ctypes.c_byte * (-(ctypes.sizeof(Arguments) + 4) % 128)),
         ("tokens", ctypes.c_byte * 128),
     ]
 
@@ -310,7 +309,7 @@ def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) 
         BITS=code.bits, GROUP=code.group, SPAN=code.span, STEP=code.step, CENTER=code.center,
         TABLE=("", "shared", "rows").index(code.table),
         SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers],
-        HALF=int(half or tuning.in_bytes), HALF_RESULTS=int(half),
+        HALF=int(half),
         STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8), SECOND_GROUPS=code.second_groups,
         HELD=tuning.held if code.held else 0, BESIDE=tuning.beside(code), HELD_COLUMNS=code.held, QUADS=code.quads,
         RAGGED=int(code.ragged), PLANES=PLANES, IN_PLANES=int(tuning.spread and code.fits_planes),
@@ -352,19 +351,18 @@ def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
 def tiles(tuning: Tuning, rows: int, tokens: int, processors: int) -> tuple[int, int, float]:
     """Of ``prompt.cu`` on so many ``processors``: blocks, tiles that are not taken in halves, and how many whole tiles
     take as long as the block that has most to do."""
-    across = -(-rows // (tuning.rows * tuning.cluster)) * tuning.cluster
+    across = -(-rows // tuning.rows)
     strips, halves = -(-tokens // tuning.strip), 8 * tuning.tokens // tuning.strip
     full, more = across * (strips // halves), across * (strips % halves)
     if tuning.split > 1:
         return full, full, -(-full * tuning.split // processors)
-    blocks = processors // tuning.cluster * tuning.cluster
 
     def longest(whole: int) -> float:  # the first block's
-        units = range(0, whole + halves * (full - whole) + more, blocks)
-        return sum(1 if unit < whole else 1 / halves for unit in units)
+        units = range(0, whole + halves * (full - whole) + more, processors)
+        return sum(1 if unit < whole or halves == 1 else HALF for unit in units)
 
-    whole = min(full, full // blocks * blocks, key=longest) if halves > 1 else full
-    return min(blocks, whole + halves * (full - whole) + more), whole, longest(whole)
+    whole = min(full, full // processors * processors, key=longest) if halves > 1 else full
+    return min(processors, whole + halves * (full - whole) + more), whole, longest(whole)
 
 
 @functools.cache
@@ -403,21 +401,17 @@ def kernel(
 
 
 def linear(
-    code: Code, tuning: Tuning, given: Arguments, half: bool, device: torch.device, ending: Ending = PLAIN,
-    steps: Tensor | None = None,
-) -> None:  # fmt: skip
-    """The product, on the current stream of ``device``; with ``steps`` of tokens ``x`` is bytes, and the steps of rows
-    are left at ``partial [rows]``."""
+    code: Code, tuning: Tuning, given: Arguments, half: bool, device: torch.device, ending: Ending = PLAIN
+) -> None:
+    """The product, on the current stream of ``device``."""
     stream = torch.cuda.current_stream(device).cuda_stream
     for name, program in compiled(code, tuning, half, device, ending).items():
         if name == "arrange":
             program(arranging(code, tuning, given), ARRANGING, given, stream, tuning.overlap)
         elif name == "prompt":
             blocks, whole, _ = tiles(tuning, given.rows, given.tokens, processors(device))
-            own = Prompt(a=given, whole=whole, steps=None if steps is None else steps.data_ptr())
-            box, per = tuning.strip // tuning.cluster, 1 if steps is None else 2  # two bytes are as good as a number
-            tokens = driver.tensor_map(given.x, given.tokens, given.columns // per, given.stride // per, box)
-            own.tokens[:] = tokens
+            own = Prompt(a=given, whole=whole)
+            own.tokens[:] = driver.tensor_map(given.x, given.tokens, given.columns, given.stride, tuning.strip)
             program((blocks, tuning.split, 1), tuning.threads, own, stream, tuning.overlap)
         else:
             stored = stored_memory(code, tuning, given.columns, given.quads)

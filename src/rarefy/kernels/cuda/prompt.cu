@@ -7,12 +7,9 @@
 // that unpack are already at the next when results are written. Tiles that would be a last wave for some blocks only, and
 // tokens that fill no tile, are taken in halves.
 //
-// Macros besides those of codes.cuh: TOKENS (of 8), STAGES (of 64 columns in shared memory), DEPTH (steps
-// of codes in shared memory), UNPACKERS (fours of warps that unpack, of TILES tiles each), SPLIT (blocks over columns, which
-// add up what they have in each other's shared memory), CLUSTER (neighbouring blocks that share what they read of the
-// tokens), OUTLIERS (type of single values that are added to the weight), IN_BYTES (both operands are numbers in E4M3, of
-// weights with a step for each row as `rarefy_dequantize_to_bytes` would make them, of tokens with a step for each; HALF,
-// and whether results are: HALF_RESULTS).
+// Macros besides those of codes.cuh: TOKENS (of 8), STAGES (of 64 columns in shared memory), DEPTH (steps of codes on their
+// way there), UNPACKERS (fours of warps that unpack, of TILES tiles each), SPLIT (blocks over columns, which add up what
+// they have in each other's shared memory).
 
 constexpr int MULTIPLIERS = 2, THREADS = 128 * (MULTIPLIERS + UNPACKERS);
 #define SHARED_ALIGNMENT 1024
@@ -24,7 +21,7 @@ constexpr int MULTIPLIERS = 2, THREADS = 128 * (MULTIPLIERS + UNPACKERS);
 
 static_assert(TILES * 4 * UNPACKERS == 8 && STAGES > 2, "all rows of a block, and stages to come");
 constexpr int WIDTH = 8 * TOKENS, ROWS = 64 * MULTIPLIERS;
-constexpr int LINE = 128, COLUMNS = IN_BYTES ? LINE : LINE / 2;  // bytes and numbers of a row or token in a stage
+constexpr int LINE = 128, COLUMNS = LINE / 2;  // bytes and numbers of a row or token in a stage
 constexpr int STAGE_WEIGHTS = ROWS * LINE, STAGE = STAGE_WEIGHTS + WIDTH * LINE;
 constexpr int IN_STEP = STEP / COLUMNS;  // stages
 constexpr int TABLE_ROOM = (TABLE_BYTES + 1023) / 1024 * 1024;  // what is swizzled begins at whole kilobytes
@@ -34,26 +31,24 @@ constexpr int STAGES_ROOM = SPLIT > 1 && MEETING > STAGES * STAGE ? MEETING : ST
 constexpr int RESULTS_ROOM = SPLIT > 1 ? 0 : MULTIPLIERS * AT_ONCE * PITCH;
 constexpr bool HALVES = SPLIT == 1 && TOKENS % 16 == 0;  // whether a tile may have half of the tokens
 constexpr int STRIP = HALVES ? WIDTH / 2 : WIDTH;        // tokens that are always taken together
-constexpr bool MANY_SUMS = UNPACKERS > 1 && TOKENS > 16;  // of which registers are taken from those that unpack
 
-// The tensor map of the tokens, [tokens][columns] in boxes of STRIP / CLUSTER tokens and a line's columns.
+// The tensor map of the tokens, [tokens][columns] in boxes of STRIP tokens and a line's columns.
 struct alignas(128) Map { u64 words[16]; };
 struct Prompt {
   Arguments a;
-  const float* steps;  // of tokens in bytes
-  int whole;           // tiles that are not taken in halves
+  int whole;  // tiles that are not taken in halves
   Map tokens;
 };
 
 struct Tile { int row_tile, first_row, first_token, strips; };  // a row tile: 16 rows
 
 // Tiles of rows lie beside each other, so that blocks that run together read the same tokens. First come whole tiles, then
-// the halves of others (those of a cluster's blocks are beside each other too), then a last strip of tokens.
+// the halves of others, then a last strip of tokens.
 struct Tiles {
   int across, whole, halved, strip;
   Tiles(const Prompt& given) {
     const int strips = (given.a.tokens + STRIP - 1) / STRIP;
-    across = (given.a.rows + ROWS * CLUSTER - 1) / (ROWS * CLUSTER) * CLUSTER;
+    across = (given.a.rows + ROWS - 1) / ROWS;
     const int full = HALVES ? across * (strips / 2) : across * strips;
     whole = HALVES && given.whole < full ? given.whole : full;
     halved = full - whole;
@@ -65,8 +60,8 @@ struct Tiles {
     if (number < whole) return tile(number % across, number / across * 2, 2);
     number -= whole;
     if (number >= 2 * halved) return tile(number - 2 * halved, strip, 1);
-    const int pair = number / CLUSTER, own = whole + pair / 2 * CLUSTER + number % CLUSTER;
-    return tile(own % across, own / across * 2 + pair % 2, 1);
+    const int own = whole + number / 2;
+    return tile(own % across, own / across * 2 + number % 2, 1);
   }
   Tile tile(int row, int first_strip, int strips) const { return {row * (ROWS / 16), row * ROWS, first_strip * STRIP, strips}; }
 };
@@ -168,9 +163,8 @@ device int place_of_lane(int lane) {
   return 4 * (g % 2 * 4 + g / 2 % 2 * 2 + g / 4) + lane % 4;
 }
 
-// What a lane has of a stage: of its tiles, pairs of blocks and rows four words, or two where numbers are bytes.
-constexpr int PAIRS_OF_STAGE = COLUMNS / 32;
-struct Numbers { u32 at[TILES][PAIRS_OF_STAGE][2][IN_BYTES ? 2 : 4]; };
+// What a lane has of a stage: of its tiles, pairs of blocks and rows eight numbers.
+struct Numbers { u32 at[TILES][2][2][4]; };
 
 device void store(u32 to, const Numbers& numbers, int first_tile, int part, int place) {
   const int g = place / 4, t = place % 4;
@@ -180,47 +174,19 @@ device void store(u32 to, const Numbers& numbers, int first_tile, int part, int 
     for (int which = 0; which < 2; ++which) {
       const u32 line = to + (16 * (first_tile + r) + g + 8 * which) * LINE;
 #pragma unroll
-      for (int n = 0; n < PAIRS_OF_STAGE; ++n) {
+      for (int n = 0; n < 2; ++n) {
         const auto& own = numbers.at[r][n][which];
-        constexpr int EACH = IN_BYTES ? 1 : 2;  // bytes of a number
         if constexpr (SPAN == 4) {
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int at = EACH * (16 * (2 * n + e) + 4 * t);
-            const u32 piece = line + ((at / 16 ^ g) << 4 | at % 16);
-            if constexpr (IN_BYTES) store(piece, own[e]);
-            else store(piece, uint2{own[2 * e], own[2 * e + 1]});
-          }
+          for (int e = 0; e < 2; ++e)
+            store(line + ((2 * (2 * n + e) + t / 2 ^ g) << 4 | t % 2 << 3), uint2{own[2 * e], own[2 * e + 1]});
         } else {
-          const int at = EACH * (first_of(part * PAIRS_OF_STAGE + n, t) % COLUMNS);
-          const u32 piece = line + ((at / 16 ^ g) << 4 | at % 16);
-          if constexpr (IN_BYTES) store(piece, uint2{own[0], own[1]});
-          else store(piece, uint4{own[0], own[1], own[2], own[3]});
+          store(line + ((first_of(2 * part + n, t) % COLUMNS / 8 ^ g) << 4), uint4{own[0], own[1], own[2], own[3]});
         }
       }
     }
 }
 
-#if IN_BYTES
-#include "bytes.cuh"
-
-// Stage `part` of a step: a line's columns of a warp's rows.
-device void unpack(Numbers& numbers, const Codes& codes, const Scales& scales, Bytes (&bytes)[TILES], int part, int lane) {
-  Tables none;
-#pragma unroll
-  for (int r = 0; r < TILES; ++r)
-#pragma unroll
-    for (int n = 0; n < 2 * PAIRS_OF_STAGE; ++n) {
-      const int b = part * 2 * PAIRS_OF_STAGE + n;
-      if (b % PART == 0) bytes[r].begin_group(scales.scale[r][b / PART], scales.zero[r][b / PART]);
-      u32 weights[4];
-      operands(weights, codes.at[r], b, 4 * lane, none);
-#pragma unroll
-      for (int which = 0; which < 2; ++which)
-        numbers.at[r][n / 2][which][n % 2] = bytes[r].four(weights[which], weights[which + 2], which);
-    }
-}
-#else
 // From a row's codes to its weights, two at once. A scale is the sum of two bfloat16, and a code times the lesser is no
 // longer than one or nearly so: the sum of both products is rounded once, without detours by float32. Where that cannot be
 // (`!QUICK`) weights are formed as in `rarefy_dequantize`.
@@ -278,67 +244,6 @@ device void unpack(
     }
   }
 }
-#endif
-
-#if OUTLIERS
-#include "outliers.cuh"
-
-// Those of a row, which one lane adds to what its warp has unpacked, in the order of their columns. A quad is there, and
-// the next is on its way.
-struct Outliers {
-  const uint4* quads;
-  const u32* rest;
-  int at = 0, held = 0, end = 0;
-  bool upper;
-  u32 now[4];
-  uint4 coming[2];
-
-  void begin(const Arguments& a, int row, bool real, int column) {
-    if (!real || row >= a.rows) return;
-    const Rest own = rest_of(a, row);
-    upper = row % 16 >= 8, held = 4 * a.quads, end = held + int(own.end - own.begin), rest = a.rest + own.begin;
-    quads = reinterpret_cast<const uint4*>(a.entries + i64(row / 16) * a.quads * 32 + row % 8 * 4);
-    call(0);
-    take();
-    while (at < end && column_of(entry()) < column) pass();
-  }
-  void call(int quad) {
-    if (4 * quad < held) coming[0] = load_once(quads + quad * 16), coming[1] = load_once(quads + quad * 16 + 1);
-  }
-  void take() {
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      now[2 * n] = upper ? coming[n].y : coming[n].x;
-      now[2 * n + 1] = upper ? coming[n].w : coming[n].z;
-    }
-    call(at / 4 + 1);
-  }
-  void pass() {
-    if (++at % 4 == 0 && at < held) take();
-  }
-  u32 entry() const {
-    if (at >= held) return load_near(rest + at - held);
-    const u32 low = at % 2 ? now[1] : now[0], high = at % 2 ? now[3] : now[2];
-    return at % 4 < 2 ? low : high;
-  }
-  static int column_of(u32 entry) { return entry & 0xFFFF; }
-
-  // What lies in a stage, whose first column this is; fillings of quads lie before and are zeros.
-  void add(u8* line, int number, int first) {
-    while (at < end) {
-      const u32 own = entry();
-      const int column = column_of(own) - first;
-      if (column >= COLUMNS) break;
-      if (column >= 0) {
-        u16& weight = *reinterpret_cast<u16*>(line + ((column / 8 ^ number % 8) << 4) + column % 8 * 2);
-        weight = rounded<HALF>(widened(weight) + value_of(own));
-      }
-      pass();
-    }
-  }
-};
-#endif
-
 device void fill(const Prompt& given, const Stages& stages, u8* coming, int warp, int lane) {
   const Arguments& a = given.a;
   const int place = place_of_lane(lane), own_tile = warp * TILES;
@@ -372,20 +277,8 @@ device void fill(const Prompt& given, const Stages& stages, u8* coming, int warp
   for (int slot = 0; slot < DEPTH; ++slot) call_next(slot);
   for (int number = blockIdx.x; number < tiles.count(); number += gridDim.x) {
     const Tile tile = tiles.at(number);
-#if IN_BYTES
-    const Places places = places_of(a, tile.row_tile + own_tile, place);
-    Bytes bytes[TILES];
-#pragma unroll
-    for (int r = 0; r < TILES; ++r) bytes[r].prepare(a, places, r, tile.row_tile + own_tile + r, true, place);
-#else
     Tables tables[TILES];
     load_tables(tables, a, tile.row_tile + own_tile, place / 4);
-#endif
-#if OUTLIERS
-    const int own_line = own_tile * 16 + lane % (16 * TILES);
-    Outliers outliers;
-    outliers.begin(a, tile.first_row + own_line, lane < 16 * TILES, share.begin * STEP);
-#endif
     for (int round = 0; round < rounds; ++round) {
       const int step = share.begin + round;
       Codes codes;
@@ -402,18 +295,10 @@ device void fill(const Prompt& given, const Stages& stages, u8* coming, int warp
         // Whether there is room turns out while numbers are formed.
         const bool room = is_over(stages.empty(turn.stage), turn.phase);
         Numbers numbers;
-#if IN_BYTES
-        unpack(numbers, codes, scales, bytes, part, lane);
-#else
         unpack(numbers, codes, scales, tables, a, tile.row_tile + own_tile, step, part, place / 4, lane);
-#endif
         if (!room) wait_for(stages.empty(turn.stage), turn.phase);
         store(stages.weights(turn.stage), numbers, own_tile, part, place);
         warp_barrier();
-#if OUTLIERS
-        outliers.add(stages.first + turn.stage * STAGE + own_line * LINE, own_line, (step * IN_STEP + part) * COLUMNS);
-        warp_barrier();
-#endif
         if (lane == 0) arrive_at(stages.full(turn.stage));
         turn.pass();
       }
@@ -429,13 +314,12 @@ struct Tokens {
   const Tiles& tiles;
   const Stages& stages;
   int count, number, part, first_part;
-  u32 rank;
   Tile tile;
   Turn<STAGES> turn;
 
-  Tokens(const Prompt& given, const Tiles& tiles, const Stages& stages, const Share& share, int count, u32 rank)
+  Tokens(const Prompt& given, const Tiles& tiles, const Stages& stages, const Share& share, int count)
       : given(given), tiles(tiles), stages(stages), count(count), number(count > 0 ? blockIdx.x : tiles.count()), part(0),
-        first_part(share.begin * IN_STEP), rank(rank), tile(tiles.at(blockIdx.x)) {
+        first_part(share.begin * IN_STEP), tile(tiles.at(blockIdx.x)) {
     turn.phase = 1;  // nobody has used a stage before
   }
   void bring() {
@@ -449,25 +333,18 @@ struct Tokens {
     part = 0, number += gridDim.x, tile = tiles.at(number);
   }
   void copy(int strip) const {
-    constexpr int OWN = STRIP / CLUSTER;  // tokens
-    const int within = strip * STRIP + (CLUSTER > 1 ? rank % CLUSTER * OWN : 0), token = tile.first_token + within;
-    const int column = (first_part + part) * (LINE / 2);  // as if bytes were pairs
-    const u32 full = stages.full(turn.stage), to = stages.tokens(turn.stage) + within * LINE;
-    if constexpr (CLUSTER > 1) copy_box_to(to, &given.tokens, column, token, full, ((1 << CLUSTER) - 1) << rank / CLUSTER * CLUSTER);
-    else copy_box(to, &given.tokens, column, token, full);
+    const u32 to = stages.tokens(turn.stage) + strip * STRIP * LINE;
+    copy_box(to, &given.tokens, (first_part + part) * COLUMNS, tile.first_token + strip * STRIP, stages.full(turn.stage));
   }
 };
 
 template <int COUNT>
 device void multiply_tile(
     float (&sums)[COUNT][4], const Stages& stages, Turn<STAGES>& turn, Tokens& tokens_to_come, int& done, int count, int four,
-    int lane, u32 rank) {
+    int lane) {
   const auto leave = [&](int stage) {
     warp_barrier();
-    if (lane < CLUSTER) {
-      if constexpr (CLUSTER > 1) arrive_at(stages.empty(stage), rank / CLUSTER * CLUSTER + lane);
-      else arrive_at(stages.empty(stage));
-    }
+    if (lane == 0) arrive_at(stages.empty(stage));
   };
   int before = 0;
   for (int n = 0; n < count; ++n) {
@@ -493,22 +370,12 @@ device void multiply_tile(
     for (int j = 0; j < 4; ++j) settle(sums[n][j]);
 }
 
-// What sums of a row are multiplied by; those of tokens in bytes also by their steps, which are in shared memory then.
-device float factor_of_row(const Arguments& a, int row) {
-  if constexpr (IN_BYTES) return row < a.rows ? load_fresh(a.partial + row) : 0.0f;
-  return a.multiplier;
-}
-device u32 results_of(float low, float high) {
-  return (IN_BYTES ? HALF_RESULTS : HALF) ? half_pair(low, high) : bf16_pair(low, high);
-}
+device u32 results_of(float low, float high) { return HALF ? half_pair(low, high) : bf16_pair(low, high); }
 
 // Results of a four of warps, 64 rows, some tokens after others; `own` is shared memory.
 device void put_results(
-    const Arguments& a, const float (&sums)[TOKENS][4], u8* own, const float* steps, const Tile& tile, int four, int lane) {
+    const Arguments& a, const float (&sums)[TOKENS][4], u8* own, const Tile& tile, int four, int lane) {
   const int warp = threadIdx.x / 32 % 4, first_row = tile.first_row + 64 * four;
-  float factors[2];
-#pragma unroll
-  for (int which = 0; which < 2; ++which) factors[which] = factor_of_row(a, first_row + 16 * warp + lane / 4 + 8 * which);
 #pragma unroll
   for (int piece = 0; piece < WIDTH / AT_ONCE; ++piece) {
     if (piece * AT_ONCE >= tile.strips * STRIP || tile.first_token + piece * AT_ONCE >= a.tokens) break;
@@ -518,10 +385,8 @@ device void put_results(
       u32 words[4];
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
-        const int eight = piece * (AT_ONCE / 8) + n + m / 2, token = 8 * eight + lane % 4 * 2;
-        const float *pair = sums[eight] + m % 2 * 2, factor = factors[m % 2];
-        if constexpr (IN_BYTES) words[m] = results_of(pair[0] * (factor * steps[token]), pair[1] * (factor * steps[token + 1]));
-        else words[m] = results_of(pair[0] * factor, pair[1] * factor);
+        const float* pair = sums[piece * (AT_ONCE / 8) + n + m / 2] + m % 2 * 2;
+        words[m] = results_of(pair[0] * a.multiplier, pair[1] * a.multiplier);
       }
       put_transposed(own + (8 * n + lane / 16 * 8 + lane % 8) * PITCH + 2 * (16 * warp + lane / 8 % 2 * 8), words);
     }
@@ -540,8 +405,7 @@ device void put_results(
 
 // The same where blocks share columns: each adds up a share of the tokens.
 device void add_up(
-    const Arguments& a, const float (&sums)[TOKENS][4], u8* shared, const float* steps, const Tile& tile, int four, int lane,
-    u32 rank) {
+    const Arguments& a, const float (&sums)[TOKENS][4], u8* shared, const Tile& tile, int four, int lane) {
   float* meeting = reinterpret_cast<float*>(shared);
   const int own_row = 64 * four + threadIdx.x / 32 % 4 * 16 + lane / 4;
 #pragma unroll
@@ -558,54 +422,46 @@ device void add_up(
     float own[4] = {};
 #pragma unroll
     for (int k = 0; k < SPLIT; ++k) {
-      const uint4 more = load_of_block(at, k * CLUSTER + rank % CLUSTER);
+      const uint4 more = load_of_block(at, k);
       own[0] += as_float(more.x), own[1] += as_float(more.y), own[2] += as_float(more.z), own[3] += as_float(more.w);
     }
     u16* to = a.y + i64(tile.first_token + token) * a.rows + row;
     u32 results[2];
 #pragma unroll
-    for (int f = 0; f < 4; ++f) own[f] *= IN_BYTES ? factor_of_row(a, row + f) * steps[token] : a.multiplier;
-#pragma unroll
-    for (int f = 0; f < 2; ++f) results[f] = results_of(own[2 * f], own[2 * f + 1]);
+    for (int f = 0; f < 2; ++f) results[f] = results_of(own[2 * f] * a.multiplier, own[2 * f + 1] * a.multiplier);
     if (a.rows % 4 == 0) *reinterpret_cast<uint2*>(to) = {results[0], results[1]};
     else for (int f = 0; f < 4 && row + f < a.rows; ++f) to[f] = u16(results[f / 2] >> 16 * (f % 2));
   }
 }
 
-extern "C" global __launch_bounds__(THREADS, 1) in_clusters_of(CLUSTER, SPLIT)
+extern "C" global __launch_bounds__(THREADS, 1) in_clusters_of(1, SPLIT)
 void rarefy_prompt(const __grid_constant__ Prompt given) {
   const Arguments& a = given.a;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   u8 *first = pool + TABLE_ROOM, *results = first + STAGES_ROOM, *coming = results + RESULTS_ROOM;
   u64 *full = reinterpret_cast<u64*>(coming + 4 * UNPACKERS * DEPTH * STEP_ROOM), *empty = full + STAGES;
   const Stages stages = {first, kept_address(first), kept_address(full), kept_address(empty)};
-  const u32 rank = CLUSTER * SPLIT > 1 ? rank_in_cluster() : 0;  // those over rows are neighbours
 
   if (threadIdx.x == 0) {
     for (int n = 0; n < STAGES; ++n) {
       prepare_barrier(full + n, 4 * UNPACKERS + 1);
-      prepare_barrier(empty + n, CLUSTER * 4 * MULTIPLIERS);
+      prepare_barrier(empty + n, 4 * MULTIPLIERS);
     }
     barriers_are_prepared();
   }
   if constexpr (TABLE == SHARED) copy_table(a);
-  if constexpr (CLUSTER > 1) cluster_barrier();
-  else block_barrier();
+  block_barrier();
 
   if (warp >= 4 * MULTIPLIERS) {
-    if constexpr (MANY_SUMS) lower_registers<88>();
     const int own = warp - 4 * MULTIPLIERS;
     fill(given, stages, coming + own * DEPTH * STEP_ROOM, own, lane);
     return;
   }
-  if constexpr (MANY_SUMS) raise_registers<168>();
   const int four = warp / 4, count = stages_of(a, share_of(a));
   const Tiles tiles(given);
-  float* steps = reinterpret_cast<float*>(empty + STAGES);
-  if constexpr (IN_BYTES) wait_for_earlier_kernels();
   Turn<STAGES> turn;
   int done = 0;  // stages
-  Tokens tokens(given, tiles, stages, share_of(a), count, rank);
+  Tokens tokens(given, tiles, stages, share_of(a), count);
   if (threadIdx.x == 0) {
     start_later_kernels();
     wait_for_earlier_kernels();
@@ -613,26 +469,21 @@ void rarefy_prompt(const __grid_constant__ Prompt given) {
   }
   for (int number = blockIdx.x; number < tiles.count(); number += gridDim.x) {
     const Tile tile = tiles.at(number);
-    float sums[TOKENS][4], own_step = 0.0f;
-    if constexpr (IN_BYTES) {
-      const int token = tile.first_token + threadIdx.x;
-      if (threadIdx.x < WIDTH && token < a.tokens) own_step = load_fresh(given.steps + token);
-    }
+    float sums[TOKENS][4];
     if (SPLIT > 1 && count == 0) {
 #pragma unroll
       for (int n = 0; n < TOKENS; ++n) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
     }
     if (HALVES && tile.strips == 1)
-      multiply_tile(reinterpret_cast<float(&)[HALVES ? TOKENS / 2 : TOKENS][4]>(sums), stages, turn, tokens, done, count, four, lane, rank);
+      multiply_tile(reinterpret_cast<float(&)[HALVES ? TOKENS / 2 : TOKENS][4]>(sums), stages, turn, tokens, done, count, four, lane);
     else
-      multiply_tile(sums, stages, turn, tokens, done, count, four, lane, rank);
-    if constexpr (IN_BYTES || SPLIT > 1) barrier_of_both();  // nobody multiplies any more, or reads steps of the tile before
-    if constexpr (IN_BYTES) {
-      if (threadIdx.x < WIDTH) steps[threadIdx.x] = own_step;
-      barrier_of_both();
+      multiply_tile(sums, stages, turn, tokens, done, count, four, lane);
+    if constexpr (SPLIT == 1) {
+      put_results(a, sums, results + four * AT_ONCE * PITCH, tile, four, lane);
+    } else {
+      barrier_of_both();  // nobody multiplies any more
+      add_up(a, sums, first, tile, four, lane);
     }
-    if constexpr (SPLIT == 1) put_results(a, sums, results + four * AT_ONCE * PITCH, steps, tile, four, lane);
-    else add_up(a, sums, first, steps, tile, four, lane, rank);
   }
-  if constexpr (CLUSTER * SPLIT > 1) cluster_barrier();  // shared memory stays until all have read it and arrived there
+  if constexpr (SPLIT > 1) cluster_barrier();  // shared memory stays until all have read it
 }

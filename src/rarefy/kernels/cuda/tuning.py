@@ -33,17 +33,16 @@ MOST_SHARED_WIDE = 226 * 1024  # where four warps can multiply together
 MOST_STAGES = 8
 NARROW = 8192  # rows that are too few blocks unless more warps share a row
 BLOCKS = 132  # that keep a large GPU busy
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)  # tokens that are told apart
-# Of prompts, by 8 tokens of a tile: fours of warps that unpack, and cycles in which products of a stage are done.
-PROMPTS = {32: (1, 1024), 16: (2, 512), 8: (2, 256)}
-UNPACKING = 450  # cycles of a stage for one four of warps
-ENDS = 3000, 8000  # cycles to begin and end a tile, alone and where blocks share columns
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens that are told apart; more are prompts
+PROMPTS = {32: 1, 24: 2}  # fours of warps that unpack, by 8 tokens of a tile
+ENDS = 3000, 8000  # cycles to begin and end a tile of a prompt, alone and where blocks share columns
 ONE_KERNEL = (2, 4, 8)  # of which the kernel is the same, so that what was measured for one of them serves the others
 
 
 def choose(code: Code, rows: int, columns: int, tokens: int, device: torch.device) -> Tuning:
     """What to compile for ``tokens`` of ``columns`` against ``rows``."""
-    if tokens > BUCKETS[-1] and torch.cuda.get_device_capability(device) == (9, 0):
+    prompt = tokens > BUCKETS[-1] and code.outliers is None and torch.cuda.get_device_capability(device) == (9, 0)
+    if prompt:
         return of_prompt(code, rows, columns, tokens, processors(device))
     bucket = next((each for each in BUCKETS if tokens <= each), BUCKETS[-1])
     found = _chosen(code, rows, columns, bucket, _name(device), torch.cuda.get_device_capability(device))
@@ -168,22 +167,17 @@ def _wide(code: Code, rows: int, tokens: int) -> Tuning:
 
 
 @functools.lru_cache(maxsize=1 << 12)
-def of_prompt(code: Code, rows: int, columns: int, tokens: int, processors: int, in_bytes: bool = False) -> Tuning:
+def of_prompt(code: Code, rows: int, columns: int, tokens: int, processors: int) -> Tuning:
     """The rule for prompts: what should take the fewest cycles on so many ``processors``."""
 
     def cycles(tuning: Tuning) -> float:
-        fours, products = PROMPTS[tuning.tokens]
-        small = 2 if code.parts > 4 else 1
-        of_stage = max(products, small * UNPACKING / fours)
+        of_stage = 32 * tuning.tokens  # of the tensor cores, which are all that counts
         _, _, longest = tiles(tuning, rows, tokens, processors)
         return longest * (-(-columns // 64) / tuning.split * of_stage + ENDS[tuning.split > 1])
 
     every = (
-        Tuning(
-            2 // fours, at_once, stages=MOST_STAGES, split=split, wide=True, overlap=True, unpackers=fours,
-            in_bytes=in_bytes,
-        )
-        for at_once, (fours, _) in PROMPTS.items() for split in (1, 2, 4)
+        Tuning(2 // fours, at_once, stages=MOST_STAGES, split=split, wide=True, overlap=True, unpackers=fours)
+        for at_once, fours in PROMPTS.items() for split in (1, 2)
     )  # fmt: skip
     return fitted(code, min(every, key=cycles))
 

@@ -26,9 +26,6 @@ template <int WARPS> device void take_registers() {
   else if constexpr (WARPS == 12) asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
 }
 
-template <int COUNT> device void lower_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
-template <int COUNT> device void raise_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
-
 // ---- Products. Between begin and the wait nobody touches the registers of either operand.
 
 device void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -92,26 +89,19 @@ device u64 tokens_at(const u8* block, u32 leading) {
   return u64(shared_address(block) >> 4 & 0x3FFF) | u64(leading >> 4) << 16 | u64(128 >> 4) << 32;
 }
 
-// ---- Products of two operands in shared memory, lines of 64 numbers (IN_BYTES: 128 in E4M3) swizzled as copies of boxes
-// are (bulk.cuh).
+// ---- Products of two operands in shared memory, lines of 64 numbers swizzled as copies of boxes are (bulk.cuh).
 
-#ifndef IN_BYTES
-#define IN_BYTES 0
-#endif
-#define PRODUCT_OF_LINES(COUNT, WIDTH, DEEP, TYPE, ORDER, WEIGHTS_, TOKENS_, ADD)                                      \
+#define PRODUCT_OF_LINES(COUNT, WIDTH, TYPE, WEIGHTS_, TOKENS_, ADD)                                                   \
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %" ADD ", 0;\n"                                                         \
-               "wgmma.mma_async.sync.aligned.m64n" WIDTH DEEP ".f32." TYPE "." TYPE " {" NAMES_##COUNT                 \
-               "}, %" WEIGHTS_ ", %" TOKENS_ ", p, 1, 1" ORDER "; }"                                                   \
+               "wgmma.mma_async.sync.aligned.m64n" WIDTH "k16.f32." TYPE "." TYPE " {" NAMES_##COUNT                   \
+               "}, %" WEIGHTS_ ", %" TOKENS_ ", p, 1, 1, 0, 0; }"                                                      \
                : D_##COUNT(0) : "l"(weights), "l"(tokens), "r"(int(add)))
 #define PRODUCTS_OF_LINES(COUNT, WIDTH, ...)                                                                           \
   device void multiply_lines(float (&d)[COUNT][4], u64 weights, u64 tokens, bool add) {                                \
-    if constexpr (IN_BYTES) PRODUCT_OF_LINES(COUNT, WIDTH, "k32", "e4m3", "", __VA_ARGS__);                            \
-    else if constexpr (HALF) PRODUCT_OF_LINES(COUNT, WIDTH, "k16", "f16", ", 0, 0", __VA_ARGS__);                      \
-    else PRODUCT_OF_LINES(COUNT, WIDTH, "k16", "bf16", ", 0, 0", __VA_ARGS__);                                         \
+    if constexpr (HALF) PRODUCT_OF_LINES(COUNT, WIDTH, "f16", __VA_ARGS__);                                            \
+    else PRODUCT_OF_LINES(COUNT, WIDTH, "bf16", __VA_ARGS__);                                                          \
   }
-// d [+]= 64 rows times 16 columns (IN_BYTES: 32) of 8 * COUNT tokens.
-PRODUCTS_OF_LINES(2, "16", "8", "9", "10")
-PRODUCTS_OF_LINES(4, "32", "16", "17", "18")
+// d [+]= 64 rows times 16 columns of 8 * COUNT tokens.
 PRODUCTS_OF_LINES(8, "64", "32", "33", "34")
 PRODUCTS_OF_LINES(16, "128", "64", "65", "66")
 PRODUCTS_OF_LINES(24, "192", "96", "97", "98")

@@ -39,6 +39,7 @@ BEYOND_CACHE = 200e6  # bytes that no GPU keeps on the chip
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 PROGRAMS = (1584, 2112)  # of one call of the Triton kernel
 COMPILERS = 12
+KEPT = 2  # shapes of a job that are tried with other contexts than the first
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Job:
         """Random keys or values of one run."""
         shape = (1, HEADS, tokens, CHANNELS)
         if kind.startswith("rows"):
-            return self._rows(tokens, kind == "rows before RoPE")
+            return self._rows(tokens, kind != "rows")
         if kind.endswith("corrected"):
             plain, blocks = self._side(kind.split()[0], tokens), (1, HEADS, tokens // 128)
             sizes = (128, 2), (2, CHANNELS), (128, 4)
@@ -110,7 +111,12 @@ class Job:
         block = 128 if kind == "channel" else 1
         return Tiles(kind, ((codes, scale.half(), zero.half()),), self.num_bits, block, self.group)
 
-    def _rows(self, tokens: int, before_rope: bool) -> Tiles:
+    @property
+    def turned(self) -> bool:
+        """Whether keys in code are without RoPE."""
+        return self.keys == "rows before RoPE"
+
+    def _rows(self, tokens: int, keys: bool) -> Tiles:
         """Tables over the vector of all heads, a hundredth of it outliers: keys around centers of channels, values
         within a range of each token."""
         width, entries = HEADS * CHANNELS, 1 << self.num_bits
@@ -121,7 +127,7 @@ class Job:
         indices = (torch.randint(width // 10, (1, 1, tokens, 10), device="cuda") + places).to(torch.int16)
         outliers = Outliers(((torch.randn(1, 1, tokens, 10, device="cuda").half(), indices),), "token")
         options = {"outliers": outliers, "joined": True}
-        if before_rope:
+        if keys:
             affine = torch.randn(width, device="cuda"), 0.5 + torch.rand(width, device="cuda")
             return Tiles("table", ((codes,),), self.num_bits, 32, 1, lut, affine=affine, **options)
         scale, offset = ((0.5 + torch.rand(1, 1, tokens, device="cuda")).half() for _ in range(2))
@@ -138,6 +144,8 @@ JOBS = [
     Job("rotated table 3 bit", "table", "table", 3), Job("product codes of 2 channels", "product", "product", 4),
     Job("tables before RoPE, outliers, 4 bit", "rows before RoPE", "rows", 4),
     Job("tables before RoPE, outliers, 3 bit", "rows before RoPE", "rows", 3),
+    Job("tables after RoPE, outliers, 4 bit", "rows after RoPE", "rows", 4),
+    Job("tables after RoPE, outliers, 3 bit", "rows after RoPE", "rows", 3),
     Job("uniform 4 bit, outliers and rank 2", "channel corrected", "token corrected", 4, 64),
     Job("fp8", "float8", "float8", 8), Job("bf16", "bf16", "bf16", 16),
 ]  # fmt: skip
@@ -149,10 +157,11 @@ def nbytes(*tiles: Tiles) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def decoded(tiles: Tiles, tokens: int) -> Tensor:
-    """What the tiles stand for, float32 ``[1, H, tokens, D]``."""
+def decoded(tiles: Tiles, tokens: int, turned: bool = False) -> Tensor:
+    """What the tiles stand for, float32 ``[1, H, tokens, D]``; ``turned``: keys get their RoPE."""
     if tiles.joined:
-        return _decoded_rows(tiles, tokens)
+        rows = _decoded_rows(tiles, tokens)
+        return Rotary(FREQUENCIES).rotate(rows, torch.arange(tokens, device="cuda")[None]) if turned else rows
     if tiles.outliers is None or tiles.low_rank is None:
         return _decoded(tiles, tokens)
     plain, (values, indices), (left, right) = _decoded(tiles, tokens), tiles.outliers.runs[0], tiles.low_rank.runs[0]
@@ -174,10 +183,7 @@ def _decoded_rows(tiles: Tiles, tokens: int) -> Tensor:
     else:
         rows = rows * tiles.affine[1] + tiles.affine[0]
     values, indices = tiles.outliers.runs[0]
-    rows = rows.scatter_add(-1, indices.long(), values.float())[:, 0].unflatten(-1, (HEADS, -1)).transpose(1, 2)
-    if tiles.affine is None:
-        return rows
-    return Rotary(FREQUENCIES).rotate(rows, torch.arange(tokens, device="cuda")[None])
+    return rows.scatter_add(-1, indices.long(), values.float())[:, 0].unflatten(-1, (HEADS, -1)).transpose(1, 2)
 
 
 def _decoded(tiles: Tiles, tokens: int) -> Tensor:
@@ -237,11 +243,11 @@ def microseconds(graphs: dict[Any, Captured], rounds: int) -> dict[Any, float]:
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def attention(tiles: tuple[Tiles, Tiles], tokens: int, shape: AnyShape) -> Attention:
+def attention(tiles: tuple[Tiles, Tiles], tokens: int, shape: AnyShape, turned: bool = False) -> Attention:
     device = torch.device("cuda")
     if isinstance(shape, attend.Shape):
         shift = torch.zeros(1, dtype=torch.int64, device=device)
-        turns = None if tiles[0].affine is None else Turns(FREQUENCIES.to(device), 1.0, shift)
+        turns = Turns(FREQUENCIES.to(device), 1.0, shift) if turned else None
         return attend.CodedAttention(
             *tiles, ([tokens], [tokens]), 1, HEADS, QUERY_HEADS, device=device, turns=turns, shape=shape
         )
@@ -295,9 +301,10 @@ def check(name: str, shape: AnyShape, tokens: int = 8192) -> tuple[str, AnyShape
         torch.manual_seed(0)
         query = torch.randn(1, QUERY_HEADS, CHANNELS, device="cuda")
         tiles = job.tiles(tokens)
-        found, _ = attention(tiles, tokens, shape)(query, SCALING)
+        found, _ = attention(tiles, tokens, shape, job.turned)(query, SCALING)
         group = QUERY_HEADS // HEADS
-        k, v = (decoded(each, tokens).repeat_interleave(group, 1) for each in tiles)
+        dense = decoded(tiles[0], tokens, job.turned), decoded(tiles[1], tokens)
+        k, v = (each.repeat_interleave(group, 1) for each in dense)
         expected = ((query[:, :, None] @ k.mT * SCALING).softmax(-1) @ v)[:, :, 0]
         return name, shape, float((found - expected).norm() / expected.norm()), driver.images
     except Exception as failure:  # whatever a compiler raises: another shape may do
@@ -350,7 +357,7 @@ def main() -> None:
             size = nbytes(*caches[0])
             graphs = {}
             for shape in kept[job.name]:
-                calls = [attention(each, tokens, shape) for each in caches]
+                calls = [attention(each, tokens, shape, job.turned) for each in caches]
                 graphs[shape] = Captured([lambda call=call: call(query, SCALING) for call in calls])  # type: ignore[misc]
             times = microseconds(graphs, 7)
             order = sorted(times, key=lambda shape: times[shape])
@@ -363,7 +370,7 @@ def main() -> None:
             best = min(again, key=lambda key: again[key])
             took = again[best]
             if tokens == lengths[0]:
-                kept[job.name] = order[:2]
+                kept[job.name] = order[:KEPT]
             fp8 = took if job.name == "fp8" else fp8
             row: Row = {
                 "goal": "D8", "job": f"decode attention, {job.name}", "tokens": tokens, "peer": f"torch {peer} bf16",

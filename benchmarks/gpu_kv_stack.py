@@ -44,6 +44,7 @@ from rarefy.kv.codecs import (
     Gridded,
     JoinedHeads,
     NormTable,
+    Permuted,
     ProductTable,
     RangeTable,
     Residual,
@@ -241,7 +242,9 @@ def encode_codecs() -> dict[str, Codec]:
     for bits in (4, 3):
         found[f"rotated table {bits} bit"] = Rotated(NormTable(gaussian_table(bits), 32, CHANNELS), CHANNELS)
     found["table 3 bit within a range"] = RangeTable(gaussian_table(3), 32, CHANNELS)
-    found["product codes of 2 channels"] = ProductTable(torch.randn(HEADS, CHANNELS // 2, 256, 2).half(), 32)
+    books = ProductTable(torch.randn(HEADS, CHANNELS // 2, 256, 2).half(), 32, torch.rand(HEADS, CHANNELS))
+    order = torch.rand(HEADS, CHANNELS).argsort(-1).to(torch.int16)
+    found["product codes of 2 channels"] = Permuted(books, order)
     width, lut = HEADS * CHANNELS, gaussian_table(3)
     outliers = Sparse(10, "token", 32, width)
     keys = ChannelTable(lut, torch.randn(1, width), torch.rand(1, width), 32)

@@ -12,7 +12,7 @@ from rarefy.contracts import kv_recipes
 from rarefy.core.errors import FormatError, UnsupportedError
 from rarefy.kv import attend, side
 from rarefy.kv.plan import HeadShape
-from rarefy.kv.rotary import Rotary
+from rarefy.kv.rotary import Rotary, unrotate
 from rarefy.kv.store import Arrival, LayerStore
 from rarefy.recipes import discover
 from tests.kv.coded import samples
@@ -113,3 +113,9 @@ def test_faults_are_told_later() -> None:
     value[0, 1, 7, 3] = torch.inf
     with pytest.raises(FormatError, match="not finite"):
         filled("turbo_quant", key, value).settle()
+
+
+def test_keys_without_rope_have_the_bits_of_torch() -> None:
+    x, positions = torch.randn(2, 3, 50, 128).bfloat16(), torch.arange(50)[None] + 70_000
+    cos, sin = (part[:, None] for part in Rotary(500000.0 ** -(torch.arange(64) / 64), 1.1).angles(positions))
+    assert torch.equal(unrotate(x.cuda(), cos.cuda(), sin.cuda()).cpu(), unrotate(x, cos, sin))

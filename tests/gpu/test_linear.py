@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rarefy.formats.grids import FloatGrid, Grid, IntegerGrid, LutGrid
+from rarefy.formats.grids import BinaryGrid, FloatGrid, Grid, IntegerGrid, LutGrid
 from rarefy.formats.scales import BilevelScale
 from rarefy.formats.terms import Quantized, Residual, Sparse
 from rarefy.kernels import native
@@ -175,26 +175,44 @@ def test_every_form_of_prompts(changes: dict[str, Any], monkeypatch: pytest.Monk
 def test_long_prompts(grid: str) -> None:
     """More tiles than a GPU has processors, a view of tokens, tokens that are all the same one."""
     layer = CompressedLinear([quantized({**GRIDS, **OTHERS}[grid], PATTERNS["full"], 4100, 1024)]).to(GPU)
-    checked(layer, torch.randn(2500, 2048, device=GPU, dtype=torch.float16)[:, 512:1536])
+    checked(layer, torch.randn(1500, 2048, device=GPU, dtype=torch.float16)[:, 512:1536])
     checked(layer, torch.randn(1, 1024, device=GPU, dtype=torch.float16).expand(600, -1))
 
 
-ONE = Tuning(1, 1, 1, 4, 2, spread=True, overlap=True)
+ONE, PLANES = Tuning(1, 1, 1, 4, 2, spread=True, overlap=True), BinaryGrid(group_size=128)
 
 
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="before Hopper")
 @pytest.mark.parametrize(
-    "changes", [{}, {"along": 16}, {"tiles": 4, "depth": 1}, {"tiles": 2, "across": 2}], ids=str
-)
+    "changes",
+    [
+        {}, {"along": 16}, {"tiles": 4, "depth": 1}, {"tiles": 2, "across": 2}, {"stored": True},
+        {"stored": True, "tiles": 2, "across": 2, "depth": 1}, {"stored": True, "split": 2},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_every_form_of_one_token(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "choose", lambda *arguments: replace(ONE, **changes))
     x = torch.randn(1, 3000, device=GPU, dtype=torch.float16)
     for terms in ([quantized(GRIDS["int3-float"], PATTERNS["full"], 700, 3000), residual(700, 3000)],
-                  [quantized(GRIDS["binary1"], PATTERNS["full"], 700, 3000)]):  # fmt: skip
+                  [quantized(GRIDS["binary1"], PATTERNS["full"], 700, 3000)],
+                  [quantized(PLANES, PATTERNS["full"], 700, 3000), residual(700, 3000)]):  # fmt: skip
         layer = CompressedLinear(terms).to(GPU)
         checked(layer, x)
         first = layer(x)
         assert all(torch.equal(layer(x), first) for _ in range(20))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(77, 520), (700, 3000), (9000, 1024), (4096, 14336)])
+def test_one_token_in_bit_planes(rows: int, columns: int) -> None:
+    """Nothing is lost but what rounding the result takes, even where some numbers are a thousand times the others."""
+    layer = CompressedLinear([quantized(PLANES, PATTERNS["full"], rows, columns)]).to(GPU)
+    x = torch.randn(1, columns, device=GPU) / 100
+    x[:, ::97] *= 1000
+    for dtype in (torch.float16, torch.bfloat16):
+        expected = x.to(dtype).double() @ layer.decode().double().T
+        layer.prepare_()
+        assert relative(layer(x.to(dtype)), expected) < 1.05 * relative(expected.to(dtype), expected) + 1e-6
 
 
 def test_inputs_of_any_form() -> None:

@@ -13,7 +13,7 @@ from rarefy.kv.codecs import Exact, Gridded
 from rarefy.kv.plan import LayerCodecs
 from rarefy.kv.rotary import unrotate
 from rarefy.kv.side import SEGMENT
-from rarefy.kv.store import LayerStore, SideState
+from rarefy.kv.store import Arrival, LayerStore, SideState
 from tests.kv.coded import CHANNELS, HEADS, RECIPES, ROTARY, arrival, filled, layer_codecs, tokens
 from tests.zoo import same_bytes
 
@@ -186,6 +186,31 @@ def test_positions_with_gaps_are_refused_where_they_matter() -> None:
     with pytest.raises(UnsupportedError, match="positions of layer 2 are not known"):
         LayerStore(layer_codecs("kv_quant"), "layer 2").append(key, value)
     LayerStore(layer_codecs("kivi")).append(key, value)
+
+
+@pytest.mark.parametrize("wrong", [None, 33, 40])
+def test_positions_of_single_tokens_are_compared_when_they_matter(wrong: int | None) -> None:
+    """Also of copies, and where rows change places; with weights, 2^40 is beyond what an int64 has."""
+    key, value = tokens(64)
+    store = LayerStore(layer_codecs("kv_quant"), "layer 2")
+    start = torch.tensor([[3], [1 << 40]])
+
+    def at(low: int, high: int) -> Arrival:
+        positions = torch.arange(low, high) + start + (low == wrong) * torch.tensor([[0], [1]])
+        return Arrival(None, positions, *ROTARY.angles(positions), ROTARY)
+
+    store.append(key[:, :, :32], value[:, :, :32], at(0, 32))
+    for token in range(32, 63):
+        store = store.append(key[:, :, token : token + 1], value[:, :, token : token + 1], at(token, token + 1)).copy()
+        if token == 36:
+            store.map_(lambda x: x.flip(0))
+            start = start.flip(0)
+    last = key[:, :, 63:], value[:, :, 63:], at(63, 64)
+    if wrong is None:
+        assert store.append(*last).length == 64
+    else:
+        with pytest.raises(UnsupportedError, match="Positions of layer 2 do not follow each other"):
+            store.append(*last)
 
 
 def test_rotation_is_undone_also_where_it_is_partial_and_scaled() -> None:

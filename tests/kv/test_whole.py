@@ -111,6 +111,18 @@ def test_kernels_store_and_read_what_the_reference_does(name: str, emulated: lis
     torch.testing.assert_close(fresh, attend.attend(found, query, scaling=0.1, fused=False), rtol=1e-2, atol=6e-3)
 
 
+@pytest.mark.parametrize("name", ["kv_quant", "kv_quant3"])
+def test_long_tiles_have_outliers_too(name: str, emulated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = decode_kernel.Shape(warps=2, tile=128)
+    monkeypatch.setattr(decode_kernel.CodedAttention, "_shape", lambda self, device, tokens: shape)
+    found = filled(name, *tokens(421))
+    query = torch.randn(2, 3 * HEADS, 1, CHANNELS).bfloat16()
+    seen = attend.attend(found, query, scaling=0.1)
+    expected = attend.attend(found, query, scaling=0.1, fused=False)
+    assert emulated.count("attend") == 1
+    torch.testing.assert_close(seen, expected, rtol=1e-2, atol=6e-3)
+
+
 def test_keys_and_values_may_take_unlike_bits(emulated: list[str]) -> None:
     more, fewer = empty_store("kv_quant").codecs, empty_store("kv_quant3").codecs
     found = LayerStore(replace(more, values=fewer.values))

@@ -29,9 +29,7 @@ from rarefy.kernels.triton.pick import Picker
 SQUARES = " squares"  # of what is to be divided, beside its name
 WRITTEN = 1024  # tokens that are remembered on the GPU
 KEPT = 8  # numbers of sequences whose steps stay captured
-# Sequences of a step for which it pays to link products, and to let them gate their own result: an ending costs more
-# the more tokens there are, and blocks with both halves of a gate have fewer warps on their way.
-MOST_LINKED, MOST_GATED = 4, 1
+MOST_LINKED = 8  # sequences for which it pays to link products: an ending costs more the more tokens there are
 # How a step ends: with its logits, or by picking tokens: (draw, of the top k, of the top p).
 Ending: TypeAlias = tuple[bool, bool, bool] | None
 
@@ -196,8 +194,7 @@ class GraphExecutor:
         def ends(product: Projects, after: After) -> bool:
             terms = self._terms(product)
             fits = not isinstance(after, AddNorm) or after.norm.weight.dtype == self.dtype
-            few = sequences <= (MOST_GATED if isinstance(after, Gate) else MOST_LINKED)
-            return few and fits and terms is not None and can_end(terms, sequences, self.dtype)
+            return sequences <= MOST_LINKED and fits and terms is not None and can_end(terms, sequences, self.dtype)
 
         return link(self._whole, ends)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from rarefy.kernels import cuda
 
 
 def _turn(x: Tensor) -> Tensor:
@@ -14,11 +17,26 @@ def _turn(x: Tensor) -> Tensor:
     return torch.cat([-second, first], -1)
 
 
+def _kernel(x: Tensor, cos: Tensor, sin: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """What undoes rotations where ``x`` is; None: torch."""
+    if not x.is_cuda or torch.compiler.is_compiling() or cuda.status() != "cuda":
+        return None
+    if torch.is_grad_enabled() and any(each.requires_grad for each in (x, cos, sin)):
+        return None
+    from rarefy.kernels.cuda import unrotate
+
+    return unrotate.unrotate if unrotate.fits(x, cos, sin) else None
+
+
 def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Undo ``x * cos + turn(x) * sin`` on the first channels, as many as ``cos`` has; float32 of the shape of ``x``.
 
-    Scaled RoPE multiplies both factors by one number, so what is undone is a rotation and that number squared.
+    Scaled RoPE multiplies both factors by one number, so what is undone is a rotation and that number squared. On a GPU
+    one launch does it, with the same bits.
     """
+    kernel = _kernel(x, cos, sin)
+    if kernel is not None:
+        return kernel(x, cos, sin)
     width = cos.shape[-1]
     cos, sin = cos.float(), sin.float()
     turned, plain = x[..., :width].float(), x[..., width:].float()

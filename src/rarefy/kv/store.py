@@ -58,6 +58,30 @@ class Sink:
         self.keys, self.values, self.index = function(self.keys), function(self.values), function(self.index).cpu()
 
 
+@dataclass(frozen=True)
+class Singles:
+    """Where tokens were that arrived one by one: of each row one sum of their positions with weights, so that a step
+    adds to it by one operation. If all were where they are told to be, ``total`` int64 ``[B]`` (or ``[1]``) is ``weight
+    * shift + offset``, modulo 2^64."""
+
+    total: Tensor
+    weight: int
+    offset: int
+
+    @classmethod
+    def after(cls, before: Singles | None, positions: Tensor, place: int) -> Singles:
+        """Those ``before``, then token ``place`` of each row at ``positions [B or 1, 1]``."""
+        weight = ((place + 1) * 0x9E3779B97F4A7C15 >> 16) % 2**31 | 1  # which no sum of a few others is by chance
+        if before is None:
+            return cls(positions.view(-1) * weight, weight, _wrapped(weight * place))
+        total = torch.add(before.total, positions.view(-1), alpha=weight)
+        return cls(total, before.weight + weight, _wrapped(before.offset + weight * place))
+
+    def gaps(self, shift: Tensor) -> Tensor:
+        """Whether one was not there, bool ``[]``."""
+        return (self.total != shift * _wrapped(self.weight) + self.offset).any()
+
+
 @dataclass
 class LayerStore:
     """Keys and values of one layer. Nothing is kept until the first tokens say which shapes, dtype and device.
@@ -76,7 +100,8 @@ class LayerStore:
     rotary: Rotary | None = None
     shift: Tensor | None = None  # int64 [B]: the position of token t of a row is t + shift
     started: Tensor | None = None  # bool [B]: whether a row has had a token that tells its shift
-    gaps: Tensor | None = None  # bool []: whether a token was not where it tells
+    gaps: Tensor | None = None  # bool []: whether a token was not where it tells, but for those of ``singles``
+    singles: Singles | None = None
     all_started: bool = False  # whether that is known of all rows, without asking a GPU
     state: dict[str, SideState] = field(default_factory=dict)
     encoder: Encoder | None = None
@@ -144,6 +169,7 @@ class LayerStore:
 
     def _without_rope(self, keys: Side, first: int, arrival: Arrival) -> Tensor:
         """The tail of the keys with RoPE undone; it stays itself what attention reads."""
+        self._compare_singles()
         if self.gaps is not None and keys.faults is not None:
             keys.faults.note(self.gaps)
         elif self.gaps is not None and bool(self.gaps):
@@ -179,11 +205,11 @@ class LayerStore:
             return
         if valid is None and self.all_started:
             if arrival.positions is not None and self.gaps is not None and self.shift is not None:
-                # Of one token by as few operations as there can be, since every step does this.
-                one = arrival.positions.numel() == 1 == key.shape[0]
-                expected = self.shift + self.length if one else self.positions(self.length, self.length + key.shape[2])
-                differ = arrival.positions != expected
-                self.gaps = self.gaps | (differ.view(()) if one else differ.any())
+                if key.shape[2] == 1:
+                    self.singles = Singles.after(self.singles, arrival.positions, self.length)
+                else:
+                    differ = arrival.positions != self.positions(self.length, self.length + key.shape[2])
+                    self.gaps = self.gaps | differ.any()
             return
         self.all_started = self.all_started or valid is None
         if valid is None:
@@ -201,6 +227,10 @@ class LayerStore:
             self.started = self.started | known
         gaps = ((shift != self.shift[:, None]) & valid).any()
         self.gaps = gaps if self.gaps is None else self.gaps | gaps
+
+    def _compare_singles(self) -> None:
+        if self.singles is not None and self.gaps is not None and self.shift is not None:
+            self.gaps, self.singles = self.gaps | self.singles.gaps(self.shift), None
 
     def _collect_sink(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
         wanted = self.codecs.sink
@@ -273,6 +303,7 @@ class LayerStore:
         for part in (self.keys, self.values, self.sink):
             if part is not None:
                 part.map_(function)
+        self._compare_singles()
         if self.shift is not None and self.started is not None:
             self.shift, self.started = function(self.shift), function(self.started)
         for state in self.state.values():
@@ -285,7 +316,7 @@ class LayerStore:
         twin.values = None if self.values is None else self.values.copy()
         twin.sink = None if self.sink is None else Sink(self.sink.keys, self.sink.values, self.sink.index)
         twin.rotary, twin.plans = self.rotary, self.plans
-        twin.shift, twin.started, twin.gaps = self.shift, self.started, self.gaps
+        twin.shift, twin.started, twin.gaps, twin.singles = self.shift, self.started, self.gaps, self.singles
         twin.all_started = self.all_started
         twin.state = {name: replace(state, tensors=dict(state.tensors)) for name, state in self.state.items()}
         return twin
@@ -352,6 +383,11 @@ class LayerStore:
             part = part_of(given, f"state.{name}")
             stride, span = part.pop("about").tolist()
             self.state[name] = SideState(part, stride, span)
+
+
+def _wrapped(number: int) -> int:
+    """As an int64 has it."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def _size(tensors: list[Tensor]) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rarefy.kernels.cuda import attend, encode, encode_blocks, kept, program
+from rarefy.kernels.cuda import attend, encode, encode_blocks, kept, program, unrotate
 from rarefy.kernels.cuda import attend_token as token
 from rarefy.kernels.cuda.linear import aligned, pointed, pointed_entries, pointed_sparse, terms_of
 from rarefy.kernels.cuda.prepared import code_of, sparse_code_of
@@ -220,3 +220,14 @@ def attend_token(form: token.Form, grid: tuple[int, int, int], given: token.Argu
     macros = [f"-D{macro}={value}" for macro, value in form.definitions().items()]
     library = _library((*macros, "-DENTRY=rarefy_attend_token"), token.SOURCE)
     library.run(0, ctypes.byref(given), *grid, 32 * form.warps, form.shared_memory)
+
+
+def unrotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x [B, H, n, D]`` without RoPE."""
+    assert unrotate.fits(x, cos, sin)
+    out = torch.full(x.shape, torch.nan)
+    form, grid, given = unrotate.arguments(x, cos, sin, out)
+    macros = [f"-D{macro}={value}" for macro, value in form.definitions().items()]
+    library = _library((*macros, f"-DENTRY={unrotate.ENTRY}"), unrotate.SOURCE)
+    library.run(0, ctypes.byref(given), *grid, unrotate.THREADS, 0)
+    return out

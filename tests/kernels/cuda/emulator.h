@@ -152,6 +152,7 @@ device unsigned halves_of_e4m3(unsigned short pair) {
 }
 device float power_of_two(float value) { return std::exp2(value); }
 device float root(float value) { return std::sqrt(value); }
+device float fused_sum(float a, float b, float c) { return std::fma(a, b, c); }
 device float nearest_integer(float value) { return std::nearbyint(value); }
 device int nearest_whole(float value) { return int(std::nearbyint(value)); }
 device void raise(unsigned* flags, unsigned bits) { *flags |= bits; }

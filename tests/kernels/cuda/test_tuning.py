@@ -73,6 +73,17 @@ def test_what_was_measured_of_another_code_is_made_to_fit() -> None:
     assert tuning.choose(Code(3, 128), 4096, 4096, 32, GPU).across == 4
 
 
+def test_tables_of_other_gpus_of_the_same_capability_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, own, other = Code(4, 128), Tuning(1, 1, 1, 4), Tuning(4, 1, 2, 8)
+    for name, entries in {
+        "some-gpu": [tuning.entry(code, 4096, 4096, 1, own)],
+        "another": [tuning.entry(code, 4096, 4096, 1, other), tuning.entry(code, 65536, 4096, 1, other)],
+    }.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"capability": CAPABILITY, "entries": entries}))
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    assert tuning.choose(code, 4096, 4096, 1, GPU) == own and tuning.choose(code, 65536, 4096, 1, GPU) == other
+
+
 def test_measurements_of_the_same_groups_and_zeros_come_first() -> None:
     grouped, plain, zeros = Code(4, 64, table="shared"), Code(4, table="shared"), Code(4, 64, zero=torch.float16)
     of_grouped, of_plain = Tuning(1, 1, 1, 8), Tuning(2, 1, 1, 8)

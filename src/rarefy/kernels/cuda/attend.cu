@@ -32,6 +32,10 @@ enum {
   K_OUT, K_OUT_AT, V_OUT, V_OUT_AT, K_LEFT, K_RIGHT, V_LEFT, V_RIGHT, PLACES
 };
 
+struct Pair {
+  int number, batch, head;  // of sequences and KV heads
+};
+
 struct Arguments {
   const void* query;   // [pairs * GROUP_HEADS][128]
   void* out;           // likewise
@@ -45,8 +49,8 @@ struct Arguments {
   const u16* v_table;
   const float* k_center;  // [heads][128]
   const float* k_spread;
-  const u32* turns;       // float16 [128 places][32][2][2]: cosines of two channels, then sines
-  const float* starts;    // [batch][count_of_starts][2][128]: cosines and sines of tiles' first positions
+  const u32* turns;       // [places of a tile][TURN_ROW], as `turn_at` says
+  const float* starts;    // [batch][count_of_starts][32][4]: those of tiles' first positions, as `start_at` says
   const i64* sinks;       // [batch][SINKS]: tokens that are left out
   float* part_out;     // [pairs * GROUP_HEADS][splits][128]
   float* part_lse;     // [pairs * GROUP_HEADS][splits]
@@ -72,34 +76,36 @@ constexpr int K_GROUPS = TILE / K_GROUP, V_GROUPS = D / V_GROUP;
 constexpr bool K_CORRECTED = K_ENTRIES + K_RANK > 0, V_CORRECTED = V_ENTRIES + V_RANK > 0;
 constexpr bool FOLDED = K_KIND == CHANNEL && K_GROUPS == 1 && !K_CORRECTED;  // scales go into the query
 constexpr bool K_AFFINE = K_KIND == CHANNEL && !FOLDED, V_AFFINE = V_KIND == TOKEN && (V_GROUPS > 1 || V_CORRECTED);
-// Where much is done to every part of a tile, its instructions are more than a processor keeps at hand, unless in a loop.
-constexpr bool ROLLED = TURNED;
-constexpr int PARTS_AT_ONCE = ROLLED ? 1 : ROWS / DEPTH;
 constexpr float K_UP = FOLDED ? 16.0f : 1.0f, V_UP = 16.0f;  // keeps products with scales normal
 constexpr float STEP_UP = 16.0f;                             // steps are taken so much smaller where groups meet
 constexpr int MIDDLE = 3;                                    // the shift whose codes meet the query as it is
 constexpr float HADAMARD = 0.08838834764831845f;             // makes the matrix its own inverse
 
+constexpr int TABLE_ROW = 256;  // bytes for what two codes stand for: of keys for each lane, then of values
+constexpr int TURN_ROW = 72;    // words for the angles of a place, so that lanes read different banks
+constexpr int PAIRS = (GROUP_HEADS + 1) / 2;  // of heads, whose numbers share a word
+
 // ---- Shared memory: tables, then scales of each warp, two tiles of them; sums of warps come in the place of all.
 
-constexpr int table_bytes(int kind, int bits) { return kind == TABLE ? 128 << 2 * bits : kind == PRODUCT ? 64 * 1024 : 0; }
-constexpr int K_TABLE = 0, V_TABLE = SAME_TABLE ? 0 : table_bytes(K_KIND, K_BITS);
-constexpr int TURNS = V_TABLE + (SAME_TABLE ? table_bytes(K_KIND, K_BITS) : table_bytes(V_KIND, V_BITS));
-constexpr int SCALES = TURNS + (TURNED ? 4 * 68 * TILE : 0);
+constexpr int table_bytes(int kind, int bits) { return kind == TABLE ? TABLE_ROW << 2 * bits : 0; }
+constexpr int TABLES = table_bytes(K_KIND, K_BITS) > table_bytes(V_KIND, V_BITS) ? table_bytes(K_KIND, K_BITS) : table_bytes(V_KIND, V_BITS);
+constexpr int K_BOOK = K_KIND == PRODUCT ? 64 * 1024 : 0, V_BOOK = V_KIND == PRODUCT ? 64 * 1024 : 0;
+constexpr int K_TABLE = K_KIND == TABLE ? 0 : TABLES, V_TABLE = V_KIND == TABLE ? (SAME_TABLE ? 0 : TABLE_ROW / 2) : TABLES + K_BOOK;
+constexpr int TURNS = TABLES + K_BOOK + V_BOOK;
+constexpr int SCALES = TURNS + (TURNED ? 4 * TURN_ROW * TILE : 0);
 constexpr int K_SPAN = K_KIND == CHANNEL ? 256 * K_GROUPS : K_SCALE ? 2 * TILE : 0;  // bytes of a tile's scales, and of its zeros
 constexpr int V_SPAN = V_KIND == TOKEN ? 2 * TILE * V_GROUPS : V_KIND == PRODUCT ? 0 : 2 * TILE;
 constexpr int K_ZERO_SPAN = K_KIND == CHANNEL || K_KIND == TOKEN || K_OFFSET ? K_SPAN : 0;
 constexpr int V_ZERO_SPAN = V_KIND == TOKEN || V_OFFSET ? V_SPAN : 0;
-constexpr int START_SPAN = TURNED ? 8 * D : 0;  // cosines and sines of a tile's first position
-constexpr int BUFFER = K_SPAN + K_ZERO_SPAN + V_SPAN + V_ZERO_SPAN + START_SPAN;
+constexpr int START_SPAN = TURNED ? 4 * D : 0;  // cosines and sines of a tile's first position
+constexpr int BUFFER = K_SPAN + K_ZERO_SPAN + V_SPAN + V_ZERO_SPAN;
 constexpr int MAIN = SCALES + 2 * WARPS * BUFFER, SUMS = WARPS * 4 * 8 * (D + 2);
 constexpr int ASKED = MAIN > SUMS ? MAIN : SUMS;       // float: the query for exact keys, then for keys in code
-constexpr int CENTERS = ASKED + 2 * 4 * GROUP_HEADS * D;  // float: centers of channels, then spreads
-constexpr int REST = CENTERS + (K_SPREAD ? 8 * D : 0);    // per warp: what `take_rest` leaves, numbers
-constexpr int REST_PARTS = V_ROTATED ? 2 : 1, REST_OF_WARP = REST_PARTS * GROUP_HEADS * D + 16;
-constexpr int KEPT = REST + WARPS * 4 * REST_OF_WARP;  // per warp: scores, then weights, as lanes have them for 16 tokens each
-constexpr int KEPT_OF_WARP = ROLLED ? ROWS * 32 * 16 : 0;
-constexpr int CORRECTIONS = KEPT + WARPS * KEPT_OF_WARP;  // per warp: see attend_corrections.cuh
+constexpr int LINED = ASKED + 2 * 4 * GROUP_HEADS * D;  // the query as `turn_query` reads it, or as outliers of keys do
+constexpr int CENTERS = LINED + (TURNED ? 32 * D : K_ENTRIES > 0 && K_KIND != CHANNEL ? 4 * PAIRS * D : 0);
+constexpr int OWN = CENTERS + (K_SPREAD ? 8 * D : 0);  // float: centers and spreads of channels; then what each warp has
+constexpr int REST_PARTS = V_ROTATED ? 2 : 1, REST_OF_WARP = REST_PARTS * GROUP_HEADS * D + 16;  // numbers
+constexpr bool REST_LAST = TURNED;  // in the place of what tiles need, of which there is much
 
 device float power(int exponent) { return as_float(u32(127 + exponent) << 23); }
 device float never() { return as_float(0xFF800000u); }  // minus infinity: the score of what is not there
@@ -109,6 +115,11 @@ template <int TYPE> device float number_of(u32 bits) {
 template <int TYPE> device float number_at(const void* base, i64 index) {
   if constexpr (TYPE == F32) return static_cast<const float*>(base)[index];
   else return number_of<TYPE>(static_cast<const u16*>(base)[index]);
+}
+
+device void two_shared(float (&x)[2], const float* from) {
+  const uint2 both = *reinterpret_cast<const uint2*>(from);
+  x[0] = as_float(both.x), x[1] = as_float(both.y);
 }
 
 #include "attend_codes.cuh"
@@ -144,103 +155,149 @@ device void load_query(
   sums[0] = of_lane(sum, 8 * t), sums[1] = of_lane(sum, 8 * t + 4);
 }
 
-// `put(n, get(n))` for all n < COUNT by the whole block: of so many numbers at once, for whose first the others do not wait.
-template <int COUNT, class Get, class Put> device void fill(Get get, Put put) {
-  constexpr int AT_ONCE = 8;
-  for (int first = threadIdx.x; first < COUNT; first += AT_ONCE * THREADS) {
-    u32 found[AT_ONCE];
-#pragma unroll
-    for (int k = 0; k < AT_ONCE; ++k) found[k] = first + k * THREADS < COUNT ? get(first + k * THREADS) : 0;
-#pragma unroll
-    for (int k = 0; k < AT_ONCE; ++k)
-      if (first + k * THREADS < COUNT) put(first + k * THREADS, found[k]);
-  }
-}
-
 // The table of all heads, or the codebook of this one.
-template <int KIND> device const u16* table_of(const u16* tables, i64 pair, int heads) {
-  return KIND == PRODUCT ? tables + pair % heads * (256 * D) : tables;
+template <int KIND> device const u16* table_of(const u16* tables, int head) {
+  return KIND == PRODUCT ? tables + head * (256 * D) : tables;
 }
-// A table for all lanes, or a codebook as it is.
-template <int KIND, int BITS> device void fill_table(u8* to, const u16* from) {
+template <int COUNT> constexpr int EACH = (COUNT + THREADS - 1) / THREADS;  // of so many numbers that a block reads, those of a thread
+
+// A table for all lanes is read in two steps, so that nothing waits between; a codebook is copied as it is.
+template <int KIND, int BITS> constexpr int WORDS_OF_TABLE = EACH<KIND == TABLE ? 8 << 2 * BITS : 1>;
+template <int KIND, int BITS> device void load_table(u32 (&words)[WORDS_OF_TABLE<KIND, BITS>], u8* to, const u16* from) {
   if constexpr (KIND == TABLE) {
-    const auto two = [&](int n) { return from[n / 32 % (1 << BITS)] | u32(from[n / 32 >> BITS]) << 16; };
-    fill<32 << 2 * BITS>(two, [&](int n, u32 word) { reinterpret_cast<u32*>(to)[n] = word; });
+#pragma unroll
+    for (int k = 0; k < WORDS_OF_TABLE<KIND, BITS>; ++k) {
+      const int two = (k * THREADS + threadIdx.x) / 8;
+      words[k] = from[two % (1 << BITS)] | u32(from[two >> BITS & ((1 << BITS) - 1)]) << 16;
+    }
   } else if constexpr (KIND == PRODUCT) {
     for (int n = threadIdx.x; n < 4096; n += THREADS) copy_async(to + 16 * n, from + 8 * n, true);
   }
 }
+template <int KIND, int BITS> device void store_table(u8* to, const u32 (&words)[WORDS_OF_TABLE<KIND, BITS>]) {
+  if constexpr (KIND == TABLE)
+#pragma unroll
+    for (int k = 0; k < WORDS_OF_TABLE<KIND, BITS>; ++k) {
+      const int n = k * THREADS + threadIdx.x;  // four lanes' copies at once
+      const u32 two = words[k];
+      if ((8 << 2 * BITS) % THREADS == 0 || n < 8 << 2 * BITS) *reinterpret_cast<uint4*>(to + n / 8 * TABLE_ROW + n % 8 * 16) = {two, two, two, two};
+    }
+}
 
 #include "attend_turns.cuh"
 #include "attend_corrections.cuh"
+
+// What a warp has beside scales: a tile's first position, corrections, and what `take_rest` leaves.
+constexpr int OF_TILES = START_SPAN + CORRECTIONS_OF_WARP, REST_AT = REST_LAST ? 0 : OF_TILES;
+constexpr int OWN_OF_WARP = REST_AT + 4 * REST_OF_WARP > OF_TILES ? REST_AT + 4 * REST_OF_WARP : OF_TILES;
+
 #include "attend_rest.cuh"
 #include "attend_merge.cuh"
 
 extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Arguments a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int split = blockIdx.x, stride = a.splits * WARPS;
-  const i64 pair = blockIdx.y;
-  const int head_of_row = JOINED ? pair % a.heads : 0;
+  const Pair pair = {int(blockIdx.y), int(blockIdx.y) / a.heads, int(blockIdx.y) % a.heads};
+  const int head_of_row = JOINED ? pair.head : 0;
+  const int k_lane = keys_of_lane(g, t, pair.head, a.heads), v_lane = values_of_lane(g, t, pair.head, a.heads);
   const u32 own = 4 * lane;  // this lane's copy of tables; of codebooks, its first bank:
   const u32 k_bank = 4 * (K_PARTS * t + g), v_bank = 4 * (V_PARTS * g + t);
   wait_for_earlier_kernels();
 
-  // The first tile is on its way while tables and the query are made ready.
+  // All that is read before the first tile is asked for at once, and the tile with it.
+  u32 k_words[WORDS_OF_TABLE<K_KIND, K_BITS>], v_words[WORDS_OF_TABLE<V_KIND, V_BITS>];
+  load_table<K_KIND, K_BITS>(k_words, pool + K_TABLE, table_of<K_KIND>(a.k_table, pair.head));
+  if constexpr (!SAME_TABLE) load_table<V_KIND, V_BITS>(v_words, pool + V_TABLE, table_of<V_KIND>(a.v_table, pair.head));
+  u32* turns = reinterpret_cast<u32*>(pool + TURNS);
+  if constexpr (TURNED) fill_turns(pool + TURNS, a.turns);
+  commit_copies();
+  float* asked = reinterpret_cast<float*>(pool + ASKED);
+  float *asked_coded = asked + GROUP_HEADS * D, *center = reinterpret_cast<float*>(pool + CENTERS), *spread = center + D;
+  const auto asked_number = [&](int head, int channel) {
+    return number_at<QUERY>(a.query, (i64(pair.number) * GROUP_HEADS + head) * D + channel) * a.scaling;
+  };
+  constexpr int NUMBERS = EACH<GROUP_HEADS * D>;
+  float numbers[NUMBERS], coded[NUMBERS];
+#pragma unroll
+  for (int k = 0; k < NUMBERS; ++k) {
+    const int n = (k * THREADS + threadIdx.x) % (GROUP_HEADS * D), channel = n % D;
+    numbers[k] = coded[k] = asked_number(n / D, channel);
+    if constexpr (K_ROTATED) coded[k] *= a.k_signs[channel] * HADAMARD;
+    if constexpr (K_KIND == PRODUCT)
+      if (a.k_order != nullptr) coded[k] = asked_number(n / D, a.k_order[pair.head * D + channel]);
+  }
+  float lined[LINED_EACH];
+  if constexpr (TURNED) line_up(lined, asked_number);
+  uint4 spread_words = {};
+  if constexpr (K_SPREAD && TURNED) spread_words = spread_of(a.k_center + pair.head * D, a.k_spread + pair.head * D);
+
   u32 ring[DEPTH][MOST_WORDS];
   u8* buffers = pool + SCALES + warp * 2 * BUFFER;
-  const Corrections corrections = corrections_at(pool + CORRECTIONS + warp * CORRECTIONS_OF_WARP);
+  u8* own_place = pool + OWN + warp * OWN_OF_WARP;
+  const Corrections corrections = corrections_at(own_place + START_SPAN);
   const int number = warp * a.splits + split;  // of this warp, so that few tiles are shared by all blocks
-  const float* starts = a.starts + pair / a.heads * a.count_of_starts * 2 * D;
+  const float* starts = a.starts + i64(pair.batch) * a.count_of_starts * D;
   int tile = number, parity = 0;
   Places here = {}, next = {};
   if (tile < a.tiles) {
     here = places_of(a.places, a.tiles, tile, pair, a.heads);
-    copy_scales(buffers, here, starts + i64(tile) * 2 * D, lane);
+    copy_scales(buffers, own_place, here, starts + i64(tile) * D, lane);
     copy_k_corrections(corrections, here, lane);
-    if constexpr (!K_ONE_BY_ONE) copy_v_corrections(corrections, here, lane);
+    commit_copies();
+    copy_v_corrections(corrections, here, lane);
 #pragma unroll
-    for (int step = 0; step < DEPTH; ++step) fetch_keys(ring[step], here.k_codes, step, g, t, a.heads);
+    for (int step = 0; step < DEPTH; ++step) fetch_keys(ring[step], here.k_codes + k_lane, step, a.heads);
+  } else {
+    commit_copies();
   }
-  fill_table<K_KIND, K_BITS>(pool + K_TABLE, table_of<K_KIND>(a.k_table, pair, a.heads));
-  if constexpr (!SAME_TABLE) fill_table<V_KIND, V_BITS>(pool + V_TABLE, table_of<V_KIND>(a.v_table, pair, a.heads));
-  u32* turns = reinterpret_cast<u32*>(pool + TURNS);
-  if constexpr (TURNED) fill_turns(turns, a.turns);
   commit_copies();
+
+  store_table<K_KIND, K_BITS>(pool + K_TABLE, k_words);
+  if constexpr (!SAME_TABLE) store_table<V_KIND, V_BITS>(pool + V_TABLE, v_words);
   clear_scattered(corrections, lane);
-  float* asked = reinterpret_cast<float*>(pool + ASKED);
-  float* asked_coded = asked + GROUP_HEADS * D;
-  for (int n = threadIdx.x; n < GROUP_HEADS * D; n += THREADS) {
-    asked[n] = number_at<QUERY>(a.query, pair * GROUP_HEADS * D + n) * a.scaling;
-    asked_coded[n] = K_ROTATED ? asked[n] * a.k_signs[n % D] * HADAMARD : asked[n];
-    if (K_KIND == PRODUCT && a.k_order != nullptr)
-      asked_coded[n] = number_at<QUERY>(a.query, pair * GROUP_HEADS * D + n / D * D + a.k_order[pair % a.heads * D + n % D]) * a.scaling;
+#pragma unroll
+  for (int k = 0; k < NUMBERS; ++k) {
+    const int n = k * THREADS + threadIdx.x;
+    if (n < GROUP_HEADS * D) asked[n] = numbers[k], asked_coded[n] = coded[k];
   }
-  float *center = reinterpret_cast<float*>(pool + CENTERS), *spread = center + D;
-  if constexpr (K_SPREAD)
+#pragma unroll
+  for (int k = 0; k < LINED_EACH; ++k)
+    if (const int n = k * THREADS + threadIdx.x; TURNED && n < 8 * D) reinterpret_cast<float*>(pool + LINED)[n] = lined[k];
+  if constexpr (K_SPREAD && TURNED) {
+    if (threadIdx.x < 4 * STEPS) reinterpret_cast<uint4*>(pool + CENTERS)[threadIdx.x] = spread_words;
+  } else if constexpr (K_SPREAD) {
     for (int n = threadIdx.x; n < D; n += THREADS) {
-      center[n] = a.k_center[pair % a.heads * D + n];
-      spread[n] = a.k_spread[pair % a.heads * D + n];
+      center[n] = a.k_center[pair.head * D + n];
+      spread[n] = a.k_spread[pair.head * D + n];
     }
-  wait_for_copies<0>();
+  }
+  wait_for_copies<2>();  // but for those of the tile
   block_barrier();
   if constexpr (K_ROTATED) hadamard(asked_coded, GROUP_HEADS);
+  if constexpr (K_ONE_BY_ONE && !TURNED) {
+    pair_up(reinterpret_cast<u32*>(pool + LINED), asked_coded);
+    block_barrier();
+  }
 
-  u32 query[STEPS][2], centers[STEPS][2], spreads[STEPS][2];
+  u32 query[STEPS][2];
+  uint4 spreads[STEPS];
   float query_sums[2];
   if constexpr (!TURNED) load_query(query, query_sums, asked_coded, center, spread, g, t);
-  else if constexpr (K_SPREAD) load_spread(centers, spreads, center, spread, t);
-  uint4* kept = reinterpret_cast<uint4*>(pool + KEPT + warp * KEPT_OF_WARP) + lane;
+  else if constexpr (K_SPREAD)
+#pragma unroll
+    for (int n = 0; n < STEPS; ++n) spreads[n] = reinterpret_cast<const uint4*>(pool + CENTERS)[4 * n + t];
 
   float out[STEPS][4] = {}, under[4] = {};  // and what zeros take away from all of a row's sums
   float top[2] = {never(), never()}, total[2] = {}, lift[2] = {};
   // The last warps have the fewest tiles.
-  float* rest = reinterpret_cast<float*>(pool + REST);
-  take_rest(a, asked, turns, starts, rest + warp * REST_OF_WARP, pair, stride - 1 - number, stride, lane);
+  float* rest = reinterpret_cast<float*>(own_place + REST_AT);
+  const auto take_own_rest = [&] { take_rest(a, asked, turns, starts, rest, pair, stride - 1 - number, stride, lane); };
+  if constexpr (!REST_LAST) take_own_rest();
 
   for (; tile < a.tiles; tile += stride) {
     const bool more = tile + stride < a.tiles;
     if (more) next = places_of(a.places, a.tiles, tile + stride, pair, a.heads);
-    wait_for_copies<K_ONE_BY_ONE || V_CORRECTED>();  // but for corrections that come later
+    wait_for_copies<V_CORRECTED>();  // but for corrections of values
     warp_barrier();
     const u8* k_steps = buffers + parity * BUFFER;
     const u8 *k_zeros = k_steps + K_SPAN, *v_steps = k_zeros + K_ZERO_SPAN, *v_zeros = v_steps + V_SPAN;
@@ -248,10 +305,9 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
     // ---- Scores: of rows g and g + 8 of product n, tokens `token_of` for two heads.
     float scores[ROWS][4] = {};
     float zeros[4] = {};
-    const float* start = reinterpret_cast<const float*>(v_zeros + V_ZERO_SPAN);
-    if constexpr (TURNED) turn_query(query, corrections.turned, asked_coded, start, g, t);
+    if constexpr (TURNED) turn_query(query, corrections.turned, pool + LINED, reinterpret_cast<const float*>(own_place), lane);
     if constexpr (K_RANK > 0) score_low_rank(scores, corrections.k_factors, query, g, t);
-#pragma unroll PARTS_AT_ONCE
+#pragma unroll
     for (int base = 0; base < ROWS; base += DEPTH) {
 #pragma unroll
       for (int ahead = 0; ahead < DEPTH; ++ahead) {
@@ -265,7 +321,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
           const auto channel_of = [&](int k, int half) { return 16 * step + 4 * (k / 2) + 2 * half + k % 2; };
           int at[PUTS<K_ENTRIES>];
           if constexpr (K_ENTRIES > 0)
-            scatter<K_ENTRIES, true>(at, corrections.scattered, corrections.k_list, head_of_row, lane, channel_of);
+            scatter<K_ENTRIES, true>(at, corrections.scattered, corrections.k_list, lane, channel_of);
           const int channel = channel_of(2 * t, 0);
           u32 left = query[step][0], right = query[step][1];
           u32 steps[2];
@@ -297,24 +353,29 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
             }
             multiply(scores[n], keys, left, right);
           }
-          if constexpr (K_ENTRIES > 0) add_scattered(scores, at, corrections.scattered, left, right, g, t);
+          if constexpr (K_ENTRIES > 0) add_scattered(scores, corrections, left, right, lane, [&] { take_back(at, corrections); });
         } else if constexpr (TURNED) {
           constexpr int WORDS = words_of(K_BITS, 16);
 #pragma unroll
           for (int n = 0; n < 4; ++n) settle_16<K_BITS>(slot + n * WORDS, t), stream_16<K_BITS>(slot + n * WORDS);
+          const u32* angles = turns + turn_at(token_of(g, step, 0), 8 * t);
+          uint4 angle[2];  // of two pairs of channels, for both tokens
 #pragma unroll
           for (int n = 0; n < STEPS; ++n) {
             u32 keys[4];
+            if (n % 2 == 0)
+#pragma unroll
+              for (int row = 0; row < 2; ++row) angle[row] = *reinterpret_cast<const uint4*>(angles + 8 * row * TURN_ROW + 2 * n);
 #pragma unroll
             for (int part = 0; part < 4; ++part) {
               const u32* words = slot + (part % 2 * 2 + part / 2) * WORDS;
               keys[part] = looked_up<K_BITS>(pool + K_TABLE, words, 2 * K_BITS * n, own);
-              if constexpr (K_SPREAD) keys[part] = fused(keys[part], spreads[n][part / 2], centers[n][part / 2]);
+              if constexpr (K_SPREAD) keys[part] = fused(keys[part], part < 2 ? spreads[n].x : spreads[n].z, part < 2 ? spreads[n].y : spreads[n].w);
             }
 #pragma unroll
             for (int row = 0; row < 2; ++row) {
-              const u32* angle = turns + turn_at(token_of(g, step, row), 8 * t + n);
-              turn(keys[row], keys[row + 2], *reinterpret_cast<const uint2*>(angle));
+              if (n % 2 == 0) turn(keys[row], keys[row + 2], angle[row].x, angle[row].y);
+              else turn(keys[row], keys[row + 2], angle[row].z, angle[row].w);
             }
             multiply(n % 2 ? second : sums, keys, query[n][0], query[n][1]);
           }
@@ -344,36 +405,31 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         }
 #pragma unroll
         for (int n = 0; n < 4; ++n) sums[n] += second[n];
-        if constexpr (ROLLED) kept[32 * step] = {bits_of(sums[0]), bits_of(sums[1]), bits_of(sums[2]), bits_of(sums[3])};
-        else if constexpr (K_KIND != CHANNEL)
+        if constexpr (K_KIND != CHANNEL)
 #pragma unroll
           for (int n = 0; n < 4; ++n) scores[step][n] = sums[n];
-        if (base + DEPTH < ROWS) fetch_keys(slot, here.k_codes, step + DEPTH, g, t, a.heads);
-        else fetch_values(slot, here.v_codes, ahead, g, t, a.heads);
+        if (base + DEPTH < ROWS) fetch_keys(slot, here.k_codes + k_lane, step + DEPTH, a.heads);
+        else fetch_values(slot, here.v_codes + v_lane, ahead, a.heads);
       }
     }
 
+    // Both take long to be found, and do not wait for each other.
+    if constexpr (JOINED && V_ENTRIES > 0) wait_for_copies<0>();
+    if constexpr (JOINED || TURNED) warp_barrier();
+    OwnOutliers<V_ENTRIES> own_outliers;
+    if constexpr (V_ENTRIES > 0 && JOINED) find_own<V_ENTRIES>(own_outliers, corrections.v_list, head_of_row, lane);
     if constexpr (K_ONE_BY_ONE) {
-      wait_for_copies<0>();
-      warp_barrier();
-      score_outliers(corrections, turns, asked_coded, head_of_row, lane);
+      score_outliers(corrections, turns, reinterpret_cast<const u32*>(pool + LINED), head_of_row, lane);
     }
-    if constexpr (K_CORRECTED) warp_barrier();
-    if (more) copy_scales(buffers + (1 - parity) * BUFFER, next, starts + i64(tile + stride) * 2 * D, lane);
-    if constexpr (K_ONE_BY_ONE) copy_v_corrections(corrections, here, lane);
-    else if (more) copy_k_corrections(corrections, next, lane);
+    if constexpr (K_CORRECTED || TURNED) warp_barrier();
+    if (more) copy_scales(buffers + (1 - parity) * BUFFER, own_place, next, starts + i64(tile + stride) * D, lane);
+    if (more) copy_k_corrections(corrections, next, lane);
     commit_copies();
 
     // ---- Weights.
     float peak[2] = {top[0], top[1]};
 #pragma unroll
     for (int n = 0; n < ROWS; ++n) {
-      if constexpr (ROLLED) {
-        const uint4 all = kept[32 * n];
-        const u32 words[4] = {all.x, all.y, all.z, all.w};
-#pragma unroll
-        for (int part = 0; part < 4; ++part) scores[n][part] = as_float(words[part]);
-      }
       float scale[2] = {1.0f, 1.0f}, shift[2] = {};
       if constexpr (FOLDED) {
 #pragma unroll
@@ -390,6 +446,11 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
 #pragma unroll
           for (int row = 0; row < 2; ++row) shift[row] *= -scale[row], scale[row] *= power(24 - MIDDLE);
       }
+      u32 beside[2] = {};
+      if constexpr (K_ONE_BY_ONE)
+        if (t < PAIRS)
+#pragma unroll
+          for (int row = 0; row < 2; ++row) beside[row] = corrections.beside[token_of(g, n, row) * PAIRS + t];
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
         const int row = part / 2, head = part % 2;
@@ -398,14 +459,13 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
         if constexpr (K_AFFINE) score = (score - zeros[part]) * STEP_UP;
         if constexpr (K_KIND == TOKEN || K_OFFSET) score += shift[row] * query_sums[head];
         if constexpr (K_SPREAD && !TURNED) score += query_sums[head];
-        if constexpr (K_ONE_BY_ONE)
-          if (2 * t + head < GROUP_HEADS) score += corrections.beside[token_of(g, n, row) * GROUP_HEADS + 2 * t + head];
+        if constexpr (K_ONE_BY_ONE) score += half_value(u16(beside[row] >> 16 * head));
         scores[n][part] = score;
       }
     }
     if constexpr (SINKS > 0) {
       for (int sink = 0; sink < SINKS; ++sink) {
-        const i64 token = a.sinks[pair / a.heads * SINKS + sink] - i64(tile) * TILE;
+        const i64 token = a.sinks[pair.batch * SINKS + sink] - i64(tile) * TILE;
         if (token < 0 || token >= TILE) continue;
 #pragma unroll
         for (int n = 0; n < ROWS; ++n)
@@ -460,7 +520,6 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
           plain[n][row] = V_AFFINE ? weights[n][row] : transposed(half_pair(shares[0] * V_UP, shares[1] * V_UP));
         else plain[n][row] = 0;
       }
-      if constexpr (ROLLED) kept[32 * n] = {weights[n][0], weights[n][1], plain[n][0], plain[n][1]};
     }
 #pragma unroll
     for (int n = 0; n < STEPS; ++n)
@@ -471,27 +530,26 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
 
     if constexpr (V_CORRECTED) {
       if constexpr (K_ONE_BY_ONE) warp_barrier(), clear_scattered(corrections, lane);
-      wait_for_copies<!K_ONE_BY_ONE>();
+      wait_for_copies<1>();
       warp_barrier();
       if constexpr (V_RANK > 0) mix_low_rank(out, corrections.v_factors, plain, g, t);
     }
 
     // ---- Sums: of row g of product n, channel 16 g + 2 n; of row g + 8, the next.
-#pragma unroll PARTS_AT_ONCE
+#pragma unroll
     for (int base = 0; base < ROWS; base += DEPTH) {
 #pragma unroll
       for (int ahead = 0; ahead < DEPTH; ++ahead) {
         const int step = base + ahead;
-        uint4 own_weights;
-        if constexpr (ROLLED) own_weights = kept[32 * step];
-        else own_weights = {weights[step][0], weights[step][1], plain[step][0], plain[step][1]};
         u32(&slot)[MOST_WORDS] = ring[ahead];
         constexpr int WORDS = V_KIND == PRODUCT ? 2 : words_of(V_BITS, 16);
         u32 even[2][WORDS], odd[2][WORDS], steps[2], entries[4][V_PARTS];
         int at[PUTS<V_ENTRIES>];
         const auto token_at = [&](int k, int half) { return token_of(k, step, half); };
-        if constexpr (V_ENTRIES > 0)
-          scatter<V_ENTRIES, V_AFFINE>(at, corrections.scattered, corrections.v_list, head_of_row, lane, token_at);
+        if constexpr (V_ENTRIES > 0 && JOINED)
+          scatter_own<V_ENTRIES>(own_outliers, corrections.scattered, corrections.v_list, step, lane);
+        else if constexpr (V_ENTRIES > 0)
+          scatter<V_ENTRIES, V_AFFINE>(at, corrections.scattered, corrections.v_list, lane, token_at);
         if constexpr (V_KIND != PRODUCT) {
 #pragma unroll
           for (int n = 0; n < 4; ++n) settle_16<V_BITS>(slot + n * WORDS, g);
@@ -513,7 +571,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
             steps[half] = small_steps(halves_at(v_steps, one, two));
             all[2 * half] = all[2 * half + 1] = fused(steps[half], halves_at(v_zeros, one, two), 0);
           }
-          multiply(under, all, own_weights.x, own_weights.y);
+          multiply(under, all, weights[step][0], weights[step][1]);
         }
 #pragma unroll
         for (int n = 0; n < STEPS; ++n) {
@@ -542,20 +600,21 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
               else values[part] = both<V_BITS>(one, two, channel);
             }
           }
-          multiply(out[n], values, own_weights.x, own_weights.y);
+          multiply(out[n], values, weights[step][0], weights[step][1]);
         }
-        if constexpr (V_ENTRIES > 0) add_scattered(out, at, corrections.scattered, own_weights.z, own_weights.w, g, t);
-        if (base + DEPTH < ROWS) fetch_values(slot, here.v_codes, step + DEPTH, g, t, a.heads);
-        else if (more) fetch_keys(slot, next.k_codes, ahead, g, t, a.heads);
+        if constexpr (V_ENTRIES > 0)
+          add_scattered(out, corrections, plain[step][0], plain[step][1], lane, [&] {
+            if constexpr (JOINED) take_back<V_ENTRIES>(own_outliers, corrections, step, lane);
+            else take_back(at, corrections);
+          });
+        if (base + DEPTH < ROWS) fetch_values(slot, here.v_codes + v_lane, step + DEPTH, a.heads);
+        else if (more) fetch_keys(slot, next.k_codes + k_lane, ahead, a.heads);
       }
     }
     here = next;
     parity ^= 1;
     warp_barrier();
-    if (more) {
-      if constexpr (K_ONE_BY_ONE) copy_k_corrections(corrections, here, lane);
-      else copy_v_corrections(corrections, here, lane);
-    }
+    if (more) copy_v_corrections(corrections, here, lane);
     commit_copies();
   }
 
@@ -567,6 +626,7 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       total[head] += of_lane_xor(total[head], distance);
       lift[head] += of_lane_xor(lift[head], distance);
     }
+  if constexpr (REST_LAST) take_own_rest();
   block_barrier();
   float* sums = reinterpret_cast<float*>(pool);  // [WARPS][8][D]
   float *tops = sums + WARPS * 8 * D, *totals = tops + WARPS * 8;  // [WARPS][8]
@@ -588,6 +648,6 @@ extern "C" global __launch_bounds__(THREADS, BLOCKS) void rarefy_attend(const Ar
       totals[warp * 8 + 2 * t + head] = total[head];
     }
   block_barrier();
-  join_warps(a, asked, sums, rest, pair, split);
-  if (last_to_arrive(a.arrived + pair, a.splits)) merge(a, pair);
+  join_warps(a, asked, sums, reinterpret_cast<const float*>(pool + OWN + REST_AT), pair.number, split);
+  if (last_to_arrive(a.arrived + pair.number, a.splits)) merge(a, pair.number);
 }

@@ -18,12 +18,14 @@ from rarefy.kernels.cuda import driver
 SOURCE = Path(__file__).with_name("attend.cu")
 TILE, PIECE, CHANNELS, MOST_HEADS = 128, 32, 128, 8
 MOST_RANK = 8  # rows of a product
+MOST_ENTRIES = 64  # outliers of a row: a lane has a bit for each of its half
 BLOCKS_OF_REST = 8  # that share what fills no tile
 TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 LOG2E = 1.4426950408889634
-TURN_WORDS = 68  # of a place
+TURN_WORDS = 72  # of a place
 COPIES = 32  # of a table, one for each lane
 MOST_SHARED = 227 << 10  # bytes that a block may have on Hopper, where a device does not tell
+STATIC_SHARED = 64  # of them, that are not asked for: who comes last
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,14 @@ class Code:
     rank: int = 0
 
     @property
+    def book(self) -> int:
+        """Bytes of a codebook as the kernel reads it."""
+        return 4 * CHANNELS // 2 << 8 if self.kind == "product" else 0
+
+    @property
     def table(self) -> int:
-        """Bytes of the table as the kernel reads it."""
-        if self.kind == "product":
-            return 4 * CHANNELS // 2 << 8
-        return 4 * COPIES << 2 * self.num_bits if self.kind == "table" else 0
+        """Bytes of the rows of a table, in which keys and values have a half each."""
+        return 2 * 4 * COPIES << 2 * self.num_bits if self.kind == "table" else 0
 
     def scales(self, tile: int) -> int:
         """Bytes of the scales and zeros of so many tokens."""
@@ -95,7 +100,8 @@ def _fits(side: Tiles) -> bool:
     if side.outliers is not None and not side.joined:
         return False
     if side.outliers is not None and (
-        side.outliers.axis != "token" or (side.outliers.runs and side.outliers.count % 2)
+        side.outliers.axis != "token"
+        or (side.outliers.runs and (side.outliers.count % 2 or side.outliers.count > MOST_ENTRIES))
     ):
         return False
     match side.kind:
@@ -189,25 +195,36 @@ class Program:
     @property
     def shared_memory(self) -> int:
         """Bytes of a block."""
-        tables = self.keys.table + (0 if self.same_table else self.values.table)
-        tile, turned = self.shape.tile, int(self.turned)
-        scales = self.keys.scales(tile) + self.values.scales(tile) + 8 * CHANNELS * turned
+        tables = max(self.keys.table, self.values.table) + self.keys.book + self.values.book
+        tile, turned, pairs = self.shape.tile, int(self.turned), self._pairs
+        scales = self.keys.scales(tile) + self.values.scales(tile)
         sums = self.shape.warps * 4 * MOST_HEADS * (CHANNELS + 2)
-        rest = 4 * (self.group_heads * CHANNELS * (1 + self.rotated[1]) + 2 * MOST_HEADS)
         turns = 4 * TURN_WORDS * tile * turned
-        both = 8 * self.group_heads * CHANNELS + 8 * CHANNELS * self.keys.affine  # queries, and centers and spreads
         main = max(tables + turns + 2 * self.shape.warps * scales, sums)
-        return main + both + self.shape.warps * (rest + 32 * tile * turned + self._corrections)
+        query = 8 * self.group_heads * CHANNELS
+        query += 4 * MOST_HEADS * CHANNELS if turned else 4 * pairs * CHANNELS if self._one_by_one else 0
+        spreads = 8 * CHANNELS * self.keys.affine
+        rest = 4 * (self.group_heads * CHANNELS * (1 + self.rotated[1]) + 2 * MOST_HEADS)
+        tiles = 4 * CHANNELS * turned + self._corrections
+        return main + query + spreads + self.shape.warps * (max(tiles, rest) if turned else tiles + rest)
+
+    @property
+    def _pairs(self) -> int:
+        """Words for all query heads of a KV head."""
+        return -(-self.group_heads // 2)
+
+    @property
+    def _one_by_one(self) -> bool:
+        return self.keys.entries > 0 and self.keys.kind != "channel"
 
     @property
     def _corrections(self) -> int:
         """Bytes of a warp's lists and matrices, and what it makes of them."""
-        one_by_one = self.keys.entries > 0 and self.keys.kind != "channel"
+        one_by_one, tile = self._one_by_one, self.shape.tile
         scattered = 32 * CHANNELS if self.values.entries or (self.keys.entries and not one_by_one) else 0
-        tile = self.shape.tile
-        beside = 4 * self.group_heads * (tile + CHANNELS * self.turned) if one_by_one else 0
+        beside = 4 * self._pairs * (tile + CHANNELS * self.turned) + 128 * self.turned if one_by_one else 0
         both = self.keys.entries, self.values.entries
-        entries, rank = max(both) if one_by_one else sum(both), self.keys.rank + self.values.rank
+        entries, rank = sum(both), self.keys.rank + self.values.rank
         index_bytes = min(self.keys.index_bytes, self.values.index_bytes)
         return max(scattered, beside) + tile * entries * (2 + index_bytes) + 2 * (tile + CHANNELS) * rank
 
@@ -344,18 +361,18 @@ class CodedAttention:
         self._sizes = count, heads, self.splits, pieces.shape[1], places_of_starts, sum(tokens[0]), sum(tokens[1])
 
     def _shape(self, device: torch.device, tokens: int) -> Shape:
-        """The most warps for whose tables and corrections there is room; short tiles of products, and where the GPU has
-        more warps than long ones; where keys are turned, a loop over few of a tile's parts at once."""
+        """The most warps for whose tables and corrections there is room; short tiles of products, of keys that are
+        turned, and where the GPU has more warps than long ones."""
         about = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
         most = getattr(about, "shared_memory_per_block_optin", MOST_SHARED)
         processors = getattr(about, "multi_processor_count", 1)
-        few = self.keys.kind == "product" or tokens // TILE * self.batch * self.heads < processors * Shape.warps
+        short = self.turned or self.keys.kind == "product"
+        short |= tokens // TILE * self.batch * self.heads < processors * Shape.warps
         blocked = self.keys.kind == "channel" or self.values.low_rank is not None
-        sizes = [TILE] if blocked else [TILE // 2] if few else [TILE, TILE // 2]
-        depth = 2 if self.turned else Shape.depth
-        shapes = (Shape(warps, depth=depth, tile=tile) for warps in (8, 4) for tile in sizes)
+        sizes = [TILE] if blocked else [TILE // 2] if short else [TILE, TILE // 2]
+        shapes = (Shape(warps, tile=tile) for warps in (8, 4) for tile in sizes)
         for self.shape in shapes:
-            if self.program(torch.float32).shared_memory <= most:
+            if self.program(torch.float32).shared_memory + STATIC_SHARED <= most:
                 return self.shape
         raise UnsupportedError("Tables and corrections of these codes do not fit a block's shared memory.")
 
@@ -392,8 +409,11 @@ class CodedAttention:
 
 
 def _turns(turns: Turns, tokens: int, tile: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of two channels at each place of a tile, float16 ``[tile, 32, 2, 2]``, and of the first
-    positions of all tiles, float32 ``[B, tiles, 2, D]``."""
+    """Cosines and sines of two channels at each place of a tile, float16 ``[tile, 2 * TURN_WORDS]``, and of the first
+    positions of all tiles, float32 ``[B, tiles, 32, 2, 2]``, as the kernel finds them."""
     inside, starts = turns.tables(CHANNELS, tile, 0, -(-tokens // tile) * tile, 1)  # [1, 2, tile, D]
-    pairs = inside[0, :, :, : CHANNELS // 2].unflatten(-1, (-1, 2))  # the other channels turn with these
-    return pairs.permute(1, 2, 0, 3).contiguous(), starts
+    inside, starts = (each[..., : CHANNELS // 2].unflatten(-1, (-1, 2)) for each in (inside[0], starts))
+    halves = inside.permute(1, 2, 0, 3).reshape(tile, 2, CHANNELS // 2)  # the other channels turn with these
+    gaps = torch.nn.functional.pad(halves, (0, TURN_WORDS - CHANNELS // 2))
+    turned = starts.movedim(-2, 2).unflatten(2, (4, 8)).transpose(2, 3).flatten(2, 3)
+    return gaps.flatten(1).contiguous(), turned.contiguous()

@@ -8,18 +8,20 @@ constexpr int first_of(int bits, int pair) {
 }
 constexpr u32 mask_of(int bits, int n) { return ((1u << bits) - 1) << shift_of(bits, n) | ((1u << bits) - 1) << (16 + shift_of(bits, n)); }
 
+// Bytes before 16 codes, in whole words.
+device int bytes_of_16(int bits, int number) { return bits == 3 ? number * 3 / 2 * 4 : 2 * bits * number; }
 // 16 codes. Of 3 bits, words are the first and the last 32 of 48 bits.
-template <int BITS> device void load_16(u32* words, const u8* from, int number) {
+template <int BITS> device void load_16(u32* words, const u8* from) {
   if constexpr (BITS == 8) {
-    const uint4 all = load_once(reinterpret_cast<const uint4*>(from) + number);
+    const uint4 all = load_once(reinterpret_cast<const uint4*>(from));
     words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
   } else if constexpr (BITS == 4) {
-    const uint2 all = load_once(reinterpret_cast<const uint2*>(from) + number);
+    const uint2 all = load_once(reinterpret_cast<const uint2*>(from));
     words[0] = all.x, words[1] = all.y;
   } else if constexpr (BITS == 2) {
-    words[0] = load_once(reinterpret_cast<const u32*>(from) + number);
+    words[0] = load_once(reinterpret_cast<const u32*>(from));
   } else {
-    const u32* at = reinterpret_cast<const u32*>(from) + number * 3 / 2;
+    const u32* at = reinterpret_cast<const u32*>(from);
     words[0] = load_near(at), words[1] = load_near(at + 1);
   }
 }
@@ -35,11 +37,11 @@ template <int BITS> device void settle_16(u32* words, int number) {
 // 32 codes.
 template <int BITS> device void load_32(u32* words, const u8* from) {
   if constexpr (BITS == 8) {
-    load_16<8>(words, from, 0), load_16<8>(words + 4, from, 1);
+    load_16<8>(words, from), load_16<8>(words + 4, from + 16);
   } else if constexpr (BITS == 4) {
-    load_16<8>(words, from, 0);
+    load_16<8>(words, from);
   } else if constexpr (BITS == 2) {
-    load_16<4>(words, from, 0);
+    load_16<4>(words, from);
   } else {
 #pragma unroll
     for (int n = 0; n < 3; ++n) words[n] = load_near(reinterpret_cast<const u32*>(from) + n);
@@ -63,12 +65,13 @@ template <int BITS> device u32 apart(const u32* words, int pair) {
 }
 // The word that a table has for the two codes at `bit`.
 template <int BITS> device u32 looked_up(const u8* table, const u32* words, int bit, u32 own) {
-  constexpr u32 MASK = ((1u << 2 * BITS) - 1) << 7;
+  constexpr u32 MASK = ((1u << 2 * BITS) - 1) << 8;
   const int word = bit / 32, at = bit % 32;
-  u32 index;
-  if (at + 2 * BITS > 32) index = funnel(words[word], words[word + 1], at) << 7;
-  else index = at >= 7 ? words[word] >> (at - 7) : words[word] << (7 - at);
-  return *reinterpret_cast<const u32*>(table + chosen(index, MASK, own));
+  u32 row;
+  if (BITS == 4) row = permuted(words[word], own, 0x5504u | at / 8 << 4);
+  else if (at + 2 * BITS > 32) row = chosen(funnel(words[word], words[word + 1], at) << 8, MASK, own);
+  else row = chosen(at >= 8 ? words[word] >> (at - 8) : words[word] << (8 - at), MASK, own);
+  return *reinterpret_cast<const u32*>(table + row);
 }
 // A codebook of two channels of each of 64 parts of a vector: all entries of a part lie in one bank, and two parts share
 // one. A lane has two sets of so many neighbouring parts, and in each they are in neighbouring banks.
@@ -112,8 +115,8 @@ template <int BITS> device void interleaved(u32* even, u32* odd, const u32* a, c
     const u32 mask = n == 0 ? FIRST : SECOND;
     const u32 under = n == 0 ? b[n] << BITS : funnel(b[n - 1], b[n], 32 - BITS);
     const u32 over = n + 1 < WORDS ? funnel(a[n], a[n + 1], BITS) : a[n] >> BITS;
-    even[n] = chosen(a[n], mask, under & ~mask);
-    odd[n] = chosen(over, mask, b[n] & ~mask);
+    even[n] = (a[n] & mask) | (under & ~mask);
+    odd[n] = (over & mask) | (b[n] & ~mask);
   }
 }
 // Codes of 3 bits as one stream.

@@ -56,9 +56,9 @@ struct Token {
   float key[4], value[4];
   bool there, k_coded, v_coded;
 };
-device void load_token(Token& it, const Arguments& a, const u32* turns, const float* starts, i64 pair, int token, int lane) {
+device void load_token(Token& it, const Arguments& a, const u32* turns, const float* starts, const Pair& pair, int token, int lane) {
   const int channel = 4 * lane, first = a.tiles * TILE;
-  const i64* sinks = a.sinks + pair / a.heads * SINKS;
+  const i64* sinks = a.sinks + pair.batch * SINKS;
   it.k_coded = token < a.k_coded, it.v_coded = token < a.v_coded;
   it.there = token < a.length + SINKS;
   if constexpr (SINKS > 0) {
@@ -69,16 +69,17 @@ device void load_token(Token& it, const Arguments& a, const u32* turns, const fl
   if (!it.there) return;
   if (token >= a.length) {
     it.k_coded = it.v_coded = false;
-    exact_numbers<EXACT>(it.key, a.k_sink, pair * SINKS + token - a.length, channel);
-    exact_numbers<EXACT>(it.value, a.v_sink, pair * SINKS + token - a.length, channel);
+    exact_numbers<EXACT>(it.key, a.k_sink, i64(pair.number) * SINKS + token - a.length, channel);
+    exact_numbers<EXACT>(it.value, a.v_sink, i64(pair.number) * SINKS + token - a.length, channel);
     return;
   }
   Places p = {};
   const int inside = (token - first) % 32;
   if (it.k_coded || it.v_coded) p = places_of(a.pieces, a.count_of_pieces, (token - first) / 32, pair, a.heads);
-  const int head = pair % a.heads, heads = JOINED ? a.heads : 1, of_head = head * D + channel;
+  const int heads = JOINED ? a.heads : 1, of_head = pair.head * D + channel;
+  if constexpr (JOINED) p.k_codes += pair.head * K_ROW, p.v_codes += pair.head * V_ROW;
   if (it.k_coded) {
-    coded_numbers<K_KIND, K_BITS, K_GROUP, K_SCALE, K_OFFSET, K_PARTS>(it.key, p.k_codes, p.k_steps, p.k_zeros, table_of<K_KIND>(a.k_table, pair, a.heads), inside, channel, heads);
+    coded_numbers<K_KIND, K_BITS, K_GROUP, K_SCALE, K_OFFSET, K_PARTS>(it.key, p.k_codes, p.k_steps, p.k_zeros, table_of<K_KIND>(a.k_table, pair.head), inside, channel, heads);
     if constexpr (K_SPREAD)
 #pragma unroll
       for (int n = 0; n < 4; ++n) it.key[n] = it.key[n] * a.k_spread[of_head + n] + a.k_center[of_head + n];
@@ -86,25 +87,25 @@ device void load_token(Token& it, const Arguments& a, const u32* turns, const fl
     if constexpr (TURNED)
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        const Angle angle = angle_at(turns, starts + token / TILE * 2 * D, token % TILE, channel + n);
+        const Angle angle = angle_at(turns, starts + token / TILE * D, token % TILE, channel + n);
         const float other = of_lane_xor(it.key[n], 16);
         it.key[n] = it.key[n] * angle.cosine + (channel < D / 2 ? -other : other) * angle.sine;
       }
   } else {
-    exact_numbers<EXACT>(it.key, a.k_tail, pair * (a.length - a.k_coded) + token - a.k_coded, channel);
+    exact_numbers<EXACT>(it.key, a.k_tail, i64(pair.number) * (a.length - a.k_coded) + token - a.k_coded, channel);
   }
   if (it.v_coded) {
-    coded_numbers<V_KIND, V_BITS, V_GROUP, true, V_OFFSET, V_PARTS>(it.value, p.v_codes, p.v_steps, p.v_zeros, table_of<V_KIND>(a.v_table, pair, a.heads), inside, channel, heads);
+    coded_numbers<V_KIND, V_BITS, V_GROUP, true, V_OFFSET, V_PARTS>(it.value, p.v_codes, p.v_steps, p.v_zeros, table_of<V_KIND>(a.v_table, pair.head), inside, channel, heads);
     if constexpr (JOINED) add_outliers<V_ENTRIES>(it.value, p.v_out, p.v_out_at, inside, of_head);
   } else {
-    exact_numbers<EXACT>(it.value, a.v_tail, pair * (a.length - a.v_coded) + token - a.v_coded, channel);
+    exact_numbers<EXACT>(it.value, a.v_tail, i64(pair.number) * (a.length - a.v_coded) + token - a.v_coded, channel);
   }
 }
 
 // This warp's tokens of the rest, left in shared memory: sums [GROUP_HEADS][D] of what is exact, then, if it was turned,
 // of what is in code, eight tops, eight totals.
 device void take_rest(
-    const Arguments& a, const float* asked, const u32* turns, const float* starts, float* to, i64 pair, int number, int stride,
+    const Arguments& a, const float* asked, const u32* turns, const float* starts, float* to, const Pair& pair, int number, int stride,
     int lane) {
   constexpr int TOGETHER = 2;
   float sums[REST_PARTS][GROUP_HEADS][4] = {}, top[GROUP_HEADS], total[GROUP_HEADS] = {};

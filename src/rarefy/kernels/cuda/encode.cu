@@ -16,7 +16,7 @@ struct Arguments {
   const int* source;    // [batch][tokens]: the token that is read in the place of each, -1: zeros; or null
   const float* signs;   // [D]
   const float* middles; // [2^BITS - 1], between neighbours of a table
-  const float* lut;     // [2^BITS], or [heads][D / 2][256][4] of products: factors of two numbers, what is taken away, nothing
+  const float* lut;     // [2^BITS], or of products [heads][D / 2][4][256]: see there
   const float* decoded; // [2^BITS]: what codes stand for
   const float* center;  // [HEADS * D]
   const float* spread;
@@ -39,18 +39,18 @@ constexpr int TOGETHER = KIND == CHANNEL || KIND == TOKEN ? GROUP / MINE : PARTS
 
 #include "encode_codes.cuh"
 
-device bool finite(const float (&x)[MINE]) {
+template <int COUNT> device bool finite(const float (&x)[COUNT]) {
   bool all = true;
 #pragma unroll
-  for (int n = 0; n < MINE; ++n) all &= absolute(x[n]) <= 3.4028234e38f;
+  for (int n = 0; n < COUNT; ++n) all &= absolute(x[n]) <= 3.4028234e38f;
   return all;
 }
-// 32 numbers of a token or a channel from `first` on.
-device bool load_mine(float (&x)[MINE], const Arguments& a, i64 batch, i64 head, int token, int channel) {
+// Numbers of a token or a channel from `first` on, as many as 16 bytes have or a multiple of that.
+template <int COUNT> device bool load_numbers(float (&x)[COUNT], const Arguments& a, i64 batch, i64 head, int token, int channel) {
   const i64 base = batch * a.batch_stride + head * a.head_stride;
   if constexpr (KIND == CHANNEL) {
 #pragma unroll
-    for (int n = 0; n < MINE; ++n) {
+    for (int n = 0; n < COUNT; ++n) {
       const int from = a.source != nullptr ? a.source[batch * a.tokens + token + n] : token + n;
       x[n] = from < 0 ? 0.0f : number_at<X>(a.x, base + i64(from) * D + channel);
     }
@@ -58,14 +58,14 @@ device bool load_mine(float (&x)[MINE], const Arguments& a, i64 batch, i64 head,
     const int from = a.source != nullptr ? a.source[batch * a.tokens + token] : token;
     if (KIND == PRODUCT && a.order != nullptr) {
 #pragma unroll
-      for (int n = 0; n < MINE; ++n)
+      for (int n = 0; n < COUNT; ++n)
         x[n] = from < 0 ? 0.0f : number_at<X>(a.x, base + i64(from) * D + a.order[head * D + channel + n]);
       return finite(x);
     }
     constexpr int EACH = X == F32 ? 4 : 8;
     const uint4* at = static_cast<const uint4*>(a.x) + (base + i64(from) * D + channel) / EACH;
 #pragma unroll
-    for (int n = 0; n < MINE / EACH; ++n) {
+    for (int n = 0; n < COUNT / EACH; ++n) {
       const uint4 all = load_once(at + n, from >= 0);
       const u32 words[4] = {all.x, all.y, all.z, all.w};
 #pragma unroll
@@ -73,6 +73,11 @@ device bool load_mine(float (&x)[MINE], const Arguments& a, i64 batch, i64 head,
     }
   }
   return finite(x);
+}
+
+device void load_four(float (&x)[4], const float* from) {
+  const uint4 all = *reinterpret_cast<const uint4*>(from);
+  x[0] = as_float(all.x), x[1] = as_float(all.y), x[2] = as_float(all.z), x[3] = as_float(all.w);
 }
 
 device u32 level_of(const float* middles, float value) {
@@ -135,7 +140,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_encode(const Arguments 
 
   if constexpr (KIND == CHANNEL) {
     const int channel = thread % D, part = thread / D, token = blockIdx.x * PARTS * MINE + part * MINE;
-    bool fine = load_mine(x, a, batch, head, token, channel);
+    bool fine = load_numbers(x, a, batch, head, token, channel);
     float low = x[0], high = x[0];
 #pragma unroll
     for (int n = 1; n < MINE; ++n) low = smaller(low, x[n]), high = larger(high, x[n]);
@@ -167,7 +172,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_encode(const Arguments 
   const bool real = at / PARTS < a.tokens;
   const int token = real ? at / PARTS : a.tokens - 1;  // all lanes of a warp take part in exchanges
   const i64 row = pair * a.tokens + token;
-  u32 fault = load_mine(x, a, batch, head, token, channel) ? 0 : NOT_FINITE;
+  u32 fault = load_numbers(x, a, batch, head, token, channel) ? 0 : NOT_FINITE;
   if constexpr (ROTATED) rotate(x, a.signs, channel, part);
 
   if constexpr (KIND == TOKEN || KIND == RANGE || KIND == FLOAT8) {
@@ -234,7 +239,7 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_encode_rows(const Argum
   const i64 row = batch * a.tokens + token;
   float x[MINE], left[MINE];
   u32 codes[MINE];
-  const bool fine = load_mine(x, a, batch, head, token, channel);
+  const bool fine = load_numbers(x, a, batch, head, token, channel);
   float scale = 0.0f, offset = 0.0f;
   if constexpr (KIND == ROW_RANGE) {
     float high = 0.0f, low = 0.0f;
@@ -254,14 +259,23 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_encode_rows(const Argum
     }
   }
 #pragma unroll
-  for (int n = 0; n < MINE; ++n) {
+  for (int first = 0; first < MINE; first += 4) {
+    float scales[4], offsets[4], counts[4];
     if constexpr (KIND == ROW_SPREAD) {
-      scale = a.spread[part * MINE + n], offset = a.center[part * MINE + n];
-      codes[n] = level_of(a.middles, (x[n] - offset) / (scale == 0.0f ? 1.0f : scale));
+      load_four(scales, a.spread + part * MINE + first), load_four(offsets, a.center + part * MINE + first);
+      load_four(counts, a.counts + part * MINE + first);
     }
-    x[n] -= a.decoded[codes[n]] * scale + offset;
-    left[n] = absolute(x[n]);
-    if constexpr (KIND == ROW_SPREAD) left[n] *= a.counts[part * MINE + n];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int n = first + k;
+      if constexpr (KIND == ROW_SPREAD) {
+        scale = scales[k], offset = offsets[k];
+        codes[n] = level_of(a.middles, (x[n] - offset) / (scale == 0.0f ? 1.0f : scale));
+      }
+      x[n] -= a.decoded[codes[n]] * scale + offset;
+      left[n] = absolute(x[n]);
+      if constexpr (KIND == ROW_SPREAD) left[n] *= counts[k];
+    }
   }
   if (real) store_codes(a.codes + (row * PARTS + part) * BITS, codes);
   for (int entry = 0; entry < ENTRIES; ++entry) {
@@ -279,69 +293,92 @@ extern "C" global __launch_bounds__(THREADS) void rarefy_encode_rows(const Argum
 }
 
 #else
-constexpr int FEW = 8;
-device float score_of(const uint4& entry, float x, float y) {
-  return (x * as_float(entry.x) + y * as_float(entry.y)) - as_float(entry.z);
+// Product codes of two channels. A thread has several tokens and four pairs of channels, whose codebooks lie in shared
+// memory and are read once for all of its tokens: of each pair all first factors, all second ones, what is taken away, and
+// the largest of each of these.
+//
+// Which few entries are best is found by fused products, which differ from the codec's by rounding. Where others are as
+// good within that, all are tried as the codec does.
+constexpr int EACH = 4, SPAN = 512, PAIRS = 4, ENTRIES_OF_PAIR = 256, FEW = 8, ROWS_OF_PAIR = 4;
+constexpr float ROUNDING = 9.5367431640625e-07f;  // 2^-20: more than the ten roundings that may lie between two such differences
+
+device float score_of(const float* book, int entry, float x, float y) {
+  return (x * book[entry] + y * book[ENTRIES_OF_PAIR + entry]) - book[2 * ENTRIES_OF_PAIR + entry];
+}
+// The first of the best entries among COUNT from `from` on.
+template <int COUNT> device u32 first_of_best(const float* book, int from, float x, float y) {
+  float best = as_float(0xFF800000u);
+  u32 code = 0;
+#pragma unroll 8
+  for (int n = 0; n < COUNT; ++n) {
+    const float score = score_of(book, from + n, x, y);
+    if (score > best) best = score, code = from + n;
+  }
+  return code;
 }
 
-// Product codes of two channels: a thread has several tokens and 32 channels, whose codebooks lie in shared memory and are
-// read once for all of its tokens.
-constexpr int EACH = 2, SPAN = 256;
 extern "C" global __launch_bounds__(SPAN / EACH) void rarefy_encode_products(const Arguments a) {
+  constexpr int OWN = 2 * PAIRS, BOOK = ROWS_OF_PAIR * ENTRIES_OF_PAIR;
   const i64 pair = blockIdx.y, batch = pair / a.heads, head = pair % a.heads;
   const int part = blockIdx.z, first_token = blockIdx.x * SPAN + threadIdx.x;
-  uint4* entries = reinterpret_cast<uint4*>(pool);
-  const uint4* from = reinterpret_cast<const uint4*>(a.lut) + (head * (D / MINE) + part) * 16 * 256;
-  for (int n = threadIdx.x; n < 16 * 256; n += SPAN / EACH) entries[n] = from[n];
-  block_barrier();
-  float x[EACH][MINE];
+  const uint4* from = reinterpret_cast<const uint4*>(a.lut + (head * (D / 2) + part * PAIRS) * BOOK);
+  for (int n = threadIdx.x; n < PAIRS * BOOK / 4; n += SPAN / EACH) reinterpret_cast<uint4*>(pool)[n] = from[n];
+  float x[EACH][OWN];
   bool fine[EACH];
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
     const int token = first_token + k * (SPAN / EACH);
-    fine[k] = load_mine(x[k], a, batch, head, token < a.tokens ? token : a.tokens - 1, part * MINE);
+    fine[k] = load_numbers(x[k], a, batch, head, token < a.tokens ? token : a.tokens - 1, part * OWN);
   }
-  u32 words[EACH][4] = {};
+  block_barrier();
+  u32 words[EACH] = {};
 #pragma unroll
-  for (int n = 0; n < 16; ++n) {
-    // The best of each few entries first: which of them it is matters for one few only.
-    float best[EACH];
-    u32 code[EACH] = {};
+  for (int n = 0; n < PAIRS; ++n) {
+    const float* book = reinterpret_cast<const float*>(pool) + n * BOOK;
+    float best[EACH], second[EACH];  // of each few entries the best one
+    int place[EACH] = {};
 #pragma unroll
-    for (int k = 0; k < EACH; ++k) best[k] = as_float(0xFF800000u);
-    const uint4* own = entries + n * 256;
+    for (int k = 0; k < EACH; ++k) best[k] = second[k] = as_float(0xFF800000u);
 #pragma unroll 2
-    for (int first = 0; first < 256; first += FEW) {
+    for (int first = 0; first < ENTRIES_OF_PAIR; first += FEW) {
       float most[EACH];
 #pragma unroll
-      for (int few = 0; few < FEW; ++few) {
-        const uint4 entry = own[first + few];
+      for (int four = 0; four < FEW; four += 4) {
+        float left[4], right[4], less[4];
+        load_four(left, book + first + four), load_four(right, book + ENTRIES_OF_PAIR + first + four);
+        load_four(less, book + 2 * ENTRIES_OF_PAIR + first + four);
 #pragma unroll
-        for (int k = 0; k < EACH; ++k) {
-          const float score = score_of(entry, x[k][2 * n], x[k][2 * n + 1]);
-          most[k] = few == 0 ? score : max_of(most[k], score);
-        }
+        for (int each = 0; each < 4; ++each)
+#pragma unroll
+          for (int k = 0; k < EACH; ++k) {
+            const float score = fused_sum(x[k][2 * n], left[each], fused_sum(x[k][2 * n + 1], right[each], -less[each]));
+            most[k] = four + each == 0 ? score : max_of(most[k], score);
+          }
       }
 #pragma unroll
-      for (int k = 0; k < EACH; ++k)
-        if (most[k] > best[k]) best[k] = most[k], code[k] = first;
+      for (int k = 0; k < EACH; ++k) {
+        const bool better = most[k] > best[k];
+        second[k] = max_of(second[k], better ? best[k] : most[k]);
+        if (better) best[k] = most[k], place[k] = first;
+      }
     }
+    float largest[4];
+    load_four(largest, book + 3 * ENTRIES_OF_PAIR);
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
-      const u32 first = code[k];
-#pragma unroll
-      for (int few = FEW - 1; few >= 0; --few)
-        if (score_of(own[first + few], x[k][2 * n], x[k][2 * n + 1]) == best[k]) code[k] = first + few;
-      words[k][n / 4] |= code[k] << 8 * (n % 4);
+      const float one = x[k][2 * n], two = x[k][2 * n + 1];
+      const float reach = absolute(one) * largest[0] + absolute(two) * largest[1] + largest[2];
+      u32 code;
+      if (best[k] - second[k] > ROUNDING * reach) code = first_of_best<FEW>(book, place[k], one, two);
+      else code = first_of_best<ENTRIES_OF_PAIR>(book, 0, one, two);
+      words[k] |= code << 8 * n;
     }
   }
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
     const int token = first_token + k * (SPAN / EACH);
     if (token >= a.tokens) continue;
-    u32* to = a.codes + ((pair * a.tokens + token) * (D / MINE) + part) * 4;
-#pragma unroll
-    for (int n = 0; n < 4; ++n) to[n] = words[k][n];
+    a.codes[(pair * a.tokens + token) * (D / OWN) + part] = words[k];
     if (!fine[k]) raise(a.faults, NOT_FINITE);
   }
 }

@@ -20,7 +20,7 @@ KINDS = {"channel": 1, "token": 2, "norm": 3, "range": 4, "product": 5, "row spr
 TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 CHANNELS, MINE, SPAN = (64, 128), 32, 128  # numbers of a thread, and tokens of a block of threads at most
 NOT_FINITE, OVERFLOWS = 1, 2  # bits of what was wrong
-TOKENS_OF_PRODUCTS, EACH_OF_PRODUCTS, ENTRIES = 256, 2, 256
+TOKENS_OF_PRODUCTS, EACH_OF_PRODUCTS, PAIRS_OF_PRODUCTS, ENTRIES = 512, 4, 4, 256
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Code:
     @property
     def shared_memory(self) -> int:
         """Bytes of a block of threads."""
-        return 16 * ENTRIES * MINE // 2 if self.kind == "product" else 8 * self.threads
+        return 16 * ENTRIES * PAIRS_OF_PRODUCTS if self.kind == "product" else 8 * self.threads
 
     def definitions(self, dtype: torch.dtype) -> dict[str, int]:
         """The macros of the source."""
@@ -103,7 +103,8 @@ class Code:
     def grid(self, x: Tensor) -> tuple[int, int, int]:
         """Blocks of threads for ``x [B, H, tokens, D]``."""
         pairs = x.shape[0] if self.rows else x.shape[0] * x.shape[1]
-        return -(-x.shape[2] // self.span), pairs, self.channels // MINE if self.kind == "product" else 1
+        parts = self.channels // (2 * PAIRS_OF_PRODUCTS) if self.kind == "product" else 1
+        return -(-x.shape[2] // self.span), pairs, parts
 
 
 def fields(pointers: str) -> list[tuple[str, Any]]:
@@ -222,6 +223,9 @@ def encode(code: Code, x: Tensor, faults: Tensor, **tables: Tensor | None) -> En
 
 
 def entries(codebook: Tensor, half: Tensor) -> Tensor:
-    """Float32 ``[H, parts, entries, 4]`` of codebooks ``[H, parts, entries, 2]``: what two numbers are multiplied by,
-    what is taken away from that (``half [H, parts, entries]``), and nothing."""
-    return torch.cat([codebook.float(), half.unsqueeze(-1), torch.zeros_like(half).unsqueeze(-1)], -1).contiguous()
+    """Float32 ``[H, parts, 4, entries]`` of codebooks ``[H, parts, entries, 2]``: what two numbers are multiplied by,
+    what is taken away from that (``half [H, parts, entries]``), and first in the last row the largest of each of
+    these."""
+    factors = torch.cat([codebook.float().mT, half.unsqueeze(-2)], -2)
+    largest = torch.nn.functional.pad(factors.abs().amax(-1), (0, factors.shape[-1] - 3))
+    return torch.cat([factors, largest.unsqueeze(-2)], -2).contiguous()

@@ -478,7 +478,7 @@ device const u8* held_of(int token) { return pool + AT_HELD + (HELD > 0 && token
 
 // Quads of a warp that are on their way from the start: all of what most rows have, or a few.
 constexpr int WARPS_OF_ROW = ALONG * SPLIT, EACH_QUADS = (QUADS + WARPS_OF_ROW - 1) / WARPS_OF_ROW;
-constexpr int MOST_AHEAD = STORED ? 0 : !SPREAD ? (WARPS_OF_ROW < 8 ? 2 : 1) : PARTS <= 4 ? 4 : 1;
+constexpr int MOST_AHEAD = STORED ? 0 : SPREAD && PARTS <= 4 ? 4 : WARPS_OF_ROW < 8 ? 2 : 1;
 constexpr int AHEAD = EACH_QUADS < MOST_AHEAD ? EACH_QUADS : MOST_AHEAD;
 
 #if SPREAD

@@ -255,6 +255,7 @@ device float power_of_two(float value) {
   return found;
 }
 device float root(float value) { return sqrtf(value); }
+device float fused_sum(float a, float b, float c) { return __fmaf_rn(a, b, c); }  // a * b + c, rounded once
 device float sigmoid(float value) { return quotient(1.0f, 1.0f + power_of_two(-1.4426950408889634f * value)); }
 device float error_function(float value) { return erff(value); }
 device float nearest_integer(float value) { return rintf(value); }

@@ -140,12 +140,12 @@ def _of_one_token(code: Code, rows: int, overlap: bool) -> Tuning:
 
 
 def _of_few_tokens(code: Code, rows: int, tokens: int, overlap: bool) -> Tuning:
-    """The rule for 2 to 16 tokens: warps over rows, too, share what they read of the tokens, the more the more tokens
-    are held."""
+    """The rule for 2 to 16 tokens. Where tokens are held, warps over rows share them, the more the more these are."""
     narrow, own = rows <= NARROW, Tuning(tokens=-(-tokens // 8), depth=1, overlap=overlap)
     if code.shares_scales:
-        across, along = (4, 4) if tokens > 8 else (2, 8) if narrow else (2, 4)
-        return replace(own, across=across, along=along).holding(code, tokens)
+        across, along = ((4, 4) if narrow else (8, 2)) if tokens > 8 else (2, 8 if narrow else 4)
+        held = replace(own, across=across, along=along).holding(code, tokens)
+        return held if held.held or tokens <= 8 else replace(own, across=2, along=4, depth=2)
     own = replace(own, tiles=2 if code.step * code.bits // 256 < 2 else 1, along=16 if narrow and tokens <= 8 else 8)
     return own.holding(code, tokens) if tokens <= 4 else own  # of more, outliers of large groups gain nothing by it
 
@@ -228,13 +228,18 @@ def _fitted_prompt(code: Code, tuning: Tuning) -> Tuning:
 
 @functools.cache
 def table(name: str, capability: tuple[int, int]) -> list[dict[str, Any]]:
-    """Measured entries: those of this machine, else of this GPU, else of any GPU of this compute capability."""
+    """Measured entries: those of this machine, else of this GPU, and of what it lacks those of GPUs of this compute
+    capability."""
     here = _own(name)
     if here.is_file():
         return _read(here)["entries"]
-    files = sorted(FOLDER.glob("*.json"), key=lambda path: path.stem != name)
-    found = (data for path in files if tuple((data := _read(path))["capability"]) == capability)
-    return next(found, {"entries": []})["entries"]
+    files = sorted(FOLDER.glob("*.json"), key=lambda path: path.stem == name)
+    found = [data["entries"] for path in files if tuple((data := _read(path))["capability"]) == capability]
+    return list({_key(entry): entry for entries in found for entry in entries}.values())
+
+
+def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(entry.get(key, False) for key in KEY)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -249,7 +254,7 @@ def keep(entries: list[dict[str, Any]], device: torch.device) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         capability = torch.cuda.get_device_capability(device)
-        merged = {tuple(each.get(key, False) for key in KEY): each for each in (*table(name, capability), *entries)}
+        merged = {_key(each): each for each in (*table(name, capability), *entries)}
         write_text(path, json.dumps({"capability": capability, "entries": list(merged.values())}, indent=1) + "\n")
     table.cache_clear()
     _chosen.cache_clear()

@@ -53,7 +53,8 @@ class Shape:
 
 
 DENSE = tuple(Shape(32, 1, stages, programs) for stages in (2, 3) for programs in PROGRAMS)
-CODED = (attend.Shape(8, 1, 4), attend.Shape(8, 1, 8))
+BLOCKED = (attend.Shape(), attend.Shape(depth=2))  # of blocks of as many tokens as a long tile
+CODED = (attend.Shape(tile=64), attend.Shape())
 AnyShape = Shape | attend.Shape
 Attention = Callable[[Tensor, float], Any]
 
@@ -70,7 +71,7 @@ class Job:
 
     @property
     def shapes(self) -> tuple[AnyShape, ...]:
-        return DENSE if self.keys == "bf16" else CODED
+        return DENSE if self.keys == "bf16" else BLOCKED if self.keys.startswith("channel") else CODED
 
     def tiles(self, tokens: int) -> tuple[Tiles, Tiles]:
         keys, values = self._side(self.keys, tokens), self._side(self.values, tokens)

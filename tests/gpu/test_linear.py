@@ -149,6 +149,36 @@ def test_every_form_of_four_warps_together(changes: dict[str, Any], monkeypatch:
     assert all(torch.equal(layer(x), first) for _ in range(20))
 
 
+PROMPT = Tuning(2, 32, depth=2, stages=4, wide=True, overlap=True, unpackers=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="not Hopper")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"overlap": False}, {"split": 4}, {"depth": 1, "stages": 3},
+        {"tokens": 24, "tiles": 1, "unpackers": 2, "depth": 3}, {"tokens": 24, "tiles": 1, "unpackers": 2, "split": 2},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_form_of_prompts(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "choose", lambda *arguments: replace(PROMPT, **changes))
+    layer = CompressedLinear([quantized(GRIDS["int4-none"], PATTERNS["full"], 700, 1100)]).to(GPU)
+    for tokens in (150, 700):
+        x = torch.randn(tokens, 1100, device=GPU, dtype=torch.float16)
+        checked(layer, x)
+        first = layer(x)
+        assert all(torch.equal(layer(x), first) for _ in range(20))
+
+
+@pytest.mark.parametrize("grid", ["int4-none", "int8-g128"])
+def test_long_prompts(grid: str) -> None:
+    """More tiles than a GPU has processors, a view of tokens, tokens that are all the same one."""
+    layer = CompressedLinear([quantized({**GRIDS, **OTHERS}[grid], PATTERNS["full"], 4100, 1024)]).to(GPU)
+    checked(layer, torch.randn(1500, 2048, device=GPU, dtype=torch.float16)[:, 512:1536])
+    checked(layer, torch.randn(1, 1024, device=GPU, dtype=torch.float16).expand(600, -1))
+
+
 ONE, PLANES = Tuning(1, 1, 1, 4, 2, spread=True, overlap=True), BinaryGrid(group_size=128)
 
 

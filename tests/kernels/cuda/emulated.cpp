@@ -1,9 +1,20 @@
 #include "emulator.h"
 #include KERNEL_SOURCE
 
+#ifdef UNPACKERS
+#define PROMPTS (UNPACKERS > 0)
+#else
+#define PROMPTS 0
+#endif
+
 namespace {
-Arguments arguments;
-void (*kernel)(const Arguments);
+#if PROMPTS
+typedef Prompt Given;
+#else
+typedef Arguments Given;
+#endif
+Given arguments;
+void (*kernel)(const Given);
 
 void thread() {
   kernel(arguments);
@@ -12,14 +23,16 @@ void thread() {
 }
 }  // namespace
 
-extern "C" void run(int which, const Arguments* given, int x, int y, int z, int threads, int size) {
+extern "C" void run(int which, const Given* given, int x, int y, int z, int threads, int size) {
   using namespace emulator;
   constexpr size_t STACK = 1 << 16;
-  arguments = *given;
+  memcpy(&arguments, given, sizeof arguments);  // whose place may be aligned to less
 #ifdef ENTRY
   kernel = ENTRY;
 #else
-#if WIDE
+#if PROMPTS
+  kernel = rarefy_prompt;
+#elif WIDE
   kernel = which ? rarefy_arrange : rarefy_gemm;
 #else
 #if FLOAT8
@@ -32,18 +45,21 @@ extern "C" void run(int which, const Arguments* given, int x, int y, int z, int 
   gridDim = {x, y, z};
   emulator::threads = threads;
 #if WIDE
-  const int together = which ? 1 : SPLIT;  // blocks of a cluster, neighbours along y
+  const int beside = which ? 1 : CLUSTER, above = which ? 1 : SPLIT;  // blocks of a cluster, along x and y
 #else
-  const int together = 1;
+  const int beside = 1, above = 1;
 #endif
+  const int together = beside * above;
   const int all = threads * together;
   std::vector<char> stacks(STACK * all);
   exchanged.assign(all, {});
   floats.assign(all, 0);
-  for (int cluster = 0; cluster < x * (y / together) * z; ++cluster) {
-    const emulator::Position first = {cluster % x, cluster / x % (y / together) * together, cluster / x / (y / together)};
+  for (int cluster = 0; cluster < x / beside * (y / above) * z; ++cluster) {
+    const int row = cluster / (x / beside);
+    const emulator::Position first = {cluster % (x / beside) * beside, row % (y / above) * above, row / (y / above)};
     memory.assign(together, std::vector<unsigned char>(size, 0xAB));
     barriers.assign(1 + together + all / 32, {});
+    fours.assign(all / 128 + 1, {});
     passed.assign(2 * together, 0);
     taken.assign(all, 0);
     finished.assign(all, 0);
@@ -59,7 +75,8 @@ extern "C" void run(int which, const Arguments* given, int x, int y, int z, int 
       for (current = 0; current < all; ++current) {
         if (finished[current]) continue;
         threadIdx.x = current % threads;
-        blockIdx = {first.x, first.y + current / threads, first.z};
+        const int rank = current / threads;
+        blockIdx = {first.x + rank % beside, first.y + rank / beside, first.z};
         emulator::shared = memory[current / threads].data();
         swapcontext(&scheduler, &fibers[current]);
         left += !finished[current];

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import hashlib
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
 KEPT = HERE.parents[2] / ".pytest_cache" / "emulated"
 
-FLAGS = ["-std=c++17", "-Og", "-fPIC", "-w"]  # compiles no slower than -O0, and runs twice as fast
+FLAGS = ["-std=c++17", "-Og", "-fPIC", "-w", "-Wno-psabi"]  # compiles no slower than -O0, and runs twice as fast
 
 
 @functools.cache
@@ -69,12 +70,12 @@ def _kept() -> Path:
 
 
 def _run(
-    name: str, code: program.Code, tuning: program.Tuning, half: bool, given: program.Arguments,
+    name: str, code: program.Code, tuning: program.Tuning, half: bool, given: program.Arguments | program.Prompt,
     grid: tuple[int, int, int], ending: program.Ending = program.PLAIN,
 ) -> None:  # fmt: skip
     macros = [f"-D{macro}={value}" for macro, value in program.definitions(code, tuning, half, ending).items()]
     run = _library(tuple(macros), program.SOURCES.get(name, program.SOURCE)).run
-    which = {"linear": 0, "dequantize": 1, "quantize": 2, "dequantize_to_bytes": 3, "gemm": 0, "arrange": 1}[name]
+    which = {"dequantize": 1, "arrange": 1, "quantize": 2, "dequantize_to_bytes": 3}.get(name, 0)
     threads = program.ARRANGING if name == "arrange" else tuning.threads
     stored = program.stored_memory(code, tuning, given.columns, given.quads) if name == "linear" else 0
     run(which, ctypes.byref(given), *grid, threads, program.shared_memory(name, code, tuning, ending) + stored)
@@ -88,8 +89,9 @@ def program_linear(
     _run("linear", code, tuning, half, given, program.grid(tuning, given.rows, given.tokens), ending)
 
 
-def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> Tensor:
-    """``x [tokens, columns]`` times a term of codes, with or without one of outliers."""
+def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning, most: int = 1 << 30) -> Tensor:
+    """``x [tokens, columns]`` times a term of codes, with or without one of outliers, by at most so many blocks,
+    which are also the tiles of prompts that are not halved."""
     (codes, *lists), half, tokens = terms_of(*flat(prepared)[:3]), x.dtype == torch.float16, x.shape[0]
     tensors, numbers, multiplier = codes
     code, rows, own = code_of(tensors, numbers), numbers["rows"], pointed(codes, half)
@@ -104,6 +106,13 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning) -> T
         {**own, **work, "x": x, "y": y}, rows=rows, columns=x.shape[1], tokens=tokens,
         stride=x.stride(0), second_rows=numbers["second_rows"], multiplier=multiplier,
     )  # fmt: skip
+    if tuning.unpackers:
+        box = struct.pack("QqIII", x.data_ptr(), x.stride(0), tokens, x.shape[1], tuning.strip)
+        prompt = program.Prompt(a=given, whole=most)
+        prompt.tokens[: len(box)] = box
+        blocks, _, _ = program.tiles(tuning, rows, tokens, 132)
+        _run("prompt", code, tuning, half, prompt, (min(blocks, most), tuning.split, 1))
+        return y
     if tuning.wide:
         _run("arrange", code, tuning, half, given, program.arranging(code, tuning, given))
     _run("gemm" if tuning.wide else "linear", code, tuning, half, given, grid)

@@ -13,6 +13,7 @@
 #define global
 #define __launch_bounds__(...)
 #define in_clusters_of(x, y)
+#define __grid_constant__
 #define shared_memory(name) static unsigned char*& name = emulator::shared
 
 struct uint2 { unsigned x, y; };
@@ -169,6 +170,16 @@ device unsigned transposed(unsigned pair) {
   warp_barrier();
   return found;
 }
+device void put_transposed(unsigned char* line, const unsigned (&pairs)[4]) {
+  const int thread = emulator::current, warp = thread / 32 * 32, matrix = thread % 32 / 8, column = thread % 8;
+  memcpy(emulator::exchanged[thread].a, pairs, sizeof pairs);
+  warp_barrier();
+  for (int row = 0; row < 8; ++row) {
+    const unsigned pair = emulator::exchanged[warp + 4 * row + column / 2].a[matrix];
+    reinterpret_cast<unsigned short*>(line)[row] = (unsigned short)(pair >> column % 2 * 16);
+  }
+  warp_barrier();
+}
 device unsigned votes(bool ours) {
   const int thread = threadIdx.x;
   emulator::exchanged[thread].a[0] = ours;
@@ -212,7 +223,7 @@ device unsigned permuted(unsigned a, unsigned b, unsigned bytes) {
   for (int k = 0; k < 4; ++k) d |= unsigned(all >> 8 * (bytes >> 4 * k & 7) & 255) << 8 * k;
   return d;
 }
-template <bool HALF_> device float number_of(unsigned bits) { return HALF_ ? half_value(bits) : as_float(bits << 16); }
+template <bool HALF_> device float number_of_word(unsigned bits) { return HALF_ ? half_value(bits) : as_float(bits << 16); }
 template <bool HALF_> device void multiply_as(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   const int thread = emulator::current, warp = thread / 32 * 32, g = thread % 32 / 4, t = thread % 4;
   emulator::exchanged[thread] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
@@ -223,7 +234,7 @@ template <bool HALF_> device void multiply_as(float (&sum)[4], const unsigned (&
       const emulator::Operands& weights = emulator::exchanged[warp + 4 * g + k % 8 / 2];
       const emulator::Operands& tokens = emulator::exchanged[warp + 4 * column + k % 8 / 2];
       const unsigned w = weights.a[j / 2 + k / 8 * 2] >> k % 2 * 16, x = tokens.b[k / 8] >> k % 2 * 16;
-      sum[j] += number_of<HALF_>(w) * number_of<HALF_>(x);
+      sum[j] += number_of_word<HALF_>(w) * number_of_word<HALF_>(x);
     }
   }
   warp_barrier();
@@ -284,16 +295,19 @@ device void prepare_barrier(u64* barrier, unsigned count) { phased(barrier) = {(
 device void barriers_are_prepared() {}
 device void cluster_barrier() { emulator::arrive(emulator::barriers[0], 0, emulator::fibers.size()); }
 device unsigned rank_in_cluster() { return own_block(); }
+// The same place in the shared memory of another block of the cluster.
+template <class T> device T* of_block(T* at, unsigned rank) {
+  return reinterpret_cast<T*>(emulator::memory[rank].data() + (reinterpret_cast<unsigned char*>(at) - emulator::shared));
+}
 device uint4 load_of_block(const uint4* at, unsigned rank) {
-  const auto place = reinterpret_cast<const unsigned char*>(at) - emulator::shared;
-  return *reinterpret_cast<const uint4*>(emulator::memory[rank].data() + place);
+  return *of_block(const_cast<uint4*>(at), rank);
 }
 device void expect(u64* barrier, unsigned bytes) {
   phased(barrier).bytes += bytes, ++phased(barrier).arrived;
   advance(phased(barrier));
 }
 device void arrive_at(u64* barrier) { ++phased(barrier).arrived, advance(phased(barrier)); }
-device void arrive_at(u64* barrier, unsigned) { arrive_at(barrier); }
+device void arrive_at(u64* barrier, unsigned rank) { arrive_at(of_block(barrier, rank)); }
 device void wait_for(u64* barrier, unsigned phase) {
   while (phased(barrier).phase == phase) swapcontext(&emulator::fibers[emulator::current], &emulator::scheduler);
 }
@@ -303,6 +317,14 @@ device void take_turn(int four) {
   const int wanted = 128 * ++taken[emulator::current];
   while (passed[2 * own_block() + four] < wanted) swapcontext(&emulator::fibers[emulator::current], &emulator::scheduler);
 }
+static std::vector<emulator::Barrier> fours;  // of warps
+device void barrier_of_four(int) {
+  const int four = emulator::current / 128;
+  emulator::arrive(fours[four], 128 * four, 128);
+}
+device void barrier_of_both() {
+  emulator::arrive(fours[own_block() * (emulator::threads / 128) + 2], own_block() * emulator::threads, 256);
+}
 template <int COUNT> device void give_registers_back() {}
 template <int COUNT> device void take_registers() {}
 device void copy_bulk(unsigned char* to, const void* from, unsigned bytes, u64* barrier) {
@@ -310,8 +332,9 @@ device void copy_bulk(unsigned char* to, const void* from, unsigned bytes, u64* 
   phased(barrier).bytes -= bytes;
   advance(phased(barrier));
 }
-device void copy_bulk_to(unsigned char* to, const void* from, unsigned bytes, u64* barrier, unsigned short) {
-  copy_bulk(to, from, bytes, barrier);
+device void copy_bulk_to(unsigned char* to, const void* from, unsigned bytes, u64* barrier, unsigned short blocks) {
+  for (unsigned rank = 0; blocks >> rank; ++rank)
+    if (blocks >> rank & 1) copy_bulk(of_block(to, rank), from, bytes, of_block(barrier, rank));
 }
 device void begin_products() {}
 device void commit_products() {}
@@ -330,4 +353,53 @@ template <int N> device void multiply_wide(float (&d)[N][4], const unsigned (&a)
     for (int half = 0; half < 2; ++half) memcpy(&b[half], block + half * (tokens >> 32) + first * 128 + n * 16 + 4 * t, 4);
     multiply(d[first], a, b[0], b[1]);
   }
+}
+
+// ---- Lines of 128 bytes, swizzled: of a place in shared memory, bits 7 to 9 are added to bits 4 to 6.
+
+device u64 swizzled(u64 place) { return place ^ (place >> 7 & 7) << 4; }
+struct Box { const unsigned short* from; long long stride; int rows, columns, height; };  // in the place of a tensor map
+device void copy_box(unsigned char* to, const void* map, int column, int row, u64* barrier) {
+  const Box& box = *static_cast<const Box*>(map);
+  for (int n = 0; n < 64 * box.height; ++n) {
+    const int own_row = row + n / 64, own_column = column + n % 64;
+    const bool real = own_row < box.rows && own_column < box.columns;
+    unsigned char* place = to + swizzled(2 * n);  // whole kilobytes
+    *reinterpret_cast<unsigned short*>(place) = real ? box.from[own_row * box.stride + own_column] : 0;
+  }
+  phased(barrier).bytes -= 128 * box.height;
+  advance(phased(barrier));
+}
+device void show_to_products() {}
+device u64 lines_at(unsigned block) { return block / 16; }
+// Addresses in shared memory.
+device unsigned kept_address(const void* at) { return static_cast<const unsigned char*>(at) - emulator::shared; }
+template <class T> device void store(unsigned at, const T& words) { memcpy(emulator::shared + at, &words, sizeof words); }
+device u64* barrier_at(unsigned at) { return reinterpret_cast<u64*>(emulator::shared + at); }
+device void expect(unsigned barrier, unsigned bytes) { expect(barrier_at(barrier), bytes); }
+device void arrive_at(unsigned barrier) { arrive_at(barrier_at(barrier)); }
+device void arrive_at(unsigned barrier, unsigned rank) { arrive_at(barrier_at(barrier), rank); }
+device bool is_over(unsigned barrier, unsigned phase) { return phased(barrier_at(barrier)).phase != phase; }
+device void wait_for(unsigned barrier, unsigned phase) { wait_for(barrier_at(barrier), phase); }
+device void copy_box(unsigned to, const void* map, int column, int row, unsigned barrier) {
+  copy_box(emulator::shared + to, map, column, row, barrier_at(barrier));
+}
+template <int N> device void multiply_lines(float (&d)[N][4], u64 weights, u64 tokens, bool add) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warp = threadIdx.x / 32 % 4;
+  const auto number = [](u64 lines, int line, int k) {
+    return widened(*reinterpret_cast<const unsigned short*>(emulator::shared + swizzled(16 * lines + 128 * line + 2 * k)));
+  };
+  float own[2][16];
+  for (int which = 0; which < 2; ++which)
+    for (int k = 0; k < 16; ++k) own[which][k] = number(weights, 16 * warp + g + 8 * which, k);
+  for (int n = 0; n < N; ++n)
+    for (int column = 0; column < 2; ++column) {
+      float x[16];
+      for (int k = 0; k < 16; ++k) x[k] = number(tokens, 8 * n + 2 * t + column, k);
+      for (int which = 0; which < 2; ++which) {
+        float& sum = d[n][2 * which + column];
+        if (!add) sum = 0;
+        for (int k = 0; k < 16; ++k) sum += own[which][k] * x[k];
+      }
+    }
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -47,12 +50,14 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-def product(terms: list[Term], tuning: Tuning, tokens: int, dtype: torch.dtype = torch.float16) -> float:
-    """The relative error of the product."""
+def product(
+    terms: list[Term], tuning: Tuning, tokens: int, dtype: torch.dtype = torch.float16, most: int = 1 << 30
+) -> float:
+    """The relative error of the product, by at most so many blocks."""
     made = [prepare(*term.operation()) for term in terms]  # type: ignore[misc]
     x = torch.randn(tokens, terms[0].columns).to(dtype)
     dense = sum(term.decode().double() for term in terms)
-    return relative(emulation.linear(x, made, tuning), x.double() @ dense.T)  # type: ignore[union-attr]
+    return relative(emulation.linear(x, made, tuning, most), x.double() @ dense.T)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", [*COVERED, *BILEVEL])
@@ -132,6 +137,31 @@ EVERY_KIND = [
 def test_four_warps_at_once(name: str) -> None:
     grid = {**GRIDS, **OTHERS}[name]
     assert product([quantized(grid, PATTERNS["full"], 70, 300)], Tuning(1, 2, 4, 1, 1, 2, wide=True), 13) < 6e-4
+
+
+PROMPT = Tuning(2, 8, depth=1, stages=3, wide=True, unpackers=1)
+
+
+@pytest.mark.parametrize("name", EVERY_KIND)
+def test_unpacked_for_others(name: str) -> None:
+    grid = {**GRIDS, **OTHERS}[name]
+    assert product([quantized(grid, PATTERNS["full"], 70, 300)], PROMPT, 13) < 6e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "columns", "tokens", "most"),
+    [
+        ({"tokens": 32, "depth": 2, "stages": 4}, 151, 777, 270, 1), ({"tiles": 1, "unpackers": 2}, 264, 640, 70, 2),
+        ({"tokens": 24, "stages": 3}, 136, 200, 200, 3), ({"split": 4}, 133, 700, 70, 9),
+        ({"tokens": 16, "split": 2, "stages": 3}, 136, 640, 130, 9), ({"tokens": 16}, 300, 200, 150, 2),
+        ({"split": 4}, 1, 9, 1, 9), ({}, 1, 1, 1, 1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_form_of_prompts(changes: dict[str, Any], rows: int, columns: int, tokens: int, most: int) -> None:
+    """One block for many tiles, blocks that share columns, rows and tokens that fill no tile."""
+    term = quantized(GRIDS["int4-integer"], PATTERNS["full"], rows, columns)
+    assert product([term], replace(PROMPT, **changes), tokens, torch.bfloat16, most) < 4e-3
 
 
 @pytest.mark.parametrize("name", EVERY_KIND)

@@ -16,6 +16,10 @@ from rarefy.sources.cache import cache_root, cached_bytes
 
 LARGE = 48 * 1024  # bytes of shared memory that need no leave
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_MAP = 128  # bytes of a tensor map, and what it is aligned to
+_16_BITS = 1  # CU_TENSOR_MAP_DATA_TYPE_UINT16
+_SWIZZLED = 3  # CU_TENSOR_MAP_SWIZZLE_128B
+_WHOLE_LINES = 3  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
 _PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
@@ -61,6 +65,22 @@ class Kernel:
         configuration = _Configuration(*grid, threads, 1, 1, shared, stream, self._overlap, int(overlap))
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         _answer(self._launch(ctypes.byref(configuration), self._function, parameters, None), "launching a kernel")
+
+
+@functools.lru_cache(maxsize=256)
+def tensor_map(address: int, rows: int, columns: int, stride: int, box: int) -> bytes:
+    """How ``copy_box`` (bulk.cuh) finds 16-bit numbers ``[rows, columns]`` at ``address``, rows ``stride`` numbers
+    apart, in boxes of ``box`` rows and 64 columns. Address and stride are multiples of 16 bytes."""
+    place = ctypes.create_string_buffer(2 * _MAP)
+    aligned = -ctypes.addressof(place) % _MAP
+    sizes, strides = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(2 * stride)
+    boxes, every = (ctypes.c_uint32 * 2)(64, box), (ctypes.c_uint32 * 2)(1, 1)
+    code = _driver().cuTensorMapEncodeTiled(
+        ctypes.byref(place, aligned), _16_BITS, 2, ctypes.c_void_p(address), sizes, strides, boxes, every, 0,
+        _SWIZZLED, _WHOLE_LINES, 0,
+    )  # fmt: skip
+    _answer(code, f"describing {rows} tokens of {columns} numbers")
+    return place.raw[aligned : aligned + _MAP]
 
 
 # Machine code by source, compute capability and options; other processes may have compiled it.

@@ -39,6 +39,7 @@ from rarefy.kernels.reference import decode
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 MOST_TOKENS = 128  # beyond, a dequantized weight and the library's product take less time
 MOST_TOKENS_WIDE = 768  # where four warps can multiply together
+MOST_TOKENS_OF_PROMPTS = 1536  # there, of one term that other warps unpack
 MOST_TOKENS_OF_SMALL_GROUPS = 64  # there, since every 16 or 32 columns are scaled apart
 MOST_APART = 1 << 22  # numbers from a token to the next, so that 32 bits count them
 MOST_TOKENS_OF_16_BITS = 64  # up to which reading the weight is all that counts, so that activations stay exact
@@ -125,8 +126,9 @@ def most_tokens(terms: Sequence[Term], device: torch.device) -> int:
     """Up to how many tokens are multiplied by codes."""
     if not takes_wide(device):
         return MOST_TOKENS
-    small = any(numbers["kind"] == CODES and 0 < numbers["group_size"] <= 32 for _, numbers, _ in terms)
-    return MOST_TOKENS_OF_SMALL_GROUPS if small else MOST_TOKENS_WIDE
+    if any(numbers["kind"] == CODES and 0 < numbers["group_size"] <= 32 for _, numbers, _ in terms):
+        return MOST_TOKENS_OF_SMALL_GROUPS
+    return MOST_TOKENS_OF_PROMPTS if len(terms) == 1 else MOST_TOKENS_WIDE
 
 
 def _in_bytes(term: Term, x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -203,7 +205,8 @@ def aligned(x: Tensor) -> Tensor:
     missing = -x.shape[1] % 8
     if missing:
         return torch.nn.functional.pad(x, (0, missing))
-    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(0) < MOST_APART and x.data_ptr() % 16 == 0:
+    apart = x.stride(0)
+    if x.stride(1) == 1 and apart % 8 == 0 and x.shape[1] <= apart < MOST_APART and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

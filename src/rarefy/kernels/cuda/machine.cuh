@@ -4,7 +4,10 @@
 #define device __device__ __forceinline__
 #define global __global__
 #define in_clusters_of(x, y) __cluster_dims__(x, y, 1)
-#define shared_memory(name) extern __shared__ __align__(128) u8 name[]
+#ifndef SHARED_ALIGNMENT
+#define SHARED_ALIGNMENT 128
+#endif
+#define shared_memory(name) extern __shared__ __align__(SHARED_ALIGNMENT) u8 name[]
 
 #if __CUDA_ARCH__ >= 900
 #define ORDERED 1
@@ -266,6 +269,15 @@ device u32 transposed(u32 pair) {
   u32 found;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(found) : "r"(pair));
   return found;
+}
+// Four matrices 8 x 8, of each of which a lane has what `transposed` says, to shared memory, their columns as lines of 16
+// bytes: lane 8 m + n says where column n of matrix m goes.
+device void put_transposed(u8* line, const u32 (&pairs)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+               ::"r"(static_cast<u32>(__cvta_generic_to_shared(line))), "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
+               : "memory");
+#endif
 }
 // a * b + c on two 16-bit numbers each.
 device u32 fused(u32 a, u32 b, u32 c) {

@@ -2,15 +2,15 @@
 // the eight columns of their second operand free, so these are bit planes of the token: its numbers as whole ones of
 // PLANES bits (two's complement) in a unit for each 128 columns, a power of two so that the largest is below the last
 // bit. Codes are the first operand as they lie in memory. What plane n counts is 2^n times as much; the sum of all is
-// exact, and a number is off by at most half a unit: the largest of 128 times 2^-PLANES.
+// exact, and a number is off by at most half a unit: the largest of 128 times 2^(1 - PLANES).
 
 constexpr int SETS_OF_PLANES = PLANES / 8;
 constexpr int SPANS = 2 * DEPTH * ALONG;                    // of 128 columns, of which a block has planes at once
 constexpr int OF_TASK = 16, TASKS = SPANS * 128 / OF_TASK;  // columns of which a thread makes planes at once
 constexpr int TURNS_OF_TASKS = (TASKS + THREADS - 1) / THREADS;
 
-// In shared memory: for each span what one means, times 2^32, and the sum of its numbers; then words of 32 columns of each plane,
-// [SPANS][SETS_OF_PLANES][t][plane].
+// In shared memory: for each span what one means, times 2^32, and the sum of its numbers; then words of 32 columns of each
+// plane, [SPANS][SETS_OF_PLANES][t][plane].
 constexpr int AT_UNITS = AT_PLACES, AT_PLANES = AT_UNITS + 8 * SPANS;
 device float2* units_of_planes() { return reinterpret_cast<float2*>(pool + AT_UNITS); }
 device u32* words_of_planes() { return reinterpret_cast<u32*>(pool + AT_PLANES); }
@@ -108,7 +108,7 @@ device void make_planes(const PlaneTokens& x) {
 
 // What the planes of the spans of one step count, times what they are worth, to columns 2 * d and 2 * d + 1 of `parts`: a
 // second product, of counts as the smallest numbers of float16 (2^-24 each) with powers of two, the highest less than
-// zero. It comes first, where it is exact; 2^n stands as 2^(n - 8), so that all is 2^32 times as much.
+// zero. That comes first, where it is exact. 2^n stands as 2^(n - 8), so that all is 2^-32 of what it means.
 device void count_step(float (&parts)[TILES][4], const Codes& codes, int place, int d, int lane) {
   const int g = lane / 4, t = lane % 4;
   u32 planes[2][SETS_OF_PLANES], worth[2][SETS_OF_PLANES];

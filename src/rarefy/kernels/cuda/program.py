@@ -16,13 +16,17 @@ from torch import Tensor
 from rarefy.kernels.cuda import driver
 from rarefy.kernels.cuda.layout import TILE, Order, step_of
 
-SOURCE, GEMM = (Path(__file__).with_name(name) for name in ("linear.cu", "gemm.cu"))
-SOURCES = {"gemm": GEMM, "arrange": GEMM}  # of kernels that are not in SOURCE
+SOURCE, GEMM, PROMPT = (Path(__file__).with_name(name) for name in ("linear.cu", "gemm.cu", "prompt.cu"))
+SOURCES = {"gemm": GEMM, "arrange": GEMM, "prompt": PROMPT}  # of kernels that are not in SOURCE
 TYPES: dict[Any, int] = {
     None: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4,
     "pairs": 5, "bilevel": 6, "level": 7,
 }  # fmt: skip
 PLANES = 24  # bits of an activation that is multiplied by single bits
+
+
+MULTIPLIERS = 2  # fours of warps that multiply what others unpack
+HALF = 0.65  # of a tile's time, which half a tile takes, since as much is unpacked
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,13 @@ class Code:
     def parts(self) -> int:
         """Groups of a step."""
         return self.step // self.group if 0 < self.group < self.step else 1
+
+    @property
+    def bytes_of_step(self) -> int:
+        """Of a tile's codes, scales and zeros, as ``prompt.cu`` keeps them for its lanes."""
+        words = {None: 0, torch.float32: 2, "pairs": 2, "bilevel": 3, "level": 3}
+        pairs = -(-self.parts // 4) * (words.get(self.scale, 1) + words.get(self.zero, 1))
+        return self.step * self.bits * 2 + 128 * pairs
 
     @property
     def shares_scales(self) -> bool:
@@ -137,7 +148,11 @@ class Tuning:
 
     ``wide``: four warps multiply together (``gemm.cu``; compute capability 9.0), which takes stages, ``across`` a
     multiple of 4 and ``along`` 1. ``cluster`` neighbouring blocks then share what they read of the tokens; two fours of
-    warps multiply ``in_turns``; ``rescaled``: sums are kept in units of the last scale (see ``Code.can_rescale``)."""
+    warps multiply ``in_turns``; ``rescaled``: sums are kept in units of the last scale (see ``Code.can_rescale``).
+
+    ``unpackers``: fours of warps that unpack for two other fours, which multiply from shared memory (``prompt.cu``;
+    ``wide`` too). ``stages`` are of 64 columns then, ``depth`` steps of codes come ahead, and ``tiles`` are those of a
+    warp that unpacks."""
 
     tiles: int = 1
     tokens: int = 1
@@ -156,6 +171,7 @@ class Tuning:
     stored: bool = False
     held: int = 0
     room: int = 0
+    unpackers: int = 0
 
     MOST_SHARED: ClassVar[int] = 200 * 1024  # bytes of a block's shared memory
 
@@ -175,19 +191,28 @@ class Tuning:
         return 8 // self.held if all_held and code.shares_scales else 1
 
     @property
+    def strip(self) -> int:
+        """Tokens of a tile, or of half a tile where it may be halved (``unpackers``)."""
+        return 4 * self.tokens if self.split == 1 and self.tokens % 16 == 0 else 8 * self.tokens
+
+    @property
     def kernels(self) -> tuple[str, ...]:
         """What is launched, in this order."""
+        if self.unpackers:
+            return ("prompt",)
         return ("arrange", "gemm") if self.wide else ("linear",)
 
     @property
     def threads(self) -> int:
+        if self.unpackers:
+            return 128 * (MULTIPLIERS + self.unpackers)
         beside = 0 if not self.wide else 32 if self.across == 4 else 128  # that bring what the others multiply
         return 32 * self.across * self.along + beside
 
     def suits(self, code: Code) -> bool:
         """Whether four warps together multiply such a code so: sums in units of a scale want one, and outliers want
         warps that have nothing else to do and whole words of tokens."""
-        if not self.wide:
+        if not self.wide or self.unpackers:
             return True
         outliers = code.outliers is None or (self.across > 4 and self.tokens in (2, 4, 8, 16))
         return outliers and (code.can_rescale or not self.rescaled)
@@ -195,12 +220,17 @@ class Tuning:
     @property
     def rows(self) -> int:
         """Rows of a block."""
-        return TILE * self.tiles * self.across
+        return 64 * MULTIPLIERS if self.unpackers else TILE * self.tiles * self.across
 
     def shared_memory(self, code: Code) -> int:
         """Bytes of a block."""
         width = 8 * self.tokens
         table = code.table_bytes
+        if self.unpackers:
+            stages, meeting = self.stages * 128 * (self.rows + width), 4 * width * (self.rows + 4)
+            staged = max(stages, meeting) if self.split > 1 else stages + MULTIPLIERS * min(32, width) * (2 * 64 + 16)
+            coming = self.depth * self.rows // TILE * code.bytes_of_step
+            return -(-table // 1024) * 1024 + staged + coming + 16 * self.stages
         if self.wide:
             sums = code.parts * width * 4 if code.sums else 0
             staged = self.stages * (2 * code.step * width + sums) + 16 * self.stages
@@ -260,6 +290,17 @@ class Arguments(ctypes.Structure):
     ]
 
 
+class Prompt(ctypes.Structure):
+    """``Prompt`` of ``prompt.cu``: a tensor map lies at a multiple of 128 bytes."""
+
+    _fields_ = [
+        ("a", Arguments),
+        ("whole", ctypes.c_int),
+        ("between", ctypes.c_byte * (-(ctypes.sizeof(Arguments) + 4) % 128)),
+        ("tokens", ctypes.c_byte * 128),
+    ]
+
+
 def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) -> dict[str, int]:
     """The macros of the source."""
     names = (field.name for field in fields(tuning) if field.name != "overlap")
@@ -267,7 +308,8 @@ def definitions(code: Code, tuning: Tuning, half: bool, ending: Ending = PLAIN) 
     found.update(
         BITS=code.bits, GROUP=code.group, SPAN=code.span, STEP=code.step, CENTER=code.center,
         TABLE=("", "shared", "rows").index(code.table),
-        SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers], HALF=int(half),
+        SCALE=TYPES[code.scale], ZERO=TYPES[code.zero], OUTLIERS=TYPES[code.outliers],
+        HALF=int(half),
         STAGED=int(tuning.stages > 0), FLOAT8=int(code.float8), SECOND_GROUPS=code.second_groups,
         HELD=tuning.held if code.held else 0, BESIDE=tuning.beside(code), HELD_COLUMNS=code.held, QUADS=code.quads,
         RAGGED=int(code.ragged), PLANES=PLANES, IN_PLANES=int(tuning.spread and code.fits_planes),
@@ -304,6 +346,29 @@ def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
     """Blocks over rows, columns and tokens."""
     across = -(-rows // (tuning.rows * tuning.cluster)) * tuning.cluster
     return across, tuning.split, -(-tokens // (8 * tuning.tokens))
+
+
+def tiles(tuning: Tuning, rows: int, tokens: int, processors: int) -> tuple[int, int, float]:
+    """Of ``prompt.cu`` on so many ``processors``: blocks, tiles that are not taken in halves, and how many whole tiles
+    take as long as the block that has most to do."""
+    across = -(-rows // tuning.rows)
+    strips, halves = -(-tokens // tuning.strip), 8 * tuning.tokens // tuning.strip
+    full, more = across * (strips // halves), across * (strips % halves)
+    if tuning.split > 1:
+        return full, full, -(-full * tuning.split // processors)
+
+    def longest(whole: int) -> float:  # the first block's
+        units = range(0, whole + halves * (full - whole) + more, processors)
+        return sum(1 if unit < whole or halves == 1 else HALF for unit in units)
+
+    whole = min(full, full // processors * processors, key=longest) if halves > 1 else full
+    return min(processors, whole + halves * (full - whole) + more), whole, longest(whole)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 MOST_STORED = 225 * 1024  # bytes of a block's shared memory where all of its weights go there
@@ -343,6 +408,11 @@ def linear(
     for name, program in compiled(code, tuning, half, device, ending).items():
         if name == "arrange":
             program(arranging(code, tuning, given), ARRANGING, given, stream, tuning.overlap)
+        elif name == "prompt":
+            blocks, whole, _ = tiles(tuning, given.rows, given.tokens, processors(device))
+            own = Prompt(a=given, whole=whole)
+            own.tokens[:] = driver.tensor_map(given.x, given.tokens, given.columns, given.stride, tuning.strip)
+            program((blocks, tuning.split, 1), tuning.threads, own, stream, tuning.overlap)
         else:
             stored = stored_memory(code, tuning, given.columns, given.quads)
             program(grid(tuning, given.rows, given.tokens), tuning.threads, given, stream, tuning.overlap, stored)
@@ -397,6 +467,8 @@ def workspace(
     """Memory beside the product's own tensors. For blocks that share columns: partial sums, and counters that are zero
     before and after; for four warps that multiply together: the tokens as they want them, and their sums by group."""
     found: dict[str, Tensor] = {}
+    if tuning.unpackers:
+        return found
     across, _, deep = grid(tuning, rows, tokens)
     if tuning.split > 1 and not tuning.wide:
         found["partial"] = torch.empty(tuning.split, tokens, rows, dtype=torch.float32, device=device)

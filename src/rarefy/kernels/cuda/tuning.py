@@ -12,7 +12,17 @@ import torch
 from filelock import FileLock
 
 from rarefy.core.files import write_text
-from rarefy.kernels.cuda.program import MOST_STORED, PLAIN, Code, Ending, Tuning, shared_memory, stored_memory
+from rarefy.kernels.cuda.program import (
+    MOST_STORED,
+    PLAIN,
+    Code,
+    Ending,
+    Tuning,
+    processors,
+    shared_memory,
+    stored_memory,
+    tiles,
+)
 from rarefy.sources.cache import cache_root
 
 FOLDER = Path(__file__).with_name("tables")
@@ -23,12 +33,17 @@ MOST_SHARED_WIDE = 226 * 1024  # where four warps can multiply together
 MOST_STAGES = 8
 NARROW = 8192  # rows that are too few blocks unless more warps share a row
 BLOCKS = 132  # that keep a large GPU busy
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens that are told apart
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens that are told apart; more are prompts
+PROMPTS = {32: 1, 24: 2}  # fours of warps that unpack, by 8 tokens of a tile
+ENDS = 3000, 8000  # cycles to begin and end a tile of a prompt, alone and where blocks share columns
 ONE_KERNEL = (2, 4, 8)  # of which the kernel is the same, so that what was measured for one of them serves the others
 
 
 def choose(code: Code, rows: int, columns: int, tokens: int, device: torch.device) -> Tuning:
     """What to compile for ``tokens`` of ``columns`` against ``rows``."""
+    prompt = tokens > BUCKETS[-1] and code.outliers is None and torch.cuda.get_device_capability(device) == (9, 0)
+    if prompt:
+        return of_prompt(code, rows, columns, tokens, processors(device))
     bucket = next((each for each in BUCKETS if tokens <= each), BUCKETS[-1])
     found = _chosen(code, rows, columns, bucket, _name(device), torch.cuda.get_device_capability(device))
     return found if can_be_stored(code, found, columns) else replace(found, stored=False)
@@ -151,6 +166,22 @@ def _wide(code: Code, rows: int, tokens: int) -> Tuning:
     return fitted(code, replace(own, split=split))
 
 
+@functools.lru_cache(maxsize=1 << 12)
+def of_prompt(code: Code, rows: int, columns: int, tokens: int, processors: int) -> Tuning:
+    """The rule for prompts: what should take the fewest cycles on so many ``processors``."""
+
+    def cycles(tuning: Tuning) -> float:
+        of_stage = 32 * tuning.tokens  # of the tensor cores, which are all that counts
+        _, _, longest = tiles(tuning, rows, tokens, processors)
+        return longest * (-(-columns // 64) / tuning.split * of_stage + ENDS[tuning.split > 1])
+
+    every = (
+        Tuning(2 // fours, at_once, stages=MOST_STAGES, split=split, wide=True, overlap=True, unpackers=fours)
+        for at_once, fours in PROMPTS.items() for split in (1, 2)
+    )  # fmt: skip
+    return fitted(code, min(every, key=cycles))
+
+
 def widths(tokens: int) -> list[int]:
     """How many times 8 tokens a block of four warps together may take, likelier ones first."""
     if tokens > 128:
@@ -173,12 +204,26 @@ def fitted(code: Code, tuning: Tuning) -> Tuning:
     """With as many steps on their way as registers and, for four warps together, shared memory have room for; small
     groups are scaled so often that several steps would be long programs."""
     small = code.parts > 4
+    if tuning.unpackers:
+        return _fitted_prompt(code, tuning)
     if not tuning.wide:
         return replace(tuning, depth=1) if small and not tuning.spread else tuning
     roomy = tuning.tokens <= 8 and code.outliers is None  # whose warps need registers too
     depth = 1 if small else 4 if roomy else 3 if tuning.tokens == 16 and tuning.rescaled else 2
     every = (replace(tuning, stages=stages, depth=depth) for stages in range(tuning.stages, 1, -1))
     return next((each for each in every if each.shared_memory(code) <= MOST_SHARED_WIDE), replace(tuning, stages=2))
+
+
+def _fitted_prompt(code: Code, tuning: Tuning) -> Tuning:
+    """As much as shared memory has room for: stages enough to hide what unpacking waits for, then codes that come from
+    far, then more stages."""
+    depths = (3, 2) if code.step == 128 else (2,)
+    every = (
+        replace(tuning, stages=stages, depth=depth)
+        for least in (4, 3) for depth in (*depths, 1) for stages in range(tuning.stages, least - 1, -1)
+    )  # fmt: skip
+    fits = (each for each in every if each.shared_memory(code) <= MOST_SHARED_WIDE)
+    return next(fits, replace(tuning, stages=3, depth=1))
 
 
 @functools.cache

@@ -8,6 +8,11 @@
 device void take_turn(int four) { asm volatile("bar.sync %0, 256;" ::"r"(1 + four) : "memory"); }
 device void pass_turn(int four) { asm volatile("bar.arrive %0, 256;" ::"r"(2 - four) : "memory"); }
 
+// ---- Barriers of a four of warps, and of two.
+
+device void barrier_of_four(int four) { asm volatile("bar.sync %0, 128;" ::"r"(3 + four) : "memory"); }
+device void barrier_of_both() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+
 // ---- Registers: four warps that only bring things leave theirs to `warps` that multiply.
 
 template <int WARPS> device void give_registers_back() {
@@ -34,6 +39,7 @@ device void settle(u32& word) { asm volatile("" : "+r"(word)::"memory"); }
 #define D_4(n) D_2(n), D_2(n + 2)
 #define D_8(n) D_4(n), D_4(n + 4)
 #define D_16(n) D_8(n), D_8(n + 8)
+#define D_24(n) D_16(n), D_8(n + 16)
 #define D_32(n) D_16(n), D_16(n + 16)
 #define NAMES_1 "%0, %1, %2, %3"
 #define NAMES_2 NAMES_1 \
@@ -45,9 +51,10 @@ device void settle(u32& word) { asm volatile("" : "+r"(word)::"memory"); }
 #define NAMES_16 NAMES_8 \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define NAMES_32 NAMES_16 \
+#define NAMES_24 NAMES_16 \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
-  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define NAMES_32 NAMES_24 \
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define PRODUCT(COUNT, WIDTH, TYPE, A0, A1, A2, A3, TOKENS_, ADD)                                                      \
@@ -80,4 +87,26 @@ template <int N, int FIRST = 0> device void multiply_wide(float (&d)[N][4], cons
 // What a product is told of 16 columns of tokens at `block`.
 device u64 tokens_at(const u8* block, u32 leading) {
   return u64(shared_address(block) >> 4 & 0x3FFF) | u64(leading >> 4) << 16 | u64(128 >> 4) << 32;
+}
+
+// ---- Products of two operands in shared memory, lines of 64 numbers swizzled as copies of boxes are (bulk.cuh).
+
+#define PRODUCT_OF_LINES(COUNT, WIDTH, TYPE, WEIGHTS_, TOKENS_, ADD)                                                   \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %" ADD ", 0;\n"                                                         \
+               "wgmma.mma_async.sync.aligned.m64n" WIDTH "k16.f32." TYPE "." TYPE " {" NAMES_##COUNT                   \
+               "}, %" WEIGHTS_ ", %" TOKENS_ ", p, 1, 1, 0, 0; }"                                                      \
+               : D_##COUNT(0) : "l"(weights), "l"(tokens), "r"(int(add)))
+#define PRODUCTS_OF_LINES(COUNT, WIDTH, ...)                                                                           \
+  device void multiply_lines(float (&d)[COUNT][4], u64 weights, u64 tokens, bool add) {                                \
+    if constexpr (HALF) PRODUCT_OF_LINES(COUNT, WIDTH, "f16", __VA_ARGS__);                                            \
+    else PRODUCT_OF_LINES(COUNT, WIDTH, "bf16", __VA_ARGS__);                                                          \
+  }
+// d [+]= 64 rows times 16 columns of 8 * COUNT tokens.
+PRODUCTS_OF_LINES(8, "64", "32", "33", "34")
+PRODUCTS_OF_LINES(16, "128", "64", "65", "66")
+PRODUCTS_OF_LINES(24, "192", "96", "97", "98")
+PRODUCTS_OF_LINES(32, "256", "128", "129", "130")
+// What a product is told of lines at `block`, whole kilobytes; 32 bytes further lie 2 further.
+device u64 lines_at(u32 block) {
+  return u64(block >> 4 & 0x3FFF) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }

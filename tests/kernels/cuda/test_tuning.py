@@ -107,9 +107,11 @@ def test_what_was_measured_for_some_tokens_serves_others() -> None:
     assert tuning.choose(code, 8192, 8192, 16, GPU) == tuning.by_rule(code, 8192, 8192, 16, CAPABILITY)
 
 
-def test_small_groups_are_dequantized_sooner() -> None:
-    found = [most_tokens([({}, {"kind": KIND, "group_size": size}, 1.0)], GPU) for size in (0, 16, 32, 128)]
-    assert found == [1536, 64, 64, 1536]
+@pytest.mark.parametrize(("rows", "most"), [(8192, 1024), (8208, 768)])
+def test_small_groups_and_many_rows_are_dequantized_sooner(rows: int, most: int) -> None:
+    numbers = {"kind": KIND, "rows": rows}
+    found = [most_tokens([({}, {**numbers, "group_size": size}, 1.0)], GPU) for size in (0, 16, 32, 128)]
+    assert found == [most, 64, 64, most]
 
 
 @pytest.mark.parametrize("code", [code for code in CODES if code.outliers is None], ids=str)

@@ -39,7 +39,7 @@ from rarefy.kernels.reference import decode
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 MOST_TOKENS = 128  # beyond, a dequantized weight and the library's product take less time
 MOST_TOKENS_WIDE = 768  # where four warps can multiply together
-MOST_TOKENS_OF_PROMPTS = 1536  # there, of one term that other warps unpack
+MOST_TOKENS_OF_PROMPTS = 1024  # there, of one term of few rows, which other warps unpack
 MOST_TOKENS_OF_SMALL_GROUPS = 64  # there, since every 16 or 32 columns are scaled apart
 MOST_APART = 1 << 22  # numbers from a token to the next, so that 32 bits count them
 MOST_TOKENS_OF_16_BITS = 64  # up to which reading the weight is all that counts, so that activations stay exact
@@ -128,7 +128,8 @@ def most_tokens(terms: Sequence[Term], device: torch.device) -> int:
         return MOST_TOKENS
     if any(numbers["kind"] == CODES and 0 < numbers["group_size"] <= 32 for _, numbers, _ in terms):
         return MOST_TOKENS_OF_SMALL_GROUPS
-    return MOST_TOKENS_OF_PROMPTS if len(terms) == 1 else MOST_TOKENS_WIDE
+    few = len(terms) == 1 and terms[0][1]["rows"] <= tuning.NARROW
+    return MOST_TOKENS_OF_PROMPTS if few else MOST_TOKENS_WIDE
 
 
 def _in_bytes(term: Term, x: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -41,8 +41,8 @@ ONE_KERNEL = (2, 4, 8)  # of which the kernel is the same, so that what was meas
 
 def choose(code: Code, rows: int, columns: int, tokens: int, device: torch.device) -> Tuning:
     """What to compile for ``tokens`` of ``columns`` against ``rows``."""
-    prompt = tokens > BUCKETS[-1] and code.outliers is None and torch.cuda.get_device_capability(device) == (9, 0)
-    if prompt:
+    many = tokens > BUCKETS[-1] and code.outliers is None and torch.cuda.get_device_capability(device) == (9, 0)
+    if many and rows <= NARROW:
         return of_prompt(code, rows, columns, tokens, processors(device))
     bucket = next((each for each in BUCKETS if tokens <= each), BUCKETS[-1])
     found = _chosen(code, rows, columns, bucket, _name(device), torch.cuda.get_device_capability(device))

@@ -433,6 +433,7 @@ typedef OfStep<SMALL>::type StepScales;
 
 constexpr int HELD_PITCH = 2 * HELD_COLUMNS + (SPREAD ? 0 : SPAN == 4 ? 32 : 64);
 constexpr bool HOLDS = SPREAD ? OUTLIERS : HELD > 0;
+constexpr bool MEET_FIRST = SPREAD && OUTLIERS && TABLE == BY_ROW && !STORED;  // see below
 static_assert(HELD == 0 || !STAGED, "either");
 #if SPREAD
 constexpr int AT_HELD = AT_PLACES + PLACES_BYTES;
@@ -441,10 +442,15 @@ constexpr int AT_HELD = AT_SHARES + SHARES_OF_WARP * ACROSS * ALONG;
 #endif
 
 device void hold_tokens(const Arguments& a, int first_token) {
+#if SPREAD
+  // In a loop: copies that are unrolled are begun before the product's own activations, which then come after them.
+#pragma unroll 1
+  for (int n = threadIdx.x; n < HELD_COLUMNS / 8 && 8 * n < a.columns; n += THREADS) copy_async(pool + AT_HELD + 16 * n, a.x + 8 * n, true);
+#else
   const u16* from = a.x + i64(first_token) * a.stride + 8 * threadIdx.x;
   u8* to = pool + AT_HELD + 16 * threadIdx.x;
 #pragma unroll
-  for (int token = 0; token < (SPREAD ? 1 : HELD); ++token) {
+  for (int token = 0; token < HELD; ++token) {
     if (first_token + token >= a.tokens) break;
 #pragma unroll
     for (int n = 0; n < HELD_COLUMNS / 8; n += THREADS) {
@@ -454,6 +460,7 @@ device void hold_tokens(const Arguments& a, int first_token) {
     }
     from += a.stride;
   }
+#endif
   commit_copies();
 }
 device void wait_for_tokens() {
@@ -471,7 +478,8 @@ device const u8* held_of(int token) { return pool + AT_HELD + (HELD > 0 && token
 // ---- Outliers: warps along the columns share a row's quads. A lane of one token adds its own entries to its own sums,
 // which meet later; of more, the lanes that have sums of a row share its entries and add them for their own tokens.
 // Entries are on their way before activations are waited for. Those of one token are added when the product is done:
-// the activations that they meet come meanwhile, and the product waits for nobody else's.
+// the activations that they meet come meanwhile, and the product waits for nobody else's. Where rows have tables, blocks
+// are so many that what they wait for is their weights, and what entries meet is read meanwhile (MEET_FIRST).
 
 #if OUTLIERS
 #include "outliers.cuh"
@@ -489,6 +497,7 @@ typedef Quad Entries;
 struct Outliers {
   int first;  // quad of this warp
   Entries entries[TILES][AHEAD > 0 ? AHEAD : 1];
+  u16 met[MEET_FIRST ? TILES : 1][AHEAD > 0 ? AHEAD : 1][2];
 };
 
 device void begin_outliers(Outliers& own, const Arguments& a, int first_tile, int along, int lane) {
@@ -512,6 +521,15 @@ device u16 activation_of(const Arguments& a, u32 entry) {
   const int column = entry & 0xFFFF;
   if (HELD_COLUMNS == MOST_HELD && column >= HELD_COLUMNS) return a.x[column];
   return reinterpret_cast<const u16*>(pool + AT_HELD)[column];
+}
+device void meet_tokens(Outliers& own, const Arguments& a) {
+#pragma unroll
+  for (int r = 0; r < (MEET_FIRST ? TILES : 0); ++r)
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+      own.met[r][k][0] = activation_of(a, own.entries[r][k].x);
+      own.met[r][k][1] = activation_of(a, own.entries[r][k].y);
+    }
 }
 device void add_entry(float& sum, const Arguments& a, u32 entry) { sum += value_of(entry) * widened(activation_of(a, entry)); }
 
@@ -550,7 +568,16 @@ device void add_outliers(float (&sums)[TILES][TOKENS][4], const Outliers& own, c
 #pragma unroll
   for (int r = 0; r < TILES; ++r)
 #pragma unroll
-    for (int k = 0; k < AHEAD; ++k) add_entries(sums[r], a, own.entries[r][k], first_token, lane);
+    for (int k = 0; k < AHEAD; ++k) {
+#if SPREAD
+      if constexpr (MEET_FIRST) {
+        sums[r][0][0] += value_of(own.entries[r][k].x) * widened(own.met[r][k][0]);
+        sums[r][0][2] += value_of(own.entries[r][k].y) * widened(own.met[r][k][1]);
+        continue;
+      }
+#endif
+      add_entries(sums[r], a, own.entries[r][k], first_token, lane);
+    }
 }
 #if STORED
 device void add_stored_outliers(float (&sums)[TILES][TOKENS][4], Outliers& own, const Arguments& weights, int first_tile, int lane) {
@@ -668,7 +695,7 @@ extern "C" global __launch_bounds__(THREADS, ROOM) void rarefy_linear(const Argu
   if constexpr (STORED) block_barrier();  // which are to wait for it see the barrier of what is stored
   if constexpr (!LATE) start_later_kernels();
   wait_for_earlier_kernels();  // weights never depend on them
-  if constexpr (HOLDS && !SPREAD) hold_tokens(a, first_token);
+  if constexpr (HOLDS && (!SPREAD || MEET_FIRST)) hold_tokens(a, first_token);
 
   float sums[TILES][TOKENS][4] = {};
 #if STAGED
@@ -747,12 +774,15 @@ extern "C" global __launch_bounds__(THREADS, ROOM) void rarefy_linear(const Argu
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d)
     if (step_at(d) < end) fetch_tokens(d, step_at(d));
-  if constexpr (HOLDS && SPREAD) hold_tokens(a, first_token);
+  if constexpr (HOLDS && SPREAD && !MEET_FIRST) hold_tokens(a, first_token);
   fetch_rest(beside, factors, a, first_token);
 #if STORED && !IN_PLANES
   if (rounds > 0) wait_for(weights_arrived(), 0);
 #endif
-  if constexpr (HOLDS && !SPREAD) wait_for_tokens();
+  if constexpr (HOLDS && (!SPREAD || MEET_FIRST)) wait_for_tokens();
+#if SPREAD && OUTLIERS
+  if constexpr (MEET_FIRST) meet_tokens(outliers, a);
+#endif
 #if OUTLIERS && !SPREAD
   add_outliers(sums, outliers, a, first_token, lane);
   add_other_outliers(sums, outliers, a, first_tile, first_token, lane);
@@ -822,7 +852,7 @@ extern "C" global __launch_bounds__(THREADS, ROOM) void rarefy_linear(const Argu
       for (int j = 0; j < 4; ++j) sums[r][0][j] += of_lane_xor(sums[r][0][j], distance);
 #endif
 #if SPREAD && OUTLIERS
-  wait_for_tokens();
+  if constexpr (!MEET_FIRST) wait_for_tokens();
   add_outliers(sums, outliers, a, first_token, lane);
 #if STORED
   add_stored_outliers(sums, outliers, weights, first_stored, lane);

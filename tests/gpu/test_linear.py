@@ -174,8 +174,8 @@ def test_every_form_of_prompts(changes: dict[str, Any], monkeypatch: pytest.Monk
 @pytest.mark.parametrize("grid", ["int4-none", "int8-g128"])
 def test_long_prompts(grid: str) -> None:
     """More tiles than a GPU has processors, a view of tokens, tokens that are all the same one."""
-    layer = CompressedLinear([quantized({**GRIDS, **OTHERS}[grid], PATTERNS["full"], 4100, 1024)]).to(GPU)
-    checked(layer, torch.randn(1500, 2048, device=GPU, dtype=torch.float16)[:, 512:1536])
+    layer = CompressedLinear([quantized({**GRIDS, **OTHERS}[grid], PATTERNS["full"], 8100, 1024)]).to(GPU)
+    checked(layer, torch.randn(1000, 2048, device=GPU, dtype=torch.float16)[:, 512:1536])
     checked(layer, torch.randn(1, 1024, device=GPU, dtype=torch.float16).expand(600, -1))
 
 

@@ -90,8 +90,7 @@ def program_linear(
 
 
 def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning, most: int = 1 << 30) -> Tensor:
-    """``x [tokens, columns]`` times a term of codes, with or without one of outliers, by at most so many blocks,
-    which are also the tiles of prompts that are not halved."""
+    """``x [tokens, columns]`` times a term of codes, with or without one of outliers, by at most so many blocks."""
     (codes, *lists), half, tokens = terms_of(*flat(prepared)[:3]), x.dtype == torch.float16, x.shape[0]
     tensors, numbers, multiplier = codes
     code, rows, own = code_of(tensors, numbers), numbers["rows"], pointed(codes, half)
@@ -107,11 +106,10 @@ def linear(x: Tensor, prepared: Sequence[Prepared], tuning: program.Tuning, most
         stride=x.stride(0), second_rows=numbers["second_rows"], multiplier=multiplier,
     )  # fmt: skip
     if tuning.unpackers:
-        box = struct.pack("QqIII", x.data_ptr(), x.stride(0), tokens, x.shape[1], tuning.strip)
-        prompt = program.Prompt(a=given, whole=most)
+        box = struct.pack("QqIII", x.data_ptr(), x.stride(0), tokens, x.shape[1], 8 * tuning.tokens)
+        prompt = program.Prompt(a=given)
         prompt.tokens[: len(box)] = box
-        blocks, _, _ = program.tiles(tuning, rows, tokens, 132)
-        _run("prompt", code, tuning, half, prompt, (min(blocks, most), tuning.split, 1))
+        _run("prompt", code, tuning, half, prompt, (min(program.tiles(tuning, rows, tokens), most), tuning.split, 1))
         return y
     if tuning.wide:
         _run("arrange", code, tuning, half, given, program.arranging(code, tuning, given))

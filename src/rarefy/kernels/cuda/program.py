@@ -26,7 +26,6 @@ PLANES = 24  # bits of an activation that is multiplied by single bits
 
 
 MULTIPLIERS = 2  # fours of warps that multiply what others unpack
-HALF = 0.65  # of a tile's time, which half a tile takes, since as much is unpacked
 
 
 @dataclass(frozen=True)
@@ -191,11 +190,6 @@ class Tuning:
         return 8 // self.held if all_held and code.shares_scales else 1
 
     @property
-    def strip(self) -> int:
-        """Tokens of a tile, or of half a tile where it may be halved (``unpackers``)."""
-        return 4 * self.tokens if self.split == 1 and self.tokens % 16 == 0 else 8 * self.tokens
-
-    @property
     def kernels(self) -> tuple[str, ...]:
         """What is launched, in this order."""
         if self.unpackers:
@@ -295,8 +289,7 @@ class Prompt(ctypes.Structure):
 
     _fields_ = [
         ("a", Arguments),
-        ("whole", ctypes.c_int),
-        ("between", ctypes.c_byte * (-(ctypes.sizeof(Arguments) + 4) % 128)),
+        ("between", ctypes.c_byte * (-ctypes.sizeof(Arguments) % 128)),
         ("tokens", ctypes.c_byte * 128),
     ]
 
@@ -348,21 +341,9 @@ def grid(tuning: Tuning, rows: int, tokens: int) -> tuple[int, int, int]:
     return across, tuning.split, -(-tokens // (8 * tuning.tokens))
 
 
-def tiles(tuning: Tuning, rows: int, tokens: int, processors: int) -> tuple[int, int, float]:
-    """Of ``prompt.cu`` on so many ``processors``: blocks, tiles that are not taken in halves, and how many whole tiles
-    take as long as the block that has most to do."""
-    across = -(-rows // tuning.rows)
-    strips, halves = -(-tokens // tuning.strip), 8 * tuning.tokens // tuning.strip
-    full, more = across * (strips // halves), across * (strips % halves)
-    if tuning.split > 1:
-        return full, full, -(-full * tuning.split // processors)
-
-    def longest(whole: int) -> float:  # the first block's
-        units = range(0, whole + halves * (full - whole) + more, processors)
-        return sum(1 if unit < whole or halves == 1 else HALF for unit in units)
-
-    whole = min(full, full // processors * processors, key=longest) if halves > 1 else full
-    return min(processors, whole + halves * (full - whole) + more), whole, longest(whole)
+def tiles(tuning: Tuning, rows: int, tokens: int) -> int:
+    """Of ``prompt.cu``; where blocks share columns each tile has its own, else a block takes one after another."""
+    return -(-rows // tuning.rows) * -(-tokens // (8 * tuning.tokens))
 
 
 @functools.cache
@@ -409,9 +390,10 @@ def linear(
         if name == "arrange":
             program(arranging(code, tuning, given), ARRANGING, given, stream, tuning.overlap)
         elif name == "prompt":
-            blocks, whole, _ = tiles(tuning, given.rows, given.tokens, processors(device))
-            own = Prompt(a=given, whole=whole)
-            own.tokens[:] = driver.tensor_map(given.x, given.tokens, given.columns, given.stride, tuning.strip)
+            blocks, box = tiles(tuning, given.rows, given.tokens), 8 * tuning.tokens
+            blocks = blocks if tuning.split > 1 else min(blocks, processors(device))
+            own = Prompt(a=given)
+            own.tokens[:] = driver.tensor_map(given.x, given.tokens, given.columns, given.stride, box)
             program((blocks, tuning.split, 1), tuning.threads, own, stream, tuning.overlap)
         else:
             stored = stored_memory(code, tuning, given.columns, given.quads)

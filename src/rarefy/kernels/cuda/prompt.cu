@@ -4,8 +4,7 @@
 // Tensor cores find both operands in shared memory. Warps that do nothing else write weights there, in the type of the
 // activations: a code's number times its scale, rounded once, as `rarefy_dequantize` would write it to memory. Tokens come
 // by tensor maps. Two fours of warps multiply 64 rows each. A block takes one tile of rows and tokens after another; those
-// that unpack are already at the next when results are written. Tiles that would be a last wave for some blocks only, and
-// tokens that fill no tile, are taken in halves.
+// that unpack are already at the next when results are written.
 //
 // Macros besides those of codes.cuh: TOKENS (of 8), STAGES (of 64 columns in shared memory), DEPTH (steps of codes on their
 // way there), UNPACKERS (fours of warps that unpack, of TILES tiles each), SPLIT (blocks over columns, which add up what
@@ -29,41 +28,27 @@ constexpr int AT_ONCE = WIDTH < 32 ? WIDTH : 32, PITCH = 2 * 64 + 16;  // tokens
 constexpr int SUM_PITCH = ROWS + 4, MEETING = 4 * WIDTH * SUM_PITCH;     // of blocks that share columns
 constexpr int STAGES_ROOM = SPLIT > 1 && MEETING > STAGES * STAGE ? MEETING : STAGES * STAGE;
 constexpr int RESULTS_ROOM = SPLIT > 1 ? 0 : MULTIPLIERS * AT_ONCE * PITCH;
-constexpr bool HALVES = SPLIT == 1 && TOKENS % 16 == 0;  // whether a tile may have half of the tokens
-constexpr int STRIP = HALVES ? WIDTH / 2 : WIDTH;        // tokens that are always taken together
 
-// The tensor map of the tokens, [tokens][columns] in boxes of STRIP tokens and a line's columns.
+// The tensor map of the tokens, [tokens][columns] in boxes of WIDTH tokens and a line's columns.
 struct alignas(128) Map { u64 words[16]; };
 struct Prompt {
   Arguments a;
-  int whole;  // tiles that are not taken in halves
   Map tokens;
 };
 
-struct Tile { int row_tile, first_row, first_token, strips; };  // a row tile: 16 rows
+struct Tile { int row_tile, first_row, first_token; };  // a row tile: 16 rows
 
-// Tiles of rows lie beside each other, so that blocks that run together read the same tokens. First come whole tiles, then
-// the halves of others, then a last strip of tokens.
+// Tiles of rows lie beside each other, so that blocks that run together read the same tokens.
 struct Tiles {
-  int across, whole, halved, strip;
-  Tiles(const Prompt& given) {
-    const int strips = (given.a.tokens + STRIP - 1) / STRIP;
-    across = (given.a.rows + ROWS - 1) / ROWS;
-    const int full = HALVES ? across * (strips / 2) : across * strips;
-    whole = HALVES && given.whole < full ? given.whole : full;
-    halved = full - whole;
-    strip = HALVES && strips % 2 ? strips - 1 : -1;
+  int across, count;
+  Tiles(const Arguments& a) {
+    across = (a.rows + ROWS - 1) / ROWS;
+    count = across * ((a.tokens + WIDTH - 1) / WIDTH);
   }
-  int count() const { return whole + 2 * halved + (strip < 0 ? 0 : across); }
   Tile at(int number) const {
-    if (!HALVES) return tile(number % across, number / across, 1);
-    if (number < whole) return tile(number % across, number / across * 2, 2);
-    number -= whole;
-    if (number >= 2 * halved) return tile(number - 2 * halved, strip, 1);
-    const int own = whole + number / 2;
-    return tile(own % across, own / across * 2 + number % 2, 1);
+    const int row = number % across;
+    return {row * (ROWS / 16), row * ROWS, number / across * WIDTH};
   }
-  Tile tile(int row, int first_strip, int strips) const { return {row * (ROWS / 16), row * ROWS, first_strip * STRIP, strips}; }
 };
 
 // Stages of a block's steps; columns that only fill up the last step have none.
@@ -244,17 +229,16 @@ device void unpack(
     }
   }
 }
-device void fill(const Prompt& given, const Stages& stages, u8* coming, int warp, int lane) {
-  const Arguments& a = given.a;
+device void fill(const Arguments& a, const Stages& stages, u8* coming, int warp, int lane) {
   const int place = place_of_lane(lane), own_tile = warp * TILES;
-  const Tiles tiles(given);
+  const Tiles tiles(a);
   const Share share = share_of(a);
   const int count = stages_of(a, share), rounds = (count + IN_STEP - 1) / IN_STEP;
   Turn<STAGES> turn;
   turn.phase = 1;  // nobody has used a stage before
   Turn<DEPTH> arrival;
   // The step that is called for next.
-  int called = rounds > 0 ? blockIdx.x : tiles.count(), called_round = 0;
+  int called = rounds > 0 ? blockIdx.x : tiles.count, called_round = 0;
   const auto places_at = [&](int number) {
     Places found = places_of(a, tiles.at(number).row_tile + own_tile, place);
 #pragma unroll
@@ -265,7 +249,7 @@ device void fill(const Prompt& given, const Stages& stages, u8* coming, int warp
   };
   Places called_places = places_at(blockIdx.x);
   const auto call_next = [&](int slot) {
-    if (called < tiles.count()) {
+    if (called < tiles.count) {
       call_step(coming + slot * STEP_ROOM, a, called_places, share.begin + called_round, place, lane);
       if (++called_round == rounds) {
         called_round = 0, called += gridDim.x;
@@ -275,7 +259,7 @@ device void fill(const Prompt& given, const Stages& stages, u8* coming, int warp
     commit_copies();
   };
   for (int slot = 0; slot < DEPTH; ++slot) call_next(slot);
-  for (int number = blockIdx.x; number < tiles.count(); number += gridDim.x) {
+  for (int number = blockIdx.x; number < tiles.count; number += gridDim.x) {
     const Tile tile = tiles.at(number);
     Tables tables[TILES];
     load_tables(tables, a, tile.row_tile + own_tile, place / 4);
@@ -318,29 +302,24 @@ struct Tokens {
   Turn<STAGES> turn;
 
   Tokens(const Prompt& given, const Tiles& tiles, const Stages& stages, const Share& share, int count)
-      : given(given), tiles(tiles), stages(stages), count(count), number(count > 0 ? blockIdx.x : tiles.count()), part(0),
+      : given(given), tiles(tiles), stages(stages), count(count), number(count > 0 ? blockIdx.x : tiles.count), part(0),
         first_part(share.begin * IN_STEP), tile(tiles.at(blockIdx.x)) {
     turn.phase = 1;  // nobody has used a stage before
   }
   void bring() {
-    if (number >= tiles.count()) return;
+    if (number >= tiles.count) return;
     wait_for(stages.empty(turn.stage), turn.phase);
-    expect(stages.full(turn.stage), tile.strips * STRIP * LINE);
-    copy(0);
-    if (HALVES && tile.strips > 1) copy(1);
+    expect(stages.full(turn.stage), WIDTH * LINE);
+    const int column = (first_part + part) * COLUMNS;
+    copy_box(stages.tokens(turn.stage), &given.tokens, column, tile.first_token, stages.full(turn.stage));
     turn.pass();
     if (++part < count) return;
     part = 0, number += gridDim.x, tile = tiles.at(number);
   }
-  void copy(int strip) const {
-    const u32 to = stages.tokens(turn.stage) + strip * STRIP * LINE;
-    copy_box(to, &given.tokens, (first_part + part) * COLUMNS, tile.first_token + strip * STRIP, stages.full(turn.stage));
-  }
 };
 
-template <int COUNT>
 device void multiply_tile(
-    float (&sums)[COUNT][4], const Stages& stages, Turn<STAGES>& turn, Tokens& tokens_to_come, int& done, int count, int four,
+    float (&sums)[TOKENS][4], const Stages& stages, Turn<STAGES>& turn, Tokens& tokens_to_come, int& done, int count, int four,
     int lane) {
   const auto leave = [&](int stage) {
     warp_barrier();
@@ -365,7 +344,7 @@ device void multiply_tile(
   wait_for_products<0>();
   if (count > 0) leave(before);
 #pragma unroll
-  for (int n = 0; n < COUNT; ++n)
+  for (int n = 0; n < TOKENS; ++n)
 #pragma unroll
     for (int j = 0; j < 4; ++j) settle(sums[n][j]);
 }
@@ -378,7 +357,7 @@ device void put_results(
   const int warp = threadIdx.x / 32 % 4, first_row = tile.first_row + 64 * four;
 #pragma unroll
   for (int piece = 0; piece < WIDTH / AT_ONCE; ++piece) {
-    if (piece * AT_ONCE >= tile.strips * STRIP || tile.first_token + piece * AT_ONCE >= a.tokens) break;
+    if (tile.first_token + piece * AT_ONCE >= a.tokens) break;
     barrier_of_four(four);  // those before have been read
 #pragma unroll
     for (int n = 0; n < AT_ONCE / 8; n += 2) {
@@ -454,11 +433,11 @@ void rarefy_prompt(const __grid_constant__ Prompt given) {
 
   if (warp >= 4 * MULTIPLIERS) {
     const int own = warp - 4 * MULTIPLIERS;
-    fill(given, stages, coming + own * DEPTH * STEP_ROOM, own, lane);
+    fill(a, stages, coming + own * DEPTH * STEP_ROOM, own, lane);
     return;
   }
   const int four = warp / 4, count = stages_of(a, share_of(a));
-  const Tiles tiles(given);
+  const Tiles tiles(a);
   Turn<STAGES> turn;
   int done = 0;  // stages
   Tokens tokens(given, tiles, stages, share_of(a), count);
@@ -467,17 +446,14 @@ void rarefy_prompt(const __grid_constant__ Prompt given) {
     wait_for_earlier_kernels();
     for (int n = 0; n < STAGES; ++n) tokens.bring();
   }
-  for (int number = blockIdx.x; number < tiles.count(); number += gridDim.x) {
+  for (int number = blockIdx.x; number < tiles.count; number += gridDim.x) {
     const Tile tile = tiles.at(number);
     float sums[TOKENS][4];
     if (SPLIT > 1 && count == 0) {
 #pragma unroll
       for (int n = 0; n < TOKENS; ++n) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
     }
-    if (HALVES && tile.strips == 1)
-      multiply_tile(reinterpret_cast<float(&)[HALVES ? TOKENS / 2 : TOKENS][4]>(sums), stages, turn, tokens, done, count, four, lane);
-    else
-      multiply_tile(sums, stages, turn, tokens, done, count, four, lane);
+    multiply_tile(sums, stages, turn, tokens, done, count, four, lane);
     if constexpr (SPLIT == 1) {
       put_results(a, sums, results + four * AT_ONCE * PITCH, tile, four, lane);
     } else {

@@ -172,8 +172,8 @@ def of_prompt(code: Code, rows: int, columns: int, tokens: int, processors: int)
 
     def cycles(tuning: Tuning) -> float:
         of_stage = 32 * tuning.tokens  # of the tensor cores, which are all that counts
-        _, _, longest = tiles(tuning, rows, tokens, processors)
-        return longest * (-(-columns // 64) / tuning.split * of_stage + ENDS[tuning.split > 1])
+        waves = -(-tiles(tuning, rows, tokens) * tuning.split // processors)
+        return waves * (-(-columns // 64) / tuning.split * of_stage + ENDS[tuning.split > 1])
 
     every = (
         Tuning(2 // fours, at_once, stages=MOST_STAGES, split=split, wide=True, overlap=True, unpackers=fours)

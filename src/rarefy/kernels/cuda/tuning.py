@@ -94,8 +94,8 @@ def _chosen(
     details = _details(code)
     same = [entry for entry in known if all(entry.get(key) == details[key] for key in details)]
     for entries in (same, known):
-        nearest = min(entries, key=distance, default=None)
-        if nearest is not None and max(distance(nearest)[:2]) <= ALIKE:
+        nearest = min((entry for entry in entries if max(distance(entry)[:2]) <= ALIKE), key=distance, default=None)
+        if nearest is not None:
             measured = Tuning(**nearest["tuning"])
             found = measured if alike and not measured.wide else fitted(code, measured)
             found = found.holding(code, bucket) if found.held else found

@@ -1,8 +1,8 @@
 """The ops over execution layouts (``kernels/prepared.py``) on GPUs, with activations in 16 bits.
 
 Up to some number of tokens (``most_tokens``) a kernel multiplies by codes; beyond, the weight is dequantized for the
-library's product. The kernel is ``linear.cu`` or ``gemm.cu`` where PyTorch's CUDA compiler is at hand, otherwise its
-portable form in Triton.
+library's product. The kernel is ``linear.cu``, ``gemm.cu`` or ``prompt.cu`` where PyTorch's CUDA compiler is at hand,
+otherwise its portable form in Triton.
 """
 
 from __future__ import annotations

@@ -34,9 +34,10 @@ from rarefy.kernels import cuda
 from rarefy.kernels.activations import quantize_tokens
 from rarefy.kernels.cuda import measure, program
 from rarefy.kernels.cuda import tuning as tuning_tables
+from rarefy.kernels.cuda.code import Code
 from rarefy.kernels.cuda.linear import _in_bytes, dense_sum, most_tokens, pointed, pointed_entries, terms_of
 from rarefy.kernels.cuda.prepared import code_of
-from rarefy.kernels.cuda.program import Code, Tuning
+from rarefy.kernels.cuda.program import Tuning
 from rarefy.kernels.prepared import flat
 
 KEY = ("job", "rows", "columns", "tokens")

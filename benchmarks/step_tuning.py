@@ -20,7 +20,8 @@ import torch
 
 from rarefy.core.errors import UnsupportedError
 from rarefy.kernels.cuda import measure, program, tuning
-from rarefy.kernels.cuda.program import PLAIN, Code, Ending, Tuning
+from rarefy.kernels.cuda.code import Code
+from rarefy.kernels.cuda.program import PLAIN, Ending, Tuning
 
 Product = tuple[Ending, Code, int, int, int]  # what becomes of it, code, rows, columns, tokens
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rarefy.kernels.cuda import attend, encode, encode_blocks, kept, program, unrotate
 from rarefy.kernels.cuda import attend_token as token
+from rarefy.kernels.cuda.code import Code
 from rarefy.kernels.cuda.linear import aligned, pointed, pointed_entries, pointed_sparse, terms_of
 from rarefy.kernels.cuda.prepared import code_of, sparse_code_of
 from rarefy.kernels.prepared import Prepared, flat
@@ -70,7 +71,7 @@ def _kept() -> Path:
 
 
 def _run(
-    name: str, code: program.Code, tuning: program.Tuning, half: bool, given: program.Arguments | program.Prompt,
+    name: str, code: Code, tuning: program.Tuning, half: bool, given: program.Arguments | program.Prompt,
     grid: tuple[int, int, int], ending: program.Ending = program.PLAIN,
 ) -> None:  # fmt: skip
     macros = [f"-D{macro}={value}" for macro, value in program.definitions(code, tuning, half, ending).items()]
@@ -82,7 +83,7 @@ def _run(
 
 
 def program_linear(
-    code: program.Code, tuning: program.Tuning, given: program.Arguments, half: bool, device: torch.device,
+    code: Code, tuning: program.Tuning, given: program.Arguments, half: bool, device: torch.device,
     ending: program.Ending = program.PLAIN,
 ) -> None:  # fmt: skip
     """In the place of ``program.linear``, for one kernel."""
@@ -159,7 +160,7 @@ def quantize_tokens(x: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor,
         {"codes": codes, "scale": gain, "x": x, "y": codes, "partial": step}, rows=0, columns=x.shape[1],
         tokens=x.shape[0], stride=x.stride(0), multiplier=eps,
     )  # fmt: skip
-    code, tuning = program.Code(8, span=16, float8=True), program.Tuning()
+    code, tuning = Code(8, span=16, float8=True), program.Tuning()
     _run("quantize", code, tuning, x.dtype == torch.float16, given, (x.shape[0], 1, 1))
     return codes.view(torch.float8_e4m3fn), step
 

@@ -11,9 +11,10 @@ import torch
 
 from rarefy.core.errors import UnsupportedError
 from rarefy.kernels.cuda import driver, measure, tuning
+from rarefy.kernels.cuda.code import Code
 from rarefy.kernels.cuda.linear import most_tokens
 from rarefy.kernels.cuda.prepared import CODES as KIND
-from rarefy.kernels.cuda.program import SOURCE, Code, Tuning, tiles
+from rarefy.kernels.cuda.program import SOURCE, Tuning, tiles
 
 CODES = [
     Code(4, 128), Code(3, 128, outliers=torch.float16), Code(4, 128, zero=torch.uint8), Code(3, 16, span=4),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rarefy.kernels.cuda import layout
-from rarefy.kernels.cuda.program import Code
+from rarefy.kernels.cuda.code import Code
 
 pytest.importorskip("triton")
 from rarefy.kernels.triton.linear import Tuning, fits, linear

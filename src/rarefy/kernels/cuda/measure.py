@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rarefy.core.errors import UnsupportedError
 from rarefy.kernels.cuda import program
-from rarefy.kernels.cuda.program import Code, Tuning
+from rarefy.kernels.cuda.code import Code
+from rarefy.kernels.cuda.program import Tuning
 from rarefy.kernels.cuda.tuning import (
     MOST_SHARED,
     MOST_SHARED_WIDE,

@@ -12,8 +12,8 @@ from torch import Tensor
 from rarefy import packing
 from rarefy.kernels import prepared
 from rarefy.kernels.cuda import layout
+from rarefy.kernels.cuda.code import Code
 from rarefy.kernels.cuda.kept import SparseCode, is_two_of_four, kept_of, put_places, starts_of
-from rarefy.kernels.cuda.program import Code
 from rarefy.kernels.prepared import Arguments, NotCovered, filled, plain
 from rarefy.kernels.reference import patterns, tables
 

@@ -12,10 +12,10 @@ import torch
 from filelock import FileLock
 
 from rarefy.core.files import write_text
+from rarefy.kernels.cuda.code import Code
 from rarefy.kernels.cuda.program import (
     MOST_STORED,
     PLAIN,
-    Code,
     Ending,
     Tuning,
     processors,

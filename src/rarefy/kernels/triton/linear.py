@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rarefy.kernels.cuda.program import Code
+from rarefy.kernels.cuda.code import Code
 
 BITS = (1, 2, 4, 8)
 GROUPS = 128  # columns that may share a scale: one step, or whole steps

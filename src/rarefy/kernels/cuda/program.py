@@ -1,4 +1,4 @@
-"""One compiled form of ``linear.cu``: what it is told at compile time, its arguments and its launch."""
+"""One compiled form of ``linear.cu``, ``gemm.cu`` or ``prompt.cu``: its macros, its arguments and its launch."""
 
 from __future__ import annotations
 
